@@ -1,0 +1,46 @@
+"""One wording for what is wrong with an argument: tensors handed to an op, and files handed to us by a user."""
+
+from __future__ import annotations
+
+
+class InputError(ValueError):
+    """Input from outside the program that cannot be used; prints as one line ``where: what``.
+
+    ``where`` names the file and, after a colon, the field. The command line prints it and exits with code 2.
+    """
+
+    def __init__(self, where, what):
+        self.where, self.what = str(where), str(what)
+        super().__init__(f"{self.where}: {self.what}")
+
+    def __str__(self):
+        # File contents may hold newlines or terminal escapes; the message stays one printable line.
+        return "".join(c if c.isprintable() else repr(c)[1:-1] for c in f"{self.where}: {self.what}")
+
+
+def check_tensor(name, x, *, shape=None, dtype=None, device=None):
+    """Raise ValueError naming the tensor, what was expected and what came.
+
+    Args:
+        shape: tuple of sizes; None in a place accepts any size there.
+        dtype: one dtype or a tuple of them.
+        device: the device it must live on.
+
+    Rows must be contiguous (last stride 1); the row stride is free, so half of a fused gate/up tensor is fine.
+    """
+    if shape is not None:
+        matches = x.dim() == len(shape) and all(want is None or want == got for want, got in zip(shape, x.shape))
+        if not matches:
+            wanted = ", ".join("any" if size is None else str(size) for size in shape)
+            raise ValueError(f"{name}: expected shape [{wanted}], got {list(x.shape)}")
+    if dtype is not None:
+        accepted = dtype if isinstance(dtype, tuple) else (dtype,)
+        if x.dtype not in accepted:
+            wanted = " or ".join(str(d).removeprefix("torch.") for d in accepted)
+            raise ValueError(f"{name}: expected {wanted}, got {str(x.dtype).removeprefix('torch.')}")
+    if device is not None and x.device != device:
+        raise ValueError(f"{name}: expected device {device}, got {x.device}")
+    if x.dim() > 0 and x.shape[-1] > 1 and x.stride(-1) != 1:
+        raise ValueError(
+            f"{name}: expected stride 1 in the last dim, got strides {list(x.stride())}; call .contiguous()"
+        )

@@ -1,0 +1,229 @@
+"""The three public ops: check, dispatch. ``reference.py`` is their definition.
+
+Each op does three jobs: its part of the MLP, the streaming sums of the activations, and the per-neuron scale.
+They are registered with torch.library (namespace ``cna_kernels``), so ``torch.compile(fullgraph=True)`` sees one
+node per call. Gradients flow through the reference: where an input requires grad, the op runs it directly.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from . import backends, reference
+from .checks import check_tensor
+from .reference import Scale
+
+FLOATS = (torch.bfloat16, torch.float16, torch.float32)
+
+
+def gated_mlp(
+    x: Tensor,
+    w_gate_up: Tensor,
+    w_down: Tensor,
+    *,
+    weight: Tensor | None = None,
+    act_sum: Tensor | None = None,
+    act_sumsq: Tensor | None = None,
+    scale: Scale | None = None,
+    row_circuit: Tensor | None = None,
+    backend: str | None = None,
+) -> Tensor:
+    """The gated MLP of a Llama layer, with sums and steering: ``y = (act * scale) @ w_down^T``.
+
+    ``act = silu(x @ w_gate^T) * (x @ w_up^T)``; ``act_sum[c, n] += sum_t weight[t, c] * act[t, n]`` before scaling.
+
+    Args:
+        x: ``[T, H]`` bf16, fp16 or fp32. The other floating inputs share its dtype unless said otherwise.
+        w_gate_up: ``[2N, H]``, the rows of ``gate_proj`` then those of ``up_proj``.
+        w_down: ``[H, N]``.
+        weight: ``[T, C]`` fp32, how much each token counts in each column.
+        act_sum: ``[C, N]`` fp32, added to in place. Needs ``weight``.
+        act_sumsq: ``[C, N]`` fp32, the same sum over ``act**2``. Needs ``weight``.
+        scale: the layer's factors for K circuits. Needs ``row_circuit``.
+        row_circuit: ``[T]`` int32, the circuit of each token; -1 (or anything outside 0..K-1) leaves the token alone.
+        backend: ``"reference"``, ``"cpu"`` or ``"triton"``; default by CNA_BACKEND, then by device.
+
+    Returns:
+        y ``[T, H]``.
+
+    Raises:
+        ValueError: an argument has the wrong shape, dtype, device or stride.
+        BackendUnavailable: the backend asked for cannot run here.
+    """
+    check_tensor("x", x, shape=(None, None), dtype=FLOATS)
+    n_rows, n_hidden = x.shape
+    check_tensor("w_down", w_down, shape=(n_hidden, None), dtype=x.dtype, device=x.device)
+    n_neurons = w_down.shape[1]
+    check_tensor("w_gate_up", w_gate_up, shape=(2 * n_neurons, n_hidden), dtype=x.dtype, device=x.device)
+    extras = _check_extras(n_rows, n_neurons, x.device, weight, act_sum, act_sumsq, scale, row_circuit)
+    if _needs_grad(x, w_gate_up, w_down):
+        _refuse_backend_with_grad(backend)
+        return reference.gated_mlp(x, w_gate_up, w_down, **_keywords(*extras))
+    return _gated_mlp(x, w_gate_up, w_down, *extras, backend)
+
+
+def swiglu(
+    gate: Tensor,
+    up: Tensor,
+    *,
+    weight: Tensor | None = None,
+    act_sum: Tensor | None = None,
+    act_sumsq: Tensor | None = None,
+    scale: Scale | None = None,
+    row_circuit: Tensor | None = None,
+    backend: str | None = None,
+) -> Tensor:
+    """The elementwise half, for stacks that own their matrix products: ``act = silu(gate) * up``, then scaled.
+
+    Args:
+        gate: ``[T, N]`` bf16, fp16 or fp32. Any row stride: half of a fused gate/up tensor is a normal input.
+        up: ``[T, N]``, same dtype.
+        weight, act_sum, act_sumsq, scale, row_circuit, backend: as in :func:`gated_mlp`.
+
+    Returns:
+        act ``[T, N]``, contiguous, the input for ``down_proj``.
+    """
+    check_tensor("gate", gate, shape=(None, None), dtype=FLOATS)
+    check_tensor("up", up, shape=tuple(gate.shape), dtype=gate.dtype, device=gate.device)
+    extras = _check_extras(*gate.shape, gate.device, weight, act_sum, act_sumsq, scale, row_circuit)
+    if _needs_grad(gate, up):
+        _refuse_backend_with_grad(backend)
+        return reference.swiglu(gate, up, **_keywords(*extras))
+    return _swiglu(gate, up, *extras, backend)
+
+
+def down_proj(
+    act: Tensor,
+    w_down: Tensor,
+    *,
+    weight: Tensor | None = None,
+    act_sum: Tensor | None = None,
+    act_sumsq: Tensor | None = None,
+    scale: Scale | None = None,
+    row_circuit: Tensor | None = None,
+    backend: str | None = None,
+) -> Tensor:
+    """The down-projection, for stacks that hand over ``act``: ``y = (act * scale) @ w_down^T``.
+
+    Args:
+        act: ``[T, N]`` bf16, fp16 or fp32.
+        w_down: ``[H, N]``, same dtype.
+        weight, act_sum, act_sumsq, scale, row_circuit, backend: as in :func:`gated_mlp`.
+
+    Returns:
+        y ``[T, H]``.
+    """
+    check_tensor("act", act, shape=(None, None), dtype=FLOATS)
+    check_tensor("w_down", w_down, shape=(None, act.shape[1]), dtype=act.dtype, device=act.device)
+    extras = _check_extras(*act.shape, act.device, weight, act_sum, act_sumsq, scale, row_circuit)
+    if _needs_grad(act, w_down):
+        _refuse_backend_with_grad(backend)
+        return reference.down_proj(act, w_down, **_keywords(*extras))
+    return _down_proj(act, w_down, *extras, backend)
+
+
+def _check_extras(n_rows, n_neurons, device, weight, act_sum, act_sumsq, scale, row_circuit):
+    """Check the arguments that the three ops share; return them with ``scale`` flattened into its tensors."""
+    if (weight is None) != (act_sum is None and act_sumsq is None):
+        raise ValueError("weight: expected together with act_sum or act_sumsq, got one without the other")
+    if (scale is None) != (row_circuit is None):
+        raise ValueError("scale: expected together with row_circuit, got one without the other")
+    if weight is not None:
+        check_tensor("weight", weight, shape=(n_rows, None), dtype=torch.float32, device=device)
+        sums_shape = (weight.shape[1], n_neurons)
+        if act_sum is not None:
+            check_tensor("act_sum", act_sum, shape=sums_shape, dtype=torch.float32, device=device)
+        if act_sumsq is not None:
+            check_tensor("act_sumsq", act_sumsq, shape=sums_shape, dtype=torch.float32, device=device)
+    if scale is None:
+        return weight, act_sum, act_sumsq, None, None, None, None
+    check_tensor("scale.offsets", scale.offsets, shape=(None,), dtype=torch.int32, device=device)
+    if scale.offsets.shape[0] == 0:
+        raise ValueError("scale.offsets: expected K + 1 entries, got none")
+    check_tensor("scale.index", scale.index, shape=(None,), dtype=torch.int32, device=device)
+    check_tensor("scale.value", scale.value, shape=tuple(scale.index.shape), dtype=torch.float32, device=device)
+    check_tensor("row_circuit", row_circuit, shape=(n_rows,), dtype=torch.int32, device=device)
+    return weight, act_sum, act_sumsq, *scale, row_circuit
+
+
+def _keywords(weight, act_sum, act_sumsq, offsets, index, value, row_circuit):
+    """The extras as the keyword arguments of a backend's functions."""
+    scale = None if offsets is None else Scale(offsets, index, value)
+    return dict(weight=weight, act_sum=act_sum, act_sumsq=act_sumsq, scale=scale, row_circuit=row_circuit)
+
+
+def _needs_grad(*tensors):
+    return torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
+
+
+def _refuse_backend_with_grad(backend):
+    if backend not in (None, "reference"):
+        raise ValueError(f"backend: {backend!r} has no gradient; use 'reference' or torch.no_grad()")
+
+
+@torch.library.custom_op("cna_kernels::gated_mlp", mutates_args=("act_sum", "act_sumsq"))
+def _gated_mlp(
+    x: Tensor,
+    w_gate_up: Tensor,
+    w_down: Tensor,
+    weight: Tensor | None,
+    act_sum: Tensor | None,
+    act_sumsq: Tensor | None,
+    scale_offsets: Tensor | None,
+    scale_index: Tensor | None,
+    scale_value: Tensor | None,
+    row_circuit: Tensor | None,
+    backend: str | None,
+) -> Tensor:
+    extras = _keywords(weight, act_sum, act_sumsq, scale_offsets, scale_index, scale_value, row_circuit)
+    return backends.implementation(x.device.type, backend).gated_mlp(x, w_gate_up, w_down, **extras)
+
+
+@_gated_mlp.register_fake
+def _(x, w_gate_up, w_down, *_):
+    return x.new_empty(x.shape[0], w_down.shape[0])
+
+
+@torch.library.custom_op("cna_kernels::swiglu", mutates_args=("act_sum", "act_sumsq"))
+def _swiglu(
+    gate: Tensor,
+    up: Tensor,
+    weight: Tensor | None,
+    act_sum: Tensor | None,
+    act_sumsq: Tensor | None,
+    scale_offsets: Tensor | None,
+    scale_index: Tensor | None,
+    scale_value: Tensor | None,
+    row_circuit: Tensor | None,
+    backend: str | None,
+) -> Tensor:
+    extras = _keywords(weight, act_sum, act_sumsq, scale_offsets, scale_index, scale_value, row_circuit)
+    return backends.implementation(gate.device.type, backend).swiglu(gate, up, **extras)
+
+
+@_swiglu.register_fake
+def _(gate, up, *_):
+    return gate.new_empty(gate.shape)
+
+
+@torch.library.custom_op("cna_kernels::down_proj", mutates_args=("act_sum", "act_sumsq"))
+def _down_proj(
+    act: Tensor,
+    w_down: Tensor,
+    weight: Tensor | None,
+    act_sum: Tensor | None,
+    act_sumsq: Tensor | None,
+    scale_offsets: Tensor | None,
+    scale_index: Tensor | None,
+    scale_value: Tensor | None,
+    row_circuit: Tensor | None,
+    backend: str | None,
+) -> Tensor:
+    extras = _keywords(weight, act_sum, act_sumsq, scale_offsets, scale_index, scale_value, row_circuit)
+    return backends.implementation(act.device.type, backend).down_proj(act, w_down, **extras)
+
+
+@_down_proj.register_fake
+def _(act, w_down, *_):
+    return act.new_empty(act.shape[0], w_down.shape[0])

@@ -1,0 +1,106 @@
+"""Every op in plain PyTorch: the definition that the kernels are tested against.
+
+    act            = silu(gate) * up                      computed in fp32, rounded once to the inputs' dtype
+    act_sum[c, n]   += sum_t weight[t, c] * act[t, n]     fp32, from the rounded act, before scaling
+    act_sumsq[c, n] += sum_t weight[t, c] * act[t, n]^2   likewise
+    y              = (act * scale[row_circuit[t]]) @ w_down^T
+
+Three rounding points are part of the definition. Sums read ``act`` as ``down_proj`` reads it, so they equal what
+a hook on the input of ``down_proj`` would collect, and the three ops agree on them. The product with a scale is
+computed in fp32 from the rounded ``act`` and rounded again, as a hook that multiplies would do. Hugging Face eager
+rounds silu(gate) before the product with up; here it stays in fp32.
+
+A scale of 0 writes exactly 0 whatever ``act`` holds. A token whose weights are all 0 is never read by the sums.
+
+Inputs may also be float64: the same definition, everything in float64 (tests use it as the exact answer).
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+class Scale(NamedTuple):
+    """Per-neuron factors of one layer for K circuits, stored sparse by circuit; every other factor is 1.
+
+    Circuit ``c`` multiplies neuron ``index[e]`` by ``value[e]`` for e in ``offsets[c] : offsets[c + 1]``.
+    A neuron appears at most once in a circuit.
+
+    offsets: ``[K + 1]`` int32, non-decreasing, from 0 to E.
+    index: ``[E]`` int32, each below N.
+    value: ``[E]`` float32.
+    """
+
+    offsets: Tensor
+    index: Tensor
+    value: Tensor
+
+
+def gated_mlp(
+    x, w_gate_up, w_down, *, weight=None, act_sum=None, act_sumsq=None, scale=None, row_circuit=None
+) -> Tensor:
+    """The whole MLP: x ``[T, H]``, w_gate_up ``[2N, H]`` (gate rows first), w_down ``[H, N]`` -> y ``[T, H]``."""
+    gate, up = F.linear(x, w_gate_up).chunk(2, dim=-1)  # [T, N] each, row stride 2N
+    act = swiglu(
+        gate, up, weight=weight, act_sum=act_sum, act_sumsq=act_sumsq, scale=scale, row_circuit=row_circuit
+    )
+    return F.linear(act, w_down)
+
+
+def swiglu(
+    gate, up, *, weight=None, act_sum=None, act_sumsq=None, scale=None, row_circuit=None
+) -> Tensor:
+    """silu(gate) * up: gate, up ``[T, N]`` -> act ``[T, N]``, summed before and scaled after."""
+    wide = torch.promote_types(gate.dtype, torch.float32)
+    act = (F.silu(gate.to(wide)) * up.to(wide)).to(gate.dtype)
+    _accumulate(act, weight, act_sum, act_sumsq)
+    return _scaled(act, scale, row_circuit)
+
+
+def down_proj(
+    act, w_down, *, weight=None, act_sum=None, act_sumsq=None, scale=None, row_circuit=None
+) -> Tensor:
+    """The down-projection: act ``[T, N]``, w_down ``[H, N]`` -> y ``[T, H]``."""
+    _accumulate(act, weight, act_sum, act_sumsq)
+    return F.linear(_scaled(act, scale, row_circuit), w_down)
+
+
+def _accumulate(act, weight, act_sum, act_sumsq):
+    """Add the weighted sums of this call's tokens to act_sum and act_sumsq, both ``[C, N]``, in place."""
+    if act_sum is None and act_sumsq is None:
+        return
+    counted = (weight != 0).any(dim=1, keepdim=True)  # [T, 1]
+    act = torch.where(counted, act.detach().to(weight.dtype), 0)
+    if act_sum is not None:
+        act_sum += weight.t() @ act
+    if act_sumsq is not None:
+        act_sumsq += weight.t() @ act.square()
+
+
+def _scaled(act, scale, row_circuit):
+    """Return act with every row multiplied by its circuit's factors, ``[T, N]``."""
+    if scale is None:
+        return act
+    wide = torch.promote_types(act.dtype, torch.float32)
+    factor = dense_scale(scale, act.shape[1]).to(wide)  # [K + 1, N], the last row is all ones
+    n_circuits = factor.shape[0] - 1
+    steered = (row_circuit >= 0) & (row_circuit < n_circuits)
+    factor = factor[torch.where(steered, row_circuit, n_circuits).long()]  # [T, N]
+    return torch.where(factor == 0, 0, (act.to(wide) * factor).to(act.dtype))
+
+
+def dense_scale(scale: Scale, n_neurons: int) -> Tensor:
+    """Return the factors as a table ``[K + 1, N]`` float32 whose last row, for unsteered tokens, is all ones."""
+    n_circuits = scale.offsets.shape[0] - 1
+    circuit = torch.repeat_interleave(
+        torch.arange(n_circuits, device=scale.index.device),
+        scale.offsets.diff(),
+        output_size=scale.index.shape[0],
+    )
+    table = scale.value.new_ones(n_circuits + 1, n_neurons)
+    table[circuit, scale.index.long()] = scale.value
+    return table

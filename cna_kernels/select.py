@@ -1,0 +1,100 @@
+"""From sums to neurons: contrast, score, universal filter, one global ranking.
+
+Source of the method: "Targeted Neuron Modulation via Contrastive Pair Search", arXiv 2605.12290.
+Everything here is fp64 ``[L, N]``.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from .sums import ActivationSums
+
+POSITIVE, NEGATIVE = 0, 1  # the two columns of a contrast
+SCORES = ("abs-delta", "magnitude", "cohen-d")
+K_RULE = "nearest integer to fraction * layers * neurons, halves up, at least 1"
+
+
+def k_from_fraction(fraction: float, n_layers: int, n_neurons: int) -> int:
+    """Return how many neurons a fraction of all layers' neurons is, by K_RULE."""
+    if not 0 < fraction <= 1:
+        raise ValueError(f"fraction: expected above 0 and at most 1, got {fraction}")
+    return max(1, math.floor(fraction * n_layers * n_neurons + 0.5))
+
+
+def contrast(sums: ActivationSums, rounded_to: torch.dtype | None = None) -> Tensor:
+    """Return mean over positive minus mean over negative, signed.
+
+    ``rounded_to`` rounds both means and the difference to a dtype first, as code that averages in bf16 does.
+    """
+    positive, negative = sums.mean(POSITIVE), sums.mean(NEGATIVE)
+    if rounded_to is not None:
+        return (positive.to(rounded_to) - negative.to(rounded_to)).double()
+    return positive - negative
+
+
+def scores(name: str, sums: ActivationSums, delta: Tensor) -> Tensor:
+    """Return what selection ranks by, larger first.
+
+    - ``abs-delta``: abs(delta), the paper's rule.
+    - ``magnitude``: abs(mean positive) - abs(mean negative). Leaves out neurons that fire for the negative set.
+    - ``cohen-d``: abs(delta) over the pooled standard deviation, so that large activations do not win by size
+      (J. Cohen, Statistical Power Analysis for the Behavioral Sciences, 1988). Needs two prompts a side.
+    """
+    if name == "abs-delta":
+        return delta.abs()
+    if name == "magnitude":
+        return sums.mean(POSITIVE).abs() - sums.mean(NEGATIVE).abs()
+    if name == "cohen-d":
+        n_positive, n_negative = sums.count.tolist()
+        pooled = (n_positive - 1) * sums.variance(POSITIVE) + (n_negative - 1) * sums.variance(NEGATIVE)
+        deviation = (pooled / (n_positive + n_negative - 2)).sqrt()
+        return torch.where(delta == 0, 0, delta.abs() / deviation)
+    raise ValueError(f"score: expected one of {', '.join(SCORES)}, got {name!r}")
+
+
+def top_neurons(score: Tensor, k: int, excluded: Tensor | None = None) -> list[tuple[int, int]]:
+    """Return the k highest-scoring neurons of all layers as (layer, index), best first.
+
+    Ties go to the lowest layer, then the lowest index.
+
+    Args:
+        score: ``[L, N]``, finite.
+        excluded: ``[L, N]`` bool, neurons that may not be chosen.
+    """
+    if not torch.isfinite(score).all():
+        raise ValueError("score: not finite")
+    candidates = torch.ones_like(score, dtype=torch.bool) if excluded is None else ~excluded
+    available = int(candidates.sum())
+    if not 1 <= k <= available:
+        raise ValueError(f"k: expected 1 to {available}, the neurons that may be chosen, got {k}")
+    flat = score.masked_fill(~candidates, -math.inf).flatten()
+    order = torch.sort(flat, descending=True, stable=True).indices[:k]
+    n_neurons = score.shape[1]
+    return [divmod(place, n_neurons) for place in order.tolist()]
+
+
+def count_top(magnitude: Tensor, k: int) -> Tensor:
+    """Return, for each neuron, in how many columns it is among the k largest, ``[L, N]`` int64.
+
+    Args:
+        magnitude: ``[L, C, N]``; each column is ranked over all layers by itself.
+    """
+    counts = torch.zeros(magnitude.shape[0], magnitude.shape[2], dtype=torch.int64)
+    for column in magnitude.unbind(1):
+        for layer, index in top_neurons(column, k):
+            counts[layer, index] += 1
+    return counts
+
+
+def mask_layers(n_layers: int, n_neurons: int, layers) -> Tensor:
+    """Return ``[L, N]`` bool, True in the given layers."""
+    mask = torch.zeros(n_layers, n_neurons, dtype=torch.bool)
+    for layer in layers:
+        if not 0 <= layer < n_layers:
+            raise ValueError(f"skip_layers: expected 0 to {n_layers - 1}, got {layer}")
+        mask[layer] = True
+    return mask

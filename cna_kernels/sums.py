@@ -1,0 +1,111 @@
+"""ActivationSums: streaming weighted sums of activations. Memory depends on L, C and N, never on the prompts."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .checks import check_tensor
+
+
+class NonFiniteActivation(ValueError):
+    """A sum came out NaN or infinite; nothing of the call was kept."""
+
+    def __init__(self, layer: int, index: int):
+        self.layer, self.index = layer, index
+        super().__init__(f"non-finite activation in layer {layer}, neuron {index}")
+
+
+class ActivationSums:
+    """Weighted sums over tokens of every neuron's activation, in C columns.
+
+    The ops add to fp32 buffers on the device during a forward pass; :meth:`fold` moves them into fp64 totals on
+    the host. Totals of separate runs merge by addition.
+
+    Attributes:
+        act_sum: ``[L, C, N]`` fp32 on the device, what the current forward pass has added so far.
+        act_sumsq: the same for squares, or None.
+        total, total_sq: ``[L, C, N]`` fp64 on the host.
+        count: ``[C]`` fp64, the sum of the weights behind the totals.
+    """
+
+    def __init__(self, n_layers: int, n_neurons: int, n_columns: int, *, squares: bool = False, device="cpu"):
+        shape = (n_layers, n_columns, n_neurons)
+        self.act_sum = torch.zeros(shape, dtype=torch.float32, device=device)
+        self.act_sumsq = torch.zeros_like(self.act_sum) if squares else None
+        self.total = torch.zeros(shape, dtype=torch.float64)
+        self.total_sq = torch.zeros_like(self.total) if squares else None
+        self.count = torch.zeros(n_columns, dtype=torch.float64)
+
+    def layer(self, layer: int) -> dict[str, Tensor | None]:
+        """Return the layer's buffers as the keyword arguments of an op."""
+        squares = None if self.act_sumsq is None else self.act_sumsq[layer]
+        return {"act_sum": self.act_sum[layer], "act_sumsq": squares}
+
+    def fold(self, weight: Tensor):
+        """Move what the forward pass added into the totals.
+
+        Args:
+            weight: ``[T, C]``, the weights that the forward pass was run with.
+
+        Raises:
+            NonFiniteActivation: a sum is not finite. The totals stay as they were and the buffers are emptied.
+        """
+        check_tensor("weight", weight, shape=(None, self.count.shape[0]))
+        try:
+            for buffer in (self.act_sum, self.act_sumsq):
+                if buffer is not None:
+                    _require_finite(buffer)
+            self.total += self.act_sum.cpu()
+            if self.act_sumsq is not None:
+                self.total_sq += self.act_sumsq.cpu()
+            self.count += weight.double().sum(0).cpu()
+        finally:
+            self.discard()
+
+    def discard(self):
+        """Empty the device buffers without counting them."""
+        self.act_sum.zero_()
+        if self.act_sumsq is not None:
+            self.act_sumsq.zero_()
+
+    def merge(self, other: ActivationSums):
+        """Add the totals of ``other``, a run over different prompts with the same columns."""
+        check_tensor("other.total", other.total, shape=tuple(self.total.shape))
+        if (self.total_sq is None) != (other.total_sq is None):
+            raise ValueError("other: one of the two runs kept squares and the other did not")
+        self.total += other.total
+        self.count += other.count
+        if self.total_sq is not None:
+            self.total_sq += other.total_sq
+
+    def mean(self, column: int) -> Tensor:
+        """Return the weighted mean activation, ``[L, N]`` fp64."""
+        return self.total[:, column] / self._counted(column)
+
+    def variance(self, column: int) -> Tensor:
+        """Return the variance around the mean, with the n / (n - 1) correction, ``[L, N]`` fp64.
+
+        The squares were summed in fp32, so a variance below 1e-6 of the mean square is rounding; it is raised to that.
+        """
+        count = self._counted(column)
+        if self.total_sq is None:
+            raise ValueError("variance: these sums were made without squares")
+        if count <= 1:
+            raise ValueError(f"variance: needs a count above 1, got {count:g}")
+        mean_square = self.total_sq[:, column] / count
+        biased = mean_square - self.mean(column).square()
+        return torch.maximum(biased, 1e-6 * mean_square) * (count / (count - 1))
+
+    def _counted(self, column):
+        count = self.count[column].item()
+        if count == 0:
+            raise ValueError(f"column {column}: no token was counted")
+        return count
+
+
+def _require_finite(buffer):
+    finite = torch.isfinite(buffer)
+    if not finite.all():
+        layer, _, index = (~finite).nonzero()[0].tolist()
+        raise NonFiniteActivation(layer, index)

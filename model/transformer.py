@@ -1,0 +1,199 @@
+"""A Llama / Qwen / Mistral forward pass in plain PyTorch, its MLPs on the ops of ``cna_kernels``.
+
+Parameters carry the checkpoint's names without the leading ``model.``; only ``gate_proj`` and ``up_proj`` are joined
+into ``gate_up_proj``. B sequences of S tokens, right-padded: causal attention never looks at padding.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from cna_kernels import ops
+from cna_kernels.steering import SteeringTable
+from cna_kernels.sums import ActivationSums
+
+from .config import ModelConfig
+from .rope import RotaryEmbedding, rotate
+
+
+@dataclass
+class Tap:
+    """Collect sums during a forward pass. ``weight`` is ``[B * S, C]`` fp32: how much each token counts."""
+
+    sums: ActivationSums
+    weight: Tensor
+
+
+@dataclass
+class Steer:
+    """Steer a forward pass. ``row_circuit`` is ``[B]`` int32: the circuit of each sequence, -1 for none."""
+
+    table: SteeringTable
+    row_circuit: Tensor
+
+
+class KVCache:
+    """Keys and values of a batch, allocated once. Row b holds its own tokens from position 0 without padding."""
+
+    def __init__(self, config: ModelConfig, batch: int, length: int, dtype: torch.dtype, device):
+        shape = (config.num_hidden_layers, batch, config.num_key_value_heads, length, config.head_dim)
+        self.keys = torch.zeros(shape, dtype=dtype, device=device)
+        self.values = torch.zeros(shape, dtype=dtype, device=device)
+        self.rows = torch.arange(batch, device=device)[:, None]  # [B, 1]
+        self.used = 0  # the longest row so far
+
+    def update(self, layer: int, positions: Tensor, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+        """Write ``[B, KV heads, S, D]`` at ``positions [B, S]``; return all written so far ``[B, KV heads, used, D]``."""
+        self.keys[layer][self.rows, :, positions] = keys.transpose(1, 2)
+        self.values[layer][self.rows, :, positions] = values.transpose(1, 2)
+        return self.keys[layer, :, :, : self.used], self.values[layer, :, :, : self.used]
+
+
+class RMSNorm(nn.Module):
+    def __init__(self, size: int, eps: float):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(size))
+        self.eps = eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        wide = x.float()
+        wide = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + self.eps)
+        return self.weight * wide.to(x.dtype)
+
+
+class Attention(nn.Module):
+    """Grouped-query attention."""
+
+    def __init__(self, config: ModelConfig, layer: int):
+        super().__init__()
+        self.layer, self.head_dim = layer, config.head_dim
+        query_size = config.num_attention_heads * config.head_dim
+        kv_size = config.num_key_value_heads * config.head_dim
+        self.q_proj = nn.Linear(config.hidden_size, query_size, bias=config.qkv_bias)
+        self.k_proj = nn.Linear(config.hidden_size, kv_size, bias=config.qkv_bias)
+        self.v_proj = nn.Linear(config.hidden_size, kv_size, bias=config.qkv_bias)
+        self.o_proj = nn.Linear(query_size, config.hidden_size, bias=config.o_bias)
+        if config.qk_norm:
+            self.q_norm = RMSNorm(config.head_dim, config.rms_norm_eps)
+            self.k_norm = RMSNorm(config.head_dim, config.rms_norm_eps)
+        else:
+            self.q_norm = self.k_norm = nn.Identity()
+
+    def forward(self, x, cos, sin, positions, mask, cache) -> Tensor:
+        heads = (*x.shape[:2], -1, self.head_dim)  # [B, S, heads, D]
+        query = rotate(self.q_norm(self.q_proj(x).view(heads)).transpose(1, 2), cos, sin)
+        key = rotate(self.k_norm(self.k_proj(x).view(heads)).transpose(1, 2), cos, sin)
+        value = self.v_proj(x).view(heads).transpose(1, 2)
+        if cache is not None:
+            key, value = cache.update(self.layer, positions, key, value)
+        y = F.scaled_dot_product_attention(query, key, value, mask, is_causal=mask is None, enable_gqa=True)
+        return self.o_proj(y.transpose(1, 2).flatten(2))
+
+
+class MLP(nn.Module):
+    def __init__(self, config: ModelConfig):
+        super().__init__()
+        self.gate_up_proj = nn.Linear(config.hidden_size, 2 * config.intermediate_size, bias=False)
+        self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
+
+    def forward(self, x: Tensor, **extras) -> Tensor:
+        y = ops.gated_mlp(x.flatten(0, 1), self.gate_up_proj.weight, self.down_proj.weight, **extras)
+        return y.view_as(x)
+
+
+class Layer(nn.Module):
+    def __init__(self, config: ModelConfig, layer: int):
+        super().__init__()
+        self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.self_attn = Attention(config, layer)
+        self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.mlp = MLP(config)
+
+    def forward(self, x, cos, sin, positions, mask, cache, **extras) -> Tensor:
+        x = x + self.self_attn(self.input_layernorm(x), cos, sin, positions, mask, cache)
+        return x + self.mlp(self.post_attention_layernorm(x), **extras)
+
+
+class Transformer(nn.Module):
+    """The whole model. ``transformer(input_ids[B, S]) -> logits[B, S, V]`` is the plain call."""
+
+    def __init__(self, config: ModelConfig):
+        super().__init__()
+        self.config = config
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.layers = nn.ModuleList(Layer(config, layer) for layer in range(config.num_hidden_layers))
+        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.rotary = RotaryEmbedding(config)
+        if not config.tie_word_embeddings:
+            self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+
+    def forward(self, input_ids: Tensor, *, tap: Tap | None = None, steer: Steer | None = None) -> Tensor:
+        """Return logits ``[B, S, V]`` for whole sequences."""
+        return self.logits(self.hidden(input_ids, tap=tap, steer=steer))
+
+    def hidden(
+        self,
+        input_ids: Tensor,
+        *,
+        lengths: Tensor | None = None,
+        positions: Tensor | None = None,
+        cache: KVCache | None = None,
+        tap: Tap | None = None,
+        steer: Steer | None = None,
+    ) -> Tensor:
+        """Return the final normalised hidden states ``[B, S, H]``, without the vocabulary projection.
+
+        Args:
+            input_ids: ``[B, S]`` int64.
+            lengths: ``[B]`` int64, tokens of each row up to and with this call; default S, a batch without padding.
+            positions: ``[B, S]`` int64; default 0..S-1. Later calls on a cache pass their own.
+            cache: where keys and values are kept. Its first call is the prompt.
+        """
+        batch, n_tokens = input_ids.shape
+        starts_here = positions is None
+        if starts_here:
+            positions = torch.arange(n_tokens, device=input_ids.device).expand(batch, n_tokens)
+        if lengths is None:
+            lengths = positions[:, -1] + 1
+        if cache is not None:
+            cache.used += n_tokens
+        n_keys = n_tokens if cache is None else cache.used
+        masks = {window: _mask(positions, n_keys, window, starts_here) for window in set(self.config.sliding_windows)}
+        extras = {}
+        if tap is not None:
+            extras["weight"] = tap.weight
+        if steer is not None:
+            row_circuit = steer.row_circuit.repeat_interleave(n_tokens)  # [T]
+
+        x = self.embed_tokens(input_ids)  # [B, S, H]
+        cos, sin = self.rotary(positions, lengths, x.dtype)
+        for number, layer in enumerate(self.layers):
+            if tap is not None:
+                extras |= tap.sums.layer(number)
+            if steer is not None:
+                scale = steer.table.layer(number)
+                extras |= {"scale": scale, "row_circuit": None if scale is None else row_circuit}
+            mask = masks[self.config.sliding_windows[number]]
+            x = layer(x, cos, sin, positions, mask, cache, **extras)
+        return self.norm(x)
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """Project hidden states ``[..., H]`` onto the vocabulary, ``[..., V]``."""
+        output = self.embed_tokens if self.config.tie_word_embeddings else self.lm_head
+        return F.linear(hidden, output.weight)
+
+
+def _mask(positions: Tensor, n_keys: int, window: int | None, starts_here: bool) -> Tensor | None:
+    """Return ``[B, 1, S, n_keys]`` bool, True where a query may look; None stands for plain causal attention."""
+    if starts_here and (window is None or window >= n_keys):
+        return None
+    key = torch.arange(n_keys, device=positions.device)
+    query = positions[:, None, :, None]
+    allowed = key <= query
+    if window is not None:
+        allowed &= key > query - window
+    return allowed

@@ -1,0 +1,23 @@
+"""Shared fixtures: tiny random checkpoints written by transformers, and fresh memory that is never zero."""
+
+import pytest
+import torch
+from tiny import VARIANTS, write_checkpoint
+
+
+@pytest.fixture(autouse=True)
+def _uninitialised_memory_is_nan():
+    """torch.empty is filled with NaN, so that an element nobody wrote fails a test."""
+    before = torch.are_deterministic_algorithms_enabled(), torch.utils.deterministic.fill_uninitialized_memory
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    torch.utils.deterministic.fill_uninitialized_memory = True
+    yield
+    torch.use_deterministic_algorithms(before[0])
+    torch.utils.deterministic.fill_uninitialized_memory = before[1]
+
+
+@pytest.fixture(scope="session", params=sorted(VARIANTS))
+def tiny_checkpoint(request, tmp_path_factory):
+    """(directory, transformers model) of every supported family and variant, fp32."""
+    directory = tmp_path_factory.mktemp(request.param)
+    return directory, write_checkpoint(request.param, directory)

@@ -1,0 +1,56 @@
+"""Tiny random checkpoints of every family, written by transformers itself."""
+
+import torch
+
+SHAPE = dict(
+    vocab_size=97, hidden_size=32, intermediate_size=48, num_hidden_layers=3, num_attention_heads=4,
+    num_key_value_heads=2, max_position_embeddings=64, bos_token_id=1, eos_token_id=2, pad_token_id=0,
+)  # fmt: skip
+
+LLAMA3 = dict(
+    rope_type="llama3", factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0, original_max_position_embeddings=16,
+    rope_theta=10000.0,
+)  # fmt: skip
+
+# name: (transformers class stem, what differs from SHAPE)
+VARIANTS = {
+    "llama": ("Llama", {}),
+    "llama-tied": ("Llama", dict(tie_word_embeddings=True)),
+    "llama-bias": ("Llama", dict(attention_bias=True)),
+    "llama-head-dim": ("Llama", dict(head_dim=12)),
+    "llama-mha": ("Llama", dict(num_key_value_heads=4)),
+    "llama-rope-llama3": ("Llama", dict(rope_parameters=LLAMA3)),
+    "llama-rope-linear": ("Llama", dict(rope_parameters=dict(rope_type="linear", factor=2.0, rope_theta=10000.0))),
+    # 16 positions, so that the tests' 20 tokens are beyond them
+    "llama-rope-dynamic": (
+        "Llama",
+        dict(
+            rope_parameters=dict(rope_type="dynamic", factor=8.0, rope_theta=10000.0), max_position_embeddings=16
+        ),
+    ),
+    "mistral": ("Mistral", dict(sliding_window=7)),
+    "mistral-full": ("Mistral", dict(sliding_window=None)),
+    "qwen2": ("Qwen2", {}),
+    "qwen2-tied": ("Qwen2", dict(tie_word_embeddings=True)),
+    "qwen2-sliding": ("Qwen2", dict(use_sliding_window=True, sliding_window=5, max_window_layers=1)),
+    "qwen3": ("Qwen3", dict(head_dim=16)),
+    "qwen3-tied": ("Qwen3", dict(head_dim=16, tie_word_embeddings=True)),
+}
+
+
+def write_checkpoint(variant, directory, *, dtype=torch.float32, max_shard_size="1GB", seed=0):
+    """Write a random checkpoint of the variant in Hugging Face layout; return the transformers model."""
+    import transformers
+
+    stem, changes = VARIANTS[variant]
+    config = getattr(transformers, f"{stem}Config")(**(SHAPE | changes))
+    torch.manual_seed(seed)
+    model = getattr(transformers, f"{stem}ForCausalLM")(config).to(dtype).eval()
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            # norms and biases start as constants, which would hide a swap of two of them
+            spread = 0.2 if parameter.dim() == 1 else 0.15
+            offset = 1.0 if name.endswith("norm.weight") else 0.0
+            parameter.normal_(offset, spread)
+    model.save_pretrained(directory, max_shard_size=max_shard_size)
+    return model
