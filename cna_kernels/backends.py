@@ -8,6 +8,8 @@ from __future__ import annotations
 import os
 from importlib import import_module
 
+from .checks import InputError
+
 KNOWN = ("reference", "cpu", "triton")
 
 # Module of each backend that this version ships.
@@ -17,7 +19,7 @@ MODULES = {"reference": "cna_kernels.reference"}
 DEVICE_DEFAULT = {}
 
 
-class BackendUnavailable(RuntimeError):
+class BackendUnavailable(InputError):
     """The backend asked for by name cannot run here."""
 
 
@@ -25,15 +27,15 @@ def name_for(device_type: str, backend: str | None = None) -> str:
     """Return the backend's name for tensors on ``device_type`` ("cpu", "cuda", ...).
 
     Raises:
-        ValueError: the name is not one of KNOWN.
+        InputError: the name is not one of KNOWN.
         BackendUnavailable: the backend exists by name but not in this version.
     """
     asked_by = "backend" if backend else "CNA_BACKEND"
     name = backend or os.environ.get("CNA_BACKEND") or DEVICE_DEFAULT.get(device_type, "reference")
     if name not in KNOWN:
-        raise ValueError(f"{asked_by}: expected one of {', '.join(KNOWN)}, got {name!r}")
+        raise InputError(asked_by, f"expected one of {', '.join(KNOWN)}, got {name!r}")
     if name not in MODULES:
-        raise BackendUnavailable(f"{asked_by}: {name!r} is not part of this version; use 'reference'")
+        raise BackendUnavailable(asked_by, f"{name!r} is not part of this version; use 'reference'")
     return name
 
 

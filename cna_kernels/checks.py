@@ -29,7 +29,9 @@ def check_tensor(name, x, *, shape=None, dtype=None, device=None):
     Rows must be contiguous (last stride 1); the row stride is free, so half of a fused gate/up tensor is fine.
     """
     if shape is not None:
-        matches = x.dim() == len(shape) and all(want is None or want == got for want, got in zip(shape, x.shape))
+        matches = x.dim() == len(shape) and all(
+            want is None or want == got for want, got in zip(shape, x.shape, strict=True)
+        )
         if not matches:
             wanted = ", ".join("any" if size is None else str(size) for size in shape)
             raise ValueError(f"{name}: expected shape [{wanted}], got {list(x.shape)}")

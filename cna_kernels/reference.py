@@ -45,15 +45,11 @@ def gated_mlp(
 ) -> Tensor:
     """The whole MLP: x ``[T, H]``, w_gate_up ``[2N, H]`` (gate rows first), w_down ``[H, N]`` -> y ``[T, H]``."""
     gate, up = F.linear(x, w_gate_up).chunk(2, dim=-1)  # [T, N] each, row stride 2N
-    act = swiglu(
-        gate, up, weight=weight, act_sum=act_sum, act_sumsq=act_sumsq, scale=scale, row_circuit=row_circuit
-    )
+    act = swiglu(gate, up, weight=weight, act_sum=act_sum, act_sumsq=act_sumsq, scale=scale, row_circuit=row_circuit)
     return F.linear(act, w_down)
 
 
-def swiglu(
-    gate, up, *, weight=None, act_sum=None, act_sumsq=None, scale=None, row_circuit=None
-) -> Tensor:
+def swiglu(gate, up, *, weight=None, act_sum=None, act_sumsq=None, scale=None, row_circuit=None) -> Tensor:
     """silu(gate) * up: gate, up ``[T, N]`` -> act ``[T, N]``, summed before and scaled after."""
     wide = torch.promote_types(gate.dtype, torch.float32)
     act = (F.silu(gate.to(wide)) * up.to(wide)).to(gate.dtype)
@@ -61,9 +57,7 @@ def swiglu(
     return _scaled(act, scale, row_circuit)
 
 
-def down_proj(
-    act, w_down, *, weight=None, act_sum=None, act_sumsq=None, scale=None, row_circuit=None
-) -> Tensor:
+def down_proj(act, w_down, *, weight=None, act_sum=None, act_sumsq=None, scale=None, row_circuit=None) -> Tensor:
     """The down-projection: act ``[T, N]``, w_down ``[H, N]`` -> y ``[T, H]``."""
     _accumulate(act, weight, act_sum, act_sumsq)
     return F.linear(_scaled(act, scale, row_circuit), w_down)

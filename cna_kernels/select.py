@@ -11,6 +11,7 @@ import math
 import torch
 from torch import Tensor
 
+from .checks import InputError
 from .sums import ActivationSums
 
 POSITIVE, NEGATIVE = 0, 1  # the two columns of a contrast
@@ -21,7 +22,7 @@ K_RULE = "nearest integer to fraction * layers * neurons, halves up, at least 1"
 def k_from_fraction(fraction: float, n_layers: int, n_neurons: int) -> int:
     """Return how many neurons a fraction of all layers' neurons is, by K_RULE."""
     if not 0 < fraction <= 1:
-        raise ValueError(f"fraction: expected above 0 and at most 1, got {fraction}")
+        raise InputError("fraction", f"expected above 0 and at most 1, got {fraction}")
     return max(1, math.floor(fraction * n_layers * n_neurons + 0.5))
 
 
@@ -53,7 +54,7 @@ def scores(name: str, sums: ActivationSums, delta: Tensor) -> Tensor:
         pooled = (n_positive - 1) * sums.variance(POSITIVE) + (n_negative - 1) * sums.variance(NEGATIVE)
         deviation = (pooled / (n_positive + n_negative - 2)).sqrt()
         return torch.where(delta == 0, 0, delta.abs() / deviation)
-    raise ValueError(f"score: expected one of {', '.join(SCORES)}, got {name!r}")
+    raise InputError("score", f"expected one of {', '.join(SCORES)}, got {name!r}")
 
 
 def top_neurons(score: Tensor, k: int, excluded: Tensor | None = None) -> list[tuple[int, int]]:
@@ -70,7 +71,7 @@ def top_neurons(score: Tensor, k: int, excluded: Tensor | None = None) -> list[t
     candidates = torch.ones_like(score, dtype=torch.bool) if excluded is None else ~excluded
     available = int(candidates.sum())
     if not 1 <= k <= available:
-        raise ValueError(f"k: expected 1 to {available}, the neurons that may be chosen, got {k}")
+        raise InputError("top_k", f"expected 1 to {available}, the neurons that may be chosen, got {k}")
     flat = score.masked_fill(~candidates, -math.inf).flatten()
     order = torch.sort(flat, descending=True, stable=True).indices[:k]
     n_neurons = score.shape[1]
@@ -95,6 +96,6 @@ def mask_layers(n_layers: int, n_neurons: int, layers) -> Tensor:
     mask = torch.zeros(n_layers, n_neurons, dtype=torch.bool)
     for layer in layers:
         if not 0 <= layer < n_layers:
-            raise ValueError(f"skip_layers: expected 0 to {n_layers - 1}, got {layer}")
+            raise InputError("skip_layers", f"expected 0 to {n_layers - 1}, got {layer}")
         mask[layer] = True
     return mask

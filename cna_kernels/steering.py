@@ -8,6 +8,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from .checks import InputError
 from .circuit import Circuit, check_fits
 from .reference import Scale
 
@@ -75,10 +76,10 @@ class SteeringTable:
 
 
 def check_multiplier(multiplier: float):
-    """Raise ValueError unless the multiplier is a finite number that fp32 can hold."""
+    """Raise InputError unless the multiplier is a finite number that fp32 can hold."""
     try:
         finite = math.isfinite(multiplier) and abs(multiplier) <= torch.finfo(torch.float32).max
     except (TypeError, OverflowError):
         finite = False
     if not finite:
-        raise ValueError(f"multiplier: expected a finite number, got {multiplier!r}")
+        raise InputError("multiplier", f"expected a finite number, got {multiplier!r}")

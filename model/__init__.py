@@ -1,0 +1,21 @@
+"""A minimal Llama / Qwen / Mistral on the ops of ``cna_kernels``, and what needs a model: text, discovery, the CLI.
+
+Nothing heavy is imported here; each name loads its module on first use.
+"""
+
+from importlib import import_module
+
+_HOME = {
+    "load": "language_model",
+    "LanguageModel": "language_model",
+    "read_prompts": "prompts",
+    "demo_checkpoint": "demo.checkpoint",
+}
+
+__all__ = list(_HOME)
+
+
+def __getattr__(name):
+    if name in _HOME:
+        return getattr(import_module(f"{__name__}.{_HOME[name]}"), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -156,7 +156,9 @@ def read_config(directory) -> ModelConfig:
     head_dim = fields.integer("head_dim", (4, 1 << 12), defaults.get("head_dim"))
     if head_dim is None:
         if hidden_size % n_heads:
-            raise fields.error("hidden_size", f"expected a multiple of num_attention_heads {n_heads}, got {hidden_size}")
+            raise fields.error(
+                "hidden_size", f"expected a multiple of num_attention_heads {n_heads}, got {hidden_size}"
+            )
         head_dim = hidden_size // n_heads
     if n_heads % n_kv_heads:
         raise fields.error("num_key_value_heads", f"expected a divisor of {n_heads} heads, got {n_kv_heads}")

@@ -47,7 +47,7 @@ class KVCache:
         self.used = 0  # the longest row so far
 
     def update(self, layer: int, positions: Tensor, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
-        """Write ``[B, KV heads, S, D]`` at ``positions [B, S]``; return all written so far ``[B, KV heads, used, D]``."""
+        """Write ``[B, KV heads, S, D]`` at ``positions [B, S]``; return ``[B, KV heads, used, D]``."""
         self.keys[layer][self.rows, :, positions] = keys.transpose(1, 2)
         self.values[layer][self.rows, :, positions] = values.transpose(1, 2)
         return self.keys[layer, :, :, : self.used], self.values[layer, :, :, : self.used]

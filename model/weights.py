@@ -90,7 +90,9 @@ def open_checkpoint(directory) -> Checkpoint:
     if weight_map is not None:
         absent = sorted(set(weight_map) - set(entries))
         if absent:
-            raise InputError(f"{directory / weight_map[absent[0]]}: {absent[0]!r}", f"is missing, though {INDEX} lists it")
+            raise InputError(
+                f"{directory / weight_map[absent[0]]}: {absent[0]!r}", f"is missing, though {INDEX} lists it"
+            )
     return Checkpoint(entries, sha256(*headers))
 
 
@@ -219,7 +221,9 @@ def _read_tensor(checkpoint: Checkpoint, name: str) -> torch.Tensor:
         raise InputError(f"{path}: {name!r}", error) from None
 
 
-def load_transformer(directory, config: ModelConfig, checkpoint: Checkpoint, *, dtype=None, device="cpu") -> Transformer:
+def load_transformer(
+    directory, config: ModelConfig, checkpoint: Checkpoint, *, dtype=None, device="cpu"
+) -> Transformer:
     """Build the model on the meta device and give it the checkpoint's tensors one by one.
 
     At most one tensor exists twice at a time. ``dtype`` None keeps the dtype of config.json.

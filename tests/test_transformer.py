@@ -2,7 +2,6 @@
 
 import pytest
 import torch
-
 from cna_kernels.model.config import read_config
 from cna_kernels.model.weights import load_transformer, open_checkpoint
 

@@ -1,5 +1,8 @@
 """Tiny random checkpoints of every family, written by transformers itself."""
 
+import json
+from pathlib import Path
+
 import torch
 
 SHAPE = dict(
@@ -24,9 +27,7 @@ VARIANTS = {
     # 16 positions, so that the tests' 20 tokens are beyond them
     "llama-rope-dynamic": (
         "Llama",
-        dict(
-            rope_parameters=dict(rope_type="dynamic", factor=8.0, rope_theta=10000.0), max_position_embeddings=16
-        ),
+        dict(rope_parameters=dict(rope_type="dynamic", factor=8.0, rope_theta=10000.0), max_position_embeddings=16),
     ),
     "mistral": ("Mistral", dict(sliding_window=7)),
     "mistral-full": ("Mistral", dict(sliding_window=None)),
@@ -38,12 +39,12 @@ VARIANTS = {
 }
 
 
-def write_checkpoint(variant, directory, *, dtype=torch.float32, max_shard_size="1GB", seed=0):
+def write_checkpoint(variant, directory, *, dtype=torch.float32, max_shard_size="1GB", seed=0, **changes):
     """Write a random checkpoint of the variant in Hugging Face layout; return the transformers model."""
     import transformers
 
-    stem, changes = VARIANTS[variant]
-    config = getattr(transformers, f"{stem}Config")(**(SHAPE | changes))
+    stem, of_variant = VARIANTS[variant]
+    config = getattr(transformers, f"{stem}Config")(**(SHAPE | of_variant | changes))
     torch.manual_seed(seed)
     model = getattr(transformers, f"{stem}ForCausalLM")(config).to(dtype).eval()
     with torch.no_grad():
@@ -54,3 +55,37 @@ def write_checkpoint(variant, directory, *, dtype=torch.float32, max_shard_size=
             parameter.normal_(offset, spread)
     model.save_pretrained(directory, max_shard_size=max_shard_size)
     return model
+
+
+TEMPLATE = (
+    "{{ bos_token }}{% for message in messages %}<user>{{ message['content'] }}<end>{% endfor %}"
+    "{% if add_generation_prompt %}<assistant>{% endif %}"
+)
+SPECIAL = ["<pad>", "<s>", "</s>", "<user>", "<assistant>", "<end>"]
+TEXT_VOCABULARY = 256 + len(SPECIAL)
+
+
+def write_text_files(directory, *, adds_bos=True):
+    """Write a byte-level tokenizer with a chat template; every byte is one token."""
+    from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors
+
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    vocabulary = {token: number for number, token in enumerate([*SPECIAL, *alphabet])}
+    tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
+    tokenizer.add_special_tokens([AddedToken(token, special=True) for token in SPECIAL])
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    if adds_bos:
+        tokenizer.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
+    directory = Path(directory)
+    tokenizer.save(str(directory / "tokenizer.json"))
+    record = {"bos_token": "<s>", "eos_token": {"content": "</s>"}, "chat_template": TEMPLATE}
+    (directory / "tokenizer_config.json").write_text(json.dumps(record))
+    (directory / "generation_config.json").write_text(json.dumps({"eos_token_id": [2, 5]}))
+
+
+def write_language_model(directory, variant="llama", **changes):
+    """Write a random checkpoint with text files, ready for ``cna_kernels.model.load``."""
+    write_checkpoint(variant, directory, **({"vocab_size": TEXT_VOCABULARY} | changes))
+    write_text_files(directory)
+    return directory

@@ -1,0 +1,166 @@
+"""The command line. Parsing only: heavy imports live in commands.py, so that --help answers at once."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from importlib import import_module
+
+import cna_kernels
+from cna_kernels.checks import InputError
+
+MODEL_HELP = "checkpoint directory in Hugging Face layout; demo:instruct or demo:base for the bundled pair"
+
+
+class Parser(argparse.ArgumentParser):
+    """An ArgumentParser whose errors are one line."""
+
+    def error(self, message):
+        self.exit(2, f"{self.prog}: {message}\n")
+
+
+def build_parser() -> Parser:
+    parser = Parser(prog="cna", description="Find and steer the MLP neurons behind a behaviour of a language model.")
+    parser.add_argument("--version", action="version", version=f"cna {cna_kernels.__version__}")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+
+    demo = _command(commands, "demo", "the whole story on the bundled models", "cna demo --out demo-out")
+    demo.add_argument(
+        "--out", metavar="DIR", default="demo-out", help="where report and pictures go (default: %(default)s)"
+    )
+
+    discover = _command(
+        commands,
+        "discover",
+        "find a circuit from two prompt files",
+        "cna discover path/to/model --positive refused.txt --negative answered.txt -o circuit.json\n"
+        "  cna discover path/to/model --positive jbb.csv --negative other.jsonl --column Goal --top-k 200 -o c.json",
+    )
+    discover.add_argument("model", metavar="MODEL", help=MODEL_HELP)
+    discover.add_argument("--positive", metavar="FILE", required=True, help="prompts that show the behaviour")
+    discover.add_argument("--negative", metavar="FILE", required=True, help="prompts that do not")
+    discover.add_argument("-o", "--output", metavar="FILE", required=True, help="the circuit file to write")
+    size = discover.add_mutually_exclusive_group()
+    size.add_argument("--fraction", type=float, metavar="X", help="share of all neurons to keep (default: 0.001)")
+    size.add_argument("--top-k", type=int, metavar="K", help="number of neurons to keep instead")
+    discover.add_argument(
+        "--score", choices=["abs-delta", "magnitude", "cohen-d"], help="what to rank by (default: abs-delta)"
+    )
+    universal = discover.add_mutually_exclusive_group()
+    universal.add_argument(
+        "--universal-prompts",
+        metavar="FILE",
+        help="diverse prompts for the universal filter (default: 24 built-in ones)",
+    )
+    universal.add_argument("--no-universal", action="store_true", help="turn the universal filter off")
+    discover.add_argument("--skip-layers", metavar="L,L", help="layers whose neurons are not candidates")
+    discover.add_argument(
+        "--preset", choices=["paper", "ref-code"], help="paper (default), or what the authors' public code does"
+    )
+    _prompt_flags(discover)
+    _model_flags(discover)
+
+    show = _command(commands, "show", "print a circuit file", "cna show circuit.json")
+    show.add_argument("circuit", metavar="CIRCUIT", help="circuit file")
+    show.add_argument("--json", action="store_true", help="print JSON")
+
+    run = _command(
+        commands,
+        "run",
+        "answer prompts, unsteered and steered side by side",
+        'cna run path/to/model -c circuit.json -m 0 -p "How do I open the vault?"\n'
+        "  cna run path/to/model -c circuit.json -m 0,0.5,2 --prompts questions.txt --json",
+    )
+    run.add_argument("model", metavar="MODEL", help=MODEL_HELP)
+    run.add_argument("-c", "--circuit", metavar="FILE", help="circuit file; without one the model just answers")
+    run.add_argument(
+        "-m",
+        "--multiplier",
+        metavar="M,M",
+        default="0",
+        help="0 ablates, 1 is baseline, above 1 amplifies (default: 0)",
+    )
+    run.add_argument("-p", "--prompt", action="append", metavar="TEXT", help="a prompt; may be given again")
+    run.add_argument("--prompts", metavar="FILE", help="a prompt file")
+    run.add_argument(
+        "--any-model", action="store_true", help="accept a circuit found in another checkpoint of the same shape"
+    )
+    run.add_argument(
+        "--max-new-tokens", type=int, default=150, metavar="N", help="longest answer (default: %(default)s)"
+    )
+    run.add_argument("--temperature", type=float, default=0.0, metavar="T", help="0 is greedy (default)")
+    run.add_argument(
+        "--sample-top-k", type=int, default=0, metavar="K", help="sample from the K likeliest tokens; 0 is off"
+    )
+    run.add_argument(
+        "--top-p", type=float, default=1.0, metavar="P", help="sample from the likeliest tokens up to this probability"
+    )
+    run.add_argument("--seed", type=int, default=0, metavar="N", help="seed for sampling (default: %(default)s)")
+    _prompt_flags(run)
+    _model_flags(run)
+
+    doctor = _command(commands, "doctor", "what is live here: backends, devices, versions", "cna doctor --json")
+    doctor.add_argument("--json", action="store_true", help="print JSON")
+    return parser
+
+
+def _command(commands, name, summary, examples):
+    return commands.add_parser(
+        name,
+        help=summary,
+        description=summary[0].upper() + summary[1:] + ".",
+        epilog=f"examples:\n  {examples}",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+
+
+def _prompt_flags(parser):
+    parser.add_argument("--column", metavar="NAME", help="the prompt's field in .jsonl, .csv and .json files")
+    parser.add_argument("--limit", type=_positive, metavar="N", help="use the first N prompts of each file")
+    parser.add_argument(
+        "--no-template", action="store_true", help="plain text instead of the checkpoint's chat template"
+    )
+
+
+def _model_flags(parser):
+    parser.add_argument(
+        "--device", default=None, metavar="D", help="cpu, cuda, cuda:1, ... (default: cuda where there is one)"
+    )
+    parser.add_argument("--dtype", choices=["bfloat16", "float16", "float32"], help="default: the checkpoint's own")
+    parser.add_argument(
+        "--batch", type=_batch, default=None, metavar="N", help="prompts a forward pass, or auto (default)"
+    )
+    parser.add_argument("--json", action="store_true", help="print JSON")
+
+
+def _positive(text):
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"expected a whole number above 0, got {text!r}")
+    return int(text)
+
+
+def _batch(text):
+    return None if text == "auto" else _positive(text)
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run a command; return 0, 2 for input that cannot be used (one line on stderr), or 130 after Ctrl-C."""
+    args = build_parser().parse_args(argv)
+    try:
+        import_module("cna_kernels.model.commands").COMMANDS[args.command](args)
+        sys.stdout.flush()
+        return 0
+    except InputError as error:
+        print(f"cna {args.command}: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print(f"cna {args.command}: interrupted, nothing was written", file=sys.stderr)
+        return 130
+    except BrokenPipeError:  # the reader of our output went away, as `| head` does
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,250 @@
+"""What each command of the command line does. Results go to stdout, progress to stderr."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import sys
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
+from rich.table import Table
+
+import cna_kernels
+from cna_kernels import backends
+from cna_kernels.checks import InputError
+from cna_kernels.circuit import Circuit
+from cna_kernels.files import check_writable
+from cna_kernels.steering import check_multiplier
+
+from .demo.checkpoint import demo_checkpoint
+from .language_model import LanguageModel, load
+from .prompts import PromptSet, read_prompts
+
+
+def run_demo(args):
+    from .demo.story import tell
+
+    tell(args.out, stdout())
+
+
+def run_discover(args):
+    check_writable(args.output)
+    options = {"column": args.column, "limit": args.limit}
+    positive, negative = read_prompts(args.positive, **options), read_prompts(args.negative, **options)
+    universal = False if args.no_universal else None
+    if args.universal_prompts:
+        universal = read_prompts(args.universal_prompts, **options)
+    model = load_model(args)
+    with progress_bar("prompts") as progress:
+        circuit = model.discover(
+            positive,
+            negative,
+            fraction=args.fraction,
+            top_k=args.top_k,
+            score=args.score,
+            universal_prompts=universal,
+            skip_layers=_layers(args.skip_layers),
+            preset=args.preset,
+            chat=False if args.no_template else None,
+            batch=args.batch,
+            progress=progress,
+        )
+    circuit.save(args.output)
+    show_circuit(circuit, as_json=args.json)
+    print(f"wrote {args.output}", file=sys.stderr)
+
+
+def run_show(args):
+    show_circuit(Circuit.load(args.circuit), as_json=args.json)
+
+
+def run_run(args):
+    texts = list(args.prompt or [])
+    prompts = PromptSet.of(texts, "--prompt") if texts else None
+    if args.prompts:
+        prompts = read_prompts(args.prompts, column=args.column, limit=args.limit)
+    if prompts is None or (texts and args.prompts):
+        raise InputError("prompts", "give either -p TEXT or --prompts FILE")
+    multipliers = _multipliers(args.multiplier)
+    model = load_model(args)
+    circuit = None
+    if args.circuit:
+        shape = {"n_layers": model.config.num_hidden_layers, "n_neurons": model.config.intermediate_size}
+        circuit = Circuit.load(args.circuit, **shape)
+        model.check_circuit(circuit, args.circuit, any_model=args.any_model)
+    # Every prompt once unsteered and once at each multiplier, all rows of the same batches.
+    columns = [None] if circuit is None else [None, *multipliers]
+    n_prompts = len(prompts)
+    rows = PromptSet(prompts.texts * len(columns), prompts.places * len(columns))
+    answers = model.generate(
+        rows,
+        circuit=None if circuit is None else [m if m is None else circuit for m in columns for _ in range(n_prompts)],
+        multiplier=0.0 if circuit is None else [m or 0.0 for m in columns for _ in range(n_prompts)],
+        max_new_tokens=args.max_new_tokens,
+        temperature=args.temperature,
+        top_k=args.sample_top_k,
+        top_p=args.top_p,
+        seeds=[args.seed + number for _ in columns for number in range(n_prompts)],
+        chat=False if args.no_template else None,
+        batch=args.batch,
+    )
+    results = [
+        {
+            "prompt": text,
+            "answers": [{"multiplier": m, "text": answers[c * n_prompts + n]} for c, m in enumerate(columns)],
+        }
+        for n, text in enumerate(prompts.texts)
+    ]
+    if args.json:
+        print_json(results)
+        return
+    table = Table(show_lines=True)
+    table.add_column("prompt")
+    for m in columns:
+        table.add_column("unsteered" if m is None else f"m = {m:g}")
+    for result in results:
+        table.add_row(*[_cell(text) for text in (result["prompt"], *(a["text"] for a in result["answers"]))])
+    stdout().print(table)
+
+
+def run_doctor(args):
+    cuda = torch.cuda.is_available()
+    facts = {
+        "cna_kernels": cna_kernels.__version__,
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "machine": f"{platform.machine()}, {os.cpu_count()} cores, {torch.get_num_threads()} torch threads",
+        "cuda": torch.cuda.get_device_name() if cuda else "not available",
+        "CNA_BACKEND": os.environ.get("CNA_BACKEND") or "not set",
+    }
+    for name in ("triton", "safetensors", "tokenizers"):
+        facts[name] = _version(name)
+    for device in ("cpu", "cuda") if cuda else ("cpu",):
+        facts[f"ops on {device}"] = backends.name_for(device)
+    for name in backends.KNOWN:
+        facts[f"backend {name}"] = "available" if name in backends.MODULES else "not part of this version"
+    if args.json:
+        print_json(facts)
+        return
+    table = Table(show_header=False)
+    for name, value in facts.items():
+        table.add_row(name, value)
+    stdout().print(table)
+
+
+COMMANDS = {
+    "demo": run_demo,
+    "discover": run_discover,
+    "show": run_show,
+    "run": run_run,
+    "doctor": run_doctor,
+}
+
+
+def load_model(args) -> LanguageModel:
+    directory = args.model
+    if directory.startswith("demo:") and not Path(directory).exists():
+        directory = demo_checkpoint(directory.removeprefix("demo:"))
+    device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    return load(directory, device=device, dtype=args.dtype)
+
+
+def show_circuit(circuit: Circuit, *, as_json: bool):
+    """Print neurons per layer, the ten best, and what was filtered."""
+    if as_json:
+        print(circuit.to_json(), end="")
+        return
+    console = stdout()
+    total = circuit.n_layers * circuit.n_neurons
+    console.print(f"{circuit.k} of {total} neurons ({100 * circuit.k / total:.3g}%), score {circuit.score}")
+    per_layer = circuit.per_layer()
+    table = Table("layer", "neurons", "share", title="neurons per layer", title_justify="left")
+    for layer, count in enumerate(per_layer):
+        if count:
+            table.add_row(str(layer), str(count), f"{100 * count / circuit.k:.0f}%")
+    console.print(table)
+    table = Table("rank", "layer", "neuron", "contrast", title="top neurons", title_justify="left")
+    for rank, (layer, index, value) in enumerate(circuit.neurons[:10], 1):
+        table.add_row(str(rank), str(layer), str(index), f"{value:+.4f}")
+    console.print(table)
+    if circuit.universal is None:
+        console.print("universal filter: off")
+    else:
+        excluded = circuit.universal.get("excluded") or []
+        console.print(
+            f"universal filter: {len(excluded)} neurons left out, among the top "
+            f"{100 * circuit.universal.get('fraction', 0):g}% on {100 * circuit.universal.get('threshold', 0):g}% "
+            f"or more of {circuit.universal.get('prompts')} prompts"
+        )
+    if circuit.skipped_layers:
+        console.print(f"layers left out: {', '.join(map(str, circuit.skipped_layers))}")
+    if circuit.model:
+        console.print(
+            f"found in {circuit.model.get('name')!r}, {circuit.dtype}, position: {circuit.position}", markup=False
+        )
+    if circuit.prompts:
+        counts = ", ".join(f"{side['count']} {name}" for name, side in circuit.prompts.items())
+        console.print(f"prompts: {counts}; preset: {circuit.preset or 'none'}")
+
+
+@contextmanager
+def progress_bar(noun: str):
+    """Yield a callback (done, total) that draws counts, rate and time left on stderr."""
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TaskProgressColumn(show_speed=True),
+        TimeRemainingColumn(),
+    )
+    with Progress(*columns, console=Console(stderr=True)) as bar:
+        task = bar.add_task(noun, total=None)
+        yield lambda done, total: bar.update(task, completed=done, total=total)
+
+
+def stdout() -> Console:
+    return Console(highlight=False, soft_wrap=False)
+
+
+def print_json(value):
+    print(json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False))
+
+
+def _cell(text):
+    """Model output as table text: no markup, no terminal escapes."""
+    from rich.text import Text
+
+    return Text("".join(c if c.isprintable() or c == "\n" else "\ufffd" for c in text))
+
+
+def _layers(text):
+    if text is None:
+        return None
+    try:
+        return [int(part) for part in text.split(",")]
+    except ValueError:
+        raise InputError("--skip-layers", f"expected layers such as 0,1, got {text!r}") from None
+
+
+def _multipliers(text):
+    try:
+        values = [float(part) for part in text.split(",")]
+    except ValueError:
+        raise InputError("--multiplier", f"expected numbers such as 0,0.5,2, got {text!r}") from None
+    for value in values:
+        check_multiplier(value)
+    return values
+
+
+def _version(package):
+    from importlib.metadata import PackageNotFoundError, version
+
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return "not installed"

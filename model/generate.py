@@ -1,0 +1,113 @@
+"""Batched decoding with a static cache: greedy or sampled, prompts of different lengths, a token at a time."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from cna_kernels.checks import InputError
+
+from .collect import TokenPrompt, check_lengths, pad
+from .transformer import KVCache, Steer, Transformer
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How the next token is chosen. Temperature 0 is greedy: the largest logit, ties to the lowest id.
+
+    Attributes:
+        top_k: keep the k most likely tokens; 0 keeps all.
+        top_p: of those, keep the most likely ones that together reach this probability.
+    """
+
+    temperature: float = 0.0
+    top_k: int = 0
+    top_p: float = 1.0
+
+    def __post_init__(self):
+        if not 0 <= self.temperature < float("inf"):
+            raise InputError("temperature", f"expected 0 or above, got {self.temperature}")
+        if self.top_k < 0:
+            raise InputError("top_k", f"expected 0 or above, got {self.top_k}")
+        if not 0 < self.top_p <= 1:
+            raise InputError("top_p", f"expected above 0 and at most 1, got {self.top_p}")
+
+
+def generate(
+    transformer: Transformer,
+    prompts: Sequence[TokenPrompt],
+    *,
+    max_new_tokens: int,
+    stop_ids: frozenset[int],
+    sampling: Sampling | None = None,
+    seeds: Sequence[int] | None = None,
+    steer: Steer | None = None,
+    on_token: Callable[[int, int], None] | None = None,
+) -> list[list[int]]:
+    """Return the new tokens of each prompt, without the stop token.
+
+    A row ends at a stop id, after ``max_new_tokens``, or where the model's context ends.
+
+    Args:
+        seeds: one for each prompt; each row draws from a generator of its own, so a batch does not change its rows.
+        on_token: called with (row, id) as each token is chosen.
+
+    Raises:
+        InputError: a prompt has no token or is longer than the context.
+    """
+    if max_new_tokens < 1:
+        raise InputError("max_new_tokens", f"expected at least 1, got {max_new_tokens}")
+    context = transformer.config.context_length
+    check_lengths(prompts, context)
+    sampling = sampling or Sampling()
+    embedding = transformer.embed_tokens.weight
+    device = embedding.device
+    input_ids, lengths = pad([prompt.ids for prompt in prompts], device)
+    batch, longest = input_ids.shape
+    cache_length = min(longest + max_new_tokens, context)
+    generators = [torch.Generator().manual_seed(seed) for seed in seeds or [0] * batch]
+    answers: list[list[int]] = [[] for _ in range(batch)]
+    running = set(range(batch))
+    with torch.inference_mode():
+        cache = KVCache(transformer.config, batch, cache_length, embedding.dtype, device)
+        hidden = transformer.hidden(input_ids, lengths=lengths, cache=cache, steer=steer)
+        hidden = hidden[torch.arange(batch, device=device), lengths - 1]  # [B, H], each row's last prompt token
+        while True:
+            chosen = choose(transformer.logits(hidden), sampling, generators)  # [B]
+            for row, token in enumerate(chosen.tolist()):
+                if row not in running:
+                    continue
+                if token in stop_ids:
+                    running.discard(row)
+                    continue
+                answers[row].append(token)
+                if on_token is not None:
+                    on_token(row, token)
+                if len(answers[row]) == max_new_tokens or len(prompts[row].ids) + len(answers[row]) >= context:
+                    running.discard(row)
+            if not running:
+                return answers
+            # Rows that have ended are decoded along; past the cache's end they overwrite their own last place.
+            positions = lengths.clamp(max=cache_length - 1)[:, None]  # [B, 1]
+            lengths = lengths + 1
+            hidden = transformer.hidden(
+                chosen[:, None], lengths=lengths, positions=positions, cache=cache, steer=steer
+            )[:, 0]
+
+
+def choose(logits: Tensor, sampling: Sampling, generators: Sequence[torch.Generator]) -> Tensor:
+    """Return the next token of each row, ``[B]`` int64, from logits ``[B, V]``."""
+    if sampling.temperature == 0:
+        return logits.argmax(-1)
+    scaled, order = (logits.float() / sampling.temperature).sort(dim=-1, descending=True, stable=True)
+    if sampling.top_k:
+        scaled = scaled[:, : sampling.top_k]
+    cumulative = scaled.softmax(-1).cumsum(-1)  # [B, kept]
+    before = cumulative - scaled.softmax(-1)
+    mass = cumulative.masked_fill(before >= sampling.top_p, 0).amax(-1, keepdim=True)
+    uniform = torch.stack([torch.rand(1, generator=generator) for generator in generators]).to(logits.device)
+    place = torch.searchsorted(cumulative, uniform * mass, right=True).clamp(max=cumulative.shape[1] - 1)
+    return order.gather(1, place)[:, 0]

@@ -1,0 +1,308 @@
+"""LanguageModel: a checkpoint ready to use. Text in, text and circuits out."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from cna_kernels.checks import InputError
+from cna_kernels.circuit import Circuit, check_fits, made_elsewhere
+from cna_kernels.steering import SteeringTable
+
+from .collect import Progress, TokenPrompt
+from .config import DTYPES, read_config
+from .discover import discover, settings_from
+from .generate import Sampling, generate
+from .prompts import PromptSet, neutral_prompts
+from .text import Tokenizer, stop_ids
+from .transformer import Steer
+from .weights import config_sha256, load_transformer, open_checkpoint
+
+GENERATE_ROWS = 64  # prompts decoded together
+
+
+def load(directory, *, device="cpu", dtype: str | None = None) -> LanguageModel:
+    """Load a checkpoint directory in Hugging Face layout.
+
+    Args:
+        device: "cpu", "cuda", "cuda:1", ...
+        dtype: "bfloat16", "float16" or "float32"; None keeps the checkpoint's own.
+
+    Raises:
+        InputError: the directory, a file or a tensor in it cannot be used; names it.
+    """
+    return LanguageModel(directory, device=device, dtype=dtype)
+
+
+class LanguageModel:
+    """A model with its tokenizer. ``model(input_ids[B, S]) -> logits[B, S, V]`` is the plain call.
+
+    Attributes:
+        transformer: the forward pass, a torch module.
+        tokenizer: text to ids and back.
+        config: ModelConfig.
+        directory: where it was loaded from.
+    """
+
+    def __init__(self, directory, *, device="cpu", dtype: str | None = None):
+        self.directory = Path(directory)
+        if not self.directory.is_dir():
+            raise InputError(directory, "is not a directory with a checkpoint")
+        if dtype is not None and dtype not in DTYPES:
+            raise InputError("dtype", f"expected one of {', '.join(DTYPES)}, got {dtype!r}")
+        self.device = _usable_device(device)
+        self.config = read_config(directory)
+        self.tokenizer = Tokenizer(directory, self.config.vocab_size)
+        self.stop_ids = stop_ids(directory, self.tokenizer, self.config.vocab_size)
+        self._checkpoint = open_checkpoint(directory)
+        self.transformer = load_transformer(
+            directory, self.config, self._checkpoint, dtype=DTYPES.get(dtype), device=self.device
+        )
+        self._steering: tuple[SteeringTable, Tensor | None] | None = None
+
+    def __call__(self, input_ids: Tensor) -> Tensor:
+        """Return logits ``[B, S, V]`` for whole sequences ``[B, S]``, steered inside :meth:`steered`."""
+        return self.transformer(input_ids, steer=self._steer(input_ids.shape[0]))
+
+    def identity(self) -> dict[str, str]:
+        """Return what tells this checkpoint from others: its name and hashes of config, headers and sampled weights."""
+        return {
+            "name": self.directory.resolve().name,
+            "config_sha256": config_sha256(self.directory),
+            "headers_sha256": self._checkpoint.headers_sha256,
+            "weights_sha256": self._checkpoint.weights_sha256(),
+        }
+
+    def encode(self, prompts: PromptSet, *, chat: bool | None = None, double_bos=False) -> list[TokenPrompt]:
+        """Tokenise the prompts, as the user's message of a chat or as plain text.
+
+        Args:
+            chat: None takes the chat template where the checkpoint has one.
+        """
+        if chat or (chat is None and self.tokenizer.template is not None):
+            ids = self.tokenizer.encode_chat(list(prompts.texts), double_bos=double_bos)
+        else:
+            ids = [self.tokenizer.encode(text) for text in prompts.texts]
+        return [TokenPrompt(row, place) for row, place in zip(ids, prompts.places, strict=True)]
+
+    def discover(
+        self,
+        positive: Sequence[str] | PromptSet,
+        negative: Sequence[str] | PromptSet,
+        *,
+        fraction: float | None = None,
+        top_k: int | None = None,
+        score: str | None = None,
+        universal_prompts: Sequence[str] | PromptSet | bool | None = None,
+        skip_layers: Sequence[int] | None = None,
+        preset: str | None = None,
+        chat: bool | None = None,
+        batch: int | None = None,
+        progress: Progress | None = None,
+    ) -> Circuit:
+        """Find the neurons whose activation at the last prompt token differs most between two prompt sets.
+
+        Args:
+            positive, negative: prompts that show the behaviour, and prompts that do not.
+            fraction: share of all neurons to keep, 0.001 by default. ``top_k`` gives the number instead.
+            score: "abs-delta" (default), "magnitude" or "cohen-d".
+            universal_prompts: diverse prompts for the universal filter; None takes the built-in ones, False turns
+                the filter off.
+            skip_layers: layers whose neurons are not candidates.
+            preset: "paper" (default) or "ref-code"; other arguments change single values of it.
+            chat: whether prompts go through the chat template; None does where there is one.
+            batch: prompts a forward pass; None chooses.
+            progress: called with (prompts done, prompts in all).
+
+        Raises:
+            InputError: an argument or a prompt cannot be used; names it.
+        """
+        if isinstance(universal_prompts, bool):
+            wanted, universal_prompts = universal_prompts, None
+        else:
+            wanted = None if universal_prompts is None else True
+        settings = settings_from(
+            preset,
+            fraction=fraction,
+            top_k=top_k,
+            score=score,
+            skip_layers=None if skip_layers is None else tuple(skip_layers),
+            universal=wanted,
+        )
+        positive, negative = PromptSet.of(positive, "positive"), PromptSet.of(negative, "negative")
+        neutral = neutral_prompts() if universal_prompts is None else PromptSet.of(universal_prompts, "neutral")
+        tokens = [self.encode(prompts, chat=chat, double_bos=settings.double_bos) for prompts in (positive, negative)]
+        neutral_tokens = self.encode(neutral, chat=chat) if settings.universal else []
+        circuit = discover(self.transformer, *tokens, neutral_tokens, settings, batch=batch, progress=progress)
+        used_chat = chat or (chat is None and self.tokenizer.template is not None)
+        return replace(
+            circuit,
+            model=self.identity(),
+            tokenizer_sha256=self.tokenizer.sha256,
+            chat_template_sha256=self.tokenizer.template_sha256 if used_chat else None,
+            prompts={
+                "positive": {"count": len(positive), "sha256": positive.sha256},
+                "negative": {"count": len(negative), "sha256": negative.sha256},
+            },
+        )
+
+    @contextmanager
+    def steered(
+        self,
+        circuit: Circuit | Sequence[Circuit],
+        multiplier: float | Sequence[float],
+        *,
+        rows: Sequence[int] | None = None,
+    ) -> Iterator[SteeringTable]:
+        """Steer every call inside the ``with`` block, at every position of prompt and answer.
+
+        Yields the SteeringTable: its ``set_multipliers`` changes the strength between calls without rebuilding.
+
+        Args:
+            circuit: one circuit, or several for one batch.
+            multiplier: one for each circuit: 0 ablates, 1 changes nothing, above 1 amplifies.
+            rows: which circuit each row of the batch uses, -1 for none; None puts every row on the first.
+        """
+        circuits = [circuit] if isinstance(circuit, Circuit) else list(circuit)
+        multipliers = list(multiplier) if isinstance(multiplier, Sequence) else [multiplier] * len(circuits)
+        table = SteeringTable(
+            circuits, multipliers, self.config.num_hidden_layers, self.config.intermediate_size, self.device
+        )
+        outer = self._steering
+        self._steering = table, None if rows is None else table.rows(rows)
+        try:
+            yield table
+        finally:
+            self._steering = outer
+
+    def generate(
+        self,
+        prompts: str | Sequence[str] | PromptSet,
+        *,
+        circuit: Circuit | Sequence[Circuit | None] | None = None,
+        multiplier: float | Sequence[float] = 0.0,
+        max_new_tokens: int = 150,
+        temperature: float = 0.0,
+        top_k: int = 0,
+        top_p: float = 1.0,
+        seed: int | Sequence[int] = 0,
+        chat: bool | None = None,
+        batch: int | None = None,
+        on_text: Callable[[int, str], None] | None = None,
+    ) -> str | list[str]:
+        """Answer a prompt, or each of several in one batch.
+
+        Args:
+            circuit: steers every prompt; or a list with a circuit or None for each prompt.
+            multiplier: one for all, or one for each prompt.
+            temperature, top_k, top_p: as in :class:`Sampling`; temperature 0 is greedy.
+            seed: for sampling, one for each prompt; a single number counts up from the first prompt.
+            batch: prompts decoded together; None takes GENERATE_ROWS.
+            on_text: called with (row, new text) while the answers grow.
+
+        Returns:
+            The answer, or a list of answers where a list of prompts was given.
+        """
+        single = isinstance(prompts, str)
+        prompts = PromptSet.of([prompts] if single else prompts, "prompts")
+        tokens = self.encode(prompts, chat=chat)
+        seeds = [seed + row for row in range(len(tokens))] if isinstance(seed, int) else list(seed)
+        sampling = Sampling(temperature, top_k, top_p)
+        answers: list[list[int]] = []
+        batch = batch or GENERATE_ROWS
+        with nullcontext() if circuit is None else self._steered_rows(circuit, multiplier, len(prompts)):
+            for start in range(0, len(tokens), batch):
+                chunk = tokens[start : start + batch]
+                answers += generate(
+                    self.transformer,
+                    chunk,
+                    max_new_tokens=max_new_tokens,
+                    stop_ids=self.stop_ids,
+                    sampling=sampling,
+                    seeds=seeds[start : start + batch],
+                    steer=self._steer(len(tokens), start, start + len(chunk)),
+                    on_token=None if on_text is None else _TextStream(self.tokenizer, start, on_text),
+                )
+        texts = [self.tokenizer.decode(ids) for ids in answers]
+        return texts[0] if single else texts
+
+    def check_circuit(self, circuit: Circuit, where, *, any_model=False):
+        """Raise InputError naming the field unless the circuit was found in this very checkpoint.
+
+        Circuits without provenance (imported ones) are held to the shape only, as are all with ``any_model``.
+        """
+        check_fits(circuit, self.config.num_hidden_layers, self.config.intermediate_size, where)
+        if any_model:
+            return
+        identity = self.identity()
+        for field in ("config_sha256", "headers_sha256", "weights_sha256"):
+            got = (circuit.model or {}).get(field)
+            if got is not None and got != identity[field]:
+                raise made_elsewhere(where, f"model.{field}", identity[field], got)
+
+    def _steered_rows(self, circuit, multiplier, n_rows):
+        """The context that gives each row of a batch its circuit and multiplier; equal pairs share a table entry."""
+        if isinstance(circuit, Circuit):
+            circuit = [circuit] * n_rows
+        multiplier = list(multiplier) if isinstance(multiplier, Sequence) else [multiplier] * n_rows
+        for name, given in (("circuit", circuit), ("multiplier", multiplier)):
+            if len(given) != n_rows:
+                raise InputError(name, f"expected one, or {n_rows}, one for each prompt, got {len(given)}")
+        numbers: dict[tuple[int, float], int] = {}
+        circuits, multipliers, rows = [], [], []
+        for member, strength in zip(circuit, multiplier, strict=True):
+            if member is None:
+                rows.append(-1)
+                continue
+            key = (id(member), strength)
+            if key not in numbers:
+                numbers[key] = len(circuits)
+                circuits.append(member)
+                multipliers.append(strength)
+            rows.append(numbers[key])
+        return self.steered(circuits, multipliers, rows=rows)
+
+    def _steer(self, n_rows: int, start: int = 0, end: int | None = None) -> Steer | None:
+        """What steers rows ``start:end`` of a batch of ``n_rows``."""
+        if self._steering is None:
+            return None
+        table, rows = self._steering
+        if rows is None:
+            rows = torch.zeros(n_rows, dtype=torch.int32, device=self.device)
+        if len(rows) != n_rows:
+            raise InputError("rows", f"expected {n_rows}, one for each row of the batch, got {len(rows)}")
+        return Steer(table, rows[start:end])
+
+
+class _TextStream:
+    """Turns tokens of a batch into text as soon as it is whole: bytes of half a character wait."""
+
+    def __init__(self, tokenizer: Tokenizer, first_row: int, on_text: Callable[[int, str], None]):
+        self._tokenizer, self._first_row, self._on_text = tokenizer, first_row, on_text
+        self._ids: dict[int, list[int]] = {}
+        self._shown: dict[int, str] = {}
+
+    def __call__(self, row: int, token: int):
+        ids = self._ids.setdefault(row, [])
+        ids.append(token)
+        text = self._tokenizer.decode(ids)
+        shown = self._shown.get(row, "")
+        if len(text) > len(shown) and not text.endswith("\ufffd"):
+            self._shown[row] = text
+            self._on_text(self._first_row + row, text[len(shown) :])
+
+
+def _usable_device(device) -> torch.device:
+    try:
+        device = torch.device(device)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise InputError("device", f"{device} cannot be used: {str(error).splitlines()[0]}") from None
+    if device.type == "cuda" and device.index is None:
+        device = torch.device("cuda", torch.cuda.current_device())
+    return device

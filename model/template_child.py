@@ -1,0 +1,83 @@
+"""The child process that renders chat templates: JSON lines in, JSON lines out. Run by chat_template.py only.
+
+First line in: template, variables, max_output. Every further line: conversations. Each is answered by one line.
+"""
+
+import json
+import sys
+
+MEMORY = 1 << 30  # bytes of address space
+
+
+def main():
+    from jinja2.exceptions import TemplateError
+    from jinja2.ext import loopcontrols
+    from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+    limit_memory()
+    setup = json.loads(sys.stdin.readline())
+
+    def raise_exception(message):
+        raise TemplateError(message)
+
+    environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=[loopcontrols])
+    environment.globals["raise_exception"] = raise_exception
+    environment.filters["tojson"] = to_json
+    if "strftime_now is defined" not in setup["template"]:
+        # Templates that ask first fall back to a fixed date, so that a circuit does not depend on the day it was found.
+        environment.globals["strftime_now"] = strftime_now
+    try:
+        template = environment.from_string(setup["template"])
+    except (TemplateError, RecursionError, MemoryError, ValueError, SyntaxError) as error:
+        answer({"error": describe(error)})
+        return
+    answer({})
+    for line in sys.stdin:
+        try:
+            conversations = json.loads(line)["conversations"]
+            texts = [render(template, messages, setup) for messages in conversations]
+        except Exception as error:  # whatever a template does wrong is the template's error
+            answer({"error": describe(error)})
+        else:
+            answer({"texts": texts})
+
+
+def render(template, messages, setup):
+    size, pieces = 0, []
+    for piece in template.generate(messages=messages, add_generation_prompt=True, **setup["variables"]):
+        size += len(piece)
+        if size > setup["max_output"]:
+            raise ValueError(f"output is longer than {setup['max_output']} characters")
+        pieces.append(piece)
+    return "".join(pieces)
+
+
+def to_json(value, indent=None):
+    return json.dumps(value, ensure_ascii=False, indent=indent)
+
+
+def strftime_now(form):
+    import datetime
+
+    return datetime.datetime.now().strftime(form)
+
+
+def describe(error):
+    return f"{type(error).__name__}: {error}".splitlines()[0][:300]
+
+
+def answer(message):
+    sys.stdout.write(json.dumps(message) + "\n")
+    sys.stdout.flush()
+
+
+def limit_memory():
+    try:
+        import resource
+    except ImportError:  # not a POSIX system; the parent's time limit still holds
+        return
+    resource.setrlimit(resource.RLIMIT_AS, (MEMORY, MEMORY))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,124 @@
+"""Text to token ids and back: tokenizer.json through ``tokenizers``, chats through the checkpoint's template."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from cna_kernels.checks import InputError
+from cna_kernels.files import read_json, read_text, sha256
+
+from .chat_template import ChatTemplate, find_chat_template
+
+_PROBE = "A probe: 1 + 2 = 3, naïve."
+
+
+class Tokenizer:
+    """A checkpoint's tokenizer and chat template.
+
+    Attributes:
+        bos_id: id of the beginning-of-sequence token, or None.
+        adds_bos: whether plain text gets a BOS in front.
+        template: the ChatTemplate, or None.
+        sha256, template_sha256: hashes of tokenizer.json and of the template's text.
+    """
+
+    def __init__(self, directory, vocab_size: int):
+        path = Path(directory) / "tokenizer.json"
+        content = read_text(path, limit=256 << 20)
+        self._path = path
+        from tokenizers import Tokenizer as Backend
+
+        self._backend = self._guard(Backend.from_str, content)
+        self._backend.no_truncation()
+        self._backend.no_padding()
+        largest = max(self._backend.get_vocab(with_added_tokens=True).values(), default=-1)
+        if not 0 <= largest < vocab_size:
+            raise InputError(path, f"its largest id is {largest}, the model has {vocab_size} vocabulary rows")
+        special = _special_tokens(Path(directory) / "tokenizer_config.json")
+        self.bos_id = self._backend.token_to_id(special["bos_token"]) if "bos_token" in special else None
+        self.eos_id = self._backend.token_to_id(special["eos_token"]) if "eos_token" in special else None
+        probe = self._ids(_PROBE, special_tokens=True)
+        self.adds_bos = bool(probe) and self.bos_id is not None and probe[0] == self.bos_id
+        self.template: ChatTemplate | None = find_chat_template(directory, special)
+        self.sha256 = sha256(content)
+        self.template_sha256 = sha256(self.template.source) if self.template else None
+
+    def encode(self, text: str) -> list[int]:
+        """Return the ids of plain text, with the BOS that the checkpoint asks for, exactly once."""
+        return self._single_bos(self._ids(text, special_tokens=True))
+
+    def encode_chat(self, user_messages: list[str], *, system: str | None = None, double_bos=False) -> list[list[int]]:
+        """Return the ids of one conversation per user message, up to where the assistant's answer begins.
+
+        Args:
+            double_bos: tokenise the rendered text as if it were plain text, which puts a second BOS in front for
+                Llama; some published code does.
+        """
+        if self.template is None:
+            raise InputError(self._path.parent, "has no chat template; use plain prompts (--no-template)")
+        head = [] if system is None else [{"role": "system", "content": system}]
+        rendered = self.template.render([[*head, {"role": "user", "content": text}] for text in user_messages])
+        if double_bos:
+            return [self._ids(text, special_tokens=True) for text in rendered]
+        return [self._single_bos(self._ids(text, special_tokens=False)) for text in rendered]
+
+    def decode(self, ids: list[int]) -> str:
+        """Return the text of the ids without special tokens."""
+        return self._guard(self._backend.decode, ids, skip_special_tokens=True)
+
+    def _ids(self, text, *, special_tokens):
+        return self._guard(self._backend.encode, text, add_special_tokens=special_tokens).ids
+
+    def _single_bos(self, ids):
+        if self.bos_id is None:
+            return ids
+        start = 0
+        while start < len(ids) and ids[start] == self.bos_id:
+            start += 1
+        return [self.bos_id, *ids[start:]] if start or self.adds_bos else ids
+
+    def _guard(self, function, *arguments, **options):
+        """Call into ``tokenizers``. A hostile file makes its Rust code panic, which is no Exception."""
+        try:
+            return function(*arguments, **options)
+        except (KeyboardInterrupt, SystemExit):
+            raise
+        except BaseException as error:
+            detail = str(error).splitlines()[0] if str(error) else type(error).__name__
+            raise InputError(self._path, f"tokenizer failed: {detail[:200]}") from None
+
+
+def _special_tokens(path) -> dict[str, str]:
+    """Return bos_token, eos_token and their like as text; each is stored as text or as ``{"content": text}``."""
+    if not path.exists():
+        return {}
+    record = read_json(path, limit=64 << 20)
+    if not isinstance(record, dict):
+        raise InputError(path, "expected a JSON object")
+    tokens = {}
+    for name in ("bos_token", "eos_token", "pad_token", "unk_token"):
+        value = record.get(name)
+        value = value.get("content") if isinstance(value, dict) else value
+        if value is not None and not isinstance(value, str):
+            raise InputError(f"{path}: {name}", "expected text")
+        if value is not None:
+            tokens[name] = value
+    return tokens
+
+
+def stop_ids(directory, tokenizer: Tokenizer, vocab_size: int) -> frozenset[int]:
+    """Return the ids that end an answer: generation_config.json, else config.json, else the tokenizer's EOS."""
+    for name in ("generation_config.json", "config.json"):
+        path = Path(directory) / name
+        if not path.exists():
+            continue
+        record = read_json(path, limit=1 << 20)
+        value = record.get("eos_token_id") if isinstance(record, dict) else None
+        if value is None:
+            continue
+        ids = value if isinstance(value, list) else [value]
+        for number in ids:
+            if not isinstance(number, int) or isinstance(number, bool) or not 0 <= number < vocab_size:
+                raise InputError(f"{path}: eos_token_id", f"expected ids below {vocab_size}, got {number!r}")
+        return frozenset(ids)
+    return frozenset() if tokenizer.eos_id is None else frozenset([tokenizer.eos_id])
