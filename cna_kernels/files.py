@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 import secrets
 from pathlib import Path
@@ -33,6 +34,12 @@ def parse_json(text: str, where):
     def refuse(name):
         raise InputError(where, f"holds {name}, which JSON does not have")
 
+    def finite(digits):
+        value = float(digits)
+        if math.isinf(value):
+            raise InputError(where, f"holds {digits[:20]}, which is beyond a double")
+        return value
+
     def unique(pairs):
         record = dict(pairs)
         if len(record) != len(pairs):
@@ -41,7 +48,7 @@ def parse_json(text: str, where):
         return record
 
     try:
-        return json.loads(text, parse_constant=refuse, object_pairs_hook=unique)
+        return json.loads(text, parse_constant=refuse, parse_float=finite, object_pairs_hook=unique)
     except json.JSONDecodeError as error:
         raise InputError(where, f"is not JSON: {error.msg} (line {error.lineno})") from None
     except RecursionError:

@@ -1,0 +1,125 @@
+"""One set of random inputs for every op, with an answer worked out by numpy in float64 from the definition alone."""
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from cna_kernels.reference import Scale
+
+# (T, N): decode, one neuron, sizes that are no multiple of a tile, a round one, and an empty call
+SHAPES = [(1, 48), (5, 1), (63, 130), (64, 128), (0, 16)]
+DTYPES = [torch.float32, torch.float16, torch.bfloat16]
+N_HIDDEN, N_COLUMNS, N_CIRCUITS = 24, 3, 4
+
+
+@dataclass
+class Case:
+    x: torch.Tensor  # [T, H]
+    w_gate_up: torch.Tensor  # [2N, H]
+    w_down: torch.Tensor  # [H, N]
+    gate: torch.Tensor  # [T, N], the left half of a wider tensor: row stride 2N
+    up: torch.Tensor  # [T, N], the right half
+    act: torch.Tensor  # [T, N]
+    weight: torch.Tensor  # [T, C]
+    act_sum: torch.Tensor  # [C, N], not zero, so that setting instead of adding shows
+    act_sumsq: torch.Tensor  # [C, N]
+    scale: Scale
+    row_circuit: torch.Tensor  # [T]
+
+    def extras(self):
+        """Fresh copies of the optional arguments; the two sums come back changed."""
+        return dict(
+            weight=self.weight,
+            act_sum=self.act_sum.clone(),
+            act_sumsq=self.act_sumsq.clone(),
+            scale=self.scale,
+            row_circuit=self.row_circuit,
+        )
+
+    def inputs(self, op):
+        names = {"gated_mlp": ("x", "w_gate_up", "w_down"), "swiglu": ("gate", "up"), "down_proj": ("act", "w_down")}
+        return [getattr(self, name) for name in names[op]]
+
+    def factors(self):
+        """The steering factor of every token and neuron, ``[T, N]`` float64, by loops over the sparse table."""
+        factors = np.ones((self.row_circuit.shape[0], self.gate.shape[1]))
+        offsets, index, value = (part.numpy() for part in self.scale)
+        for token, circuit in enumerate(self.row_circuit.tolist()):
+            if 0 <= circuit < len(offsets) - 1:
+                for entry in range(offsets[circuit], offsets[circuit + 1]):
+                    factors[token, index[entry]] = value[entry]
+        return factors
+
+
+def make_case(n_tokens, n_neurons, dtype, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+
+    def normal(*shape, spread=1.0):
+        return (torch.randn(*shape, generator=generator) * spread).to(dtype)
+
+    fused = normal(n_tokens, 2 * n_neurons)
+    weight = torch.rand(n_tokens, N_COLUMNS, generator=generator)
+    weight[::3] = 0  # tokens that count nowhere
+    members = [sorted(torch.randperm(n_neurons, generator=generator)[:k].tolist()) for k in (3, 0, 1, 7)]
+    values = torch.tensor([0.0, 2.0, -1.5, 0.0, 0.25, 1.0, 3.0, 0.0, 0.5, 1.75, 0.125])
+    index = [neuron for circuit in members for neuron in circuit]
+    offsets = torch.tensor([0, *map(len, members)]).cumsum(0)
+    return Case(
+        x=normal(n_tokens, N_HIDDEN),
+        w_gate_up=normal(2 * n_neurons, N_HIDDEN, spread=N_HIDDEN**-0.5),
+        w_down=normal(N_HIDDEN, n_neurons, spread=n_neurons**-0.5),
+        gate=fused[:, :n_neurons],
+        up=fused[:, n_neurons:],
+        act=normal(n_tokens, n_neurons),
+        weight=weight,
+        act_sum=torch.randn(N_COLUMNS, n_neurons, generator=generator),
+        act_sumsq=torch.rand(N_COLUMNS, n_neurons, generator=generator),
+        scale=Scale(offsets.int(), torch.tensor(index, dtype=torch.int32), values[: len(index)].clone()),
+        # 9 is no circuit: it must count as -1
+        row_circuit=torch.randint(-1, N_CIRCUITS, (n_tokens,), generator=generator, dtype=torch.int32).where(
+            torch.arange(n_tokens) % 11 != 10, torch.tensor(9, dtype=torch.int32)
+        ),
+    )
+
+
+def exact(case, op):
+    """(output, act_sum, act_sumsq) in float64 from the formulas."""
+    double = {name: getattr(case, name).double().numpy() for name in ("x", "w_gate_up", "w_down", "gate", "up", "act")}
+    n_neurons = case.gate.shape[1]
+    if op == "gated_mlp":
+        gate_up = double["x"] @ double["w_gate_up"].T
+        gate, up = gate_up[:, :n_neurons], gate_up[:, n_neurons:]
+    else:
+        gate, up = double["gate"], double["up"]
+    act = double["act"] if op == "down_proj" else gate / (1 + np.exp(-gate)) * up
+    weight = case.weight.double().numpy()
+    act_sum = case.act_sum.double().numpy() + weight.T @ act
+    act_sumsq = case.act_sumsq.double().numpy() + weight.T @ act**2
+    scaled = act * case.factors()
+    y = scaled if op == "swiglu" else scaled @ double["w_down"].T
+    return tuple(torch.from_numpy(np.asarray(part)) for part in (y, act_sum, act_sumsq))
+
+
+def torch_same_dtype(case, op):
+    """The same three results by ordinary PyTorch in the inputs' dtype: its error is what ours is held against."""
+    n_neurons = case.gate.shape[1]
+    gate, up = case.gate, case.up
+    if op == "gated_mlp":
+        gate, up = (case.x @ case.w_gate_up.T).split(n_neurons, dim=1)
+    act = case.act if op == "down_proj" else torch.nn.functional.silu(gate) * up
+    act_sum = case.act_sum + case.weight.T @ act.float()
+    act_sumsq = case.act_sumsq + case.weight.T @ act.float().square()
+    scaled = act * torch.from_numpy(case.factors()).to(act.dtype)
+    return (scaled if op == "swiglu" else scaled @ case.w_down.T), act_sum, act_sumsq
+
+
+def assert_close(name, got, plain, answer, *, slack):
+    """Our error is at most ``slack`` times PyTorch's own in the same dtype, plus one rounding of the largest value."""
+    if answer.numel() == 0:
+        assert got.shape == answer.shape
+        return
+    error = (got.double() - answer).abs()
+    limit = slack * (plain.double() - answer).abs().max() + torch.finfo(got.dtype).eps * answer.abs().max()
+    worst = tuple(int(i) for i in (error == error.max()).nonzero()[0]) if torch.isfinite(error).all() else "NaN"
+    assert error.max() <= limit, f"{name} at {worst}: error {error.max():.3e}, limit {limit:.3e}"

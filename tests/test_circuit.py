@@ -1,0 +1,152 @@
+"""The circuit file: round trip, every bad field named, the public code's JSON, random controls."""
+
+import json
+import os
+from pathlib import Path
+
+import pytest
+
+from cna_kernels import Circuit, InputError
+from cna_kernels.circuit import check_fits
+
+
+def make():
+    return Circuit(
+        neurons=((2, 7, -1.5), (0, 3, 1.25), (2, 1, 0.1)),
+        n_layers=3,
+        n_neurons=10,
+        score="abs-delta",
+        fraction=0.1,
+        k_rule="rule",
+        position="last prompt token",
+        skipped_layers=(1,),
+        universal={"prompts": 24, "fraction": 0.001, "threshold": 0.8, "excluded": [[0, 1]]},
+        model={"name": "m", "config_sha256": "a", "headers_sha256": "b", "weights_sha256": "c"},
+        tokenizer_sha256="d",
+        prompts={"positive": {"count": 2, "sha256": "e"}, "negative": {"count": 3, "sha256": "f"}},
+        dtype="float32",
+        versions={"torch": "x"},
+    )
+
+
+def test_round_trip(tmp_path):
+    make().save(tmp_path / "c.json")
+    assert Circuit.load(tmp_path / "c.json") == make()
+    record = json.loads((tmp_path / "c.json").read_text())
+    assert record["schema_version"] == 1 and record["k"] == 3 and record["site"] == "mlp.down_proj.input"
+    assert record["neurons"][0] == [2, 7, -1.5] and "multiplier" not in record
+
+
+def test_empty_circuit_round_trip(tmp_path):
+    empty = Circuit((), 3, 10)
+    empty.save(tmp_path / "c.json")
+    assert Circuit.load(tmp_path / "c.json") == empty
+
+
+def test_shape_of_a_circuit():
+    circuit = make()
+    assert circuit.k == 3 and circuit.per_layer() == [1, 0, 2]
+    assert circuit.by_layer() == {0: [3], 2: [1, 7]}
+    assert "layer   2  neuron      7  contrast -1.5000" in str(circuit)
+
+
+CHANGES = {
+    "schema_version: expected 1, got 2": {"schema_version": 2},
+    "schema_version: expected 1, got None": {"schema_version": None},
+    "n_layers: expected a whole number from 1 to 10000, got 'three'": {"n_layers": "three"},
+    "n_layers: expected a whole number from 1 to 10000, got 0": {"n_layers": 0},
+    "n_neurons: expected a whole number from 1 to 10000000, got True": {"n_neurons": True},
+    "site: expected 'mlp.down_proj.input', got 'residual'": {"site": "residual"},
+    "fraction: expected a number above 0 and at most 1, got 1.5": {"fraction": 1.5},
+    "k: expected 3, the length of neurons, got 4": {"k": 4},
+    "skipped_layers: expected layers below 3, got 3": {"skipped_layers": [3]},
+    "neurons[0]: expected [layer, index, contrast], got [1, 2]": {"neurons": [[1, 2]], "k": 1},
+    "neurons[1]: expected [layer, index, contrast], got [1, 2.0, 3]": {"neurons": [[1, 2, 3], [1, 2.0, 3]], "k": 2},
+    "neurons: (3, 0) is outside 3 layers of 10 neurons": {"neurons": [[3, 0, 1]], "k": 1},
+    "neurons: (0, -1) is outside 3 layers of 10 neurons": {"neurons": [[0, -1, 1]], "k": 1},
+    "neurons: (0, 1) appears twice": {"neurons": [[0, 1, 1], [0, 1, 2]], "k": 2},
+    "universal: expected an object, got []": {"universal": []},
+    "multiplier: not a field of a circuit file": {"multiplier": 0},
+}
+
+
+@pytest.mark.parametrize("message", CHANGES)
+def test_bad_fields_are_named(tmp_path, message):
+    path = tmp_path / "c.json"
+    path.write_text(json.dumps(json.loads(make().to_json()) | CHANGES[message]))
+    with pytest.raises(InputError) as caught:
+        Circuit.load(path)
+    assert str(caught.value) in (f"{path}: {message}", f"{path}:{message}")
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"", "is not JSON"),
+        (b"[1]", "expected a JSON object"),
+        (b"\xff\xfe", "is not UTF-8 text"),
+        (b'{"schema_version": 1, "schema_version": 1}', "repeats the key 'schema_version'"),
+        (make().to_json().replace("1.25", "NaN").encode(), "holds NaN"),
+        (make().to_json().replace("1.25", "1e999").encode(), "holds 1e999"),
+        (b"[" * 100_000, "is nested too deeply"),
+        (make().to_json()[:-20].encode(), "is not JSON"),
+    ],
+)
+def test_files_that_are_no_circuit(tmp_path, content, message):
+    path = tmp_path / "c.json"
+    path.write_bytes(content)
+    with pytest.raises(InputError, match=message) as caught:
+        Circuit.load(path)
+    assert str(path) in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_public_code_json(tmp_path):
+    path = tmp_path / "public.json"
+    neurons = {"5,-1,30": 0.5, "2,11,4": -2.0, "3,-1,4": 0.5}
+    path.write_text(json.dumps({"neurons": neurons, "prompt": "p", "target_token": "t", "total_logit_diff": 1.0}))
+    circuit = Circuit.load(path, n_layers=8, n_neurons=64)
+    assert circuit.neurons == ((2, 4, -2.0), (3, 4, 0.5), (5, 30, 0.5)) and circuit.n_neurons == 64
+    assert Circuit.load(path).n_layers == 6
+    with pytest.raises(InputError, match=r"public.json: neurons: \(5, 30\) is outside"):
+        Circuit.load(path, n_layers=4, n_neurons=64)
+    path.write_text(json.dumps({"neurons": {"5,30": 0.5}}))
+    with pytest.raises(InputError, match="expected keys 'layer,position,index'"):
+        Circuit.load(path)
+
+
+def test_random_control_draws_elsewhere_in_the_same_layers():
+    circuit = make()
+    draws = {circuit.random_like(seed).neurons for seed in range(5)}
+    assert len(draws) == 5
+    for seed in range(5):
+        control = circuit.random_like(seed)
+        assert control.per_layer() == circuit.per_layer()
+        assert not set(control.pairs) & set(circuit.pairs)
+    assert circuit.random_like(3) == circuit.random_like(3)
+
+
+def test_a_circuit_of_another_shape_is_refused():
+    check_fits(make(), 3, 10)
+    with pytest.raises(InputError, match="circuit: n_neurons: made for another model: expected 11, got 10"):
+        check_fits(make(), 3, 11)
+
+
+@pytest.mark.parametrize("where", ["missing/c.json", "."])
+def test_unwritable_output(tmp_path, where):
+    with pytest.raises(InputError, match="cannot be written"):
+        make().save(tmp_path / where)
+    assert os.listdir(tmp_path) == []
+
+
+def test_a_failed_write_keeps_the_old_file(tmp_path, monkeypatch):
+    path = tmp_path / "c.json"
+    make().save(path)
+
+    def fail(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", fail)
+    with pytest.raises(InputError, match="No space left on device"):
+        Circuit((), 3, 10).save(path)
+    assert Circuit.load(path) == make() and os.listdir(tmp_path) == ["c.json"]
+    assert not list(Path(tmp_path).glob(".*"))

@@ -1,0 +1,209 @@
+"""gated_mlp, swiglu, down_proj: values, exactness, refusals, and their life inside torch.library and torch.compile."""
+
+import pytest
+import torch
+from op_cases import DTYPES, SHAPES, assert_close, exact, make_case, torch_same_dtype
+
+from cna_kernels import InputError, Scale, backends, ops
+
+OPS = ["gated_mlp", "swiglu", "down_proj"]
+CASES = [(op, shape, dtype) for op in OPS for shape in SHAPES for dtype in DTYPES]
+IDS = [f"{op}-{t}x{n}-{str(dtype)[6:]}" for op, (t, n), dtype in CASES]
+
+
+@pytest.mark.parametrize(("op", "shape", "dtype"), CASES, ids=IDS)
+def test_values(op, shape, dtype):
+    case = make_case(*shape, dtype)
+    extras = case.extras()
+    y = getattr(ops, op)(*case.inputs(op), **extras)
+    results = (y, extras["act_sum"], extras["act_sumsq"])
+    names = (("y", 2), ("act_sum", 4), ("act_sumsq", 4))
+    for (name, slack), got, plain, answer in zip(
+        names, results, torch_same_dtype(case, op), exact(case, op), strict=True
+    ):
+        assert_close(name, got, plain, answer, slack=slack)
+    assert y.dtype == dtype and y.is_contiguous()
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_exact_on_small_integers(op):
+    case = make_case(17, 40, torch.float32)
+    generator = torch.Generator().manual_seed(3)
+    for name in ("act", "w_down"):
+        values = torch.randint(-3, 4, getattr(case, name).shape, generator=generator)
+        setattr(case, name, values.float())
+    case.weight = torch.randint(0, 3, case.weight.shape, generator=generator).float()
+    case.act_sum, case.act_sumsq = case.act_sum.round(), case.act_sumsq.round()
+    if op != "down_proj":
+        # silu is not exact on integers, but act_sum of act must be: take act from the op itself
+        case.act = ops.swiglu(case.gate, case.up).mul(8).round()
+    extras = case.extras()
+    y = ops.down_proj(case.act, case.w_down, **extras)
+    answer = exact(case, "down_proj")
+    for got, want in zip((y, extras["act_sum"], extras["act_sumsq"]), answer, strict=True):
+        assert torch.equal(got.double(), want)
+
+
+@pytest.mark.parametrize("op", OPS)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_multiplier_one_and_no_circuit_are_bit_identical(op, dtype):
+    case = make_case(63, 130, dtype)
+    run = getattr(ops, op)
+    plain = run(*case.inputs(op))
+    ones = case.scale._replace(value=torch.ones_like(case.scale.value))
+    assert torch.equal(run(*case.inputs(op), scale=ones, row_circuit=case.row_circuit), plain)
+    nobody = torch.full_like(case.row_circuit, -1)
+    assert torch.equal(run(*case.inputs(op), scale=case.scale, row_circuit=nobody), plain)
+    empty = Scale(torch.zeros(2, dtype=torch.int32), torch.empty(0, dtype=torch.int32), torch.empty(0))
+    assert torch.equal(run(*case.inputs(op), scale=empty, row_circuit=torch.zeros_like(nobody)), plain)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_zero_writes_zero_and_nothing_else_changes(dtype):
+    case = make_case(63, 130, dtype)
+    plain = ops.swiglu(case.gate, case.up)
+    for multiplier in (0.0, 2.0, -1.0, 0.3):
+        scale = case.scale._replace(value=torch.full_like(case.scale.value, multiplier))
+        act = ops.swiglu(case.gate, case.up, scale=scale, row_circuit=case.row_circuit)
+        steered = torch.from_numpy(make_case(63, 130, dtype).factors() != 1)
+        steered |= torch.from_numpy(_membership(case))
+        assert torch.equal(act[~steered], plain[~steered])
+        expected = torch.zeros(()) if multiplier == 0 else (plain[steered].float() * multiplier).to(dtype)
+        assert torch.equal(act[steered], expected.to(dtype).expand_as(act[steered]))
+    assert steered.sum() > 50, "the case must steer something"
+
+
+def _membership(case):
+    members = case.scale._replace(value=torch.full_like(case.scale.value, 7.0))
+    changed = make_case(63, 130, case.gate.dtype)
+    changed.scale = members
+    return changed.factors() != 1
+
+
+def test_zero_scale_hides_non_finite_activations():
+    gate, up = torch.full((2, 4), torch.inf), torch.ones(2, 4)
+    gate[1] = torch.nan
+    scale = Scale(torch.tensor([0, 4], dtype=torch.int32), torch.arange(4, dtype=torch.int32), torch.zeros(4))
+    act = ops.swiglu(gate, up, scale=scale, row_circuit=torch.zeros(2, dtype=torch.int32))
+    assert torch.equal(act, torch.zeros(2, 4))
+
+
+def test_uncounted_tokens_are_never_read():
+    case = make_case(63, 130, torch.float32)
+    clean, poisoned = case.extras(), case.extras()
+    ops.swiglu(case.gate, case.up, **clean)
+    case.gate[::3] = torch.nan  # exactly the tokens whose weights are all zero
+    ops.swiglu(case.gate, case.up, **poisoned)
+    assert torch.equal(clean["act_sum"], poisoned["act_sum"])
+    assert torch.equal(clean["act_sumsq"], poisoned["act_sumsq"])
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_sums_do_not_depend_on_steering(op):
+    case = make_case(63, 130, torch.bfloat16)
+    steered, plain = case.extras(), case.extras()
+    plain["scale"] = plain["row_circuit"] = None
+    getattr(ops, op)(*case.inputs(op), **steered)
+    getattr(ops, op)(*case.inputs(op), **plain)
+    assert torch.equal(steered["act_sum"], plain["act_sum"])
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_run_to_run_bitwise(op):
+    case = make_case(63, 130, torch.float32)
+    results = set()
+    for _ in range(20):
+        extras = case.extras()
+        y = getattr(ops, op)(*case.inputs(op), **extras)
+        results.add((y.numpy().tobytes(), extras["act_sum"].numpy().tobytes()))
+    assert len(results) == 1
+
+
+@pytest.mark.parametrize("op", OPS)
+@pytest.mark.parametrize("features", ["plain", "sums", "steering", "both"])
+def test_opcheck(op, features):
+    case = make_case(7, 20, torch.float32)
+    extras = case.extras()
+    sums = [extras[n] if features in ("sums", "both") else None for n in ("weight", "act_sum", "act_sumsq")]
+    steer = [*case.scale, case.row_circuit] if features in ("steering", "both") else [None] * 4
+    arguments = (*case.inputs(op), *sums, *steer, None)
+    result = torch.library.opcheck(getattr(torch.ops.cna_kernels, op).default, arguments)
+    assert set(result.values()) == {"SUCCESS"}
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_compile_fullgraph_with_sums_and_steering(op):
+    case = make_case(7, 20, torch.float32)
+    run = getattr(ops, op)
+    compiled = torch.compile(lambda inputs, extras: run(*inputs, **extras) + 1, fullgraph=True, backend="aot_eager")
+    for multiplier in (0.0, 2.0):  # the second call changes a buffer, not the graph
+        case.scale.value.fill_(multiplier)
+        eager, traced = case.extras(), case.extras()
+        with torch.compiler.set_stance("default" if multiplier == 0.0 else "fail_on_recompile"):
+            got = compiled(case.inputs(op), traced)
+        assert torch.equal(got, run(*case.inputs(op), **eager) + 1)
+        assert torch.equal(traced["act_sum"], eager["act_sum"])
+        assert not torch.equal(traced["act_sum"], case.act_sum)
+
+
+def test_gradients_flow_through_the_reference():
+    case = make_case(5, 12, torch.float32)
+    x = case.x.clone().requires_grad_()
+    y = ops.gated_mlp(x, case.w_gate_up, case.w_down, **case.extras())
+    y.sum().backward()
+    assert x.grad.abs().max() > 0
+    with pytest.raises(ValueError, match="'triton' has no gradient"):
+        ops.gated_mlp(x, case.w_gate_up, case.w_down, backend="triton")
+
+
+REFUSALS = {
+    "x: expected shape [any, any], got [2, 3, 4]": lambda c: ops.gated_mlp(torch.ones(2, 3, 4), c.w_gate_up, c.w_down),
+    "w_gate_up: expected shape [40, 24], got [20, 24]": lambda c: ops.gated_mlp(c.x, c.w_gate_up[:20], c.w_down),
+    "w_down: expected float32, got bfloat16": lambda c: ops.gated_mlp(c.x, c.w_gate_up, c.w_down.bfloat16()),
+    "gate: expected bfloat16 or float16 or float32, got float64": lambda c: ops.swiglu(c.gate.double(), c.up.double()),
+    "up: expected stride 1 in the last dim, got strides [1, 7]; call .contiguous()": lambda c: ops.swiglu(
+        c.gate, c.up.T.contiguous().T
+    ),
+    "weight: expected together with act_sum or act_sumsq, got one without the other": lambda c: ops.swiglu(
+        c.gate, c.up, act_sum=c.act_sum
+    ),
+    "act_sum: expected shape [3, 20], got [2, 20]": lambda c: ops.swiglu(
+        c.gate, c.up, weight=c.weight, act_sum=c.act_sum[:2]
+    ),
+    "weight: expected float32, got float64": lambda c: ops.swiglu(
+        c.gate, c.up, weight=c.weight.double(), act_sum=c.act_sum
+    ),
+    "scale: expected together with row_circuit, got one without the other": lambda c: ops.swiglu(
+        c.gate, c.up, scale=c.scale
+    ),
+    "row_circuit: expected int32, got int64": lambda c: ops.swiglu(
+        c.gate, c.up, scale=c.scale, row_circuit=c.row_circuit.long()
+    ),
+    "scale.value: expected shape [11], got [10]": lambda c: ops.swiglu(
+        c.gate, c.up, scale=c.scale._replace(value=c.scale.value[:10]), row_circuit=c.row_circuit
+    ),
+    "backend: expected one of reference, cpu, triton, got 'cuda'": lambda c: ops.swiglu(c.gate, c.up, backend="cuda"),
+    "w_down: expected device cpu, got meta": lambda c: ops.down_proj(c.act, c.w_down.to("meta")),
+}
+
+
+@pytest.mark.parametrize("message", REFUSALS)
+def test_refusals_name_the_tensor(message):
+    with pytest.raises(ValueError) as caught:
+        REFUSALS[message](make_case(7, 20, torch.float32))
+    assert str(caught.value) == message
+
+
+def test_absent_backend_by_name_never_falls_through(monkeypatch):
+    absent = [name for name in backends.KNOWN if name not in backends.MODULES]
+    case = make_case(7, 20, torch.float32)
+    for name in absent:
+        with pytest.raises(backends.BackendUnavailable, match=f"^backend: '{name}' is not part of this version"):
+            ops.swiglu(case.gate, case.up, backend=name)
+        monkeypatch.setenv("CNA_BACKEND", name)
+        with pytest.raises(backends.BackendUnavailable, match=f"^CNA_BACKEND: '{name}'"):
+            ops.swiglu(case.gate, case.up)
+        assert ops.swiglu(case.gate, case.up, backend="reference").shape == (7, 20)
+    monkeypatch.setenv("CNA_BACKEND", "fast")
+    with pytest.raises(InputError, match="CNA_BACKEND: expected one of"):
+        ops.swiglu(case.gate, case.up)

@@ -1,0 +1,122 @@
+"""Selection: the three scores, ties, exclusions, rounding of k, and refusals."""
+
+import pytest
+import torch
+
+from cna_kernels import ActivationSums, InputError, select
+
+
+def sums_from(positive, negative, *, squares=False):
+    """Sums of activations [prompts, L, N] for each side."""
+    n_layers, n_neurons = positive.shape[1:]
+    sums = ActivationSums(n_layers, n_neurons, 2, squares=squares)
+    for column, acts in ((select.POSITIVE, positive), (select.NEGATIVE, negative)):
+        weight = torch.zeros(len(acts), 2)
+        weight[:, column] = 1
+        sums.act_sum[:, column] = acts.sum(0)
+        if squares:
+            sums.act_sumsq[:, column] = acts.square().sum(0)
+        sums.fold(weight)
+    return sums
+
+
+def random_sums(seed=0, **options):
+    generator = torch.Generator().manual_seed(seed)
+    acts = torch.randn(2, 9, 4, 25, generator=generator) * (0.5 + torch.rand(4, 25, generator=generator))
+    return sums_from(acts[0] + 0.3, acts[1][:6], **options), (acts[0] + 0.3).double(), acts[1][:6].double()
+
+
+# published counts: fraction 0.001 of layers * intermediate_size
+@pytest.mark.parametrize(
+    ("n_layers", "n_neurons", "k"),
+    [(16, 8192, 131), (28, 8192, 229), (32, 14336, 459), (80, 28672, 2294), (28, 8960, 251), (36, 11008, 396),
+     (28, 18944, 530), (80, 29568, 2365)],
+)  # fmt: skip
+def test_k_of_the_published_models(n_layers, n_neurons, k):
+    assert select.k_from_fraction(0.001, n_layers, n_neurons) == k
+
+
+def test_k_rounds_halves_up_and_is_at_least_one():
+    assert [select.k_from_fraction(f, 1, 10) for f in (0.25, 0.24, 0.05, 0.001, 1)] == [3, 2, 1, 1, 10]
+
+
+@pytest.mark.parametrize("fraction", [0, -0.1, 1.001, float("nan"), float("inf")])
+def test_fraction_out_of_range(fraction):
+    with pytest.raises(InputError, match="fraction: expected above 0 and at most 1"):
+        select.k_from_fraction(fraction, 2, 10)
+
+
+def test_scores_equal_their_formulas():
+    sums, positive, negative = random_sums(squares=True)
+    mean_p, mean_n = positive.mean(0), negative.mean(0)
+    delta = select.contrast(sums)
+    assert (delta - (mean_p - mean_n)).abs().max() < 1e-6
+    assert torch.equal(select.scores("abs-delta", sums, delta), delta.abs())
+    magnitude = select.scores("magnitude", sums, delta)
+    assert (magnitude - (mean_p.abs() - mean_n.abs())).abs().max() < 1e-6
+    assert (magnitude < 0).any(), "a neuron that fires more for the negative set scores below zero"
+    pooled = ((8 * positive.var(0) + 5 * negative.var(0)) / 13).sqrt()
+    assert (select.scores("cohen-d", sums, delta) - delta.abs() / pooled).abs().max() < 1e-4
+
+
+def test_rounded_means():
+    sums, positive, negative = random_sums()
+    got = select.contrast(sums, rounded_to=torch.bfloat16)
+    want = (positive.mean(0).bfloat16() - negative.mean(0).bfloat16()).double()
+    assert torch.equal(got, want) and not torch.equal(got, select.contrast(sums))
+
+
+def test_cohen_d_of_constant_activations_is_finite():
+    positive, negative = torch.ones(4, 2, 5), torch.ones(4, 2, 5)
+    positive[:, 1, 3] = 2
+    sums = sums_from(positive, negative, squares=True)
+    score = select.scores("cohen-d", sums, select.contrast(sums))
+    assert torch.isfinite(score).all() and score.argmax() == 8 and (score > 0).sum() == 1
+
+
+def test_cohen_d_needs_two_prompts():
+    sums = sums_from(torch.ones(1, 2, 5), torch.ones(4, 2, 5), squares=True)
+    with pytest.raises(ValueError, match="needs a count above 1"):
+        select.scores("cohen-d", sums, select.contrast(sums))
+
+
+def test_ties_go_to_the_lowest_layer_then_index():
+    score = torch.zeros(3, 1000, dtype=torch.float64)
+    score[2, 7] = 2
+    score[[0, 1, 1, 2], [900, 5, 3, 0]] = 1
+    expected = [(2, 7), (0, 900), (1, 3), (1, 5), (2, 0), (0, 0), (0, 1)]
+    assert select.top_neurons(score, 7) == expected
+
+
+def test_excluded_neurons_are_filtered_before_k_is_taken():
+    score = torch.arange(20.0).double().view(2, 10)
+    excluded = torch.zeros(2, 10, dtype=torch.bool)
+    excluded[1, 8:] = True
+    assert select.top_neurons(score, 3, excluded) == [(1, 7), (1, 6), (1, 5)]
+    assert len(select.top_neurons(-score, 18, excluded)) == 18
+    with pytest.raises(InputError, match="top_k: expected 1 to 18, the neurons that may be chosen, got 19"):
+        select.top_neurons(score, 19, excluded)
+
+
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf, -torch.inf])
+def test_a_ranking_refuses_what_is_not_finite(bad):
+    score = torch.rand(2, 10).double()
+    score[1, 1] = bad
+    with pytest.raises(ValueError, match="score: not finite"):
+        select.top_neurons(score, 3)
+
+
+def test_count_top_counts_columns():
+    magnitude = torch.zeros(2, 3, 5)
+    magnitude[0, :, 1] = 9
+    magnitude[1, 0, 4] = magnitude[1, 1, 2] = 5
+    counts = select.count_top(magnitude, 2)
+    assert counts.tolist() == [[1, 3, 0, 0, 0], [0, 0, 1, 0, 1]]
+
+
+def test_unknown_score_and_layer():
+    sums, _, _ = random_sums()
+    with pytest.raises(InputError, match="score: expected one of abs-delta, magnitude, cohen-d, got 'best'"):
+        select.scores("best", sums, select.contrast(sums))
+    with pytest.raises(InputError, match="skip_layers: expected 0 to 1, got 2"):
+        select.mask_layers(2, 5, [2])
