@@ -160,7 +160,7 @@ class Transformer(nn.Module):
         if lengths is None:
             lengths = positions[:, -1] + 1
         if cache is not None:
-            cache.used += n_tokens
+            cache.used = min(cache.used + n_tokens, cache.keys.shape[3])
         n_keys = n_tokens if cache is None else cache.used
         masks = {window: _mask(positions, n_keys, window, starts_here) for window in set(self.config.sliding_windows)}
         extras = {}

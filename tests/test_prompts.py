@@ -1,0 +1,89 @@
+"""Prompt files: four formats, columns, limits, and every refusal names file and line."""
+
+import pytest
+from cna_kernels.model.prompts import PromptSet, neutral_prompts, read_prompts
+
+from cna_kernels import InputError
+
+
+def write(tmp_path, name, content):
+    path = tmp_path / name
+    path.write_bytes(content if isinstance(content, bytes) else content.encode())
+    return path
+
+
+FORMATS = {
+    "p.txt": "one\n\n  two \r\nthree é\n",
+    "p.jsonl": '{"prompt": "one", "x": 1}\n\n{"prompt": "two"}\n"three é"\n',
+    "p.json": '["one", {"prompt": "two", "y": 2}, {"prompt": "three é"}]',
+    "p.csv": 'id,prompt\n1,one\n2,"two"\n3,three é\n',
+}
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_formats(tmp_path, name):
+    prompts = read_prompts(write(tmp_path, name, FORMATS[name]))
+    assert prompts.texts == ("one", "two", "three é")
+    assert all(name in place for place in prompts.places) and len(set(prompts.places)) == 3
+    assert read_prompts(tmp_path / name, limit=2).texts == ("one", "two")
+
+
+def test_byte_order_mark_and_multiline_csv(tmp_path):
+    assert read_prompts(write(tmp_path, "p.txt", b"\xef\xbb\xbfone\n")).texts == ("one",)
+    prompts = read_prompts(write(tmp_path, "p.csv", 'Goal,b\n"two\nlines",2\n'), column="Goal")
+    assert prompts.texts == ("two\nlines",)
+
+
+def test_the_only_column_needs_no_name(tmp_path):
+    assert read_prompts(write(tmp_path, "p.csv", "Goal\none\n")).texts == ("one",)
+    with pytest.raises(
+        InputError, match=r"p\.csv:2: has no column 'prompt' \(it has Goal, b\); name one with --column"
+    ):
+        read_prompts(write(tmp_path, "p.csv", "Goal,b\none,2\n"))
+
+
+REFUSALS = [
+    ("p.txt", "", None, "p.txt: holds no prompt"),
+    ("p.txt", " \n\t\n", None, "p.txt: holds no prompt"),
+    ("p.txt", b"\xff\xfe\x00", None, "p.txt: is not UTF-8 text"),
+    ("p.txt", "one\n", "Goal", "p.txt: a column is for"),
+    ("p.csv", "", None, "p.csv: holds no prompt"),
+    ("p.csv", "Goal\n", "Goal", "p.csv: holds no prompt"),
+    ("p.csv", "a,b\n1,2\n", "c", "p.csv:2: has no column 'c'"),
+    ("p.csv", "a,b\n1\n", "b", "p.csv:2: b: expected a prompt, got None"),
+    ("p.jsonl", '{"prompt": "a"}\n{"prompt": 3}\n', None, "p.jsonl:2: prompt: expected a prompt, got 3"),
+    ("p.jsonl", '{"prompt": "a"}\n{\n', None, "p.jsonl:2: is not JSON"),
+    ("p.jsonl", '{"prompt": "\\ud800"}\n', None, "p.jsonl:1: prompt: holds half of a surrogate pair"),
+    ("p.json", "{}", None, "p.json: expected a JSON list of prompts"),
+    ("p.json", '["a", ""]', None, "p.json[1]: expected a prompt, got ''"),
+    ("p.json", "[]", None, "p.json: holds no prompt"),
+]
+
+
+@pytest.mark.parametrize(("name", "content", "column", "message"), REFUSALS)
+def test_refusals(tmp_path, name, content, column, message):
+    with pytest.raises(InputError) as caught:
+        read_prompts(write(tmp_path, name, content), column=column)
+    assert str(tmp_path) in str(caught.value) and message in str(caught.value)
+
+
+def test_files_that_are_not_there(tmp_path):
+    with pytest.raises(InputError, match="No such file"):
+        read_prompts(tmp_path / "p.txt")
+    with pytest.raises(InputError, match="is a directory"):
+        read_prompts(tmp_path)
+
+
+def test_lists_of_prompts():
+    assert PromptSet.of(["a", "b"], "positive").places == ("positive[0]", "positive[1]")
+    with pytest.raises(InputError, match="positive: holds no prompt"):
+        PromptSet.of([], "positive")
+    with pytest.raises(InputError, match=r"positive\[1\]: expected a prompt, got 3"):
+        PromptSet.of(["a", 3], "positive")
+    with pytest.raises(InputError, match="positive: expected a list of prompts, got one string"):
+        PromptSet.of("hello", "positive")
+    assert PromptSet.of(["ab", "c"], "x").sha256 != PromptSet.of(["a", "bc"], "x").sha256
+
+
+def test_built_in_neutral_prompts():
+    assert len(neutral_prompts()) == len(set(neutral_prompts().texts)) == 24

@@ -1,0 +1,144 @@
+"""Tokenizer and chat template: one BOS, stop ids, hostile files, limits."""
+
+import json
+
+import pytest
+from cna_kernels.model import chat_template
+from cna_kernels.model.text import Tokenizer, stop_ids
+from tiny import SPECIAL, TEMPLATE, TEXT_VOCABULARY, write_text_files
+
+from cna_kernels import InputError
+
+BOS, USER, ASSISTANT, END = (SPECIAL.index(token) for token in ("<s>", "<user>", "<assistant>", "<end>"))
+
+
+@pytest.fixture
+def directory(tmp_path):
+    write_text_files(tmp_path)
+    return tmp_path
+
+
+def set_field(directory, **changes):
+    path = directory / "tokenizer_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+
+def test_plain_text_has_one_bos(directory):
+    tokenizer = Tokenizer(directory, TEXT_VOCABULARY)
+    assert tokenizer.encode("hi")[0] == BOS and tokenizer.encode("hi").count(BOS) == 1
+    assert tokenizer.encode("<s>hi") == tokenizer.encode("hi") == tokenizer.encode("<s><s>hi")
+    assert tokenizer.decode(tokenizer.encode("naïve 1 + 2\n")) == "naïve 1 + 2\n"
+
+
+def test_no_bos_where_the_checkpoint_adds_none(tmp_path):
+    write_text_files(tmp_path, adds_bos=False)
+    tokenizer = Tokenizer(tmp_path, TEXT_VOCABULARY)
+    assert BOS not in tokenizer.encode("hi")
+    set_field(tmp_path, chat_template=TEMPLATE.replace("{{ bos_token }}", ""))
+    assert BOS not in Tokenizer(tmp_path, TEXT_VOCABULARY).encode_chat(["hi"])[0]
+
+
+@pytest.mark.parametrize("in_template", ["", "{{ bos_token }}", "{{ bos_token }}{{ bos_token }}"])
+def test_chat_has_exactly_one_bos(directory, in_template):
+    set_field(directory, chat_template=TEMPLATE.replace("{{ bos_token }}", in_template))
+    ids = Tokenizer(directory, TEXT_VOCABULARY).encode_chat(["hi", "you"])
+    for row in ids:
+        assert row[:2] == [BOS, USER] and row[-2:] == [END, ASSISTANT] and row.count(BOS) == 1
+    assert len(ids[1]) == len(ids[0]) + 1
+
+
+def test_double_bos_on_request(directory):
+    tokenizer = Tokenizer(directory, TEXT_VOCABULARY)
+    assert tokenizer.encode_chat(["hi"], double_bos=True)[0] == [BOS, *tokenizer.encode_chat(["hi"])[0]]
+
+
+def test_template_file_and_named_templates(directory):
+    named = [{"name": "tool_use", "template": "x"}, {"name": "default", "template": TEMPLATE}]
+    expected = Tokenizer(directory, TEXT_VOCABULARY).encode_chat(["hi"])
+    set_field(directory, chat_template=named)
+    assert Tokenizer(directory, TEXT_VOCABULARY).encode_chat(["hi"]) == expected
+    set_field(directory, chat_template=None)
+    assert Tokenizer(directory, TEXT_VOCABULARY).template is None
+    (directory / "chat_template.jinja").write_text(TEMPLATE)
+    assert Tokenizer(directory, TEXT_VOCABULARY).encode_chat(["hi"]) == expected
+
+
+def test_dates_are_fixed_where_the_template_allows(directory):
+    asks = "{% if strftime_now is defined %}{{ strftime_now('%Y') }}{% else %}fixed{% endif %}"
+    set_field(directory, chat_template=asks)
+    tokenizer = Tokenizer(directory, TEXT_VOCABULARY)
+    assert tokenizer.decode(tokenizer.encode_chat(["hi"])[0]) == "fixed"
+    set_field(directory, chat_template="{{ strftime_now('%Y') }}")
+    tokenizer = Tokenizer(directory, TEXT_VOCABULARY)
+    assert tokenizer.decode(tokenizer.encode_chat(["hi"])[0]).isdecimal()
+
+
+TEMPLATES = {
+    "{% for": "TemplateSyntaxError",
+    "{{ raise_exception('no system role') }}": "TemplateError: no system role",
+    "{{ messages[0]['nobody'].x }}": "UndefinedError",
+    "{{ ''.__class__.__mro__ }}": "SecurityError",
+    "{{ messages.append(1) }}": "SecurityError",
+    "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}": "took longer than",
+    "{{ 'x' * 5000000 }}": "output is longer than 4194304 characters",
+    "{{ 'x' * 3000000000 }}": "MemoryError",
+    "{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}": "RecursionError",
+    "x" * 70_000: "chat template is larger than 65536 bytes",
+}
+
+
+@pytest.mark.parametrize("template", TEMPLATES, ids=list(TEMPLATES.values()))
+def test_hostile_templates(directory, template, monkeypatch):
+    monkeypatch.setattr(chat_template, "_SECONDS", 2.0)
+    set_field(directory, chat_template=template)
+    with pytest.raises(InputError) as caught:
+        Tokenizer(directory, TEXT_VOCABULARY).encode_chat(["hi"])
+    text = str(caught.value)
+    assert text.startswith(str(directory / "tokenizer_config.json")) and TEMPLATES[template] in text
+    assert "\n" not in text
+
+
+def test_the_child_goes_on_after_a_bad_conversation(directory):
+    set_field(directory, chat_template="{% if messages[0]['content'] == 'no' %}{{ raise_exception('x') }}{% endif %}a")
+    tokenizer = Tokenizer(directory, TEXT_VOCABULARY)
+    with pytest.raises(InputError, match="TemplateError: x"):
+        tokenizer.encode_chat(["no"])
+    assert tokenizer.decode(tokenizer.encode_chat(["yes"])[0]) == "a"
+
+
+@pytest.mark.parametrize("content", [b"", b"{}", b"[]", b'{"model": {"type": "BPE"}}', b"\xff", b"\x80\x04pickle"])
+def test_hostile_tokenizers(directory, content):
+    (directory / "tokenizer.json").write_bytes(content)
+    with pytest.raises(InputError, match=r"tokenizer\.json: ") as caught:
+        Tokenizer(directory, TEXT_VOCABULARY)
+    assert "\n" not in str(caught.value)
+
+
+def test_ids_beyond_the_vocabulary(directory):
+    with pytest.raises(InputError, match="its largest id is 261, the model has 261 vocabulary rows"):
+        Tokenizer(directory, TEXT_VOCABULARY - 1)
+
+
+def test_no_tokenizer(directory):
+    (directory / "tokenizer.json").unlink()
+    with pytest.raises(InputError, match=r"tokenizer\.json: No such file"):
+        Tokenizer(directory, TEXT_VOCABULARY)
+
+
+def test_no_template(directory):
+    set_field(directory, chat_template=None)
+    with pytest.raises(InputError, match=r"has no chat template; use plain prompts"):
+        Tokenizer(directory, TEXT_VOCABULARY).encode_chat(["hi"])
+
+
+def test_stop_ids(directory):
+    tokenizer = Tokenizer(directory, TEXT_VOCABULARY)
+    assert stop_ids(directory, tokenizer, TEXT_VOCABULARY) == {2, 5}
+    (directory / "generation_config.json").unlink()
+    (directory / "config.json").write_text('{"eos_token_id": 7}')
+    assert stop_ids(directory, tokenizer, TEXT_VOCABULARY) == {7}
+    (directory / "config.json").write_text("{}")
+    assert stop_ids(directory, tokenizer, TEXT_VOCABULARY) == {SPECIAL.index("</s>")}
+    (directory / "generation_config.json").write_text('{"eos_token_id": [2, 999]}')
+    with pytest.raises(InputError, match=r"generation_config\.json: eos_token_id: expected ids below 262, got 999"):
+        stop_ids(directory, tokenizer, TEXT_VOCABULARY)

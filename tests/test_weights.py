@@ -1,0 +1,212 @@
+"""Checkpoint files: whatever is missing, extra, misshapen, truncated or points elsewhere is named."""
+
+import json
+import struct
+
+import pytest
+import torch
+from cna_kernels.model.config import read_config
+from cna_kernels.model.weights import load_transformer, open_checkpoint, save_transformer
+from safetensors.torch import load_file, save_file
+from tiny import write_checkpoint
+
+from cna_kernels import InputError
+
+pytest.importorskip("transformers")
+
+
+def load(directory):
+    return load_transformer(directory, read_config(directory), open_checkpoint(directory))
+
+
+@pytest.fixture
+def checkpoint(tmp_path):
+    write_checkpoint("llama", tmp_path)
+    return tmp_path
+
+
+@pytest.fixture
+def sharded(tmp_path):
+    write_checkpoint("llama", tmp_path, max_shard_size="20KB")
+    return tmp_path
+
+
+def refused(directory, message):
+    with pytest.raises(InputError) as caught:
+        load(directory)
+    text = str(caught.value)
+    assert str(directory) in text and message in text and "\n" not in text, text
+
+
+def rewrite(directory, change):
+    tensors = load_file(directory / "model.safetensors")
+    change(tensors)
+    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, directory / "model.safetensors")
+
+
+def test_each_missing_tensor_is_named(checkpoint):
+    whole = load_file(checkpoint / "model.safetensors")
+    for name in whole:
+        save_file({n: t for n, t in whole.items() if n != name}, checkpoint / "model.safetensors")
+        refused(checkpoint, f"'{name}': is missing from the checkpoint")
+
+
+def test_each_misshapen_tensor_is_named(checkpoint):
+    whole = load_file(checkpoint / "model.safetensors")
+    for name, tensor in whole.items():
+        bad = tensor.T.contiguous() if tensor.dim() == 2 and tensor.shape[0] != tensor.shape[1] else tensor[..., :-1]
+        save_file(whole | {name: bad.contiguous()}, checkpoint / "model.safetensors")
+        refused(checkpoint, f"'{name}': expected shape {list(tensor.shape)}, got {list(bad.shape)}")
+
+
+def test_extra_tensors_are_named(checkpoint):
+    rewrite(checkpoint, lambda t: t.update({"model.layers.3.mlp.up_proj.weight": torch.ones(2)}))
+    refused(checkpoint, "'model.layers.3.mlp.up_proj.weight': is not a tensor of a llama model")
+
+
+def test_rotary_buffers_of_old_files_are_no_extra(checkpoint):
+    rewrite(checkpoint, lambda t: t.update({"model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(4)}))
+    load(checkpoint)
+
+
+def test_other_dtypes_are_refused(checkpoint):
+    rewrite(checkpoint, lambda t: t.update({"model.norm.weight": t["model.norm.weight"].double()}))
+    refused(checkpoint, "'model.norm.weight': expected dtype BF16, F16, F32, got 'F64'")
+
+
+def test_tied_checkpoints_may_carry_an_equal_lm_head(tmp_path):
+    write_checkpoint("llama-tied", tmp_path)
+    rewrite(tmp_path, lambda t: t.update({"lm_head.weight": t["model.embed_tokens.weight"].clone()}))
+    load(tmp_path)
+    rewrite(tmp_path, lambda t: t.update({"lm_head.weight": t["model.embed_tokens.weight"] + 1}))
+    refused(tmp_path, "'lm_head.weight': differs from 'model.embed_tokens.weight'")
+
+
+@pytest.mark.parametrize("keep", [0, 5, 8, 100, -1, -4000])
+def test_truncated_files(checkpoint, keep):
+    path = checkpoint / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:keep])
+    refused(checkpoint, "model.safetensors: is ")
+
+
+def test_extra_bytes_at_the_end(checkpoint):
+    path = checkpoint / "model.safetensors"
+    path.write_bytes(path.read_bytes() + b"x")
+    refused(checkpoint, "is truncated or has extra bytes")
+
+
+def write_header(path, header, data=b""):
+    raw = header if isinstance(header, bytes) else json.dumps(header).encode()
+    path.write_bytes(struct.pack("<Q", len(raw)) + raw + data)
+
+
+HEADERS = {
+    "is not JSON": b"{ ",
+    "header is not UTF-8": b"\xff\xff\xff",
+    "header is not a JSON object": [1],
+    "repeats the key 'a'": b'{"a": {}, "a": {}}',
+    "'a': expected dtype, shape and data_offsets": {"a": {}},
+    "'b': expected dtype, shape and data_offsets": {"b": 3},
+    "'a': data_offsets span 4 bytes, which is not F32 [2]": {
+        "a": {"dtype": "F32", "shape": [2], "data_offsets": [0, 4]}
+    },
+    "'a': expected whole numbers in shape and data_offsets": {
+        "a": {"dtype": "F32", "shape": [-1], "data_offsets": [0, 4]}
+    },
+    "'a\\x1b[31m\\n': expected dtype": {"a\x1b[31m\n": {"dtype": "I8", "shape": [1], "data_offsets": [0, 1]}},
+}
+
+
+@pytest.mark.parametrize("message", HEADERS)
+def test_malformed_headers(checkpoint, message):
+    write_header(checkpoint / "model.safetensors", HEADERS[message], b"1234")
+    refused(checkpoint, message)
+
+
+def test_a_header_longer_than_the_file(checkpoint):
+    (checkpoint / "model.safetensors").write_bytes(struct.pack("<Q", 1 << 60) + b"{}")
+    refused(checkpoint, "is not a complete safetensors file")
+
+
+def test_pickle_under_any_name(checkpoint):
+    torch.save({"a": torch.ones(2)}, checkpoint / "model.safetensors")
+    refused(checkpoint, "model.safetensors")
+
+
+def test_no_weights_at_all(checkpoint):
+    (checkpoint / "model.safetensors").unlink()
+    refused(checkpoint, "holds neither model.safetensors nor model.safetensors.index.json")
+
+
+@pytest.mark.parametrize("elsewhere", ["../x.safetensors", "/etc/hostname", "sub/x.safetensors", "x.bin", 3, None])
+def test_an_index_that_points_elsewhere(sharded, elsewhere):
+    path = sharded / "model.safetensors.index.json"
+    index = json.loads(path.read_text())
+    index["weight_map"]["model.norm.weight"] = elsewhere
+    path.write_text(json.dumps(index))
+    refused(sharded, f"weight_map['model.norm.weight']: expected a .safetensors file beside it, got {elsewhere!r}")
+
+
+def test_an_index_that_does_not_describe_the_shards(sharded):
+    path = sharded / "model.safetensors.index.json"
+    text = path.read_text()
+    index = json.loads(text)
+    other = sorted(set(index["weight_map"].values()) - {index["weight_map"]["model.norm.weight"]})[0]
+    index["weight_map"]["model.norm.weight"] = other
+    path.write_text(json.dumps(index))
+    refused(sharded, "'model.norm.weight': model.safetensors.index.json does not place it in this file")
+    index = json.loads(text)
+    index["weight_map"]["model.extra"] = other
+    path.write_text(json.dumps(index))
+    refused(sharded, "'model.extra': is missing, though model.safetensors.index.json lists it")
+    path.write_text('{"weight_map": []}')
+    refused(sharded, "weight_map: expected an object")
+    path.write_text(text)
+    (sharded / other).unlink()
+    refused(sharded, f"{other}: No such file or directory")
+
+
+def test_save_and_load_round_trip(checkpoint, tmp_path):
+    ours = load(checkpoint)
+    (tmp_path / "copy").mkdir()
+    (tmp_path / "copy" / "config.json").write_text((checkpoint / "config.json").read_text())
+    save_transformer(ours, tmp_path / "copy", dtype=torch.float32)
+    again = load(tmp_path / "copy")
+    for (name, a), (_, b) in zip(ours.named_parameters(), again.named_parameters(), strict=True):
+        assert torch.equal(a, b), name
+    saved, original = (load_file(d / "model.safetensors") for d in (tmp_path / "copy", checkpoint))
+    assert saved.keys() == original.keys()
+
+
+def test_weights_hash_sees_every_tensor(checkpoint):
+    whole = load_file(checkpoint / "model.safetensors")
+    hashes = {open_checkpoint(checkpoint).weights_sha256()}
+    for name, tensor in whole.items():
+        changed = tensor.clone()
+        changed.view(-1)[tensor.numel() // 3] += 1
+        save_file(whole | {name: changed}, checkpoint / "model.safetensors")
+        hashes.add(open_checkpoint(checkpoint).weights_sha256())
+    assert len(hashes) == len(whole) + 1
+
+
+def test_loading_holds_no_second_copy(tmp_path):
+    """Peak memory of a load stays below the weights plus the largest tensor and some slack."""
+    import subprocess
+    import sys
+
+    write_checkpoint("llama", tmp_path, hidden_size=512, intermediate_size=4096, num_hidden_layers=6, vocab_size=8000)
+    program = (
+        "import sys, resource\n"
+        "import torch, safetensors.torch, cna_kernels.ops\n"
+        "from cna_kernels.model.config import read_config\n"
+        "from cna_kernels.model.weights import load_transformer, open_checkpoint\n"
+        "peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024\n"
+        "before = peak()\n"
+        "d = sys.argv[1]\n"
+        "model = load_transformer(d, read_config(d), open_checkpoint(d))\n"
+        "print(peak() - before, sum(p.nbytes for p in model.parameters()), max(p.nbytes for p in model.parameters()))\n"
+    )
+    output = subprocess.run([sys.executable, "-c", program, tmp_path], capture_output=True, text=True, check=True)
+    grown, weights, largest = map(int, output.stdout.split())
+    assert weights > 150 << 20
+    assert grown <= weights + largest + (24 << 20), f"{grown=} {weights=} {largest=}"
