@@ -99,6 +99,7 @@ class LanguageModel:
         top_k: int | None = None,
         score: str | None = None,
         universal_prompts: Sequence[str] | PromptSet | bool | None = None,
+        universal_threshold: float | None = None,
         skip_layers: Sequence[int] | None = None,
         preset: str | None = None,
         chat: bool | None = None,
@@ -113,6 +114,7 @@ class LanguageModel:
             score: "abs-delta" (default), "magnitude" or "cohen-d".
             universal_prompts: diverse prompts for the universal filter; None takes the built-in ones, False turns
                 the filter off.
+            universal_threshold: share of those prompts on which a neuron must be among the top 0.1%, 0.8 by default.
             skip_layers: layers whose neurons are not candidates.
             preset: "paper" (default) or "ref-code"; other arguments change single values of it.
             chat: whether prompts go through the chat template; None does where there is one.
@@ -133,6 +135,7 @@ class LanguageModel:
             score=score,
             skip_layers=None if skip_layers is None else tuple(skip_layers),
             universal=wanted,
+            universal_threshold=universal_threshold,
         )
         positive, negative = PromptSet.of(positive, "positive"), PromptSet.of(negative, "negative")
         neutral = neutral_prompts() if universal_prompts is None else PromptSet.of(universal_prompts, "neutral")

@@ -81,7 +81,11 @@ def write_text_files(directory, *, adds_bos=True):
         tokenizer.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
     directory = Path(directory)
     tokenizer.save(str(directory / "tokenizer.json"))
-    record = {"bos_token": "<s>", "eos_token": {"content": "</s>"}, "chat_template": TEMPLATE}
+    record = {
+        "bos_token": "<s>",
+        "eos_token": {"__type": "AddedToken", "content": "</s>", "special": True},
+        "chat_template": TEMPLATE,
+    }
     (directory / "tokenizer_config.json").write_text(json.dumps(record))
     (directory / "generation_config.json").write_text(json.dumps({"eos_token_id": [2, 5]}))
 
