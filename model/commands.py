@@ -89,7 +89,7 @@ def run_run(args):
         temperature=args.temperature,
         top_k=args.sample_top_k,
         top_p=args.top_p,
-        seeds=[args.seed + number for _ in columns for number in range(n_prompts)],
+        seed=[args.seed + number for _ in columns for number in range(n_prompts)],
         chat=False if args.no_template else None,
         batch=args.batch,
     )

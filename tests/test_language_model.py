@@ -1,0 +1,266 @@
+"""Text in, text out: steering at every position, many circuits in a batch, sampling, streaming, restoring."""
+
+import pytest
+import torch
+from cna_kernels.model import load
+from cna_kernels.model.collect import TokenPrompt
+from cna_kernels.model.generate import Sampling, choose, generate
+from tiny import TEXT_VOCABULARY, write_checkpoint, write_language_model, write_text_files
+
+from cna_kernels import Circuit, InputError
+
+pytest.importorskip("transformers")
+
+CIRCUIT = Circuit(((0, 3, 1.0), (1, 40, 1.0), (2, 7, 1.0), (2, 8, 1.0)), 3, 48)
+OTHER = Circuit(((0, 5, 1.0), (2, 30, 1.0)), 3, 48)
+PROMPTS = ["hi", "what is the time", "a", "one two three four five"]
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    return load(write_language_model(tmp_path_factory.mktemp("llama")))
+
+
+def ids_of(model, text):
+    return torch.tensor([model.tokenizer.encode(text)])
+
+
+def hooked(model, theirs, circuit, multiplier, ids, n_tokens):
+    """Greedy tokens of transformers with hooks that multiply the circuit's neurons at every position."""
+
+    def hook(layer):
+        members = circuit.by_layer().get(layer, [])
+
+        def multiply(_module, arguments):
+            act = arguments[0].clone()
+            act[..., members] *= multiplier
+            return (act,)
+
+        return multiply
+
+    handles = [
+        block.mlp.down_proj.register_forward_pre_hook(hook(layer)) for layer, block in enumerate(theirs.model.layers)
+    ]
+    with torch.no_grad():
+        logits = theirs(ids, use_cache=False).logits
+        tokens = theirs.generate(
+            ids, attention_mask=torch.ones_like(ids), max_new_tokens=n_tokens, do_sample=False, eos_token_id=None
+        )[0, ids.shape[1] :].tolist()
+    for handle in handles:
+        handle.remove()
+    return logits, tokens
+
+
+@pytest.mark.parametrize("multiplier", [0.0, 0.5, 3.0, -2.0])
+def test_steering_equals_hooks_in_transformers(tmp_path, multiplier):
+    theirs = write_checkpoint("llama", tmp_path, vocab_size=TEXT_VOCABULARY)
+    write_text_files(tmp_path)
+    model = load(tmp_path)
+    ids = ids_of(model, "what is the time")
+    logits, tokens = hooked(model, theirs, CIRCUIT, multiplier, ids, 24)
+    plain = model(ids)
+    with model.steered(CIRCUIT, multiplier):
+        steered = model(ids)
+        got = generate(
+            model.transformer,
+            [TokenPrompt(ids[0].tolist(), "p")],
+            max_new_tokens=24,
+            stop_ids=frozenset(),
+            steer=model._steer(1),
+        )
+    assert (steered - logits).abs().max() <= 1e-4
+    assert (plain - logits).abs().max() > 0.05, "steering must change something"
+    assert got[0] == tokens
+
+
+def test_multiplier_one_and_empty_circuit_are_bit_identical(model):
+    ids = ids_of(model, "what is the time")
+    plain = model(ids)
+    for circuit, multiplier in ((CIRCUIT, 1.0), (Circuit((), 3, 48), 0.0)):
+        with model.steered(circuit, multiplier):
+            assert torch.equal(model(ids), plain)
+    with model.steered(CIRCUIT, 0.0, rows=[-1]):
+        assert torch.equal(model(ids), plain)
+
+
+def test_rows_of_a_batch_have_their_own_circuits(model):
+    circuits = [None, CIRCUIT, OTHER, CIRCUIT]
+    multipliers = [1.0, 0.0, -3.0, 4.0]
+    together = model.generate(PROMPTS, circuit=circuits, multiplier=multipliers, max_new_tokens=12)
+    alone = [
+        model.generate(prompt, circuit=circuit, multiplier=multiplier, max_new_tokens=12)
+        for prompt, circuit, multiplier in zip(PROMPTS, circuits, multipliers, strict=True)
+    ]
+    plain = model.generate(PROMPTS, max_new_tokens=12)
+    assert together == alone
+    assert together[0] == plain[0] and sum(a != b for a, b in zip(together, plain, strict=True)) >= 2
+
+
+def test_batch_size_does_not_change_answers(model):
+    circuits = [None, CIRCUIT, OTHER, CIRCUIT]
+    answers = {
+        tuple(model.generate(PROMPTS, circuit=circuits, multiplier=-2.0, batch=batch, max_new_tokens=12))
+        for batch in (1, 3, 64)
+    }
+    assert len(answers) == 1
+
+
+def test_steered_restores_whatever_happens(model):
+    ids = ids_of(model, "hi")
+    plain = model(ids)
+    with pytest.raises(RuntimeError, match="inside"), model.steered(CIRCUIT, -5.0):
+        outer = model(ids)
+        with model.steered(OTHER, 5.0):
+            assert not torch.equal(model(ids), outer)
+        assert torch.equal(model(ids), outer)
+        raise RuntimeError("inside")
+    assert torch.equal(model(ids), plain) and not torch.equal(outer, plain)
+    with pytest.raises(InputError, match="n_layers: made for another model"), model.steered(Circuit((), 4, 48), 0.0):
+        pass
+    assert torch.equal(model(ids), plain)
+
+
+def test_multipliers_change_between_calls(model):
+    ids = ids_of(model, "hi")
+    with model.steered([CIRCUIT, OTHER], [0.0, 1.0]) as table:
+        ablated = model(ids)
+        address = table.layer(0).value.data_ptr()
+        table.set_multipliers([1.0, 1.0])
+        assert torch.equal(model(ids), self_plain(model, ids)) and table.layer(0).value.data_ptr() == address
+        table.set_multipliers([0.0, 1.0])
+        assert torch.equal(model(ids), ablated)
+
+
+def self_plain(model, ids):
+    return model.transformer(ids)
+
+
+def test_wrong_number_of_rows(model):
+    with model.steered(CIRCUIT, 0.0, rows=[0, -1]), pytest.raises(InputError, match="rows: expected 1, one for each"):
+        model.generate("hi")
+    with pytest.raises(InputError, match="circuit: expected one, or 2, one for each prompt, got 3"):
+        model.generate(["a", "b"], circuit=[CIRCUIT] * 3)
+    with pytest.raises(InputError, match="multiplier: expected one, or 2, one for each prompt, got 1"):
+        model.generate(["a", "b"], circuit=CIRCUIT, multiplier=[0.0])
+
+
+def test_stop_ids_end_an_answer(model):
+    text = model.generate("hi", max_new_tokens=40)
+    prompt = TokenPrompt(model.tokenizer.encode_chat(["hi"])[0], "p")
+    ids = generate(model.transformer, [prompt], max_new_tokens=40, stop_ids=frozenset())[0]
+    stop = ids[5]
+    cut = generate(model.transformer, [prompt], max_new_tokens=40, stop_ids=frozenset([stop]))[0]
+    assert cut == ids[: ids.index(stop)] and text == model.tokenizer.decode(
+        ids[: min([ids.index(s) for s in (2, 5) if s in ids], default=40)]
+    )
+
+
+def test_streamed_pieces_join_to_the_answer(model):
+    pieces = {}
+    answers = model.generate(
+        PROMPTS, max_new_tokens=30, on_text=lambda row, text: pieces.setdefault(row, []).append(text), batch=3
+    )
+    for row, answer in enumerate(answers):
+        streamed = "".join(pieces.get(row, []))
+        assert answer.startswith(streamed) and set(answer[len(streamed) :]) <= {"\ufffd"}
+    assert sum(map(len, pieces.values())) > 10
+
+
+def test_sampling_is_seeded_by_row(model):
+    options = dict(temperature=1.5, max_new_tokens=12)
+    together = model.generate(PROMPTS, seed=7, **options)
+    assert together == model.generate(PROMPTS, seed=7, batch=1, **options)
+    assert together[2] == model.generate(PROMPTS[2], seed=9, **options)
+    assert together != model.generate(PROMPTS, seed=8, **options)
+
+
+def test_sampled_frequencies():
+    logits = torch.tensor([[0.5, 0.2, 0.15, 0.1, 0.05]]).log()
+
+    def frequencies(**options):
+        sampling = Sampling(temperature=1.0, **options)
+        generators = [torch.Generator().manual_seed(seed) for seed in range(4000)]
+        drawn = choose(logits.expand(4000, 5), sampling, generators)
+        return torch.bincount(drawn, minlength=5) / 4000
+
+    for options, expected in (
+        ({}, [0.5, 0.2, 0.15, 0.1, 0.05]),
+        ({"top_k": 2}, [5 / 7, 2 / 7, 0, 0, 0]),
+        ({"top_p": 0.8}, [50 / 85, 20 / 85, 15 / 85, 0, 0]),
+        ({"top_p": 0.01}, [1, 0, 0, 0, 0]),
+        ({"top_k": 4, "top_p": 0.72}, [50 / 70, 20 / 70, 0, 0, 0]),
+    ):
+        expected = torch.tensor(expected)
+        got = frequencies(**options)
+        assert (got - expected).abs().max() < 0.03 and (got[expected == 0] == 0).all(), options
+    assert choose(torch.tensor([[1.0, 3.0, 3.0]]), Sampling(), []).tolist() == [1]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"temperature": -1.0}, "temperature: expected 0 or above"),
+        ({"temperature": float("nan")}, "temperature: expected 0 or above"),
+        ({"top_p": 0.0}, "top_p: expected above 0"),
+        ({"top_k": -1}, "top_k: expected 0 or above"),
+        ({"max_new_tokens": 0}, "max_new_tokens: expected at least 1"),
+        ({"circuit": CIRCUIT, "multiplier": float("inf")}, "multiplier: expected a finite number"),
+    ],
+)
+def test_refusals(model, options, message):
+    with pytest.raises(InputError, match=message):
+        model.generate("hi", **options)
+
+
+def test_prompts_that_cannot_be_answered(model):
+    with pytest.raises(InputError, match=r"prompts\[1\]: has \d+ tokens, the model's context is 64"):
+        model.generate(["a", "b" * 80])
+    with pytest.raises(InputError, match="prompts: holds no prompt"):
+        model.generate([])
+    with pytest.raises(InputError, match=r"prompts\[0\]: expected a prompt, got ''"):
+        model.generate("")
+
+
+def test_load_refusals(tmp_path):
+    with pytest.raises(InputError, match="is not a directory with a checkpoint"):
+        load(tmp_path / "nowhere")
+    with pytest.raises(InputError, match=r"config\.json: No such file"):
+        load(tmp_path)
+    with pytest.raises(InputError, match="dtype: expected one of"):
+        load(tmp_path, dtype="int8")
+    with pytest.raises(InputError, match="device: nonsense cannot be used"):
+        load(tmp_path, device="nonsense")
+
+
+def test_a_circuit_of_another_checkpoint(model, tmp_path):
+    other = load(write_language_model(tmp_path, seed=1))
+    circuit = model.discover(["a", "b"], ["c"], top_k=3)
+    model.check_circuit(circuit, "c.json")
+    with pytest.raises(InputError, match=r"c\.json: model\.weights_sha256: made for another model"):
+        other.check_circuit(circuit, "c.json")
+    other.check_circuit(circuit, "c.json", any_model=True)
+    other.check_circuit(CIRCUIT, "c.json")  # no provenance: held to the shape
+    with pytest.raises(InputError, match=r"c\.json: n_neurons: made for another model: expected 48, got 50"):
+        other.check_circuit(Circuit((), 3, 50), "c.json", any_model=True)
+
+
+def test_loading_and_calling_leave_the_process_as_it_was(tmp_path):
+    import os
+    import signal
+
+    def state():
+        return (
+            torch.get_default_dtype(),
+            torch.is_grad_enabled(),
+            torch.get_num_threads(),
+            torch.get_rng_state().tolist(),
+            {s: signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)},
+            dict(os.environ),
+        )
+
+    write_language_model(tmp_path)
+    before = state()
+    model = load(tmp_path)
+    model.generate("hi", temperature=1.0, max_new_tokens=3)
+    model.discover(["a"], ["b"], top_k=3)
+    assert state() == before
