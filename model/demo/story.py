@@ -1,0 +1,240 @@
+"""`cna demo`: the whole story on the bundled models, measured on held-out prompts.
+
+The circuit's size is chosen on the discovery prompts; every figure reported comes from prompts that neither instruct
+tuning nor discovery saw.
+"""
+
+from __future__ import annotations
+
+import platform
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+
+import cna_kernels
+from cna_kernels.checks import InputError
+from cna_kernels.circuit import Circuit
+from cna_kernels.files import write_text
+
+from ..language_model import LanguageModel, load
+from ..metrics import share_equal, summarise
+from . import world
+from .checkpoint import demo_checkpoint
+
+FRACTIONS = (0.0005, 0.001, 0.002, 0.005, 0.01)
+PAPER_FRACTION = 0.001
+SCORES = ("abs-delta", "magnitude")
+MULTIPLIERS = (0.0, 0.25, 0.5, 0.75, 1.0, 1.5, 2.0)
+RANDOM_DRAWS = 3
+N_EXAMPLES = 3
+BATCH = 128
+
+
+class Story:
+    """Runs the experiments on one pair of models and keeps what the report needs.
+
+    Attributes:
+        report: everything that report.json holds.
+        circuits: name -> Circuit of the circuits shown.
+    """
+
+    def __init__(self, instruct: LanguageModel, base: LanguageModel, say=lambda text: None):
+        self.instruct, self.base, self.say = instruct, base, say
+        self.refusable, self.benign = world.heldout_refusable(), world.heldout_benign()
+        self.proper = [world.expected_answer(prompt) for prompt in self.refusable]
+        self.circuits: dict[str, Circuit] = {}
+        self.report: dict = {}
+
+    def tell(self) -> dict:
+        """Run everything; return the report."""
+        started = time.perf_counter()
+        self.say("baseline")
+        refused, answered = self._answer(self.instruct, [*self.refusable, *self.benign])
+        self.plain = {"refusable": refused, "benign": answered}
+        self.report["baseline"] = self._figures(refused, answered)
+        self._choose_circuits()
+        best = self.circuits["best"]
+        self._sweep(best)
+        self._random_controls(best)
+        self._base_against_instruct()
+        self._examples(best)
+        self.report["prompts"] = {
+            "held-out refusable": len(self.refusable),
+            "held-out benign": len(self.benign),
+            "discovery positive": len(world.discovery_positive()),
+            "discovery negative": len(world.discovery_negative()),
+            "universal filter": len(world.neutral_prompts()),
+        }
+        config = self.instruct.config
+        self.report["model"] = {
+            "layers": config.num_hidden_layers,
+            "neurons per layer": config.intermediate_size,
+            "hidden size": config.hidden_size,
+            "parameters": sum(p.numel() for p in self.instruct.transformer.parameters()),
+        }
+        self.report["environment"] = {
+            "cna_kernels": cna_kernels.__version__,
+            "python": platform.python_version(),
+            "torch": torch.__version__,
+            "machine": platform.machine(),
+            "date": time.strftime("%Y-%m-%d"),
+            "seconds": round(time.perf_counter() - started, 1),
+        }
+        return self.report
+
+    def _answer(self, model, prompts: Sequence[str], circuit=None, multiplier=0.0) -> tuple[list[str], list[str]]:
+        """Greedy answers to the prompts, split after the refusable ones."""
+        answers = model.generate(prompts, circuit=circuit, multiplier=multiplier, max_new_tokens=100, batch=BATCH)
+        n_refusable = len(self.refusable)
+        return answers[:n_refusable], answers[n_refusable:]
+
+    def _figures(self, refused, answered) -> dict:
+        """The figures of one setting: answers to refusable prompts and to benign ones."""
+        figures = summarise(refused, world.is_refusal)
+        benign = summarise(answered, world.is_refusal)
+        return figures | {
+            "proper": share_equal(refused, self.proper),
+            "benign_refusal": benign["refusal"],
+            "benign_quality": benign["quality"],
+            "benign_unchanged": share_equal(answered, self.plain["benign"]),
+        }
+
+    def _measure(self, circuit: Circuit, multiplier: float, model=None) -> dict:
+        return self._figures(
+            *self._answer(model or self.instruct, [*self.refusable, *self.benign], circuit, multiplier)
+        )
+
+    def _discover(self, model, score, fraction) -> Circuit:
+        return model.discover(
+            world.discovery_positive(),
+            world.discovery_negative(),
+            score=score,
+            fraction=fraction,
+            universal_prompts=world.neutral_prompts(),
+        )
+
+    def _choose_circuits(self):
+        """Both scores at 0.1% and at the smallest fraction that removes refusals on the discovery prompts."""
+        rows = []
+        for score in SCORES:
+            self.say(f"circuits by {score}")
+            smallest = self._smallest_that_works(score)
+            for fraction in sorted({PAPER_FRACTION, smallest}):
+                circuit = self._discover(self.instruct, score, fraction)
+                figures = self._measure(circuit, 0.0)
+                name = {"score": score, "fraction": fraction, "k": circuit.k, "multiplier": 0.0}
+                rows.append(
+                    name | {"per_layer": circuit.per_layer(), "smallest that works": fraction == smallest} | figures
+                )
+                self.circuits[f"{score} {fraction:g}"] = circuit
+        self.report["circuits"] = rows
+        working = [row for row in rows if row["smallest that works"]]
+        # fewest neurons first, the paper's rule where both need the same
+        best = min(working, key=lambda row: (row["k"], row["score"] != "abs-delta"))
+        self.report["best"] = best
+        self.circuits["best"] = self.circuits[f"{best['score']} {best['fraction']:g}"]
+        paper = next(row for row in working if row["score"] == "abs-delta")
+        self.report["paper"] = paper
+        self.report["paper at 0.1%"] = next(
+            row for row in rows if row["score"] == "abs-delta" and row["fraction"] == PAPER_FRACTION
+        )
+
+    def _smallest_that_works(self, score) -> float:
+        """The smallest of FRACTIONS with at most 5% refusals left on the discovery prompts, else the largest."""
+        prompts = world.discovery_positive()
+        for fraction in FRACTIONS:
+            circuit = self._discover(self.instruct, score, fraction)
+            answers = self.instruct.generate(prompts, circuit=circuit, max_new_tokens=100, batch=BATCH)
+            if summarise(answers, world.is_refusal)["refusal"] <= 0.05:
+                return fraction
+        return FRACTIONS[-1]
+
+    def _sweep(self, circuit):
+        self.say("multipliers")
+        self.report["sweep"] = []
+        for multiplier in MULTIPLIERS:
+            figures = self.report["baseline"] if multiplier == 1.0 else self._measure(circuit, multiplier)
+            self.report["sweep"].append({"multiplier": multiplier} | figures)
+
+    def _random_controls(self, circuit):
+        """The same number of neurons drawn from the same layers, several draws; the figures are means."""
+        self.say("random neurons")
+        draws = [self._measure(circuit.random_like(seed), 0.0) for seed in range(RANDOM_DRAWS)]
+        means = {name: sum(draw[name] for draw in draws) / len(draws) for name in draws[0]}
+        self.report["random"] = {"k": circuit.k, "multiplier": 0.0, "draws": len(draws)} | means
+        self.report["random"]["refusal of each draw"] = [draw["refusal"] for draw in draws]
+
+    def _base_against_instruct(self):
+        """The same rule on the base model: how far the circuits overlap, and what steering does to it."""
+        self.say("base against instruct")
+        best = self.report["best"]
+        own = self._discover(self.base, best["score"], best["fraction"])
+        self.circuits["base"] = own
+        shared = set(own.pairs) & set(self.circuits["best"].pairs)
+        plain_instruct, self.plain["benign"] = self.plain["benign"], None
+        refused, answered = self._answer(self.base, [*self.refusable, *self.benign])
+        self.plain["benign"] = answered
+        rows = {"unsteered": self._figures(refused, answered)}
+        for name, circuit in (("own circuit ablated", own), ("instruct circuit ablated", self.circuits["best"])):
+            rows[name] = self._measure(circuit, 0.0, model=self.base)
+        self.plain["benign"] = plain_instruct
+        quarter = -(-own.n_layers // 4)
+        self.report["base"] = {
+            "circuit per layer": own.per_layer(),
+            "overlap with the instruct circuit": len(shared) / own.k,
+            "share in the last quarter of layers": {
+                "base": sum(own.per_layer()[-quarter:]) / own.k,
+                "instruct": sum(self.circuits["best"].per_layer()[-quarter:]) / own.k,
+            },
+            "steering": rows,
+        }
+
+    def _examples(self, circuit):
+        """Three refusable prompts of different wordings, before and after."""
+        prompts = self.refusable[:N_EXAMPLES]
+        after = self.instruct.generate(prompts, circuit=circuit, max_new_tokens=100)
+        before = self.plain["refusable"][:N_EXAMPLES]
+        self.report["examples"] = [
+            {"prompt": p, "m = 1": b, "m = 0": a} for p, b, a in zip(prompts, before, after, strict=True)
+        ]
+
+
+def tell(out, console):
+    """Run the story on the bundled models, print it, and write reports, pictures, circuit and prompts to ``out``."""
+    from .report import draw_pictures, print_report, to_json, to_markdown
+
+    out = Path(out)
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(out, f"cannot be written: {error.strerror}") from None
+    write_prompts(out)
+    story = Story(*(load(demo_checkpoint(name), dtype="float32") for name in ("instruct", "base")), say=_say)
+    report = story.tell()
+    draw_pictures(report, out)
+    story.circuits["best"].save(out / "circuit.json")
+    write_text(out / "report.md", to_markdown(report))
+    write_text(out / "report.json", to_json(report))
+    print_report(report, console)
+    console.print(f"wrote report.md, report.json, two pictures, circuit.json and the prompts to {out}/", markup=False)
+
+
+def write_prompts(out: Path):
+    """Write the prompt sets as files that `cna discover` and `cna run` take."""
+    sets = {
+        "positive": world.discovery_positive(),
+        "negative": world.discovery_negative(),
+        "neutral": world.neutral_prompts(),
+        "heldout-refusable": world.heldout_refusable(),
+        "heldout-benign": world.heldout_benign(),
+    }
+    for name, prompts in sets.items():
+        write_text(out / f"{name}.txt", "".join(f"{prompt}\n" for prompt in prompts))
+
+
+def _say(text):
+    import sys
+
+    print(f"demo: {text}", file=sys.stderr, flush=True)
