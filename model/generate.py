@@ -70,28 +70,35 @@ def generate(
     cache_length = min(longest + max_new_tokens, context)
     generators = [torch.Generator().manual_seed(seed) for seed in seeds or [0] * batch]
     answers: list[list[int]] = [[] for _ in range(batch)]
-    running = set(range(batch))
+    members = list(range(batch))  # the prompt that each row of the batch decodes
+    running = set(members)
     with torch.inference_mode():
         cache = KVCache(transformer.config, batch, cache_length, embedding.dtype, device)
         hidden = transformer.hidden(input_ids, lengths=lengths, cache=cache, steer=steer)
         hidden = hidden[torch.arange(batch, device=device), lengths - 1]  # [B, H], each row's last prompt token
         while True:
-            chosen = choose(transformer.logits(hidden), sampling, generators)  # [B]
-            for row, token in enumerate(chosen.tolist()):
-                if row not in running:
+            chosen = choose(transformer.logits(hidden), sampling, [generators[member] for member in members])  # [B]
+            for member, token in zip(members, chosen.tolist(), strict=True):
+                if member not in running:
                     continue
                 if token in stop_ids:
-                    running.discard(row)
+                    running.discard(member)
                     continue
-                answers[row].append(token)
+                answer = answers[member]
+                answer.append(token)
                 if on_token is not None:
-                    on_token(row, token)
-                if len(answers[row]) == max_new_tokens or len(prompts[row].ids) + len(answers[row]) >= context:
-                    running.discard(row)
+                    on_token(member, token)
+                if len(answer) == max_new_tokens or len(prompts[member].ids) + len(answer) >= context:
+                    running.discard(member)
             if not running:
                 return answers
-            # Rows that have ended are decoded along; past the cache's end they overwrite their own last place.
-            positions = lengths.clamp(max=cache_length - 1)[:, None]  # [B, 1]
+            if 2 * len(running) <= len(members):  # rows that have ended are decoded along until they are half of all
+                kept = torch.tensor([row for row, member in enumerate(members) if member in running], device=device)
+                members = [member for member in members if member in running]
+                cache.keep(kept)
+                chosen, lengths = chosen[kept], lengths[kept]
+                steer = None if steer is None else Steer(steer.table, steer.row_circuit[kept])
+            positions = lengths.clamp(max=cache_length - 1)[:, None]  # [B, 1]; an ended row may run against the end
             lengths = lengths + 1
             hidden = transformer.hidden(
                 chosen[:, None], lengths=lengths, positions=positions, cache=cache, steer=steer

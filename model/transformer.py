@@ -52,6 +52,11 @@ class KVCache:
         self.values[layer][self.rows, :, positions] = values.transpose(1, 2)
         return self.keys[layer, :, :, : self.used], self.values[layer, :, :, : self.used]
 
+    def keep(self, rows: Tensor):
+        """Drop all rows of the batch but these ``[B']``, in this order."""
+        self.keys, self.values = self.keys[:, rows], self.values[:, rows]
+        self.rows = self.rows[: len(rows)]
+
 
 class RMSNorm(nn.Module):
     def __init__(self, size: int, eps: float):

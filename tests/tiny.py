@@ -39,7 +39,7 @@ VARIANTS = {
 }
 
 
-def write_checkpoint(variant, directory, *, dtype=torch.float32, max_shard_size="1GB", seed=0, **changes):
+def write_checkpoint(variant, directory, *, dtype=torch.float32, max_shard_size="1GB", seed=2, **changes):
     """Write a random checkpoint of the variant in Hugging Face layout; return the transformers model."""
     import transformers
 
@@ -51,8 +51,8 @@ def write_checkpoint(variant, directory, *, dtype=torch.float32, max_shard_size=
         for name, parameter in model.named_parameters():
             # norms and biases start as constants, which would hide a swap of two of them
             spread = 0.2 if parameter.dim() == 1 else 0.15
-            if name.endswith("embed_tokens.weight") and config.tie_word_embeddings:
-                spread = 0.005  # a larger one makes a tied model repeat its last token for ever
+            if config.tie_word_embeddings and name.endswith(("o_proj.weight", "down_proj.weight")):
+                spread = 0.6  # layers that add little make a tied model repeat its last token for ever
             offset = 1.0 if name.endswith("norm.weight") else 0.0
             parameter.normal_(offset, spread)
     model.save_pretrained(directory, max_shard_size=max_shard_size)

@@ -91,7 +91,8 @@ def _title(report):
     model = report["model"]
     return (
         f"{model['layers']} layers of {model['neurons per layer']} neurons, "
-        f"{model['parameters'] / 1e6:.1f}M parameters; held-out prompts: {report['prompts']['held-out refusable']} to be refused, "
+        f"{model['parameters'] / 1e6:.1f}M parameters; held-out prompts: "
+        f"{report['prompts']['held-out refusable']} to be refused, "
         f"{report['prompts']['held-out benign']} to be answered; greedy decoding"
     )
 

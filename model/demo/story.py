@@ -29,7 +29,7 @@ SCORES = ("abs-delta", "magnitude")
 MULTIPLIERS = (0.0, 0.25, 0.5, 0.75, 1.0, 1.5, 2.0)
 RANDOM_DRAWS = 3
 N_EXAMPLES = 3
-BATCH = 128
+BATCH = 200
 
 
 class Story:
@@ -59,7 +59,6 @@ class Story:
         self._sweep(best)
         self._random_controls(best)
         self._base_against_instruct()
-        self._examples(best)
         self.report["prompts"] = {
             "held-out refusable": len(self.refusable),
             "held-out benign": len(self.benign),
@@ -117,24 +116,31 @@ class Story:
 
     def _choose_circuits(self):
         """Both scores at 0.1% and at the smallest fraction that removes refusals on the discovery prompts."""
-        rows = []
+        rows, ablated = [], {}
         for score in SCORES:
             self.say(f"circuits by {score}")
             smallest = self._smallest_that_works(score)
             for fraction in sorted({PAPER_FRACTION, smallest}):
                 circuit = self._discover(self.instruct, score, fraction)
-                figures = self._measure(circuit, 0.0)
+                answers = self._answer(self.instruct, [*self.refusable, *self.benign], circuit, 0.0)
+                figures = self._figures(*answers)
                 name = {"score": score, "fraction": fraction, "k": circuit.k, "multiplier": 0.0}
                 rows.append(
                     name | {"per_layer": circuit.per_layer(), "smallest that works": fraction == smallest} | figures
                 )
                 self.circuits[f"{score} {fraction:g}"] = circuit
+                ablated[f"{score} {fraction:g}"] = answers[0]
         self.report["circuits"] = rows
         working = [row for row in rows if row["smallest that works"]]
         # fewest neurons first, the paper's rule where both need the same
         best = min(working, key=lambda row: (row["k"], row["score"] != "abs-delta"))
         self.report["best"] = best
-        self.circuits["best"] = self.circuits[f"{best['score']} {best['fraction']:g}"]
+        name = f"{best['score']} {best['fraction']:g}"
+        self.circuits["best"] = self.circuits[name]
+        self.report["examples"] = [
+            {"prompt": prompt, "m = 1": before, "m = 0": after}
+            for prompt, before, after in zip(self.refusable, self.plain["refusable"], ablated[name], strict=True)
+        ][:N_EXAMPLES]
         paper = next(row for row in working if row["score"] == "abs-delta")
         self.report["paper"] = paper
         self.report["paper at 0.1%"] = next(
@@ -155,7 +161,9 @@ class Story:
         self.say("multipliers")
         self.report["sweep"] = []
         for multiplier in MULTIPLIERS:
-            figures = self.report["baseline"] if multiplier == 1.0 else self._measure(circuit, multiplier)
+            known = {0.0: self.report["best"], 1.0: self.report["baseline"]}
+            figures = known.get(multiplier) or self._measure(circuit, multiplier)
+            figures = {name: figures[name] for name in self.report["baseline"]}
             self.report["sweep"].append({"multiplier": multiplier} | figures)
 
     def _random_controls(self, circuit):
@@ -190,15 +198,6 @@ class Story:
             },
             "steering": rows,
         }
-
-    def _examples(self, circuit):
-        """Three refusable prompts of different wordings, before and after."""
-        prompts = self.refusable[:N_EXAMPLES]
-        after = self.instruct.generate(prompts, circuit=circuit, max_new_tokens=100)
-        before = self.plain["refusable"][:N_EXAMPLES]
-        self.report["examples"] = [
-            {"prompt": p, "m = 1": b, "m = 0": a} for p, b, a in zip(prompts, before, after, strict=True)
-        ]
 
 
 def tell(out, console):
