@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import statistics
 import time
 
@@ -24,7 +25,7 @@ def compare(ours, theirs, *, rounds: int = 5) -> dict[str, float]:
     theirs()
     pairs = [(seconds(ours), seconds(theirs)) for _ in range(rounds)]
     mine = [a for a, _ in pairs]
-    neighbours = [max(a, b) / min(a, b) for a, b in zip(mine, mine[1:], strict=False)]
+    neighbours = [max(a, b) / min(a, b) for a, b in itertools.pairwise(mine)]
     return {
         "ratio": statistics.median(a / b for a, b in pairs),
         "noise": statistics.median(neighbours),

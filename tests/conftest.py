@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+
 from tiny import VARIANTS, write_checkpoint
 
 

@@ -7,9 +7,9 @@ import time
 
 import pytest
 from cna_kernels.model.cli import main
-from tiny import write_language_model
 
 from cna_kernels import Circuit
+from tiny import write_language_model
 
 pytest.importorskip("transformers")
 

@@ -8,9 +8,9 @@ from cna_kernels.model import load
 from cna_kernels.model.collect import TokenPrompt, plan_batches
 from cna_kernels.model.discover import find_universal, settings_from
 from safetensors.torch import load_file, save_file
-from tiny import TEXT_VOCABULARY, write_checkpoint, write_text_files
 
 from cna_kernels import InputError, select
+from tiny import TEXT_VOCABULARY, write_checkpoint, write_text_files
 
 transformers = pytest.importorskip("transformers")
 

@@ -2,9 +2,9 @@
 
 import pytest
 import torch
-from op_cases import DTYPES, SHAPES, assert_close, exact, make_case, torch_same_dtype
 
 from cna_kernels import InputError, Scale, backends, ops
+from op_cases import DTYPES, SHAPES, assert_close, exact, make_case, torch_same_dtype
 
 OPS = ["gated_mlp", "swiglu", "down_proj"]
 CASES = [(op, shape, dtype) for op in OPS for shape in SHAPES for dtype in DTYPES]

@@ -6,6 +6,7 @@ from cna_kernels.model.collect import TokenPrompt
 from cna_kernels.model.config import read_config
 from cna_kernels.model.generate import generate
 from cna_kernels.model.weights import load_transformer, open_checkpoint
+
 from tiny import write_checkpoint
 
 pytest.importorskip("transformers")

@@ -8,9 +8,9 @@ import torch
 from cna_kernels.model.config import read_config
 from cna_kernels.model.weights import load_transformer, open_checkpoint, save_transformer
 from safetensors.torch import load_file, save_file
-from tiny import write_checkpoint
 
 from cna_kernels import InputError
+from tiny import write_checkpoint
 
 pytest.importorskip("transformers")
 
