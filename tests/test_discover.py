@@ -126,6 +126,21 @@ def test_order_of_prompts_does_not_matter(checkpoint):
     assert one.pairs == other.pairs and one.prompts != other.prompts
 
 
+def test_runs_repeat_bit_for_bit_and_threads_do_not_change_the_circuit(checkpoint):
+    """Across thread counts PyTorch's matrix products differ in the last bits: there only the neurons are equal."""
+    model = load(checkpoint[0])
+    before = torch.get_num_threads()
+    circuits = []
+    try:
+        for n_threads in (1, 1, 2, 2):
+            torch.set_num_threads(n_threads)
+            circuits.append(model.discover(POSITIVE, NEGATIVE, top_k=60))
+    finally:
+        torch.set_num_threads(before)
+    assert circuits[0] == circuits[1] and circuits[2] == circuits[3]
+    assert circuits[0].pairs == circuits[2].pairs
+
+
 def test_skipped_layers_and_full_fraction(checkpoint):
     model = load(checkpoint[0])
     circuit = model.discover(POSITIVE, NEGATIVE, top_k=900, skip_layers=[1, 4], universal_prompts=False)
