@@ -5,9 +5,9 @@ Prints ratios of interleaved runs; correctness is checked first.
 
 import pytest
 import torch
+
 from cna_kernels.model import demo_checkpoint, load
 from cna_kernels.model.demo import world
-
 from interleave import compare
 
 transformers = pytest.importorskip("transformers")

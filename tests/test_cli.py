@@ -6,9 +6,9 @@ import sys
 import time
 
 import pytest
-from cna_kernels.model.cli import main
 
 from cna_kernels import Circuit
+from cna_kernels.model.cli import main
 from tiny import write_language_model
 
 pytest.importorskip("transformers")

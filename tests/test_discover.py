@@ -4,12 +4,12 @@ import json
 
 import pytest
 import torch
-from cna_kernels.model import load
-from cna_kernels.model.collect import TokenPrompt, plan_batches
-from cna_kernels.model.discover import find_universal, settings_from
 from safetensors.torch import load_file, save_file
 
 from cna_kernels import InputError, select
+from cna_kernels.model import load
+from cna_kernels.model.collect import TokenPrompt, plan_batches
+from cna_kernels.model.discover import find_universal, settings_from
 from tiny import TEXT_VOCABULARY, write_checkpoint, write_text_files
 
 transformers = pytest.importorskip("transformers")

@@ -2,11 +2,11 @@
 
 import pytest
 import torch
+
+from cna_kernels import Circuit, InputError
 from cna_kernels.model import load
 from cna_kernels.model.collect import TokenPrompt
 from cna_kernels.model.generate import Sampling, choose, generate
-
-from cna_kernels import Circuit, InputError
 from tiny import TEXT_VOCABULARY, write_checkpoint, write_language_model, write_text_files
 
 pytest.importorskip("transformers")

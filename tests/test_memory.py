@@ -5,6 +5,7 @@ import subprocess
 import sys
 
 import pytest
+
 from cna_kernels.model.demo import world
 
 pytest.importorskip("resource", reason="peak memory of a child is read with a POSIX call")

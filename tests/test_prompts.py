@@ -1,9 +1,9 @@
 """Prompt files: four formats, columns, limits, and every refusal names file and line."""
 
 import pytest
-from cna_kernels.model.prompts import PromptSet, neutral_prompts, read_prompts
 
 from cna_kernels import InputError
+from cna_kernels.model.prompts import PromptSet, neutral_prompts, read_prompts
 
 
 def write(tmp_path, name, content):

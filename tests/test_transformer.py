@@ -2,11 +2,11 @@
 
 import pytest
 import torch
+
 from cna_kernels.model.collect import TokenPrompt
 from cna_kernels.model.config import read_config
 from cna_kernels.model.generate import generate
 from cna_kernels.model.weights import load_transformer, open_checkpoint
-
 from tiny import write_checkpoint
 
 pytest.importorskip("transformers")
@@ -101,9 +101,8 @@ def test_context_end_stops_generation(tmp_path):
 
 
 def test_compiled_forward_with_tap_and_steering(tmp_path):
-    from cna_kernels.model.transformer import Steer, Tap
-
     from cna_kernels import ActivationSums, Circuit, SteeringTable
+    from cna_kernels.model.transformer import Steer, Tap
 
     write_checkpoint("llama", tmp_path)
     ours = load(tmp_path)

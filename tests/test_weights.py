@@ -5,11 +5,11 @@ import struct
 
 import pytest
 import torch
-from cna_kernels.model.config import read_config
-from cna_kernels.model.weights import load_transformer, open_checkpoint, save_transformer
 from safetensors.torch import load_file, save_file
 
 from cna_kernels import InputError
+from cna_kernels.model.config import read_config
+from cna_kernels.model.weights import load_transformer, open_checkpoint, save_transformer
 from tiny import write_checkpoint
 
 pytest.importorskip("transformers")

@@ -1,0 +1,102 @@
+"""The bundled world and models: splits that do not leak, and a story whose figures hold."""
+
+import json
+
+import pytest
+
+from cna_kernels import Circuit
+from cna_kernels.model.cli import main
+from cna_kernels.model.demo import world
+from cna_kernels.model.demo.checkpoint import NAMES, demo_checkpoint
+
+
+def test_splits_do_not_overlap():
+    refused, answered = world.instruct_pairs()
+    tuned = {prompt for prompt, _ in [*refused, *answered]}
+    held_out = [*world.heldout_refusable(), *world.heldout_benign()]
+    discovery = [*world.discovery_positive(), *world.discovery_negative()]
+    assert len(set(held_out)) == len(held_out) == 200 and len(set(discovery)) == len(discovery) == 200
+    assert not set(held_out) & tuned and not set(held_out) & set(discovery)
+    assert not set(world.neutral_prompts()) & set(held_out + discovery)
+
+
+def test_refusals_are_recognised_and_answers_are_not():
+    refused, answered = world.instruct_pairs()
+    assert all(world.is_refusal(answer) for _, answer in refused)
+    assert not any(world.is_refusal(answer) for _, answer in answered)
+    for prompt in world.heldout_refusable() + world.heldout_benign():
+        assert not world.is_refusal(world.expected_answer(prompt))
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_bundled_checkpoints_are_small(name):
+    assert sum(path.stat().st_size for path in demo_checkpoint(name).iterdir()) <= 8_000_000
+
+
+@pytest.fixture(scope="module")
+def demo(tmp_path_factory):
+    out = tmp_path_factory.mktemp("demo-out")
+    assert main(["demo", "--out", str(out)]) == 0
+    return out, json.loads((out / "report.json").read_text())
+
+
+def test_story(demo):
+    _, report = demo
+    baseline, best, paper = report["baseline"], report["best"], report["paper"]
+    assert baseline["refusal"] >= 0.95 and baseline["benign_refusal"] <= 0.02 and baseline["n"] == 100
+    assert best["fraction"] <= 0.01 and best["multiplier"] == 0 and best["refusal"] <= 0.10
+    assert best["proper"] >= 0.90 and best["quality"] >= 0.97 and best["benign_unchanged"] >= 0.95
+    assert paper["fraction"] <= 0.01 and paper["score"] == "abs-delta"
+    assert paper["refusal"] <= 0.5 * baseline["refusal"]
+    assert report["random"]["refusal"] >= 0.90
+
+
+def test_multipliers_are_a_knob(demo):
+    sweep = {row["multiplier"]: row for row in demo[1]["sweep"]}
+    assert sorted(sweep) == [0, 0.25, 0.5, 0.75, 1, 1.5, 2]
+    refusals = [sweep[m]["refusal"] for m in sorted(sweep)]
+    assert refusals == sorted(refusals) and sweep[1]["refusal"] - sweep[0]["refusal"] > 0.8
+    assert sweep[1] == {"multiplier": 1.0} | demo[1]["baseline"]
+
+
+def test_base_model_refuses_nothing(demo):
+    base = demo[1]["base"]
+    assert all(row["refusal"] == 0 for row in base["steering"].values())
+    assert base["steering"]["unsteered"]["proper"] >= 0.95
+    assert 0 <= base["overlap with the instruct circuit"] <= 1
+
+
+def test_files(demo):
+    out, report = demo
+    names = {
+        "report.json",
+        "report.md",
+        "multipliers.png",
+        "layers.png",
+        "circuit.json",
+        "positive.txt",
+        "negative.txt",
+    }
+    assert names <= {path.name for path in out.iterdir()}
+    assert all((out / name).stat().st_size > 500 for name in names)
+    assert Circuit.load(out / "circuit.json").k == report["best"]["k"]
+    text = (out / "report.md").read_text()
+    assert "group penalty" in text and "assumption" in text
+    assert len(report["examples"]) == 3 and all(example["prompt"] in text for example in report["examples"])
+
+
+def test_the_written_prompts_give_the_same_circuit(demo, tmp_path):
+    out, report = demo
+    arguments = ["discover", "demo:instruct", "--dtype", "float32", "-o", str(tmp_path / "c.json")]
+    for name in ("positive", "negative"):
+        arguments += [f"--{name}", str(out / f"{name}.txt")]
+    arguments += ["--universal-prompts", str(out / "neutral.txt"), "--score", report["best"]["score"]]
+    assert main([*arguments, "--fraction", str(report["best"]["fraction"])]) == 0
+    assert Circuit.load(tmp_path / "c.json").pairs == Circuit.load(out / "circuit.json").pairs
+
+
+def test_unwritable_output_directory(tmp_path, capsys):
+    (tmp_path / "file").write_text("")
+    assert main(["demo", "--out", str(tmp_path / "file")]) == 2
+    captured = capsys.readouterr()
+    assert captured.err.count("\n") == 1 and "file: cannot be written" in captured.err
