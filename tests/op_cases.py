@@ -65,6 +65,9 @@ def make_case(n_tokens, n_neurons, dtype, seed=0):
     values = torch.tensor([0.0, 2.0, -1.5, 0.0, 0.25, 1.0, 3.0, 0.0, 0.5, 1.75, 0.125])
     index = [neuron for circuit in members for neuron in circuit]
     offsets = torch.tensor([0, *map(len, members)]).cumsum(0)
+    row_circuit = torch.randint(-1, N_CIRCUITS, (n_tokens,), generator=generator, dtype=torch.int32)
+    row_circuit[10::11] = 9  # no circuit: must count as -1
+    row_circuit[4::11] = -3
     return Case(
         x=normal(n_tokens, N_HIDDEN),
         w_gate_up=normal(2 * n_neurons, N_HIDDEN, spread=N_HIDDEN**-0.5),
@@ -76,10 +79,7 @@ def make_case(n_tokens, n_neurons, dtype, seed=0):
         act_sum=torch.randn(N_COLUMNS, n_neurons, generator=generator),
         act_sumsq=torch.rand(N_COLUMNS, n_neurons, generator=generator),
         scale=Scale(offsets.int(), torch.tensor(index, dtype=torch.int32), values[: len(index)].clone()),
-        # 9 is no circuit: it must count as -1
-        row_circuit=torch.randint(-1, N_CIRCUITS, (n_tokens,), generator=generator, dtype=torch.int32).where(
-            torch.arange(n_tokens) % 11 != 10, torch.tensor(9, dtype=torch.int32)
-        ),
+        row_circuit=row_circuit,
     )
 
 

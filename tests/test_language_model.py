@@ -3,10 +3,11 @@
 import pytest
 import torch
 
-from cna_kernels import Circuit, InputError
+from cna_kernels import Circuit, InputError, SteeringTable
 from cna_kernels.model import load
 from cna_kernels.model.collect import TokenPrompt
 from cna_kernels.model.generate import Sampling, choose, generate
+from cna_kernels.model.transformer import Steer
 from tiny import TEXT_VOCABULARY, write_checkpoint, write_language_model, write_text_files
 
 pytest.importorskip("transformers")
@@ -103,6 +104,24 @@ def test_batch_size_does_not_change_answers(model):
         for batch in (1, 3, 64)
     }
     assert len(answers) == 1
+
+
+def test_rows_that_end_early_leave_the_others_their_circuits(model):
+    """Rows are dropped from the batch once half of them have ended; each of the rest must keep its own circuit."""
+    prompts = [TokenPrompt(ids, "p") for ids in model.tokenizer.encode_chat(PROMPTS * 2)]
+    table = SteeringTable([CIRCUIT, OTHER], [-3.0, 6.0], 3, 48)
+    numbers = [1, 0, -1, 1, 0, 0, 1, -1]
+
+    def run(rows, stop):
+        steer = Steer(table, table.rows([numbers[row] for row in rows]))
+        chosen = [prompts[row] for row in rows]
+        return generate(model.transformer, chosen, max_new_tokens=20, stop_ids=stop, steer=steer)
+
+    free = run(range(8), frozenset())
+    stop = frozenset(free[0][2:4] + free[1][3:4] + free[3][4:5] + free[4][5:6])
+    together = run(range(8), stop)
+    assert len({len(answer) for answer in together}) >= 3, "rows must end at different times"
+    assert together == [run([row], stop)[0] for row in range(8)]
 
 
 def test_steered_restores_whatever_happens(model):
