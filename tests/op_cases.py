@@ -114,12 +114,12 @@ def torch_same_dtype(case, op):
     return (scaled if op == "swiglu" else scaled @ case.w_down.T), act_sum, act_sumsq
 
 
-def assert_close(name, got, plain, answer, *, slack):
-    """Our error is at most ``slack`` times PyTorch's own in the same dtype, plus one rounding of the largest value."""
+def assert_close(name, got, plain, answer, *, slack, dtype):
+    """Our error is at most ``slack`` times PyTorch's own, plus one rounding to ``dtype`` of the largest value."""
     if answer.numel() == 0:
         assert got.shape == answer.shape
         return
     error = (got.double() - answer).abs()
-    limit = slack * (plain.double() - answer).abs().max() + torch.finfo(got.dtype).eps * answer.abs().max()
+    limit = slack * (plain.double() - answer).abs().max() + torch.finfo(dtype).eps * answer.abs().max()
     worst = tuple(int(i) for i in (error == error.max()).nonzero()[0]) if torch.isfinite(error).all() else "NaN"
     assert error.max() <= limit, f"{name} at {worst}: error {error.max():.3e}, limit {limit:.3e}"

@@ -21,7 +21,9 @@ def test_values(op, shape, dtype):
     for (name, slack), got, plain, answer in zip(
         names, results, torch_same_dtype(case, op), exact(case, op), strict=True
     ):
-        assert_close(name, got, plain, answer, slack=slack)
+        # down_proj sums the very act it is given; elsewhere act itself was rounded to dtype first
+        rounding = torch.float32 if op == "down_proj" and name != "y" else dtype
+        assert_close(name, got, plain, answer, slack=slack, dtype=rounding)
     assert y.dtype == dtype and y.is_contiguous()
 
 
