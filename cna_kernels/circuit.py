@@ -153,6 +153,27 @@ _FIELDS = {
 }
 
 
+# fields of the objects inside, all of which must be there
+_SIDE = {"count": int, "sha256": str}
+_NESTED = {
+    "universal": {"prompts": int, "fraction": (int, float), "threshold": (int, float), "excluded": list},
+    "model": {"name": str, "config_sha256": str, "headers_sha256": str, "weights_sha256": str},
+    "prompts": {"positive": _SIDE, "negative": _SIDE},
+}
+
+
+def _check_nested(record, where, fields):
+    for name, types in fields.items():
+        value = record.get(name) if isinstance(record, dict) else None
+        if isinstance(types, dict):
+            _check_nested(value, f"{where}.{name}", types)
+        elif not _is(value, types):
+            raise InputError(f"{where}.{name}", f"expected {_KINDS[types]}, got {_short(value)}")
+
+
+_KINDS = {int: "a whole number", str: "text", list: "a list", (int, float): "a number"}
+
+
 def _is(value, types):
     return isinstance(value, types) and not isinstance(value, bool)
 
@@ -184,10 +205,16 @@ def _from_record(record, path) -> Circuit:
         well_formed = isinstance(neuron, list) and len(neuron) == 3 and all(_is(v, int) for v in neuron[:2])
         if not well_formed or not _is(neuron[2], (int, float)):
             raise InputError(f"{path}: neurons[{place}]", f"expected [layer, index, contrast], got {_short(neuron)}")
+    for name, fields in _NESTED.items():
+        if record.get(name) is not None:
+            _check_nested(record[name], f"{path}: {name}", fields)
     if record["k"] != len(record["neurons"]):
         raise InputError(f"{path}: k", f"expected {len(record['neurons'])}, the length of neurons, got {record['k']}")
     known = {name: value for name, value in record.items() if name not in ("schema_version", "site", "k")}
-    known["neurons"] = tuple((layer, index, float(value)) for layer, index, value in record["neurons"])
+    known["neurons"] = tuple(
+        (layer, index, _contrast(value, f"{path}: neurons[{place}]"))
+        for place, (layer, index, value) in enumerate(record["neurons"])
+    )
     known["skipped_layers"] = tuple(record.get("skipped_layers") or ())
     return Circuit(**known)
 
@@ -201,11 +228,18 @@ def _from_public_code(record, path, n_layers, n_neurons) -> Circuit:
             raise InputError(f"{path}: neurons", f"expected keys 'layer,position,index', got {_short(key)}")
         if not _is(value, (int, float)):
             raise InputError(f"{path}: neurons[{key}]", f"expected a number, got {_short(value)}")
-        neurons.append((int(parts[0]), int(parts[2]), float(value)))
+        neurons.append((int(parts[0]), int(parts[2]), _contrast(value, f"{path}: neurons[{key}]")))
     neurons.sort(key=lambda neuron: (-abs(neuron[2]), neuron[0], neuron[1]))
     n_layers = n_layers or 1 + max((layer for layer, _, _ in neurons), default=0)
     n_neurons = n_neurons or 1 + max((index for _, index, _ in neurons), default=0)
     return Circuit(tuple(neurons), n_layers, n_neurons, score="abs-delta", preset="imported")
+
+
+def _contrast(value, where) -> float:
+    try:
+        return float(value)
+    except OverflowError:  # a whole number of hundreds of digits
+        raise InputError(where, f"expected a number that a double holds, got {_short(value)}") from None
 
 
 def _short(value):

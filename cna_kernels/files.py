@@ -48,11 +48,16 @@ def parse_json(text: str, where):
         return record
 
     try:
-        return json.loads(text, parse_constant=refuse, parse_float=finite, object_pairs_hook=unique)
+        value = json.loads(text, parse_constant=refuse, parse_float=finite, object_pairs_hook=unique)
+        if "\\ud" in text.lower():  # half of a surrogate pair can only come from an escape
+            json.dumps(value, ensure_ascii=False).encode("utf-8")
+        return value
     except json.JSONDecodeError as error:
         raise InputError(where, f"is not JSON: {error.msg} (line {error.lineno})") from None
     except RecursionError:
         raise InputError(where, "is nested too deeply") from None
+    except UnicodeEncodeError:
+        raise InputError(where, "holds half of a surrogate pair, which is not text") from None
     except InputError:
         raise
     except ValueError as error:  # an integer of thousands of digits
