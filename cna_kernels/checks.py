@@ -14,8 +14,15 @@ class InputError(ValueError):
         super().__init__(f"{self.where}: {self.what}")
 
     def __str__(self):
-        # File contents may hold newlines or terminal escapes; the message stays one printable line.
-        return "".join(c if c.isprintable() else repr(c)[1:-1] for c in f"{self.where}: {self.what}")
+        # File contents may hold newlines, terminal escapes or megabytes; the message stays one printable line.
+        return one_line(f"{self.where}: {self.what}")
+
+
+def one_line(text: str, longest: int = 500) -> str:
+    """Return the text with what is not printable escaped, and its middle left out where it is long."""
+    if len(text) > longest:
+        text = f"{text[: longest // 2]} ... {text[-longest // 2 :]}"
+    return "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
 
 
 def check_tensor(name, x, *, shape=None, dtype=None, device=None):

@@ -95,7 +95,7 @@ class Circuit:
         record = {"schema_version": SCHEMA_VERSION, "site": SITE, "k": self.k}
         record |= {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
         neurons = record.pop("neurons")
-        lines = ",\n".join("    " + json.dumps(neuron) for neuron in neurons)
+        lines = ",\n".join("    " + json.dumps(neuron, allow_nan=False) for neuron in neurons)
         head = json.dumps(record, indent=2, allow_nan=False)
         return head[: head.rindex("\n")] + ',\n  "neurons": [\n' + lines + "\n  ]\n}\n"
 
@@ -130,6 +130,7 @@ class Circuit:
         return "\n".join(lines)
 
 
+_MOST_LAYERS, _MOST_NEURONS = 10_000, 10_000_000
 # field: (required, types, what an error says was expected)
 _FIELDS = {
     "n_layers": (True, int, "a whole number from 1 to 10000"),
@@ -154,9 +155,10 @@ _FIELDS = {
 
 
 # fields of the objects inside, all of which must be there
+_NUMBER = (int, float)
 _SIDE = {"count": int, "sha256": str}
 _NESTED = {
-    "universal": {"prompts": int, "fraction": (int, float), "threshold": (int, float), "excluded": list},
+    "universal": {"prompts": int, "prompts_sha256": str, "fraction": _NUMBER, "threshold": _NUMBER, "excluded": list},
     "model": {"name": str, "config_sha256": str, "headers_sha256": str, "weights_sha256": str},
     "prompts": {"positive": _SIDE, "negative": _SIDE},
 }
@@ -169,9 +171,14 @@ def _check_nested(record, where, fields):
             _check_nested(value, f"{where}.{name}", types)
         elif not _is(value, types):
             raise InputError(f"{where}.{name}", f"expected {_KINDS[types]}, got {_short(value)}")
+        elif types is _NUMBER and not 0 <= value <= 1:
+            raise InputError(f"{where}.{name}", f"expected 0 to 1, got {_short(value)}")
+    unknown = set(record) - set(fields)
+    if unknown:
+        raise InputError(f"{where}.{sorted(unknown)[0]}", "not a field of a circuit file")
 
 
-_KINDS = {int: "a whole number", str: "text", list: "a list", (int, float): "a number"}
+_KINDS = {int: "a whole number", str: "text", list: "a list", _NUMBER: "a number"}
 
 
 def _is(value, types):
@@ -191,7 +198,7 @@ def _from_record(record, path) -> Circuit:
             continue
         if not _is(value, types):
             raise InputError(f"{path}: {name}", f"expected {expected}, got {_short(value)}")
-    for name, largest in (("n_layers", 10_000), ("n_neurons", 10_000_000)):
+    for name, largest in (("n_layers", _MOST_LAYERS), ("n_neurons", _MOST_NEURONS)):
         if not 1 <= record[name] <= largest:
             raise InputError(f"{path}: {name}", f"expected {_FIELDS[name][2]}, got {record[name]}")
     if record["site"] != SITE:
@@ -229,6 +236,9 @@ def _from_public_code(record, path, n_layers, n_neurons) -> Circuit:
         if not _is(value, (int, float)):
             raise InputError(f"{path}: neurons[{key}]", f"expected a number, got {_short(value)}")
         neurons.append((int(parts[0]), int(parts[2]), _contrast(value, f"{path}: neurons[{key}]")))
+    for layer, index, _ in neurons:
+        if not (0 <= layer < _MOST_LAYERS and 0 <= index < _MOST_NEURONS):
+            raise InputError(f"{path}: neurons", f"({layer}, {index}) is no layer and neuron of a model")
     neurons.sort(key=lambda neuron: (-abs(neuron[2]), neuron[0], neuron[1]))
     n_layers = n_layers or 1 + max((layer for layer, _, _ in neurons), default=0)
     n_neurons = n_neurons or 1 + max((index for _, index, _ in neurons), default=0)

@@ -2,34 +2,59 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import math
 import os
 import secrets
+import stat
 from pathlib import Path
 
 from .checks import InputError
 
 
-def read_text(path, *, limit: int = 1 << 30) -> str:
-    """Return the file as UTF-8 text without a byte order mark; raise InputError naming it otherwise."""
-    path = Path(path)
+def open_regular(path):
+    """Open a file for reading bytes. A directory, FIFO or device is refused: it may block or never end."""
     try:
-        if path.is_dir():
-            raise InputError(path, "is a directory, expected a file")
-        size = path.stat().st_size
-        if size > limit:
-            raise InputError(path, f"has {size} bytes, more than the {limit} accepted")
-        return path.read_bytes().decode("utf-8-sig")
+        descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0))
+    except (OSError, ValueError) as error:  # ValueError: a NUL in the name
+        raise InputError(path, getattr(error, "strerror", None) or error) from None
+    kind = os.fstat(descriptor).st_mode
+    if not stat.S_ISREG(kind):
+        os.close(descriptor)
+        raise InputError(path, "is a directory, expected a file" if stat.S_ISDIR(kind) else "is not a regular file")
+    return os.fdopen(descriptor, "rb")
+
+
+def read_text(path, *, limit: int = 1 << 30, may_stream: bool = False) -> str:
+    """Return the file as UTF-8 text without a byte order mark; raise InputError naming it otherwise.
+
+    Args:
+        limit: the most bytes accepted.
+        may_stream: accept a pipe too, such as the ``<(...)`` of a shell.
+    """
+    try:
+        streams = may_stream and stat.S_ISFIFO(os.stat(path).st_mode)
+        with open(path, "rb") if streams else open_regular(path) as file:
+            content = file.read(limit + 1)
+    except InputError:
+        raise
+    except (OSError, ValueError) as error:
+        raise InputError(path, getattr(error, "strerror", None) or error) from None
+    if len(content) > limit:
+        raise InputError(path, f"has more than the {limit} bytes accepted")
+    try:
+        return content.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         raise InputError(path, f"is not UTF-8 text (byte {error.start})") from None
-    except OSError as error:
-        raise InputError(path, error.strerror or str(error)) from None
 
 
 def parse_json(text: str, where):
-    """Parse strict JSON: NaN, Infinity, repeated keys and absurd nesting are refused. ``where`` names the source."""
+    """Parse strict JSON. ``where`` names the source.
+
+    NaN, Infinity, numbers beyond a double, repeated keys, half surrogate pairs and absurd nesting are refused.
+    """
 
     def refuse(name):
         raise InputError(where, f"holds {name}, which JSON does not have")
@@ -41,10 +66,11 @@ def parse_json(text: str, where):
         return value
 
     def unique(pairs):
-        record = dict(pairs)
-        if len(record) != len(pairs):
-            names = [key for key, _ in pairs]
-            raise InputError(where, f"repeats the key {next(n for n in names if names.count(n) > 1)!r}")
+        record = {}
+        for key, value in pairs:
+            if key in record:
+                raise InputError(where, f"repeats the key {key!r}")
+            record[key] = value
         return record
 
     try:
@@ -76,29 +102,41 @@ def write_text(path, text: str):
 
 def write_bytes(path, content: bytes):
     """As :func:`write_text`, for bytes."""
-    path = Path(path)
-    temporary = path.parent / f".{path.name}.{secrets.token_hex(8)}.tmp"
+    target = _target(path)
+    temporary = target.parent / f".cna-{secrets.token_hex(8)}.tmp"
     try:
         with open(temporary, "xb") as file:
             file.write(content)
             file.flush()
             os.fsync(file.fileno())
-        os.replace(temporary, path)
+        os.replace(temporary, target)
     except OSError as error:
         raise InputError(path, f"cannot be written: {error.strerror or error}") from None
     finally:
-        temporary.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            temporary.unlink()
 
 
 def check_writable(path):
     """Raise InputError now, before hours of work, where ``path`` could not be written at the end."""
-    path = Path(path)
-    if path.is_dir():
-        raise InputError(path, "is a directory, cannot be written as a file")
-    if not path.parent.is_dir():
-        raise InputError(path, f"cannot be written: no directory {str(path.parent)!r}")
-    if not os.access(path.parent, os.W_OK | os.X_OK):
+    target = _target(path)
+    if not os.path.isdir(target.parent):
+        raise InputError(path, f"cannot be written: no directory {str(target.parent)!r}")
+    if not os.access(target.parent, os.W_OK | os.X_OK):
         raise InputError(path, "cannot be written: Permission denied")
+
+
+def _target(path) -> Path:
+    """Where writing to ``path`` ends up, symbolic links followed; only a regular file is ever replaced."""
+    name = os.fspath(path)
+    if name.endswith(os.sep) or os.path.isdir(name):
+        raise InputError(path, "is a directory, cannot be written as a file")
+    target = Path(os.path.realpath(name))
+    if os.path.lexists(target) and not os.path.isfile(target):
+        raise InputError(path, "cannot be written: is not a regular file")
+    if len(os.fsencode(target.name)) > 255:
+        raise InputError(path, "cannot be written: File name too long")
+    return target
 
 
 def sha256(*parts: bytes | str) -> str:

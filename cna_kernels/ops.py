@@ -153,6 +153,11 @@ def _keywords(weight, act_sum, act_sumsq, offsets, index, value, row_circuit):
     return dict(weight=weight, act_sum=act_sum, act_sumsq=act_sumsq, scale=scale, row_circuit=row_circuit)
 
 
+def _as_given(x):
+    """Autocast off: an op computes in the dtypes it is given, and its sums in fp32."""
+    return torch.autocast(x.device.type, enabled=False)
+
+
 def _needs_grad(*tensors):
     return torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
 
@@ -177,7 +182,9 @@ def _gated_mlp(
     backend: str | None,
 ) -> Tensor:
     extras = _keywords(weight, act_sum, act_sumsq, scale_offsets, scale_index, scale_value, row_circuit)
-    return backends.implementation(x.device.type, backend).gated_mlp(x, w_gate_up, w_down, **extras)
+    run = backends.implementation(x.device.type, backend).gated_mlp
+    with _as_given(x):
+        return run(x, w_gate_up, w_down, **extras)
 
 
 @_gated_mlp.register_fake
@@ -199,7 +206,9 @@ def _swiglu(
     backend: str | None,
 ) -> Tensor:
     extras = _keywords(weight, act_sum, act_sumsq, scale_offsets, scale_index, scale_value, row_circuit)
-    return backends.implementation(gate.device.type, backend).swiglu(gate, up, **extras)
+    run = backends.implementation(gate.device.type, backend).swiglu
+    with _as_given(gate):
+        return run(gate, up, **extras)
 
 
 @_swiglu.register_fake
@@ -221,7 +230,9 @@ def _down_proj(
     backend: str | None,
 ) -> Tensor:
     extras = _keywords(weight, act_sum, act_sumsq, scale_offsets, scale_index, scale_value, row_circuit)
-    return backends.implementation(act.device.type, backend).down_proj(act, w_down, **extras)
+    run = backends.implementation(act.device.type, backend).down_proj
+    with _as_given(act):
+        return run(act, w_down, **extras)
 
 
 @_down_proj.register_fake

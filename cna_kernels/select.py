@@ -53,7 +53,8 @@ def scores(name: str, sums: ActivationSums, delta: Tensor) -> Tensor:
         n_positive, n_negative = sums.count.tolist()
         pooled = (n_positive - 1) * sums.variance(POSITIVE) + (n_negative - 1) * sums.variance(NEGATIVE)
         deviation = (pooled / (n_positive + n_negative - 2)).sqrt()
-        return torch.where(delta == 0, 0, delta.abs() / deviation)
+        # no spread at all: the squares of both sets were too small for fp32, and so is any difference
+        return torch.where(deviation > 0, delta.abs() / deviation, 0)
     raise InputError("score", f"expected one of {', '.join(SCORES)}, got {name!r}")
 
 

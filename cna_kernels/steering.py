@@ -43,11 +43,12 @@ class SteeringTable:
                 indices += chosen
                 offsets[layer, number + 1] = len(owners) - starts[-1]
             starts.append(len(owners))
-        self._owner = torch.tensor(owners, dtype=torch.int64, device=device)  # [E], the circuit of each entry
-        self._index = torch.tensor(indices, dtype=torch.int32, device=device)  # [E]
-        self._value = torch.ones(len(owners), dtype=torch.float32, device=device)  # [E]
-        self._multiplier = torch.ones(self.n_circuits, dtype=torch.float32, device=device)  # [K]
-        self._offsets = offsets.to(device)  # [L, K + 1], from 0 within each layer
+        with torch.inference_mode(False):  # buffers made in inference mode could not be changed outside it
+            self._owner = torch.tensor(owners, dtype=torch.int64, device=device)  # [E], the circuit of each entry
+            self._index = torch.tensor(indices, dtype=torch.int32, device=device)  # [E]
+            self._value = torch.ones(len(owners), dtype=torch.float32, device=device)  # [E]
+            self._multiplier = torch.ones(self.n_circuits, dtype=torch.float32, device=device)  # [K]
+            self._offsets = offsets.to(device)  # [L, K + 1], from 0 within each layer
         self._starts = starts  # [L + 1]
         self.set_multipliers(multipliers)
 

@@ -31,11 +31,12 @@ class ActivationSums:
 
     def __init__(self, n_layers: int, n_neurons: int, n_columns: int, *, squares: bool = False, device="cpu"):
         shape = (n_layers, n_columns, n_neurons)
-        self.act_sum = torch.zeros(shape, dtype=torch.float32, device=device)
-        self.act_sumsq = torch.zeros_like(self.act_sum) if squares else None
-        self.total = torch.zeros(shape, dtype=torch.float64)
-        self.total_sq = torch.zeros_like(self.total) if squares else None
-        self.count = torch.zeros(n_columns, dtype=torch.float64)
+        with torch.inference_mode(False):  # buffers made in inference mode could not be changed outside it
+            self.act_sum = torch.zeros(shape, dtype=torch.float32, device=device)
+            self.act_sumsq = torch.zeros_like(self.act_sum) if squares else None
+            self.total = torch.zeros(shape, dtype=torch.float64)
+            self.total_sq = torch.zeros_like(self.total) if squares else None
+            self.count = torch.zeros(n_columns, dtype=torch.float64)
 
     def layer(self, layer: int) -> dict[str, Tensor | None]:
         """Return the layer's buffers as the keyword arguments of an op."""
@@ -56,10 +57,14 @@ class ActivationSums:
             for buffer in (self.act_sum, self.act_sumsq):
                 if buffer is not None:
                     _require_finite(buffer)
-            self.total += self.act_sum.cpu()
-            if self.act_sumsq is not None:
-                self.total_sq += self.act_sumsq.cpu()
-            self.count += weight.double().sum(0).cpu()
+            # everything that may run out of memory comes before the first total changes
+            count = weight.cpu().double().sum(0)
+            act_sum = self.act_sum.cpu()
+            act_sumsq = None if self.act_sumsq is None else self.act_sumsq.cpu()
+            self.total += act_sum
+            if act_sumsq is not None:
+                self.total_sq += act_sumsq
+            self.count += count
         finally:
             self.discard()
 

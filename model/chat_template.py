@@ -6,10 +6,13 @@ child renders it under a memory limit and the parent waits a bounded time.
 
 from __future__ import annotations
 
+import contextlib
 import json
-import select
+import os
+import selectors
 import subprocess
 import sys
+import threading
 import time
 import weakref
 from pathlib import Path
@@ -24,13 +27,15 @@ _BATCH = 64
 
 
 class ChatTemplate:
-    """Renders conversations with a checkpoint's template. ``where`` names its file for messages."""
+    """Renders conversations with a checkpoint's template; threads take turns. ``where`` names its file for messages."""
 
     def __init__(self, source: str, variables: dict[str, str], where):
-        if len(source.encode("utf-8", "replace")) > MAX_TEMPLATE:
+        if len(source.encode("utf-8")) > MAX_TEMPLATE:
             raise InputError(where, f"chat template is larger than {MAX_TEMPLATE} bytes")
         self.source, self.variables, self.where = source, variables, where
         self._child = None
+        self._owner = None  # the process that started the child; a fork must not share its pipes
+        self._lock = threading.Lock()
 
     def render(self, conversations: list[list[dict[str, str]]]) -> list[str]:
         """Return the text of each conversation, ended by the header of the assistant's turn.
@@ -40,70 +45,85 @@ class ChatTemplate:
         """
         texts = []
         for start in range(0, len(conversations), _BATCH):
-            texts += self._ask({"conversations": conversations[start : start + _BATCH]})
+            with self._lock:
+                texts += self._ask({"conversations": conversations[start : start + _BATCH]})["texts"]
         return texts
 
-    def _ask(self, request):
-        if self._child is None or self._child.poll() is not None:
+    def _ask(self, message):
+        """Exchange a message with the child, started where there is none."""
+        if self._child is None or self._owner != os.getpid() or self._child.poll() is not None:
             self._start()
-        answer = self._exchange(request)
-        if "error" in answer:
-            raise InputError(self.where, f"chat template: {answer['error']}")
-        return answer["texts"]
+        return self._exchange(message)
 
     def _start(self):
         command = [sys.executable, "-I", str(Path(__file__).with_name("template_child.py"))]
         self._child = subprocess.Popen(
             command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL
         )
-        weakref.finalize(self, _end, self._child)
-        setup = {"template": self.source, "variables": self.variables, "max_output": MAX_OUTPUT}
-        answer = self._exchange(setup)
-        if "error" in answer:
-            _end(self._child)
-            raise InputError(self.where, f"chat template: {answer['error']}")
+        self._owner = os.getpid()
+        weakref.finalize(self, _end, self._child, self._owner)
+        self._exchange(
+            {
+                "path": [entry for entry in sys.path if entry],
+                "template": self.source,
+                "variables": self.variables,
+                "max_output": MAX_OUTPUT,
+            }
+        )
 
     def _exchange(self, message):
-        """Send one line, wait for one line; kill the child where none comes in time."""
+        """Send one line, wait for one line. A child that does not answer in time, or is interrupted, is ended."""
         try:
-            self._child.stdin.write(json.dumps(message).encode() + b"\n")
+            line = self._transfer(json.dumps(message).encode() + b"\n")
+        except BaseException:  # an answer that comes later must not be taken for the next one
+            _end(self._child, self._owner)
+            raise
+        answer = json.loads(line)
+        if "error" in answer:
+            raise InputError(self.where, f"chat template: {answer['error']}")
+        return answer
+
+    def _transfer(self, request: bytes) -> bytes:
+        with contextlib.suppress(BrokenPipeError):  # the read below finds the end of its output
+            self._child.stdin.write(request)
             self._child.stdin.flush()
-        except BrokenPipeError:
-            pass  # the read below finds the end of its output
         line, deadline = b"", time.monotonic() + _SECONDS
-        while not line.endswith(b"\n"):
-            ready, _, _ = select.select([self._child.stdout], [], [], max(0.0, deadline - time.monotonic()))
-            piece = self._child.stdout.read1(1 << 20) if ready else b""
-            if not piece:
-                late = not ready
-                _end(self._child)
-                what = f"took longer than {_SECONDS:g} s" if late else "used too much memory or crashed"
-                raise InputError(self.where, f"chat template: rendering {what}")
-            line += piece
-        return json.loads(line)
+        with selectors.DefaultSelector() as selector:
+            selector.register(self._child.stdout, selectors.EVENT_READ)
+            while not line.endswith(b"\n"):
+                if not selector.select(max(0.0, deadline - time.monotonic())):
+                    raise InputError(self.where, f"chat template: rendering took longer than {_SECONDS:g} s")
+                piece = self._child.stdout.read1(1 << 20)
+                if not piece:
+                    raise InputError(self.where, "chat template: rendering used too much memory or crashed")
+                line += piece
+        return line
 
 
-def _end(child):
+def _end(child, owner):
+    if owner != os.getpid():
+        return
     child.kill()
     child.wait()
-    child.stdin.close()
-    child.stdout.close()
+    for pipe in (child.stdin, child.stdout):
+        with contextlib.suppress(OSError):
+            pipe.close()
 
 
 def find_chat_template(directory, special_tokens: dict[str, str]) -> ChatTemplate | None:
     """Return the checkpoint's template: ``chat_template.jinja``, or the field of ``tokenizer_config.json``."""
     directory = Path(directory)
     path = directory / "chat_template.jinja"
-    if path.exists():
+    if os.path.lexists(path):
         return ChatTemplate(read_text(path, limit=MAX_TEMPLATE), special_tokens, path)
     path = directory / "tokenizer_config.json"
-    if not path.exists():
+    if not os.path.lexists(path):
         return None
     record = read_json(path, limit=64 << 20)
     source = record.get("chat_template") if isinstance(record, dict) else None
     if isinstance(source, list):  # several named templates; "default" is the one for plain chat
-        named = {entry.get("name"): entry.get("template") for entry in source if isinstance(entry, dict)}
-        source = named.get("default")
+        default = [entry for entry in source if isinstance(entry, dict) and entry.get("name") == "default"]
+        source = default[0].get("template") if default else None
     if source is None:
         return None
     if not isinstance(source, str):

@@ -8,7 +8,7 @@ import sys
 from importlib import import_module
 
 import cna_kernels
-from cna_kernels.checks import InputError
+from cna_kernels.checks import InputError, one_line
 
 MODEL_HELP = "checkpoint directory in Hugging Face layout; demo:instruct or demo:base for the bundled pair"
 
@@ -17,7 +17,7 @@ class Parser(argparse.ArgumentParser):
     """An ArgumentParser whose errors are one line."""
 
     def error(self, message):
-        self.exit(2, f"{self.prog}: {message}\n")
+        self.exit(2, f"{self.prog}: {one_line(message)}\n")
 
 
 def build_parser() -> Parser:
@@ -146,7 +146,9 @@ def _batch(text):
 
 def main(argv: list[str] | None = None) -> int:
     """Run a command; return 0, 2 for input that cannot be used (one line on stderr), or 130 after Ctrl-C."""
-    args = build_parser().parse_args(argv)
+    args = build_parser().parse_args(_with_signs(sys.argv[1:] if argv is None else argv))
+    if hasattr(sys.stdout, "reconfigure"):
+        sys.stdout.reconfigure(errors="backslashreplace")  # an answer may hold what the terminal's encoding lacks
     try:
         import_module("cna_kernels.model.commands").COMMANDS[args.command](args)
         sys.stdout.flush()
@@ -155,11 +157,27 @@ def main(argv: list[str] | None = None) -> int:
         print(f"cna {args.command}: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print(f"cna {args.command}: interrupted, nothing was written", file=sys.stderr)
+        print(f"cna {args.command}: interrupted", file=sys.stderr)
         return 130
     except BrokenPipeError:  # the reader of our output went away, as `| head` does
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
+    except OSError as error:  # files name themselves in an InputError; what is left is stdout, full or closed
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        print(f"cna {args.command}: stdout: {error.strerror or error}", file=sys.stderr)
+        return 2
+
+
+def _with_signs(argv: list[str]) -> list[str]:
+    """Join ``-m -1,0`` into ``-m=-1,0``: argparse takes a list that starts with a minus for an option."""
+    joined: list[str] = []
+    for word in argv:
+        is_list = word[:1] == "-" and word[1:2] in tuple("0123456789.") and len(word) > 1
+        if is_list and joined and joined[-1] in ("-m", "--multiplier"):
+            joined[-1] += ("" if joined[-1] == "-m" else "=") + word
+        else:
+            joined.append(word)
+    return joined
 
 
 if __name__ == "__main__":

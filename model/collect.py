@@ -11,6 +11,7 @@ from torch import Tensor
 from cna_kernels.checks import InputError
 from cna_kernels.sums import ActivationSums, NonFiniteActivation
 
+from .memory import is_out_of_memory
 from .transformer import Tap, Transformer
 
 AUTO_TOKENS = {"cpu": 4096, "cuda": 32768}  # padded tokens of one batch, by device
@@ -55,12 +56,13 @@ def collect(
         members = [prompts[row] for row in rows]
         try:
             _forward(transformer, members, column_weights[rows], sums, device)
-        except torch.OutOfMemoryError:
-            out_of_memory = True
+            out_of_memory = False
         except NonFiniteActivation as error:
             raise _blame(transformer, members, sums, device, error) from None
-        else:
-            out_of_memory = False
+        except RuntimeError as error:
+            out_of_memory = is_out_of_memory(error)
+            if not out_of_memory:
+                raise
         if out_of_memory:  # outside the except block, whose traceback would keep the tensors alive
             sums.discard()
             if device.type == "cuda":

@@ -16,14 +16,14 @@ from rich.table import Table
 
 import cna_kernels
 from cna_kernels import backends
-from cna_kernels.checks import InputError
+from cna_kernels.checks import InputError, one_line
 from cna_kernels.circuit import Circuit
 from cna_kernels.files import check_writable
 from cna_kernels.steering import check_multiplier
 
 from .demo.checkpoint import demo_checkpoint
 from .language_model import LanguageModel, load
-from .prompts import PromptSet, read_prompts
+from .prompts import RECORD_FORMATS, PromptSet, read_prompts
 
 
 def run_demo(args):
@@ -33,12 +33,15 @@ def run_demo(args):
 
 
 def run_discover(args):
+    if args.output == "-":
+        raise InputError("--output", "expected a file; --json prints the circuit on stdout")
     check_writable(args.output)
-    options = {"column": args.column, "limit": args.limit}
-    positive, negative = read_prompts(args.positive, **options), read_prompts(args.negative, **options)
+    _check_column(args.column, args.positive, args.negative, args.universal_prompts)
+    positive = read_prompts(args.positive, column=_column(args, args.positive), limit=args.limit)
+    negative = read_prompts(args.negative, column=_column(args, args.negative), limit=args.limit)
     universal = False if args.no_universal else None
     if args.universal_prompts:
-        universal = read_prompts(args.universal_prompts, **options)
+        universal = read_prompts(args.universal_prompts, column=_column(args, args.universal_prompts))
     model = load_model(args)
     with progress_bar("prompts") as progress:
         circuit = model.discover(
@@ -67,7 +70,8 @@ def run_run(args):
     texts = list(args.prompt or [])
     prompts = PromptSet.of(texts, "--prompt") if texts else None
     if args.prompts:
-        prompts = read_prompts(args.prompts, column=args.column, limit=args.limit)
+        _check_column(args.column, args.prompts)
+        prompts = read_prompts(args.prompts, column=_column(args, args.prompts), limit=args.limit)
     if prompts is None or (texts and args.prompts):
         raise InputError("prompts", "give either -p TEXT or --prompts FILE")
     multipliers = _multipliers(args.multiplier)
@@ -125,7 +129,10 @@ def run_doctor(args):
     for name in ("triton", "safetensors", "tokenizers"):
         facts[name] = _version(name)
     for device in ("cpu", "cuda") if cuda else ("cpu",):
-        facts[f"ops on {device}"] = backends.name_for(device)
+        try:
+            facts[f"ops on {device}"] = backends.name_for(device)
+        except InputError as error:
+            facts[f"ops on {device}"] = str(error)
     for name in backends.KNOWN:
         facts[f"backend {name}"] = "available" if name in backends.MODULES else "not part of this version"
     if args.json:
@@ -161,7 +168,7 @@ def show_circuit(circuit: Circuit, *, as_json: bool):
         return
     console = stdout()
     total = circuit.n_layers * circuit.n_neurons
-    console.print(f"{circuit.k} of {total} neurons ({100 * circuit.k / total:.3g}%), score {circuit.score}")
+    _print(console, f"{circuit.k} of {total} neurons ({100 * circuit.k / total:.3g}%), score {circuit.score}")
     per_layer = circuit.per_layer()
     table = Table("layer", "neurons", "share", title="neurons per layer", title_justify="left")
     for layer, count in enumerate(per_layer):
@@ -172,24 +179,28 @@ def show_circuit(circuit: Circuit, *, as_json: bool):
     for rank, (layer, index, value) in enumerate(circuit.neurons[:10], 1):
         table.add_row(str(rank), str(layer), str(index), f"{value:+.4f}")
     console.print(table)
-    if circuit.universal is None:
-        console.print("universal filter: off")
+    universal = circuit.universal
+    if universal is None:
+        _print(console, "universal filter: off")
     else:
-        excluded = circuit.universal.get("excluded") or []
-        console.print(
-            f"universal filter: {len(excluded)} neurons left out, among the top "
-            f"{100 * circuit.universal.get('fraction', 0):g}% on {100 * circuit.universal.get('threshold', 0):g}% "
-            f"or more of {circuit.universal.get('prompts')} prompts"
+        _print(
+            console,
+            f"universal filter: {len(universal['excluded'])} neurons left out, among the top "
+            f"{100 * universal['fraction']:g}% on {100 * universal['threshold']:g}% or more of "
+            f"{universal['prompts']} prompts",
         )
     if circuit.skipped_layers:
-        console.print(f"layers left out: {', '.join(map(str, circuit.skipped_layers))}")
+        _print(console, f"layers left out: {', '.join(map(str, circuit.skipped_layers))}")
     if circuit.model:
-        console.print(
-            f"found in {circuit.model.get('name')!r}, {circuit.dtype}, position: {circuit.position}", markup=False
-        )
+        _print(console, f"found in {circuit.model['name']!r}, {circuit.dtype}, position: {circuit.position}")
     if circuit.prompts:
         counts = ", ".join(f"{side['count']} {name}" for name, side in circuit.prompts.items())
-        console.print(f"prompts: {counts}; preset: {circuit.preset or 'none'}")
+        _print(console, f"prompts: {counts}; preset: {circuit.preset or 'none'}")
+
+
+def _print(console, text):
+    """Print text that may come from a file: no markup, no terminal escapes."""
+    console.print(one_line(text), markup=False)
 
 
 @contextmanager
@@ -213,6 +224,16 @@ def stdout() -> Console:
 
 def print_json(value):
     print(json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False))
+
+
+def _column(args, path):
+    """--column is for the files that have columns; plain text beside them has none."""
+    return args.column if Path(path).suffix.lower() in RECORD_FORMATS else None
+
+
+def _check_column(column, *paths):
+    if column is not None and not any(path and Path(path).suffix.lower() in RECORD_FORMATS for path in paths):
+        raise InputError("--column", f"is for {', '.join(RECORD_FORMATS)} files, and none is given")
 
 
 def _cell(text):

@@ -152,7 +152,9 @@ def read_config(directory) -> ModelConfig:
     defaults = _DEFAULTS[model_type]
     hidden_size = fields.integer("hidden_size", _INT)
     n_heads = fields.integer("num_attention_heads", _INT)
-    n_kv_heads = fields.integer("num_key_value_heads", _INT, min(defaults.get("num_key_value_heads", n_heads), n_heads))
+    # an explicit null means as many as there are heads; a missing field, the default of the model type
+    kv_default = n_heads if "num_key_value_heads" in fields.record else defaults.get("num_key_value_heads", n_heads)
+    n_kv_heads = fields.integer("num_key_value_heads", _INT, min(kv_default, n_heads))
     head_dim = fields.integer("head_dim", (4, 1 << 12), defaults.get("head_dim"))
     if head_dim is None:
         if hidden_size % n_heads:
@@ -160,6 +162,8 @@ def read_config(directory) -> ModelConfig:
                 "hidden_size", f"expected a multiple of num_attention_heads {n_heads}, got {hidden_size}"
             )
         head_dim = hidden_size // n_heads
+        if head_dim < 4:
+            raise fields.error("hidden_size", f"expected at least 4 for each of {n_heads} heads, got {hidden_size}")
     if n_heads % n_kv_heads:
         raise fields.error("num_key_value_heads", f"expected a divisor of {n_heads} heads, got {n_kv_heads}")
     if head_dim % 2:
@@ -197,6 +201,8 @@ def _read_rope(fields: _Fields, max_position: int) -> Rope:
     if record is None:
         return Rope(theta=theta)
     rope = _Fields(record, f"{fields.where}: {name}")
+    if any(isinstance(value, dict) for value in record.values()):
+        raise fields.error(name, "different parameters for different layers are not supported")
     kinds = ("default", "linear", "dynamic", "llama3")
     kind = rope.one_of("rope_type", kinds, None) or rope.one_of("type", kinds, "default")
     rope.refuse("partial_rotary_factor", (None, 1, 1.0))

@@ -97,6 +97,8 @@ def discover(
     n_layers, n_neurons = config.num_hidden_layers, config.intermediate_size
     k, skipped = _check_size(settings, n_layers, n_neurons)
     neutral = neutral if settings.universal else []
+    if settings.score == "cohen-d" and min(len(positive), len(negative)) < 2:
+        raise InputError("score", "cohen-d needs at least two prompts in each set")
     n_prompts = len(positive) + len(negative) + len(neutral)
 
     def offset_progress(start):

@@ -11,6 +11,7 @@ from torch import Tensor
 from cna_kernels.checks import InputError
 
 from .collect import TokenPrompt, check_lengths, pad
+from .memory import memory_of
 from .transformer import KVCache, Steer, Transformer
 
 
@@ -68,16 +69,19 @@ def generate(
     input_ids, lengths = pad([prompt.ids for prompt in prompts], device)
     batch, longest = input_ids.shape
     cache_length = min(longest + max_new_tokens, context)
-    generators = [torch.Generator().manual_seed(seed) for seed in seeds or [0] * batch]
+    generators = [torch.Generator().manual_seed(_checked_seed(seed)) for seed in seeds or [0] * batch]
     answers: list[list[int]] = [[] for _ in range(batch)]
     members = list(range(batch))  # the prompt that each row of the batch decodes
     running = set(members)
     with torch.inference_mode():
+        _check_cache_fits(transformer.config, batch, cache_length, embedding)
         cache = KVCache(transformer.config, batch, cache_length, embedding.dtype, device)
         hidden = transformer.hidden(input_ids, lengths=lengths, cache=cache, steer=steer)
         hidden = hidden[torch.arange(batch, device=device), lengths - 1]  # [B, H], each row's last prompt token
         while True:
-            chosen = choose(transformer.logits(hidden), sampling, [generators[member] for member in members])  # [B]
+            logits = transformer.logits(hidden)
+            _require_finite(logits, members, running, prompts)
+            chosen = choose(logits, sampling, [generators[member] for member in members])  # [B]
             for member, token in zip(members, chosen.tolist(), strict=True):
                 if member not in running:
                     continue
@@ -105,11 +109,36 @@ def generate(
             )[:, 0]
 
 
+def _checked_seed(seed) -> int:
+    if not -(2**63) <= seed < 2**64:
+        raise InputError("seed", f"expected -2**63 to 2**64 - 1, got {seed}")
+    return int(seed)
+
+
+def _check_cache_fits(config, batch, length, embedding):
+    """Refuse a cache that memory cannot hold, with the number that asked for it."""
+    numbers = 2 * config.num_hidden_layers * batch * config.num_key_value_heads * length * config.head_dim
+    needed, available = numbers * embedding.dtype.itemsize, memory_of(embedding.device)
+    if available is not None and needed > available:
+        what = f"keys and values of {batch} x {length} tokens need {needed / 2**30:.1f} GiB"
+        raise InputError("max_new_tokens", f"{what}, {embedding.device} has {available / 2**30:.1f}")
+
+
+def _require_finite(logits, members, running, prompts):
+    """Name the prompt whose logits are not finite: a multiplier may be too large for the dtype."""
+    finite = torch.isfinite(logits).all(-1).tolist()
+    for member, is_finite in zip(members, finite, strict=True):
+        if member in running and not is_finite:
+            raise InputError(prompts[member].place, "the logits are not finite; is the multiplier too large?")
+
+
 def choose(logits: Tensor, sampling: Sampling, generators: Sequence[torch.Generator]) -> Tensor:
     """Return the next token of each row, ``[B]`` int64, from logits ``[B, V]``."""
     if sampling.temperature == 0:
         return logits.argmax(-1)
-    scaled, order = (logits.float() / sampling.temperature).sort(dim=-1, descending=True, stable=True)
+    logits = logits.float()
+    scaled = (logits - logits.amax(-1, keepdim=True)) / sampling.temperature  # at most 0, however small temperature is
+    scaled, order = scaled.sort(dim=-1, descending=True, stable=True)
     if sampling.top_k:
         scaled = scaled[:, : sampling.top_k]
     cumulative = scaled.softmax(-1).cumsum(-1)  # [B, kept]

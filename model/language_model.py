@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
@@ -24,6 +25,7 @@ from .transformer import Steer
 from .weights import config_sha256, load_transformer, open_checkpoint
 
 GENERATE_ROWS = 64  # prompts decoded together
+DEVICES = ("cpu", "cuda", "mps", "xpu")
 
 
 def load(directory, *, device="cpu", dtype: str | None = None) -> LanguageModel:
@@ -51,7 +53,7 @@ class LanguageModel:
 
     def __init__(self, directory, *, device="cpu", dtype: str | None = None):
         self.directory = Path(directory)
-        if not self.directory.is_dir():
+        if not os.path.isdir(directory):
             raise InputError(directory, "is not a directory with a checkpoint")
         if dtype is not None and dtype not in DTYPES:
             raise InputError("dtype", f"expected one of {', '.join(DTYPES)}, got {dtype!r}")
@@ -164,6 +166,8 @@ class LanguageModel:
     ) -> Iterator[SteeringTable]:
         """Steer every call inside the ``with`` block, at every position of prompt and answer.
 
+        The state belongs to the model, not to the thread: a model is used by one thread at a time.
+
         Yields the SteeringTable: its ``set_multipliers`` changes the strength between calls without rebuilding.
 
         Args:
@@ -214,13 +218,18 @@ class LanguageModel:
         single = isinstance(prompts, str)
         prompts = PromptSet.of([prompts] if single else prompts, "prompts")
         tokens = self.encode(prompts, chat=chat)
-        seeds = [seed + row for row in range(len(tokens))] if isinstance(seed, int) else list(seed)
+        seeds = list(seed) if isinstance(seed, Sequence) else [seed + row for row in range(len(tokens))]
+        if len(seeds) != len(tokens):
+            raise InputError("seed", f"expected one, or {len(tokens)}, one for each prompt, got {len(seeds)}")
         sampling = Sampling(temperature, top_k, top_p)
         answers: list[list[int]] = []
-        batch = batch or GENERATE_ROWS
+        batch = GENERATE_ROWS if batch is None else batch
+        if batch < 1:
+            raise InputError("batch", f"expected at least 1, got {batch}")
         with nullcontext() if circuit is None else self._steered_rows(circuit, multiplier, len(prompts)):
             for start in range(0, len(tokens), batch):
                 chunk = tokens[start : start + batch]
+                stream = None if on_text is None else _TextStream(self.tokenizer, start, on_text)
                 answers += generate(
                     self.transformer,
                     chunk,
@@ -229,24 +238,32 @@ class LanguageModel:
                     sampling=sampling,
                     seeds=seeds[start : start + batch],
                     steer=self._steer(len(tokens), start, start + len(chunk)),
-                    on_token=None if on_text is None else _TextStream(self.tokenizer, start, on_text),
+                    on_token=stream,
                 )
+                if stream is not None:
+                    stream.finish()
         texts = [self.tokenizer.decode(ids) for ids in answers]
         return texts[0] if single else texts
 
     def check_circuit(self, circuit: Circuit, where, *, any_model=False):
         """Raise InputError naming the field unless the circuit was found in this very checkpoint.
 
-        Circuits without provenance (imported ones) are held to the shape only, as are all with ``any_model``.
+        The calls that take a circuit check its shape only; this is for circuits from a file. Those without provenance
+        (imported ones) are held to the shape, as are all with ``any_model``.
         """
         check_fits(circuit, self.config.num_hidden_layers, self.config.intermediate_size, where)
         if any_model:
             return
-        identity = self.identity()
-        for field in ("config_sha256", "headers_sha256", "weights_sha256"):
-            got = (circuit.model or {}).get(field)
-            if got is not None and got != identity[field]:
-                raise made_elsewhere(where, f"model.{field}", identity[field], got)
+        found_in = {f"model.{name}": value for name, value in (circuit.model or {}).items() if name != "name"}
+        found_in |= {name: getattr(circuit, name) for name in ("tokenizer_sha256", "chat_template_sha256")}
+        here = {f"model.{name}": value for name, value in self.identity().items()}
+        here |= {
+            "tokenizer_sha256": self.tokenizer.sha256,
+            "chat_template_sha256": self.tokenizer.template_sha256,
+        }
+        for field, got in found_in.items():
+            if got is not None and got != here[field]:
+                raise made_elsewhere(where, field, here[field], got)
 
     def _steered_rows(self, circuit, multiplier, n_rows):
         """The context that gives each row of a batch its circuit and multiplier; equal pairs share a table entry."""
@@ -283,7 +300,7 @@ class LanguageModel:
 
 
 class _TextStream:
-    """Turns tokens of a batch into text as soon as it is whole: bytes of half a character wait."""
+    """Turns tokens of a batch into text as soon as it is whole: bytes of half a character wait for the rest."""
 
     def __init__(self, tokenizer: Tokenizer, first_row: int, on_text: Callable[[int, str], None]):
         self._tokenizer, self._first_row, self._on_text = tokenizer, first_row, on_text
@@ -291,21 +308,31 @@ class _TextStream:
         self._shown: dict[int, str] = {}
 
     def __call__(self, row: int, token: int):
-        ids = self._ids.setdefault(row, [])
-        ids.append(token)
-        text = self._tokenizer.decode(ids)
-        shown = self._shown.get(row, "")
-        if len(text) > len(shown) and not text.endswith("\ufffd"):
+        self._ids.setdefault(row, []).append(token)
+        text = self._tokenizer.decode(self._ids[row])
+        if not text.endswith("\ufffd"):
+            self._show(row, text)
+
+    def finish(self):
+        """Show what still waits: it will not become whole."""
+        for row, ids in self._ids.items():
+            self._show(row, self._tokenizer.decode(ids))
+
+    def _show(self, row, text):
+        new = text[len(self._shown.get(row, "")) :]
+        if new:
             self._shown[row] = text
-            self._on_text(self._first_row + row, text[len(shown) :])
+            self._on_text(self._first_row + row, new)
 
 
 def _usable_device(device) -> torch.device:
+    if str(device).split(":")[0] not in DEVICES:
+        raise InputError("device", f"expected one of {', '.join(DEVICES)}, got {str(device)!r}")
     try:
         device = torch.device(device)
-        torch.empty(0, device=device)
+        torch.zeros(1, device=device)
     except (RuntimeError, AssertionError) as error:
-        raise InputError("device", f"{device} cannot be used: {str(error).splitlines()[0]}") from None
+        raise InputError("device", f"{device} cannot be used: {error}") from None
     if device.type == "cuda" and device.index is None:
         device = torch.device("cuda", torch.cuda.current_device())
     return device

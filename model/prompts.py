@@ -12,6 +12,8 @@ from pathlib import Path
 from cna_kernels.checks import InputError
 from cna_kernels.files import parse_json, read_text, sha256
 
+RECORD_FORMATS = (".jsonl", ".csv", ".json")
+
 
 @dataclass(frozen=True)
 class PromptSet:
@@ -53,7 +55,7 @@ def read_prompts(path, *, column: str | None = None, limit: int | None = None) -
         InputError: naming the file and the line, for an unreadable file, a missing column, or no prompt at all.
     """
     path = Path(path)
-    text = read_text(path)
+    text = read_text(path, may_stream=True)
     kind = path.suffix.lower()
     if kind == ".csv":
         found = _from_records(path, column, _csv_records(path, text))
@@ -64,7 +66,7 @@ def read_prompts(path, *, column: str | None = None, limit: int | None = None) -
     else:
         if column is not None:
             raise InputError(path, "a column is for .jsonl, .csv and .json files")
-        found = [(line.strip(), f"{path}:{n}") for n, line in enumerate(text.split("\n"), 1) if line.strip()]
+        found = [(line.strip(), f"{path}:{n}") for n, line in enumerate(_lines(text), 1) if line.strip()]
     if limit is not None:
         found = found[:limit]
     if not found:
@@ -79,17 +81,27 @@ def neutral_prompts() -> PromptSet:
     return PromptSet.of([line for line in lines if line], "neutral_prompts")
 
 
+def _lines(text):
+    return text.replace("\r\n", "\n").replace("\r", "\n").split("\n")
+
+
 def _csv_records(path, text):
-    reader = csv.DictReader(io.StringIO(text, newline=""))
+    reader = csv.DictReader(io.StringIO(text, newline=""), strict=True)
     try:
+        names = reader.fieldnames or []
+        if len(set(names)) != len(names):
+            raise InputError(f"{path}:1", f"repeats the column {next(n for n in names if names.count(n) > 1)!r}")
         for record in reader:
+            if None in record:
+                what = f"has more fields than the {len(names)} columns; a comma inside a field needs quotes around it"
+                raise InputError(f"{path}:{reader.line_num}", what)
             yield record, f"{path}:{reader.line_num}"
     except csv.Error as error:
         raise InputError(f"{path}:{reader.line_num}", error) from None
 
 
 def _jsonl_records(path, text):
-    for number, line in enumerate(text.split("\n"), 1):
+    for number, line in enumerate(_lines(text), 1):
         if line.strip():
             yield parse_json(line, f"{path}:{number}"), f"{path}:{number}"
 

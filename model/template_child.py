@@ -1,6 +1,6 @@
 """The child process that renders chat templates: JSON lines in, JSON lines out. Run by chat_template.py only.
 
-First line in: template, variables, max_output. Every further line: conversations. Each is answered by one line.
+First line in: path, template, variables, max_output. Every further line: conversations. Each is answered by one line.
 """
 
 import json
@@ -10,12 +10,17 @@ MEMORY = 1 << 30  # bytes of address space
 
 
 def main():
-    from jinja2.exceptions import TemplateError
-    from jinja2.ext import loopcontrols
-    from jinja2.sandbox import ImmutableSandboxedEnvironment
-
-    limit_memory()
+    die_with_parent()
     setup = json.loads(sys.stdin.readline())
+    sys.path[:] = setup["path"]  # where the parent finds jinja2
+    try:
+        from jinja2.exceptions import TemplateError
+        from jinja2.ext import loopcontrols
+        from jinja2.sandbox import ImmutableSandboxedEnvironment
+    except ImportError as error:
+        answer({"error": describe(error)})
+        return
+    limit_memory()
 
     def raise_exception(message):
         raise TemplateError(message)
@@ -44,7 +49,8 @@ def main():
 
 def render(template, messages, setup):
     size, pieces = 0, []
-    for piece in template.generate(messages=messages, add_generation_prompt=True, **setup["variables"]):
+    names = {"messages": messages, "add_generation_prompt": True, "tools": None, "documents": None}
+    for piece in template.generate(**(setup["variables"] | names)):
         size += len(piece)
         if size > setup["max_output"]:
             raise ValueError(f"output is longer than {setup['max_output']} characters")
@@ -77,6 +83,16 @@ def limit_memory():
     except ImportError:  # not a POSIX system; the parent's time limit still holds
         return
     resource.setrlimit(resource.RLIMIT_AS, (MEMORY, MEMORY))
+
+
+def die_with_parent():
+    """Ask Linux to kill this process when its parent goes, even in the middle of a template's endless loop."""
+    if sys.platform == "linux":
+        import ctypes
+        import signal
+
+        pr_set_pdeathsig = 1
+        ctypes.CDLL(None).prctl(pr_set_pdeathsig, signal.SIGKILL)
 
 
 if __name__ == "__main__":

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 from cna_kernels.checks import InputError
-from cna_kernels.files import read_json, read_text, sha256
+from cna_kernels.files import parse_json, read_json, read_text, sha256
 
 from .chat_template import ChatTemplate, find_chat_template
 
@@ -25,7 +26,8 @@ class Tokenizer:
     def __init__(self, directory, vocab_size: int):
         path = Path(directory) / "tokenizer.json"
         content = read_text(path, limit=256 << 20)
-        self._path = path
+        self._path, self._vocab_size = path, vocab_size
+        _refuse_dropout(content, path)
         from tokenizers import Tokenizer as Backend
 
         self._backend = self._guard(Backend.from_str, content)
@@ -67,7 +69,10 @@ class Tokenizer:
         return self._guard(self._backend.decode, ids, skip_special_tokens=True)
 
     def _ids(self, text, *, special_tokens):
-        return self._guard(self._backend.encode, text, add_special_tokens=special_tokens).ids
+        ids = self._guard(self._backend.encode, text, add_special_tokens=special_tokens).ids
+        if max(ids, default=0) >= self._vocab_size:  # a post-processor may name ids that no token has
+            raise InputError(self._path, f"gives id {max(ids)}, the model has {self._vocab_size} vocabulary rows")
+        return ids
 
     def _single_bos(self, ids):
         if self.bos_id is None:
@@ -88,9 +93,17 @@ class Tokenizer:
             raise InputError(self._path, f"tokenizer failed: {detail[:200]}") from None
 
 
+def _refuse_dropout(content, path):
+    """A tokenizer with dropout encodes the same text differently every time: no run could be repeated."""
+    record = parse_json(content, path)
+    model = record.get("model") if isinstance(record, dict) else None
+    if isinstance(model, dict) and model.get("dropout"):
+        raise InputError(f"{path}: model.dropout", f"expected none, got {model['dropout']!r}")
+
+
 def _special_tokens(path) -> dict[str, str]:
     """Return bos_token, eos_token and their like as text; each is stored as text or as ``{"content": text}``."""
-    if not path.exists():
+    if not os.path.lexists(path):
         return {}
     record = read_json(path, limit=64 << 20)
     if not isinstance(record, dict):
@@ -110,7 +123,7 @@ def stop_ids(directory, tokenizer: Tokenizer, vocab_size: int) -> frozenset[int]
     """Return the ids that end an answer: generation_config.json, else config.json, else the tokenizer's EOS."""
     for name in ("generation_config.json", "config.json"):
         path = Path(directory) / name
-        if not path.exists():
+        if not os.path.lexists(path):
             continue
         record = read_json(path, limit=1 << 20)
         value = record.get("eos_token_id") if isinstance(record, dict) else None

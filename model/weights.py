@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,14 +13,15 @@ from safetensors import SafetensorError, safe_open
 from torch import nn
 
 from cna_kernels.checks import InputError
-from cna_kernels.files import parse_json, read_json, sha256
+from cna_kernels.files import open_regular, parse_json, read_json, sha256, write_bytes
 
 from .config import DTYPES, ModelConfig
+from .memory import memory_of
 from .transformer import Transformer
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 _DTYPE_NAMES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
-_MAX_HEADER = 100 << 20
+_MAX_HEADER, _MAX_TENSORS, _MAX_DIMS = 100 << 20, 1 << 16, 8
 _PIECE = 4096  # bytes hashed at each of _PIECES places of a tensor larger than _WHOLE
 _PIECES, _WHOLE = 16, 1 << 20
 
@@ -70,11 +72,11 @@ def open_checkpoint(directory) -> Checkpoint:
         InputError: a file is missing, truncated or malformed, or the index does not describe the shards.
     """
     directory = Path(directory)
-    if (directory / INDEX).exists():
+    if os.path.lexists(directory / INDEX):
         weight_map, shards = _read_index(directory / INDEX)
     else:
         weight_map, shards = None, [SINGLE]
-        if not (directory / SINGLE).exists():
+        if not os.path.lexists(directory / SINGLE):
             raise InputError(directory, f"holds neither {SINGLE} nor {INDEX}")
     entries: dict[str, TensorEntry] = {}
     headers = []
@@ -111,15 +113,12 @@ def _read_index(path) -> tuple[dict[str, str], list[str]]:
 
 def _read_header(path: Path) -> tuple[dict[str, TensorEntry], bytes]:
     """Return the tensors of one file and the raw header, after checking that the file holds what it declares."""
-    try:
-        size = path.stat().st_size
-        with open(path, "rb") as file:
-            length = int.from_bytes(file.read(8), "little")
-            if not 2 <= length <= min(_MAX_HEADER, size - 8):
-                raise InputError(path, f"is not a complete safetensors file: {size} bytes, header of {length}")
-            raw = file.read(length)
-    except OSError as error:
-        raise InputError(path, error.strerror or error) from None
+    with open_regular(path) as file:
+        size = os.fstat(file.fileno()).st_size
+        length = int.from_bytes(file.read(8), "little")
+        if not 2 <= length <= min(_MAX_HEADER, size - 8):
+            raise InputError(path, f"is not a complete safetensors file: {size} bytes, header of {length}")
+        raw = file.read(length)
     try:
         text = raw.decode("utf-8")
     except UnicodeDecodeError:
@@ -127,6 +126,8 @@ def _read_header(path: Path) -> tuple[dict[str, TensorEntry], bytes]:
     header = parse_json(text, path)
     if not isinstance(header, dict):
         raise InputError(path, "is not a safetensors file: its header is not a JSON object")
+    if len(header) > _MAX_TENSORS:
+        raise InputError(path, f"holds {len(header)} tensors, more than the {_MAX_TENSORS} accepted")
     entries = {}
     start_of_data = 8 + length
     for name, record in header.items():
@@ -149,9 +150,9 @@ def _tensor_entry(record, path, name, start_of_data) -> TensorEntry:
         raise InputError(where, "expected whole numbers in shape and data_offsets")
     if not isinstance(dtype, str) or dtype not in _DTYPE_NAMES:
         raise InputError(where, f"expected dtype {', '.join(_DTYPE_NAMES)}, got {dtype!r}")
-    count = 1
-    for length in shape:
-        count *= length
+    if len(shape) > _MAX_DIMS:
+        raise InputError(where, f"expected at most {_MAX_DIMS} dimensions, got {len(shape)}")
+    count = math.prod(shape)
     if end - start != count * _DTYPE_NAMES[dtype].itemsize:
         raise InputError(where, f"data_offsets span {end - start} bytes, which is not {dtype} {list(shape)}")
     return TensorEntry(path, _DTYPE_NAMES[dtype], shape, start_of_data + start, start_of_data + end)
@@ -260,21 +261,14 @@ def _set_parameter(module: nn.Module, path: str, value: torch.Tensor) -> nn.Para
 def _check_memory(config, dtype, device, directory):
     """Refuse what cannot fit before anything is allocated."""
     needed = dtype.itemsize * sum(torch.Size(shape).numel() for shape in expected_shapes(config).values())
-    if torch.device(device).type == "cuda":
-        available = torch.cuda.mem_get_info(device)[1]
-    elif hasattr(os, "sysconf") and "SC_PHYS_PAGES" in os.sysconf_names:
-        available = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    else:
-        return
-    if needed > available:
+    available = memory_of(device)
+    if available is not None and needed > available:
         raise InputError(directory, f"needs {needed / 2**30:.1f} GiB for weights, {device} has {available / 2**30:.1f}")
 
 
 def save_transformer(transformer: Transformer, directory, *, dtype=torch.bfloat16):
     """Write ``model.safetensors`` with the checkpoint's own names, gate and up apart again."""
     from safetensors.torch import save
-
-    from cna_kernels.files import write_bytes
 
     state = dict(transformer.named_parameters())
     tensors = {}
