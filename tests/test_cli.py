@@ -1,6 +1,7 @@
 """The command line: exit codes, one line for bad input, nothing half-written, and help that answers at once."""
 
 import json
+import os
 import subprocess
 import sys
 import time
@@ -70,8 +71,9 @@ BAD = {
     "--skip-layers": (["--skip-layers", "x"], "--skip-layers: expected layers such as 0,1"),
     "--skip-layers above": (["--skip-layers", "3"], "skip_layers: expected 0 to 2, got 3"),
     "--universal-prompts": (["--universal-prompts", "nowhere.txt"], "nowhere.txt: No such file or directory"),
-    "--column": (["--column", "Goal"], "positive.txt: a column is for"),
-    "--device": (["--device", "quantum"], "device: quantum cannot be used"),
+    "--column": (["--column", "Goal"], "negative.csv:2: has no column 'Goal'"),
+    "--device": (["--device", "quantum"], "device: expected one of cpu, cuda, mps, xpu, got 'quantum'"),
+    "--score": (["--score", "cohen-d", "--limit", "1"], "score: cohen-d needs at least two prompts in each set"),
 }
 
 
@@ -85,12 +87,54 @@ def test_bad_input_is_one_line_and_exit_2(checkpoint, files, capsys, name):
     assert "Traceback" not in captured.err and not (files / "c.json").exists()
 
 
+def test_columns_and_limits_are_for_the_files_they_fit(checkpoint, files, capsys):
+    (files / "negative.csv").write_text("Goal,n\nclose,1\nyes,2\n")
+    assert discover(checkpoint, files, "--column", "Goal", "--top-k", "5", "--limit", "2") == 0
+    circuit = Circuit.load(files / "c.json")
+    assert circuit.prompts["positive"]["count"] == 2 and circuit.universal["prompts"] == 24
+    (files / "negative.csv").unlink()
+    plain = ["--negative", str(files / "positive.txt"), "--column", "Goal"]
+    assert discover(checkpoint, files, *plain) == 2
+    assert "--column: is for .jsonl, .csv, .json files, and none is given" in capsys.readouterr().err
+
+
+def test_negative_multipliers_need_no_equals_sign(checkpoint, files, capsys):
+    assert discover(checkpoint, files, "--top-k", 5) == 0
+    capsys.readouterr()
+    for flag in ("-m", "--multiplier"):
+        run = ["run", checkpoint, "-c", str(files / "c.json"), flag, "-1,0", "-p", "hi", "--json"]
+        assert main([*run, "--max-new-tokens", "2"]) == 0
+        answers = json.loads(capsys.readouterr().out)[0]["answers"]
+        assert [answer["multiplier"] for answer in answers] == [None, -1.0, 0.0]
+
+
+def test_text_from_a_circuit_file_is_no_markup(checkpoint, files, capsys):
+    assert discover(checkpoint, files, "--top-k", 5) == 0
+    record = json.loads((files / "c.json").read_text()) | {"score": "[/bold]\x1b[31m", "preset": "[red]x"}
+    (files / "c.json").write_text(json.dumps(record))
+    capsys.readouterr()
+    assert main(["show", str(files / "c.json")]) == 0
+    out = capsys.readouterr().out
+    assert "[/bold]\\x1b[31m" in out and "[red]x" in out
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="the system has no full device")
+def test_a_full_stdout_is_one_line(checkpoint):
+    with open("/dev/full", "w") as full:
+        command = [sys.executable, "-m", "cna_kernels.model.cli", "doctor"]
+        result = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True)
+    assert result.returncode == 2 and result.stderr.count("\n") == 1 and "No space left" in result.stderr
+
+
 def test_unwritable_output_is_refused_before_the_work(checkpoint, files, capsys):
     assert discover(checkpoint, files, output="missing/c.json") == 2
     captured = capsys.readouterr()
     assert captured.err.count("\n") == 1 and "missing/c.json: cannot be written: no directory" in captured.err
     assert discover(checkpoint, files, output=".") == 2
     assert "is a directory" in capsys.readouterr().err
+    sides = ["--positive", str(files / "positive.txt"), "--negative", str(files / "negative.csv")]
+    assert main(["discover", checkpoint, *sides, "-o", "-"]) == 2
+    assert "--output: expected a file; --json prints the circuit on stdout" in capsys.readouterr().err
 
 
 def test_bad_files(checkpoint, files, capsys):

@@ -40,6 +40,8 @@ def test_defaults_by_model_type(tmp_path):
     assert read_as["mistral"].sliding_windows == (4096,) * 3
     assert read_as["qwen2"].qkv_bias and not read_as["qwen2"].o_bias
     assert read_as["qwen3"].qk_norm and read_as["qwen3"].head_dim == 128
+    every_head = read(tmp_path, model_type="qwen2", architectures=None, num_key_value_heads=None)
+    assert every_head.num_key_value_heads == 4
     full = read(tmp_path, model_type="mistral", architectures=None, sliding_window=None)
     assert full.sliding_windows == (None,) * 3
 
@@ -81,6 +83,10 @@ REFUSALS = {
     "rope_scaling: high_freq_factor: expected above low_freq_factor 4, got 1": dict(
         rope_scaling=dict(rope_type="llama3", factor=8, low_freq_factor=4, high_freq_factor=1)
     ),
+    "rope_parameters: different parameters for different layers are not supported": dict(
+        rope_parameters={"full_attention": {"rope_type": "yarn"}}
+    ),
+    "hidden_size: expected at least 4 for each of 4 heads, got 8": dict(hidden_size=8),
     "rope_parameters: expected a JSON object": dict(rope_parameters=[1]),
     "rope_theta: expected a number from 1 to 1e+12, got 0": dict(rope_theta=0),
     "layer_types: expected 3 entries of full_attention or sliding_attention": dict(

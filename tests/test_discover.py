@@ -24,6 +24,12 @@ def checkpoint(tmp_path_factory):
     directory = tmp_path_factory.mktemp("qwen3")
     shape = dict(num_hidden_layers=5, intermediate_size=300, vocab_size=TEXT_VOCABULARY)
     theirs = write_checkpoint("qwen3", directory, **shape)
+    # Two opposite neurons with large weights: on every prompt one of them fires, so one of them is universal.
+    mlp = theirs.model.layers[1].mlp
+    with torch.no_grad():
+        for neuron, sign in ((7, 5.0), (8, -5.0)):
+            mlp.gate_proj.weight[neuron] = mlp.up_proj.weight[neuron] = sign * mlp.gate_proj.weight[0]
+    theirs.save_pretrained(directory)
     write_text_files(directory)
     return directory, theirs
 
@@ -219,6 +225,11 @@ def test_progress_counts_every_prompt(checkpoint):
 def test_prompts_beyond_the_context(checkpoint):
     with pytest.raises(InputError, match=r"positive\[1\]: has 84 tokens, the model's context is 64"):
         load(checkpoint[0]).discover(["a", "b" * 80], NEGATIVE)
+
+
+def test_cohen_d_of_one_prompt_is_refused_before_the_work(checkpoint):
+    with pytest.raises(InputError, match="score: cohen-d needs at least two prompts in each set"):
+        load(checkpoint[0]).discover(POSITIVE[:1], NEGATIVE, score="cohen-d")
 
 
 @pytest.mark.parametrize(

@@ -158,6 +158,17 @@ def test_gradients_flow_through_the_reference():
         ops.gated_mlp(x, case.w_gate_up, case.w_down, backend="triton")
 
 
+@pytest.mark.parametrize("op", OPS)
+def test_autocast_changes_nothing(op):
+    case = make_case(63, 130, torch.float32)
+    plain, under = case.extras(), case.extras()
+    expected = getattr(ops, op)(*case.inputs(op), **plain)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        got = getattr(ops, op)(*case.inputs(op), **under)
+    assert got.dtype == torch.float32 and torch.equal(got, expected)
+    assert torch.equal(under["act_sum"], plain["act_sum"])
+
+
 REFUSALS = {
     "x: expected shape [any, any], got [2, 3, 4]": lambda c: ops.gated_mlp(torch.ones(2, 3, 4), c.w_gate_up, c.w_down),
     "w_gate_up: expected shape [40, 24], got [20, 24]": lambda c: ops.gated_mlp(c.x, c.w_gate_up[:20], c.w_down),

@@ -34,6 +34,10 @@ def test_byte_order_mark_and_multiline_csv(tmp_path):
     assert prompts.texts == ("two\nlines",)
 
 
+def test_lone_carriage_returns_end_lines(tmp_path):
+    assert read_prompts(write(tmp_path, "p.txt", b"one\rtwo\r\nthree")).texts == ("one", "two", "three")
+
+
 def test_the_only_column_needs_no_name(tmp_path):
     assert read_prompts(write(tmp_path, "p.csv", "Goal\none\n")).texts == ("one",)
     with pytest.raises(
@@ -51,9 +55,12 @@ REFUSALS = [
     ("p.csv", "Goal\n", "Goal", "p.csv: holds no prompt"),
     ("p.csv", "a,b\n1,2\n", "c", "p.csv:2: has no column 'c'"),
     ("p.csv", "a,b\n1\n", "b", "p.csv:2: b: expected a prompt, got None"),
+    ("p.csv", "prompt\nOpen the vault, please\n", None, "p.csv:2: has more fields than the 1 columns"),
+    ("p.csv", 'prompt\n"Hello\nsecond\n', None, "p.csv:1: unexpected end of data"),
+    ("p.csv", "prompt,prompt\na,b\n", None, "p.csv:1: repeats the column 'prompt'"),
     ("p.jsonl", '{"prompt": "a"}\n{"prompt": 3}\n', None, "p.jsonl:2: prompt: expected a prompt, got 3"),
     ("p.jsonl", '{"prompt": "a"}\n{\n', None, "p.jsonl:2: is not JSON"),
-    ("p.jsonl", '{"prompt": "\\ud800"}\n', None, "p.jsonl:1: prompt: holds half of a surrogate pair"),
+    ("p.jsonl", '{"prompt": "\\ud800"}\n', None, "p.jsonl:1: holds half of a surrogate pair"),
     ("p.json", "{}", None, "p.json: expected a JSON list of prompts"),
     ("p.json", '["a", ""]', None, "p.json[1]: expected a prompt, got ''"),
     ("p.json", "[]", None, "p.json: holds no prompt"),

@@ -74,6 +74,13 @@ def test_cohen_d_of_constant_activations_is_finite():
     assert torch.isfinite(score).all() and score.argmax() == 8 and (score > 0).sum() == 1
 
 
+def test_cohen_d_of_differences_too_small_for_fp32_squares():
+    acts = torch.zeros(4, 2, 5)
+    acts[:, 0, 0] = 1e-24
+    score_sums = sums_from(acts * 2, acts, squares=True)
+    assert torch.equal(select.scores("cohen-d", score_sums, select.contrast(score_sums)), torch.zeros(2, 5).double())
+
+
 def test_cohen_d_needs_two_prompts():
     sums = sums_from(torch.ones(1, 2, 5), torch.ones(4, 2, 5), squares=True)
     with pytest.raises(ValueError, match="needs a count above 1"):

@@ -38,6 +38,13 @@ def test_multipliers_change_in_place():
     assert torch.equal(dense_scale(scale, N)[:2, 7], torch.tensor([0.5, -1.0])), "a refusal changes nothing"
 
 
+def test_multipliers_change_outside_the_inference_mode_they_were_made_in():
+    with torch.inference_mode():
+        table = SteeringTable([FIRST], [0.0], L, N)
+    table.set_multipliers([2.0])
+    assert table.layer(0).value.tolist() == [2.0]
+
+
 def test_256_circuits_in_one_batch():
     generator = torch.Generator().manual_seed(0)
     circuits = []

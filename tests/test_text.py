@@ -119,6 +119,51 @@ def test_ids_beyond_the_vocabulary(directory):
         Tokenizer(directory, TEXT_VOCABULARY - 1)
 
 
+def test_ids_that_a_post_processor_invents(directory):
+    path = directory / "tokenizer.json"
+    record = json.loads(path.read_text())
+    record["post_processor"] = {"type": "BertProcessing", "sep": ["</s>", 99999], "cls": ["<s>", 99999]}
+    path.write_text(json.dumps(record))
+    with pytest.raises(InputError, match="gives id 99999, the model has 262 vocabulary rows"):
+        Tokenizer(directory, TEXT_VOCABULARY)
+
+
+def test_dropout_in_a_tokenizer(directory):
+    path = directory / "tokenizer.json"
+    record = json.loads(path.read_text())
+    record["model"]["dropout"] = 0.5
+    path.write_text(json.dumps(record))
+    with pytest.raises(InputError, match=r"tokenizer\.json: model\.dropout: expected none, got 0\.5"):
+        Tokenizer(directory, TEXT_VOCABULARY)
+
+
+def test_an_interrupted_answer_is_not_taken_for_the_next(directory, monkeypatch):
+    set_field(directory, chat_template="{{ messages[0]['content'] }}")
+    template = Tokenizer(directory, TEXT_VOCABULARY).template
+    assert template.render([[{"content": "first"}]]) == ["first"]
+    select = chat_template.selectors.DefaultSelector.select
+
+    def interrupt(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(chat_template.selectors.DefaultSelector, "select", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        template.render([[{"content": "slow"}]])
+    monkeypatch.setattr(chat_template.selectors.DefaultSelector, "select", select)
+    assert template.render([[{"content": "second"}]]) == ["second"]
+
+
+def test_threads_get_their_own_texts(directory):
+    from concurrent.futures import ThreadPoolExecutor
+
+    template = Tokenizer(directory, TEXT_VOCABULARY).template
+    with ThreadPoolExecutor(4) as pool:
+        texts = [[f"{thread}-{n}" for n in range(20)] for thread in range(4)]
+        jobs = [pool.submit(lambda t=t: [template.render([[{"content": x}]])[0] for x in t]) for t in texts]
+        for job, own in zip(jobs, texts, strict=True):
+            assert all(text in rendered for text, rendered in zip(own, job.result(), strict=True))
+
+
 def test_no_tokenizer(directory):
     (directory / "tokenizer.json").unlink()
     with pytest.raises(InputError, match=r"tokenizer\.json: No such file"):

@@ -113,6 +113,12 @@ HEADERS = {
     "'a': expected whole numbers in shape and data_offsets": {
         "a": {"dtype": "F32", "shape": [-1], "data_offsets": [0, 4]}
     },
+    "'a': expected at most 8 dimensions, got 200000": {
+        "a": {"dtype": "F32", "shape": [(1 << 48) - 1] * 200_000, "data_offsets": [0, 4]}
+    },
+    "holds 70000 tensors, more than the 65536 accepted": {
+        f"t{n}": {"dtype": "F32", "shape": [0], "data_offsets": [0, 0]} for n in range(70_000)
+    },
     "'a\\x1b[31m\\n': expected dtype": {"a\x1b[31m\n": {"dtype": "I8", "shape": [1], "data_offsets": [0, 1]}},
 }
 
