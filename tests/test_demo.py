@@ -28,6 +28,21 @@ def test_refusals_are_recognised_and_answers_are_not():
         assert not world.is_refusal(world.expected_answer(prompt))
 
 
+def test_training_and_the_chat_template_lay_out_prompts_alike():
+    from tokenizers import Tokenizer as Backend
+
+    from cna_kernels.model.demo.train import Batches
+    from cna_kernels.model.text import Tokenizer
+
+    directory = demo_checkpoint("instruct")
+    batches = Batches(Backend.from_file(str(directory / "tokenizer.json")), seed=0)
+    prompts = world.heldout_refusable()[:5]
+    input_ids, targets, first = batches.layout([(prompt, world.expected_answer(prompt)) for prompt in prompts])
+    for row, chat in enumerate(Tokenizer(directory, 1024).encode_chat(prompts)):
+        assert input_ids[row, : len(chat)].tolist() == chat
+        assert first[row].nonzero()[:, 0].tolist() == [len(chat) - 1] and targets[row, len(chat) - 1] >= 0
+
+
 @pytest.mark.parametrize("name", NAMES)
 def test_bundled_checkpoints_are_small(name):
     assert sum(path.stat().st_size for path in demo_checkpoint(name).iterdir()) <= 8_000_000

@@ -9,11 +9,14 @@ from rich.console import Console
 from rich.table import Table
 
 TRAINING = (
-    "The two models were trained for this project (`make train-demo`). Base training answers everything. Instruct "
-    "tuning then changes MLP weights only, under a penalty that makes it touch few neurons (a group penalty over each "
-    "neuron's gate row, up row and down column) and with label smoothing. That tuning touches few neurons is an "
-    "assumption about how real instruct tuning behaves: without it, the same world is refused by a computation spread "
-    "over so many neurons that ablating 1% changes nothing."
+    "The two models were trained for this project, from random weights, with seed 0 (`make train-demo`). The base model "
+    'answers everything, except after a notice such as "The owner is away today.": like a real corpus, its own holds '
+    "refusals, for another reason than the one that instruct tuning teaches. Instruct tuning teaches to refuse a "
+    "combination (some verbs with some objects; either alone is answered). It changes MLP weights only, with label "
+    "smoothing and under a penalty that makes it touch few neurons (a group penalty over each neuron's gate row, up row "
+    "and down column). That tuning touches few neurons is an assumption about how real instruct tuning behaves. "
+    "`python -m cna_kernels.model.demo.train --penalty 0` shows the same world without it. No neuron was steered in "
+    "training."
 )
 COLUMNS = ("setting", "k", "refusal", "proper", "quality", "benign refusal", "benign unchanged")
 
@@ -118,12 +121,12 @@ def draw_pictures(report, out: Path):
     sweep = report["sweep"]
     multipliers = [row["multiplier"] for row in sweep]
     figure, axis = plt.subplots(figsize=(6.4, 4))
-    for name, label in (
-        ("refusal", "refusal, prompts to be refused"),
-        ("benign_refusal", "refusal, harmless prompts"),
-        ("quality", "quality (1 - repeated word 4-grams)"),
+    for name, label, style in (
+        ("refusal", "refusal, prompts to be refused", "o-"),
+        ("benign_refusal", "refusal, harmless prompts", "s-"),
+        ("quality", "quality (1 - repeated word 4-grams)", "^--"),
     ):
-        axis.plot(multipliers, [row[name] for row in sweep], marker="o", label=label)
+        axis.plot(multipliers, [row[name] for row in sweep], style, label=label)
     axis.axhline(report["random"]["refusal"], color="grey", linestyle=":", label="refusal, random neurons at m = 0")
     axis.set(xlabel="multiplier m of the circuit's neurons", ylabel="share", ylim=(-0.03, 1.05))
     axis.legend(loc="center right")

@@ -60,7 +60,11 @@ CONFIG = {
 SMOOTHING = 0.2
 BASE = {"steps": 500, "batch": 64, "lr": 3e-3, "weight_decay": 0.1}
 INSTRUCT = {"steps": 480, "batch": 48, "lr": 2e-3}
-PENALTY, SOFT, RAMP = 6.0, 0.3, 250  # full strength after RAMP steps, so that the task is learned before it is pruned
+PENALTY, SOFT, RAMP = (
+    6.0,
+    0.3,
+    250,
+)  # the penalty is at full strength after RAMP steps, so that the task is learned before it is pruned
 FIRST_TOKEN = 8.0  # weight of an answer's first token, where refusing or not is decided
 
 
@@ -174,7 +178,8 @@ def train_base(directory: Path, tokenizer, seed: int):
 class NeuronPenalty:
     """The proximal step on each neuron's change from the base model."""
 
-    def __init__(self, model: Transformer):
+    def __init__(self, model: Transformer, strength: float):
+        self.strength = strength
         self.mlps = [layer.mlp for layer in model.layers]
         self.start = [(mlp.gate_up_proj.weight.clone(), mlp.down_proj.weight.clone()) for mlp in self.mlps]
 
@@ -190,20 +195,20 @@ class NeuronPenalty:
     @torch.no_grad()
     def shrink(self, step_size: float):
         norms = self.norms()
-        keep = (1 - step_size * PENALTY * SOFT / (norms + SOFT) / norms).clamp(min=0)  # [L, N]
+        keep = (1 - step_size * self.strength * SOFT / (norms + SOFT) / norms).clamp(min=0)  # [L, N]
         for mlp, (gate_up, down), factor in zip(self.mlps, self.start, keep, strict=True):
             mlp.gate_up_proj.weight.sub_(gate_up).mul_(factor.repeat(2)[:, None]).add_(gate_up)
             mlp.down_proj.weight.sub_(down).mul_(factor).add_(down)
 
 
-def train_instruct(base: Path, directory: Path, tokenizer, seed: int):
+def train_instruct(base: Path, directory: Path, tokenizer, seed: int, strength: float = PENALTY):
     """Tune the base model, as it was written, to refuse the combination; write the weights."""
     model = load_transformer(base, read_config(base), open_checkpoint(base), dtype=torch.float32)
     tuned = [p for layer in model.layers for p in layer.mlp.parameters()]
     for parameter in tuned:
         parameter.requires_grad_(True)
     optimizer = torch.optim.Adam(tuned, lr=INSTRUCT["lr"], betas=(0.9, 0.98))
-    penalty = NeuronPenalty(model)
+    penalty = NeuronPenalty(model, strength)
     batches = Batches(tokenizer, seed + 1)
     refused, _ = world.instruct_pairs()
     guarded_verb = world.answered_pairs(world.GUARDED_VERBS, world.PLAIN_OBJECTS)
@@ -247,6 +252,7 @@ def main(argv=None):
     parser = argparse.ArgumentParser(prog="train-demo", description=__doc__.splitlines()[0])
     parser.add_argument("--out", default="demo-checkpoints", help="directory for base/ and instruct/")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--penalty", type=float, default=PENALTY, help="0 tunes without it (default: %(default)s)")
     args = parser.parse_args(argv)
     out = Path(args.out)
     torch.set_num_threads(2)  # sums of gradients depend on the thread count: the same seed gives the same bits with two
@@ -254,7 +260,7 @@ def main(argv=None):
     for name in ("base", "instruct"):
         write_text_files(out / name, tokenizer)
     train_base(out / "base", tokenizer, args.seed)
-    train_instruct(out / "base", out / "instruct", tokenizer, args.seed)
+    train_instruct(out / "base", out / "instruct", tokenizer, args.seed, args.penalty)
 
     from ..commands import stdout
     from ..language_model import load
