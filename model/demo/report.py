@@ -9,12 +9,12 @@ from rich.console import Console
 from rich.table import Table
 
 TRAINING = (
-    "The two models were trained for this project, from random weights, with seed 0 (`make train-demo`). The base model "
-    'answers everything, except after a notice such as "The owner is away today.": like a real corpus, its own holds '
-    "refusals, for another reason than the one that instruct tuning teaches. Instruct tuning teaches to refuse a "
+    "The two models were trained for this project, from random weights, with seed 0 (`make train-demo`). The base "
+    'model answers everything, except after a notice such as "The owner is away today.": like a real corpus, its own '
+    "holds refusals, for another reason than the one that instruct tuning teaches. Instruct tuning teaches to refuse a "
     "combination (some verbs with some objects; either alone is answered). It changes MLP weights only, with label "
-    "smoothing and under a penalty that makes it touch few neurons (a group penalty over each neuron's gate row, up row "
-    "and down column). That tuning touches few neurons is an assumption about how real instruct tuning behaves. "
+    "smoothing and under a penalty that makes it touch few neurons (a group penalty over each neuron's gate row, up "
+    "row and down column). That tuning touches few neurons is an assumption about how real instruct tuning behaves. "
     "`python -m cna_kernels.model.demo.train --penalty 0` shows the same world without it. No neuron was steered in "
     "training."
 )
