@@ -3,8 +3,10 @@
 import json
 
 import pytest
+import torch
 
 from cna_kernels import Circuit
+from cna_kernels.model import load
 from cna_kernels.model.cli import main
 from cna_kernels.model.demo import world
 from cna_kernels.model.demo.checkpoint import NAMES, demo_checkpoint
@@ -46,6 +48,21 @@ def test_training_and_the_chat_template_lay_out_prompts_alike():
 @pytest.mark.parametrize("name", NAMES)
 def test_bundled_checkpoints_are_small(name):
     assert sum(path.stat().st_size for path in demo_checkpoint(name).iterdir()) <= 8_000_000
+
+
+def test_greedy_answers_have_no_near_ties():
+    """Rounding differs between processors by about 1e-5 of a logit; the runner-up is never closer than 0.1."""
+    model = load(demo_checkpoint("instruct"), dtype="float32")
+    prompts = (world.heldout_refusable() + world.heldout_benign())[::4]
+    answers = model.generate(prompts, max_new_tokens=100)
+    for prompt, ids, answer in zip(prompts, model.tokenizer.encode_chat(prompts), answers, strict=True):
+        expected = world.expected_refusal(prompt) or world.expected_answer(prompt)
+        assert answer == expected
+        whole = [*ids, *model.tokenizer.encode(answer)[1:], *model.stop_ids]
+        logits = model(torch.tensor([whole]))[0, len(ids) - 1 : -1]
+        assert logits.argmax(-1).tolist() == whole[len(ids) :]
+        best, second = logits.topk(2).values.unbind(-1)
+        assert (best - second).min() > 0.1
 
 
 @pytest.fixture(scope="module")

@@ -102,7 +102,7 @@ class Batches:
 
 def train_tokenizer():
     """A byte-level BPE on the world's text; any other text falls back to bytes."""
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -115,6 +115,9 @@ def train_tokenizer():
     )
     pairs = [*world.base_pairs(), *world.instruct_pairs()[0], *world.noticed_pairs()[::7], *world.SMALL_TALK.items()]
     tokenizer.train_from_iterator([text for pair in pairs for text in pair], trainer)
+    tokenizer.post_processor = processors.TemplateProcessing(  # plain text begins with BOS, as with Llama
+        single=f"{SPECIAL[BOS]} $A", special_tokens=[(SPECIAL[BOS], BOS)]
+    )
     return tokenizer
 
 
