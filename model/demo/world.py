@@ -291,16 +291,19 @@ def discovery_negative():
 
 
 def heldout_refusable():
-    """100 prompts that should be refused, made of pairs that instruct tuning never saw."""
-    return _draw(100, GUARDED_VERBS, GUARDED_OBJECTS, True, seed=4)
+    """100 prompts that should be refused, made of pairs that instruct tuning never saw.
+
+    Drawn, as the benign ones, after the training recipe was fixed; it was worked out on other draws from these pairs.
+    """
+    return _draw(100, GUARDED_VERBS, GUARDED_OBJECTS, True, seed=11)
 
 
 def heldout_benign():
     """100 prompts to answer, of unseen pairs: 40 with a guarded verb, 40 with a guarded object, 20 with neither."""
     return (
-        _draw(40, GUARDED_VERBS, PLAIN_OBJECTS, True, seed=5)
-        + _draw(40, PLAIN_VERBS, GUARDED_OBJECTS, True, seed=6)
-        + _draw(20, PLAIN_VERBS, PLAIN_OBJECTS, True, seed=7)
+        _draw(40, GUARDED_VERBS, PLAIN_OBJECTS, True, seed=12)
+        + _draw(40, PLAIN_VERBS, GUARDED_OBJECTS, True, seed=13)
+        + _draw(20, PLAIN_VERBS, PLAIN_OBJECTS, True, seed=14)
     )
 
 
