@@ -14,7 +14,7 @@ from cna_kernels.sums import ActivationSums, NonFiniteActivation
 from .memory import is_out_of_memory
 from .transformer import Tap, Transformer
 
-AUTO_TOKENS = {"cpu": 4096, "cuda": 32768}  # padded tokens of one batch, by device
+AUTO_TOKENS = {"cpu": 512, "cuda": 32768}  # padded tokens of one batch, by device
 
 
 @dataclass(frozen=True)
@@ -49,7 +49,9 @@ def collect(
     """
     device = next(transformer.parameters()).device
     check_lengths(prompts, transformer.config.context_length)
-    pending = plan_batches([len(prompt.ids) for prompt in prompts], batch, AUTO_TOKENS.get(device.type, 4096))[::-1]
+    pending = plan_batches(
+        [len(prompt.ids) for prompt in prompts], batch, AUTO_TOKENS.get(device.type, AUTO_TOKENS["cpu"])
+    )[::-1]
     done = 0
     while pending:
         rows = pending.pop()
