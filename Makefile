@@ -20,7 +20,7 @@ lint: .venv/.installed-test
 	$(BIN)/ruff format --check .
 
 bench: .venv/.installed-test
-	$(BIN)/python -m pytest bench --benchmark-enable --benchmark-columns=min,median,iqr,rounds
+	$(BIN)/python -m pytest bench -s --benchmark-enable --benchmark-columns=min,median,iqr,rounds
 
 train-demo: .venv/.installed
 	$(BIN)/python -m cna_kernels.model.demo.train --out demo-checkpoints
