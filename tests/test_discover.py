@@ -209,11 +209,11 @@ def test_out_of_memory_halves_the_batch(checkpoint, monkeypatch):
 
     monkeypatch.setattr(model.transformer, "hidden", small_memory)
     limit = 3
-    got = model.discover(POSITIVE, NEGATIVE, top_k=60, universal_prompts=False)
+    got = model.discover(POSITIVE, NEGATIVE, top_k=60, universal_prompts=False, batch=13)
     assert got.pairs == expected.pairs and max(sizes) == 13 and sum(s for s in sizes if s <= 3) == 13
     limit = 0
     with pytest.raises(InputError, match=r"out of memory with this prompt alone \(\d+ tokens\)"):
-        model.discover(POSITIVE, NEGATIVE, top_k=60, universal_prompts=False)
+        model.discover(POSITIVE, NEGATIVE, top_k=60, universal_prompts=False, batch=13)
 
 
 def test_progress_counts_every_prompt(checkpoint):
