@@ -86,7 +86,7 @@ class LanguageModel:
         Args:
             chat: None takes the chat template where the checkpoint has one.
         """
-        if chat or (chat is None and self.tokenizer.template is not None):
+        if self._uses_chat(chat):
             ids = self.tokenizer.encode_chat(list(prompts.texts), double_bos=double_bos)
         else:
             ids = [self.tokenizer.encode(text) for text in prompts.texts]
@@ -144,12 +144,11 @@ class LanguageModel:
         tokens = [self.encode(prompts, chat=chat, double_bos=settings.double_bos) for prompts in (positive, negative)]
         neutral_tokens = self.encode(neutral, chat=chat) if settings.universal else []
         circuit = discover(self.transformer, *tokens, neutral_tokens, settings, batch=batch, progress=progress)
-        used_chat = chat or (chat is None and self.tokenizer.template is not None)
         return replace(
             circuit,
             model=self.identity(),
             tokenizer_sha256=self.tokenizer.sha256,
-            chat_template_sha256=self.tokenizer.template_sha256 if used_chat else None,
+            chat_template_sha256=self.tokenizer.template_sha256 if self._uses_chat(chat) else None,
             prompts={
                 "positive": {"count": len(positive), "sha256": positive.sha256},
                 "negative": {"count": len(negative), "sha256": negative.sha256},
@@ -264,6 +263,9 @@ class LanguageModel:
         for field, got in found_in.items():
             if got is not None and got != here[field]:
                 raise made_elsewhere(where, field, here[field], got)
+
+    def _uses_chat(self, chat: bool | None) -> bool:
+        return self.tokenizer.template is not None if chat is None else chat
 
     def _steered_rows(self, circuit, multiplier, n_rows):
         """The context that gives each row of a batch its circuit and multiplier; equal pairs share a table entry."""
