@@ -13,6 +13,7 @@ _HOME = {
     "swiglu": "ops",
     "down_proj": "ops",
     "Scale": "reference",
+    "make_scale": "reference",
     "ActivationSums": "sums",
     "Circuit": "circuit",
     "SteeringTable": "steering",

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from . import backends, reference
 from .checks import check_tensor
-from .reference import Scale
+from .reference import NEURON_BLOCK, Scale
 
 FLOATS = (torch.bfloat16, torch.float16, torch.float32)
 
@@ -138,9 +138,8 @@ def _check_extras(n_rows, n_neurons, device, weight, act_sum, act_sumsq, scale, 
             check_tensor("act_sumsq", act_sumsq, shape=sums_shape, dtype=torch.float32, device=device)
     if scale is None:
         return weight, act_sum, act_sumsq, None, None, None, None
-    check_tensor("scale.offsets", scale.offsets, shape=(None,), dtype=torch.int32, device=device)
-    if scale.offsets.shape[0] == 0:
-        raise ValueError("scale.offsets: expected K + 1 entries, got none")
+    edges = -(-n_neurons // NEURON_BLOCK) + 1
+    check_tensor("scale.offsets", scale.offsets, shape=(None, edges), dtype=torch.int32, device=device)
     check_tensor("scale.index", scale.index, shape=(None,), dtype=torch.int32, device=device)
     check_tensor("scale.value", scale.value, shape=tuple(scale.index.shape), dtype=torch.float32, device=device)
     check_tensor("row_circuit", row_circuit, shape=(n_rows,), dtype=torch.int32, device=device)

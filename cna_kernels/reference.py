@@ -17,6 +17,8 @@ Inputs may also be float64: the same definition, everything in float64 (tests us
 
 from __future__ import annotations
 
+from bisect import bisect_left
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 import torch
@@ -24,13 +26,19 @@ import torch.nn.functional as F
 from torch import Tensor
 
 
+# A Scale can be entered every so many neurons: a kernel that owns a block of neurons reads only that block's entries.
+# At 1024 the offsets take about as much memory as the entries of a usual circuit (0.1% of the neurons).
+NEURON_BLOCK = 1024
+
+
 class Scale(NamedTuple):
     """Per-neuron factors of one layer for K circuits, stored sparse by circuit; every other factor is 1.
 
-    Circuit ``c`` multiplies neuron ``index[e]`` by ``value[e]`` for e in ``offsets[c] : offsets[c + 1]``.
-    A neuron appears at most once in a circuit.
+    Circuit ``c`` multiplies neuron ``index[e]`` by ``value[e]`` for every e in ``offsets[c, 0] : offsets[c, -1]``.
+    Its neurons in ``1024 * b : 1024 * (b + 1)`` are those in ``offsets[c, b] : offsets[c, b + 1]``. Circuits follow
+    one another without gaps, and within a circuit ``index`` ascends strictly. :func:`make_scale` builds one.
 
-    offsets: ``[K + 1]`` int32, non-decreasing, from 0 to E.
+    offsets: ``[K, ceil(N / 1024) + 1]`` int32.
     index: ``[E]`` int32, each below N.
     value: ``[E]`` float32.
     """
@@ -38,6 +46,22 @@ class Scale(NamedTuple):
     offsets: Tensor
     index: Tensor
     value: Tensor
+
+
+def make_scale(circuits: Sequence[Mapping[int, float]], n_neurons: int, device="cpu") -> Scale:
+    """Build the Scale of one layer from a mapping of neuron to factor for each circuit."""
+    edges = range(0, n_neurons + NEURON_BLOCK, NEURON_BLOCK)
+    offsets, index, value = [], [], []
+    for circuit in circuits:
+        neurons = sorted(circuit)
+        offsets.append([len(index) + bisect_left(neurons, edge) for edge in edges])
+        index += neurons
+        value += [circuit[neuron] for neuron in neurons]
+    return Scale(
+        torch.tensor(offsets, dtype=torch.int32, device=device).view(len(circuits), len(edges)),
+        torch.tensor(index, dtype=torch.int32, device=device),
+        torch.tensor(value, dtype=torch.float32, device=device),
+    )
 
 
 def gated_mlp(
@@ -89,10 +113,10 @@ def _scaled(act, scale, row_circuit):
 
 def dense_scale(scale: Scale, n_neurons: int) -> Tensor:
     """Return the factors as a table ``[K + 1, N]`` float32 whose last row, for unsteered tokens, is all ones."""
-    n_circuits = scale.offsets.shape[0] - 1
+    n_circuits = scale.offsets.shape[0]
     circuit = torch.repeat_interleave(
         torch.arange(n_circuits, device=scale.index.device),
-        scale.offsets.diff(),
+        scale.offsets[:, -1] - scale.offsets[:, 0],
         output_size=scale.index.shape[0],
     )
     table = scale.value.new_ones(n_circuits + 1, n_neurons)

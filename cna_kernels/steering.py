@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Sequence
 
@@ -10,7 +11,7 @@ from torch import Tensor
 
 from .checks import InputError
 from .circuit import Circuit, check_fits
-from .reference import Scale
+from .reference import Scale, make_scale
 
 
 class SteeringTable:
@@ -34,22 +35,16 @@ class SteeringTable:
             check_fits(circuit, n_layers, n_neurons)
         self.n_circuits = len(circuits)
         members = [circuit.by_layer() for circuit in circuits]
-        starts, owners, indices = [0], [], []  # entries layer by layer, and within a layer circuit by circuit
-        offsets = torch.zeros(n_layers, self.n_circuits + 1, dtype=torch.int32)
-        for layer in range(n_layers):
-            for number, by_layer in enumerate(members):
-                chosen = by_layer.get(layer, [])
-                owners += [number] * len(chosen)
-                indices += chosen
-                offsets[layer, number + 1] = len(owners) - starts[-1]
-            starts.append(len(owners))
+        layers = [[dict.fromkeys(by_layer.get(layer, ()), 1.0) for by_layer in members] for layer in range(n_layers)]
+        owners = [number for layer in layers for number, chosen in enumerate(layer) for _ in chosen]
+        self._starts = [0, *itertools.accumulate(sum(map(len, layer)) for layer in layers)]  # [L + 1]
         with torch.inference_mode(False):  # buffers made in inference mode could not be changed outside it
+            scales = [make_scale(layer, n_neurons, device) for layer in layers]
+            self._offsets = torch.stack([scale.offsets for scale in scales])  # [L, K, blocks + 1], from 0 in each layer
+            self._index = torch.cat([scale.index for scale in scales])  # [E]
+            self._value = torch.cat([scale.value for scale in scales])  # [E]
             self._owner = torch.tensor(owners, dtype=torch.int64, device=device)  # [E], the circuit of each entry
-            self._index = torch.tensor(indices, dtype=torch.int32, device=device)  # [E]
-            self._value = torch.ones(len(owners), dtype=torch.float32, device=device)  # [E]
             self._multiplier = torch.ones(self.n_circuits, dtype=torch.float32, device=device)  # [K]
-            self._offsets = offsets.to(device)  # [L, K + 1], from 0 within each layer
-        self._starts = starts  # [L + 1]
         self.set_multipliers(multipliers)
 
     def set_multipliers(self, multipliers: Sequence[float]):

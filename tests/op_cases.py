@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from cna_kernels.reference import Scale
+from cna_kernels.reference import Scale, make_scale
 
 # (T, N): decode, one neuron, sizes that are no multiple of a tile, a round one, and an empty call
 SHAPES = [(1, 48), (5, 1), (63, 130), (64, 128), (0, 16)]
@@ -46,8 +46,8 @@ class Case:
         factors = np.ones((self.row_circuit.shape[0], self.gate.shape[1]))
         offsets, index, value = (part.numpy() for part in self.scale)
         for token, circuit in enumerate(self.row_circuit.tolist()):
-            if 0 <= circuit < len(offsets) - 1:
-                for entry in range(offsets[circuit], offsets[circuit + 1]):
+            if 0 <= circuit < len(offsets):
+                for entry in range(offsets[circuit][0], offsets[circuit][-1]):
                     factors[token, index[entry]] = value[entry]
         return factors
 
@@ -62,9 +62,8 @@ def make_case(n_tokens, n_neurons, dtype, seed=0):
     weight = torch.rand(n_tokens, N_COLUMNS, generator=generator)
     weight[::3] = 0  # tokens that count nowhere
     members = [sorted(torch.randperm(n_neurons, generator=generator)[:k].tolist()) for k in (3, 0, 1, 7)]
-    values = torch.tensor([0.0, 2.0, -1.5, 0.0, 0.25, 1.0, 3.0, 0.0, 0.5, 1.75, 0.125])
-    index = [neuron for circuit in members for neuron in circuit]
-    offsets = torch.tensor([0, *map(len, members)]).cumsum(0)
+    values = iter([0.0, 2.0, -1.5, 0.0, 0.25, 1.0, 3.0, 0.0, 0.5, 1.75, 0.125])
+    circuits = [{neuron: next(values) for neuron in neurons} for neurons in members]
     row_circuit = torch.randint(-1, N_CIRCUITS, (n_tokens,), generator=generator, dtype=torch.int32)
     row_circuit[10::11] = 9  # no circuit: must count as -1
     row_circuit[4::11] = -3
@@ -78,7 +77,7 @@ def make_case(n_tokens, n_neurons, dtype, seed=0):
         weight=weight,
         act_sum=torch.randn(N_COLUMNS, n_neurons, generator=generator),
         act_sumsq=torch.rand(N_COLUMNS, n_neurons, generator=generator),
-        scale=Scale(offsets.int(), torch.tensor(index, dtype=torch.int32), values[: len(index)].clone()),
+        scale=make_scale(circuits, n_neurons),
         row_circuit=row_circuit,
     )
 

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from cna_kernels import InputError, Scale, backends, ops
+from cna_kernels import InputError, backends, make_scale, ops
 from op_cases import DTYPES, SHAPES, assert_close, exact, make_case, torch_same_dtype
 
 OPS = ["gated_mlp", "swiglu", "down_proj"]
@@ -56,7 +56,7 @@ def test_multiplier_one_and_no_circuit_are_bit_identical(op, dtype):
     assert torch.equal(run(*case.inputs(op), scale=ones, row_circuit=case.row_circuit), plain)
     nobody = torch.full_like(case.row_circuit, -1)
     assert torch.equal(run(*case.inputs(op), scale=case.scale, row_circuit=nobody), plain)
-    empty = Scale(torch.zeros(2, dtype=torch.int32), torch.empty(0, dtype=torch.int32), torch.empty(0))
+    empty = make_scale([{}], 130)
     assert torch.equal(run(*case.inputs(op), scale=empty, row_circuit=torch.zeros_like(nobody)), plain)
 
 
@@ -85,7 +85,7 @@ def _membership(case):
 def test_zero_scale_hides_non_finite_activations():
     gate, up = torch.full((2, 4), torch.inf), torch.ones(2, 4)
     gate[1] = torch.nan
-    scale = Scale(torch.tensor([0, 4], dtype=torch.int32), torch.arange(4, dtype=torch.int32), torch.zeros(4))
+    scale = make_scale([dict.fromkeys(range(4), 0.0)], 4)
     act = ops.swiglu(gate, up, scale=scale, row_circuit=torch.zeros(2, dtype=torch.int32))
     assert torch.equal(act, torch.zeros(2, 4))
 

@@ -1,0 +1,159 @@
+"""Ahead-of-time compilation without a GPU: what the launchers would launch, compiled and read as machine code.
+
+``Target`` stands in for the device, and the launchers are called with tensors on the ``meta`` device: sizes and
+strides, no memory. So the code that is read here is the code that a launch with those shapes would run.
+"""
+
+from __future__ import annotations
+
+import re
+import shutil
+import subprocess
+import tempfile
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.backends.driver import DriverBase
+from triton.backends.nvidia.compiler import get_ptxas
+
+from cna_kernels.triton import launch
+
+SHARED_LIMIT = {80: 166_912, 90: 232_448, 100: 232_448}  # bytes of shared memory that one program may use
+
+
+class Target(DriverBase):
+    """A device that can only be compiled for. Triton keys its caches by device number: the capability serves."""
+
+    def __init__(self, arch: int | str):
+        self.arch = arch
+        backend, warp = ("cuda", 32) if isinstance(arch, int) else ("hip", 64)
+        self._target = GPUTarget(backend, arch, warp)
+
+    def get_current_device(self):
+        return self.arch
+
+    def get_current_stream(self, device):
+        return 0
+
+    def get_current_target(self):
+        return self._target
+
+    def is_active(self):
+        return True
+
+    def map_python_to_cpp_type(self, ty):
+        raise NotImplementedError
+
+    def get_active_torch_device(self):
+        raise NotImplementedError
+
+    def get_benchmarker(self):
+        raise NotImplementedError
+
+
+@dataclass
+class Compiled:
+    """One kernel as one launch would run it."""
+
+    kernel: str
+    arch: int | str
+    grid: tuple
+    num_warps: int
+    registers: int = 0
+    spills: int = 0  # bytes of local memory stored or loaded
+    shared: int = 0  # bytes
+    counts: dict = field(default_factory=dict)  # instructions by group, whole kernel
+    notices: list = field(default_factory=list)  # what ptxas said beyond its usual table
+    loop: list = field(default_factory=list)  # instructions of the loop that does the work, opcodes in order
+    block: dict = field(default_factory=dict)  # the constexpr arguments
+
+
+def compile_launches(arch, call) -> list[Compiled]:
+    """Return every kernel that ``call()`` would launch on ``arch`` (80, 90, 100, or "gfx942"), compiled."""
+    launches = []
+
+    def record(kernel, grid, *args, device, **options):
+        options["enable_fp_fusion"] = True
+        launches.append((kernel, grid, args, options))
+
+    keep, launch.launch = launch.launch, record
+    triton.runtime.driver.set_active(Target(arch))
+    try:
+        call()
+    finally:
+        launch.launch = keep
+    return [_compile(arch, *each) for each in launches]
+
+
+def _compile(arch, kernel, grid, args, options) -> Compiled:
+    compiled = kernel.warmup(*args, grid=grid, **options)
+    metadata = compiled.metadata
+    constants = {k: v for k, v in options.items() if k.isupper()}
+    result = Compiled(kernel.__name__.strip("_"), arch, grid, metadata.num_warps, shared=metadata.shared, block=constants)
+    if isinstance(arch, int):
+        _read_cuda(result, compiled.asm["ptx"], compiled.asm["cubin"])
+    return result
+
+
+def tool(name: str) -> str:
+    """The path of ptxas, nvdisasm or cuobjdump inside the installed Triton."""
+    return str(Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / name)
+
+
+def _read_cuda(result, ptx, cubin):
+    with tempfile.TemporaryDirectory() as directory:
+        source, binary = Path(directory, "kernel.ptx"), Path(directory, "kernel.cubin")
+        source.write_text(ptx)
+        binary.write_bytes(cubin)
+        ptxas = get_ptxas(result.arch).path
+        arch = f"sm_{result.arch}" + ("a" if result.arch >= 90 else "")
+        command = [ptxas, "-v", "-lineinfo", f"--gpu-name={arch}", str(source), "-o", "/dev/null"]
+        log = subprocess.run(command, capture_output=True, text=True, check=True).stderr
+        sass = subprocess.run([tool("nvdisasm"), "-c", str(binary)], capture_output=True, text=True, check=True).stdout
+    result.registers = int(re.search(r"Used (\d+) registers", log)[1])
+    result.spills = sum(int(n) for n in re.findall(r"(\d+) bytes spill", log))
+    result.notices = re.findall(r"\(?(C\d{4})\)?", log)
+    lines = _instructions(sass)
+    opcodes = [opcode for _, opcode, _ in lines]
+    result.counts = {name: sum(bool(re.match(pattern, o)) for o in opcodes) for name, pattern in GROUPS.items()}
+    result.counts["all"] = len(opcodes)
+    result.loop = _working_loop(lines)
+
+
+GROUPS = {
+    "HGMMA": r"HGMMA",
+    "UTCMMA": r"UTC\w*MMA",
+    "HMMA": r"HMMA",
+    "load128": r"(LDG|LDGSTS)\S*\.128",
+    "tma": r"UTMALDG|UBLKCP",
+    "store128": r"STG\S*\.128",
+    "MUFU": r"MUFU",
+    "local": r"(STL|LDL)",
+}
+
+
+def _instructions(sass):
+    """(label or None, opcode, operands) of every instruction, in order."""
+    label, found = None, []
+    for line in sass.splitlines():
+        if match := re.match(r"\s*(\.L_\w+):", line):
+            label = match[1]
+        elif match := re.match(r"\s*(?:/\*\w+\*/\s*)?(?:\{\s*)?(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9_]*(?:\.[A-Z0-9_]+)*)\b(.*);", line):
+            found.append((label, match[1], match[2]))
+            label = None
+    return found
+
+
+def _working_loop(lines):
+    """The opcodes of the loop that holds the most work: MUFU and matrix instructions, else loads."""
+    at = {label: i for i, (label, _, _) in enumerate(lines) if label}
+    loops = []
+    for i, (_, opcode, operands) in enumerate(lines):
+        if opcode.startswith("BRA") and (match := re.search(r"\(?(\.L_\w+)\)?", operands)) and at.get(match[1], i + 1) <= i:
+            loops.append([o for _, o, _ in lines[at[match[1]] : i + 1]])
+    def work(loop):
+        return sum(bool(re.match(r"MUFU|HGMMA|HMMA|FFMA|LDG", o)) for o in loop) / len(loop)
+    inner = [loop for loop in loops if work(loop)]
+    return max(inner, key=lambda loop: work(loop) * len(loop), default=[])

@@ -1,0 +1,289 @@
+"""The down-projection of few tokens: second half of the decode pair, and ``down_proj`` where TMA does not apply.
+
+    act[t, n]           as handed over, or silu(gate[t, n]) * up[t, n] (placement D)
+    act_sum[c, n]      += sum_t weight[t, c] * act[t, n]      act_sumsq likewise, both before scaling
+    y[t, h]             = sum_n act[t, n] * scale[row_circuit[t], n] * w_down[h, n]
+
+``_down_gemv_kernel``, a token or two of finished act (a few in fp32): one program owns BLOCK_H outputs and streams
+their whole weight rows. H / 4 programs fill the device; nothing is split.
+
+``_down_split_kernel``: a program owns BLOCK_H outputs of BLOCK_T tokens and a run of the neurons, with the weights as
+the left factor of the matrix units. It stores its part of y in fp32 as ``[S, T, H]``; ``_fold_y_kernel`` adds the
+parts as s = 0, 1, ... No atomics, the same bits in every run. The sums cost no traffic, because every program
+reads act anyway: tile b of the neurons is summed by one program, number b modulo the programs along H, which is the
+only writer of act_sum[:, b]. With more than one block of tokens the sums go through parts, too (``sums.py``).
+
+Floor: 2 N H bytes of bf16 weights, once, and 8 S T H bytes of parts.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+
+from ..reference import NEURON_BLOCK
+from . import launch
+from .steer import Steer, entries, next_steered, steer_tile
+from .sums import Sums, add_tile
+from .tiles import dot, rounded, silu_mul
+
+
+@triton.jit
+def _down_gemv_kernel(
+    act_ptr,
+    w_ptr,
+    y_ptr,
+    stride_act_t,
+    stride_w_h,
+    T: tl.constexpr,
+    N: tl.constexpr,
+    H: tl.constexpr,
+    PDL: tl.constexpr,
+    BLOCK_H: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):
+    h = tl.program_id(0) * BLOCK_H + tl.arange(0, BLOCK_H)
+    h_mask = h < H
+    w_row = w_ptr + h.to(tl.int64)[:, None] * stride_w_h
+    ys = (tl.zeros([BLOCK_H, BLOCK_N], tl.float32),) * T
+    if PDL:
+        tl.extra.cuda.gdc_wait()
+    for n_first in range(0, N, BLOCK_N):
+        n = n_first + tl.arange(0, BLOCK_N)
+        w = tl.load(w_row + n[None, :], mask=h_mask[:, None] & (n < N)[None, :], other=0.0).to(tl.float32)
+        new_ys = ()
+        for t in tl.static_range(T):
+            act = tl.load(act_ptr + t * stride_act_t + n, mask=n < N, other=0.0).to(tl.float32)
+            new_ys = new_ys + (ys[t] + w * act[None, :],)
+        ys = new_ys
+    for t in tl.static_range(T):
+        tl.store(y_ptr + t * H + h, rounded(tl.sum(ys[t], axis=1), y_ptr.dtype.element_ty), mask=h_mask)
+
+
+@triton.jit(do_not_specialize=["T", "n_circuits"])
+def _down_split_kernel(
+    act_ptr,
+    up_ptr,
+    w_ptr,
+    y_ptr,
+    weight_ptr,
+    sum_ptr,
+    sumsq_ptr,
+    row_circuit_ptr,
+    offsets_ptr,
+    index_ptr,
+    value_ptr,
+    T,
+    stride_act_t,
+    stride_up_t,
+    stride_w_h,
+    stride_weight_t,
+    stride_sum_c,
+    stride_sumsq_c,
+    n_circuits,
+    stride_offsets_k,
+    N: tl.constexpr,
+    H: tl.constexpr,
+    C: tl.constexpr,
+    SUM: tl.constexpr,
+    SUMSQ: tl.constexpr,
+    SPLIT: tl.constexpr,
+    STEER: tl.constexpr,
+    GATED: tl.constexpr,
+    PDL: tl.constexpr,
+    PARTS: tl.constexpr,
+    SPLIT_N: tl.constexpr,
+    BLOCK_T: tl.constexpr,
+    BLOCK_H: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):
+    """GATED: act_ptr holds gate, and up_ptr up. SPLIT_N neurons go to a program, a multiple of NEURON_BLOCK."""
+    run = tl.program_id(2)
+    h = tl.program_id(0) * BLOCK_H + tl.arange(0, BLOCK_H)
+    h_mask = h < H
+    w_row = w_ptr + h.to(tl.int64)[:, None] * stride_w_h
+    t = (run * BLOCK_T + tl.arange(0, BLOCK_T)).to(tl.int64)
+    t_mask = t < T
+    n_begin = tl.program_id(1) * SPLIT_N
+    n_end = tl.minimum(n_begin + SPLIT_N, N)
+    acc = tl.zeros([BLOCK_H, BLOCK_T], tl.float32)
+    if STEER:
+        entry, end = entries(row_circuit_ptr, offsets_ptr, stride_offsets_k, n_circuits, t, t_mask, n_begin, n_end)
+        steered_n, nearest = next_steered(index_ptr, entry, end)
+    if PDL:
+        tl.extra.cuda.gdc_wait()
+        tl.extra.cuda.gdc_launch_dependents()
+    for n_first in range(n_begin, n_end, BLOCK_N):
+        n = n_first + tl.arange(0, BLOCK_N)
+        n_mask = n < n_end
+        mask = t_mask[:, None] & n_mask[None, :]
+        w = tl.load(w_row + n[None, :], mask=h_mask[:, None] & n_mask[None, :], other=0.0)
+        act = tl.load(act_ptr + t[:, None] * stride_act_t + n[None, :], mask=mask, other=0.0)  # [BLOCK_T, BLOCK_N]
+        if GATED:
+            up = tl.load(up_ptr + t[:, None] * stride_up_t + n[None, :], mask=mask, other=0.0)
+            act = silu_mul(act, up, w_ptr.dtype.element_ty)
+        if SUM or SUMSQ:
+            if (n_first // BLOCK_N) % tl.num_programs(0) == tl.program_id(0):
+                add_tile(
+                    act,
+                    weight_ptr,
+                    stride_weight_t,
+                    t,
+                    t_mask,
+                    run,
+                    n,
+                    n_mask,
+                    sum_ptr,
+                    sumsq_ptr,
+                    stride_sum_c,
+                    stride_sumsq_c,
+                    N,
+                    C,
+                    SUM,
+                    SUMSQ,
+                    SPLIT,
+                    TOKEN_AXIS=0,
+                )
+        if STEER:
+            if nearest < n_first + BLOCK_N:
+                act, entry, steered_n, nearest = steer_tile(
+                    act, n, n_first + BLOCK_N, index_ptr, value_ptr, entry, end, steered_n, nearest
+                )
+        acc = dot(w, act.T, acc)
+
+    here = y_ptr + t[None, :] * H + h[:, None]
+    mask = h_mask[:, None] & t_mask[None, :]
+    if PARTS:
+        tl.store(here + tl.program_id(1).to(tl.int64) * T * H, acc, mask=mask)
+    else:
+        tl.store(here, rounded(acc, y_ptr.dtype.element_ty), mask=mask)
+
+
+@triton.jit(do_not_specialize=["S", "n_elements"])
+def _fold_y_kernel(part_ptr, y_ptr, S, n_elements, PDL: tl.constexpr, BLOCK: tl.constexpr):
+    """y = part[0] + part[1] + ..., in this order, rounded once; each program owns BLOCK elements of ``[T * H]``."""
+    i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    mask = i < n_elements
+    if PDL:
+        tl.extra.cuda.gdc_wait()
+    y = tl.zeros([BLOCK], tl.float32)
+    for s in range(S):
+        y += tl.load(part_ptr + s * tl.cast(n_elements, tl.int64) + i, mask=mask, other=0.0)
+    tl.store(y_ptr + i, rounded(y, y_ptr.dtype.element_ty), mask=mask)
+
+
+class Config(NamedTuple):
+    BLOCK_T: int
+    BLOCK_H: int
+    BLOCK_N: int
+    SPLIT_N: int  # neurons of one program, a multiple of NEURON_BLOCK
+    num_warps: int
+    num_stages: int
+
+
+def _gemv_config(itemsize: int) -> Config:
+    """By arithmetic, unmeasured. As in gate_up_decode: threads lie along the neurons, 4 rows are 4 loads in flight."""
+    return Config(1, 4, 2048 // itemsize, 0, 4, 1)
+
+
+def _split_config(T: int, N: int, H: int, itemsize: int, n_sm: int) -> Config:
+    """By arithmetic, unmeasured. 64 x 128 bf16 weights are 16 KB a stage, two programs fit a multiprocessor.
+
+    As many parts as keep two programs a multiprocessor busy, but at most 4 for a full block of tokens: 8 parts of
+    64 tokens would move as many bytes as a seventh of an 8B model's weights.
+    """
+    block_t = min(64, max(16, triton.next_power_of_2(T)))
+    programs = triton.cdiv(H, 64) * triton.cdiv(T, block_t)
+    blocks = triton.cdiv(N, NEURON_BLOCK)
+    parts = max(1, min(blocks, 256 // block_t, triton.cdiv(2 * n_sm, programs)))
+    split = triton.cdiv(blocks, parts) * NEURON_BLOCK
+    return Config(block_t, 64, 256 // itemsize, split, 4, {16: 5, 32: 4, 64: 3}[block_t])
+
+
+def down_gemv(act, w_down):
+    """act ``[T, N]`` -> y ``[T, H]`` without sums or scaling, for a handful of tokens."""
+    (T, N), H = act.shape, w_down.shape[0]
+    y = torch.empty(T, H, dtype=act.dtype, device=act.device)
+    config = _gemv_config(act.element_size())
+    launch.launch(
+        _down_gemv_kernel,
+        (triton.cdiv(H, config.BLOCK_H),),
+        act,
+        w_down,
+        y,
+        act.stride(0),
+        w_down.stride(0),
+        T=T,
+        N=N,
+        H=H,
+        BLOCK_H=config.BLOCK_H,
+        BLOCK_N=config.BLOCK_N,
+        num_warps=config.num_warps,
+        num_stages=config.num_stages,
+        device=act.device,
+        **launch.dependent(act.device),
+    )
+    return y
+
+
+def down_split(
+    act, w_down, up=None, *, weight=None, act_sum=None, act_sumsq=None, scale=None, row_circuit=None, dependent=False
+):
+    """act ``[T, N]`` (with ``up``: gate) -> y ``[T, H]``, for T >= 1.
+
+    dependent: the launch before this one is ours and wrote act; start while it drains.
+    """
+    (T, N), H = act.shape, w_down.shape[0]
+    y = torch.empty(T, H, dtype=act.dtype, device=act.device)
+    config = _split_config(T, N, H, act.element_size(), launch.n_multiprocessors(act.device))
+    parts, runs = triton.cdiv(N, config.SPLIT_N), triton.cdiv(T, config.BLOCK_T)
+    part = y if parts == 1 else torch.empty(parts, T, H, dtype=torch.float32, device=act.device)
+    sums, steer = Sums(weight, act_sum, act_sumsq, runs, N), Steer(scale, row_circuit)
+    launch.launch(
+        _down_split_kernel,
+        (triton.cdiv(H, config.BLOCK_H), parts, runs),
+        act,
+        up,
+        w_down,
+        part,
+        *sums.pointers(),
+        *steer.pointers(),
+        T,
+        act.stride(0),
+        0 if up is None else up.stride(0),
+        w_down.stride(0),
+        *sums.strides(),
+        *steer.sizes(),
+        N=N,
+        H=H,
+        **sums.constants(),
+        STEER=steer.on,
+        GATED=up is not None,
+        PARTS=parts > 1,
+        SPLIT_N=config.SPLIT_N,
+        BLOCK_T=config.BLOCK_T,
+        BLOCK_H=config.BLOCK_H,
+        BLOCK_N=config.BLOCK_N,
+        num_warps=config.num_warps,
+        num_stages=config.num_stages,
+        device=act.device,
+        **(launch.dependent(act.device) if dependent else dict(PDL=False)),
+    )
+    if parts > 1:
+        launch.launch(
+            _fold_y_kernel,
+            (triton.cdiv(T * H, 512),),
+            part,
+            y,
+            parts,
+            T * H,
+            BLOCK=512,
+            num_warps=4,
+            device=act.device,
+            **(launch.dependent(act.device) if dependent else dict(PDL=False)),
+        )
+    sums.fold()
+    return y

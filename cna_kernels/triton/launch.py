@@ -1,0 +1,43 @@
+"""Launching: one place for what every launch has in common, and for what the host knows about the device."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+
+import torch
+import triton
+
+from .tiles import INTERPRETED
+
+
+def launch(kernel, grid, *args, device, **options):
+    """Launch a kernel on the tensors' own device, which need not be the current one.
+
+    Multiply-adds are contracted (``enable_fp_fusion``) whatever the Triton version's default, so that the bits
+    depend on the kernel alone.
+    """
+    with torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext():
+        kernel[grid](*args, enable_fp_fusion=True, **options)
+
+
+def has_pdl(device: torch.device) -> bool:
+    """Whether a kernel may start while the one before it still runs (programmatic dependent launch, sm_90 on)."""
+    if INTERPRETED:
+        return False
+    target = triton.runtime.driver.active.get_current_target()
+    return target.backend == "cuda" and target.arch >= 90
+
+
+def dependent(device: torch.device) -> dict:
+    """Options of a launch right after another of ours: it may start early, and waits before it reads (``gdc_wait``)."""
+    pdl = has_pdl(device)
+    return dict(PDL=True, launch_pdl=True) if pdl else dict(PDL=False)
+
+
+@functools.cache
+def n_multiprocessors(device: torch.device) -> int:
+    """Multiprocessors of the device. Elsewhere (interpreter, ahead-of-time compilation) those of an H100 or H200."""
+    if device.type != "cuda":
+        return 132
+    return torch.cuda.get_device_properties(device).multi_processor_count

@@ -1,0 +1,163 @@
+"""The streaming sums on the device: which part of them a program adds, and the fixed order in which parts meet.
+
+    act_sum[c, n] += sum_t weight[t, c] * act[t, n]        act_sumsq likewise over act**2
+
+A kernel that sees all tokens of its neurons adds to act_sum itself. One that sees a run of the tokens stores part r of
+a workspace ``[R, columns, N]`` (columns: those of act_sum, then those of act_sumsq), and ``_fold_kernel`` adds the
+parts as r = 0, 1, ... Each element has one writer in either case: no atomics, and the same bits in every run.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+
+from . import launch
+
+
+@triton.jit
+def add_row(ptr, part, row, n, mask, value, SPLIT: tl.constexpr):
+    """Store value as this run's part of the workspace, or add it to the sums themselves."""
+    if SPLIT:
+        tl.store(ptr + part + n, value, mask=mask)
+    else:
+        here = ptr + row + n
+        tl.store(here, tl.load(here, mask=mask, other=0.0) + value, mask=mask)
+
+
+@triton.jit
+def add_tile(
+    act,
+    weight_ptr,
+    stride_weight_t,
+    t,
+    t_mask,
+    run,
+    n,
+    n_mask,
+    sum_ptr,
+    sumsq_ptr,
+    stride_sum_c,
+    stride_sumsq_c,
+    N: tl.constexpr,
+    C: tl.constexpr,
+    SUM: tl.constexpr,
+    SUMSQ: tl.constexpr,
+    SPLIT: tl.constexpr,
+    TOKEN_AXIS: tl.constexpr,
+):
+    """Add the sums over all tokens of one finished act tile; the token axis is TOKEN_AXIS of its two."""
+    neuron_axis: tl.constexpr = 1 - TOKEN_AXIS
+    counted = t_mask != t_mask
+    row = weight_ptr + t.to(tl.int64) * stride_weight_t
+    for c in range(C):
+        counted = counted | (tl.load(row + c, mask=t_mask, other=0.0) != 0.0)
+    act = tl.where(tl.expand_dims(counted, neuron_axis), act.to(tl.float32), 0.0)
+    part = tl.cast(run, tl.int64) * ((SUM + SUMSQ) * C * N)
+    for c in range(C):
+        weight = tl.expand_dims(tl.load(row + c, mask=t_mask, other=0.0), neuron_axis)
+        weighted = weight * act
+        if SUM:
+            total = tl.sum(weighted, axis=TOKEN_AXIS)
+            add_row(sum_ptr, part + c * N, tl.cast(c, tl.int64) * stride_sum_c, n, n_mask, total, SPLIT)
+        if SUMSQ:
+            total = tl.sum(weighted * act, axis=TOKEN_AXIS)
+            add_row(sumsq_ptr, part + (c + SUM * C) * N, tl.cast(c, tl.int64) * stride_sumsq_c, n, n_mask, total, SPLIT)
+
+
+@triton.jit(do_not_specialize=["R"])
+def _fold_kernel(
+    part_ptr,
+    sum_ptr,
+    sumsq_ptr,
+    R,
+    stride_sum_c,
+    stride_sumsq_c,
+    N: tl.constexpr,
+    C: tl.constexpr,
+    SUM: tl.constexpr,
+    SUMSQ: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):
+    """sum[c, n] += part[0, c, n] + part[1, c, n] + ...; one program owns BLOCK_N neurons of one column."""
+    column = tl.program_id(1).to(tl.int64)
+    n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    n_mask = n < N
+    total = tl.zeros([BLOCK_N], tl.float32)
+    for r_start in range(0, R, BLOCK_R):
+        r = (r_start + tl.arange(0, BLOCK_R)).to(tl.int64)
+        part = part_ptr + (r[:, None] * ((SUM + SUMSQ) * C) + column) * N + n[None, :]
+        total += tl.sum(tl.load(part, mask=(r < R)[:, None] & n_mask[None, :], other=0.0), axis=0)
+    if SUM and SUMSQ:
+        if column < C:
+            add_row(sum_ptr, 0, column * stride_sum_c, n, n_mask, total, False)
+        else:
+            add_row(sumsq_ptr, 0, (column - C) * stride_sumsq_c, n, n_mask, total, False)
+    elif SUM:
+        add_row(sum_ptr, 0, column * stride_sum_c, n, n_mask, total, False)
+    else:
+        add_row(sumsq_ptr, 0, column * stride_sumsq_c, n, n_mask, total, False)
+
+
+class Sums:
+    """The sums of one call as kernel arguments, with a workspace where ``runs`` programs share a neuron.
+
+    Args:
+        weight: ``[T, C]`` fp32, or None for no sums.
+        act_sum, act_sumsq: ``[C, N]`` fp32, each may be None.
+        runs: how many programs each see a part of the tokens of a neuron.
+    """
+
+    def __init__(self, weight, act_sum, act_sumsq, runs: int, n_neurons: int):
+        self.weight, self.act_sum, self.act_sumsq, self.runs, self.n_neurons = weight, act_sum, act_sumsq, runs, n_neurons
+        self.n_columns = 0 if weight is None else weight.shape[1]
+        if self.n_columns == 0:
+            self.weight = self.act_sum = self.act_sumsq = None
+        self.part = None
+        if self.n_columns and runs > 1:
+            columns = self.n_columns * ((act_sum is not None) + (act_sumsq is not None))
+            self.part = torch.empty(runs, columns, n_neurons, dtype=torch.float32, device=weight.device)
+
+    def pointers(self):
+        """weight_ptr, sum_ptr, sumsq_ptr"""
+        if self.part is not None:
+            return self.weight, self.part, self.part
+        return self.weight, self.act_sum, self.act_sumsq
+
+    def strides(self):
+        """stride_weight_t, stride_sum_c, stride_sumsq_c"""
+        return tuple(0 if x is None else x.stride(0) for x in (self.weight, self.act_sum, self.act_sumsq))
+
+    def constants(self):
+        return dict(
+            C=self.n_columns,
+            SUM=int(self.act_sum is not None),
+            SUMSQ=int(self.act_sumsq is not None),
+            SPLIT=self.part is not None,
+        )
+
+    def fold(self):
+        """Add the parts to act_sum and act_sumsq, if this call has parts."""
+        if self.part is None:
+            return
+        runs, columns, n_neurons = self.part.shape
+        block_r = min(32, triton.next_power_of_2(runs))  # all in flight at once: one round trip to memory
+        launch.launch(
+            _fold_kernel,
+            (triton.cdiv(n_neurons, 128), columns),
+            self.part,
+            self.act_sum,
+            self.act_sumsq,
+            runs,
+            *self.strides()[1:],
+            N=n_neurons,
+            C=self.n_columns,
+            SUM=int(self.act_sum is not None),
+            SUMSQ=int(self.act_sumsq is not None),
+            BLOCK_R=block_r,
+            BLOCK_N=128,
+            num_warps=4,
+            device=self.part.device,
+        )
