@@ -1,44 +1,68 @@
 """Which implementation runs an op: explicit argument, then CNA_BACKEND, then the device's default.
 
-The choice never falls through: a backend that cannot do the job raises and names the alternative.
+The choice never falls through: a backend asked for by name that cannot do the job raises and names the alternative.
 """
 
 from __future__ import annotations
 
+import functools
 import os
 from importlib import import_module
+from importlib.util import find_spec
+
+import torch
 
 from .checks import InputError
 
 KNOWN = ("reference", "cpu", "triton")
 
 # Module of each backend that this version ships.
-MODULES = {"reference": "cna_kernels.reference"}
-
-# By device type; any other device gets the reference.
-DEVICE_DEFAULT = {}
+MODULES = {"reference": "cna_kernels.reference", "triton": "cna_kernels.triton"}
 
 
 class BackendUnavailable(InputError):
     """The backend asked for by name cannot run here."""
 
 
-def name_for(device_type: str, backend: str | None = None) -> str:
-    """Return the backend's name for tensors on ``device_type`` ("cpu", "cuda", ...).
+def missing(name: str, device: torch.device) -> str | None:
+    """Return why the backend cannot run on the device, or None if it can."""
+    if name not in MODULES:
+        return "is not part of this version"
+    if name == "triton":
+        if find_spec("triton") is None:
+            return "needs the package triton, which is not installed"
+        if device.type == "cuda":
+            return None if _capability(device) >= (8, 0) else "needs an NVIDIA device of compute capability 8.0 or an AMD one"
+        if os.environ.get("TRITON_INTERPRET") != "1":
+            return f"runs on CUDA devices, not on {device.type} (TRITON_INTERPRET=1 interprets it there, slowly)"
+    return None
+
+
+@functools.cache
+def _capability(device: torch.device) -> tuple[int, int]:
+    return torch.cuda.get_device_capability(device)
+
+
+def name_for(device: torch.device | str, backend: str | None = None) -> str:
+    """Return the backend's name for tensors on the device.
+
+    The default is ``triton`` on CUDA devices that it can run on, and ``reference`` elsewhere.
 
     Raises:
         InputError: the name is not one of KNOWN.
-        BackendUnavailable: the backend exists by name but not in this version.
+        BackendUnavailable: the backend cannot run on this device.
     """
-    asked_by = "backend" if backend else "CNA_BACKEND"
-    name = backend or os.environ.get("CNA_BACKEND") or DEVICE_DEFAULT.get(device_type, "reference")
+    device = torch.device(device)
+    asked_by, name = ("backend", backend) if backend else ("CNA_BACKEND", os.environ.get("CNA_BACKEND"))
+    if not name:
+        return "triton" if device.type == "cuda" and missing("triton", device) is None else "reference"
     if name not in KNOWN:
         raise InputError(asked_by, f"expected one of {', '.join(KNOWN)}, got {name!r}")
-    if name not in MODULES:
-        raise BackendUnavailable(asked_by, f"{name!r} is not part of this version; use 'reference'")
+    if reason := missing(name, device):
+        raise BackendUnavailable(asked_by, f"{name!r} {reason}; use 'reference'")
     return name
 
 
-def implementation(device_type: str, backend: str | None = None):
+def implementation(device: torch.device, backend: str | None = None):
     """Return the module that implements ``gated_mlp``, ``swiglu`` and ``down_proj`` for this device."""
-    return import_module(MODULES[name_for(device_type, backend)])
+    return import_module(MODULES[name_for(device, backend)])

@@ -181,7 +181,7 @@ def _gated_mlp(
     backend: str | None,
 ) -> Tensor:
     extras = _keywords(weight, act_sum, act_sumsq, scale_offsets, scale_index, scale_value, row_circuit)
-    run = backends.implementation(x.device.type, backend).gated_mlp
+    run = backends.implementation(x.device, backend).gated_mlp
     with _as_given(x):
         return run(x, w_gate_up, w_down, **extras)
 
@@ -205,7 +205,7 @@ def _swiglu(
     backend: str | None,
 ) -> Tensor:
     extras = _keywords(weight, act_sum, act_sumsq, scale_offsets, scale_index, scale_value, row_circuit)
-    run = backends.implementation(gate.device.type, backend).swiglu
+    run = backends.implementation(gate.device, backend).swiglu
     with _as_given(gate):
         return run(gate, up, **extras)
 
@@ -229,7 +229,7 @@ def _down_proj(
     backend: str | None,
 ) -> Tensor:
     extras = _keywords(weight, act_sum, act_sumsq, scale_offsets, scale_index, scale_value, row_circuit)
-    run = backends.implementation(act.device.type, backend).down_proj
+    run = backends.implementation(act.device, backend).down_proj
     with _as_given(act):
         return run(act, w_down, **extras)
 

@@ -1,7 +1,12 @@
 """Shared fixtures: tiny random checkpoints written by transformers, and fresh memory that is never zero."""
 
+import os
+
 import pytest
 import torch
+
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"  # before any kernel is defined: without a GPU they are interpreted
 
 from tiny import VARIANTS, write_checkpoint
 

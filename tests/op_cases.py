@@ -52,7 +52,7 @@ class Case:
         return factors
 
 
-def make_case(n_tokens, n_neurons, dtype, seed=0):
+def make_case(n_tokens, n_neurons, dtype, seed=0, n_hidden=N_HIDDEN):
     generator = torch.Generator().manual_seed(seed)
 
     def normal(*shape, spread=1.0):
@@ -68,9 +68,9 @@ def make_case(n_tokens, n_neurons, dtype, seed=0):
     row_circuit[10::11] = 9  # no circuit: must count as -1
     row_circuit[4::11] = -3
     return Case(
-        x=normal(n_tokens, N_HIDDEN),
-        w_gate_up=normal(2 * n_neurons, N_HIDDEN, spread=N_HIDDEN**-0.5),
-        w_down=normal(N_HIDDEN, n_neurons, spread=n_neurons**-0.5),
+        x=normal(n_tokens, n_hidden),
+        w_gate_up=normal(2 * n_neurons, n_hidden, spread=n_hidden**-0.5),
+        w_down=normal(n_hidden, n_neurons, spread=n_neurons**-0.5),
         gate=fused[:, :n_neurons],
         up=fused[:, n_neurons:],
         act=normal(n_tokens, n_neurons),

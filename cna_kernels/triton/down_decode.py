@@ -9,9 +9,9 @@ their whole weight rows. H / 4 programs fill the device; nothing is split.
 
 ``_down_split_kernel``: a program owns BLOCK_H outputs of BLOCK_T tokens and a run of the neurons, with the weights as
 the left factor of the matrix units. It stores its part of y in fp32 as ``[S, T, H]``; ``_fold_y_kernel`` adds the
-parts as s = 0, 1, ... No atomics, the same bits in every run. The sums cost no traffic, because every program
-reads act anyway: tile b of the neurons is summed by one program, number b modulo the programs along H, which is the
-only writer of act_sum[:, b]. With more than one block of tokens the sums go through parts, too (``sums.py``).
+parts as s = 0, 1, ... No atomics, the same bits in every run. The tiles of a run of neurons are dealt out to the
+programs along H for the sums, each tile to one, which reads it once more and is the only writer of its act_sum. With
+more than one block of tokens the sums go through parts, too (``sums.py``).
 
 Floor: 2 N H bytes of bf16 weights, once, and 8 S T H bytes of parts.
 """
@@ -116,7 +116,8 @@ def _down_split_kernel(
     if PDL:
         tl.extra.cuda.gdc_wait()
         tl.extra.cuda.gdc_launch_dependents()
-    for n_first in range(n_begin, n_end, BLOCK_N):
+    for n_done in range(0, SPLIT_N, BLOCK_N):  # constant bounds: with others Triton 3.6 serialises the wgmma (C7515)
+        n_first = n_begin + n_done
         n = n_first + tl.arange(0, BLOCK_N)
         n_mask = n < n_end
         mask = t_mask[:, None] & n_mask[None, :]
@@ -125,34 +126,43 @@ def _down_split_kernel(
         if GATED:
             up = tl.load(up_ptr + t[:, None] * stride_up_t + n[None, :], mask=mask, other=0.0)
             act = silu_mul(act, up, w_ptr.dtype.element_ty)
-        if SUM or SUMSQ:
-            if (n_first // BLOCK_N) % tl.num_programs(0) == tl.program_id(0):
-                add_tile(
-                    act,
-                    weight_ptr,
-                    stride_weight_t,
-                    t,
-                    t_mask,
-                    run,
-                    n,
-                    n_mask,
-                    sum_ptr,
-                    sumsq_ptr,
-                    stride_sum_c,
-                    stride_sumsq_c,
-                    N,
-                    C,
-                    SUM,
-                    SUMSQ,
-                    SPLIT,
-                    TOKEN_AXIS=0,
-                )
         if STEER:
             if nearest < n_first + BLOCK_N:
                 act, entry, steered_n, nearest = steer_tile(
                     act, n, n_first + BLOCK_N, index_ptr, value_ptr, entry, end, steered_n, nearest
                 )
         acc = dot(w, act.T, acc)
+
+    if SUM or SUMSQ:
+        # After the product, not inside it: a branch there makes ptxas serialise the matrix instructions (C7515).
+        for tile in range(n_begin // BLOCK_N + tl.program_id(0), tl.cdiv(n_end, BLOCK_N), tl.num_programs(0)):
+            n = tile * BLOCK_N + tl.arange(0, BLOCK_N)
+            n_mask = n < n_end
+            mask = t_mask[:, None] & n_mask[None, :]
+            act = tl.load(act_ptr + t[:, None] * stride_act_t + n[None, :], mask=mask, other=0.0)
+            if GATED:
+                up = tl.load(up_ptr + t[:, None] * stride_up_t + n[None, :], mask=mask, other=0.0)
+                act = silu_mul(act, up, w_ptr.dtype.element_ty)
+            add_tile(
+                act,
+                weight_ptr,
+                stride_weight_t,
+                t,
+                t_mask,
+                run,
+                n,
+                n_mask,
+                sum_ptr,
+                sumsq_ptr,
+                stride_sum_c,
+                stride_sumsq_c,
+                N,
+                C,
+                SUM,
+                SUMSQ,
+                SPLIT,
+                TOKEN_AXIS=0,
+            )
 
     here = y_ptr + t[None, :] * H + h[:, None]
     mask = h_mask[:, None] & t_mask[None, :]
@@ -184,13 +194,18 @@ class Config(NamedTuple):
     num_stages: int
 
 
+# Every program along H computes silu again; beyond this many tokens that takes longer than the weights.
+MAX_GATED_TOKENS = 16
+
+
 def _gemv_config(itemsize: int) -> Config:
     """By arithmetic, unmeasured. As in gate_up_decode: threads lie along the neurons, 4 rows are 4 loads in flight."""
     return Config(1, 4, 2048 // itemsize, 0, 4, 1)
 
 
 def _split_config(T: int, N: int, H: int, itemsize: int, n_sm: int) -> Config:
-    """By arithmetic, unmeasured. 64 x 128 bf16 weights are 16 KB a stage, two programs fit a multiprocessor.
+    """By arithmetic, unmeasured. 64 x 128 bf16 weights are 16 KB a stage, two programs fit a multiprocessor; with 64
+    tokens half of that, or a steered tile of act takes all registers.
 
     As many parts as keep two programs a multiprocessor busy, but at most 4 for a full block of tokens: 8 parts of
     64 tokens would move as many bytes as a seventh of an 8B model's weights.
@@ -200,7 +215,8 @@ def _split_config(T: int, N: int, H: int, itemsize: int, n_sm: int) -> Config:
     blocks = triton.cdiv(N, NEURON_BLOCK)
     parts = max(1, min(blocks, 256 // block_t, triton.cdiv(2 * n_sm, programs)))
     split = triton.cdiv(blocks, parts) * NEURON_BLOCK
-    return Config(block_t, 64, 256 // itemsize, split, 4, {16: 5, 32: 4, 64: 3}[block_t])
+    block_n, num_stages = {16: (256, 5), 32: (256, 4), 64: (128, 6)}[block_t]
+    return Config(block_t, 64, block_n // itemsize, split, 4, num_stages)
 
 
 def down_gemv(act, w_down):
@@ -237,6 +253,7 @@ def down_split(
     dependent: the launch before this one is ours and wrote act; start while it drains.
     """
     (T, N), H = act.shape, w_down.shape[0]
+    assert up is None or T <= MAX_GATED_TOKENS, f"{T=}"
     y = torch.empty(T, H, dtype=act.dtype, device=act.device)
     config = _split_config(T, N, H, act.element_size(), launch.n_multiprocessors(act.device))
     parts, runs = triton.cdiv(N, config.SPLIT_N), triton.cdiv(T, config.BLOCK_T)

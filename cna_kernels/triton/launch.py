@@ -21,12 +21,20 @@ def launch(kernel, grid, *args, device, **options):
         kernel[grid](*args, enable_fp_fusion=True, **options)
 
 
+def arch(device: torch.device) -> int:
+    """10 * major + minor of an NVIDIA device, 0 for any other. In the interpreter 90, so that every path is tested."""
+    if INTERPRETED:
+        return 90
+    target = triton.runtime.driver.active.get_current_target()
+    if device.type == "cuda" and target.backend == "cuda":
+        major, minor = torch.cuda.get_device_capability(device)
+        return 10 * major + minor
+    return target.arch if target.backend == "cuda" else 0
+
+
 def has_pdl(device: torch.device) -> bool:
     """Whether a kernel may start while the one before it still runs (programmatic dependent launch, sm_90 on)."""
-    if INTERPRETED:
-        return False
-    target = triton.runtime.driver.active.get_current_target()
-    return target.backend == "cuda" and target.arch >= 90
+    return not INTERPRETED and arch(device) >= 90
 
 
 def dependent(device: torch.device) -> dict:

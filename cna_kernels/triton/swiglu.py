@@ -53,13 +53,16 @@ def _swiglu_kernel(
     SUMSQ: tl.constexpr,
     SPLIT: tl.constexpr,
     STEER: tl.constexpr,
+    GATED: tl.constexpr,
+    STORE: tl.constexpr,
     BLOCK_T: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
+    """Without GATED, gate_ptr holds act as computed elsewhere, which is only summed, copied and scaled."""
     dtype: tl.constexpr = act_ptr.dtype.element_ty
-    run = tl.program_id(1)
-    n_first = tl.program_id(0) * BLOCK_N
+    run = tl.program_id(0)
+    n_first = tl.program_id(1) * BLOCK_N
     n = n_first + tl.arange(0, BLOCK_N)
     n_mask = n < N
     t_first = run * rows_per_program
@@ -72,10 +75,12 @@ def _swiglu_kernel(
         t = (t_start + tl.arange(0, BLOCK_T)).to(tl.int64)
         t_mask = t < t_last
         mask = t_mask[:, None] & n_mask[None, :]
-        gate = tl.load(gate_ptr + t[:, None] * stride_gate_t + n[None, :], mask=mask, other=0.0)
-        up = tl.load(up_ptr + t[:, None] * stride_up_t + n[None, :], mask=mask, other=0.0)
-        act = silu_mul(gate, up, dtype)  # [BLOCK_T, BLOCK_N]
-        tl.store(act_ptr + t[:, None] * N + n[None, :], act, mask=t_mask[:, None] & (n < n_stored)[None, :])
+        act = tl.load(gate_ptr + t[:, None] * stride_gate_t + n[None, :], mask=mask, other=0.0)  # [BLOCK_T, BLOCK_N]
+        if GATED:
+            up = tl.load(up_ptr + t[:, None] * stride_up_t + n[None, :], mask=mask, other=0.0)
+            act = silu_mul(act, up, dtype)
+        if STORE:
+            tl.store(act_ptr + t[:, None] * N + n[None, :], act, mask=t_mask[:, None] & (n < n_stored)[None, :])
         if SUM or SUMSQ:
             weight_row = weight_ptr + t * stride_weight_t
             sums, squares = _added(act, weight_row, t_mask, c_first, sums, squares, C, SUM, SUMSQ, BLOCK_T, BLOCK_C)
@@ -190,19 +195,29 @@ def _launch_config(T: int, N: int, columns: int, n_sm: int) -> Config:
 
 
 def swiglu(gate, up, *, weight=None, act_sum=None, act_sumsq=None, scale=None, row_circuit=None):
-    """See :func:`cna_kernels.swiglu`; arguments are checked there."""
+    """gate, up ``[T, N]`` -> act ``[T, N]``, summed and scaled. T and N are not 0."""
+    act = torch.empty(gate.shape, dtype=gate.dtype, device=gate.device)
+    _pass(gate, up, act, weight, act_sum, act_sumsq, scale, row_circuit)
+    return act
+
+
+def act_pass(act, *, weight=None, act_sum=None, act_sumsq=None, scale=None, row_circuit=None):
+    """act ``[T, N]`` as computed elsewhere -> a scaled copy, summed on the way; act itself where there is no scale."""
+    steered = act if scale is None else torch.empty(act.shape, dtype=act.dtype, device=act.device)
+    if weight is not None or scale is not None:
+        _pass(act, None, steered, weight, act_sum, act_sumsq, scale, row_circuit)
+    return steered
+
+
+def _pass(gate, up, act, weight, act_sum, act_sumsq, scale, row_circuit):
     T, N = gate.shape
-    act = torch.empty(T, N, dtype=gate.dtype, device=gate.device)
-    if act.numel() == 0:
-        return act
     C = 0 if weight is None else weight.shape[1]
     config = _launch_config(T, N, C, launch.n_multiprocessors(gate.device))
     runs = triton.cdiv(T, config.rows)
     sums, steer = Sums(weight, act_sum, act_sumsq, runs, N), Steer(scale, row_circuit)
-    grid = (triton.cdiv(N, config.BLOCK_N), runs, triton.cdiv(C, config.BLOCK_C) if config.BLOCK_C else 1)
     launch.launch(
         _swiglu_kernel,
-        grid,
+        (runs, triton.cdiv(N, config.BLOCK_N), triton.cdiv(C, config.BLOCK_C) if config.BLOCK_C else 1),
         gate,
         up,
         act,
@@ -211,12 +226,14 @@ def swiglu(gate, up, *, weight=None, act_sum=None, act_sumsq=None, scale=None, r
         T,
         config.rows,
         gate.stride(0),
-        up.stride(0),
+        0 if up is None else up.stride(0),
         *sums.strides(),
         *steer.sizes(),
         N=N,
         **sums.constants(),
         STEER=steer.on,
+        GATED=up is not None,
+        STORE=up is not None or steer.on,
         BLOCK_T=config.BLOCK_T,
         BLOCK_N=config.BLOCK_N,
         BLOCK_C=config.BLOCK_C,
@@ -224,4 +241,3 @@ def swiglu(gate, up, *, weight=None, act_sum=None, act_sumsq=None, scale=None, r
         device=gate.device,
     )
     sums.fold()
-    return act

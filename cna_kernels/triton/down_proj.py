@@ -1,0 +1,192 @@
+"""The down-projection of many tokens, fused with the sums and the scaling: persistent, on TMA descriptors.
+
+    act_sum[c, n] += sum_t weight[t, c] * act[t, n]                        act_sumsq likewise, both before scaling
+    y[t, h]        = sum_n act[t, n] * scale[row_circuit[t], n] * w_down[h, n]
+
+One program a multiprocessor walks output tiles ``[BLOCK_T, BLOCK_H]``, each written by one program and each a single
+sum over n = 0 .. N - 1: nothing is split, nothing depends on the order of programs. Tiles are visited in groups of
+GROUP_T along the tokens, so that the weights of a group stay in L2.
+
+Sums: after its product, the program of output tile (i, j) adds up neuron tiles j, j + H / BLOCK_H, ... of its tokens,
+which it has just read. Each neuron tile of each token tile is so summed once, into part i of the workspace.
+
+Steering: a tile of act with steered neurons is changed in registers on its way to the matrix units; a tile without any
+costs a comparison (``steer_tile``). Unsteered calls feed the matrix units from shared memory.
+
+For callers that hand over act. Where we compute act ourselves, ``swiglu`` does sums and scaling on the way, and the
+product after it is a plain one.
+
+Floor: 2 T N H FLOP.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from triton.tools.tensor_descriptor import TensorDescriptor
+
+from . import launch
+from .steer import Steer, entries, next_steered, steer_tile
+from .sums import Sums, add_tile
+from .tiles import dot, rounded
+
+
+@triton.jit
+def grouped_tile(tile, tiles_t, tiles_n, GROUP_T: tl.constexpr):
+    """(i, j) of output tile number ``tile``: along the tokens first, within groups of GROUP_T token tiles."""
+    first = tile // (GROUP_T * tiles_n) * GROUP_T
+    rows = tl.minimum(tiles_t - first, GROUP_T)
+    within = tile % (GROUP_T * tiles_n)
+    return first + within % rows, within // rows
+
+
+@triton.jit(do_not_specialize=["T", "n_circuits"])
+def _down_proj_kernel(
+    act_desc,
+    w_desc,
+    act_ptr,
+    y_ptr,
+    weight_ptr,
+    sum_ptr,
+    sumsq_ptr,
+    row_circuit_ptr,
+    offsets_ptr,
+    index_ptr,
+    value_ptr,
+    T,
+    stride_act_t,
+    stride_weight_t,
+    stride_sum_c,
+    stride_sumsq_c,
+    n_circuits,
+    stride_offsets_k,
+    N: tl.constexpr,
+    H: tl.constexpr,
+    C: tl.constexpr,
+    SUM: tl.constexpr,
+    SUMSQ: tl.constexpr,
+    SPLIT: tl.constexpr,
+    STEER: tl.constexpr,
+    BLOCK_T: tl.constexpr,
+    BLOCK_H: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    GROUP_T: tl.constexpr,
+):
+    tiles_t = tl.cdiv(T, BLOCK_T)
+    tiles_h: tl.constexpr = (H + BLOCK_H - 1) // BLOCK_H
+    for tile in range(tl.program_id(0), tiles_t * tiles_h, tl.num_programs(0)):
+        i, j = grouped_tile(tile, tiles_t, tiles_h, GROUP_T)
+        t_first, h_first = i * BLOCK_T, j * BLOCK_H
+        t = t_first + tl.arange(0, BLOCK_T)
+        t_mask = t < T
+        acc = tl.zeros([BLOCK_T, BLOCK_H], tl.float32)
+        if STEER:
+            entry, end = entries(row_circuit_ptr, offsets_ptr, stride_offsets_k, n_circuits, t, t_mask, 0, N)
+            steered_n, nearest = next_steered(index_ptr, entry, end)
+        for n_first in range(0, N, BLOCK_N):
+            act = act_desc.load([t_first, n_first])  # [BLOCK_T, BLOCK_N], zeros beyond the edges
+            w = w_desc.load([h_first, n_first])  # [BLOCK_H, BLOCK_N]
+            if STEER:
+                if nearest < n_first + BLOCK_N:
+                    n = n_first + tl.arange(0, BLOCK_N)
+                    act, entry, steered_n, nearest = steer_tile(
+                        act, n, n_first + BLOCK_N, index_ptr, value_ptr, entry, end, steered_n, nearest
+                    )
+            acc = dot(act, w.T, acc)
+
+        h = h_first + tl.arange(0, BLOCK_H)
+        here = y_ptr + t.to(tl.int64)[:, None] * H + h[None, :]
+        tl.store(here, rounded(acc, y_ptr.dtype.element_ty), mask=t_mask[:, None] & (h < H)[None, :])
+
+        if SUM or SUMSQ:
+            for n_first in range(j * BLOCK_N, N, tiles_h * BLOCK_N):
+                n = n_first + tl.arange(0, BLOCK_N)
+                n_mask = n < N
+                row = act_ptr + t.to(tl.int64)[:, None] * stride_act_t
+                act = tl.load(row + n[None, :], mask=t_mask[:, None] & n_mask[None, :], other=0.0)
+                add_tile(
+                    act,
+                    weight_ptr,
+                    stride_weight_t,
+                    t,
+                    t_mask,
+                    i,
+                    n,
+                    n_mask,
+                    sum_ptr,
+                    sumsq_ptr,
+                    stride_sum_c,
+                    stride_sumsq_c,
+                    N,
+                    C,
+                    SUM,
+                    SUMSQ,
+                    SPLIT,
+                    TOKEN_AXIS=0,
+                )
+
+
+class Config(NamedTuple):
+    BLOCK_T: int
+    BLOCK_H: int
+    BLOCK_N: int
+    GROUP_T: int
+    num_warps: int
+    num_stages: int
+
+
+def _launch_config(T: int, H: int, n_sm: int) -> Config:
+    """By arithmetic, unmeasured. 128 x 256 reads 85 FLOP for each byte from L2; 128 x 128 only where half as many
+    tiles would leave multiprocessors idle. Stages of 48 KB or 32 KB fill shared memory (227 KB).
+    """
+    if triton.cdiv(T, 128) * triton.cdiv(H, 256) >= n_sm * 3 // 4:
+        return Config(128, 256, 64, 8, 8, 4)
+    return Config(128, 128, 64, 8, 8, 5)
+
+
+def fits_tma(*tensors) -> bool:
+    """Whether TMA can address the tensors: 2-byte elements, rows and base on 16 bytes, rows apart."""
+    return all(
+        x.element_size() == 2 and x.stride(0) % 8 == 0 and x.stride(0) >= x.shape[1] and x.data_ptr() % 16 == 0
+        for x in tensors
+    )
+
+
+def down_proj(act, w_down, *, weight=None, act_sum=None, act_sumsq=None, scale=None, row_circuit=None):
+    """act ``[T, N]``, w_down ``[H, N]`` -> y ``[T, H]``; bf16 or fp16 on 16-byte rows, see ``fits_tma``."""
+    (T, N), H = act.shape, w_down.shape[0]
+    y = torch.empty(T, H, dtype=act.dtype, device=act.device)
+    n_sm = launch.n_multiprocessors(act.device)
+    config = _launch_config(T, H, n_sm)
+    tiles_t = triton.cdiv(T, config.BLOCK_T)
+    sums, steer = Sums(weight, act_sum, act_sumsq, tiles_t, N), Steer(scale, row_circuit)
+    launch.launch(
+        _down_proj_kernel,
+        (min(n_sm, tiles_t * triton.cdiv(H, config.BLOCK_H)),),
+        TensorDescriptor.from_tensor(act, [config.BLOCK_T, config.BLOCK_N]),
+        TensorDescriptor.from_tensor(w_down, [config.BLOCK_H, config.BLOCK_N]),
+        act,
+        y,
+        *sums.pointers(),
+        *steer.pointers(),
+        T,
+        act.stride(0),
+        *sums.strides(),
+        *steer.sizes(),
+        N=N,
+        H=H,
+        **sums.constants(),
+        STEER=steer.on,
+        BLOCK_T=config.BLOCK_T,
+        BLOCK_H=config.BLOCK_H,
+        BLOCK_N=config.BLOCK_N,
+        GROUP_T=config.GROUP_T,
+        num_warps=config.num_warps,
+        num_stages=config.num_stages,
+        device=act.device,
+    )
+    sums.fold()
+    return y

@@ -1,0 +1,112 @@
+"""Which kernels serve a call: a pure function of op, shape, dtype and device, and the reason for each choice.
+
+What a call asks for (sums, scaling, how many circuits) does not enter. Rows that no circuit touches must come out
+bit for bit as in a call without features, and two different kernels round differently.
+
+The reasons are arithmetic until a GPU has measured them, and say so. ``cna doctor`` prints the choice for a shape, and
+``CNA_PLAN=gated_mlp=fused,down_proj=blas`` overrides it for the calls that the named plan can serve.
+"""
+
+from __future__ import annotations
+
+import os
+from typing import NamedTuple
+
+import torch
+
+from ..checks import InputError
+from .down_decode import MAX_GATED_TOKENS
+from .gate_up_decode import MAX_TOKENS, max_gemv_tokens
+
+# Every plan by op: the kernels it runs, in order. "linear" is torch.nn.functional.linear, cuBLAS on NVIDIA devices.
+PLANS = {
+    "gated_mlp": {
+        "gemv": "gate_up_gemv, down_gemv",
+        "flat": "gate_up_flat, down_split, fold_y",
+        "gated": "linear, down_split on gate and up, fold_y",
+        "fused": "gate_up, linear",
+        "blas": "linear, swiglu, linear",
+    },
+    "down_proj": {
+        "split": "down_split, fold_y",
+        "tma": "down_proj",
+        "blas": "act in one pass if it is summed or scaled, linear",
+    },
+}
+
+
+class Call(NamedTuple):
+    """What a choice may depend on."""
+
+    op: str
+    T: int
+    N: int
+    H: int
+    dtype: torch.dtype
+    arch: int  # 10 * major + minor of an NVIDIA device, 0 for any other
+    tma: bool  # rows and addresses on 16 bytes, 2-byte elements
+
+
+class Plan(NamedTuple):
+    name: str
+    reason: str
+
+
+def can_serve(call: Call, name: str) -> bool:
+    """Whether the plan is right for the call at all, fast or not."""
+    few = call.T <= max_gemv_tokens(call.dtype.itemsize)
+    return {
+        ("gated_mlp", "gemv"): few,
+        ("gated_mlp", "flat"): call.T <= MAX_TOKENS,
+        ("gated_mlp", "gated"): call.T <= MAX_GATED_TOKENS,
+        ("gated_mlp", "fused"): call.tma,
+        ("gated_mlp", "blas"): True,
+        ("down_proj", "split"): True,
+        ("down_proj", "tma"): call.tma,
+        ("down_proj", "blas"): True,
+    }[call.op, name]
+
+
+def default(call: Call) -> Plan:
+    """The plan for a call where nothing overrides it."""
+    wide = call.dtype.itemsize == 4
+    if call.arch == 0:
+        return Plan("blas", "not an NVIDIA device: only the elementwise kernel is used; unmeasured")
+    if call.op == "gated_mlp":
+        if can_serve(call, "gemv"):
+            return Plan("gemv", "2 launches, each weight read once; by arithmetic, unmeasured")
+        if call.T <= MAX_TOKENS and not wide:
+            return Plan("flat", "3 launches, each weight read once, sums and scaling in registers; by arithmetic, unmeasured")
+        if wide:
+            return Plan("blas", "fp32 has no exact matrix unit: cuBLAS; by arithmetic, unmeasured")
+        return Plan("blas", "extras ride on a pass of 2 to 9% of the MLP, the products are cuBLAS's; by arithmetic, unmeasured")
+    if call.T <= MAX_TOKENS and not (wide and call.T > 16):
+        return Plan("split", "bound by reading the weights once; by arithmetic, unmeasured")
+    if call.tma and call.arch >= 90:
+        return Plan("tma", "a pass over act of its own would cost 4 to 9% of the product; by arithmetic, unmeasured")
+    return Plan("blas", "no TMA for this device, dtype or stride: one pass over act, then cuBLAS; by arithmetic, unmeasured")
+
+
+def choose(call: Call) -> Plan:
+    """The plan for a call: CNA_PLAN if it names one for the op that can serve the call, else the default.
+
+    Raises:
+        InputError: CNA_PLAN names an op or a plan that does not exist.
+    """
+    name = overrides(os.environ.get("CNA_PLAN", "")).get(call.op)
+    if name and can_serve(call, name):
+        return Plan(name, "CNA_PLAN")
+    return default(call)
+
+
+def overrides(text: str) -> dict[str, str]:
+    """Read ``op=plan,op=plan``."""
+    chosen = {}
+    for part in filter(None, text.split(",")):
+        op, _, name = part.partition("=")
+        if op not in PLANS:
+            raise InputError("CNA_PLAN", f"expected one of {', '.join(PLANS)} before '=', got {part!r}")
+        if name not in PLANS[op]:
+            raise InputError("CNA_PLAN", f"{op}: expected one of {', '.join(PLANS[op])}, got {name!r}")
+        chosen[op] = name
+    return chosen

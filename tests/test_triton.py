@@ -1,0 +1,305 @@
+"""Every Triton kernel against the definition: on the GPU where there is one, else in Triton's interpreter.
+
+The interpreter runs the same source with numpy, in order, one program after the other. It finds wrong formulas, masks,
+offsets and strides, not races or what a compiler does; ``bench/compile_gate.py`` reads the machine code.
+"""
+
+import numpy as np
+import pytest
+import torch
+
+from cna_kernels import make_scale, ops
+from cna_kernels.triton import plan
+from op_cases import DTYPES, assert_close, exact, make_case, torch_same_dtype
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+WHERE = "cuda" if DEVICE == "cuda" else "interpreted"
+
+# (T, N, H). Decode, one neuron, no multiple of any tile, all multiples, two blocks of neurons and a tail with several
+# blocks of tokens. N and H that are multiples of 8 are the ones TMA can address.
+SHAPES = [(1, 48, 24), (3, 1, 5), (16, 136, 200), (63, 130, 72), (64, 128, 128), (130, 1504, 72)]
+FEATURES = ["plain", "sums", "sumsq", "scale", "both", "circuits", "columns"]
+
+
+def servable(op, name, shape, dtype):
+    T, N, H = shape
+    tma = dtype.itemsize == 2 and N % 8 == 0 and H % 8 == 0
+    return plan.can_serve(plan.Call(op, T, N, H, dtype, 90, tma), name)
+
+
+PLANS = [("swiglu", "-")] + [(op, name) for op, names in plan.PLANS.items() for name in names]
+CASES = [
+    (op, name, shape, dtype, feature)
+    for op, name in PLANS
+    for shape in SHAPES
+    for dtype in DTYPES
+    for feature in FEATURES
+    if op == "swiglu" or servable(op, name, shape, dtype)
+]
+IDS = [f"{WHERE}-{op}-{name}-{'x'.join(map(str, s))}-{str(d)[6:]}-{f}" for op, name, s, d, f in CASES]
+
+
+def features(case, feature):
+    """Turn the case into one with these features, and return its optional arguments on DEVICE."""
+    T, N = case.gate.shape
+    generator = torch.Generator().manual_seed(5)
+    if feature == "circuits":  # one a token, some of them large, entries in every block of neurons
+        sizes = torch.randint(0, min(N, 90) + 1, (256,), generator=generator).tolist()
+        members = [torch.randperm(N, generator=generator)[:size].tolist() for size in sizes]
+        case.scale = make_scale([{n: 0.25 * (n % 7) for n in chosen} for chosen in members], N)
+        case.row_circuit = torch.randint(0, 256, (T,), generator=generator, dtype=torch.int32)
+    if feature == "columns":
+        case.weight = torch.rand(T, 70, generator=generator) * (torch.arange(T) % 3 > 0)[:, None]
+        case.act_sum = torch.randn(70, N, generator=generator)
+        case.act_sumsq = torch.rand(70, N, generator=generator)
+    extras = case.extras()
+    if feature in ("plain", "scale", "circuits"):
+        extras.update(weight=None, act_sum=None, act_sumsq=None)
+    if feature == "sumsq":
+        extras.update(act_sum=None)
+    if feature in ("plain", "sums", "sumsq"):
+        extras.update(scale=None, row_circuit=None)
+        case.row_circuit = torch.full_like(case.row_circuit, -1)
+    return on_device(extras)
+
+
+def on_device(extras):
+    moved = {}
+    for name, value in extras.items():
+        if isinstance(value, torch.Tensor):
+            value = value.to(DEVICE)
+        elif value is not None:
+            value = type(value)(*(part.to(DEVICE) for part in value))
+        moved[name] = value
+    return moved
+
+
+def run(monkeypatch, op, name, case, extras):
+    """The op through the Triton backend with this plan."""
+    monkeypatch.setenv("CNA_PLAN", "" if op == "swiglu" else f"{op}={name}")
+    return getattr(ops, op)(*(part.to(DEVICE) for part in case.inputs(op)), **extras, backend="triton")
+
+
+@pytest.mark.parametrize(("op", "name", "shape", "dtype", "feature"), CASES, ids=IDS)
+def test_values(monkeypatch, op, name, shape, dtype, feature):
+    T, N, H = shape
+    case = make_case(T, N, dtype, n_hidden=H)
+    extras = features(case, feature)
+    y = run(monkeypatch, op, name, case, extras)
+    answers = zip(
+        ("y", "act_sum", "act_sumsq"),
+        (y, extras["act_sum"], extras["act_sumsq"]),
+        torch_same_dtype(case, op),
+        exact(case, op),
+        strict=True,
+    )
+    for result, got, plain, answer in answers:
+        if got is None:
+            continue
+        # down_proj sums the very act it is given; elsewhere act itself was rounded to dtype first
+        rounding = torch.float32 if op == "down_proj" and result != "y" else dtype
+        slack = 2 if result == "y" else 4
+        assert_close(result, got.cpu(), plain, answer, slack=slack, dtype=rounding)
+    assert y.dtype == dtype and y.is_contiguous()
+
+
+# One case for each plan, with sums, scaling, several tokens and a ragged tail.
+EXACT = [
+    ("swiglu", "-", (130, 1504, 72)),
+    ("gated_mlp", "gemv", (2, 1504, 200)),
+    ("gated_mlp", "flat", (50, 1504, 200)),
+    ("gated_mlp", "gated", (13, 1504, 72)),
+    ("gated_mlp", "fused", (130, 264, 200)),
+    ("gated_mlp", "blas", (50, 130, 72)),
+    ("down_proj", "split", (70, 1504, 72)),
+    ("down_proj", "tma", (130, 1504, 72)),
+    ("down_proj", "blas", (70, 130, 72)),
+]
+each_plan = pytest.mark.parametrize(("op", "name", "shape"), EXACT, ids=[f"{WHERE}-{o}-{n}" for o, n, _ in EXACT])
+
+
+def exact_case(shape, dtype=torch.bfloat16):
+    T, N, H = shape
+    case = make_case(T, N, dtype, n_hidden=H)
+    case.row_circuit[: min(T, 4)] = torch.tensor([0, 3, -1, 2], dtype=torch.int32)[: min(T, 4)]
+    return case
+
+
+@each_plan
+def test_multiplier_one_and_no_circuit_are_bit_identical(monkeypatch, op, name, shape):
+    case = exact_case(shape)
+    plain = run(monkeypatch, op, name, case, {})
+    ones = case.scale._replace(value=torch.ones_like(case.scale.value))
+    nobody = torch.full_like(case.row_circuit, -1)
+    empty = make_scale([{}], shape[1])
+    for scale, rows in ((ones, case.row_circuit), (case.scale, nobody), (empty, torch.zeros_like(nobody))):
+        got = run(monkeypatch, op, name, case, on_device(dict(scale=scale, row_circuit=rows)))
+        assert torch.equal(got, plain)
+    sums = on_device({k: v for k, v in case.extras().items() if k not in ("scale", "row_circuit")})
+    assert torch.equal(run(monkeypatch, op, name, case, sums), plain), "sums change nothing"
+    steered = run(monkeypatch, op, name, case, on_device(dict(scale=case.scale, row_circuit=case.row_circuit)))
+    free = (case.row_circuit < 0) | (case.row_circuit >= case.scale.offsets.shape[0])
+    assert torch.equal(steered[free], plain[free]) and not torch.equal(steered, plain)
+
+
+def test_zero_writes_zero_and_nothing_else_changes(monkeypatch):
+    case = exact_case((130, 1504, 72))
+    plain = run(monkeypatch, "swiglu", "-", case, {})
+    hit = torch.from_numpy(case.factors() != 1).to(DEVICE)
+    for multiplier in (0.0, 2.0, -1.0, 0.3):
+        case.scale.value.fill_(multiplier)
+        hit |= torch.from_numpy(case.factors() != 1).to(DEVICE)
+        act = run(monkeypatch, "swiglu", "-", case, on_device(dict(scale=case.scale, row_circuit=case.row_circuit)))
+        assert torch.equal(act[~hit], plain[~hit])
+        expected = torch.zeros_like(plain) if multiplier == 0 else (plain.float() * multiplier).to(plain.dtype)
+        assert torch.equal(act[hit], expected[hit])
+    assert hit.sum() > 100, "the case must steer something"
+
+
+@each_plan
+def test_zero_scale_hides_non_finite_activations(monkeypatch, op, name, shape):
+    case = exact_case(shape)
+    chosen = [0, 5, shape[1] - 1]
+    rows = case.row_circuit = torch.zeros_like(case.row_circuit)
+    case.scale = make_scale([dict.fromkeys(chosen, 0.0)], shape[1])
+    extras = on_device(dict(scale=case.scale, row_circuit=rows))
+    expected = run(monkeypatch, op, name, case, extras)
+    for part in (case.gate, case.act):
+        part[:, chosen] = torch.tensor([torch.inf, torch.nan, -torch.inf], dtype=part.dtype)
+    case.w_gate_up[[n + shape[1] for n in chosen]] = torch.inf
+    assert torch.equal(run(monkeypatch, op, name, case, extras), expected)
+
+
+@each_plan
+def test_uncounted_tokens_are_never_read(monkeypatch, op, name, shape):
+    case = exact_case(shape)
+    clean, poisoned = (on_device(case.extras()) for _ in range(2))
+    run(monkeypatch, op, name, case, clean)
+    assert (case.weight[::3] == 0).all()
+    for part in (case.x, case.gate, case.act):
+        part[::3] = torch.nan
+    run(monkeypatch, op, name, case, poisoned)
+    assert torch.equal(clean["act_sum"], poisoned["act_sum"])
+    assert torch.equal(clean["act_sumsq"], poisoned["act_sumsq"])
+
+
+@each_plan
+def test_sums_come_before_scaling(monkeypatch, op, name, shape):
+    case = exact_case(shape)
+    steered, plain = (on_device(case.extras()) for _ in range(2))
+    plain.update(scale=None, row_circuit=None)
+    run(monkeypatch, op, name, case, steered)
+    run(monkeypatch, op, name, case, plain)
+    assert torch.equal(steered["act_sum"], plain["act_sum"])
+    assert torch.equal(steered["act_sumsq"], plain["act_sumsq"])
+
+
+@each_plan
+def test_run_to_run_bitwise(monkeypatch, op, name, shape):
+    case, results = exact_case(shape), set()
+    for _ in range(20 if DEVICE == "cuda" else 2):
+        extras = on_device(case.extras())
+        y = run(monkeypatch, op, name, case, extras)
+        results.add(tuple(part.cpu().view(torch.uint8).numpy().tobytes() for part in (y, extras["act_sum"])))
+    assert len(results) == 1
+
+
+@each_plan
+def test_any_row_stride_and_nothing_written_outside(monkeypatch, op, name, shape):
+    case = exact_case(shape)
+    compact = on_device(case.extras())
+    expected = run(monkeypatch, op, name, case, compact)
+    for part in ("x", "w_gate_up", "w_down", "gate", "up", "act"):
+        setattr(case, part, wider(getattr(case, part)))
+    extras = on_device(case.extras())
+    extras["weight"] = wider(extras["weight"])
+    extras["act_sum"], extras["act_sumsq"] = wider(extras["act_sum"]), wider(extras["act_sumsq"])
+    monkeypatch.setenv("CNA_PLAN", "" if op == "swiglu" else f"{op}={name}")
+    inputs = [wider(part.to(DEVICE)) for part in case.inputs(op)]
+    assert torch.equal(getattr(ops, op)(*inputs, **extras, backend="triton"), expected)
+    for part in ("act_sum", "act_sumsq"):
+        assert torch.equal(extras[part], compact[part])
+        around = extras[part]._base.clone()
+        around[1:-1, 8:-16] = SENTINEL
+        assert (around == SENTINEL).all(), f"{part}: written outside"
+
+
+SENTINEL = 77.0
+
+
+def wider(x):
+    """The same values as rows of a larger tensor filled with SENTINEL, on 16-byte boundaries."""
+    rows, columns = x.shape
+    base = torch.full((rows + 2, columns + 24), SENTINEL, dtype=x.dtype, device=x.device)
+    inside = base[1:-1, 8 : 8 + columns]
+    inside.copy_(x)
+    base[:, 8 + columns :] = SENTINEL
+    return inside
+
+
+@pytest.mark.parametrize("op", ["swiglu", "down_proj", "gated_mlp"])
+def test_offsets_beyond_int32(monkeypatch, tmp_path, op):
+    """Rows 2**30 elements apart, in a file with holes: an int32 offset would wrap at the third row."""
+    stride, case = 2**30 + 8, exact_case((3, 48, 24))
+    expected = run(monkeypatch, op, "blas", case, on_device(case.extras()))
+    far = np.memmap(tmp_path / "sparse", dtype=np.int16, mode="w+", shape=(5 * stride + 64,))
+    names = dict(swiglu=("gate",), down_proj=("act",), gated_mlp=("x",))[op]
+    for name in names:
+        part = getattr(case, name)
+        there = torch.from_numpy(far).view(part.dtype).as_strided(part.shape, (stride, 1))
+        setattr(case, name, there.copy_(part))
+    if DEVICE == "cpu":
+        from triton.runtime.interpreter import interpreter_builder
+
+        monkeypatch.setattr(interpreter_builder.options, "debug", True)  # raises where an int32 offset wraps
+    for name in plan.PLANS.get(op, ["-"]):
+        if op == "swiglu" or servable(op, name, (3, 48, 24), torch.bfloat16):
+            got = run_there(monkeypatch, op, name, case)
+            assert_close("y", got, expected, exact(case, op)[0], slack=2, dtype=torch.bfloat16)
+
+
+def run_there(monkeypatch, op, name, case):
+    monkeypatch.setenv("CNA_PLAN", "" if op == "swiglu" else f"{op}={name}")
+    return getattr(ops, op)(*case.inputs(op), **case.extras(), backend="triton")
+
+
+@pytest.mark.parametrize("op", ["gated_mlp", "swiglu", "down_proj"])
+def test_compile_fullgraph(op):
+    case = exact_case((7, 48, 24))
+    call = getattr(ops, op)
+    compiled = torch.compile(
+        lambda inputs, extras: call(*inputs, **extras, backend="triton") + 1, fullgraph=True, backend="aot_eager"
+    )
+    inputs = [part.to(DEVICE) for part in case.inputs(op)]
+    for multiplier in (0.0, 2.0):  # the second call changes a buffer, not the graph
+        case.scale.value.fill_(multiplier)
+        eager, traced = (on_device(case.extras()) for _ in range(2))
+        with torch.compiler.set_stance("default" if multiplier == 0.0 else "fail_on_recompile"):
+            got = compiled(inputs, traced)
+        assert torch.equal(got, call(*inputs, **eager, backend="triton") + 1)
+        assert torch.equal(traced["act_sum"], eager["act_sum"])
+
+
+@pytest.mark.skipif(DEVICE == "cpu", reason="needs a GPU")
+@each_plan
+def test_cuda_graph_follows_its_buffers(monkeypatch, op, name, shape):
+    case = exact_case(shape)
+    extras = on_device(case.extras())
+    inputs = [part.to(DEVICE) for part in case.inputs(op)]
+    monkeypatch.setenv("CNA_PLAN", "" if op == "swiglu" else f"{op}={name}")
+    call = getattr(ops, op)
+    call(*inputs, **extras, backend="triton")  # compiled before the capture
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        y = call(*inputs, **extras, backend="triton")
+    for multiplier in (0.0, 1.0, 3.0):
+        extras["scale"].value.fill_(multiplier)
+        for part in ("act_sum", "act_sumsq"):
+            extras[part].fill_(1.0)
+        inputs[0].normal_()
+        y.fill_(torch.nan)
+        graph.replay()
+        replayed = y.clone(), extras["act_sum"].clone()
+        extras["act_sum"].fill_(1.0)
+        assert torch.equal(call(*inputs, **extras, backend="triton"), replayed[0])
+        assert torch.equal(extras["act_sum"], replayed[1])
