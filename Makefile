@@ -1,13 +1,15 @@
 # make demo   install what is needed into .venv and run the demonstration
 # make test   install, then run the tests
 # make lint   ruff, format and rules
+# make canaries   plant ten bugs in the kernels and see a test catch each
+# make compile-gate   compile every kernel for every target without a GPU, and read the machine code: build/compile-gate/
 # make bench  the benchmarks of bench/ (pytest-benchmark)
 # make train-demo   train the bundled checkpoints again, into demo-checkpoints/
 
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test lint bench train-demo clean
+.PHONY: demo test lint canaries compile-gate bench train-demo clean
 
 demo: .venv/.installed
 	$(BIN)/cna demo --out demo-out
@@ -18,6 +20,21 @@ test: .venv/.installed-test
 lint: .venv/.installed-test
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+
+canaries: .venv/.installed-test
+	$(BIN)/python tests/canaries.py
+
+# TRITONS: the versions to compile with. The one in .venv is "installed"; any other is unpacked into build/ from its wheel.
+TRITONS ?= installed 3.6.0
+GATE = $(BIN)/python bench/compile_gate.py --out build/compile-gate $(GATE_FLAGS)
+
+compile-gate: .venv/.installed-test
+	set -e; for version in $(TRITONS); do \
+	  if [ $$version = installed ]; then $(GATE); else \
+	    if $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --only-binary :all: \
+	        --target build/triton-$$version triton==$$version; \
+	    then PYTHONPATH=build/triton-$$version $(GATE); \
+	    else echo "compile-gate: no wheel of triton $$version for this Python; not compiled with it"; fi; fi; done
 
 bench: .venv/.installed-test
 	$(BIN)/python -m pytest bench -s --benchmark-enable --benchmark-columns=min,median,iqr,rounds

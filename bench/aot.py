@@ -6,8 +6,9 @@ strides, no memory. So the code that is read here is the code that a launch with
 
 from __future__ import annotations
 
+import contextlib
+import io
 import re
-import shutil
 import subprocess
 import tempfile
 from dataclasses import dataclass, field
@@ -16,7 +17,6 @@ from pathlib import Path
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.backends.driver import DriverBase
-from triton.backends.nvidia.compiler import get_ptxas
 
 from cna_kernels.triton import launch
 
@@ -80,6 +80,7 @@ def compile_launches(arch, call) -> list[Compiled]:
 
     keep, launch.launch = launch.launch, record
     triton.runtime.driver.set_active(Target(arch))
+    triton.knobs.nvidia.dump_ptxas_log = triton.knobs.compilation.always_compile = True
     try:
         call()
     finally:
@@ -88,30 +89,28 @@ def compile_launches(arch, call) -> list[Compiled]:
 
 
 def _compile(arch, kernel, grid, args, options) -> Compiled:
-    compiled = kernel.warmup(*args, grid=grid, **options)
+    log = io.StringIO()
+    with contextlib.redirect_stdout(log):
+        compiled = kernel.warmup(*args, grid=grid, **options)
     metadata = compiled.metadata
     constants = {k: v for k, v in options.items() if k.isupper()}
     result = Compiled(kernel.__name__.strip("_"), arch, grid, metadata.num_warps, shared=metadata.shared, block=constants)
     if isinstance(arch, int):
-        _read_cuda(result, compiled.asm["ptx"], compiled.asm["cubin"])
+        if log.getvalue():
+            _LOGS[compiled.hash] = log.getvalue()
+        _read_cuda(result, _LOGS[compiled.hash], compiled.asm["cubin"])
     return result
 
 
-def tool(name: str) -> str:
-    """The path of ptxas, nvdisasm or cuobjdump inside the installed Triton."""
-    return str(Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / name)
+_LOGS = {}  # what ptxas said of each kernel; Triton compiles it once in a process
 
 
-def _read_cuda(result, ptx, cubin):
+def _read_cuda(result, log, cubin):
     with tempfile.TemporaryDirectory() as directory:
-        source, binary = Path(directory, "kernel.ptx"), Path(directory, "kernel.cubin")
-        source.write_text(ptx)
+        binary = Path(directory, "kernel.cubin")
         binary.write_bytes(cubin)
-        ptxas = get_ptxas(result.arch).path
-        arch = f"sm_{result.arch}" + ("a" if result.arch >= 90 else "")
-        command = [ptxas, "-v", "-lineinfo", f"--gpu-name={arch}", str(source), "-o", "/dev/null"]
-        log = subprocess.run(command, capture_output=True, text=True, check=True).stderr
-        sass = subprocess.run([tool("nvdisasm"), "-c", str(binary)], capture_output=True, text=True, check=True).stdout
+        nvdisasm = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "nvdisasm"
+        sass = subprocess.run([nvdisasm, "-c", binary], capture_output=True, text=True, check=True).stdout
     result.registers = int(re.search(r"Used (\d+) registers", log)[1])
     result.spills = sum(int(n) for n in re.findall(r"(\d+) bytes spill", log))
     result.notices = re.findall(r"\(?(C\d{4})\)?", log)
@@ -147,13 +146,12 @@ def _instructions(sass):
 
 
 def _working_loop(lines):
-    """The opcodes of the loop that holds the most work: MUFU and matrix instructions, else loads."""
+    """The opcodes of the innermost loop with the most MUFU, matrix and multiply-add instructions."""
     at = {label: i for i, (label, _, _) in enumerate(lines) if label}
-    loops = []
+    spans = []
     for i, (_, opcode, operands) in enumerate(lines):
-        if opcode.startswith("BRA") and (match := re.search(r"\(?(\.L_\w+)\)?", operands)) and at.get(match[1], i + 1) <= i:
-            loops.append([o for _, o, _ in lines[at[match[1]] : i + 1]])
-    def work(loop):
-        return sum(bool(re.match(r"MUFU|HGMMA|HMMA|FFMA|LDG", o)) for o in loop) / len(loop)
-    inner = [loop for loop in loops if work(loop)]
-    return max(inner, key=lambda loop: work(loop) * len(loop), default=[])
+        if opcode.startswith("BRA") and (match := re.search(r"(\.L_\w+)", operands)) and at.get(match[1], i + 1) <= i:
+            spans.append((at[match[1]], i))
+    inner = [s for s in spans if not any(o != s and s[0] <= o[0] and o[1] <= s[1] for o in spans)]
+    loops = [[opcode for _, opcode, _ in lines[first : last + 1]] for first, last in inner]
+    return max(loops, key=lambda loop: sum(bool(re.match(r"MUFU|\w*MMA|FFMA", o)) for o in loop), default=[])

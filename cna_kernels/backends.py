@@ -17,7 +17,7 @@ from .checks import InputError
 KNOWN = ("reference", "cpu", "triton")
 
 # Module of each backend that this version ships.
-MODULES = {"reference": "cna_kernels.reference", "triton": "cna_kernels.triton"}
+MODULES = {"reference": "cna_kernels.reference", "triton": "cna_kernels.triton.mlp"}
 
 
 class BackendUnavailable(InputError):

@@ -26,6 +26,7 @@ import triton.language as tl
 
 from ..reference import NEURON_BLOCK
 from . import launch
+from .cost import Cost, instructions
 from .steer import Steer, entries, next_steered, steer_tile
 from .sums import Sums, add_tile
 from .tiles import dot, rounded, silu_mul
@@ -215,8 +216,26 @@ def _split_config(T: int, N: int, H: int, itemsize: int, n_sm: int) -> Config:
     blocks = triton.cdiv(N, NEURON_BLOCK)
     parts = max(1, min(blocks, 256 // block_t, triton.cdiv(2 * n_sm, programs)))
     split = triton.cdiv(blocks, parts) * NEURON_BLOCK
-    block_n, num_stages = {16: (256, 5), 32: (256, 4), 64: (128, 6)}[block_t]
-    return Config(block_t, 64, block_n // itemsize, split, 4, num_stages)
+    if itemsize == 4:  # no matrix unit; wider tiles spill when steered
+        return Config(block_t, 64, 32, split, 8, 4)
+    block_n, num_stages = {16: (128, 5), 32: (128, 4), 64: (64, 6)}[block_t]
+    return Config(block_t, 64, block_n, split, 4, num_stages)
+
+
+def per_weight(T: int) -> float:
+    """Instructions of the multiply-add kernel for one bf16 weight and T tokens (sm_90)."""
+    return 2.3 + 1.8 * T
+
+
+def cost(T: int, N: int, H: int, itemsize: int = 2, *, gemv: bool = False, n_sm: int = 132) -> Cost:
+    """The weights once, act once (it stays in L2 after that), and the parts of y written and read in fp32."""
+    moved = itemsize * (N * H + T * (N + H))
+    if gemv:
+        return Cost(moved, 0, instructions(per_weight(T), N * H))
+    config = _split_config(T, N, H, itemsize, n_sm)
+    parts = triton.cdiv(N, config.SPLIT_N)
+    moved += 8 * parts * T * H if parts > 1 else 0
+    return Cost(moved, 2 * triton.cdiv(T, config.BLOCK_T) * config.BLOCK_T * N * H, 0)
 
 
 def down_gemv(act, w_down):

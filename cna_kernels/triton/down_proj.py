@@ -29,6 +29,7 @@ import triton.language as tl
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from . import launch
+from .cost import Cost
 from .steer import Steer, entries, next_steered, steer_tile
 from .sums import Sums, add_tile
 from .tiles import dot, rounded
@@ -145,6 +146,15 @@ def _launch_config(T: int, H: int, n_sm: int) -> Config:
     if triton.cdiv(T, 128) * triton.cdiv(H, 256) >= n_sm * 3 // 4:
         return Config(128, 256, 64, 8, 8, 4)
     return Config(128, 128, 64, 8, 8, 5)
+
+
+def cost(T: int, N: int, H: int, C: int = 0, n_sm: int = 132) -> Cost:
+    """The product, padded to whole tiles and whole rounds of the multiprocessors; act once more for the sums."""
+    config = _launch_config(T, H, n_sm)
+    tiles = triton.cdiv(T, config.BLOCK_T) * triton.cdiv(H, config.BLOCK_H)
+    rounds = triton.cdiv(tiles, n_sm) * n_sm
+    moved = 2 * (T * N * (2 if C else 1) + N * H + T * H) + 8 * triton.cdiv(T, config.BLOCK_T) * C * N
+    return Cost(moved, 2 * rounds * config.BLOCK_T * config.BLOCK_H * N, 0)
 
 
 def fits_tma(*tensors) -> bool:

@@ -26,6 +26,7 @@ import triton.language as tl
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from . import launch
+from .cost import Cost
 from .down_proj import grouped_tile
 from .steer import Steer, entries, steer_stored
 from .sums import Sums, add_tile
@@ -123,6 +124,15 @@ class Config(NamedTuple):
 def _launch_config() -> Config:
     """By arithmetic, unmeasured: 128 tokens by 128 neurons are a product of 128 x 256, in 4 stages of 48 KB."""
     return Config(128, 128, 64, 8, 8, 4)
+
+
+def cost(T: int, N: int, H: int, C: int = 0, n_sm: int = 132) -> Cost:
+    """The product, padded to whole tiles and whole rounds of the multiprocessors; x and the weights once, act once."""
+    config = _launch_config()
+    tiles = triton.cdiv(T, config.BLOCK_T) * triton.cdiv(N, config.BLOCK_N)
+    rounds = triton.cdiv(tiles, n_sm) * n_sm
+    moved = 2 * (T * H + 2 * N * H + T * N) + 8 * triton.cdiv(T, config.BLOCK_T) * C * N
+    return Cost(moved, 4 * rounds * config.BLOCK_T * config.BLOCK_N * H, 0)
 
 
 def gate_up(x, w_gate_up, *, weight=None, act_sum=None, act_sumsq=None, scale=None, row_circuit=None):

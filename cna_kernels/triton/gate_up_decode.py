@@ -24,6 +24,7 @@ import triton
 import triton.language as tl
 
 from . import launch
+from .cost import Cost, instructions
 from .steer import Steer, entries, steer_stored
 from .sums import Sums, add_row, add_tile
 from .tiles import dot, silu_mul
@@ -229,6 +230,20 @@ def _launch_config(T: int, itemsize: int) -> Config:
         return Config(0, 4 if T <= 2 else 2, 2048 // itemsize, 4, 1)
     block_t = max(16, triton.next_power_of_2(T))
     return Config(block_t, 32, 256 // itemsize, 4, {16: 5, 32: 4, 64: 3}[block_t])
+
+
+def per_weight(T: int) -> float:
+    """Instructions of the multiply-add kernel for one bf16 weight and T tokens (sm_90)."""
+    return 2.6 + 1.3 * T
+
+
+def cost(T: int, N: int, H: int, itemsize: int = 2) -> Cost:
+    """The weights once; x stays in cache. On the matrix units tokens are padded to 16."""
+    weights = 2 * N * H
+    moved = itemsize * (weights + T * (H + N))
+    if T <= max_gemv_tokens(itemsize):
+        return Cost(moved, 0, instructions(per_weight(T), weights))
+    return Cost(moved, 2 * max(16, triton.next_power_of_2(T)) * weights, 0)
 
 
 def gate_up_decode(x, w_gate_up, *, weight=None, act_sum=None, act_sumsq=None, scale=None, row_circuit=None):

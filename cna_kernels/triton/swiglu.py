@@ -21,6 +21,7 @@ import triton
 import triton.language as tl
 
 from . import launch
+from .cost import Cost, instructions
 from .steer import Steer, entries, steer_stored
 from .sums import Sums, add_row
 from .tiles import silu_mul
@@ -185,13 +186,24 @@ def _launch_config(T: int, N: int, columns: int, n_sm: int) -> Config:
     and up keep 8 of those in flight, 32 KB on a multiprocessor with 2 programs (23 KB cover its latency). With sums,
     about 2 programs a multiprocessor in all: parts of the workspace grow with the programs, not with the tokens.
     """
-    if columns > FEW_COLUMNS:
-        block_t, block_n, block_c = 32, 64, min(64, triton.next_power_of_2(columns))
+    if columns > FEW_COLUMNS:  # with 4 warps some numbers of columns spill
+        block_t, block_n, block_c, num_warps = 32, 64, min(64, triton.next_power_of_2(columns)), 8
     else:
-        block_t, block_n, block_c = 4, min(1024, max(16, triton.next_power_of_2(N))), 0
+        block_t, block_n, block_c, num_warps = 4, min(1024, max(16, triton.next_power_of_2(N))), 0, 4
     runs = max(1, 2 * n_sm // triton.cdiv(N, block_n))
     rows = max(triton.cdiv(T, runs), block_t) if columns else 4 * block_t
-    return Config(block_t, block_n, block_c, triton.cdiv(rows, block_t) * block_t, 4)
+    return Config(block_t, block_n, block_c, triton.cdiv(rows, block_t) * block_t, num_warps)
+
+
+def per_element(C: int, both: bool = False) -> float:
+    """Instructions for one element (sm_90, bf16) with C <= FEW_COLUMNS columns of one kind of sum, or of both."""
+    return 13.0 + (1.0 + (5.2 if both else 3.2) * C if C else 0.0)
+
+
+def cost(T: int, N: int, C: int, itemsize: int = 2) -> Cost:
+    """gate, up and act once; a column more is a multiply-add or two for each element. A steered neuron is not counted:
+    0.1% of the elements, some 40 instructions each, are 0.04 an element."""
+    return Cost(3 * itemsize * T * N, 0, instructions(per_element(C), T * N))
 
 
 def swiglu(gate, up, *, weight=None, act_sum=None, act_sumsq=None, scale=None, row_circuit=None):

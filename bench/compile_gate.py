@@ -1,0 +1,250 @@
+"""Compile every kernel that ships, for every target, without a GPU, read the machine code, and fail on what is slow.
+
+    python bench/compile_gate.py --out DIR [--targets 80,90,100,gfx942] [--quick]
+
+Writes DIR/compile_gate_<triton version>.json and .md. A row fails on a register spill, on ptxas serialising matrix
+instructions (notice C75xx), on a bf16 or fp16 product on sm_90 without wgmma (HGMMA), on more shared memory than a
+program may use, and on instruction counts that the kernel's ``cost`` does not foresee. Exit code 1 if any row fails.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import multiprocessing
+import sys
+import time
+from pathlib import Path
+
+import torch
+import triton
+
+import aot
+from cna_kernels.reference import NEURON_BLOCK, Scale
+from cna_kernels.triton import down_decode, gate_up_decode, swiglu
+from cna_kernels.triton.down_decode import down_gemv, down_split
+from cna_kernels.triton.down_proj import down_proj
+from cna_kernels.triton.gate_up import gate_up
+from shapes import MODELS
+
+TARGETS = (80, 90, 100, "gfx942")
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+
+# feature -> (columns, act_sum, act_sumsq, scale)
+FEATURES = {
+    "plain": (0, False, False, False),
+    "sums": (2, True, False, False),
+    "sumsq": (2, False, True, False),
+    "scale": (0, False, False, True),
+    "both": (2, True, False, True),
+    "all": (2, True, True, True),
+    "16 columns": (16, True, True, True),
+    "100 columns": (100, True, True, True),
+}
+FEW = ("plain", "sums", "scale", "both", "all")
+
+
+def blank(*shape, dtype):
+    return torch.empty(*shape, dtype=dtype, device="meta")
+
+
+def extras(T, N, feature, n_circuits=256):
+    columns, act_sum, act_sumsq, scale = FEATURES[feature]
+    fp32, int32 = torch.float32, torch.int32
+    chosen = {}
+    if columns:
+        chosen["weight"] = blank(T, columns, dtype=fp32)
+        chosen["act_sum"] = blank(columns, N, dtype=fp32) if act_sum else None
+        chosen["act_sumsq"] = blank(columns, N, dtype=fp32) if act_sumsq else None
+    if scale:
+        offsets = blank(n_circuits, -(-N // NEURON_BLOCK) + 1, dtype=int32)
+        chosen["scale"] = Scale(offsets, blank(9999, dtype=int32), blank(9999, dtype=fp32))
+        chosen["row_circuit"] = blank(T, dtype=int32)
+    return chosen
+
+
+# op -> (what it is called with, T to compile, features, dtypes). Every kernel, at every setting of its launch table.
+def launchers(model):
+    H, N = MODELS[model]
+    fused = lambda T, d: blank(T, 2 * N, dtype=d)  # noqa: E731
+    few = gate_up_decode.max_gemv_tokens
+    return {
+        "swiglu": (lambda T, d, x: swiglu.swiglu(fused(T, d)[:, :N], fused(T, d)[:, N:], **x), (4096,), tuple(FEATURES)),
+        "act_pass": (lambda T, d, x: swiglu.act_pass(blank(T, N, dtype=d), **x), (4096,), FEW[1:] + ("100 columns",)),
+        "gate_up_decode": (
+            lambda T, d, x: gate_up_decode.gate_up_decode(blank(T, H, dtype=d), blank(2 * N, H, dtype=d), **x),
+            (1, 2, 3, 4, 16, 32, 64),
+            ("plain", "both", "all"),
+        ),
+        "down_gemv": (
+            lambda T, d, x: down_gemv(blank(T, N, dtype=d), blank(H, N, dtype=d)) if few(d.itemsize) >= T else None,
+            (1, 2, 3, 4),
+            ("plain",),
+        ),
+        "down_split": (
+            lambda T, d, x: down_split(blank(T, N, dtype=d), blank(H, N, dtype=d), dependent=x == {}, **x),
+            (1, 32, 64, 200),
+            FEW,
+        ),
+        "gated": (
+            lambda T, d, x: down_split(fused(T, d)[:, :N], blank(H, N, dtype=d), fused(T, d)[:, N:], **x),
+            (16,),
+            FEW,
+        ),
+        "down_proj": (lambda T, d, x: down_proj(blank(T, N, dtype=d), blank(H, N, dtype=d), **x), (512, 4096), FEW),
+        "gate_up": (lambda T, d, x: gate_up(blank(T, H, dtype=d), blank(2 * N, H, dtype=d), **x), (4096,), FEW),
+    }
+
+
+MATRIX = {"gate_up_flat_kernel", "down_split_kernel", "down_proj_kernel", "gate_up_kernel"}
+SIXTEEN_BIT = {"down_proj", "gate_up"}  # TMA: bf16 and fp16 only
+
+
+def variants(quick):
+    """(op, model, T, dtype, feature) of everything that is compiled."""
+    for model in MODELS:
+        main = model == "Llama-3.1-8B"
+        for op, (_, tokens, features) in launchers(model).items():
+            for T in tokens:
+                for dtype in DTYPES:
+                    for feature in features:
+                        if dtype == "fp32" and op in SIXTEEN_BIT:
+                            continue
+                        if not main and (dtype != "bf16" or feature not in ("plain", "both")):
+                            continue
+                        if quick and (not main or (dtype != "bf16" and feature not in ("all", "both"))):
+                            continue
+                        yield op, model, T, dtype, feature
+
+
+def compile_one(job):
+    """Every kernel of one variant as table rows."""
+    target, (op, model, T, dtype, feature) = job
+    call, _, _ = launchers(model)[op]
+    H, N = MODELS[model]
+    rows = []
+    for c in aot.compile_launches(target, lambda: call(T, DTYPES[dtype], extras(T, N, feature))):
+        row = dict(
+            kernel=c.kernel,
+            op=op,
+            target=f"sm_{target}" if isinstance(target, int) else target,
+            model=model,
+            T=T,
+            dtype=dtype,
+            feature=feature,
+            warps=c.num_warps,
+            registers=c.registers,
+            spill_bytes=c.spills,
+            shared=c.shared,
+            **c.counts,
+            per_item=per_item(c),
+            notices=c.notices,
+            block={k: v for k, v in c.block.items() if k.startswith("BLOCK")},
+        )
+        row["failures"] = failures(row, target)
+        rows.append(row)
+    return rows
+
+
+def per_item(c):
+    """Instructions of the working loop for each element (swiglu) or weight (the multiply-add kernels)."""
+    tile = {
+        "swiglu_kernel": lambda b: b["BLOCK_T"] * b["BLOCK_N"],
+        "gate_up_gemv_kernel": lambda b: 2 * b["BLOCK_N"] * b["BLOCK_K"],
+        "down_gemv_kernel": lambda b: b["BLOCK_H"] * b["BLOCK_N"],
+    }.get(c.kernel)
+    return round(len(c.loop) * 32 * c.num_warps / tile(c.block), 1) if tile and c.loop else None
+
+
+def foreseen(row):
+    """Instructions for each element or weight that the kernel's cost function counts with, if it does."""
+    columns, act_sum, act_sumsq, _ = FEATURES[row["feature"]]
+    if row["dtype"] == "fp32":
+        return None
+    if row["op"] == "swiglu" and row["kernel"] == "swiglu_kernel" and columns <= swiglu.FEW_COLUMNS:
+        return swiglu.per_element(columns, act_sum and act_sumsq)
+    if row["kernel"] == "gate_up_gemv_kernel":
+        return gate_up_decode.per_weight(row["T"])
+    if row["kernel"] == "down_gemv_kernel":
+        return down_decode.per_weight(row["T"])
+    return None
+
+
+def failures(row, target):
+    """What is wrong with a row, in words; empty if nothing is."""
+    found = []
+    if row["spill_bytes"] or row.get("local"):
+        found.append(f"spills {row['spill_bytes']} bytes, {row.get('local', 0)} local loads and stores")
+    if not isinstance(target, int):
+        return found
+    if any(notice.startswith("C75") for notice in row["notices"]):
+        found.append(f"ptxas notice {', '.join(row['notices'])}")
+    if row["shared"] > aot.SHARED_LIMIT[target]:
+        found.append(f"{row['shared']} bytes of shared memory, limit {aot.SHARED_LIMIT[target]}")
+    if target == 90 and row["kernel"] in MATRIX and row["dtype"] != "fp32" and (not row["HGMMA"] or row["HMMA"]):
+        found.append("no wgmma")
+    if target == 90 and row["op"] == "swiglu" and row["kernel"] == "swiglu_kernel" and not row["load128"]:
+        found.append("no 128-bit loads")
+    if target == 90 and row["op"] == "swiglu" and row["feature"] == "both" and (row["per_item"] or 0) > 28:
+        found.append(f"{row['per_item']} instructions an element, at most 28 wanted")
+    expected = foreseen(row) if target == 90 else None
+    if expected and not 0.75 <= row["per_item"] / expected <= 1.25:
+        found.append(f"{row['per_item']} instructions an item, cost() counts with {expected:.1f}")
+    return found
+
+
+COLUMNS = ["kernel", "target", "model", "T", "dtype", "feature", "registers", "spill_bytes", "shared", "HGMMA", "UTCMMA"]
+COLUMNS += ["HMMA", "load128", "tma", "MUFU", "all", "per_item", "notices", "failures"]
+
+
+def markdown(rows, title):
+    lines = [title, "", "| " + " | ".join(COLUMNS) + " |", "|" + "---|" * len(COLUMNS)]
+    for row in rows:
+        cells = [row.get(name) for name in COLUMNS]
+        cells = ["" if c is None else "; ".join(c) if isinstance(c, list) else str(c) for c in cells]
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines) + "\n"
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--targets", default=",".join(map(str, TARGETS)))
+    parser.add_argument("--quick", action="store_true", help="one model shape, and fewer features outside bf16")
+    parser.add_argument("--jobs", type=int, default=2)
+    args = parser.parse_args()
+    targets = [int(t) if t.isdigit() else t for t in args.targets.split(",")]
+    chosen = list(variants(args.quick))
+    # AMD has no TMA, no programmatic launch and no tf32x3: there the elementwise kernels are what the plans use.
+    jobs = [
+        (target, variant)
+        for target in targets
+        for variant in chosen
+        if isinstance(target, int) or (variant[0] in ("swiglu", "act_pass") and "columns" not in variant[4])
+    ]
+    start = time.monotonic()
+    with multiprocessing.get_context("spawn").Pool(args.jobs) as pool:
+        rows = [row for rows in pool.imap(compile_one, jobs, chunksize=8) for row in rows]
+    seconds = time.monotonic() - start
+    bad = [row for row in rows if row["failures"]]
+    names = sorted({row["kernel"] for row in rows})
+    summary = (
+        f"Triton {triton.__version__}: {len(rows)} kernels from {len(jobs)} variants for {args.targets}, "
+        f"{len(bad)} failures, {seconds:.0f} s"
+    )
+    args.out.mkdir(parents=True, exist_ok=True)
+    name = f"compile_gate_triton_{triton.__version__}"
+    (args.out / f"{name}.json").write_text(json.dumps(dict(triton=triton.__version__, rows=rows), indent=0) + "\n")
+    (args.out / f"{name}.md").write_text(markdown(rows, f"# Compile gate\n\n{summary}"))
+    for name in names:
+        of = [row for row in rows if row["kernel"] == name]
+        most = max(of, key=lambda row: row["registers"])
+        print(f"{name:22s} {len(of):4d} variants, at most {most['registers']} registers, {max(r['shared'] for r in of)} B shared")
+    for row in bad:
+        print("FAIL", *(str(row[c]) for c in COLUMNS[:6]), *row["failures"], file=sys.stderr)
+    print(summary)
+    return 1 if bad else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
