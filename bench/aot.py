@@ -94,7 +94,8 @@ def _compile(arch, kernel, grid, args, options) -> Compiled:
         compiled = kernel.warmup(*args, grid=grid, **options)
     metadata = compiled.metadata
     constants = {k: v for k, v in options.items() if k.isupper()}
-    result = Compiled(kernel.__name__.strip("_"), arch, grid, metadata.num_warps, shared=metadata.shared, block=constants)
+    name = kernel.__name__.strip("_")
+    result = Compiled(name, arch, grid, metadata.num_warps, shared=metadata.shared, block=constants)
     if isinstance(arch, int):
         if log.getvalue():
             _LOGS[compiled.hash] = log.getvalue()
@@ -133,13 +134,17 @@ GROUPS = {
 }
 
 
+# "        /*0a30*/              @!P0 LDG.E.128 R4, desc[UR4][R2.64] ;"
+_INSTRUCTION = re.compile(r"\s*(?:/\*\w+\*/\s*)?(?:\{\s*)?(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9_]*(?:\.[A-Z0-9_]+)*)\b(.*);")
+
+
 def _instructions(sass):
     """(label or None, opcode, operands) of every instruction, in order."""
     label, found = None, []
     for line in sass.splitlines():
         if match := re.match(r"\s*(\.L_\w+):", line):
             label = match[1]
-        elif match := re.match(r"\s*(?:/\*\w+\*/\s*)?(?:\{\s*)?(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9_]*(?:\.[A-Z0-9_]+)*)\b(.*);", line):
+        elif match := _INSTRUCTION.match(line):
             found.append((label, match[1], match[2]))
             label = None
     return found

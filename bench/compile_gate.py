@@ -10,6 +10,7 @@ program may use, and on instruction counts that the kernel's ``cost`` does not f
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import multiprocessing
 import sys
@@ -21,7 +22,7 @@ import triton
 
 import aot
 from cna_kernels.reference import NEURON_BLOCK, Scale
-from cna_kernels.triton import down_decode, gate_up_decode, swiglu
+from cna_kernels.triton import down_decode, gate_up_decode, sums, swiglu
 from cna_kernels.triton.down_decode import down_gemv, down_split
 from cna_kernels.triton.down_proj import down_proj
 from cna_kernels.triton.gate_up import gate_up
@@ -37,18 +38,22 @@ FEATURES = {
     "sumsq": (2, False, True, False),
     "scale": (0, False, False, True),
     "both": (2, True, False, True),
+    "one circuit": (0, False, False, True),
     "all": (2, True, True, True),
+    "4 columns": (4, True, True, True),
     "16 columns": (16, True, True, True),
     "100 columns": (100, True, True, True),
 }
 FEW = ("plain", "sums", "scale", "both", "all")
+MATRIX_SUMS = ("4 columns", "100 columns")
 
 
 def blank(*shape, dtype):
     return torch.empty(*shape, dtype=dtype, device="meta")
 
 
-def extras(T, N, feature, n_circuits=256):
+def extras(T, N, feature):
+    n_circuits = 1 if feature == "one circuit" else 256
     columns, act_sum, act_sumsq, scale = FEATURES[feature]
     fp32, int32 = torch.float32, torch.int32
     chosen = {}
@@ -66,18 +71,20 @@ def extras(T, N, feature, n_circuits=256):
 # op -> (what it is called with, T to compile, features, dtypes). Every kernel, at every setting of its launch table.
 def launchers(model):
     H, N = MODELS[model]
-    fused = lambda T, d: blank(T, 2 * N, dtype=d)  # noqa: E731
-    few = gate_up_decode.max_gemv_tokens
+
+    def halves(T, d):
+        return blank(T, 2 * N, dtype=d).chunk(2, dim=1)
+
     return {
-        "swiglu": (lambda T, d, x: swiglu.swiglu(fused(T, d)[:, :N], fused(T, d)[:, N:], **x), (4096,), tuple(FEATURES)),
-        "act_pass": (lambda T, d, x: swiglu.act_pass(blank(T, N, dtype=d), **x), (4096,), FEW[1:] + ("100 columns",)),
+        "swiglu": (lambda T, d, x: swiglu.swiglu(*halves(T, d), **x), (4096,), tuple(FEATURES)),
+        "act_pass": (lambda T, d, x: swiglu.act_pass(blank(T, N, dtype=d), **x), (4096,), FEW[1:] + MATRIX_SUMS),
         "gate_up_decode": (
             lambda T, d, x: gate_up_decode.gate_up_decode(blank(T, H, dtype=d), blank(2 * N, H, dtype=d), **x),
             (1, 2, 3, 4, 16, 32, 64),
-            ("plain", "both", "all"),
+            ("plain", "both", "all", "16 columns"),
         ),
         "down_gemv": (
-            lambda T, d, x: down_gemv(blank(T, N, dtype=d), blank(H, N, dtype=d)) if few(d.itemsize) >= T else None,
+            lambda T, d, x: down_gemv(blank(T, N, dtype=d), blank(H, N, dtype=d)),
             (1, 2, 3, 4),
             ("plain",),
         ),
@@ -87,41 +94,61 @@ def launchers(model):
             FEW,
         ),
         "gated": (
-            lambda T, d, x: down_split(fused(T, d)[:, :N], blank(H, N, dtype=d), fused(T, d)[:, N:], **x),
+            lambda T, d, x: down_split(halves(T, d)[0], blank(H, N, dtype=d), halves(T, d)[1], **x),
             (16,),
             FEW,
         ),
-        "down_proj": (lambda T, d, x: down_proj(blank(T, N, dtype=d), blank(H, N, dtype=d), **x), (512, 4096), FEW),
-        "gate_up": (lambda T, d, x: gate_up(blank(T, H, dtype=d), blank(2 * N, H, dtype=d), **x), (4096,), FEW),
+        "down_proj": (
+            lambda T, d, x: down_proj(blank(T, N, dtype=d), blank(H, N, dtype=d), **x),
+            (512, 4096),
+            ("plain", "sums", "one circuit", "all", *MATRIX_SUMS),
+        ),
+        "gate_up": (
+            lambda T, d, x: gate_up(blank(T, H, dtype=d), blank(2 * N, H, dtype=d), **x),
+            (4096,),
+            (*FEW, *MATRIX_SUMS),
+        ),
     }
 
 
 MATRIX = {"gate_up_flat_kernel", "down_split_kernel", "down_proj_kernel", "gate_up_kernel"}
-SIXTEEN_BIT = {"down_proj", "gate_up"}  # TMA: bf16 and fp16 only
 
 
-def variants(quick):
-    """(op, model, T, dtype, feature) of everything that is compiled."""
-    for model in MODELS:
+def ships(target, op, T, dtype, feature):
+    """Whether a plan runs the op with these on the target at all."""
+    itemsize = DTYPES[dtype].itemsize
+    gemv = gate_up_decode.max_gemv_tokens(itemsize) >= T
+    if not isinstance(target, int):  # AMD: elementwise only, no tf32x3
+        return op in ("swiglu", "act_pass") and feature not in ("16 columns", "100 columns")
+    return {
+        "gate_up_decode": gemv if itemsize == 4 else T not in (2, 3, 4),
+        "down_gemv": gemv,
+        "down_proj": target >= 90 and itemsize == 2,
+        "gate_up": target >= 90 and itemsize == 2,
+    }.get(op, True)
+
+
+def variants(targets, quick):
+    """(target, op, model, T, dtype, feature) of everything that is compiled."""
+    for target, model in itertools.product(targets, MODELS):
         main = model == "Llama-3.1-8B"
         for op, (_, tokens, features) in launchers(model).items():
-            for T in tokens:
-                for dtype in DTYPES:
-                    for feature in features:
-                        if dtype == "fp32" and op in SIXTEEN_BIT:
-                            continue
-                        if not main and (dtype != "bf16" or feature not in ("plain", "both")):
-                            continue
-                        if quick and (not main or (dtype != "bf16" and feature not in ("all", "both"))):
-                            continue
-                        yield op, model, T, dtype, feature
+            for T, dtype, feature in itertools.product(tokens, DTYPES, features):
+                rare = dtype != "bf16" or target != 90  # quick: sm_90 in bf16 with all features, the rest with two
+                if not ships(target, op, T, dtype, feature):
+                    continue
+                if not main and (quick or dtype != "bf16" or feature not in ("plain", "both")):
+                    continue
+                if quick and rare and feature not in ("all", "100 columns"):
+                    continue
+                yield target, op, model, T, dtype, feature
 
 
 def compile_one(job):
     """Every kernel of one variant as table rows."""
-    target, (op, model, T, dtype, feature) = job
+    target, op, model, T, dtype, feature = job
     call, _, _ = launchers(model)[op]
-    H, N = MODELS[model]
+    _, N = MODELS[model]
     rows = []
     for c in aot.compile_launches(target, lambda: call(T, DTYPES[dtype], extras(T, N, feature))):
         row = dict(
@@ -161,7 +188,7 @@ def foreseen(row):
     columns, act_sum, act_sumsq, _ = FEATURES[row["feature"]]
     if row["dtype"] == "fp32":
         return None
-    if row["op"] == "swiglu" and row["kernel"] == "swiglu_kernel" and columns <= swiglu.FEW_COLUMNS:
+    if row["op"] == "swiglu" and row["kernel"] == "swiglu_kernel" and columns <= sums.FEW_COLUMNS:
         return swiglu.per_element(columns, act_sum and act_sumsq)
     if row["kernel"] == "gate_up_gemv_kernel":
         return gate_up_decode.per_weight(row["T"])
@@ -193,8 +220,8 @@ def failures(row, target):
     return found
 
 
-COLUMNS = ["kernel", "target", "model", "T", "dtype", "feature", "registers", "spill_bytes", "shared", "HGMMA", "UTCMMA"]
-COLUMNS += ["HMMA", "load128", "tma", "MUFU", "all", "per_item", "notices", "failures"]
+COLUMNS = ["kernel", "target", "model", "T", "dtype", "feature", "registers", "spill_bytes", "shared"]
+COLUMNS += ["HGMMA", "UTCMMA", "HMMA", "load128", "tma", "MUFU", "all", "per_item", "notices", "failures"]
 
 
 def markdown(rows, title):
@@ -214,14 +241,7 @@ def main():
     parser.add_argument("--jobs", type=int, default=2)
     args = parser.parse_args()
     targets = [int(t) if t.isdigit() else t for t in args.targets.split(",")]
-    chosen = list(variants(args.quick))
-    # AMD has no TMA, no programmatic launch and no tf32x3: there the elementwise kernels are what the plans use.
-    jobs = [
-        (target, variant)
-        for target in targets
-        for variant in chosen
-        if isinstance(target, int) or (variant[0] in ("swiglu", "act_pass") and "columns" not in variant[4])
-    ]
+    jobs = list(variants(targets, args.quick))
     start = time.monotonic()
     with multiprocessing.get_context("spawn").Pool(args.jobs) as pool:
         rows = [row for rows in pool.imap(compile_one, jobs, chunksize=8) for row in rows]
@@ -239,7 +259,8 @@ def main():
     for name in names:
         of = [row for row in rows if row["kernel"] == name]
         most = max(of, key=lambda row: row["registers"])
-        print(f"{name:22s} {len(of):4d} variants, at most {most['registers']} registers, {max(r['shared'] for r in of)} B shared")
+        shared = max(row["shared"] for row in of)
+        print(f"{name:22s} {len(of):4d} rows, at most {most['registers']} registers, {shared} B of shared memory")
     for row in bad:
         print("FAIL", *(str(row[c]) for c in COLUMNS[:6]), *row["failures"], file=sys.stderr)
     print(summary)

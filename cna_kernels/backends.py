@@ -32,7 +32,7 @@ def missing(name: str, device: torch.device) -> str | None:
         if find_spec("triton") is None:
             return "needs the package triton, which is not installed"
         if device.type == "cuda":
-            return None if _capability(device) >= (8, 0) else "needs an NVIDIA device of compute capability 8.0 or an AMD one"
+            return None if _capability(device) >= (8, 0) else "needs compute capability 8.0 or an AMD device"
         if os.environ.get("TRITON_INTERPRET") != "1":
             return f"runs on CUDA devices, not on {device.type} (TRITON_INTERPRET=1 interprets it there, slowly)"
     return None

@@ -25,7 +25,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-
 # A Scale can be entered every so many neurons: a kernel that owns a block of neurons reads only that block's entries.
 # At 1024 the offsets take about as much memory as the entries of a usual circuit (0.1% of the neurons).
 NEURON_BLOCK = 1024

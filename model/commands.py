@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
 import platform
@@ -128,13 +129,16 @@ def run_doctor(args):
     }
     for name in ("triton", "safetensors", "tokenizers"):
         facts[name] = _version(name)
-    for device in ("cpu", "cuda") if cuda else ("cpu",):
+    devices = [torch.device(name) for name in (("cpu", "cuda") if cuda else ("cpu",))]
+    for device in devices:
         try:
             facts[f"ops on {device}"] = backends.name_for(device)
         except InputError as error:
             facts[f"ops on {device}"] = str(error)
-    for name in backends.KNOWN:
-        facts[f"backend {name}"] = "available" if name in backends.MODULES else "not part of this version"
+        for name in backends.KNOWN:
+            reason = backends.missing(name, device)
+            facts[f"backend {name} on {device}"] = "available" if reason is None else reason
+    facts.update(_kernel_plans(cuda))
     if args.json:
         print_json(facts)
         return
@@ -142,6 +146,25 @@ def run_doctor(args):
     for name, value in facts.items():
         table.add_row(name, value)
     stdout().print(table)
+
+
+def _kernel_plans(cuda):
+    """Which Triton kernels serve how many tokens, for an 8B model's MLP in bf16."""
+    if importlib.util.find_spec("triton") is None:
+        return {}
+    from cna_kernels.triton import launch, plan
+
+    facts = {"CNA_PLAN": os.environ.get("CNA_PLAN") or "not set"}
+    arch = launch.arch(torch.device("cuda")) if cuda else 90
+    where = torch.cuda.get_device_name() if cuda else "an sm_90 device"
+    for op in plan.PLANS:
+        try:
+            ranges = plan.by_tokens(op, 14336, 4096, torch.bfloat16, arch)
+        except InputError as error:
+            return facts | {"kernels": str(error)}
+        for first, (name, reason) in ranges:
+            facts[f"{op} on {where}, T >= {first}"] = f"{name}: {plan.PLANS[op][name]} ({reason})"
+    return facts
 
 
 COMMANDS = {

@@ -60,7 +60,8 @@ def test_json_output_is_the_circuit(checkpoint, files, capsys):
 def test_doctor(capsys):
     assert main(["doctor", "--json"]) == 0
     facts = json.loads(capsys.readouterr().out)
-    assert facts["ops on cpu"] in ("reference", "cpu") and facts["backend reference"] == "available"
+    assert facts["ops on cpu"] in ("reference", "cpu") and facts["backend reference on cpu"] == "available"
+    assert any(name.startswith("gated_mlp on") and "gemv" in value for name, value in facts.items())
 
 
 BAD = {

@@ -217,6 +217,9 @@ def test_absent_backend_by_name_never_falls_through(monkeypatch):
         with pytest.raises(backends.BackendUnavailable, match=f"^CNA_BACKEND: '{name}'"):
             ops.swiglu(case.gate, case.up)
         assert ops.swiglu(case.gate, case.up, backend="reference").shape == (7, 20)
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    with pytest.raises(backends.BackendUnavailable, match=r"^backend: 'triton' runs on CUDA devices"):
+        ops.swiglu(case.gate, case.up, backend="triton")
     monkeypatch.setenv("CNA_BACKEND", "fast")
     with pytest.raises(InputError, match="CNA_BACKEND: expected one of"):
         ops.swiglu(case.gate, case.up)

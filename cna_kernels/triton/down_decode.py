@@ -50,14 +50,19 @@ def _down_gemv_kernel(
     h_mask = h < H
     w_row = w_ptr + h.to(tl.int64)[:, None] * stride_w_h
     ys = (tl.zeros([BLOCK_H, BLOCK_N], tl.float32),) * T
+    n = tl.arange(0, BLOCK_N)
+    w_next = tl.load(w_row + n[None, :], mask=h_mask[:, None] & (n < N)[None, :], other=0.0)
     if PDL:
-        tl.extra.cuda.gdc_wait()
+        tl.extra.cuda.gdc_wait()  # only now: the first weights are on their way while act is still being computed
     for n_first in range(0, N, BLOCK_N):
+        w = w_next.to(tl.float32)
         n = n_first + tl.arange(0, BLOCK_N)
-        w = tl.load(w_row + n[None, :], mask=h_mask[:, None] & (n < N)[None, :], other=0.0).to(tl.float32)
+        n_mask = n < N
+        later = n + BLOCK_N
+        w_next = tl.load(w_row + later[None, :], mask=h_mask[:, None] & (later < N)[None, :], other=0.0)
         new_ys = ()
         for t in tl.static_range(T):
-            act = tl.load(act_ptr + t * stride_act_t + n, mask=n < N, other=0.0).to(tl.float32)
+            act = tl.load(act_ptr + t * stride_act_t + n, mask=n_mask, other=0.0).to(tl.float32)
             new_ys = new_ys + (ys[t] + w * act[None, :],)
         ys = new_ys
     for t in tl.static_range(T):
@@ -165,7 +170,7 @@ def _down_split_kernel(
                 TOKEN_AXIS=0,
             )
 
-    here = y_ptr + t[None, :] * H + h[:, None]
+    here = y_ptr + t[None, :] * H + h[:, None]  # t is int64
     mask = h_mask[:, None] & t_mask[None, :]
     if PARTS:
         tl.store(here + tl.program_id(1).to(tl.int64) * T * H, acc, mask=mask)
@@ -199,27 +204,29 @@ class Config(NamedTuple):
 MAX_GATED_TOKENS = 16
 
 
-def _gemv_config(itemsize: int) -> Config:
-    """By arithmetic, unmeasured. As in gate_up_decode: threads lie along the neurons, 4 rows are 4 loads in flight."""
-    return Config(1, 4, 2048 // itemsize, 0, 4, 1)
+def _gemv_config(H: int, itemsize: int, n_sm: int) -> Config:
+    """By arithmetic, unmeasured. As in gate_up_decode threads lie along the neurons. All programs run at once, about 6
+    a multiprocessor: a second round of the few that are left would take as long as the first.
+    """
+    block_h = min(8, max(2, triton.next_power_of_2(triton.cdiv(H, 8 * n_sm))))
+    return Config(1, block_h, 2048 // itemsize, 0, 4, 1)
 
 
 def _split_config(T: int, N: int, H: int, itemsize: int, n_sm: int) -> Config:
-    """By arithmetic, unmeasured. 64 x 128 bf16 weights are 16 KB a stage, two programs fit a multiprocessor; with 64
-    tokens half of that, or a steered tile of act takes all registers.
-
-    As many parts as keep two programs a multiprocessor busy, but at most 4 for a full block of tokens: 8 parts of
-    64 tokens would move as many bytes as a seventh of an 8B model's weights.
+    """By arithmetic, unmeasured. 64 x 128 bf16 weights (with 64 tokens 128 x 64) are 16 KB a stage, two programs fit a
+    multiprocessor. As many parts as two programs a multiprocessor make, but at most 4 for a full block of tokens: 8
+    parts of 64 tokens would move as many bytes as a seventh of an 8B model's weights.
     """
     block_t = min(64, max(16, triton.next_power_of_2(T)))
-    programs = triton.cdiv(H, 64) * triton.cdiv(T, block_t)
+    block_h = 128 if block_t == 64 and itemsize == 2 else 64
+    programs = triton.cdiv(H, block_h) * triton.cdiv(T, block_t)
     blocks = triton.cdiv(N, NEURON_BLOCK)
-    parts = max(1, min(blocks, 256 // block_t, triton.cdiv(2 * n_sm, programs)))
+    parts = max(1, min(blocks, 256 // block_t, 2 * n_sm // programs))
     split = triton.cdiv(blocks, parts) * NEURON_BLOCK
     if itemsize == 4:  # no matrix unit; wider tiles spill when steered
         return Config(block_t, 64, 32, split, 8, 4)
-    block_n, num_stages = {16: (128, 5), 32: (128, 4), 64: (64, 6)}[block_t]
-    return Config(block_t, 64, block_n, split, 4, num_stages)
+    block_n, num_stages = {16: (128, 5), 32: (128, 4), 64: (64, 4)}[block_t]
+    return Config(block_t, block_h, block_n, split, 4, num_stages)
 
 
 def per_weight(T: int) -> float:
@@ -242,7 +249,7 @@ def down_gemv(act, w_down):
     """act ``[T, N]`` -> y ``[T, H]`` without sums or scaling, for a handful of tokens."""
     (T, N), H = act.shape, w_down.shape[0]
     y = torch.empty(T, H, dtype=act.dtype, device=act.device)
-    config = _gemv_config(act.element_size())
+    config = _gemv_config(H, act.element_size(), launch.n_multiprocessors(act.device))
     launch.launch(
         _down_gemv_kernel,
         (triton.cdiv(H, config.BLOCK_H),),
@@ -305,6 +312,7 @@ def down_split(
         BLOCK_N=config.BLOCK_N,
         num_warps=config.num_warps,
         num_stages=config.num_stages,
+        maxnreg=255,
         device=act.device,
         **(launch.dependent(act.device) if dependent else dict(PDL=False)),
     )

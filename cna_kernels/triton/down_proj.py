@@ -7,11 +7,12 @@ One program a multiprocessor walks output tiles ``[BLOCK_T, BLOCK_H]``, each wri
 sum over n = 0 .. N - 1: nothing is split, nothing depends on the order of programs. Tiles are visited in groups of
 GROUP_T along the tokens, so that the weights of a group stay in L2.
 
-Sums: after its product, the program of output tile (i, j) adds up neuron tiles j, j + H / BLOCK_H, ... of its tokens,
-which it has just read. Each neuron tile of each token tile is so summed once, into part i of the workspace.
+Sums: after its product, the program of output tile (i, j) adds up the runs j, j + H / BLOCK_H, ... of SUM_N neurons of
+its tokens, which it has just read. Each run of each token tile is so summed once, into part i of the workspace.
 
-Steering: a tile of act with steered neurons is changed in registers on its way to the matrix units; a tile without any
-costs a comparison (``steer_tile``). Unsteered calls feed the matrix units from shared memory.
+Steering: with one circuit loaded, a tile of act with steered neurons is changed in registers on its way to the matrix
+units, and a tile without any costs a comparison (``steer_tile``). With many circuits nearly every tile would wait for
+its entries: then one pass makes a steered copy, and the product of that is a plain one, with the same bits.
 
 For callers that hand over act. Where we compute act ourselves, ``swiglu`` does sums and scaling on the way, and the
 product after it is a plain one.
@@ -31,7 +32,8 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 from . import launch
 from .cost import Cost
 from .steer import Steer, entries, next_steered, steer_tile
-from .sums import Sums, add_tile
+from .sums import Sums, columns_at_once, sum_run
+from .swiglu import act_pass
 from .tiles import dot, rounded
 
 
@@ -75,6 +77,10 @@ def _down_proj_kernel(
     BLOCK_H: tl.constexpr,
     BLOCK_N: tl.constexpr,
     GROUP_T: tl.constexpr,
+    SUM_T: tl.constexpr,
+    SUM_N: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+    COLUMN_RUNS: tl.constexpr,
 ):
     tiles_t = tl.cdiv(T, BLOCK_T)
     tiles_h: tl.constexpr = (H + BLOCK_H - 1) // BLOCK_H
@@ -103,20 +109,19 @@ def _down_proj_kernel(
         tl.store(here, rounded(acc, y_ptr.dtype.element_ty), mask=t_mask[:, None] & (h < H)[None, :])
 
         if SUM or SUMSQ:
-            for n_first in range(j * BLOCK_N, N, tiles_h * BLOCK_N):
-                n = n_first + tl.arange(0, BLOCK_N)
-                n_mask = n < N
-                row = act_ptr + t.to(tl.int64)[:, None] * stride_act_t
-                act = tl.load(row + n[None, :], mask=t_mask[:, None] & n_mask[None, :], other=0.0)
-                add_tile(
-                    act,
+            for item in range(j, tl.cdiv(N, SUM_N) * COLUMN_RUNS, tiles_h):
+                n_sum = item // COLUMN_RUNS * SUM_N + tl.arange(0, SUM_N)
+                sum_run(
+                    act_ptr,
+                    stride_act_t,
                     weight_ptr,
                     stride_weight_t,
-                    t,
-                    t_mask,
+                    t_first,
+                    tl.minimum(t_first + BLOCK_T, T),
                     i,
-                    n,
-                    n_mask,
+                    n_sum,
+                    n_sum < N,
+                    item % COLUMN_RUNS * BLOCK_C,
                     sum_ptr,
                     sumsq_ptr,
                     stride_sum_c,
@@ -126,8 +131,13 @@ def _down_proj_kernel(
                     SUM,
                     SUMSQ,
                     SPLIT,
-                    TOKEN_AXIS=0,
+                    SUM_T,
+                    SUM_N,
+                    BLOCK_C,
                 )
+
+
+MAX_CIRCUITS = 1  # loaded, for steering inside the product
 
 
 class Config(NamedTuple):
@@ -160,23 +170,32 @@ def cost(T: int, N: int, H: int, C: int = 0, n_sm: int = 132) -> Cost:
 def fits_tma(*tensors) -> bool:
     """Whether TMA can address the tensors: 2-byte elements, rows and base on 16 bytes, rows apart."""
     return all(
-        x.element_size() == 2 and x.stride(0) % 8 == 0 and x.stride(0) >= x.shape[1] and x.data_ptr() % 16 == 0
+        x.element_size() == 2
+        and x.stride(1) == 1
+        and x.stride(0) % 8 == 0
+        and x.stride(0) >= x.shape[1]
+        and x.data_ptr() % 16 == 0
         for x in tensors
     )
 
 
 def down_proj(act, w_down, *, weight=None, act_sum=None, act_sumsq=None, scale=None, row_circuit=None):
     """act ``[T, N]``, w_down ``[H, N]`` -> y ``[T, H]``; bf16 or fp16 on 16-byte rows, see ``fits_tma``."""
+    product_of = act
+    if scale is not None and scale.offsets.shape[0] > MAX_CIRCUITS:
+        product_of = act_pass(act, scale=scale, row_circuit=row_circuit)
+        scale = row_circuit = None
     (T, N), H = act.shape, w_down.shape[0]
     y = torch.empty(T, H, dtype=act.dtype, device=act.device)
     n_sm = launch.n_multiprocessors(act.device)
     config = _launch_config(T, H, n_sm)
     tiles_t = triton.cdiv(T, config.BLOCK_T)
     sums, steer = Sums(weight, act_sum, act_sumsq, tiles_t, N), Steer(scale, row_circuit)
+    block_c = columns_at_once(sums.n_columns, 90)
     launch.launch(
         _down_proj_kernel,
         (min(n_sm, tiles_t * triton.cdiv(H, config.BLOCK_H)),),
-        TensorDescriptor.from_tensor(act, [config.BLOCK_T, config.BLOCK_N]),
+        TensorDescriptor.from_tensor(product_of, [config.BLOCK_T, config.BLOCK_N]),
         TensorDescriptor.from_tensor(w_down, [config.BLOCK_H, config.BLOCK_N]),
         act,
         y,
@@ -194,8 +213,13 @@ def down_proj(act, w_down, *, weight=None, act_sum=None, act_sumsq=None, scale=N
         BLOCK_H=config.BLOCK_H,
         BLOCK_N=config.BLOCK_N,
         GROUP_T=config.GROUP_T,
+        SUM_T=32 if block_c else 16,
+        SUM_N=64 if block_c else 1024,
+        BLOCK_C=block_c,
+        COLUMN_RUNS=triton.cdiv(sums.n_columns, block_c) if block_c else 1,
         num_warps=config.num_warps,
         num_stages=config.num_stages,
+        maxnreg=255,  # else ptxas spills a little on sm_100 to fit a program more than shared memory has room for
         device=act.device,
     )
     sums.fold()

@@ -106,9 +106,7 @@ def _gate_up_kernel(
         if STEER:
             tl.debug_barrier()
             n_last = tl.minimum(n_first + BLOCK_N, N)
-            start, end = entries(
-                row_circuit_ptr, offsets_ptr, stride_offsets_k, n_circuits, t, t_mask, n_first, n_last
-            )
+            start, end = entries(row_circuit_ptr, offsets_ptr, stride_offsets_k, n_circuits, t, t_mask, n_first, n_last)
             steer_stored(act_ptr, N, index_ptr, value_ptr, t, start, end, n_first, n_last, 4)
 
 
@@ -164,6 +162,7 @@ def gate_up(x, w_gate_up, *, weight=None, act_sum=None, act_sumsq=None, scale=No
         GROUP_T=config.GROUP_T,
         num_warps=config.num_warps,
         num_stages=config.num_stages,
+        maxnreg=255,
         device=x.device,
     )
     sums.fold()

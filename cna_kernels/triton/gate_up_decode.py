@@ -8,9 +8,9 @@
 A program owns BLOCK_N neurons for all tokens: it streams their 2 * BLOCK_N weight rows once, finishes act in registers
 and is the only writer of act[:, n] and act_sum[:, n]. No workspace, no atomics.
 
-Two kernels. For a token or two, and for fp32, plain multiply-adds (``_gate_up_gemv_kernel``). Above that the matrix
+Two kernels. For one token, and for fp32, plain multiply-adds (``_gate_up_gemv_kernel``). Above that the matrix
 units (``_gate_up_flat_kernel``) with the weights as the left factor, so that tokens are the short side: gate and up
-rows form one 64-row tile, one product.
+rows form one tile of 64 rows or more, one product.
 
 Floor: 4 N H bytes of bf16 weights, once. At 64 tokens 8 T N H FLOP take a third of the time of those bytes on an H200.
 """
@@ -60,6 +60,7 @@ def _gate_up_gemv_kernel(
     PDL: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
+    STAGES: tl.constexpr,
 ):
     dtype: tl.constexpr = act_ptr.dtype.element_ty
     n_first = tl.program_id(0) * BLOCK_N
@@ -71,14 +72,14 @@ def _gate_up_gemv_kernel(
     ups = (tl.zeros([BLOCK_N, BLOCK_K], tl.float32),) * T
     if PDL:
         tl.extra.cuda.gdc_launch_dependents()
-    for k_first in range(0, H, BLOCK_K):
+    for k_first in tl.range(0, H, BLOCK_K, num_stages=STAGES):
         k = k_first + tl.arange(0, BLOCK_K)
         mask = n_mask[:, None] & (k < H)[None, :]
         w_gate = tl.load(w_row + k[None, :], mask=mask, other=0.0).to(tl.float32)
         w_up = tl.load(w_row + up_rows + k[None, :], mask=mask, other=0.0).to(tl.float32)
         new_gates, new_ups = (), ()
         for t in tl.static_range(T):
-            x = tl.load(x_ptr + t * stride_x_t + k, mask=k < H, other=0.0).to(tl.float32)[None, :]
+            x = tl.load(x_ptr + t * tl.cast(stride_x_t, tl.int64) + k, mask=k < H, other=0.0).to(tl.float32)[None, :]
             new_gates = new_gates + (gates[t] + w_gate * x,)
             new_ups = new_ups + (ups[t] + w_up * x,)
         gates, ups = new_gates, new_ups
@@ -112,9 +113,7 @@ def _gate_up_gemv_kernel(
         tl.debug_barrier()
         n_last = tl.minimum(n_first + BLOCK_N, N)
         t = tl.arange(0, 4)
-        start, end = entries(
-            row_circuit_ptr, offsets_ptr, stride_offsets_k, n_circuits, t, t < T, n_first, n_last
-        )
+        start, end = entries(row_circuit_ptr, offsets_ptr, stride_offsets_k, n_circuits, t, t < T, n_first, n_last)
         steer_stored(act_ptr, N, index_ptr, value_ptr, t, start, end, n_first, n_last, 32)
 
 
@@ -197,9 +196,7 @@ def _gate_up_flat_kernel(
     if STEER:
         tl.debug_barrier()
         n_last = tl.minimum(n_first + BLOCK_N, N)
-        start, end = entries(
-            row_circuit_ptr, offsets_ptr, stride_offsets_k, n_circuits, t, t_mask, n_first, n_last
-        )
+        start, end = entries(row_circuit_ptr, offsets_ptr, stride_offsets_k, n_circuits, t, t_mask, n_first, n_last)
         steer_stored(act_ptr, N, index_ptr, value_ptr, t, start, end, n_first, n_last, 4)
 
 
@@ -216,20 +213,23 @@ MAX_TOKENS = 64
 
 def max_gemv_tokens(itemsize: int) -> int:
     """The most tokens for which multiply-adds beat the matrix units; fp32 has no exact matrix unit."""
-    return 4 if itemsize == 4 else 2
+    return 4 if itemsize == 4 else 1
 
 
 def _launch_config(T: int, itemsize: int) -> Config:
     """By arithmetic, unmeasured.
 
     Multiply-adds: the 128 threads of a program lie along k with 16 bytes each, so that x needs no exchange between
-    them; 4 rows of gate and up are then 8 loads in flight a thread. Matrix units: 64 rows of 256 bytes are 16 KB a
-    stage; the stages leave room for two programs on a multiprocessor (228 KB).
+    them; 4 rows of gate and up are 16 KB, fetched 2 steps ahead through shared memory (ptxas breaks up loads that go
+    to registers). Matrix units: 64 rows of 256 bytes are 16 KB a stage, and the stages leave room for two programs on
+    a multiprocessor (228 KB). With 64 tokens 128 rows, or the tokens would be read as often as the weights.
     """
-    if T <= max_gemv_tokens(itemsize):
-        return Config(0, 4 if T <= 2 else 2, 2048 // itemsize, 4, 1)
+    if max_gemv_tokens(itemsize) >= T:
+        return Config(0, 4 if T <= 2 else 2, 2048 // itemsize, 4, 3)
     block_t = max(16, triton.next_power_of_2(T))
-    return Config(block_t, 32, 256 // itemsize, 4, {16: 5, 32: 4, 64: 3}[block_t])
+    if block_t == 64:
+        return Config(64, 64, 64, 4, 4)
+    return Config(block_t, 32, 128, 4, 5 if block_t == 16 else 4)
 
 
 def per_weight(T: int) -> float:
@@ -241,7 +241,7 @@ def cost(T: int, N: int, H: int, itemsize: int = 2) -> Cost:
     """The weights once; x stays in cache. On the matrix units tokens are padded to 16."""
     weights = 2 * N * H
     moved = itemsize * (weights + T * (H + N))
-    if T <= max_gemv_tokens(itemsize):
+    if max_gemv_tokens(itemsize) >= T:
         return Cost(moved, 0, instructions(per_weight(T), weights))
     return Cost(moved, 2 * max(16, triton.next_power_of_2(T)) * weights, 0)
 
@@ -271,7 +271,7 @@ def gate_up_decode(x, w_gate_up, *, weight=None, act_sum=None, act_sumsq=None, s
         **sums.constants(),
         STEER=steer.on,
         PDL=launch.has_pdl(x.device),
-        **(dict(T=T) if gemv else dict(BLOCK_T=config.BLOCK_T)),
+        **(dict(T=T, STAGES=config.num_stages) if gemv else dict(BLOCK_T=config.BLOCK_T)),
         BLOCK_N=config.BLOCK_N,
         BLOCK_K=config.BLOCK_K,
         num_warps=config.num_warps,

@@ -25,11 +25,16 @@ def arch(device: torch.device) -> int:
     """10 * major + minor of an NVIDIA device, 0 for any other. In the interpreter 90, so that every path is tested."""
     if INTERPRETED:
         return 90
-    target = triton.runtime.driver.active.get_current_target()
-    if device.type == "cuda" and target.backend == "cuda":
-        major, minor = torch.cuda.get_device_capability(device)
-        return 10 * major + minor
+    if device.type == "cuda":
+        return _cuda_arch(device)
+    target = triton.runtime.driver.active.get_current_target()  # only compiled for
     return target.arch if target.backend == "cuda" else 0
+
+
+@functools.cache
+def _cuda_arch(device: torch.device) -> int:
+    major, minor = torch.cuda.get_device_capability(device)
+    return 0 if torch.version.hip else 10 * major + minor
 
 
 def has_pdl(device: torch.device) -> bool:

@@ -9,8 +9,8 @@ from __future__ import annotations
 import torch.nn.functional as F
 
 from .. import reference
-from . import launch
 from . import down_proj as down_proj_kernels
+from . import launch
 from . import swiglu as swiglu_kernels
 from .down_decode import down_gemv, down_split
 from .down_proj import fits_tma

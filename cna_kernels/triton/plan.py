@@ -54,15 +54,15 @@ class Plan(NamedTuple):
 
 def can_serve(call: Call, name: str) -> bool:
     """Whether the plan is right for the call at all, fast or not."""
-    few = call.T <= max_gemv_tokens(call.dtype.itemsize)
+    few = max_gemv_tokens(call.dtype.itemsize) >= call.T
     return {
         ("gated_mlp", "gemv"): few,
-        ("gated_mlp", "flat"): call.T <= MAX_TOKENS,
+        ("gated_mlp", "flat"): call.T <= MAX_TOKENS and call.dtype.itemsize == 2,
         ("gated_mlp", "gated"): call.T <= MAX_GATED_TOKENS,
-        ("gated_mlp", "fused"): call.tma,
+        ("gated_mlp", "fused"): call.tma and call.arch >= 90,
         ("gated_mlp", "blas"): True,
-        ("down_proj", "split"): True,
-        ("down_proj", "tma"): call.tma,
+        ("down_proj", "split"): call.T <= 4096,
+        ("down_proj", "tma"): call.tma and call.arch >= 90,
         ("down_proj", "blas"): True,
     }[call.op, name]
 
@@ -75,16 +75,16 @@ def default(call: Call) -> Plan:
     if call.op == "gated_mlp":
         if can_serve(call, "gemv"):
             return Plan("gemv", "2 launches, each weight read once; by arithmetic, unmeasured")
-        if call.T <= MAX_TOKENS and not wide:
-            return Plan("flat", "3 launches, each weight read once, sums and scaling in registers; by arithmetic, unmeasured")
+        if can_serve(call, "flat"):
+            return Plan("flat", "3 launches, each weight read once; by arithmetic, unmeasured")
         if wide:
             return Plan("blas", "fp32 has no exact matrix unit: cuBLAS; by arithmetic, unmeasured")
-        return Plan("blas", "extras ride on a pass of 2 to 9% of the MLP, the products are cuBLAS's; by arithmetic, unmeasured")
+        return Plan("blas", "extras ride on a pass of 2 to 9% of the MLP; by arithmetic, unmeasured")
     if call.T <= MAX_TOKENS and not (wide and call.T > 16):
         return Plan("split", "bound by reading the weights once; by arithmetic, unmeasured")
-    if call.tma and call.arch >= 90:
+    if can_serve(call, "tma"):
         return Plan("tma", "a pass over act of its own would cost 4 to 9% of the product; by arithmetic, unmeasured")
-    return Plan("blas", "no TMA for this device, dtype or stride: one pass over act, then cuBLAS; by arithmetic, unmeasured")
+    return Plan("blas", "no TMA for this device, dtype or stride; by arithmetic, unmeasured")
 
 
 def choose(call: Call) -> Plan:
@@ -97,6 +97,17 @@ def choose(call: Call) -> Plan:
     if name and can_serve(call, name):
         return Plan(name, "CNA_PLAN")
     return default(call)
+
+
+def by_tokens(op: str, N: int, H: int, dtype: torch.dtype, arch: int, longest: int = 4096) -> list[tuple[int, Plan]]:
+    """(first T, plan) of each range of T = 1 .. longest on which one plan serves calls with aligned rows."""
+    tma = dtype.itemsize == 2 and N % 8 == 0 and H % 8 == 0
+    ranges = []
+    for T in range(1, longest + 1):
+        plan = choose(Call(op, T, N, H, dtype, arch, tma))
+        if not ranges or ranges[-1][1] != plan:
+            ranges.append((T, plan))
+    return ranges
 
 
 def overrides(text: str) -> dict[str, str]:

@@ -19,7 +19,7 @@ _NEURON_BLOCK = tl.constexpr(NEURON_BLOCK)
 
 @triton.jit
 def entries(row_circuit_ptr, offsets_ptr, stride_offsets_k, n_circuits, t, t_mask, n_first, n_last):
-    """Each token's range of entries in the NEURON_BLOCKs that hold neurons n_first .. n_last - 1, ``[BLOCK_T]`` twice."""
+    """Each token's first entry, and one past its last, in the NEURON_BLOCKs of neurons n_first .. n_last - 1."""
     circuit = tl.load(row_circuit_ptr + t, mask=t_mask, other=-1)
     steered = (circuit >= 0) & (circuit < n_circuits)
     row = offsets_ptr + circuit.to(tl.int64) * stride_offsets_k

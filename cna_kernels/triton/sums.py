@@ -27,6 +27,155 @@ def add_row(ptr, part, row, n, mask, value, SPLIT: tl.constexpr):
 
 
 @triton.jit
+def no_sums(COLUMNS: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_N: tl.constexpr):
+    """Zeros for ``added`` to add to: a tuple with one [BLOCK_N] a column, or one [BLOCK_C, BLOCK_N] for all."""
+    if BLOCK_C == 0:
+        return (tl.zeros([BLOCK_N], tl.float32),) * COLUMNS
+    else:
+        return (tl.zeros([BLOCK_C, BLOCK_N], tl.float32),) * min(COLUMNS, 1)
+
+
+@triton.jit
+def added(
+    act,
+    weight_row,
+    t_mask,
+    c_first,
+    sums,
+    squares,
+    C: tl.constexpr,
+    SUM: tl.constexpr,
+    SUMSQ: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+):
+    """The sums with one tile act ``[BLOCK_T, BLOCK_N]`` added, for kernels whose threads lie along the neurons.
+
+    A few columns (BLOCK_C = 0) by fp32 multiply-adds; many on the matrix units, BLOCK_C of them from c_first on.
+    tf32x3 splits each fp32 factor into tf32 parts: its error is that of fp32, and bf16 and fp16 values are exact.
+    """
+    if BLOCK_C == 0:
+        weight = ()
+        counted = t_mask != t_mask
+        for c in tl.static_range(C):
+            weight = weight + (tl.load(weight_row + c, mask=t_mask, other=0.0),)
+            counted = counted | (weight[c] != 0.0)
+        act = tl.where(counted[:, None], act.to(tl.float32), 0.0)
+        new_sums, new_squares = (), ()
+        for c in tl.static_range(C):
+            weighted = weight[c][:, None] * act
+            if SUM:
+                new_sums = new_sums + (sums[c] + tl.sum(weighted, axis=0),)
+            if SUMSQ:
+                new_squares = new_squares + (squares[c] + tl.sum(weighted * act, axis=0),)
+        return new_sums, new_squares
+    else:
+        c = c_first + tl.arange(0, BLOCK_C)
+        mask = (c < C)[:, None] & t_mask[None, :]
+        weight = tl.load(weight_row[None, :] + c[:, None], mask=mask, other=0.0)  # [BLOCK_C, BLOCK_T]
+        counted = tl.max((weight != 0.0).to(tl.int32), axis=0) > 0
+        act = tl.where(counted[:, None], act.to(tl.float32), 0.0)
+        new_sums, new_squares = sums, squares
+        if SUM:
+            new_sums = (tl.dot(weight, act, sums[0], input_precision="tf32x3"),)
+        if SUMSQ:
+            new_squares = (tl.dot(weight, act * act, squares[0], input_precision="tf32x3"),)
+        return new_sums, new_squares
+
+
+@triton.jit
+def put_sums(
+    sums,
+    squares,
+    run,
+    c_first,
+    n,
+    n_mask,
+    sum_ptr,
+    sumsq_ptr,
+    stride_sum_c,
+    stride_sumsq_c,
+    N: tl.constexpr,
+    C: tl.constexpr,
+    SUM: tl.constexpr,
+    SUMSQ: tl.constexpr,
+    SPLIT: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+):
+    """Hand over what ``added`` has gathered for neurons n: to the sums themselves, or as part ``run``."""
+    part = tl.cast(run, tl.int64) * ((SUM + SUMSQ) * C * N)
+    step_sum = tl.cast(stride_sum_c, tl.int64)
+    step_sumsq = tl.cast(stride_sumsq_c, tl.int64)
+    if BLOCK_C == 0:
+        for c in tl.static_range(C):
+            if SUM:
+                add_row(sum_ptr, part + c * N, c * step_sum, n, n_mask, sums[c], SPLIT)
+            if SUMSQ:
+                add_row(sumsq_ptr, part + (c + SUM * C) * N, c * step_sumsq, n, n_mask, squares[c], SPLIT)
+    else:
+        c = c_first + tl.arange(0, BLOCK_C)[:, None]
+        mask = (c < C) & n_mask[None, :]
+        if SUM:
+            add_row(sum_ptr, part + c * N, c * step_sum, n[None, :], mask, sums[0], SPLIT)
+        if SUMSQ:
+            add_row(sumsq_ptr, part + (c + SUM * C) * N, c * step_sumsq, n[None, :], mask, squares[0], SPLIT)
+
+
+@triton.jit
+def sum_run(
+    act_ptr,
+    stride_act_t,
+    weight_ptr,
+    stride_weight_t,
+    t_first,
+    t_last,
+    run,
+    n,
+    n_mask,
+    c_first,
+    sum_ptr,
+    sumsq_ptr,
+    stride_sum_c,
+    stride_sumsq_c,
+    N: tl.constexpr,
+    C: tl.constexpr,
+    SUM: tl.constexpr,
+    SUMSQ: tl.constexpr,
+    SPLIT: tl.constexpr,
+    BLOCK_T: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+):
+    """Read act[t_first:t_last, n] and add its sums, BLOCK_T tokens at a time."""
+    sums = no_sums(C * SUM, BLOCK_C, BLOCK_N)
+    squares = no_sums(C * SUMSQ, BLOCK_C, BLOCK_N)
+    for t_start in tl.range(t_first, t_last, BLOCK_T, num_stages=2):
+        t = (t_start + tl.arange(0, BLOCK_T)).to(tl.int64)
+        t_mask = t < t_last
+        mask = t_mask[:, None] & n_mask[None, :]
+        act = tl.load(act_ptr + t[:, None] * stride_act_t + n[None, :], mask=mask, other=0.0)
+        weight_row = weight_ptr + t * stride_weight_t
+        sums, squares = added(act, weight_row, t_mask, c_first, sums, squares, C, SUM, SUMSQ, BLOCK_C)
+    put_sums(
+        sums,
+        squares,
+        run,
+        c_first,
+        n,
+        n_mask,
+        sum_ptr,
+        sumsq_ptr,
+        stride_sum_c,
+        stride_sumsq_c,
+        N,
+        C,
+        SUM,
+        SUMSQ,
+        SPLIT,
+        BLOCK_C,
+    )
+
+
+@triton.jit
 def add_tile(
     act,
     weight_ptr,
@@ -47,7 +196,7 @@ def add_tile(
     SPLIT: tl.constexpr,
     TOKEN_AXIS: tl.constexpr,
 ):
-    """Add the sums over all tokens of one finished act tile; the token axis is TOKEN_AXIS of its two."""
+    """Add the sums over all tokens of one finished act tile, however its threads lie; tokens are axis TOKEN_AXIS."""
     neuron_axis: tl.constexpr = 1 - TOKEN_AXIS
     counted = t_mask != t_mask
     row = weight_ptr + t.to(tl.int64) * stride_weight_t
@@ -63,7 +212,8 @@ def add_tile(
             add_row(sum_ptr, part + c * N, tl.cast(c, tl.int64) * stride_sum_c, n, n_mask, total, SPLIT)
         if SUMSQ:
             total = tl.sum(weighted * act, axis=TOKEN_AXIS)
-            add_row(sumsq_ptr, part + (c + SUM * C) * N, tl.cast(c, tl.int64) * stride_sumsq_c, n, n_mask, total, SPLIT)
+            here = part + (c + SUM * C) * N
+            add_row(sumsq_ptr, here, tl.cast(c, tl.int64) * stride_sumsq_c, n, n_mask, total, SPLIT)
 
 
 @triton.jit(do_not_specialize=["R"])
@@ -78,6 +228,7 @@ def _fold_kernel(
     C: tl.constexpr,
     SUM: tl.constexpr,
     SUMSQ: tl.constexpr,
+    PDL: tl.constexpr,
     BLOCK_R: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
@@ -86,6 +237,8 @@ def _fold_kernel(
     n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     n_mask = n < N
     total = tl.zeros([BLOCK_N], tl.float32)
+    if PDL:
+        tl.extra.cuda.gdc_wait()
     for r_start in range(0, R, BLOCK_R):
         r = (r_start + tl.arange(0, BLOCK_R)).to(tl.int64)
         part = part_ptr + (r[:, None] * ((SUM + SUMSQ) * C) + column) * N + n[None, :]
@@ -101,6 +254,17 @@ def _fold_kernel(
         add_row(sumsq_ptr, 0, column * stride_sumsq_c, n, n_mask, total, False)
 
 
+# A column costs a multiply-add or two for each element; with more the matrix units take over (8 columns spill).
+FEW_COLUMNS = 4
+
+
+def columns_at_once(n_columns: int, arch: int) -> int:
+    """BLOCK_C of ``added``: 0 for a few columns, else how many a program takes; sm_80 has registers for 32."""
+    if n_columns <= FEW_COLUMNS:
+        return 0
+    return min(64 if arch >= 90 else 32, max(16, triton.next_power_of_2(n_columns)))
+
+
 class Sums:
     """The sums of one call as kernel arguments, with a workspace where ``runs`` programs share a neuron.
 
@@ -111,7 +275,7 @@ class Sums:
     """
 
     def __init__(self, weight, act_sum, act_sumsq, runs: int, n_neurons: int):
-        self.weight, self.act_sum, self.act_sumsq, self.runs, self.n_neurons = weight, act_sum, act_sumsq, runs, n_neurons
+        self.weight, self.act_sum, self.act_sumsq = weight, act_sum, act_sumsq
         self.n_columns = 0 if weight is None else weight.shape[1]
         if self.n_columns == 0:
             self.weight = self.act_sum = self.act_sumsq = None
@@ -160,4 +324,5 @@ class Sums:
             BLOCK_N=128,
             num_warps=4,
             device=self.part.device,
+            **launch.dependent(self.part.device),
         )

@@ -23,7 +23,7 @@ import triton.language as tl
 from . import launch
 from .cost import Cost, instructions
 from .steer import Steer, entries, steer_stored
-from .sums import Sums, add_row
+from .sums import Sums, added, columns_at_once, no_sums, put_sums
 from .tiles import silu_mul
 
 
@@ -59,6 +59,8 @@ def _swiglu_kernel(
     BLOCK_T: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_C: tl.constexpr,
+    STEER_T: tl.constexpr,
+    STAGES: tl.constexpr,
 ):
     """Without GATED, gate_ptr holds act as computed elsewhere, which is only summed, copied and scaled."""
     dtype: tl.constexpr = act_ptr.dtype.element_ty
@@ -70,9 +72,9 @@ def _swiglu_kernel(
     t_last = tl.minimum(t_first + rows_per_program, T)
     c_first = tl.program_id(2) * BLOCK_C  # more columns than BLOCK_C: programs further along axis 2 add them
     n_stored = tl.where(tl.program_id(2) == 0, N, 0)
-    sums = _no_sums(C * SUM, BLOCK_C, BLOCK_N)
-    squares = _no_sums(C * SUMSQ, BLOCK_C, BLOCK_N)
-    for t_start in range(t_first, t_last, BLOCK_T):
+    sums = no_sums(C * SUM, BLOCK_C, BLOCK_N)
+    squares = no_sums(C * SUMSQ, BLOCK_C, BLOCK_N)
+    for t_start in tl.range(t_first, t_last, BLOCK_T, num_stages=STAGES):
         t = (t_start + tl.arange(0, BLOCK_T)).to(tl.int64)
         t_mask = t < t_last
         mask = t_mask[:, None] & n_mask[None, :]
@@ -84,89 +86,37 @@ def _swiglu_kernel(
             tl.store(act_ptr + t[:, None] * N + n[None, :], act, mask=t_mask[:, None] & (n < n_stored)[None, :])
         if SUM or SUMSQ:
             weight_row = weight_ptr + t * stride_weight_t
-            sums, squares = _added(act, weight_row, t_mask, c_first, sums, squares, C, SUM, SUMSQ, BLOCK_T, BLOCK_C)
+            sums, squares = added(act, weight_row, t_mask, c_first, sums, squares, C, SUM, SUMSQ, BLOCK_C)
 
     if SUM or SUMSQ:
-        part = (run * (SUM + SUMSQ) * C).to(tl.int64) * N  # where this run's part of the workspace begins
-        if BLOCK_C == 0:
-            for c in tl.static_range(C):
-                if SUM:
-                    add_row(sum_ptr, part + c * N, c * stride_sum_c, n, n_mask, sums[c], SPLIT)
-                if SUMSQ:
-                    add_row(sumsq_ptr, part + (c + SUM * C) * N, c * stride_sumsq_c, n, n_mask, squares[c], SPLIT)
-        else:
-            c = c_first + tl.arange(0, BLOCK_C)[:, None]
-            mask = (c < C) & n_mask[None, :]
-            if SUM:
-                add_row(sum_ptr, part + c * N, c * stride_sum_c, n[None, :], mask, sums[0], SPLIT)
-            if SUMSQ:
-                add_row(sumsq_ptr, part + (c + SUM * C) * N, c * stride_sumsq_c, n[None, :], mask, squares[0], SPLIT)
+        put_sums(
+            sums,
+            squares,
+            run,
+            c_first,
+            n,
+            n_mask,
+            sum_ptr,
+            sumsq_ptr,
+            stride_sum_c,
+            stride_sumsq_c,
+            N,
+            C,
+            SUM,
+            SUMSQ,
+            SPLIT,
+            BLOCK_C,
+        )
 
     if STEER and tl.program_id(2) == 0:
         tl.debug_barrier()
         n_last = tl.minimum(n_first + BLOCK_N, N)
-        for t_start in range(t_first, t_last, 32):
-            t = t_start + tl.arange(0, 32)
+        for t_start in range(t_first, t_last, STEER_T):
+            t = t_start + tl.arange(0, STEER_T)
             start, end = entries(
                 row_circuit_ptr, offsets_ptr, stride_offsets_k, n_circuits, t, t < t_last, n_first, n_last
             )
             steer_stored(act_ptr, N, index_ptr, value_ptr, t, start, end, n_first, n_last, 4)
-
-
-@triton.jit
-def _no_sums(COLUMNS: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_N: tl.constexpr):
-    """Zeros to add to: a tuple with one [BLOCK_N] for each column, or one [BLOCK_C, BLOCK_N] for all."""
-    if BLOCK_C == 0:
-        return (tl.zeros([BLOCK_N], tl.float32),) * COLUMNS
-    else:
-        return (tl.zeros([BLOCK_C, BLOCK_N], tl.float32),) * min(COLUMNS, 1)
-
-
-@triton.jit
-def _added(
-    act,
-    weight_row,
-    t_mask,
-    c_first,
-    sums,
-    squares,
-    C: tl.constexpr,
-    SUM: tl.constexpr,
-    SUMSQ: tl.constexpr,
-    BLOCK_T: tl.constexpr,
-    BLOCK_C: tl.constexpr,
-):
-    """The sums with one tile of tokens added: by fp32 multiply-adds for a few columns, on the matrix units for many.
-
-    tf32x3 splits each fp32 factor into tf32 parts: its error is that of fp32, and bf16 and fp16 values are exact.
-    """
-    if BLOCK_C == 0:
-        weight = ()
-        counted = t_mask != t_mask
-        for c in tl.static_range(C):
-            weight = weight + (tl.load(weight_row + c, mask=t_mask, other=0.0),)
-            counted = counted | (weight[c] != 0.0)
-        act = tl.where(counted[:, None], act.to(tl.float32), 0.0)
-        new_sums, new_squares = (), ()
-        for c in tl.static_range(C):
-            weighted = weight[c][:, None] * act
-            if SUM:
-                new_sums = new_sums + (sums[c] + tl.sum(weighted, axis=0),)
-            if SUMSQ:
-                new_squares = new_squares + (squares[c] + tl.sum(weighted * act, axis=0),)
-        return new_sums, new_squares
-    else:
-        c = c_first + tl.arange(0, BLOCK_C)
-        mask = (c < C)[:, None] & t_mask[None, :]
-        weight = tl.load(weight_row[None, :] + c[:, None], mask=mask, other=0.0)  # [BLOCK_C, BLOCK_T]
-        counted = tl.max((weight != 0.0).to(tl.int32), axis=0) > 0
-        act = tl.where(counted[:, None], act.to(tl.float32), 0.0)
-        new_sums, new_squares = sums, squares
-        if SUM:
-            new_sums = (tl.dot(weight, act, sums[0], input_precision="tf32x3"),)
-        if SUMSQ:
-            new_squares = (tl.dot(weight, act * act, squares[0], input_precision="tf32x3"),)
-        return new_sums, new_squares
 
 
 class Config(NamedTuple):
@@ -175,29 +125,29 @@ class Config(NamedTuple):
     BLOCK_C: int  # columns added on the matrix units at a time, 0: one by one
     rows: int  # tokens of one program
     num_warps: int
+    stages: int  # of the loop over tokens
 
 
-# A column costs one multiply-add for each element; from this many on the matrix units take over.
-FEW_COLUMNS = 8
+def _launch_config(T: int, N: int, columns: int, n_sm: int, arch: int) -> Config:
+    """By arithmetic, unmeasured. 1024 neurons for 4 warps are one 16-byte load a thread.
 
-
-def _launch_config(T: int, N: int, columns: int, n_sm: int) -> Config:
-    """By arithmetic, unmeasured. 1024 neurons for 4 warps are one 16-byte load a thread; BLOCK_T = 4 tokens of gate
-    and up keep 8 of those in flight, 32 KB on a multiprocessor with 2 programs (23 KB cover its latency). With sums,
-    about 2 programs a multiprocessor in all: parts of the workspace grow with the programs, not with the tokens.
+    Without sums many short programs hide each other's waits. With sums about 2 long ones a multiprocessor, because
+    parts of the workspace grow with the programs: they fetch 2 tiles ahead, 16 KB each of gate and up (23 KB in
+    flight cover a multiprocessor's share of the bandwidth).
     """
-    if columns > FEW_COLUMNS:  # with 4 warps some numbers of columns spill
-        block_t, block_n, block_c, num_warps = 32, 64, min(64, triton.next_power_of_2(columns)), 8
+    block_c = columns_at_once(columns, arch)
+    if block_c:  # with 4 warps some numbers of columns spill
+        block_t, block_n, num_warps = 32, 64, 8
     else:
-        block_t, block_n, block_c, num_warps = 4, min(1024, max(16, triton.next_power_of_2(N))), 0, 4
+        block_t, block_n, num_warps = 4, min(1024, max(16, triton.next_power_of_2(N))), 4
     runs = max(1, 2 * n_sm // triton.cdiv(N, block_n))
     rows = max(triton.cdiv(T, runs), block_t) if columns else 4 * block_t
-    return Config(block_t, block_n, block_c, triton.cdiv(rows, block_t) * block_t, num_warps)
+    return Config(block_t, block_n, block_c, triton.cdiv(rows, block_t) * block_t, num_warps, 3 if columns else 1)
 
 
 def per_element(C: int, both: bool = False) -> float:
-    """Instructions for one element (sm_90, bf16) with C <= FEW_COLUMNS columns of one kind of sum, or of both."""
-    return 13.0 + (1.0 + (5.2 if both else 3.2) * C if C else 0.0)
+    """Instructions for one element (sm_90, bf16) with C <= sums.FEW_COLUMNS columns of one kind of sum, or of both."""
+    return 13.0 + (2.0 + (5.7 if both else 3.5) * C if C else 0.0)
 
 
 def cost(T: int, N: int, C: int, itemsize: int = 2) -> Cost:
@@ -224,7 +174,7 @@ def act_pass(act, *, weight=None, act_sum=None, act_sumsq=None, scale=None, row_
 def _pass(gate, up, act, weight, act_sum, act_sumsq, scale, row_circuit):
     T, N = gate.shape
     C = 0 if weight is None else weight.shape[1]
-    config = _launch_config(T, N, C, launch.n_multiprocessors(gate.device))
+    config = _launch_config(T, N, C, launch.n_multiprocessors(gate.device), launch.arch(gate.device))
     runs = triton.cdiv(T, config.rows)
     sums, steer = Sums(weight, act_sum, act_sumsq, runs, N), Steer(scale, row_circuit)
     launch.launch(
@@ -249,6 +199,8 @@ def _pass(gate, up, act, weight, act_sum, act_sumsq, scale, row_circuit):
         BLOCK_T=config.BLOCK_T,
         BLOCK_N=config.BLOCK_N,
         BLOCK_C=config.BLOCK_C,
+        STEER_T=min(128, triton.next_power_of_2(config.rows)),
+        STAGES=config.stages,
         num_warps=config.num_warps,
         device=gate.device,
     )
