@@ -100,6 +100,9 @@ def _compile(arch, kernel, grid, args, options) -> Compiled:
         if log.getvalue():
             _LOGS[compiled.hash] = log.getvalue()
         _read_cuda(result, _LOGS[compiled.hash], compiled.asm["cubin"])
+    else:
+        found = dict(re.findall(r"\.(vgpr_count|vgpr_spill_count):\s+(\d+)", compiled.asm["amdgcn"]))
+        result.registers, result.spills = int(found["vgpr_count"]), int(found["vgpr_spill_count"])
     return result
 
 

@@ -2,9 +2,10 @@
 
     python bench/compile_gate.py --out DIR [--targets 80,90,100,gfx942] [--quick]
 
-Writes DIR/compile_gate_<triton version>.json and .md. A row fails on a register spill, on ptxas serialising matrix
-instructions (notice C75xx), on a bf16 or fp16 product on sm_90 without wgmma (HGMMA), on more shared memory than a
-program may use, and on instruction counts that the kernel's ``cost`` does not foresee. Exit code 1 if any row fails.
+Writes DIR/compile_gate_triton_<version>.json and .md, and with them the times that the cost functions predict. A row
+fails on a register spill, on ptxas serialising matrix instructions (notice C75xx), on a bf16 or fp16 product on sm_90
+without wgmma (HGMMA), on more shared memory than a program may use, and on instruction counts that the kernel's
+``cost`` does not foresee. Exit code 1 if any row fails.
 """
 
 from __future__ import annotations
@@ -23,8 +24,11 @@ import triton
 import aot
 from cna_kernels.reference import NEURON_BLOCK, Scale
 from cna_kernels.triton import down_decode, gate_up_decode, sums, swiglu
+from cna_kernels.triton.cost import H200
 from cna_kernels.triton.down_decode import down_gemv, down_split
+from cna_kernels.triton.down_proj import cost as down_proj_cost
 from cna_kernels.triton.down_proj import down_proj
+from cna_kernels.triton.gate_up import cost as gate_up_cost
 from cna_kernels.triton.gate_up import gate_up
 from shapes import MODELS
 
@@ -220,17 +224,39 @@ def failures(row, target):
     return found
 
 
+PREDICTED = ["model", "T", "kernel", "megabytes", "memory_us", "matrix_us", "issue_us", "bound"]
 COLUMNS = ["kernel", "target", "model", "T", "dtype", "feature", "registers", "spill_bytes", "shared"]
 COLUMNS += ["HGMMA", "UTCMMA", "HMMA", "load128", "tma", "MUFU", "all", "per_item", "notices", "failures"]
 
 
-def markdown(rows, title):
-    lines = [title, "", "| " + " | ".join(COLUMNS) + " |", "|" + "---|" * len(COLUMNS)]
+def table(rows, columns):
+    lines = ["| " + " | ".join(columns) + " |", "|" + "---|" * len(columns)]
     for row in rows:
-        cells = [row.get(name) for name in COLUMNS]
+        cells = [row.get(name) for name in columns]
         cells = ["" if c is None else "; ".join(c) if isinstance(c, list) else str(c) for c in cells]
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines) + "\n"
+
+
+def predictions():
+    """What the kernels' cost functions predict for an H200 with two columns of sums: table rows."""
+    for model, (H, N) in MODELS.items():
+        for T, name, cost in (
+            (1, "gate_up_gemv", gate_up_decode.cost(1, N, H)),
+            (1, "down_gemv", down_decode.cost(1, N, H, gemv=True)),
+            (16, "gate_up_flat", gate_up_decode.cost(16, N, H)),
+            (16, "down_split", down_decode.cost(16, N, H)),
+            (64, "gate_up_flat", gate_up_decode.cost(64, N, H)),
+            (64, "down_split", down_decode.cost(64, N, H)),
+            (4096, "swiglu", swiglu.cost(4096, N, 2)),
+            (4096, "down_proj", down_proj_cost(4096, N, H, 2)),
+            (4096, "gate_up", gate_up_cost(4096, N, H, 2)),
+        ):
+            times = cost.seconds(H200)
+            bound = max(times, key=times.get)
+            yield dict(model=model, T=T, kernel=name, megabytes=round(cost.bytes / 1e6, 1), bound=bound) | {
+                f"{resource}_us": round(1e6 * seconds, 1) for resource, seconds in times.items()
+            }
 
 
 def main():
@@ -254,8 +280,13 @@ def main():
     )
     args.out.mkdir(parents=True, exist_ok=True)
     name = f"compile_gate_triton_{triton.__version__}"
-    (args.out / f"{name}.json").write_text(json.dumps(dict(triton=triton.__version__, rows=rows), indent=0) + "\n")
-    (args.out / f"{name}.md").write_text(markdown(rows, f"# Compile gate\n\n{summary}"))
+    predicted = list(predictions())
+    everything = dict(triton=triton.__version__, rows=rows, predicted=predicted)
+    (args.out / f"{name}.json").write_text(json.dumps(everything, indent=0) + "\n")
+    (args.out / f"{name}.md").write_text(
+        f"# Compile gate\n\n{summary}\n\n{table(rows, COLUMNS)}\n"
+        f"# Predicted for an {H200.name}, bf16, two columns of sums\n\n{table(predicted, PREDICTED)}"
+    )
     for name in names:
         of = [row for row in rows if row["kernel"] == name]
         most = max(of, key=lambda row: row["registers"])

@@ -11,8 +11,10 @@ import pytest
 import torch
 
 from cna_kernels import make_scale, ops
+from cna_kernels.model import load
 from cna_kernels.triton import plan
 from op_cases import DTYPES, assert_close, exact, make_case, torch_same_dtype
+from tiny import write_language_model
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 WHERE = "cuda" if DEVICE == "cuda" else "interpreted"
@@ -293,6 +295,39 @@ def test_compile_fullgraph(op):
             got = compiled(inputs, traced)
         assert torch.equal(got, call(*inputs, **eager, backend="triton") + 1)
         assert torch.equal(traced["act_sum"], eager["act_sum"])
+
+
+@pytest.mark.parametrize("op", ["gated_mlp", "swiglu", "down_proj"])
+def test_opcheck(op):
+    case = exact_case((7, 48, 24), torch.float32)
+    extras = on_device(case.extras())
+    sums = [extras[name] for name in ("weight", "act_sum", "act_sumsq")]
+    arguments = (
+        *(part.to(DEVICE) for part in case.inputs(op)),
+        *sums,
+        *extras["scale"],
+        extras["row_circuit"],
+        "triton",
+    )
+    result = torch.library.opcheck(getattr(torch.ops.cna_kernels, op).default, arguments)
+    assert set(result.values()) == {"SUCCESS"}
+
+
+def test_a_model_gives_the_same_circuit_and_answers(monkeypatch, tmp_path):
+    """Discovery and steered decoding of a tiny checkpoint: the kernels against the definition."""
+    model = load(write_language_model(tmp_path), device=DEVICE, dtype="float32")
+    found = {}
+    for backend in ("reference", "triton"):
+        monkeypatch.setenv("CNA_BACKEND", backend)
+        circuit = model.discover(
+            positive=["open it", "why"], negative=["yes", "no no"], top_k=6, universal_prompts=False
+        )
+        answers = [model.generate("go on", circuit=circuit, multiplier=m, max_new_tokens=3) for m in (1.0, 0.0, 4.0)]
+        found[backend] = circuit, answers
+    (expected, expected_answers), (circuit, answers) = found["reference"], found["triton"]
+    assert [n[:2] for n in circuit.neurons] == [n[:2] for n in expected.neurons]
+    assert [n[2] for n in circuit.neurons] == pytest.approx([n[2] for n in expected.neurons], rel=1e-4)
+    assert answers == expected_answers
 
 
 @pytest.mark.skipif(DEVICE == "cpu", reason="needs a GPU")
