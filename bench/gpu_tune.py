@@ -1,0 +1,103 @@
+"""Launch tables for ``bench/gpu.py --tune``: what to change in each, and one job that tries it."""
+
+from __future__ import annotations
+
+import itertools
+from importlib import import_module
+
+import torch
+
+from cna_kernels import ops
+from gpu_timing import brief, ours, relative
+
+# Kernel -> module, launch table, op, plan that runs the kernel, and what to change in an entry. The products within a
+# group are tried, the groups one after the other.
+LAUNCH_TABLES = {
+    "gate_up_gemv": ("gate_up_decode", "_launch_config", "gated_mlp", "gemv", [
+        dict(BLOCK_N=(2, 4, 8), num_stages=(2, 3, 4)), dict(BLOCK_K=(512, 2048), BLOCK_N=(4, 8)),
+        dict(num_warps=(2, 8)),
+    ]),
+    "down_gemv": ("down_decode", "_gemv_config", "gated_mlp", "gemv", [
+        dict(BLOCK_H=(2, 4, 8, 16), BLOCK_N=(512, 1024, 2048)), dict(num_warps=(2, 8), BLOCK_N=(1024, 2048)),
+    ]),
+    "gate_up_flat": ("gate_up_decode", "_launch_config", "gated_mlp", "flat", [
+        dict(BLOCK_N=(32, 64), BLOCK_K=(64, 128), num_stages=(3, 4, 5)), dict(num_warps=(8,), BLOCK_N=(64, 128)),
+        dict(BLOCK_K=(256,), num_stages=(2, 3)),
+    ]),
+    "down_split": ("down_decode", "_split_config", "down_proj", "split", [
+        dict(BLOCK_H=(64, 128), BLOCK_N=(64, 128), num_stages=(3, 4, 5)), dict(SPLIT_N=(1024, 2048, 4096, 8192, 16384)),
+        dict(num_warps=(8,), BLOCK_H=(128,)), dict(BLOCK_N=(256,), num_stages=(2, 3)),
+    ]),
+    "down_proj": ("down_proj", "_launch_config", "down_proj", "tma", [
+        dict(BLOCK_T=(128,), BLOCK_H=(128, 256), GROUP_T=(4, 8, 16), num_stages=(3, 4)),
+        dict(BLOCK_T=(64,), BLOCK_H=(256,)), dict(BLOCK_H=(128,), num_warps=(4,), num_stages=(4,)),
+    ]),
+    "gate_up": ("gate_up", "_launch_config", "gated_mlp", "fused", [
+        dict(GROUP_T=(4, 8, 16), num_stages=(3, 4)), dict(BLOCK_N=(64,), num_stages=(4, 5)), dict(BLOCK_T=(64,)),
+    ]),
+    "swiglu": ("swiglu", "_launch_config", "swiglu", "", [
+        dict(BLOCK_T=(2, 4, 8), stages=(2, 3, 4)), dict(rows=(16, 32, 64, 128, 256, 512)),
+        dict(BLOCK_N=(512, 2048), BLOCK_T=(4, 8)), dict(num_warps=(8,), BLOCK_T=(4, 8)),
+    ]),
+}  # fmt: skip
+
+
+def changes(groups):
+    for group in groups:
+        for values in itertools.product(*group.values()):
+            yield dict(zip(group, values, strict=True))
+
+
+def tune(bench, kernel, model, T):
+    """Every change of one launch table against its present entry, through the op that runs the kernel."""
+    module, function, op, name, groups = LAUNCH_TABLES[kernel]
+    module = import_module(f"cna_kernels.triton.{module}")
+    present = getattr(module, function)
+    H, N = bench.models[model]
+    weight, steering, layers = bench.weight(T), bench.steering(T, N, 1), bench.layers(model, T)
+    if op == "swiglu":
+        layers = [bench.random(T, 2 * N) for _ in layers]
+        sums = dict(weight=weight, act_sum=bench.random(2, N, dtype=torch.float32), **steering)
+        call = lambda both: ops.swiglu(*both.chunk(2, dim=-1), **sums, backend="triton")  # noqa: E731
+    else:
+        x = bench.random(T, H if op == "gated_mlp" else N)
+        call = ours(x, name, weight, steering, op)
+    entry = []
+
+    def with_table(table):
+        def run(layer):
+            setattr(module, function, table)
+            try:
+                return call(layer)
+            finally:
+                setattr(module, function, present)
+
+        return run
+
+    def changed(change):
+        return with_table(lambda *given, **named: present(*given, **named)._replace(**change))
+
+    expected = with_table(lambda *given, **named: entry.append(present(*given, **named)) or entry[-1])(layers[0])
+    runs, failures = {"default": call}, {}
+    for each in itertools.islice(changes(groups), 3 if bench.mode == "dry" else None):
+        change = {field: value for field, value in each.items() if getattr(entry[0], field, None) != value}
+        label = ", ".join(f"{field}={value}" for field, value in change.items())
+        if not change or label in runs or label in failures:
+            continue
+        try:
+            off = relative(changed(change)(layers[0]), expected)
+            if off < 1e-2:
+                runs[label] = changed(change)
+            else:
+                failures[label] = f"differs by {off:.1e}"
+        except Exception as error:
+            failures[label] = brief(error)
+            bench.synchronize()
+    times = bench.measure(runs, layers)
+    medians = {label: times.median(label) for label in times.times}
+    best = min(medians, key=medians.get)
+    all_ratios = {label: times.row("", model, T, label, "default")["ratio"] for label in medians}
+    row = times.row(
+        "tune", model, T, best, "default", kernel=kernel, all=all_ratios, failures=failures | times.failures
+    )
+    yield dict(row, entry=str(entry[0]), note=f"{kernel} {entry[0]}; {len(medians)} tried, {len(failures)} failed")
