@@ -13,7 +13,7 @@ import compile_gate
 GOOD = dict(
     kernel="swiglu_kernel", op="swiglu", T=4096, dtype="bf16", feature="both", registers=96, spill_bytes=0, shared=32832
 )
-GOOD |= dict(HGMMA=0, HMMA=0, UTCMMA=0, load128=24, local=0, per_item=22.0, notices=[])
+GOOD |= dict(model="Llama-3.1-8B", HGMMA=0, HMMA=0, UTCMMA=0, load128=24, local=0, per_item=22.0, notices=[])
 PRODUCT = GOOD | dict(kernel="down_proj_kernel", op="down_proj", HGMMA=4, per_item=None)
 
 

@@ -213,7 +213,7 @@ def down_proj(act, w_down, *, weight=None, act_sum=None, act_sumsq=None, scale=N
         BLOCK_H=config.BLOCK_H,
         BLOCK_N=config.BLOCK_N,
         GROUP_T=config.GROUP_T,
-        SUM_T=32 if block_c else 16,
+        SUM_T=32 if block_c else 8,
         SUM_N=64 if block_c else 1024,
         BLOCK_C=block_c,
         COLUMN_RUNS=triton.cdiv(sums.n_columns, block_c) if block_c else 1,
