@@ -27,7 +27,7 @@ import triton.language as tl
 from ..reference import NEURON_BLOCK
 from . import launch
 from .cost import Cost, instructions
-from .steer import Steer, entries, next_steered, steer_tile
+from .steer import ANY_ALIGNMENT, Steer, entries, next_steered, steer_tile
 from .sums import Sums, add_tile
 from .tiles import dot, rounded, silu_mul
 
@@ -69,7 +69,7 @@ def _down_gemv_kernel(
         tl.store(y_ptr + t * H + h, rounded(tl.sum(ys[t], axis=1), y_ptr.dtype.element_ty), mask=h_mask)
 
 
-@triton.jit(do_not_specialize=["T", "n_circuits"])
+@triton.jit(do_not_specialize=["T", "n_circuits"], do_not_specialize_on_alignment=ANY_ALIGNMENT)
 def _down_split_kernel(
     act_ptr,
     up_ptr,
@@ -312,8 +312,8 @@ def down_split(
         BLOCK_N=config.BLOCK_N,
         num_warps=config.num_warps,
         num_stages=config.num_stages,
-        maxnreg=255,
         device=act.device,
+        **launch.all_registers(act.device),
         **(launch.dependent(act.device) if dependent else dict(PDL=False)),
     )
     if parts > 1:

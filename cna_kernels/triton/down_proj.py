@@ -31,7 +31,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from . import launch
 from .cost import Cost
-from .steer import Steer, entries, next_steered, steer_tile
+from .steer import ANY_ALIGNMENT, Steer, entries, next_steered, steer_tile
 from .sums import Sums, columns_at_once, sum_run
 from .swiglu import act_pass
 from .tiles import dot, rounded
@@ -46,7 +46,7 @@ def grouped_tile(tile, tiles_t, tiles_n, GROUP_T: tl.constexpr):
     return first + within % rows, within // rows
 
 
-@triton.jit(do_not_specialize=["T", "n_circuits"])
+@triton.jit(do_not_specialize=["T", "n_circuits"], do_not_specialize_on_alignment=ANY_ALIGNMENT)
 def _down_proj_kernel(
     act_desc,
     w_desc,
@@ -219,8 +219,8 @@ def down_proj(act, w_down, *, weight=None, act_sum=None, act_sumsq=None, scale=N
         COLUMN_RUNS=triton.cdiv(sums.n_columns, block_c) if block_c else 1,
         num_warps=config.num_warps,
         num_stages=config.num_stages,
-        maxnreg=255,  # else ptxas spills a little on sm_100 to fit a program more than shared memory has room for
         device=act.device,
+        **launch.all_registers(act.device),
     )
     sums.fold()
     return y

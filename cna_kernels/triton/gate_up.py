@@ -28,12 +28,12 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 from . import launch
 from .cost import Cost
 from .down_proj import grouped_tile
-from .steer import Steer, entries, steer_stored
+from .steer import ANY_ALIGNMENT, Steer, entries, steer_stored
 from .sums import Sums, add_tile
 from .tiles import dot, silu_mul
 
 
-@triton.jit(do_not_specialize=["T", "n_circuits"])
+@triton.jit(do_not_specialize=["T", "n_circuits"], do_not_specialize_on_alignment=ANY_ALIGNMENT)
 def _gate_up_kernel(
     x_desc,
     w_desc,
@@ -162,8 +162,8 @@ def gate_up(x, w_gate_up, *, weight=None, act_sum=None, act_sumsq=None, scale=No
         GROUP_T=config.GROUP_T,
         num_warps=config.num_warps,
         num_stages=config.num_stages,
-        maxnreg=255,
         device=x.device,
+        **launch.all_registers(x.device),
     )
     sums.fold()
     return act

@@ -25,12 +25,12 @@ import triton.language as tl
 
 from . import launch
 from .cost import Cost, instructions
-from .steer import Steer, entries, steer_stored
+from .steer import ANY_ALIGNMENT, Steer, entries, steer_stored
 from .sums import Sums, add_row, add_tile
 from .tiles import dot, silu_mul
 
 
-@triton.jit(do_not_specialize=["n_circuits"])
+@triton.jit(do_not_specialize=["n_circuits"], do_not_specialize_on_alignment=ANY_ALIGNMENT)
 def _gate_up_gemv_kernel(
     x_ptr,
     w_ptr,
@@ -117,7 +117,7 @@ def _gate_up_gemv_kernel(
         steer_stored(act_ptr, N, index_ptr, value_ptr, t, start, end, n_first, n_last, 32)
 
 
-@triton.jit(do_not_specialize=["T", "n_circuits"])
+@triton.jit(do_not_specialize=["T", "n_circuits"], do_not_specialize_on_alignment=ANY_ALIGNMENT)
 def _gate_up_flat_kernel(
     x_ptr,
     w_ptr,

@@ -48,6 +48,12 @@ def dependent(device: torch.device) -> dict:
     return dict(PDL=True, launch_pdl=True) if pdl else dict(PDL=False)
 
 
+def all_registers(device: torch.device) -> dict:
+    """Options of a launch whose programs may use every register: left alone, ptxas spills a little where that lets one
+    more program onto a multiprocessor."""
+    return dict(maxnreg=255) if arch(device) else {}
+
+
 @functools.cache
 def n_multiprocessors(device: torch.device) -> int:
     """Multiprocessors of the device: as on an H100 or H200 where code is only compiled, 8 where it is interpreted,

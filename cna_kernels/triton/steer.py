@@ -17,6 +17,10 @@ from .tiles import scaled
 _NEURON_BLOCK = tl.constexpr(NEURON_BLOCK)
 
 
+# Views of one table for all layers start anywhere: without this, each alignment would be compiled on its own.
+ANY_ALIGNMENT = ["row_circuit_ptr", "offsets_ptr", "index_ptr", "value_ptr"]
+
+
 @triton.jit
 def entries(row_circuit_ptr, offsets_ptr, stride_offsets_k, n_circuits, t, t_mask, n_first, n_last):
     """Each token's first entry, and one past its last, in the NEURON_BLOCKs of neurons n_first .. n_last - 1."""

@@ -22,12 +22,12 @@ import triton.language as tl
 
 from . import launch
 from .cost import Cost, instructions
-from .steer import Steer, entries, steer_stored
+from .steer import ANY_ALIGNMENT, Steer, entries, steer_stored
 from .sums import Sums, added, columns_at_once, no_sums, put_sums
 from .tiles import silu_mul
 
 
-@triton.jit(do_not_specialize=["T", "rows_per_program", "n_circuits"])
+@triton.jit(do_not_specialize=["T", "rows_per_program", "n_circuits"], do_not_specialize_on_alignment=ANY_ALIGNMENT)
 def _swiglu_kernel(
     gate_ptr,
     up_ptr,
@@ -202,7 +202,7 @@ def _pass(gate, up, act, weight, act_sum, act_sumsq, scale, row_circuit):
         STEER_T=min(128, triton.next_power_of_2(config.rows)),
         STAGES=config.stages,
         num_warps=config.num_warps,
-        maxnreg=255,  # else ptxas spills a little to fit one more program
         device=gate.device,
+        **launch.all_registers(gate.device),
     )
     sums.fold()
