@@ -95,7 +95,7 @@ CANARIES = [
         "gate_up_decode.py",
         "w = tl.load(w_row + k[None, :], mask=w_mask[:, None] & (k < H)[None, :], other=0.0)",
         "w = tl.load(w_row + k[None, :], mask=w_mask[:, None] & (k < H - 1)[None, :], other=0.0)",
-        "test_values and flat and 16x136x200-float32-plain",
+        "test_values and flat and 16x136x200-bfloat16-plain",
     ),
 ]
 

@@ -4,8 +4,8 @@
     act_sum[c, n]      += sum_t weight[t, c] * act[t, n]      act_sumsq likewise, both before scaling
     y[t, h]             = sum_n act[t, n] * scale[row_circuit[t], n] * w_down[h, n]
 
-``_down_gemv_kernel``, a token or two of finished act (a few in fp32): one program owns BLOCK_H outputs and streams
-their whole weight rows. H / 4 programs fill the device; nothing is split.
+``_down_gemv_kernel``, one token of finished act (a few in fp32): one program owns 2 to 8 outputs and streams their
+whole weight rows, the first of them while act is still being computed. Nothing is split.
 
 ``_down_split_kernel``: a program owns BLOCK_H outputs of BLOCK_T tokens and a run of the neurons, with the weights as
 the left factor of the matrix units. It stores its part of y in fp32 as ``[S, T, H]``; ``_fold_y_kernel`` adds the
@@ -205,8 +205,9 @@ MAX_GATED_TOKENS = 16
 
 
 def _gemv_config(H: int, itemsize: int, n_sm: int) -> Config:
-    """By arithmetic, unmeasured. As in gate_up_decode threads lie along the neurons. All programs run at once, about 6
-    a multiprocessor: a second round of the few that are left would take as long as the first.
+    """By arithmetic, unmeasured. As in gate_up_decode threads lie along the neurons. About 8 programs a multiprocessor:
+    they all run at once (47 and 64 registers for 2 and 4 rows) or, with 8 rows, in just under two full rounds. One row
+    more and a few programs would be left for a round of their own, as long as the first.
     """
     block_h = min(8, max(2, triton.next_power_of_2(triton.cdiv(H, 8 * n_sm))))
     return Config(1, block_h, 2048 // itemsize, 0, 4, 1)
@@ -313,7 +314,7 @@ def down_split(
         num_warps=config.num_warps,
         num_stages=config.num_stages,
         device=act.device,
-        **launch.all_registers(act.device),
+        **launch.registers(act.device),
         **(launch.dependent(act.device) if dependent else dict(PDL=False)),
     )
     if parts > 1:

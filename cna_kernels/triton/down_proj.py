@@ -220,7 +220,7 @@ def down_proj(act, w_down, *, weight=None, act_sum=None, act_sumsq=None, scale=N
         num_warps=config.num_warps,
         num_stages=config.num_stages,
         device=act.device,
-        **launch.all_registers(act.device),
+        **launch.registers(act.device),
     )
     sums.fold()
     return y

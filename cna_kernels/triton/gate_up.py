@@ -163,7 +163,7 @@ def gate_up(x, w_gate_up, *, weight=None, act_sum=None, act_sumsq=None, scale=No
         num_warps=config.num_warps,
         num_stages=config.num_stages,
         device=x.device,
-        **launch.all_registers(x.device),
+        **launch.registers(x.device),
     )
     sums.fold()
     return act
