@@ -203,6 +203,6 @@ def _pass(gate, up, act, weight, act_sum, act_sumsq, scale, row_circuit):
         STAGES=config.stages,
         num_warps=config.num_warps,
         device=gate.device,
-        **launch.registers(gate.device),
+        **(launch.registers(gate.device) if C else {}),
     )
     sums.fold()
