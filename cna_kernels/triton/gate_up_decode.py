@@ -277,6 +277,6 @@ def gate_up_decode(x, w_gate_up, *, weight=None, act_sum=None, act_sumsq=None, s
         num_warps=config.num_warps,
         num_stages=config.num_stages,
         device=x.device,
-        **(launch.registers(x.device, 168) if T > 1 else {}),  # one token: more programs at once are worth more
+        **(launch.registers(x.device) if T > 1 else {}),  # one token: more programs at once are worth more
     )
     return act

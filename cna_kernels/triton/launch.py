@@ -48,10 +48,10 @@ def dependent(device: torch.device) -> dict:
     return dict(PDL=True, launch_pdl=True) if pdl else dict(PDL=False)
 
 
-def registers(device: torch.device, most: int = 255) -> dict:
-    """Options of a launch whose threads may use so many registers: left alone, ptxas spills a little where that lets
-    one more program onto a multiprocessor."""
-    return dict(maxnreg=most) if arch(device) else {}
+def registers(device: torch.device) -> dict:
+    """Options of a launch whose threads may use all registers: left alone, ptxas spills a little where that lets one
+    more program onto a multiprocessor."""
+    return dict(maxnreg=255) if arch(device) else {}
 
 
 @functools.cache
