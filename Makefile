@@ -57,7 +57,7 @@ clean:
 $(BIN)/python:
 	$(PYTHON) -m venv .venv
 
-.venv/.installed: $(BIN)/python pyproject.toml constraints.txt
+.venv/.installed: $(BIN)/python pyproject.toml setup.py constraints.txt $(wildcard csrc/*.h csrc/*.cpp)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e .
 	touch $@
 

@@ -1,6 +1,6 @@
-"""The three public ops: check, dispatch. ``reference.py`` is their definition.
+"""The public ops: check, dispatch. ``reference.py`` is their definition.
 
-Each op does three jobs: its part of the MLP, the streaming sums of the activations, and the per-neuron scale.
+The first three do three jobs each: their part of the MLP, the streaming sums of the activations, and the per-neuron scale.
 They are registered with torch.library (namespace ``cna_kernels``), so ``torch.compile(fullgraph=True)`` sees one
 node per call. Gradients flow through the reference: where an input requires grad, the op runs it directly.
 """
@@ -8,6 +8,7 @@ node per call. Gradients flow through the reference: where an input requires gra
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from . import backends, reference
@@ -121,6 +122,29 @@ def down_proj(
         _refuse_backend_with_grad(backend)
         return reference.down_proj(act, w_down, **_keywords(*extras))
     return _down_proj(act, w_down, *extras, backend)
+
+
+def linear(x: Tensor, w: Tensor, bias: Tensor | None = None, *, backend: str | None = None) -> Tensor:
+    """Any other linear layer, ``y = x @ w^T + bias``: the CPU engine's products on CPUs, PyTorch's elsewhere.
+
+    Args:
+        x: ``[T, H]`` bf16, fp16 or fp32.
+        w: ``[O, H]``, same dtype.
+        bias: ``[O]``, same dtype.
+        backend: as in :func:`gated_mlp`.
+
+    Returns:
+        y ``[T, O]``.
+    """
+    if x.device.type != "cpu" or _needs_grad(x, w):
+        return F.linear(x, w, bias)
+    check_tensor("x", x, shape=(None, None), dtype=FLOATS)
+    check_tensor("w", w, shape=(None, x.shape[1]), dtype=x.dtype, device=x.device)
+    if bias is not None:
+        check_tensor("bias", bias, shape=(w.shape[0],), dtype=x.dtype, device=x.device)
+    if backends.name_for(x.device, backend) != "cpu":
+        return F.linear(x, w, bias)
+    return _linear(x, w, bias)
 
 
 def _check_extras(n_rows, n_neurons, device, weight, act_sum, act_sumsq, scale, row_circuit):
@@ -237,3 +261,15 @@ def _down_proj(
 @_down_proj.register_fake
 def _(act, w_down, *_):
     return act.new_empty(act.shape[0], w_down.shape[0])
+
+
+@torch.library.custom_op("cna_kernels::linear", mutates_args=())
+def _linear(x: Tensor, w: Tensor, bias: Tensor | None) -> Tensor:
+    from .cpu import mlp
+
+    return mlp.linear(x, w, bias)
+
+
+@_linear.register_fake
+def _(x, w, _bias):
+    return x.new_empty(x.shape[0], w.shape[0])

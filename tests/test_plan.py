@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from cna_kernels import InputError, ops
+from cna_kernels import InputError, ops, plans
 from cna_kernels.triton import cost, down_decode, down_proj, gate_up, gate_up_decode, plan, swiglu
 from op_cases import make_case
 
@@ -50,6 +50,11 @@ def test_every_default_can_serve(monkeypatch):
                         assert plan.can_serve(one, plan.default(one).name), one
 
 
+def test_every_plan_can_be_asked_for():
+    for op in plan.PLANS:
+        assert set(plan.PLANS[op]) | {"engine", "torch"} == set(plans.NAMES[op])
+
+
 def test_override_serves_what_it_can(monkeypatch):
     monkeypatch.setenv("CNA_PLAN", "gated_mlp=flat,down_proj=blas")
     assert plan.choose(call(T=1)) == ("flat", "CNA_PLAN")
@@ -60,8 +65,8 @@ def test_override_serves_what_it_can(monkeypatch):
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("fused", "CNA_PLAN: expected one of gated_mlp, down_proj before '=', got 'fused'"),
-        ("gated_mlp=fast", "CNA_PLAN: gated_mlp: expected one of gemv, flat, gated, fused, blas, got 'fast'"),
+        ("fused", "CNA_PLAN: expected one of gated_mlp, down_proj, linear before '=', got 'fused'"),
+        ("gated_mlp=fast", "CNA_PLAN: gated_mlp: expected one of gemv, flat, gated, fused, blas, engine, torch, got 'fast'"),
     ],
 )
 def test_bad_override_is_named(monkeypatch, text, message):

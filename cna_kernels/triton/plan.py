@@ -9,12 +9,12 @@ The reasons are arithmetic until a GPU has measured them, and say so. ``cna doct
 
 from __future__ import annotations
 
-import os
 from typing import NamedTuple
 
 import torch
 
-from ..checks import InputError
+from .. import plans
+from ..plans import Plan
 from .down_decode import MAX_GATED_TOKENS
 from .gate_up_decode import MAX_TOKENS, max_gemv_tokens
 
@@ -45,11 +45,6 @@ class Call(NamedTuple):
     dtype: torch.dtype
     arch: int  # 10 * major + minor of an NVIDIA device, 0 for any other
     tma: bool  # rows and addresses on 16 bytes, 2-byte elements
-
-
-class Plan(NamedTuple):
-    name: str
-    reason: str
 
 
 def can_serve(call: Call, name: str) -> bool:
@@ -93,8 +88,8 @@ def choose(call: Call) -> Plan:
     Raises:
         InputError: CNA_PLAN names an op or a plan that does not exist.
     """
-    name = overrides(os.environ.get("CNA_PLAN", "")).get(call.op)
-    if name and can_serve(call, name):
+    name = plans.override(call.op)
+    if name in PLANS[call.op] and can_serve(call, name):
         return Plan(name, "CNA_PLAN")
     return default(call)
 
@@ -108,16 +103,3 @@ def by_tokens(op: str, N: int, H: int, dtype: torch.dtype, arch: int, longest: i
         if not ranges or ranges[-1][1] != plan:
             ranges.append((T, plan))
     return ranges
-
-
-def overrides(text: str) -> dict[str, str]:
-    """Read ``op=plan,op=plan``."""
-    chosen = {}
-    for part in filter(None, text.split(",")):
-        op, _, name = part.partition("=")
-        if op not in PLANS:
-            raise InputError("CNA_PLAN", f"expected one of {', '.join(PLANS)} before '=', got {part!r}")
-        if name not in PLANS[op]:
-            raise InputError("CNA_PLAN", f"{op}: expected one of {', '.join(PLANS[op])}, got {name!r}")
-        chosen[op] = name
-    return chosen

@@ -1,0 +1,1 @@
+"""The CPU backend: the ctypes binding of ``csrc`` and its launchers."""

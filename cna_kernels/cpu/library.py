@@ -1,0 +1,126 @@
+"""The compiled library of ``csrc``, by ctypes: signatures, versions, and statuses as exceptions.
+
+Nothing is loaded on import. ``csrc/cna.h`` is the contract; SIGNATURES repeats it for ctypes.
+"""
+
+from __future__ import annotations
+
+import functools
+import os
+import sys
+from ctypes import CDLL, POINTER, Structure, c_char_p, c_int, c_int64, c_void_p
+from pathlib import Path
+
+ABI_VERSION = 1
+PATH = Path(__file__).with_name("libcna.dylib" if sys.platform == "darwin" else "libcna.so")
+BUILD = "with a C++ compiler installed, run 'pip install .' (or 'pip install -e .') in the project's directory again"
+
+MEMORY = 10  # CNA_ERR_MEMORY
+
+
+class Extras(Structure):
+    """``cna_extras``: the optional arguments."""
+
+    _fields_ = (
+        ("version", c_int64),
+        *((name, c_void_p) for name in ("weight", "act_sum", "act_sumsq")),
+        *((name, c_int64) for name in ("n_columns", "weight_stride", "act_sum_stride", "act_sumsq_stride")),
+        *((name, c_void_p) for name in ("row_circuit", "offsets", "index", "value")),
+        *((name, c_int64) for name in ("n_circuits", "n_entries", "offsets_stride")),
+    )
+
+
+# name -> (arrays before the extras, whether there are extras, sizes and strides); an op ends with n_threads.
+_OPS = {
+    "gated_mlp": (5, True, 7),
+    "swiglu": (3, True, 5),
+    "down_proj": (3, True, 6),
+    "linear": (4, False, 6),
+}
+
+SIGNATURES = {
+    "cna_abi_version": (c_int, ()),
+    "cna_has_openmp": (c_int, ()),
+    "cna_status_text": (c_char_p, (c_int,)),
+    "cna_isa_levels": (c_char_p, ()),
+    "cna_isa": (c_char_p, ()),
+    "cna_use_isa": (c_int, (c_char_p,)),
+} | {
+    f"cna_{op}_{dtype}": (
+        c_int,
+        (*[c_void_p] * n_arrays, *[POINTER(Extras)] * has_extras, *[c_int64] * n_sizes, c_int),
+    )
+    for op, (n_arrays, has_extras, n_sizes) in _OPS.items()
+    for dtype in ("bf16", "fp16", "fp32")
+}
+
+
+class LibraryError(Exception):
+    """The library cannot be used here; the message says why and what to do."""
+
+
+def open_library(path: Path) -> CDLL:
+    """Load the library at ``path``, with argument types.
+
+    Raises:
+        LibraryError: it is missing, cannot be loaded, or has another ABI version.
+    """
+    if not path.exists():
+        raise LibraryError(f"needs the compiled library {path}, which is missing: {BUILD}")
+    try:
+        library = CDLL(str(path))
+    except OSError as error:
+        raise LibraryError(f"cannot load the compiled library ({error}): {BUILD}") from None
+    try:
+        version = library.cna_abi_version()
+    except AttributeError:
+        raise LibraryError(f"{path} is not the compiled library: {BUILD}") from None
+    if version != ABI_VERSION:
+        raise LibraryError(f"{path} has ABI version {version}, expected {ABI_VERSION}: {BUILD}")
+    for name, (result, arguments) in SIGNATURES.items():
+        function = getattr(library, name)
+        function.restype, function.argtypes = result, arguments
+    return library
+
+
+@functools.cache
+def load() -> CDLL:
+    """Return the library that was compiled with the package. Raises LibraryError."""
+    return open_library(PATH)
+
+
+def missing() -> str | None:
+    """Return why the CPU backend cannot run, or None if it can."""
+    try:
+        library = load()
+    except LibraryError as error:
+        return str(error)
+    if not library.cna_isa():
+        levels = library.cna_isa_levels().decode().split()
+        asked = os.environ.get("CNA_CPU_ISA")
+        return f"cannot use CNA_CPU_ISA={asked!r}: this CPU has {', '.join(levels)}"
+    return None
+
+
+def isa() -> str:
+    """The instruction-set level in use."""
+    return load().cna_isa().decode()
+
+
+def levels() -> list[str]:
+    """The instruction-set levels that this CPU has, best last."""
+    return load().cna_isa_levels().decode().split()
+
+
+def use_isa(name: str | None) -> None:
+    """Use an instruction-set level for all calls from now on; None goes back to the default. Raises ValueError."""
+    if load().cna_use_isa(None if name is None else name.encode()):
+        raise ValueError(f"isa: expected one of {', '.join(levels())}, got {name!r}")
+
+
+def check(function: str, status: int) -> None:
+    """Raise what a status stands for."""
+    if status == 0:
+        return
+    text = f"{function}: {load().cna_status_text(status).decode()}"
+    raise MemoryError(text) if status == MEMORY else ValueError(text)

@@ -1,0 +1,56 @@
+"""Whether the engine of ``csrc`` or PyTorch's own products serve a call: a pure function of level, op, T and dtype.
+
+What a call asks for (sums, scaling) does not enter: rows that no circuit touches must come out bit for bit as in a call
+without features. ``cna doctor`` prints the rule, and ``CNA_PLAN=gated_mlp=torch,linear=engine`` overrides it.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from .. import plans
+from ..plans import Plan
+from . import library
+
+DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+
+ENGINE = {
+    torch.bfloat16: "0.5 to 1.0 of PyTorch's time",
+    torch.float16: "0.2 to 1.0 of PyTorch's time",
+    torch.float32: "0.3 to 0.7 of PyTorch's time",
+}
+MEASURED = "2 cores of Zen 4, 1 to 256 tokens, bench/bench_cpu.py, 2026-11-21"
+
+# (level, dtype) -> the number of tokens from which PyTorch's products are used, and why.
+TORCH_FROM = {
+    ("amx", torch.bfloat16): (9, "PyTorch's AMX products; the engine's have run only in emulation"),
+    **{("generic", dtype): (5, "no vector instructions in the engine's generic level") for dtype in DTYPES},
+}
+
+
+def default(level: str, dtype: torch.dtype, n_tokens: int) -> Plan:
+    """The plan for a call where nothing overrides it."""
+    first, reason = TORCH_FROM.get((level, dtype), (None, None))
+    if first is not None and n_tokens >= first:
+        return Plan("torch", reason)
+    if level in ("avx2", "avx512", "avx512_bf16"):
+        return Plan("engine", f"{ENGINE[dtype]} ({MEASURED})" if level == "avx512_bf16" else "each weight read once")
+    return Plan("engine", "each weight read once; unmeasured on this level")
+
+
+def choose(op: str, n_tokens: int, dtype: torch.dtype) -> Plan:
+    """The plan for a call: CNA_PLAN if it names one for the op, else the default. Raises InputError."""
+    name = plans.override(op)
+    if name in ("engine", "torch"):
+        return Plan(name, "CNA_PLAN")
+    return default(library.isa(), dtype, n_tokens)
+
+
+def by_tokens(op: str, dtype: torch.dtype, longest: int = 4096) -> list[tuple[int, Plan]]:
+    """(first T, plan) of each range of T = 1 .. longest on which one plan serves calls."""
+    ranges = []
+    for n_tokens in range(1, longest + 1):
+        plan = choose(op, n_tokens, dtype)
+        if not ranges or ranges[-1][1] != plan:
+            ranges.append((n_tokens, plan))
+    return ranges

@@ -1,0 +1,125 @@
+/* The CPU engine of CNA kernels: the MLP of a Llama layer with streaming sums and sparse steering.
+ *
+ *   act             = silu(gate) * up                       in fp32, rounded once to the arrays' dtype
+ *   act_sum[c, n]   += sum_t weight[t, c] * act[t, n]       in fp32, from the rounded act, before scaling
+ *   act_sumsq[c, n] += sum_t weight[t, c] * act[t, n]^2     likewise
+ *   y               = (act * scale[row_circuit[t]]) @ w_down^T
+ *
+ * T tokens, H hidden size, N neurons, C columns of sums, K circuits. Arrays are row-major. A stride counts elements from
+ * one row to the next and is at least the row's length; within a row elements are adjacent. bf16 and fp16 arrays hold
+ * bit patterns. Sizes may be 0: an empty output is a success, and pointers to empty arrays may be NULL.
+ *
+ * Every function returns CNA_OK or says what is wrong and has then written nothing. Results do not depend on n_threads.
+ * Calls may come from any thread. After fork() a child computes on one thread: OpenMP's are gone.
+ */
+#ifndef CNA_H
+#define CNA_H
+
+#include <stdint.h>
+
+#ifdef __cplusplus
+extern "C" {
+#endif
+
+#if defined(__GNUC__)
+#define CNA_API __attribute__((visibility("default")))
+#else
+#define CNA_API
+#endif
+
+#define CNA_ABI_VERSION 1
+
+typedef enum cna_status {
+  CNA_OK = 0,
+  CNA_ERR_VERSION = 1,   /* extras->version is not this library's CNA_ABI_VERSION */
+  CNA_ERR_NULL = 2,      /* a pointer to an array that is not empty is NULL, or half of a pair is missing */
+  CNA_ERR_SIZE = 3,      /* a size is negative, or an array would be larger than an address space */
+  CNA_ERR_STRIDE = 4,    /* a stride is smaller than its row */
+  CNA_ERR_ALIGN = 5,     /* a pointer is not aligned to its element */
+  CNA_ERR_OVERLAP = 6,   /* an output shares memory with another array */
+  CNA_ERR_SCALE = 7,     /* a circuit in use: offsets out of order, an index outside its block or not ascending */
+  CNA_ERR_THREADS = 8,   /* n_threads is below 1 */
+  CNA_ERR_ISA = 9,       /* CNA_CPU_ISA or cna_use_isa names a level that is unknown or that this CPU lacks */
+  CNA_ERR_MEMORY = 10    /* the workspace could not be allocated */
+} cna_status;
+
+/* The optional arguments: sums, steering, or both. Set version, and every field that is not used to 0. */
+typedef struct cna_extras {
+  int64_t version; /* CNA_ABI_VERSION */
+  /* Sums: weight with act_sum, act_sumsq or both. A token whose weights are all 0 is never read by the sums. */
+  const float *weight; /* [T, C] how much each token counts in each column */
+  float *act_sum;      /* [C, N] added to, or NULL */
+  float *act_sumsq;    /* [C, N] added to, or NULL */
+  int64_t n_columns;   /* C */
+  int64_t weight_stride;
+  int64_t act_sum_stride;
+  int64_t act_sumsq_stride;
+  /* Steering: row_circuit with the other three. Circuit c multiplies neuron index[e] by value[e] for every e in
+     offsets[c, 0] : offsets[c, last]; its neurons in 1024 b : 1024 (b + 1) are those in offsets[c, b] : offsets[c, b + 1].
+     Within a circuit index ascends strictly. A value of 0 writes exactly 0. */
+  const int32_t *row_circuit; /* [T] the circuit of each token; outside 0 .. K - 1: none */
+  const int32_t *offsets;     /* [K, ceil(N / 1024) + 1] */
+  const int32_t *index;       /* [E] */
+  const float *value;         /* [E] */
+  int64_t n_circuits;         /* K */
+  int64_t n_entries;          /* E */
+  int64_t offsets_stride;
+} cna_extras;
+
+CNA_API int cna_abi_version(void);
+CNA_API const char *cna_status_text(int status); /* one line, never NULL */
+CNA_API int cna_has_openmp(void);                /* 0: built without OpenMP, every call uses one thread */
+
+/* Instruction sets. The best one that the CPU has is used, or the one named by the environment variable CNA_CPU_ISA. */
+CNA_API const char *cna_isa_levels(void);    /* those this CPU has, best last: "generic avx2 avx512 avx512_bf16" */
+CNA_API const char *cna_isa(void);           /* the one in use; "" where CNA_CPU_ISA names one that is not there */
+CNA_API int cna_use_isa(const char *name);   /* for all calls from now on; NULL: back to the default */
+
+/* y[T, H] = the whole MLP: gate = x @ w_gate^T and up = x @ w_up^T stay in fp32.
+   x [T, H], w_gate and w_up [N, H] with one stride (halves of one [2N, H] array are fine), w_down [H, N]. */
+CNA_API int cna_gated_mlp_bf16(uint16_t *y, const uint16_t *x, const uint16_t *w_gate, const uint16_t *w_up,
+                               const uint16_t *w_down, const cna_extras *extras, int64_t T, int64_t H, int64_t N,
+                               int64_t y_stride, int64_t x_stride, int64_t w_gate_up_stride, int64_t w_down_stride,
+                               int n_threads);
+CNA_API int cna_gated_mlp_fp16(uint16_t *y, const uint16_t *x, const uint16_t *w_gate, const uint16_t *w_up,
+                               const uint16_t *w_down, const cna_extras *extras, int64_t T, int64_t H, int64_t N,
+                               int64_t y_stride, int64_t x_stride, int64_t w_gate_up_stride, int64_t w_down_stride,
+                               int n_threads);
+CNA_API int cna_gated_mlp_fp32(float *y, const float *x, const float *w_gate, const float *w_up, const float *w_down,
+                               const cna_extras *extras, int64_t T, int64_t H, int64_t N, int64_t y_stride,
+                               int64_t x_stride, int64_t w_gate_up_stride, int64_t w_down_stride, int n_threads);
+
+/* act[T, N] = silu(gate) * up, scaled. gate [T, N], up [T, N]. */
+CNA_API int cna_swiglu_bf16(uint16_t *act, const uint16_t *gate, const uint16_t *up, const cna_extras *extras,
+                            int64_t T, int64_t N, int64_t act_stride, int64_t gate_stride, int64_t up_stride,
+                            int n_threads);
+CNA_API int cna_swiglu_fp16(uint16_t *act, const uint16_t *gate, const uint16_t *up, const cna_extras *extras,
+                            int64_t T, int64_t N, int64_t act_stride, int64_t gate_stride, int64_t up_stride,
+                            int n_threads);
+CNA_API int cna_swiglu_fp32(float *act, const float *gate, const float *up, const cna_extras *extras, int64_t T,
+                            int64_t N, int64_t act_stride, int64_t gate_stride, int64_t up_stride, int n_threads);
+
+/* y[T, H] = (act * scale) @ w_down^T. act [T, N], w_down [H, N]. */
+CNA_API int cna_down_proj_bf16(uint16_t *y, const uint16_t *act, const uint16_t *w_down, const cna_extras *extras,
+                               int64_t T, int64_t H, int64_t N, int64_t y_stride, int64_t act_stride,
+                               int64_t w_down_stride, int n_threads);
+CNA_API int cna_down_proj_fp16(uint16_t *y, const uint16_t *act, const uint16_t *w_down, const cna_extras *extras,
+                               int64_t T, int64_t H, int64_t N, int64_t y_stride, int64_t act_stride,
+                               int64_t w_down_stride, int n_threads);
+CNA_API int cna_down_proj_fp32(float *y, const float *act, const float *w_down, const cna_extras *extras, int64_t T,
+                               int64_t H, int64_t N, int64_t y_stride, int64_t act_stride, int64_t w_down_stride,
+                               int n_threads);
+
+/* y[T, O] = x @ w^T + bias: any other linear layer. x [T, H], w [O, H], bias [O] or NULL. */
+CNA_API int cna_linear_bf16(uint16_t *y, const uint16_t *x, const uint16_t *w, const uint16_t *bias, int64_t T,
+                            int64_t O, int64_t H, int64_t y_stride, int64_t x_stride, int64_t w_stride, int n_threads);
+CNA_API int cna_linear_fp16(uint16_t *y, const uint16_t *x, const uint16_t *w, const uint16_t *bias, int64_t T,
+                            int64_t O, int64_t H, int64_t y_stride, int64_t x_stride, int64_t w_stride, int n_threads);
+CNA_API int cna_linear_fp32(float *y, const float *x, const float *w, const float *bias, int64_t T, int64_t O,
+                            int64_t H, int64_t y_stride, int64_t x_stride, int64_t w_stride, int n_threads);
+
+#ifdef __cplusplus
+}
+#endif
+
+#endif

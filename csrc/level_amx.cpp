@@ -1,0 +1,42 @@
+// Level "amx": AVX-512 with products of bf16 pairs, and tiles (Sapphire Rapids and later).
+#if defined(__x86_64__)
+
+#include "level.h"
+#include "threads.h"
+#include "workspace.h"
+
+#if defined(__clang__)
+#pragma clang attribute push(__attribute__((target("amx-tile,amx-bf16,avx512bf16,avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c"))), \
+                             apply_to = function)
+#else
+#pragma GCC target("amx-tile,amx-bf16,avx512bf16,avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c")
+#endif
+#include <immintrin.h>
+
+namespace cna {
+namespace amx {
+
+#define CNA_BF16_PAIRS
+#define CNA_AMX
+#include "vec_avx512.h"
+
+constexpr int64_t FEW_BF16 = 8, FEW_FP16 = 48, FEW_FP32 = 4;
+
+#include "act.h"
+#include "dot.h"
+#include "panel.h"
+#include "amx.h"
+// after the products
+#include "mlp.h"
+
+}  // namespace amx
+
+#if defined(__clang__)
+#pragma clang attribute pop
+#endif
+
+extern const Level LEVEL_AMX = {"amx", amx::ops<Bf16>(), amx::ops<Fp16>(), amx::ops<float>()};
+
+}  // namespace cna
+
+#endif

@@ -1,0 +1,38 @@
+// Level "avx2": AVX2, FMA and F16C (x86-64 since 2013).
+#if defined(__x86_64__)
+
+#include "level.h"
+#include "threads.h"
+#include "workspace.h"
+
+#if defined(__clang__)
+#pragma clang attribute push(__attribute__((target("avx2,fma,f16c"))), apply_to = function)
+#else
+#pragma GCC target("avx2,fma,f16c")
+#endif
+#include <immintrin.h>
+
+namespace cna {
+namespace avx2 {
+
+#include "vec_avx2.h"
+
+constexpr int64_t FEW_BF16 = 8, FEW_FP16 = 8, FEW_FP32 = 8;
+
+#include "act.h"
+#include "dot.h"
+#include "panel.h"
+// after the products
+#include "mlp.h"
+
+}  // namespace avx2
+
+#if defined(__clang__)
+#pragma clang attribute pop
+#endif
+
+extern const Level LEVEL_AVX2 = {"avx2", avx2::ops<Bf16>(), avx2::ops<Fp16>(), avx2::ops<float>()};
+
+}  // namespace cna
+
+#endif

@@ -1,0 +1,38 @@
+// Level "avx512": AVX-512 F, BW, DQ and VL (x86-64 servers since 2017).
+#if defined(__x86_64__)
+
+#include "level.h"
+#include "threads.h"
+#include "workspace.h"
+
+#if defined(__clang__)
+#pragma clang attribute push(__attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c"))), apply_to = function)
+#else
+#pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c")
+#endif
+#include <immintrin.h>
+
+namespace cna {
+namespace avx512 {
+
+#include "vec_avx512.h"
+
+constexpr int64_t FEW_BF16 = 48, FEW_FP16 = 48, FEW_FP32 = 4;
+
+#include "act.h"
+#include "dot.h"
+#include "panel.h"
+// after the products
+#include "mlp.h"
+
+}  // namespace avx512
+
+#if defined(__clang__)
+#pragma clang attribute pop
+#endif
+
+extern const Level LEVEL_AVX512 = {"avx512", avx512::ops<Bf16>(), avx512::ops<Fp16>(), avx512::ops<float>()};
+
+}  // namespace cna
+
+#endif

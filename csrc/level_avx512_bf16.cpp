@@ -1,0 +1,40 @@
+// Level "avx512_bf16": AVX-512 with products of bf16 pairs (Cooper Lake, Sapphire Rapids, Zen 4).
+#if defined(__x86_64__)
+
+#include "level.h"
+#include "threads.h"
+#include "workspace.h"
+
+#if defined(__clang__)
+#pragma clang attribute push(__attribute__((target("avx512bf16,avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c"))), \
+                             apply_to = function)
+#else
+#pragma GCC target("avx512bf16,avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c")
+#endif
+#include <immintrin.h>
+
+namespace cna {
+namespace avx512_bf16 {
+
+#define CNA_BF16_PAIRS
+#include "vec_avx512.h"
+
+constexpr int64_t FEW_BF16 = 4, FEW_FP16 = 48, FEW_FP32 = 4;
+
+#include "act.h"
+#include "dot.h"
+#include "panel.h"
+// after the products
+#include "mlp.h"
+
+}  // namespace avx512_bf16
+
+#if defined(__clang__)
+#pragma clang attribute pop
+#endif
+
+extern const Level LEVEL_AVX512_BF16 = {"avx512_bf16", avx512_bf16::ops<Bf16>(), avx512_bf16::ops<Fp16>(), avx512_bf16::ops<float>()};
+
+}  // namespace cna
+
+#endif

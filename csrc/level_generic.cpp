@@ -1,0 +1,23 @@
+// Level "generic": plain C++ for any processor.
+#include "level.h"
+#include "threads.h"
+#include "workspace.h"
+
+namespace cna {
+namespace generic {
+
+#include "vec_generic.h"
+
+constexpr int64_t FEW_BF16 = 16, FEW_FP16 = 16, FEW_FP32 = 16;
+
+#include "act.h"
+#include "dot.h"
+#include "panel.h"
+// after the products
+#include "mlp.h"
+
+}  // namespace generic
+
+extern const Level LEVEL_GENERIC = {"generic", generic::ops<Bf16>(), generic::ops<Fp16>(), generic::ops<float>()};
+
+}  // namespace cna

@@ -1,0 +1,29 @@
+// Level "neon": 64-bit Arm, where NEON is always present.
+#if defined(__aarch64__)
+
+#include <arm_neon.h>
+
+#include "level.h"
+#include "threads.h"
+#include "workspace.h"
+
+namespace cna {
+namespace neon {
+
+#include "vec_neon.h"
+
+constexpr int64_t FEW_BF16 = 8, FEW_FP16 = 8, FEW_FP32 = 8;
+
+#include "act.h"
+#include "dot.h"
+#include "panel.h"
+// after the products
+#include "mlp.h"
+
+}  // namespace neon
+
+extern const Level LEVEL_NEON = {"neon", neon::ops<Bf16>(), neon::ops<Fp16>(), neon::ops<float>()};
+
+}  // namespace cna
+
+#endif

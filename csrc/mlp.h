@@ -1,0 +1,220 @@
+// The four operations, put together from dot.h (few tokens), panel.h (many tokens) and act.h.
+// Included inside a level's namespace.
+
+constexpr int64_t CHUNK = 256;  // tokens that go through the whole MLP together, so that act stays in cache
+constexpr int64_t BLOCK = 32;   // outputs, or neurons, that one task computes
+constexpr int64_t ROWS = 64;    // tokens of swiglu between two visits of the sums
+constexpr int64_t SMALL = 1 << 15;  // elements that one thread handles faster than several
+
+
+// The same arguments for the tokens from t on.
+inline cna_extras from_token(cna_extras extras, int64_t t) {
+  if (extras.weight) extras.weight += t * extras.weight_stride;
+  if (extras.row_circuit) extras.row_circuit += t;
+  return extras;
+}
+
+// The tokens that some column counts, in order.
+inline int64_t find_counted(int32_t *counted, const cna_extras &extras, int64_t n_tokens) {
+  int64_t n = 0;
+  for (int64_t t = 0; extras.weight && t < n_tokens; t++)
+    for (int64_t c = 0; c < extras.n_columns; c++)
+      if (extras.weight[t * extras.weight_stride + c] != 0.0f) {
+        counted[n++] = int32_t(t);
+        break;
+      }
+  return n;
+}
+
+// Up to how many tokens dot.h serves; see the level's file.
+constexpr int64_t most_few(Bf16) { return FEW_BF16; }
+constexpr int64_t most_few(Fp16) { return FEW_FP16; }
+constexpr int64_t most_few(float) { return FEW_FP32; }
+
+// Floats that a thread needs: two tiles of results and the panels of one.
+inline int64_t tile_size(int64_t n_tokens) { return round_up(n_tokens, TOKENS_TOGETHER) * BLOCK; }
+inline int64_t scratch_size(int64_t n_tokens) { return 2 * tile_size(n_tokens) + BLOCK * UNITS; }
+
+// The products of one matrix of tokens x [n_tokens, K] with any rows of weights.
+template <class T>
+struct Product {
+  int64_t n_tokens, K;
+  bool few;
+  void *tokens;
+
+  Product(Parts &parts, int64_t n_tokens, int64_t K) : n_tokens(n_tokens), K(K), few(n_tokens <= most_few(T())) {
+    tokens = parts.take<char>(few ? ByDot<T>::token_bytes(n_tokens, K) : Many<T>::token_bytes(n_tokens, K));
+  }
+
+  // Bring x into the form that the kernels read. each(t) runs before token t is read.
+  template <class Each>
+  void prepare(const T *x, int64_t x_stride, int n_threads, const Each &each) const {
+    if (few)
+      prepare_as<ByDot<T>>(x, x_stride, n_threads, each);
+    else
+      prepare_as<Many<T>>(x, x_stride, n_threads, each);
+  }
+
+  template <class How, class Each>
+  void prepare_as(const T *x, int64_t x_stride, int n_threads, const Each &each) const {
+    parallel_for(How::n_blocks(n_tokens), n_tokens * K < SMALL ? 1 : n_threads, [&](int64_t block, int) {
+      const int64_t t0 = How::first_token(block, n_tokens), t1 = How::first_token(block + 1, n_tokens);
+      for (int64_t t = t0; t < t1; t++) each(t);
+      How::prepare(tokens, x + t0 * x_stride, x_stride, t0, t1 - t0, K);
+    });
+  }
+
+  // c[n_tokens, BLOCK] for O <= BLOCK rows of weights. next: where the weights of the next tile are, or nullptr.
+  void tile(float *c, const T *w, int64_t w_stride, int64_t O, const T *next, float *panels) const {
+    const auto run = few ? ByDot<T>::tile : Many<T>::tile;
+    run(c, BLOCK, w, w_stride, O, tokens, n_tokens, K, next, panels);
+  }
+
+  // y[n_tokens, O] = x @ w^T + bias. scratch: n_threads times `scratch_size`.
+  void times(T *y, int64_t y_stride, const T *w, int64_t w_stride, const T *bias, int64_t O, float *scratch,
+             int64_t scratch_size, int n_threads) const {
+    parallel_for((O + BLOCK - 1) / BLOCK, n_threads, [&](int64_t task, int thread) {
+      float *c = scratch + thread * scratch_size, *panels = c + 2 * tile_size(n_tokens);
+      const int64_t o0 = task * BLOCK, n = smaller(BLOCK, O - o0);
+      tile(c, w + o0 * w_stride, w_stride, n, o0 + n < O ? w + (o0 + n) * w_stride : nullptr, panels);
+      for (int64_t t = 0; t < n_tokens; t++)
+        for (int64_t o = 0; o < n; o += W) {
+          F32 value = load(c + t * BLOCK + o);
+          if (bias) value = add(value, load_some(bias + o0 + o, n - o));
+          store_some(y + t * y_stride + o0 + o, value, n - o);
+        }
+    });
+  }
+};
+
+// y = (act * scale) @ w_down^T for prepared-to-be act [n_tokens, N], which is steered in place.
+template <class T>
+void steer_and_project(T *y, int64_t y_stride, T *act, int64_t act_stride, const Product<T> &down, const T *w_down,
+                       int64_t w_down_stride, int64_t H, const cna_extras &extras, float *scratch, int n_threads) {
+  down.prepare(act, act_stride, n_threads, [&](int64_t t) {
+    if (extras.row_circuit) steer_row(extras, act + t * act_stride, t, down.K);
+  });
+  down.times(y, y_stride, w_down, w_down_stride, nullptr, H, scratch, scratch_size(down.n_tokens), n_threads);
+}
+
+template <class T>
+int gated_mlp(T *y, const T *x, const T *w_gate, const T *w_up, const T *w_down, const cna_extras &all_extras,
+              int64_t all_tokens, int64_t H, int64_t N, int64_t y_stride, int64_t x_stride, int64_t w_gate_up_stride,
+              int64_t w_down_stride, int n_threads) {
+  Parts parts{nullptr};
+  for (int64_t t0 = 0; t0 < all_tokens;) {
+    const int64_t n_tokens = smaller(CHUNK, all_tokens - t0), size = scratch_size(n_tokens);
+    const Product<T> gate_up(parts, n_tokens, H), down(parts, n_tokens, N);
+    T *act = parts.take<T>(n_tokens * N);
+    float *scratch = parts.take<float>(n_threads * size);
+    int32_t *counted = parts.take<int32_t>(n_tokens);
+    if (!parts.at) {
+      parts = Parts{workspace(parts.used)};
+      if (!parts.at) return CNA_ERR_MEMORY;
+      continue;
+    }
+    const cna_extras extras = from_token(all_extras, t0);
+    const int64_t n_counted = find_counted(counted, extras, n_tokens);
+    gate_up.prepare(x + t0 * x_stride, x_stride, n_threads, [](int64_t) {});
+    parallel_for((N + BLOCK - 1) / BLOCK, n_threads, [&](int64_t task, int thread) {
+      float *gate = scratch + thread * size, *up = gate + tile_size(n_tokens);
+      float *panels = gate + 2 * tile_size(n_tokens);
+      const int64_t n0 = task * BLOCK, n = smaller(BLOCK, N - n0);
+      const T *gate_rows = w_gate + n0 * w_gate_up_stride, *up_rows = w_up + n0 * w_gate_up_stride;
+      gate_up.tile(gate, gate_rows, w_gate_up_stride, n, up_rows, panels);
+      gate_up.tile(up, up_rows, w_gate_up_stride, n, n0 + n < N ? gate_rows + n * w_gate_up_stride : nullptr, panels);
+      for (int64_t t = 0; t < n_tokens; t++) swiglu_row(act + t * N + n0, gate + t * BLOCK, up + t * BLOCK, n);
+      sum_tokens(extras, act, N, counted, n_counted, n0, n0 + n);
+    });
+    steer_and_project(y + t0 * y_stride, y_stride, act, N, down, w_down, w_down_stride, H, extras, scratch, n_threads);
+    t0 += n_tokens;
+    parts.used = 0;
+  }
+  return CNA_OK;
+}
+
+template <class T>
+int down_proj(T *y, const T *act, const T *w_down, const cna_extras &all_extras, int64_t all_tokens, int64_t H, int64_t N,
+              int64_t y_stride, int64_t act_stride, int64_t w_down_stride, int n_threads) {
+  Parts parts{nullptr};
+  for (int64_t t0 = 0; t0 < all_tokens;) {
+    const int64_t n_tokens = smaller(CHUNK, all_tokens - t0);
+    const Product<T> down(parts, n_tokens, N);
+    T *steered = parts.take<T>(all_extras.row_circuit ? n_tokens * N : 0);
+    float *scratch = parts.take<float>(n_threads * scratch_size(n_tokens));
+    int32_t *counted = parts.take<int32_t>(n_tokens);
+    if (!parts.at) {
+      parts = Parts{workspace(parts.used)};
+      if (!parts.at) return CNA_ERR_MEMORY;
+      continue;
+    }
+    const cna_extras extras = from_token(all_extras, t0);
+    const T *rows = act + t0 * act_stride;
+    const int64_t n_counted = find_counted(counted, extras, n_tokens);
+    if (n_counted)
+      parallel_for((N + BLOCK - 1) / BLOCK, n_tokens * N < SMALL ? 1 : n_threads, [&](int64_t task, int) {
+        sum_tokens(extras, rows, act_stride, counted, n_counted, task * BLOCK, smaller(N, (task + 1) * BLOCK));
+      });
+    if (extras.row_circuit) {
+      for (int64_t t = 0; t < n_tokens; t++) std::memcpy(steered + t * N, rows + t * act_stride, N * sizeof(T));
+      steer_and_project(y + t0 * y_stride, y_stride, steered, N, down, w_down, w_down_stride, H, extras, scratch,
+                        n_threads);
+    } else {
+      down.prepare(rows, act_stride, n_threads, [](int64_t) {});
+      down.times(y + t0 * y_stride, y_stride, w_down, w_down_stride, nullptr, H, scratch, scratch_size(n_tokens),
+                 n_threads);
+    }
+    t0 += n_tokens;
+    parts.used = 0;
+  }
+  return CNA_OK;
+}
+
+template <class T>
+int linear(T *y, const T *x, const T *w, const T *bias, int64_t all_tokens, int64_t O, int64_t H, int64_t y_stride,
+           int64_t x_stride, int64_t w_stride, int n_threads) {
+  Parts parts{nullptr};
+  for (int64_t t0 = 0; t0 < all_tokens;) {
+    const int64_t n_tokens = smaller(CHUNK, all_tokens - t0);
+    const Product<T> product(parts, n_tokens, H);
+    float *scratch = parts.take<float>(n_threads * scratch_size(n_tokens));
+    if (!parts.at) {
+      parts = Parts{workspace(parts.used)};
+      if (!parts.at) return CNA_ERR_MEMORY;
+      continue;
+    }
+    product.prepare(x + t0 * x_stride, x_stride, n_threads, [](int64_t) {});
+    product.times(y + t0 * y_stride, y_stride, w, w_stride, bias, O, scratch, scratch_size(n_tokens), n_threads);
+    t0 += n_tokens;
+    parts.used = 0;
+  }
+  return CNA_OK;
+}
+
+// A task owns a range of neurons for all tokens, so that every sum has one writer.
+template <class T>
+int swiglu(T *act, const T *gate, const T *up, const cna_extras &extras, int64_t n_tokens, int64_t N, int64_t act_stride,
+           int64_t gate_stride, int64_t up_stride, int n_threads) {
+  const int64_t wanted = round_up(N / (4 * n_threads) + 1, 64), width = wanted < 1024 ? wanted : 1024;
+  parallel_for((N + width - 1) / width, n_tokens * N < SMALL ? 1 : n_threads, [&](int64_t task, int) {
+    const int64_t n0 = task * width, n = smaller(width, N - n0);
+    for (int64_t t0 = 0; t0 < n_tokens; t0 += ROWS) {
+      const int64_t rows = smaller(ROWS, n_tokens - t0);
+      T *block = act + t0 * act_stride;
+      for (int64_t t = 0; t < rows; t++)
+        swiglu_row(block + t * act_stride + n0, gate + (t0 + t) * gate_stride + n0, up + (t0 + t) * up_stride + n0, n);
+      const cna_extras here = from_token(extras, t0);
+      int32_t counted[ROWS];
+      const int64_t n_counted = find_counted(counted, here, rows);
+      sum_tokens(here, block, act_stride, counted, n_counted, n0, n0 + n);
+    }
+  });
+  if (extras.row_circuit)
+    for (int64_t t = 0; t < n_tokens; t++) steer_row(extras, act + t * act_stride, t, N);
+  return CNA_OK;
+}
+
+template <class T>
+constexpr Ops<T> ops() {
+  return {gated_mlp<T>, swiglu<T>, down_proj<T>, linear<T>};
+}

@@ -1,0 +1,41 @@
+#include "threads.h"
+
+#include <pthread.h>
+
+#include <atomic>
+
+#ifdef _OPENMP
+#include <omp.h>
+#endif
+
+namespace cna {
+
+// A child of fork() has none of its parent's threads, but OpenMP believes that it has and would wait for them for ever.
+static std::atomic<bool> forked(false);
+
+static const int hook = pthread_atfork(nullptr, nullptr, [] { forked = true; });
+
+void run_tasks(int64_t n, int n_threads, void (*task)(const void *, int64_t, int), const void *context) {
+  (void)hook;
+#ifdef _OPENMP
+  if (n > 1 && n_threads > 1 && !forked) {
+    const int threads = n < n_threads ? int(n) : n_threads;
+#pragma omp parallel for schedule(dynamic) num_threads(threads)
+    for (int64_t i = 0; i < n; i++) task(context, i, omp_get_thread_num());
+    return;
+  }
+#else
+  (void)n_threads;
+#endif
+  for (int64_t i = 0; i < n; i++) task(context, i, 0);
+}
+
+bool has_openmp() {
+#ifdef _OPENMP
+  return true;
+#else
+  return false;
+#endif
+}
+
+}  // namespace cna

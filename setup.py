@@ -1,0 +1,53 @@
+"""Compiles csrc/ into the package; everything else is in pyproject.toml.
+
+The library is plain C behind ctypes, so the wheel is py3-none-<platform>. Without a working C++ compiler the package is
+installed without the CPU engine, and says so when it is used.
+"""
+
+import sys
+from pathlib import Path
+
+from setuptools import Extension, setup
+from setuptools.command.bdist_wheel import bdist_wheel
+from setuptools.command.build_ext import build_ext
+
+# As in csrc/Makefile. Instruction sets are chosen in the files themselves, and while the program runs.
+FLAGS = ["-std=c++17", "-O3", "-g0", "-fvisibility=hidden", "-ffp-contract=off"]
+QUIET = ["-Wno-uninitialized", "-Wno-maybe-uninitialized", "-Wno-unknown-warning-option"]
+OPENMP = [] if sys.platform == "darwin" else ["-fopenmp"]
+
+
+class BuildLibrary(build_ext):
+    """Builds a plain shared library, cna_kernels/cpu/libcna.so, with OpenMP where the compiler has it."""
+
+    def get_ext_filename(self, fullname):
+        return fullname.replace(".", "/") + (".dylib" if sys.platform == "darwin" else ".so")
+
+    def get_export_symbols(self, ext):
+        return []
+
+    def build_extension(self, ext):
+        for openmp in dict.fromkeys((tuple(OPENMP), ())):
+            ext.extra_compile_args = [*FLAGS, *QUIET, *openmp]
+            ext.extra_link_args = list(openmp)
+            try:
+                return super().build_extension(ext)
+            except Exception as error:
+                if not openmp:
+                    raise
+                print(f"csrc: no OpenMP ({error}); building for one thread", file=sys.stderr)
+
+
+class PlainWheel(bdist_wheel):
+    """The library is for a platform, not for a version of Python."""
+
+    def get_tag(self):
+        return "py3", "none", super().get_tag()[2]
+
+
+sources = sorted(str(path) for path in Path("csrc").glob("*.cpp"))
+headers = sorted(str(path) for path in Path("csrc").glob("*.h"))
+setup(
+    ext_modules=[Extension("cna_kernels.cpu.libcna", sources, depends=headers, language="c++", optional=True)],
+    cmdclass={"build_ext": BuildLibrary, "bdist_wheel": PlainWheel},
+)
