@@ -47,8 +47,8 @@ def _capability(device: torch.device) -> tuple[int, int]:
 def name_for(device: torch.device | str, backend: str | None = None) -> str:
     """Return the backend's name for tensors on the device.
 
-    The default is ``cpu`` on CPUs and ``triton`` on CUDA devices, where they can run, and ``reference`` elsewhere. A CPU
-    without the compiled library gets ``reference`` and one warning.
+    The default is ``cpu`` on CPUs and ``triton`` on CUDA devices, where they can run, and ``reference`` elsewhere. A
+    CPU without the compiled library gets ``reference`` and one warning.
 
     Raises:
         InputError: the name is not one of KNOWN.

@@ -7,6 +7,11 @@
 constexpr int DOT_TOKENS = 4;  // accumulators: DOT_TOKENS x DOT_ROWS vectors
 constexpr int DOT_ROWS = 4;
 
+// Bytes. A single token this short stays in the first-level cache while weights stream past: rows are then read one by
+// one, in the order of memory, which takes 10% less time than four at once. A longer one is evicted and read again for
+// every row, and four rows at once take 10% less (2 cores of Zen 4, 2026-11-21).
+constexpr int64_t SHORT_TOKEN = 8192;
+
 template <class T>
 struct Dot {
   typedef float Token;  // an element of prepared tokens
@@ -90,12 +95,34 @@ void dot_block(float *c, int64_t c_stride, const T *w, int64_t w_stride, const t
     for (int r = 0; r < ROWS; r++) c[t * c_stride + r] = total(sums[t][r]);
 }
 
+// One token and one row of weights, in four chains.
+template <class T>
+float dot_row(const T *w, const typename Dot<T>::Token *x, int64_t K) {
+  typedef Dot<T> D;
+  F32 sums[4] = {zero(), zero(), zero(), zero()};
+  int64_t k = 0;
+  for (; k + 4 * D::PIECE <= K; k += 4 * D::PIECE)
+    for (int i = 0; i < 4; i++)
+      sums[i] = D::add_product(sums[i], D::weights(w + k + i * D::PIECE), D::tokens(x + k + i * D::PIECE));
+  for (; k + D::PIECE <= K; k += D::PIECE) sums[0] = D::add_product(sums[0], D::weights(w + k), D::tokens(x + k));
+  if (k < K) {
+    T rest[D::PIECE] = {};
+    std::memcpy(rest, w + k, (K - k) * sizeof(T));
+    sums[1] = D::add_product(sums[1], D::weights(rest), D::tokens(x + k));
+  }
+  return total(add(add(sums[0], sums[1]), add(sums[2], sums[3])));
+}
+
 // c[T, O] from T prepared tokens and O rows of weights: a few rows stay in cache while all tokens pass. While the later
 // tokens pass memory would be idle, so the passes fetch the next rows between them: 10% less time at 16 tokens. One pass
 // reads memory anyway, and fetching ahead costs it 5% (2 cores of Zen 4, 2026-11-21).
 template <class T>
 void dot_tile(float *c, int64_t c_stride, const T *w, int64_t w_stride, int64_t O, const typename Dot<T>::Token *x,
               int64_t x_stride, int64_t n_tokens, int64_t K) {
+  if (n_tokens == 1 && K * sizeof *x <= SHORT_TOKEN) {
+    for (int64_t o = 0; o < O; o++) c[o] = dot_row(w + o * w_stride, x, K);
+    return;
+  }
   const int64_t passes = (n_tokens + DOT_TOKENS - 1) / DOT_TOKENS;
   for (int64_t o = 0; o < O; o += DOT_ROWS) {
     const bool fetches = passes > 1 && o + 2 * DOT_ROWS <= O;

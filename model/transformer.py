@@ -70,6 +70,14 @@ class RMSNorm(nn.Module):
         return self.weight * wide.to(x.dtype)
 
 
+class Linear(nn.Linear):
+    """``torch.nn.Linear`` on ``ops.linear``: the CPU engine's products on CPUs."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = ops.linear(x.flatten(0, -2), self.weight, self.bias)
+        return y.view(*x.shape[:-1], y.shape[-1])
+
+
 class Attention(nn.Module):
     """Grouped-query attention."""
 
@@ -78,10 +86,10 @@ class Attention(nn.Module):
         self.layer, self.head_dim = layer, config.head_dim
         query_size = config.num_attention_heads * config.head_dim
         kv_size = config.num_key_value_heads * config.head_dim
-        self.q_proj = nn.Linear(config.hidden_size, query_size, bias=config.qkv_bias)
-        self.k_proj = nn.Linear(config.hidden_size, kv_size, bias=config.qkv_bias)
-        self.v_proj = nn.Linear(config.hidden_size, kv_size, bias=config.qkv_bias)
-        self.o_proj = nn.Linear(query_size, config.hidden_size, bias=config.o_bias)
+        self.q_proj = Linear(config.hidden_size, query_size, bias=config.qkv_bias)
+        self.k_proj = Linear(config.hidden_size, kv_size, bias=config.qkv_bias)
+        self.v_proj = Linear(config.hidden_size, kv_size, bias=config.qkv_bias)
+        self.o_proj = Linear(query_size, config.hidden_size, bias=config.o_bias)
         if config.qk_norm:
             self.q_norm = RMSNorm(config.head_dim, config.rms_norm_eps)
             self.k_norm = RMSNorm(config.head_dim, config.rms_norm_eps)
@@ -134,7 +142,7 @@ class Transformer(nn.Module):
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.rotary = RotaryEmbedding(config)
         if not config.tie_word_embeddings:
-            self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+            self.lm_head = Linear(config.hidden_size, config.vocab_size, bias=False)
 
     def forward(self, input_ids: Tensor, *, tap: Tap | None = None, steer: Steer | None = None) -> Tensor:
         """Return logits ``[B, S, V]`` for whole sequences."""
@@ -189,7 +197,8 @@ class Transformer(nn.Module):
     def logits(self, hidden: Tensor) -> Tensor:
         """Project hidden states ``[..., H]`` onto the vocabulary, ``[..., V]``."""
         output = self.embed_tokens if self.config.tie_word_embeddings else self.lm_head
-        return F.linear(hidden, output.weight)
+        logits = ops.linear(hidden.flatten(0, -2), output.weight)
+        return logits.view(*hidden.shape[:-1], logits.shape[-1])
 
 
 def _mask(positions: Tensor, n_keys: int, window: int | None, starts_here: bool) -> Tensor | None:

@@ -66,7 +66,10 @@ def test_override_serves_what_it_can(monkeypatch):
     ("text", "message"),
     [
         ("fused", "CNA_PLAN: expected one of gated_mlp, down_proj, linear before '=', got 'fused'"),
-        ("gated_mlp=fast", "CNA_PLAN: gated_mlp: expected one of gemv, flat, gated, fused, blas, engine, torch, got 'fast'"),
+        (
+            "gated_mlp=fast",
+            "CNA_PLAN: gated_mlp: expected one of gemv, flat, gated, fused, blas, engine, torch, got 'fast'",
+        ),
     ],
 )
 def test_bad_override_is_named(monkeypatch, text, message):

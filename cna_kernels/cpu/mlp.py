@@ -1,8 +1,8 @@
 """The CPU backend's ``gated_mlp``, ``swiglu``, ``down_proj`` and ``linear``: the engine of ``csrc``, or PyTorch's own
-products where the plan says that they are faster.
+products where the plan says so.
 
-Arguments are checked by ``cna_kernels.ops``; ``cna_kernels.reference`` is the definition. Where the engine computes gate
-and up they stay in fp32; the reference rounds them as ``linear`` does.
+Arguments are checked by ``cna_kernels.ops``; ``cna_kernels.reference`` is the definition. Where the engine computes
+gate and up they stay in fp32; the reference rounds them as ``linear`` does.
 """
 
 from __future__ import annotations

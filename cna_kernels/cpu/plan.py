@@ -1,7 +1,7 @@
 """Whether the engine of ``csrc`` or PyTorch's own products serve a call: a pure function of level, op, T and dtype.
 
-What a call asks for (sums, scaling) does not enter: rows that no circuit touches must come out bit for bit as in a call
-without features. ``cna doctor`` prints the rule, and ``CNA_PLAN=gated_mlp=torch,linear=engine`` overrides it.
+What a call asks for (sums, scaling) does not enter: rows that no circuit touches must come out bit for bit as in a
+call without features. ``cna doctor`` prints the rule, and ``CNA_PLAN=gated_mlp=torch,linear=engine`` overrides it.
 """
 
 from __future__ import annotations
