@@ -11,6 +11,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from cna_kernels import backends
 from cna_kernels.checks import InputError
 from cna_kernels.circuit import Circuit, check_fits, made_elsewhere
 from cna_kernels.steering import SteeringTable
@@ -58,6 +59,9 @@ class LanguageModel:
         if dtype is not None and dtype not in DTYPES:
             raise InputError("dtype", f"expected one of {', '.join(DTYPES)}, got {dtype!r}")
         self.device = _usable_device(device)
+        backends.name_for(
+            self.device
+        )  # what the environment asks for and cannot have is said before the files are read
         self.config = read_config(directory)
         self.tokenizer = Tokenizer(directory, self.config.vocab_size)
         self.stop_ids = stop_ids(directory, self.tokenizer, self.config.vocab_size)

@@ -11,6 +11,7 @@ from cna_kernels.reference import Scale, make_scale
 SHAPES = [(1, 48), (5, 1), (63, 130), (64, 128), (0, 16)]
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 N_HIDDEN, N_COLUMNS, N_CIRCUITS = 24, 3, 4
+FEATURES = ["plain", "sums", "sumsq", "scale", "both", "one circuit", "circuits", "columns"]
 
 
 @dataclass
@@ -122,3 +123,71 @@ def assert_close(name, got, plain, answer, *, slack, dtype):
     limit = slack * (plain.double() - answer).abs().max() + torch.finfo(dtype).eps * answer.abs().max()
     worst = tuple(int(i) for i in (error == error.max()).nonzero()[0]) if torch.isfinite(error).all() else "NaN"
     assert error.max() <= limit, f"{name} at {worst}: error {error.max():.3e}, limit {limit:.3e}"
+
+
+def with_feature(case, feature, n_columns=9):
+    """Turn the case into one with these features, and return its optional arguments."""
+    T, N = case.gate.shape
+    generator = torch.Generator().manual_seed(5)
+    if feature == "one circuit":  # for all tokens but a few
+        chosen = torch.randperm(N, generator=generator)[: N // 5 + 1].tolist()
+        case.scale = make_scale([{n: 0.25 * (n % 7) for n in chosen}], N)
+        case.row_circuit = -(torch.arange(T) % 5 == 4).int()
+    if feature == "circuits":  # one a token, some of them large, entries in every block of neurons
+        sizes = torch.randint(0, min(N, 90) + 1, (256,), generator=generator).tolist()
+        members = [torch.randperm(N, generator=generator)[:size].tolist() for size in sizes]
+        case.scale = make_scale([{n: 0.25 * (n % 7) for n in chosen} for chosen in members], N)
+        case.row_circuit = torch.randint(0, 256, (T,), generator=generator, dtype=torch.int32)
+    if feature == "columns":
+        case.weight = torch.rand(T, n_columns, generator=generator) * (torch.arange(T) % 3 > 0)[:, None]
+        case.act_sum = torch.randn(n_columns, N, generator=generator)
+        case.act_sumsq = torch.rand(n_columns, N, generator=generator)
+    extras = case.extras()
+    if feature in ("plain", "scale", "one circuit", "circuits"):
+        extras.update(weight=None, act_sum=None, act_sumsq=None)
+    if feature == "sumsq":
+        extras.update(act_sum=None)
+    if feature in ("plain", "sums", "sumsq"):
+        extras.update(scale=None, row_circuit=None)
+        case.row_circuit = torch.full_like(case.row_circuit, -1)
+    return extras
+
+
+def exact_case(shape, dtype=torch.bfloat16):
+    """A case (T, N, H) whose first tokens use circuits 0 and 3, none, and circuit 2."""
+    T, N, H = shape
+    case = make_case(T, N, dtype, n_hidden=H)
+    case.row_circuit[: min(T, 4)] = torch.tensor([0, 3, -1, 2], dtype=torch.int32)[: min(T, 4)]
+    return case
+
+
+SENTINEL = 77.0
+
+
+def wider(x):
+    """The same values as rows of a larger tensor filled with SENTINEL, on 16-byte boundaries."""
+    rows, columns = x.shape
+    base = torch.full((rows + 2, columns + 24), SENTINEL, dtype=x.dtype, device=x.device)
+    inside = base[1:-1, 8 : 8 + columns]
+    inside.copy_(x)
+    base[:, 8 + columns :] = SENTINEL
+    return inside
+
+
+def assert_nothing_outside(name, inside):
+    """All of the tensor that ``wider`` made, but its values, still is SENTINEL."""
+    around = inside._base.clone()
+    around[1:-1, 8:-16] = SENTINEL
+    assert (around == SENTINEL).all(), f"{name}: written outside"
+
+
+def assert_values(case, op, y, extras):
+    """All results of an op within the tolerance rule."""
+    results = (y, extras["act_sum"], extras["act_sumsq"])
+    answers = zip(("y", "act_sum", "act_sumsq"), results, torch_same_dtype(case, op), exact(case, op), strict=True)
+    for name, got, plain, answer in answers:
+        if got is None:
+            continue
+        # down_proj sums the very act it is given; elsewhere act itself was rounded to dtype first
+        rounding = torch.float32 if op == "down_proj" and name != "y" else y.dtype
+        assert_close(name, got.cpu(), plain, answer, slack=2 if name == "y" else 4, dtype=rounding)

@@ -12,7 +12,19 @@ import torch
 
 from cna_kernels import make_scale, ops
 from cna_kernels.triton import plan
-from op_cases import DTYPES, assert_close, exact, make_case, torch_same_dtype
+from op_cases import (
+    DTYPES,
+    FEATURES,
+    assert_close,
+    assert_nothing_outside,
+    assert_values,
+    exact,
+    exact_case,
+    make_case,
+    torch_same_dtype,
+    wider,
+    with_feature,
+)
 from tiny import write_language_model
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -21,7 +33,6 @@ WHERE = "cuda" if DEVICE == "cuda" else "interpreted"
 # (T, N, H). Decode, one neuron, no multiple of any tile, all multiples, two blocks of neurons and a tail with several
 # blocks of tokens. N and H that are multiples of 8 are the ones TMA can address.
 SHAPES = [(1, 48, 24), (3, 1, 5), (16, 136, 200), (63, 130, 72), (64, 128, 128), (130, 1032, 72)]
-FEATURES = ["plain", "sums", "sumsq", "scale", "both", "one circuit", "circuits", "columns"]
 
 
 def servable(op, name, shape, dtype):
@@ -43,32 +54,8 @@ IDS = [f"{WHERE}-{op}-{name}-{'x'.join(map(str, s))}-{str(d)[6:]}-{f}" for op, n
 
 
 def features(case, feature, kernel):
-    """Turn the case into one with these features, and return its optional arguments on DEVICE."""
-    T, N = case.gate.shape
-    generator = torch.Generator().manual_seed(5)
-    if feature == "one circuit":  # for all tokens but a few
-        chosen = torch.randperm(N, generator=generator)[: N // 5 + 1].tolist()
-        case.scale = make_scale([{n: 0.25 * (n % 7) for n in chosen}], N)
-        case.row_circuit = -(torch.arange(T) % 5 == 4).int()
-    if feature == "circuits":  # one a token, some of them large, entries in every block of neurons
-        sizes = torch.randint(0, min(N, 90) + 1, (256,), generator=generator).tolist()
-        members = [torch.randperm(N, generator=generator)[:size].tolist() for size in sizes]
-        case.scale = make_scale([{n: 0.25 * (n % 7) for n in chosen} for chosen in members], N)
-        case.row_circuit = torch.randint(0, 256, (T,), generator=generator, dtype=torch.int32)
-    if feature == "columns":  # where they go to the matrix units, more than one program takes
-        C = 70 if kernel in ("-", "blas") else 9
-        case.weight = torch.rand(T, C, generator=generator) * (torch.arange(T) % 3 > 0)[:, None]
-        case.act_sum = torch.randn(C, N, generator=generator)
-        case.act_sumsq = torch.rand(C, N, generator=generator)
-    extras = case.extras()
-    if feature in ("plain", "scale", "one circuit", "circuits"):
-        extras.update(weight=None, act_sum=None, act_sumsq=None)
-    if feature == "sumsq":
-        extras.update(act_sum=None)
-    if feature in ("plain", "sums", "sumsq"):
-        extras.update(scale=None, row_circuit=None)
-        case.row_circuit = torch.full_like(case.row_circuit, -1)
-    return on_device(extras)
+    """The case's optional arguments on DEVICE; more columns than one program takes where matrix units add them up."""
+    return on_device(with_feature(case, feature, n_columns=70 if kernel in ("-", "blas") else 9))
 
 
 def on_device(extras):
@@ -94,20 +81,7 @@ def test_values(monkeypatch, op, name, shape, dtype, feature):
     case = make_case(T, N, dtype, n_hidden=H)
     extras = features(case, feature, name)
     y = run(monkeypatch, op, name, case, extras)
-    answers = zip(
-        ("y", "act_sum", "act_sumsq"),
-        (y, extras["act_sum"], extras["act_sumsq"]),
-        torch_same_dtype(case, op),
-        exact(case, op),
-        strict=True,
-    )
-    for result, got, plain, answer in answers:
-        if got is None:
-            continue
-        # down_proj sums the very act it is given; elsewhere act itself was rounded to dtype first
-        rounding = torch.float32 if op == "down_proj" and result != "y" else dtype
-        slack = 2 if result == "y" else 4
-        assert_close(result, got.cpu(), plain, answer, slack=slack, dtype=rounding)
+    assert_values(case, op, y, extras)
     assert y.dtype == dtype and y.is_contiguous()
 
 
@@ -124,13 +98,6 @@ EXACT = [  # the interpreter takes 20 ms for a program: sizes are small where pr
     ("down_proj", "blas", (70, 130, 72)),
 ]
 each_plan = pytest.mark.parametrize(("op", "name", "shape"), EXACT, ids=[f"{WHERE}-{o}-{n}" for o, n, _ in EXACT])
-
-
-def exact_case(shape, dtype=torch.bfloat16):
-    T, N, H = shape
-    case = make_case(T, N, dtype, n_hidden=H)
-    case.row_circuit[: min(T, 4)] = torch.tensor([0, 3, -1, 2], dtype=torch.int32)[: min(T, 4)]
-    return case
 
 
 def test_gemv_in_a_second_block_of_neurons(monkeypatch):
@@ -237,22 +204,7 @@ def test_any_row_stride_and_nothing_written_outside(monkeypatch, op, name, shape
     assert torch.equal(getattr(ops, op)(*inputs, **extras, backend="triton"), expected)
     for part in ("act_sum", "act_sumsq"):
         assert torch.equal(extras[part], compact[part])
-        around = extras[part]._base.clone()
-        around[1:-1, 8:-16] = SENTINEL
-        assert (around == SENTINEL).all(), f"{part}: written outside"
-
-
-SENTINEL = 77.0
-
-
-def wider(x):
-    """The same values as rows of a larger tensor filled with SENTINEL, on 16-byte boundaries."""
-    rows, columns = x.shape
-    base = torch.full((rows + 2, columns + 24), SENTINEL, dtype=x.dtype, device=x.device)
-    inside = base[1:-1, 8 : 8 + columns]
-    inside.copy_(x)
-    base[:, 8 + columns :] = SENTINEL
-    return inside
+        assert_nothing_outside(part, extras[part])
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=["bfloat16", "float32"])
