@@ -1,17 +1,18 @@
 # make demo   install what is needed into .venv and run the demonstration
 # make test   install, then run the tests
-# make lint   ruff, format and rules
+# make lint   ruff and clang-format
 # make canaries   plant ten bugs in the kernels and see a test catch each
+# make sanitize   the CPU tests under ASan and UBSan, and four planted bugs that these must catch
 # make compile-gate   compile every kernel for every target without a GPU, and read the machine code: build/compile-gate/
 # make gpu OUT=DIR        on a machine with a GPU: tests and rows, within 9 minutes; no virtual environment, no network
 # make gpu-tune OUT=DIR   sweep the launch tables there and print the entries to commit
-# make bench  the benchmarks of bench/ (pytest-benchmark)
+# make bench  the benchmarks of bench/ (pytest-benchmark); writes bench/results/cpu.json
 # make train-demo   train the bundled checkpoints again, into demo-checkpoints/
 
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test lint canaries compile-gate gpu gpu-tune bench train-demo clean
+.PHONY: demo test lint canaries sanitize compile-gate gpu gpu-tune bench train-demo clean
 
 demo: .venv/.installed
 	$(BIN)/cna demo --out demo-out
@@ -22,9 +23,13 @@ test: .venv/.installed-test
 lint: .venv/.installed-test
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/clang-format --dry-run --Werror csrc/*.cpp csrc/*.h csrc/example.c
 
 canaries: .venv/.installed-test
 	$(BIN)/python tests/canaries.py
+
+sanitize: .venv/.installed-test
+	$(BIN)/python tests/sanitize.py
 
 # TRITONS: the versions to compile with. The one in .venv is "installed"; any other is unpacked into build/ from its wheel.
 TRITONS ?= installed 3.6.0
@@ -45,8 +50,14 @@ gpu gpu-tune:
 	-$(PYTHON) -m pip install --quiet --no-deps --no-build-isolation -e .
 	$(PYTHON) bench/gpu.py --out $(OUT) $(if $(filter gpu-tune,$@),--tune)
 
+# The CPU benches run again with both sides held to AVX-512 without bf16 products, where the CPU has more than that.
+BENCH = $(BIN)/python -m pytest -s --benchmark-enable --benchmark-columns=min,median,iqr,rounds
+NO_BF16 = CNA_CPU_ISA=avx512 ONEDNN_MAX_CPU_ISA=AVX512_CORE CNA_BENCH_SETTING="AVX-512 without bf16 products"
+
 bench: .venv/.installed-test
-	$(BIN)/python -m pytest bench -s --benchmark-enable --benchmark-columns=min,median,iqr,rounds
+	$(BENCH) bench
+	@if $(BIN)/python -c 'from cna_kernels.cpu import library; exit("avx512_bf16" not in library.levels())'; then \
+	  $(NO_BF16) $(BENCH) bench/bench_cpu.py bench/bench_cpu_model.py; fi
 
 train-demo: .venv/.installed
 	$(BIN)/python -m cna_kernels.model.demo.train --out demo-checkpoints

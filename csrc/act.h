@@ -47,8 +47,8 @@ void swiglu_row(T *act, const G *gate, const G *up, int64_t n) {
     store_some(act + i, mul(silu(load_some(gate + i, n - i)), load_some(up + i, n - i)), n - i);
 }
 
-// act_sum[C, N] += weight^T @ act over the rows of this call, for neurons n0 : n1. One writer for each element; tokens in
-// order; a token whose weights are all 0 is not read.
+// act_sum[C, N] += weight^T @ act over the rows of this call, for neurons n0 : n1. One writer for each element; tokens
+// in order; a token whose weights are all 0 is not read.
 template <class T, int COLUMNS>
 void sum_columns(const cna_extras &e, const T *act, int64_t act_stride, const int32_t *counted, int64_t n_counted,
                  int64_t column, int64_t n0, int64_t n1) {
@@ -88,8 +88,7 @@ void sum_tokens(const cna_extras &e, const T *act, int64_t act_stride, const int
     sum_columns<T, 4>(e, act, act_stride, counted, n_counted, column, n0, n1);
   for (; column + 2 <= e.n_columns; column += 2)
     sum_columns<T, 2>(e, act, act_stride, counted, n_counted, column, n0, n1);
-  for (; column < e.n_columns; column++)
-    sum_columns<T, 1>(e, act, act_stride, counted, n_counted, column, n0, n1);
+  for (; column < e.n_columns; column++) sum_columns<T, 1>(e, act, act_stride, counted, n_counted, column, n0, n1);
 }
 
 // One row of act, scaled in place by its circuit; the product is rounded again.

@@ -31,7 +31,7 @@ inline void emulated_product(int c, int a, int b) {
 #define _tile_dpbf16ps(c, a, b) emulated_product(c, a, b)
 #endif
 
-constexpr int TILE = 16;                   // rows of a tile, and 32-bit words in a row of one
+constexpr int TILE = 16;                       // rows of a tile, and 32-bit words in a row of one
 constexpr int64_t TOKENS_TOGETHER = 2 * TILE;  // tokens that pass together: memory for them is rounded up to this
 
 struct alignas(64) TileConfig {
@@ -64,7 +64,8 @@ inline void amx_tile(float *c, int64_t c_stride, const Bf16 *w, int64_t w_stride
         pack_rows(panel + i, PANEL, w + (o + i) * w_stride + k, w_stride, O - o - i, n_k);
       for (int64_t u = (n_k + 1) / 2; u < n_units; u++) std::memset(panel + u * PANEL, 0, PANEL * sizeof *panel);
     }
-    const int64_t steps = (n_tokens + TOKENS_TOGETHER - 1) / TOKENS_TOGETHER * ((O + PANEL - 1) / PANEL) * (n_units / TILE);
+    const int64_t steps =
+        (n_tokens + TOKENS_TOGETHER - 1) / TOKENS_TOGETHER * ((O + PANEL - 1) / PANEL) * (n_units / TILE);
     const int64_t lines = steps ? (ahead.n_lines + steps - 1) / steps : 0;
     for (int64_t t = 0; t < n_tokens; t += TOKENS_TOGETHER)
       for (int64_t o = 0; o < O; o += PANEL) {

@@ -129,20 +129,26 @@ struct Call {
 template <class T>
 const Ops<T> &ops(const Level &level);
 template <>
-const Ops<Bf16> &ops(const Level &level) { return level.bf16; }
+const Ops<Bf16> &ops(const Level &level) {
+  return level.bf16;
+}
 template <>
-const Ops<Fp16> &ops(const Level &level) { return level.fp16; }
+const Ops<Fp16> &ops(const Level &level) {
+  return level.fp16;
+}
 template <>
-const Ops<float> &ops(const Level &level) { return level.fp32; }
+const Ops<float> &ops(const Level &level) {
+  return level.fp32;
+}
 
 constexpr int MOST_THREADS = 1024;  // more are asked for only by mistake, and each has scratch memory
 
 inline int threads(int n) { return n < MOST_THREADS ? n : MOST_THREADS; }
 
 template <class T>
-int gated_mlp(T *y, const T *x, const T *w_gate, const T *w_up, const T *w_down, const cna_extras *extras, int64_t n_tokens,
-              int64_t H, int64_t N, int64_t y_stride, int64_t x_stride, int64_t w_gate_up_stride, int64_t w_down_stride,
-              int n_threads) {
+int gated_mlp(T *y, const T *x, const T *w_gate, const T *w_up, const T *w_down, const cna_extras *extras,
+              int64_t n_tokens, int64_t H, int64_t N, int64_t y_stride, int64_t x_stride, int64_t w_gate_up_stride,
+              int64_t w_down_stride, int n_threads) {
   Call call;
   cna_extras used;
   call.add(y, n_tokens, H, y_stride, sizeof(T), true);
@@ -158,8 +164,8 @@ int gated_mlp(T *y, const T *x, const T *w_gate, const T *w_up, const T *w_down,
 }
 
 template <class T>
-int swiglu(T *act, const T *gate, const T *up, const cna_extras *extras, int64_t n_tokens, int64_t N, int64_t act_stride,
-           int64_t gate_stride, int64_t up_stride, int n_threads) {
+int swiglu(T *act, const T *gate, const T *up, const cna_extras *extras, int64_t n_tokens, int64_t N,
+           int64_t act_stride, int64_t gate_stride, int64_t up_stride, int n_threads) {
   Call call;
   cna_extras used;
   call.add(act, n_tokens, N, act_stride, sizeof(T), true);
@@ -236,26 +242,26 @@ const char *cna_status_text(int status) {
   }
 }
 
-#define CNA_DEFINE(DTYPE, TYPE)                                                                                        \
-  int cna_gated_mlp_##DTYPE(TYPE *y, const TYPE *x, const TYPE *w_gate, const TYPE *w_up, const TYPE *w_down,          \
-                            const cna_extras *extras, int64_t T, int64_t H, int64_t N, int64_t y_stride,               \
-                            int64_t x_stride, int64_t w_gate_up_stride, int64_t w_down_stride, int n_threads) {        \
-    return gated_mlp(DTYPE(y), DTYPE(x), DTYPE(w_gate), DTYPE(w_up), DTYPE(w_down), extras, T, H, N, y_stride,         \
-                     x_stride, w_gate_up_stride, w_down_stride, n_threads);                                            \
-  }                                                                                                                    \
-  int cna_swiglu_##DTYPE(TYPE *act, const TYPE *gate, const TYPE *up, const cna_extras *extras, int64_t T, int64_t N,  \
-                         int64_t act_stride, int64_t gate_stride, int64_t up_stride, int n_threads) {                  \
-    return swiglu(DTYPE(act), DTYPE(gate), DTYPE(up), extras, T, N, act_stride, gate_stride, up_stride, n_threads);    \
-  }                                                                                                                    \
-  int cna_down_proj_##DTYPE(TYPE *y, const TYPE *act, const TYPE *w_down, const cna_extras *extras, int64_t T,         \
-                            int64_t H, int64_t N, int64_t y_stride, int64_t act_stride, int64_t w_down_stride,         \
-                            int n_threads) {                                                                           \
-    return down_proj(DTYPE(y), DTYPE(act), DTYPE(w_down), extras, T, H, N, y_stride, act_stride, w_down_stride,        \
-                     n_threads);                                                                                       \
-  }                                                                                                                    \
-  int cna_linear_##DTYPE(TYPE *y, const TYPE *x, const TYPE *w, const TYPE *bias, int64_t T, int64_t O, int64_t H,     \
-                         int64_t y_stride, int64_t x_stride, int64_t w_stride, int n_threads) {                        \
-    return linear(DTYPE(y), DTYPE(x), DTYPE(w), DTYPE(bias), T, O, H, y_stride, x_stride, w_stride, n_threads);        \
+#define CNA_DEFINE(DTYPE, TYPE)                                                                                       \
+  int cna_gated_mlp_##DTYPE(TYPE *y, const TYPE *x, const TYPE *w_gate, const TYPE *w_up, const TYPE *w_down,         \
+                            const cna_extras *extras, int64_t T, int64_t H, int64_t N, int64_t y_stride,              \
+                            int64_t x_stride, int64_t w_gate_up_stride, int64_t w_down_stride, int n_threads) {       \
+    return gated_mlp(DTYPE(y), DTYPE(x), DTYPE(w_gate), DTYPE(w_up), DTYPE(w_down), extras, T, H, N, y_stride,        \
+                     x_stride, w_gate_up_stride, w_down_stride, n_threads);                                           \
+  }                                                                                                                   \
+  int cna_swiglu_##DTYPE(TYPE *act, const TYPE *gate, const TYPE *up, const cna_extras *extras, int64_t T, int64_t N, \
+                         int64_t act_stride, int64_t gate_stride, int64_t up_stride, int n_threads) {                 \
+    return swiglu(DTYPE(act), DTYPE(gate), DTYPE(up), extras, T, N, act_stride, gate_stride, up_stride, n_threads);   \
+  }                                                                                                                   \
+  int cna_down_proj_##DTYPE(TYPE *y, const TYPE *act, const TYPE *w_down, const cna_extras *extras, int64_t T,        \
+                            int64_t H, int64_t N, int64_t y_stride, int64_t act_stride, int64_t w_down_stride,        \
+                            int n_threads) {                                                                          \
+    return down_proj(DTYPE(y), DTYPE(act), DTYPE(w_down), extras, T, H, N, y_stride, act_stride, w_down_stride,       \
+                     n_threads);                                                                                      \
+  }                                                                                                                   \
+  int cna_linear_##DTYPE(TYPE *y, const TYPE *x, const TYPE *w, const TYPE *bias, int64_t T, int64_t O, int64_t H,    \
+                         int64_t y_stride, int64_t x_stride, int64_t w_stride, int n_threads) {                       \
+    return linear(DTYPE(y), DTYPE(x), DTYPE(w), DTYPE(bias), T, O, H, y_stride, x_stride, w_stride, n_threads);       \
   }
 
 CNA_DEFINE(bf16, uint16_t)

@@ -5,9 +5,9 @@
  *   act_sumsq[c, n] += sum_t weight[t, c] * act[t, n]^2     likewise
  *   y               = (act * scale[row_circuit[t]]) @ w_down^T
  *
- * T tokens, H hidden size, N neurons, C columns of sums, K circuits. Arrays are row-major. A stride counts elements from
- * one row to the next and is at least the row's length; within a row elements are adjacent. bf16 and fp16 arrays hold
- * bit patterns. Sizes may be 0: an empty output is a success, and pointers to empty arrays may be NULL.
+ * T tokens, H hidden size, N neurons, C columns of sums, K circuits. Arrays are row-major. A stride counts elements
+ * from one row to the next and is at least the row's length; within a row elements are adjacent. bf16 and fp16 arrays
+ * hold bit patterns. Sizes may be 0: an empty output is a success, and pointers to empty arrays may be NULL.
  *
  * Every function returns CNA_OK or says what is wrong and has then written nothing. Results do not depend on n_threads.
  * Calls may come from any thread. After fork() a child computes on one thread: OpenMP's are gone.
@@ -31,16 +31,16 @@ extern "C" {
 
 typedef enum cna_status {
   CNA_OK = 0,
-  CNA_ERR_VERSION = 1,   /* extras->version is not this library's CNA_ABI_VERSION */
-  CNA_ERR_NULL = 2,      /* a pointer to an array that is not empty is NULL, or half of a pair is missing */
-  CNA_ERR_SIZE = 3,      /* a size is negative, or an array would be larger than an address space */
-  CNA_ERR_STRIDE = 4,    /* a stride is smaller than its row */
-  CNA_ERR_ALIGN = 5,     /* a pointer is not aligned to its element */
-  CNA_ERR_OVERLAP = 6,   /* an output shares memory with another array */
-  CNA_ERR_SCALE = 7,     /* a circuit in use: offsets out of order, an index outside its block or not ascending */
-  CNA_ERR_THREADS = 8,   /* n_threads is below 1 */
-  CNA_ERR_ISA = 9,       /* CNA_CPU_ISA or cna_use_isa names a level that is unknown or that this CPU lacks */
-  CNA_ERR_MEMORY = 10    /* the workspace could not be allocated */
+  CNA_ERR_VERSION = 1, /* extras->version is not this library's CNA_ABI_VERSION */
+  CNA_ERR_NULL = 2,    /* a pointer to an array that is not empty is NULL, or half of a pair is missing */
+  CNA_ERR_SIZE = 3,    /* a size is negative, or an array would be larger than an address space */
+  CNA_ERR_STRIDE = 4,  /* a stride is smaller than its row */
+  CNA_ERR_ALIGN = 5,   /* a pointer is not aligned to its element */
+  CNA_ERR_OVERLAP = 6, /* an output shares memory with another array */
+  CNA_ERR_SCALE = 7,   /* a circuit in use: offsets out of order, an index outside its block or not ascending */
+  CNA_ERR_THREADS = 8, /* n_threads is below 1 */
+  CNA_ERR_ISA = 9,     /* CNA_CPU_ISA or cna_use_isa names a level that is unknown or that this CPU lacks */
+  CNA_ERR_MEMORY = 10  /* the workspace could not be allocated */
 } cna_status;
 
 /* The optional arguments: sums, steering, or both. Set version, and every field that is not used to 0. */
@@ -55,8 +55,8 @@ typedef struct cna_extras {
   int64_t act_sum_stride;
   int64_t act_sumsq_stride;
   /* Steering: row_circuit with the other three. Circuit c multiplies neuron index[e] by value[e] for every e in
-     offsets[c, 0] : offsets[c, last]; its neurons in 1024 b : 1024 (b + 1) are those in offsets[c, b] : offsets[c, b + 1].
-     Within a circuit index ascends strictly. A value of 0 writes exactly 0. */
+     offsets[c, 0] : offsets[c, last]; its neurons in 1024 b : 1024 (b + 1) are those in offsets[c, b] : offsets[c, b +
+     1]. Within a circuit index ascends strictly. A value of 0 writes exactly 0. */
   const int32_t *row_circuit; /* [T] the circuit of each token; outside 0 .. K - 1: none */
   const int32_t *offsets;     /* [K, ceil(N / 1024) + 1] */
   const int32_t *index;       /* [E] */
@@ -71,9 +71,9 @@ CNA_API const char *cna_status_text(int status); /* one line, never NULL */
 CNA_API int cna_has_openmp(void);                /* 0: built without OpenMP, every call uses one thread */
 
 /* Instruction sets. The best one that the CPU has is used, or the one named by the environment variable CNA_CPU_ISA. */
-CNA_API const char *cna_isa_levels(void);    /* those this CPU has, best last: "generic avx2 avx512 avx512_bf16" */
-CNA_API const char *cna_isa(void);           /* the one in use; "" where CNA_CPU_ISA names one that is not there */
-CNA_API int cna_use_isa(const char *name);   /* for all calls from now on; NULL: back to the default */
+CNA_API const char *cna_isa_levels(void);  /* those this CPU has, best last: "generic avx2 avx512 avx512_bf16" */
+CNA_API const char *cna_isa(void);         /* the one in use; "" where CNA_CPU_ISA names one that is not there */
+CNA_API int cna_use_isa(const char *name); /* for all calls from now on; NULL: back to the default */
 
 /* y[T, H] = the whole MLP: gate = x @ w_gate^T and up = x @ w_up^T stay in fp32.
    x [T, H], w_gate and w_up [N, H] with one stride (halves of one [2N, H] array are fine), w_down [H, N]. */

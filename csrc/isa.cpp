@@ -25,9 +25,7 @@ bool has_f16c() {  // not a name that every compiler's __builtin_cpu_supports kn
   return __get_cpuid(1, &a, &b, &c, &d) && (c & 1u << 29);
 }
 
-bool has_avx2() {
-  return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && has_f16c();
-}
+bool has_avx2() { return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && has_f16c(); }
 
 bool has_avx512() {
   return has_avx2() && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&

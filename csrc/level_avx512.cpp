@@ -6,7 +6,8 @@
 #include "workspace.h"
 
 #if defined(__clang__)
-#pragma clang attribute push(__attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c"))), apply_to = function)
+#pragma clang attribute push(__attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c"))), \
+                             apply_to = function)
 #else
 #pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c")
 #endif
@@ -17,12 +18,15 @@ namespace avx512 {
 
 #include "vec_avx512.h"
 
+// Up to how many tokens dot.h is faster than panel.h: widening bf16 into panels costs more than reading tokens again
+// (2 cores of Zen 4, 2026-11-21).
 constexpr int64_t FEW_BF16 = 48, FEW_FP16 = 48, FEW_FP32 = 4;
 
 #include "act.h"
+
 #include "dot.h"
 #include "panel.h"
-// after the products
+
 #include "mlp.h"
 
 }  // namespace avx512

@@ -1,11 +1,10 @@
 // The four operations, put together from dot.h (few tokens), panel.h (many tokens) and act.h.
 // Included inside a level's namespace.
 
-constexpr int64_t CHUNK = 256;  // tokens that go through the whole MLP together, so that act stays in cache
-constexpr int64_t BLOCK = 32;   // outputs, or neurons, that one task computes
-constexpr int64_t ROWS = 64;    // tokens of swiglu between two visits of the sums
+constexpr int64_t CHUNK = 256;      // tokens that go through the whole MLP together, so that act stays in cache
+constexpr int64_t BLOCK = 32;       // outputs, or neurons, that one task computes
+constexpr int64_t ROWS = 64;        // tokens of swiglu between two visits of the sums
 constexpr int64_t SMALL = 1 << 15;  // elements that one thread handles faster than several
-
 
 // The same arguments for the tokens from t on.
 inline cna_extras from_token(cna_extras extras, int64_t t) {
@@ -134,8 +133,8 @@ int gated_mlp(T *y, const T *x, const T *w_gate, const T *w_up, const T *w_down,
 }
 
 template <class T>
-int down_proj(T *y, const T *act, const T *w_down, const cna_extras &all_extras, int64_t all_tokens, int64_t H, int64_t N,
-              int64_t y_stride, int64_t act_stride, int64_t w_down_stride, int n_threads) {
+int down_proj(T *y, const T *act, const T *w_down, const cna_extras &all_extras, int64_t all_tokens, int64_t H,
+              int64_t N, int64_t y_stride, int64_t act_stride, int64_t w_down_stride, int n_threads) {
   Parts parts{nullptr};
   for (int64_t t0 = 0; t0 < all_tokens;) {
     const int64_t n_tokens = smaller(CHUNK, all_tokens - t0);
@@ -193,8 +192,8 @@ int linear(T *y, const T *x, const T *w, const T *bias, int64_t all_tokens, int6
 
 // A task owns a range of neurons for all tokens, so that every sum has one writer.
 template <class T>
-int swiglu(T *act, const T *gate, const T *up, const cna_extras &extras, int64_t n_tokens, int64_t N, int64_t act_stride,
-           int64_t gate_stride, int64_t up_stride, int n_threads) {
+int swiglu(T *act, const T *gate, const T *up, const cna_extras &extras, int64_t n_tokens, int64_t N,
+           int64_t act_stride, int64_t gate_stride, int64_t up_stride, int n_threads) {
   const int64_t wanted = round_up(N / (4 * n_threads) + 1, 64), width = wanted < 1024 ? wanted : 1024;
   parallel_for((N + width - 1) / width, n_tokens * N < SMALL ? 1 : n_threads, [&](int64_t task, int) {
     const int64_t n0 = task * width, n = smaller(width, N - n0);

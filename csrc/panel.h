@@ -2,8 +2,8 @@
 // turned into panels once, and all tokens pass over them. Included inside a level's namespace.
 //
 // A panel holds UNITS steps of k for PANEL rows of weights: panel[unit][PANEL]. A unit is 32 bits: one fp32 value, or,
-// where the processor multiplies pairs, two neighbouring bf16 values. Every sum is a chain of fp32 additions over the k of
-// a block, and then over blocks: a token's result does not depend on its neighbours.
+// where the processor multiplies pairs, two neighbouring bf16 values. Every sum is a chain of fp32 additions over the k
+// of a block, and then over blocks: a token's result does not depend on its neighbours.
 
 constexpr int PANEL = TILE_VECTORS * W;  // rows of weights in a panel
 constexpr int UNITS = 256;               // steps of k in a panel: 32 KiB with PANEL = 32
@@ -25,15 +25,18 @@ struct Unit<Bf16> {
 #endif
 
 // The weights that will be packed next: fetched towards the cache a few lines at a time while the processor multiplies.
-// Without it the time to read weights and the time to multiply add up: 10 to 20% at 5 to 32 tokens of bf16. Fetching while
-// packing, too, costs 8% (2 cores of Zen 4, 2026-11-21).
+// Without it the time to read weights and the time to multiply add up: 10 to 20% at 5 to 32 tokens of bf16. Fetching
+// while packing, too, costs 8% (2 cores of Zen 4, 2026-11-21).
 struct Ahead {
   const char *line, *row_end;
   int64_t row_bytes, stride_bytes, n_lines;
 
   Ahead(const void *first, int64_t rows, int64_t row_bytes, int64_t stride_bytes)
-      : line(static_cast<const char *>(first)), row_end(line + row_bytes), row_bytes(row_bytes),
-        stride_bytes(stride_bytes), n_lines(rows * ((row_bytes + 63) / 64)) {}
+      : line(static_cast<const char *>(first)),
+        row_end(line + row_bytes),
+        row_bytes(row_bytes),
+        stride_bytes(stride_bytes),
+        n_lines(rows * ((row_bytes + 63) / 64)) {}
 
   void fetch(int64_t n) {
     for (; n > 0 && n_lines > 0; n--, n_lines--) {
@@ -122,8 +125,7 @@ void panel_block(float *c, int64_t c_stride, const float *panel, const float *x,
     F32 weights[TILE_VECTORS];
     for (int v = 0; v < TILE_VECTORS; v++) weights[v] = load(panel + v * W);
     for (int t = 0; t < TOKENS; t++)
-      for (int v = 0; v < TILE_VECTORS; v++)
-        sums[t][v] = U::add_product(sums[t][v], weights[v], x + unit * TOKENS + t);
+      for (int v = 0; v < TILE_VECTORS; v++) sums[t][v] = U::add_product(sums[t][v], weights[v], x + unit * TOKENS + t);
   }
   for (int t = 0; t < TOKENS; t++)
     for (int v = 0; v < TILE_VECTORS; v++) {

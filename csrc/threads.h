@@ -5,8 +5,8 @@
 
 namespace cna {
 
-// Run task(context, i, thread) for i in 0 .. n - 1 on up to n_threads threads; `thread` is below n_threads. Which thread
-// takes which i is not fixed: nothing that is computed may depend on it.
+// Run task(context, i, thread) for i in 0 .. n - 1 on up to n_threads threads; `thread` is below n_threads. Which
+// thread takes which i is not fixed: nothing that is computed may depend on it.
 void run_tasks(int64_t n, int n_threads, void (*task)(const void *context, int64_t i, int thread), const void *context);
 
 bool has_openmp();

@@ -33,7 +33,8 @@ inline F32 load(const Bf16 *p) {
 inline F32 load(const Fp16 *p) { return _mm256_cvtph_ps(_mm_loadu_si128((const __m128i *)p)); }
 inline void store(float *p, F32 a) { _mm256_storeu_ps(p, a); }
 inline void store(Bf16 *p, F32 a) {
-  const __m256i bits = _mm256_castps_si256(a), odd = _mm256_and_si256(_mm256_srli_epi32(bits, 16), _mm256_set1_epi32(1));
+  const __m256i bits = _mm256_castps_si256(a),
+                odd = _mm256_and_si256(_mm256_srli_epi32(bits, 16), _mm256_set1_epi32(1));
   __m256i top = _mm256_srli_epi32(_mm256_add_epi32(_mm256_add_epi32(bits, odd), _mm256_set1_epi32(0x7FFF)), 16);
   const __m256i is_nan = _mm256_castps_si256(_mm256_cmp_ps(a, a, _CMP_UNORD_Q));
   top = _mm256_blendv_epi8(top, _mm256_set1_epi32(0x7FC0), is_nan);

@@ -31,14 +31,13 @@ inline F32 load(const Bf16 *p) {
 inline F32 load(const Fp16 *p) { return _mm512_cvtph_ps(_mm256_loadu_si256((const __m256i *)p)); }
 inline void store(float *p, F32 a) { _mm512_storeu_ps(p, a); }
 inline void store(Bf16 *p, F32 a) {
-  const __m512i bits = _mm512_castps_si512(a), odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
+  const __m512i bits = _mm512_castps_si512(a),
+                odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
   __m512i top = _mm512_srli_epi32(_mm512_add_epi32(_mm512_add_epi32(bits, odd), _mm512_set1_epi32(0x7FFF)), 16);
   top = _mm512_mask_mov_epi32(top, _mm512_cmp_ps_mask(a, a, _CMP_UNORD_Q), _mm512_set1_epi32(0x7FC0));
   _mm256_storeu_si256((__m256i *)p, _mm512_cvtepi32_epi16(top));
 }
-inline void store(Fp16 *p, F32 a) {
-  _mm256_storeu_si256((__m256i *)p, _mm512_cvtps_ph(a, _MM_FROUND_TO_NEAREST_INT));
-}
+inline void store(Fp16 *p, F32 a) { _mm256_storeu_si256((__m256i *)p, _mm512_cvtps_ph(a, _MM_FROUND_TO_NEAREST_INT)); }
 
 inline F32 low_halves(F32 pairs) { return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_castps_si512(pairs), 16)); }
 inline F32 high_halves(F32 pairs) {

@@ -13,8 +13,8 @@ inline F32 mul(F32 a, F32 b) { return a * b; }
 inline F32 add(F32 a, F32 b) { return a + b; }
 inline F32 div(F32 a, F32 b) { return a / b; }
 inline F32 fma(F32 a, F32 b, F32 c) { return a * b + c; }
-inline F32 least(F32 a, F32 b) { return a < b ? a : b; }      // b where one is NaN
-inline F32 greatest(F32 a, F32 b) { return a > b ? a : b; }  // b where one is NaN
+inline F32 least(F32 a, F32 b) { return a < b ? a : b; }                            // b where one is NaN
+inline F32 greatest(F32 a, F32 b) { return a > b ? a : b; }                         // b where one is NaN
 inline F32 not_below(F32 x, F32 limit) { return x < limit ? zero() : set1(1.0f); }  // 0 where x < limit, else 1
 inline float total(F32 a) { return (a[0] + a[2]) + (a[1] + a[3]); }
 inline F32 add_to_exponent(F32 a, F32 n_in_low_bits) { return (F32)((I32)a + ((I32)n_in_low_bits << 23)); }

@@ -138,6 +138,8 @@ def run_doctor(args):
         for name in backends.KNOWN:
             reason = backends.missing(name, device)
             facts[f"backend {name} on {device}"] = "available" if reason is None else reason
+    facts["CNA_PLAN"] = os.environ.get("CNA_PLAN") or "not set"
+    facts.update(_cpu_engine())
     facts.update(_kernel_plans(cuda))
     if args.json:
         print_json(facts)
@@ -148,13 +150,35 @@ def run_doctor(args):
     stdout().print(table)
 
 
+def _cpu_engine():
+    """The CPU engine's instruction sets, and what serves how many tokens."""
+    from cna_kernels.cpu import library, plan
+
+    facts = {"CNA_CPU_ISA": os.environ.get("CNA_CPU_ISA") or "not set"}
+    if library.missing():
+        return facts
+    threads = "OpenMP" if library.load().cna_has_openmp() else "built without OpenMP: one thread"
+    facts["CPU engine"] = f"{library.isa()} of {', '.join(library.levels())}; {threads}"
+    for dtype in plan.DTYPES:
+        short = str(dtype).removeprefix("torch.")
+        try:
+            ranges = {op: plan.by_tokens(op, dtype) for op in plan.OPS}
+        except InputError as error:
+            return facts | {"CPU plans": str(error)}
+        for op, found in ranges.items():
+            same = [other for other in plan.OPS if ranges[other] == found]
+            for first, (name, reason) in found if op == same[0] else ():
+                facts[f"{', '.join(same)} on cpu, {short}, T >= {first}"] = f"{name} ({reason})"
+    return facts
+
+
 def _kernel_plans(cuda):
     """Which Triton kernels serve how many tokens, for an 8B model's MLP in bf16."""
     if importlib.util.find_spec("triton") is None:
         return {}
     from cna_kernels.triton import launch, plan
 
-    facts = {"CNA_PLAN": os.environ.get("CNA_PLAN") or "not set"}
+    facts = {}
     arch = launch.arch(torch.device("cuda")) if cuda else 90
     where = torch.cuda.get_device_name() if cuda else "an sm_90 device"
     for op in plan.PLANS:

@@ -62,6 +62,9 @@ def test_doctor(capsys):
     facts = json.loads(capsys.readouterr().out)
     assert facts["ops on cpu"] in ("reference", "cpu") and facts["backend reference on cpu"] == "available"
     assert any(name.startswith("gated_mlp on") and "gemv" in value for name, value in facts.items())
+    if facts["ops on cpu"] == "cpu":
+        assert "generic" in facts["CPU engine"]
+        assert any("linear on cpu, bfloat16, T >= 1" in name and "engine" in text for name, text in facts.items())
 
 
 BAD = {

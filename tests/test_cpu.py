@@ -473,3 +473,24 @@ def test_example_data_is_what_the_definition_gives():
     sys.path.remove(str(CSRC))
     stored = torch.frombuffer(bytearray((CSRC / "example.f32").read_bytes()), dtype=torch.float32)
     torch.testing.assert_close(stored, torch.cat([array.flatten() for array in example_data.arrays()]))
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads the peak from /proc")
+def test_no_copy_of_the_weights():
+    """A call on an MLP of 100 MB needs at most 16 MB for packing, activations and its result."""
+    code = """
+import re, torch
+from cna_kernels import ops
+def peak():
+    return int(re.search(r"VmHWM:\\s*(\\d+) kB", open("/proc/self/status").read())[1]) * 1024
+w_gate_up, w_down = (torch.ones(shape, dtype=torch.bfloat16) for shape in ((16384, 2048), (2048, 8192)))
+x = torch.ones(256, 2048, dtype=torch.bfloat16)
+ops.gated_mlp(x[:1, :64], w_gate_up[:128, :64], w_down[:64, :64], backend="cpu")
+before = peak()
+for n_tokens in (1, 16, 256):
+    ops.gated_mlp(x[:n_tokens], w_gate_up, w_down, backend="cpu")
+print(peak() - before)
+"""
+    done = python(code, CNA_PLAN="gated_mlp=engine")
+    assert done.returncode == 0, done.stderr
+    assert int(done.stdout) <= 16 << 20, f"{int(done.stdout) / 2**20:.1f} MiB"

@@ -12,6 +12,7 @@ from .. import plans
 from ..plans import Plan
 from . import library
 
+OPS = ("gated_mlp", "down_proj", "linear")
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 ENGINE = {

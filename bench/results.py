@@ -1,0 +1,78 @@
+"""Results files: ``{"environment": {...}, "rows": [...]}``, one row for each comparison, in ``bench/results/``.
+
+A row has id, shape, m (tokens), dtype, competitor, ratio (ours / competitor, lower is better), noise (ours against
+itself: what a ratio of 1 can look like) and target (the ratio not to exceed, or null). Further fields say more.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import time
+from pathlib import Path
+
+import torch
+
+DIRECTORY = Path(__file__).resolve().parent / "results"
+
+
+def cpu_environment() -> dict:
+    """What a figure from this machine depends on."""
+    from cna_kernels.cpu import library
+
+    lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
+    facts = {key.strip(): value.strip() for key, _, value in (line.partition(":") for line in lines)}
+    names = ("model name", "cpu family", "model", "cache size")
+    return {
+        "date": time.strftime("%Y-%m-%d"),
+        "machine": platform.machine(),
+        "cpu": ", ".join(f"{name} {facts[name]}" for name in names if name in facts),
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "last_level_cache_bytes": last_level_cache(),
+        "isa": library.isa(),
+        "isa_levels": library.levels(),
+        "ONEDNN_MAX_CPU_ISA": os.environ.get("ONEDNN_MAX_CPU_ISA"),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+    }
+
+
+def last_level_cache() -> int:
+    """Bytes of the largest cache that Linux tells of, else 32 MiB."""
+    sizes = Path("/sys/devices/system/cpu/cpu0/cache").glob("index*/size")
+    units = {"K": 2**10, "M": 2**20, "G": 2**30}
+    found = [int(text[:-1]) * units[text[-1]] for text in (path.read_text().strip() for path in sizes)]
+    return max(found, default=32 * 2**20)
+
+
+class Results:
+    """Rows of one file, written after every row. Rows of other settings that the file already holds are kept."""
+
+    def __init__(self, name: str, setting: str, environment: dict):
+        self.path, self.setting = DIRECTORY / f"{name}.json", setting
+        old = json.loads(self.path.read_text()) if self.path.exists() else {"environment": {}, "rows": []}
+        self.environment = {key: value for key, value in old["environment"].items() if key != setting}
+        self.environment[setting] = environment
+        self.others = [row for row in old["rows"] if row["setting"] != setting]
+        self.rows = []
+
+    def add(self, id, *, shape, m, dtype, competitor, result, target=None, **more) -> dict:
+        """Add the row of a result of ``interleave.compare``, print it and write the file."""
+        row = dict(id=id, setting=self.setting, shape=shape, m=m, dtype=dtype, competitor=competitor)
+        row |= dict(ratio=round(result["ratio"], 4), noise=round(result["noise"], 4), target=target, **more)
+        self.rows.append(row)
+        print(f"\n{line(row)}", flush=True)
+        DIRECTORY.mkdir(parents=True, exist_ok=True)
+        content = {"environment": self.environment, "rows": self.others + self.rows}
+        self.path.write_text(json.dumps(content, indent=1) + "\n")
+        return row
+
+
+def line(row: dict) -> str:
+    """One line of the printed table."""
+    target = "" if row["target"] is None else f"  target {row['target']:.2f}"
+    missed = "" if row["target"] is None or row["ratio"] <= row["target"] else "  above"
+    what = f"{row['id']} {row['shape']} M={row['m']} {row['dtype']} / {row['competitor']}"
+    return f"{what:78s} {row['ratio']:6.3f}  noise {row['noise']:.2f}{target}{missed}"
