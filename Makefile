@@ -2,7 +2,7 @@
 # make test   install, then run the tests
 # make lint   ruff and clang-format
 # make canaries   plant ten bugs in the kernels and see a test catch each
-# make sanitize   the CPU tests under ASan and UBSan, and four planted bugs that these must catch
+# make sanitize   the CPU tests under ASan and UBSan, and five planted bugs that these must catch
 # make compile-gate   compile every kernel for every target without a GPU, and read the machine code: build/compile-gate/
 # make gpu OUT=DIR        on a machine with a GPU: tests and rows, within 9 minutes; no virtual environment, no network
 # make gpu-tune OUT=DIR   sweep the launch tables there and print the entries to commit
@@ -29,7 +29,7 @@ canaries: .venv/.installed-test
 	$(BIN)/python tests/canaries.py
 
 sanitize: .venv/.installed-test
-	$(BIN)/python tests/sanitize.py
+	$(BIN)/python tests/sanitize.py $(SANITIZE_FLAGS)
 
 # TRITONS: the versions to compile with. The one in .venv is "installed"; any other is unpacked into build/ from its wheel.
 TRITONS ?= installed 3.6.0

@@ -9,16 +9,37 @@ reference: where an input requires grad, the op runs it directly.
 from __future__ import annotations
 
 from contextlib import nullcontext
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd import forward_ad
+from torch.autograd.graph import increment_version
 
 from . import backends, reference
 from .checks import check_tensor
 from .reference import NEURON_BLOCK, Scale
 
 FLOATS = (torch.bfloat16, torch.float16, torch.float32)
+
+
+class Extras(NamedTuple):
+    """The optional arguments of an op, as torch.library takes them: ``scale`` in its three tensors."""
+
+    weight: Tensor | None
+    act_sum: Tensor | None
+    act_sumsq: Tensor | None
+    scale_offsets: Tensor | None
+    scale_index: Tensor | None
+    scale_value: Tensor | None
+    row_circuit: Tensor | None
+
+    def keywords(self) -> dict:
+        """The keyword arguments of a backend's functions."""
+        weight, act_sum, act_sumsq, *scale, row_circuit = self
+        scale = None if scale[0] is None else Scale(*scale)
+        return dict(weight=weight, act_sum=act_sum, act_sumsq=act_sumsq, scale=scale, row_circuit=row_circuit)
 
 
 def gated_mlp(
@@ -61,9 +82,10 @@ def gated_mlp(
     n_neurons = w_down.shape[1]
     check_tensor("w_gate_up", w_gate_up, shape=(2 * n_neurons, n_hidden), dtype=x.dtype, device=x.device)
     extras = _check_extras(n_rows, n_neurons, x.device, weight, act_sum, act_sumsq, scale, row_circuit)
-    if _needs_grad(x, w_gate_up, w_down):
+    if _needs_grad(x, w_gate_up, w_down, extras.scale_value):
         _refuse_backend_with_grad(backend)
-        return reference.gated_mlp(x, w_gate_up, w_down, **_keywords(*extras))
+        with _as_given(x):
+            return reference.gated_mlp(x, w_gate_up, w_down, **extras.keywords())
     return _gated_mlp(x, w_gate_up, w_down, *extras, backend)
 
 
@@ -91,9 +113,10 @@ def swiglu(
     check_tensor("gate", gate, shape=(None, None), dtype=FLOATS)
     check_tensor("up", up, shape=tuple(gate.shape), dtype=gate.dtype, device=gate.device)
     extras = _check_extras(*gate.shape, gate.device, weight, act_sum, act_sumsq, scale, row_circuit)
-    if _needs_grad(gate, up):
+    if _needs_grad(gate, up, extras.scale_value):
         _refuse_backend_with_grad(backend)
-        return reference.swiglu(gate, up, **_keywords(*extras))
+        with _as_given(gate):
+            return reference.swiglu(gate, up, **extras.keywords())
     return _swiglu(gate, up, *extras, backend)
 
 
@@ -121,9 +144,10 @@ def down_proj(
     check_tensor("act", act, shape=(None, None), dtype=FLOATS)
     check_tensor("w_down", w_down, shape=(None, act.shape[1]), dtype=act.dtype, device=act.device)
     extras = _check_extras(*act.shape, act.device, weight, act_sum, act_sumsq, scale, row_circuit)
-    if _needs_grad(act, w_down):
+    if _needs_grad(act, w_down, extras.scale_value):
         _refuse_backend_with_grad(backend)
-        return reference.down_proj(act, w_down, **_keywords(*extras))
+        with _as_given(act):
+            return reference.down_proj(act, w_down, **extras.keywords())
     return _down_proj(act, w_down, *extras, backend)
 
 
@@ -139,12 +163,16 @@ def linear(x: Tensor, w: Tensor, bias: Tensor | None = None, *, backend: str | N
     Returns:
         y ``[T, O]``.
     """
-    if x.device.type != "cpu" or _needs_grad(x, w):
+    if x.device.type != "cpu":
         return F.linear(x, w, bias)
     check_tensor("x", x, shape=(None, None), dtype=FLOATS)
     check_tensor("w", w, shape=(None, x.shape[1]), dtype=x.dtype, device=x.device)
     if bias is not None:
         check_tensor("bias", bias, shape=(w.shape[0],), dtype=x.dtype, device=x.device)
+    if _needs_grad(x, w, bias):
+        _refuse_backend_with_grad(backend)
+        with _as_given(x):
+            return F.linear(x, w, bias)
     return _linear(x, w, bias, backend)
 
 
@@ -154,8 +182,8 @@ _LIBRARY = torch.library.Library("cna_kernels", "DEF")
 def _register(name, fake, mutates=()):
     """Register the function as an op of torch.library, and return the op.
 
-    ``torch.library.custom_op`` would do the same with 50 us of Python for each call, more than a small MLP takes; this
-    way it is 4 us (2 cores of Zen 4, torch 2.13, 2026-11-21).
+    ``torch.library.custom_op`` adds what these ops do not need, in 50 us of Python for each call, which is more than a
+    small MLP takes; this way it is 4 us (2 cores of Zen 4, torch 2.13, 2026-11-21).
     """
 
     def decorate(function):
@@ -181,19 +209,13 @@ def _check_extras(n_rows, n_neurons, device, weight, act_sum, act_sumsq, scale, 
         if act_sumsq is not None:
             check_tensor("act_sumsq", act_sumsq, shape=sums_shape, dtype=torch.float32, device=device)
     if scale is None:
-        return weight, act_sum, act_sumsq, None, None, None, None
+        return Extras(weight, act_sum, act_sumsq, None, None, None, None)
     edges = -(-n_neurons // NEURON_BLOCK) + 1
     check_tensor("scale.offsets", scale.offsets, shape=(None, edges), dtype=torch.int32, device=device)
     check_tensor("scale.index", scale.index, shape=(None,), dtype=torch.int32, device=device)
     check_tensor("scale.value", scale.value, shape=tuple(scale.index.shape), dtype=torch.float32, device=device)
     check_tensor("row_circuit", row_circuit, shape=(n_rows,), dtype=torch.int32, device=device)
-    return weight, act_sum, act_sumsq, *scale, row_circuit
-
-
-def _keywords(weight, act_sum, act_sumsq, offsets, index, value, row_circuit):
-    """The extras as the keyword arguments of a backend's functions."""
-    scale = None if offsets is None else Scale(offsets, index, value)
-    return dict(weight=weight, act_sum=act_sum, act_sumsq=act_sumsq, scale=scale, row_circuit=row_circuit)
+    return Extras(weight, act_sum, act_sumsq, *scale, row_circuit)
 
 
 def _as_given(x):
@@ -203,7 +225,17 @@ def _as_given(x):
 
 
 def _needs_grad(*tensors):
-    return torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
+    """Whether autograd, or forward-mode AD, may look through the op: then it runs in PyTorch's own operations."""
+    if forward_ad._current_level >= 0:
+        return True
+    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+
+
+def _count_change(*sums):
+    """Tell autograd that these were written to, so that a graph that saved one of them raises."""
+    for tensor in sums:
+        if tensor is not None:
+            increment_version(tensor)
 
 
 def _refuse_backend_with_grad(backend):
@@ -229,7 +261,8 @@ def _gated_mlp(
     row_circuit: Tensor | None,
     backend: str | None,
 ) -> Tensor:
-    extras = _keywords(weight, act_sum, act_sumsq, scale_offsets, scale_index, scale_value, row_circuit)
+    extras = Extras(weight, act_sum, act_sumsq, scale_offsets, scale_index, scale_value, row_circuit).keywords()
+    _count_change(act_sum, act_sumsq)
     run = backends.implementation(x.device, backend).gated_mlp
     with _as_given(x):
         return run(x, w_gate_up, w_down, **extras)
@@ -248,7 +281,8 @@ def _swiglu(
     row_circuit: Tensor | None,
     backend: str | None,
 ) -> Tensor:
-    extras = _keywords(weight, act_sum, act_sumsq, scale_offsets, scale_index, scale_value, row_circuit)
+    extras = Extras(weight, act_sum, act_sumsq, scale_offsets, scale_index, scale_value, row_circuit).keywords()
+    _count_change(act_sum, act_sumsq)
     run = backends.implementation(gate.device, backend).swiglu
     with _as_given(gate):
         return run(gate, up, **extras)
@@ -269,7 +303,8 @@ def _down_proj(
     row_circuit: Tensor | None,
     backend: str | None,
 ) -> Tensor:
-    extras = _keywords(weight, act_sum, act_sumsq, scale_offsets, scale_index, scale_value, row_circuit)
+    extras = Extras(weight, act_sum, act_sumsq, scale_offsets, scale_index, scale_value, row_circuit).keywords()
+    _count_change(act_sum, act_sumsq)
     run = backends.implementation(act.device, backend).down_proj
     with _as_given(act):
         return run(act, w_down, **extras)

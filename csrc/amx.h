@@ -45,7 +45,7 @@ inline int64_t amx_units(int64_t K) { return round_up((K + 1) / 2, TILE); }
 // One row of tokens: [amx_units(K)] pairs.
 inline void prepare_amx(float *out, const Bf16 *x, int64_t K) {
   std::memset(out + K / 2, 0, (amx_units(K) - K / 2) * sizeof *out);
-  std::memcpy(out, x, K * sizeof *x);
+  if (K) std::memcpy(out, x, K * sizeof *x);
 }
 
 // As panel_tile; c and x have room for whole multiples of TOKENS_TOGETHER.
@@ -57,13 +57,11 @@ inline void amx_tile(float *c, int64_t c_stride, const Bf16 *w, int64_t w_stride
     const int64_t n_units = smaller(x_stride - unit, UNITS), k = 2 * unit, n_k = smaller(K - k, 2 * UNITS);
     const bool last = k + n_k >= K;
     const int64_t n_next = last ? smaller(K, 2 * UNITS) : smaller(K - k - n_k, n_k);
-    Ahead ahead(last ? next : w + k + n_k, last && !next ? 0 : O, n_next * sizeof *w, w_stride * sizeof *w);
-    for (int64_t o = 0; o < O; o += PANEL) {
-      float *panel = panels + o * UNITS;
-      for (int64_t i = 0; i < PANEL; i += W)
-        pack_rows(panel + i, PANEL, w + (o + i) * w_stride + k, w_stride, O - o - i, n_k);
-      for (int64_t u = (n_k + 1) / 2; u < n_units; u++) std::memset(panel + u * PANEL, 0, PANEL * sizeof *panel);
-    }
+    Ahead ahead(last ? next : w + k + n_k, O, n_next * sizeof *w, w_stride * sizeof *w);
+    pack_panels(panels, w + k, w_stride, O, n_k);
+    for (int64_t o = 0; o < O; o += PANEL)
+      for (int64_t u = (n_k + 1) / 2; u < n_units; u++)
+        std::memset(panels + o * UNITS + u * PANEL, 0, PANEL * sizeof *panels);
     const int64_t steps =
         (n_tokens + TOKENS_TOGETHER - 1) / TOKENS_TOGETHER * ((O + PANEL - 1) / PANEL) * (n_units / TILE);
     const int64_t lines = steps ? (ahead.n_lines + steps - 1) / steps : 0;

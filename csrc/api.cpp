@@ -18,29 +18,29 @@ struct Array {
 };
 
 int check_array(const Array &a) {
-  if (a.rows < 0 || a.columns < 0) return CNA_ERR_SIZE;
+  if (a.rows < 0 || a.columns < 0 || a.rows > LARGEST || a.columns > LARGEST) return CNA_ERR_SIZE;
   if (a.empty()) return CNA_OK;
   if (!a.at) return CNA_ERR_NULL;
   if (reinterpret_cast<uintptr_t>(a.at) % a.element) return CNA_ERR_ALIGN;
-  if (a.columns > LARGEST) return CNA_ERR_SIZE;
   if (a.rows > 1) {
     if (a.stride < a.columns) return CNA_ERR_STRIDE;
-    if (a.stride > LARGEST || a.rows > LARGEST / a.stride) return CNA_ERR_SIZE;
+    if (a.stride > LARGEST || a.rows > LARGEST / a.stride) return CNA_ERR_SIZE;  // so that extent() fits 64 bits
   }
-  const __int128 extent = (__int128(a.rows - 1) * a.stride + a.columns) * a.element;
-  if (extent > LARGEST) return CNA_ERR_SIZE;
-  if (reinterpret_cast<uintptr_t>(a.at) > UINTPTR_MAX - uintptr_t(extent)) return CNA_ERR_SIZE;
+  if (a.extent() > LARGEST) return CNA_ERR_SIZE;
+  if (reinterpret_cast<uintptr_t>(a.at) > UINTPTR_MAX - uintptr_t(a.extent())) return CNA_ERR_SIZE;
   return CNA_OK;
 }
 
-// Do two arrays share an element? Halves of one wider array (equal strides, different columns) do not.
+// Do two arrays share an element? Exact for equal strides (halves of one wider array do not overlap) and for single
+// rows; otherwise an array between the rows of another counts as overlapping.
 bool overlap(const Array &a, const Array &b) {
   if (a.empty() || b.empty()) return false;
   const Array &low = a.at <= b.at ? a : b, &high = a.at <= b.at ? b : a;
   const int64_t distance = static_cast<const char *>(high.at) - static_cast<const char *>(low.at);
   if (distance >= low.extent()) return false;
-  if (low.rows < 2 || high.rows < 2 || low.stride * low.element != high.stride * high.element) return true;
-  const int64_t row = low.stride * low.element, column = distance % row;
+  const int64_t row = low.stride * low.element;
+  if (low.rows < 2 || (high.rows > 1 && row != high.stride * high.element)) return true;
+  const int64_t column = distance % row;
   return column < low.columns * low.element || column + high.columns * high.element > row;
 }
 
@@ -73,11 +73,19 @@ struct Call {
   int n = 0;
   int status = CNA_OK;
 
-  void add(const void *at, int64_t rows, int64_t columns, int64_t stride, int64_t element, bool written = false) {
-    const Array array = {at, rows, columns, stride, element, written};
-    const int result = check_array(array);
-    if (status == CNA_OK) status = result;
+  // Add an array of elements of this type. A stride that no second row needs may be anything: it becomes the row's
+  // length.
+  template <class T>
+  void add(const T *at, int64_t rows, int64_t columns, int64_t &stride, bool written = false) {
+    if (rows < 2) stride = columns;
+    const Array array = {at, rows, columns, stride, sizeof(T), written};
+    fail(check_array(array));
     arrays[n++] = array;
+  }
+  template <class T>
+  void add_row(const T *at, int64_t columns) {
+    int64_t stride = columns;
+    add(at, 1, columns, stride);
   }
 
   // Check the extras and leave in `used` only what is to be done.
@@ -86,28 +94,27 @@ struct Call {
     if (!extras || status != CNA_OK) return;
     if (reinterpret_cast<uintptr_t>(extras) % alignof(cna_extras)) return fail(CNA_ERR_ALIGN);
     if (extras->version != CNA_ABI_VERSION) return fail(CNA_ERR_VERSION);
-    const cna_extras &e = *extras;
+    cna_extras e = *extras;
     if (e.n_columns < 0 || e.n_circuits < 0 || e.n_entries < 0) return fail(CNA_ERR_SIZE);
     if (e.weight || e.act_sum || e.act_sumsq) {
       if (n_tokens && N && e.n_columns && (!e.weight || (!e.act_sum && !e.act_sumsq))) return fail(CNA_ERR_NULL);
-      add(e.weight, n_tokens, e.n_columns, e.weight_stride, sizeof(float));
-      if (e.act_sum) add(e.act_sum, e.n_columns, N, e.act_sum_stride, sizeof(float), true);
-      if (e.act_sumsq) add(e.act_sumsq, e.n_columns, N, e.act_sumsq_stride, sizeof(float), true);
+      add(e.weight, n_tokens, e.n_columns, e.weight_stride);
+      if (e.act_sum) add(e.act_sum, e.n_columns, N, e.act_sum_stride, true);
+      if (e.act_sumsq) add(e.act_sumsq, e.n_columns, N, e.act_sumsq_stride, true);
     }
     if (e.row_circuit) {
-      const int64_t edges = (N + 1023) / 1024 + 1;
-      add(e.row_circuit, 1, n_tokens, n_tokens, sizeof(int32_t));
-      add(e.offsets, e.n_circuits, edges, e.offsets_stride, sizeof(int32_t));
-      add(e.index, 1, e.n_entries, e.n_entries, sizeof(int32_t));
-      add(e.value, 1, e.n_entries, e.n_entries, sizeof(float));
+      add_row(e.row_circuit, n_tokens);
+      add(e.offsets, e.n_circuits, (N + 1023) / 1024 + 1, e.offsets_stride);
+      add_row(e.index, e.n_entries);
+      add_row(e.value, e.n_entries);
     } else if (e.offsets || e.index || e.value) {
       if (n_tokens) return fail(CNA_ERR_NULL);
     }
     if (status != CNA_OK) return;
     if (e.row_circuit && e.n_circuits) fail(check_circuits(e, n_tokens, N));
+    if (!N || !e.n_columns || (!e.act_sum && !e.act_sumsq)) e.weight = nullptr;
+    if (!N || !e.n_circuits) e.row_circuit = nullptr;
     *used = e;
-    if (!N || !e.n_columns || (!e.act_sum && !e.act_sumsq)) used->weight = nullptr;
-    if (!N || !e.n_circuits) used->row_circuit = nullptr;
   }
 
   void fail(int with) {
@@ -141,26 +148,22 @@ const Ops<float> &ops(const Level &level) {
   return level.fp32;
 }
 
-constexpr int MOST_THREADS = 1024;  // more are asked for only by mistake, and each has scratch memory
-
-inline int threads(int n) { return n < MOST_THREADS ? n : MOST_THREADS; }
-
 template <class T>
 int gated_mlp(T *y, const T *x, const T *w_gate, const T *w_up, const T *w_down, const cna_extras *extras,
               int64_t n_tokens, int64_t H, int64_t N, int64_t y_stride, int64_t x_stride, int64_t w_gate_up_stride,
               int64_t w_down_stride, int n_threads) {
   Call call;
   cna_extras used;
-  call.add(y, n_tokens, H, y_stride, sizeof(T), true);
-  call.add(x, n_tokens, H, x_stride, sizeof(T));
-  call.add(w_gate, N, H, w_gate_up_stride, sizeof(T));
-  call.add(w_up, N, H, w_gate_up_stride, sizeof(T));
-  call.add(w_down, H, N, w_down_stride, sizeof(T));
+  call.add(y, n_tokens, H, y_stride, true);
+  call.add(x, n_tokens, H, x_stride);
+  call.add(w_gate, N, H, w_gate_up_stride);
+  call.add(w_up, N, H, w_gate_up_stride);
+  call.add(w_down, H, N, w_down_stride);
   call.add_extras(extras, &used, n_tokens, N);
   const Level *level = call.ready(n_threads);
-  if (!level || !n_tokens) return call.status;
+  if (!level || !n_tokens || !H) return call.status;  // without x act is 0 and adds nothing
   return ops<T>(*level).gated_mlp(y, x, w_gate, w_up, w_down, used, n_tokens, H, N, y_stride, x_stride,
-                                  w_gate_up_stride, w_down_stride, threads(n_threads));
+                                  w_gate_up_stride, w_down_stride, usable_threads(n_threads));
 }
 
 template <class T>
@@ -168,14 +171,14 @@ int swiglu(T *act, const T *gate, const T *up, const cna_extras *extras, int64_t
            int64_t act_stride, int64_t gate_stride, int64_t up_stride, int n_threads) {
   Call call;
   cna_extras used;
-  call.add(act, n_tokens, N, act_stride, sizeof(T), true);
-  call.add(gate, n_tokens, N, gate_stride, sizeof(T));
-  call.add(up, n_tokens, N, up_stride, sizeof(T));
+  call.add(act, n_tokens, N, act_stride, true);
+  call.add(gate, n_tokens, N, gate_stride);
+  call.add(up, n_tokens, N, up_stride);
   call.add_extras(extras, &used, n_tokens, N);
   const Level *level = call.ready(n_threads);
-  if (!level || !n_tokens) return call.status;
+  if (!level || !n_tokens || !N) return call.status;
   return ops<T>(*level).swiglu(act, gate, up, used, n_tokens, N, act_stride, gate_stride, up_stride,
-                               threads(n_threads));
+                               usable_threads(n_threads));
 }
 
 template <class T>
@@ -183,27 +186,27 @@ int down_proj(T *y, const T *act, const T *w_down, const cna_extras *extras, int
               int64_t y_stride, int64_t act_stride, int64_t w_down_stride, int n_threads) {
   Call call;
   cna_extras used;
-  call.add(y, n_tokens, H, y_stride, sizeof(T), true);
-  call.add(act, n_tokens, N, act_stride, sizeof(T));
-  call.add(w_down, H, N, w_down_stride, sizeof(T));
+  call.add(y, n_tokens, H, y_stride, true);
+  call.add(act, n_tokens, N, act_stride);
+  call.add(w_down, H, N, w_down_stride);
   call.add_extras(extras, &used, n_tokens, N);
   const Level *level = call.ready(n_threads);
-  if (!level || !n_tokens) return call.status;
+  if (!level || !n_tokens || (!H && !used.weight)) return call.status;
   return ops<T>(*level).down_proj(y, act, w_down, used, n_tokens, H, N, y_stride, act_stride, w_down_stride,
-                                  threads(n_threads));
+                                  usable_threads(n_threads));
 }
 
 template <class T>
 int linear(T *y, const T *x, const T *w, const T *bias, int64_t n_tokens, int64_t O, int64_t H, int64_t y_stride,
            int64_t x_stride, int64_t w_stride, int n_threads) {
   Call call;
-  call.add(y, n_tokens, O, y_stride, sizeof(T), true);
-  call.add(x, n_tokens, H, x_stride, sizeof(T));
-  call.add(w, O, H, w_stride, sizeof(T));
-  if (bias) call.add(bias, 1, O, O, sizeof(T));
+  call.add(y, n_tokens, O, y_stride, true);
+  call.add(x, n_tokens, H, x_stride);
+  call.add(w, O, H, w_stride);
+  if (bias) call.add_row(bias, O);
   const Level *level = call.ready(n_threads);
-  if (!level || !n_tokens) return call.status;
-  return ops<T>(*level).linear(y, x, w, bias, n_tokens, O, H, y_stride, x_stride, w_stride, threads(n_threads));
+  if (!level || !n_tokens || !O) return call.status;
+  return ops<T>(*level).linear(y, x, w, bias, n_tokens, O, H, y_stride, x_stride, w_stride, usable_threads(n_threads));
 }
 
 // Bf16 and Fp16 are structs of one uint16_t: the same bytes.

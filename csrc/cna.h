@@ -36,7 +36,7 @@ typedef enum cna_status {
   CNA_ERR_SIZE = 3,    /* a size is negative, or an array would be larger than an address space */
   CNA_ERR_STRIDE = 4,  /* a stride is smaller than its row */
   CNA_ERR_ALIGN = 5,   /* a pointer is not aligned to its element */
-  CNA_ERR_OVERLAP = 6, /* an output shares memory with another array */
+  CNA_ERR_OVERLAP = 6, /* an output shares memory with another array, or lies between its rows at another stride */
   CNA_ERR_SCALE = 7,   /* a circuit in use: offsets out of order, an index outside its block or not ascending */
   CNA_ERR_THREADS = 8, /* n_threads is below 1 */
   CNA_ERR_ISA = 9,     /* CNA_CPU_ISA or cna_use_isa names a level that is unknown or that this CPU lacks */
@@ -54,9 +54,9 @@ typedef struct cna_extras {
   int64_t weight_stride;
   int64_t act_sum_stride;
   int64_t act_sumsq_stride;
-  /* Steering: row_circuit with the other three. Circuit c multiplies neuron index[e] by value[e] for every e in
-     offsets[c, 0] : offsets[c, last]; its neurons in 1024 b : 1024 (b + 1) are those in offsets[c, b] : offsets[c, b +
-     1]. Within a circuit index ascends strictly. A value of 0 writes exactly 0. */
+  /* Steering: row_circuit with the other three. Circuit c multiplies neuron index[e] by value[e] for every entry e from
+     offsets[c, 0] up to offsets[c, last]; those of its neurons 1024 b up to 1024 (b + 1) start at offsets[c, b]. Within
+     a circuit index ascends strictly. A value of 0 writes exactly 0. */
   const int32_t *row_circuit; /* [T] the circuit of each token; outside 0 .. K - 1: none */
   const int32_t *offsets;     /* [K, ceil(N / 1024) + 1] */
   const int32_t *index;       /* [E] */

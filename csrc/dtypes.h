@@ -5,6 +5,10 @@
 #include <cstdint>
 #include <cstring>
 
+#if __BYTE_ORDER__ != __ORDER_LITTLE_ENDIAN__
+#error "pairs of 16-bit values are taken apart as on little-endian processors"
+#endif
+
 namespace cna {
 
 struct Bf16 {

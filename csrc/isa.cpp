@@ -60,7 +60,9 @@ const Candidate CANDIDATES[] = {
     {&LEVEL_AVX2, has_avx2},
     {&LEVEL_AVX512, has_avx512},
     {&LEVEL_AVX512_BF16, [] { return has_avx512() && __builtin_cpu_supports("avx512bf16"); }},
+#ifdef CNA_COMPILES_AMX
     {&LEVEL_AMX, [] { return has_avx512() && __builtin_cpu_supports("avx512bf16") && has_amx(); }},
+#endif
 #elif defined(__aarch64__)
     {&LEVEL_NEON, always},
 #endif

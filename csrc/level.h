@@ -28,7 +28,11 @@ struct Level {
 
 extern const Level LEVEL_GENERIC;
 #if defined(__x86_64__)
-extern const Level LEVEL_AVX2, LEVEL_AVX512, LEVEL_AVX512_BF16, LEVEL_AMX;
+extern const Level LEVEL_AVX2, LEVEL_AVX512, LEVEL_AVX512_BF16;
+#if __has_include(<amxbf16intrin.h>) || (defined(__clang__) && __clang_major__ >= 11)  // gcc 11
+#define CNA_COMPILES_AMX
+extern const Level LEVEL_AMX;
+#endif
 #elif defined(__aarch64__)
 extern const Level LEVEL_NEON;
 #endif

@@ -1,7 +1,7 @@
 // Level "amx": AVX-512 with products of bf16 pairs, and tiles (Sapphire Rapids and later).
-#if defined(__x86_64__)
-
 #include "level.h"
+#ifdef CNA_COMPILES_AMX
+
 #include "threads.h"
 #include "workspace.h"
 

@@ -33,10 +33,10 @@ struct Ahead {
 
   Ahead(const void *first, int64_t rows, int64_t row_bytes, int64_t stride_bytes)
       : line(static_cast<const char *>(first)),
-        row_end(line + row_bytes),
+        row_end(first ? line + row_bytes : line),
         row_bytes(row_bytes),
         stride_bytes(stride_bytes),
-        n_lines(rows * ((row_bytes + 63) / 64)) {}
+        n_lines(first ? rows * ((row_bytes + 63) / 64) : 0) {}
 
   void fetch(int64_t n) {
     for (; n > 0 && n_lines > 0; n--, n_lines--) {
@@ -50,7 +50,7 @@ struct Ahead {
   }
 };
 
-// W rows of W 32-bit words, from memory that may end before them: words past `n_rows` or past the row's `bytes` are 0.
+// W rows of W 32-bit words, from memory that may end before them: words past `n_rows` rows or `n_elements` are 0.
 template <class T>
 void load_rows(F32 (&r)[W], const T *w, int64_t w_stride, int64_t n_rows, int64_t n_elements) {
   constexpr int ELEMENTS = 4 * W / sizeof(T);
@@ -67,11 +67,11 @@ void load_rows(F32 (&r)[W], const T *w, int64_t w_stride, int64_t n_rows, int64_
 }
 
 inline void store_unit(float *panel, int64_t unit, int64_t width, int64_t n_units, F32 a) {
-  store_some(panel + unit * width, a, unit + 1 < n_units ? W : width);
+  store_some(panel + unit * width, a, (n_units - unit) * width >= W ? W : width);
 }
 
-// panel[unit][0 : n_rows] from n_rows <= W rows of K elements, `width` floats from one unit to the next. Stores whole
-// vectors: up to W - width floats behind a unit are overwritten by the next, and none are behind the last.
+// panel[unit][0 : n_rows] from up to W of n_rows rows of K elements, `width` floats from one unit to the next. Stores
+// whole vectors where these end inside the panel: what they write behind a unit, the next units overwrite.
 inline void pack_rows(float *panel, int64_t width, const float *w, int64_t w_stride, int64_t n_rows, int64_t K) {
   for (int64_t k = 0; k < K; k += W) {
     F32 r[W];
@@ -110,6 +110,19 @@ inline void pack_rows(float *panel, int64_t width, const Bf16 *w, int64_t w_stri
       if (k + 2 * i + 1 < K) store_unit(panel, k + 2 * i + 1, width, K, high_halves(r[i]));
     }
 #endif
+  }
+}
+
+// ceil(O / PANEL) panels from O rows of K elements; zeros where there is no row.
+template <class T>
+void pack_panels(float *panels, const T *w, int64_t w_stride, int64_t O, int64_t K) {
+  const int64_t n_units = (K + Unit<T>::ELEMENTS - 1) / Unit<T>::ELEMENTS;
+  for (int64_t o = 0; o < round_up(O, PANEL); o += W) {
+    float *columns = panels + o / PANEL * PANEL * UNITS + o % PANEL;
+    if (o < O)
+      pack_rows(columns, PANEL, w + o * w_stride, w_stride, O - o, K);
+    else
+      for (int64_t unit = 0; unit < n_units; unit++) store(columns + unit * PANEL, zero());
   }
 }
 
@@ -167,10 +180,8 @@ void panel_tile(float *c, int64_t c_stride, const T *w, int64_t w_stride, int64_
     const int64_t n_k = smaller(K - k, UNITS * U::ELEMENTS);
     const bool last = k + n_k >= K;
     const int64_t n_next = !last ? smaller(K - k - n_k, n_k) : smaller(K, UNITS * U::ELEMENTS);
-    Ahead ahead(last ? next : w + k + n_k, last && !next ? 0 : O, n_next * sizeof(T), w_stride * sizeof(T));
-    for (int64_t o = 0; o < O; o += PANEL)
-      for (int64_t i = 0; i < PANEL; i += W)
-        pack_rows(panels + o * UNITS + i, PANEL, w + (o + i) * w_stride + k, w_stride, O - o - i, n_k);
+    Ahead ahead(last ? next : w + k + n_k, O, n_next * sizeof(T), w_stride * sizeof(T));
+    pack_panels(panels, w + k, w_stride, O, n_k);
     const int64_t calls = token_blocks(n_tokens) * ((O + PANEL - 1) / PANEL);
     const int64_t lines = n_units ? (ahead.n_lines + calls * n_units - 1) / (calls * n_units) : 0;
     for (int64_t block = 0; block < token_blocks(n_tokens); block++) {

@@ -4,6 +4,12 @@
 #include <cstddef>
 #include <cstdint>
 
+// Under AddressSanitizer parts are kept apart, so that writing behind one is seen.
+#ifdef __SANITIZE_ADDRESS__
+#include <sanitizer/asan_interface.h>
+#define CNA_RED_ZONES
+#endif
+
 namespace cna {
 
 // At least `bytes` bytes, aligned to 64, uninitialised; nullptr if there is no memory. Valid until the next call.
@@ -13,10 +19,15 @@ char *workspace(size_t bytes);
 struct Parts {
   char *at;
   size_t used = 0;
+  // Inlined into each level: the linker must not pick one level's copy for another.
   template <class T>
-  T *take(int64_t n) {
+  __attribute__((always_inline)) inline T *take(int64_t n) {
     T *part = at ? reinterpret_cast<T *>(at + used) : nullptr;
     used += (size_t(n) * sizeof(T) + 63) / 64 * 64;
+#ifdef CNA_RED_ZONES
+    if (at) ASAN_POISON_MEMORY_REGION(at + used, 64);
+    used += 64;
+#endif
     return part;
   }
 };

@@ -1,4 +1,4 @@
-"""Run the CPU tests on a library with AddressSanitizer and UndefinedBehaviorSanitizer, then plant four bugs.
+"""Run the CPU tests on a library with AddressSanitizer and UndefinedBehaviorSanitizer, then plant five bugs.
 
     python tests/sanitize.py [--quick]
 
@@ -53,6 +53,14 @@ BUGS = [
         "  if (bytes <= buffer.bytes) std::free(buffer.at);\n  if (bytes > buffer.bytes) {",
         "test_values and down_proj and 16x136x200 and float32 and sums",
         "AddressSanitizer",
+    ),
+    Bug(
+        "units stored behind their part of the workspace",
+        "panel.h",
+        "(n_units - unit) * width >= W ? W : width",
+        "unit + 1 < n_units ? W : width",
+        "test_values and down_proj and 6x33x40 and float32 and plain",
+        "use-after-poison",
     ),
     Bug(
         "row offsets in 32 bits",

@@ -180,7 +180,7 @@ def test_alignment_threads_and_versions(op, dtype):
         arguments.n_threads = n_threads
         arguments.refused(THREADS)
     arguments = Arguments(op, dtype)
-    arguments.n_threads = 2**31 - 1
+    arguments.n_threads = 2**31 - 1  # as many as make sense
     assert arguments.call() == OK
     if op == "linear":
         return
@@ -260,6 +260,27 @@ def test_empty_arrays_may_be_null(op, dtype):
         if name in ("N", "H") and op in ("gated_mlp", "down_proj", "linear") and arguments.arrays.get("y"):
             y = arguments.memory["y"].raw[: T * H * arguments.element]
             assert op == "linear" or y == bytes(len(y)), "a sum over nothing is 0"
+
+
+@each_function
+@pytest.mark.parametrize("huge", [2**34, 2**46, 2**62, 2**63 - 1])
+def test_huge_sizes_of_empty_arrays(op, dtype, huge):
+    """With the other sizes 0 every array is empty, however large one size is."""
+    for name in ("T", "H", "N", "O"):
+        if name in SIZES[op]:
+            arguments = Arguments(op, dtype, extras=False)
+            arguments.arrays = dict.fromkeys(arguments.arrays)
+            arguments.sizes = dict.fromkeys(arguments.sizes, 0) | {name: huge}
+            assert arguments.call() == (OK if huge <= 2**46 else SIZE)
+
+
+def test_a_single_row_between_the_rows_of_the_output():
+    arguments = Arguments("linear", "fp32")
+    arguments.sizes["y_stride"] = 2 * H
+    arguments.arrays["bias"] = arguments.arrays["y"] + H * 4
+    assert arguments.call() == OK
+    arguments.arrays["bias"] -= 4
+    arguments.refused(OVERLAP)
 
 
 def test_random_arguments_never_raise_a_signal():

@@ -43,9 +43,12 @@ if LEVELS[-1] == "avx512_bf16" and shutil.which("make") and CSRC.exists():
     LEVELS = [*LEVELS, EMULATED]
 OPS = ["gated_mlp", "swiglu", "down_proj"]
 
-# (T, N, H): decode with a short and a long token, one neuron, one pass and several passes of few tokens, panels with
-# ragged tokens and several blocks of k, two blocks of neurons, and more tokens than go through the MLP together.
-SHAPES = [(1, 48, 24), (1, 40, 4200), (3, 1, 5), (16, 136, 200), (63, 130, 72), (130, 1032, 72), (270, 70, 1100)]
+# (T, N, H): decode with a short and a long token, one neuron, one block of fewer tokens than half a vector, several
+# passes of few tokens, panels with ragged tokens and several blocks of k, two blocks of neurons, and more tokens than
+# go through the MLP together.
+SHAPES = [
+    (1, 48, 24), (1, 40, 4200), (3, 1, 5), (6, 33, 40), (16, 136, 200), (63, 130, 72), (130, 1032, 72), (270, 70, 1100)
+]  # fmt: skip
 
 
 @pytest.fixture(scope="session")
@@ -222,11 +225,14 @@ def torch_threads(n):
     torch.set_num_threads(before)
 
 
-@each_path
+# 15 tokens: blocks of 7 and 8, each prepared by another thread, and shorter than half a vector of AVX-512.
+@pytest.mark.parametrize(
+    ("op", "shape"), [*EXACT, ("gated_mlp", (15, 2400, 2400)), ("down_proj", (15, 9000, 40))], ids=name_of
+)
 @pytest.mark.parametrize("dtype", DTYPES, ids=name_of)
 def test_any_number_of_threads_gives_the_same_bits(level, op, shape, dtype):
     case, results = exact_case(shape, dtype), set()
-    for n_threads in (1, 2, 4, 1, 3):
+    for n_threads in (1, 2, 4, 2, 4, 2, 4, 2, 3):
         extras = case.extras()
         with torch_threads(n_threads):
             y = run(op, case, extras)
@@ -391,6 +397,21 @@ found = {{line.split()[-1] for line in maps.read_text().splitlines() if "omp" in
 assert len(found) <= 1, found
 """
     done = python(code)
+    assert done.returncode == 0, done.stderr
+
+
+def test_threads_compute_in_the_callers_floating_point_mode():
+    code = """
+import torch
+from cna_kernels import ops
+x, w = torch.full((4, 64), 1e-39), torch.eye(64).repeat(64, 1)
+torch.ones(1000, 1000) @ torch.ones(1000, 1000)  # starts the threads before the mode changes
+assert torch.set_flush_denormal(True)
+assert not ops.linear(x, w, backend="cpu").any()
+torch.set_flush_denormal(False)
+assert (ops.linear(x, w, backend="cpu") > 0).all()
+"""
+    done = python(code, CNA_CPU_ISA="generic", CNA_PLAN="linear=engine")
     assert done.returncode == 0, done.stderr
 
 

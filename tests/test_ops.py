@@ -151,6 +151,60 @@ def test_gradients_flow_through_the_reference():
         ops.gated_mlp(x, case.w_gate_up, case.w_down, backend="triton")
 
 
+def test_gradients_of_bias_and_multipliers():
+    case = make_case(5, 12, torch.float32)
+    bias = torch.zeros(24, requires_grad=True)
+    ops.linear(case.x, torch.ones(24, 24), bias).sum().backward()
+    assert torch.equal(bias.grad, torch.full((24,), 5.0))
+    with pytest.raises(ValueError, match="'cpu' has no gradient"):
+        ops.linear(case.x, torch.ones(24, 24), bias, backend="cpu")
+    value = case.scale.value.clone().requires_grad_()
+    case.row_circuit.zero_()
+    act = ops.swiglu(case.gate, case.up, scale=case.scale._replace(value=value), row_circuit=case.row_circuit)
+    act.sum().backward()
+    assert value.grad.abs().sum() > 0
+
+
+def test_forward_mode_ad_looks_through():
+    case = make_case(5, 12, torch.float32)
+    _, tangent = torch.func.jvp(lambda x: ops.gated_mlp(x, case.w_gate_up, case.w_down), (case.x,), (case.x,))
+    assert tangent.abs().max() > 0
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_a_changed_sum_is_noticed_by_autograd(op):
+    case = make_case(5, 12, torch.float32)
+    extras = case.extras()
+    loss = (extras["act_sum"] * torch.ones(3, 12, requires_grad=True)).sum()  # saves act_sum for its backward
+    getattr(ops, op)(*case.inputs(op), **extras)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_autocast_changes_nothing_where_gradients_flow(op):
+    case = make_case(63, 130, torch.float32)
+    plain, under = case.extras(), case.extras()
+    inputs = [part.detach().clone().requires_grad_() for part in case.inputs(op)]
+    expected = getattr(ops, op)(*inputs, **plain)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        got = getattr(ops, op)(*inputs, **under)
+    assert got.dtype == torch.float32 and torch.equal(got, expected)
+    assert torch.equal(under["act_sum"], plain["act_sum"])
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_expanded_weights_and_offsets(op):
+    """One row for all tokens, and one circuit for all numbers, on top of each other in memory."""
+    case = make_case(7, 20, torch.float32)
+    case.weight = torch.tensor([[0.5, 2.0, 0.0]]).expand(7, -1)
+    case.scale = make_scale([{3: 0.0, 8: 2.0}], 20)
+    case.scale = case.scale._replace(offsets=case.scale.offsets.expand(4, -1))
+    extras = case.extras()
+    y = getattr(ops, op)(*case.inputs(op), **extras)
+    assert_values(case, op, y, extras)
+
+
 @pytest.mark.parametrize("op", OPS)
 def test_autocast_changes_nothing(op):
     case = make_case(63, 130, torch.float32)

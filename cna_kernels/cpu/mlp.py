@@ -74,11 +74,12 @@ def _run(op, dtype, arrays, sizes, extras=None):
 
 
 def _extras(*, weight=None, act_sum=None, act_sumsq=None, scale=None, row_circuit=None):
-    """The optional arguments as the library takes them. The tensors must outlive the call."""
+    """The optional arguments as the library takes them, a pointer that keeps its tensors alive, or None."""
     if weight is None and scale is None:
         return None
     extras = library.Extras(version=library.ABI_VERSION)
     if weight is not None:
+        weight = extras.weight_tensor = _rows(weight)
         extras.weight, extras.weight_stride, extras.n_columns = weight.data_ptr(), weight.stride(0), weight.shape[1]
         if act_sum is not None:
             extras.act_sum, extras.act_sum_stride = act_sum.data_ptr(), act_sum.stride(0)
@@ -86,6 +87,7 @@ def _extras(*, weight=None, act_sum=None, act_sumsq=None, scale=None, row_circui
             extras.act_sumsq, extras.act_sumsq_stride = act_sumsq.data_ptr(), act_sumsq.stride(0)
     if scale is not None and row_circuit.numel():
         offsets, index, value = scale
+        offsets = extras.offsets_tensor = _rows(offsets)
         extras.row_circuit, extras.offsets = row_circuit.data_ptr(), offsets.data_ptr()
         extras.index, extras.value = index.data_ptr(), value.data_ptr()
         extras.n_circuits, extras.offsets_stride = offsets.shape[0], offsets.stride(0)
