@@ -21,9 +21,6 @@ char *workspace(size_t bytes) {
     if (posix_memalign(&buffer.at, 64, bytes) != 0) return nullptr;
     buffer.bytes = bytes;
   }
-#ifdef CNA_RED_ZONES
-  ASAN_UNPOISON_MEMORY_REGION(buffer.at, buffer.bytes);
-#endif
   return static_cast<char *>(buffer.at);
 }
 

@@ -23,9 +23,13 @@ struct Parts {
   template <class T>
   __attribute__((always_inline)) inline T *take(int64_t n) {
     T *part = at ? reinterpret_cast<T *>(at + used) : nullptr;
-    used += (size_t(n) * sizeof(T) + 63) / 64 * 64;
+    const size_t bytes = (size_t(n) * sizeof(T) + 63) / 64 * 64;
+    used += bytes;
 #ifdef CNA_RED_ZONES
-    if (at) ASAN_POISON_MEMORY_REGION(at + used, 64);
+    if (at) {
+      ASAN_UNPOISON_MEMORY_REGION(part, bytes);
+      ASAN_POISON_MEMORY_REGION(at + used, 64);
+    }
     used += 64;
 #endif
     return part;

@@ -47,7 +47,7 @@ OPS = ["gated_mlp", "swiglu", "down_proj"]
 # passes of few tokens, panels with ragged tokens and several blocks of k, two blocks of neurons, and more tokens than
 # go through the MLP together.
 SHAPES = [
-    (1, 48, 24), (1, 40, 4200), (3, 1, 5), (6, 33, 40), (16, 136, 200), (63, 130, 72), (130, 1032, 72), (270, 70, 1100)
+    (1, 48, 24), (1, 40, 4200), (3, 1, 5), (6, 32, 40), (16, 136, 200), (63, 130, 72), (130, 1032, 72), (270, 70, 1100)
 ]  # fmt: skip
 
 
