@@ -1,13 +1,15 @@
 """The CPU engine's MLP against PyTorch's, on the shapes of real models.
 
 Rows and targets: C1 one token, C2 a few, C3 many, C4 fp32, C5 sums and steering on against off, C6 the share of memory
-bandwidth; bench_cpu_model.py has the whole model. Each comparison is checked first, then timed A B A B in one process;
-weights rotate through copies that together exceed the last-level cache.
+bandwidth, C7 fp16; bench_cpu_model.py has the whole model. Each comparison is checked first, then timed A B A B in one
+process; weights rotate through copies that together exceed the last-level cache.
 
 ``make bench`` runs both files twice. The first setting is the machine as it is. The second holds both sides to AVX-512
 without bf16 products (CNA_CPU_ISA=avx512, ONEDNN_MAX_CPU_ISA=AVX512_CORE), which is what Skylake, Cascade Lake and Ice
 Lake servers have.
 """
+
+import itertools
 
 import pytest
 import torch
@@ -23,7 +25,7 @@ if reason := library.missing():
     pytest.skip(f"the CPU engine {reason}", allow_module_level=True)
 
 SHAPES = ["Llama-3.2-1B", "Qwen2.5-7B"]
-BF16, FP32 = torch.bfloat16, torch.float32
+BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
 
 
 @pytest.fixture(autouse=True)
@@ -102,7 +104,8 @@ AGAINST_TORCH = [
     ("C2", BF16, BF16, {2: 0.30, 4: 0.30, 8: 0.30, 16: 0.30}),
     ("C3", BF16, BF16, {64: 0.35, 256: 0.30}),
     ("C3", BF16, FP32, {64: 1.10, 256: 1.10}),
-    ("C4", FP32, FP32, {1: 1.00}),
+    ("C4", FP32, FP32, {1: 1.00, 16: None, 64: None, 256: None}),
+    ("C7", FP16, FP16, {1: None, 16: None, 64: None}),
 ]
 CASES = [(id, model, m, *rest) for model in SHAPES for id, *rest, targets in AGAINST_TORCH for m in targets]
 TARGETS = {(id, theirs, m): t for id, _, theirs, targets in AGAINST_TORCH for m, t in targets.items()}
@@ -155,12 +158,12 @@ def test_features_cost_nothing(results, benchmark, model, m):
 def test_share_of_memory_bandwidth(results, benchmark, model):
     mine, extras = weights_of(model, BF16), features(1, MODELS[model][1])
     x = mine.tokens(1, BF16)
-    same_bytes = torch.ones(mine.bytes // 4)
+    same_bytes = itertools.cycle([torch.ones(mine.bytes // 4) for _ in mine.copies])
 
     def ours():
         return ops.gated_mlp(x, *mine.next(), **extras)
 
-    result = compare(ours, same_bytes.sum, rounds=2 * rounds_for(1))
+    result = compare(ours, lambda: next(same_bytes).sum(), rounds=2 * rounds_for(1))
     read = mine.bytes / result["theirs"] / 1e9
     row = results.add(
         "C6",

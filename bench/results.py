@@ -48,25 +48,27 @@ def last_level_cache() -> int:
 
 
 class Results:
-    """Rows of one file, written after every row. Rows of other settings that the file already holds are kept."""
+    """Rows of one file, written after every row. A row replaces the one it repeats.
+
+    Rows of other settings stay, and so do those of this setting that were measured in the same environment.
+    """
 
     def __init__(self, name: str, setting: str, environment: dict):
         self.path, self.setting = DIRECTORY / f"{name}.json", setting
         old = json.loads(self.path.read_text()) if self.path.exists() else {"environment": {}, "rows": []}
-        self.environment = {key: value for key, value in old["environment"].items() if key != setting}
-        self.environment[setting] = environment
-        self.others = [row for row in old["rows"] if row["setting"] != setting]
-        self.rows = []
+        same = old["environment"].get(setting) == environment
+        self.rows = [row for row in old["rows"] if same or row["setting"] != setting]
+        self.environment = old["environment"] | {setting: environment}
 
     def add(self, id, *, shape, m, dtype, competitor, result, target=None, **more) -> dict:
         """Add the row of a result of ``interleave.compare``, print it and write the file."""
         row = dict(id=id, setting=self.setting, shape=shape, m=m, dtype=dtype, competitor=competitor)
+        key = row.copy()
         row |= dict(ratio=round(result["ratio"], 4), noise=round(result["noise"], 4), target=target, **more)
-        self.rows.append(row)
+        self.rows = [other for other in self.rows if any(other[name] != value for name, value in key.items())] + [row]
         print(f"\n{line(row)}", flush=True)
         DIRECTORY.mkdir(parents=True, exist_ok=True)
-        content = {"environment": self.environment, "rows": self.others + self.rows}
-        self.path.write_text(json.dumps(content, indent=1) + "\n")
+        self.path.write_text(json.dumps({"environment": self.environment, "rows": self.rows}, indent=1) + "\n")
         return row
 
 

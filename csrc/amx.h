@@ -53,15 +53,15 @@ inline void amx_tile(float *c, int64_t c_stride, const Bf16 *w, int64_t w_stride
                      int64_t x_stride, int64_t n_tokens, int64_t K, const Bf16 *next, float *panels) {
   static const TileConfig config;
   _tile_loadconfig(&config);
-  for (int64_t unit = 0; unit < x_stride || unit == 0; unit += UNITS) {
-    const int64_t n_units = smaller(x_stride - unit, UNITS), k = 2 * unit, n_k = smaller(K - k, 2 * UNITS);
+  for (int64_t unit = 0; unit < x_stride || unit == 0; unit += UNITS<Bf16>) {
+    const int64_t n_units = smaller(x_stride - unit, UNITS<Bf16>), k = 2 * unit, n_k = smaller(K - k, 2 * UNITS<Bf16>);
     const bool last = k + n_k >= K;
-    const int64_t n_next = last ? smaller(K, 2 * UNITS) : smaller(K - k - n_k, n_k);
+    const int64_t n_next = last ? smaller(K, 2 * UNITS<Bf16>) : smaller(K - k - n_k, n_k);
     Ahead ahead(last ? next : w + k + n_k, O, n_next * sizeof *w, w_stride * sizeof *w);
     pack_panels(panels, w + k, w_stride, O, n_k);
     for (int64_t o = 0; o < O; o += PANEL)
       for (int64_t u = (n_k + 1) / 2; u < n_units; u++)
-        std::memset(panels + o * UNITS + u * PANEL, 0, PANEL * sizeof *panels);
+        std::memset(panels + o * UNITS<Bf16> + u * PANEL, 0, PANEL * sizeof *panels);
     const int64_t steps =
         (n_tokens + TOKENS_TOGETHER - 1) / TOKENS_TOGETHER * ((O + PANEL - 1) / PANEL) * (n_units / TILE);
     const int64_t lines = steps ? (ahead.n_lines + steps - 1) / steps : 0;
@@ -69,7 +69,7 @@ inline void amx_tile(float *c, int64_t c_stride, const Bf16 *w, int64_t w_stride
       for (int64_t o = 0; o < O; o += PANEL) {
         float *top = c + t * c_stride + o, *bottom = top + TILE * c_stride;
         const float *x_top = x + t * x_stride + unit, *x_bottom = x_top + TILE * x_stride;
-        const float *panel = panels + o * UNITS;
+        const float *panel = panels + o * UNITS<Bf16>;
         const int64_t c_bytes = c_stride * sizeof *c, x_bytes = x_stride * sizeof *x, w_bytes = PANEL * sizeof *panel;
         if (unit == 0) {
           _tile_zero(0);

@@ -32,7 +32,10 @@ constexpr int64_t most_few(float) { return FEW_FP32; }
 
 // Floats that a thread needs: two tiles of results and the panels of one.
 inline int64_t tile_size(int64_t n_tokens) { return round_up(n_tokens, TOKENS_TOGETHER) * BLOCK; }
-inline int64_t scratch_size(int64_t n_tokens) { return 2 * tile_size(n_tokens) + BLOCK * UNITS; }
+template <class T>
+int64_t scratch_size(int64_t n_tokens) {
+  return 2 * tile_size(n_tokens) + BLOCK * UNITS<T>;
+}
 
 // The products of one matrix of tokens x [n_tokens, K] with any rows of weights.
 template <class T>
@@ -93,7 +96,7 @@ void steer_and_project(T *y, int64_t y_stride, T *act, int64_t act_stride, const
   down.prepare(act, act_stride, n_threads, [&](int64_t t) {
     if (extras.row_circuit) steer_row(extras, act + t * act_stride, t, down.K);
   });
-  down.times(y, y_stride, w_down, w_down_stride, nullptr, H, scratch, scratch_size(down.n_tokens), n_threads);
+  down.times(y, y_stride, w_down, w_down_stride, nullptr, H, scratch, scratch_size<T>(down.n_tokens), n_threads);
 }
 
 template <class T>
@@ -102,7 +105,7 @@ int gated_mlp(T *y, const T *x, const T *w_gate, const T *w_up, const T *w_down,
               int64_t w_down_stride, int n_threads) {
   Parts parts{nullptr};
   for (int64_t t0 = 0; t0 < all_tokens;) {
-    const int64_t n_tokens = smaller(CHUNK, all_tokens - t0), size = scratch_size(n_tokens);
+    const int64_t n_tokens = smaller(CHUNK, all_tokens - t0), size = scratch_size<T>(n_tokens);
     const Product<T> gate_up(parts, n_tokens, H), down(parts, n_tokens, N);
     T *act = parts.take<T>(n_tokens * N);
     float *scratch = parts.take<float>(n_threads * size);
@@ -140,7 +143,7 @@ int down_proj(T *y, const T *act, const T *w_down, const cna_extras &all_extras,
     const int64_t n_tokens = smaller(CHUNK, all_tokens - t0);
     const Product<T> down(parts, n_tokens, N);
     T *steered = parts.take<T>(all_extras.row_circuit ? n_tokens * N : 0);
-    float *scratch = parts.take<float>(n_threads * scratch_size(n_tokens));
+    float *scratch = parts.take<float>(n_threads * scratch_size<T>(n_tokens));
     int32_t *counted = parts.take<int32_t>(n_tokens);
     if (!parts.at) {
       parts = Parts{workspace(parts.used)};
@@ -160,7 +163,7 @@ int down_proj(T *y, const T *act, const T *w_down, const cna_extras &all_extras,
                         n_threads);
     } else {
       down.prepare(rows, act_stride, n_threads, [](int64_t) {});
-      down.times(y + t0 * y_stride, y_stride, w_down, w_down_stride, nullptr, H, scratch, scratch_size(n_tokens),
+      down.times(y + t0 * y_stride, y_stride, w_down, w_down_stride, nullptr, H, scratch, scratch_size<T>(n_tokens),
                  n_threads);
     }
     t0 += n_tokens;
@@ -176,14 +179,14 @@ int linear(T *y, const T *x, const T *w, const T *bias, int64_t all_tokens, int6
   for (int64_t t0 = 0; t0 < all_tokens;) {
     const int64_t n_tokens = smaller(CHUNK, all_tokens - t0);
     const Product<T> product(parts, n_tokens, H);
-    float *scratch = parts.take<float>(n_threads * scratch_size(n_tokens));
+    float *scratch = parts.take<float>(n_threads * scratch_size<T>(n_tokens));
     if (!parts.at) {
       parts = Parts{workspace(parts.used)};
       if (!parts.at) return CNA_ERR_MEMORY;
       continue;
     }
     product.prepare(x + t0 * x_stride, x_stride, n_threads, [](int64_t) {});
-    product.times(y + t0 * y_stride, y_stride, w, w_stride, bias, O, scratch, scratch_size(n_tokens), n_threads);
+    product.times(y + t0 * y_stride, y_stride, w, w_stride, bias, O, scratch, scratch_size<T>(n_tokens), n_threads);
     t0 += n_tokens;
     parts.used = 0;
   }
