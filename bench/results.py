@@ -2,6 +2,7 @@
 
 A row has id, shape, m (tokens), dtype, competitor, ratio (ours / competitor, lower is better), noise (ours against
 itself: what a ratio of 1 can look like) and target (the ratio not to exceed, or null). Further fields say more.
+``python bench/results.py`` prints all files as tables.
 """
 
 from __future__ import annotations
@@ -78,3 +79,35 @@ def line(row: dict) -> str:
     missed = "" if row["target"] is None or row["ratio"] <= row["target"] else "  above"
     what = f"{row['id']} {row['shape']} M={row['m']} {row['dtype']} / {row['competitor']}"
     return f"{what:78s} {row['ratio']:6.3f}  noise {row['noise']:.2f}{target}{missed}"
+
+
+def markdown(rows: list[dict]) -> str:
+    """Tables for reading: one for each setting, tokens across, the ratios of all shapes in a cell."""
+    out = []
+    for setting in dict.fromkeys(row["setting"] for row in rows):
+        here = [row for row in rows if row["setting"] == setting]
+        for whole in (False, True):  # a whole model, or its MLP
+            chosen = [row for row in here if ("per_s" in row) == whole]
+            tokens = list(dict.fromkeys(str(row["m"]) for row in chosen))
+            tokens.sort(key=lambda m: (not m.isdigit(), int(m) if m.isdigit() else 0))
+            shapes = list(dict.fromkeys(row["shape"] for row in chosen))
+            out += [f"{setting}: {' / '.join(shapes)}", ""]
+            out += [
+                f"| ours / competitor | {' | '.join(f'{m} tokens' for m in tokens)} |",
+                "|---" * (len(tokens) + 1) + "|",
+            ]
+            for key in dict.fromkeys((row["id"], row["dtype"], row["competitor"]) for row in chosen):
+                mine = [row for row in chosen if (row["id"], row["dtype"], row["competitor"]) == key]
+                cells = []
+                for m in tokens:
+                    ratios = [f"{row['ratio']:.2f}" for row in mine if str(row["m"]) == m]
+                    target = {row["target"] for row in mine if str(row["m"]) == m} - {None}
+                    cells.append(" / ".join(ratios) + (f" (target {target.pop():.2f})" if target else ""))
+                out.append(f"| {key[0]}: {key[1]} / {key[2]} | {' | '.join(cells)} |")
+            out.append("")
+    return "\n".join(out)
+
+
+if __name__ == "__main__":
+    for path in sorted(DIRECTORY.glob("*.json")):
+        print(markdown(json.loads(path.read_text())["rows"]))
