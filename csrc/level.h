@@ -1,8 +1,11 @@
 // What an instruction-set level gives to the C functions: the same twelve, with arguments already checked.
+// A level compiles the same files in a namespace of its own, for its instructions; what they share comes from here.
 #pragma once
 
 #include "cna.h"
 #include "dtypes.h"
+#include "threads.h"
+#include "workspace.h"
 
 namespace cna {
 

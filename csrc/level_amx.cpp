@@ -2,9 +2,6 @@
 #include "level.h"
 #ifdef CNA_COMPILES_AMX
 
-#include "threads.h"
-#include "workspace.h"
-
 #if defined(__clang__)
 #pragma clang attribute push(                                                                                 \
     __attribute__((target("amx-tile,amx-bf16,avx512bf16,avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c"))), \
@@ -24,14 +21,7 @@ namespace amx {
 // Up to how many tokens dot.h is faster than panel.h; unmeasured.
 constexpr int64_t FEW_BF16 = 8, FEW_FP16 = 48, FEW_FP32 = 4;
 
-#include "act.h"
-
-#include "dot.h"
-#include "panel.h"
-
-#include "amx.h"
-
-#include "mlp.h"
+#include "level_body.h"
 
 }  // namespace amx
 

@@ -2,8 +2,6 @@
 #if defined(__x86_64__)
 
 #include "level.h"
-#include "threads.h"
-#include "workspace.h"
 
 #if defined(__clang__)
 #pragma clang attribute push(__attribute__((target("avx2,fma,f16c"))), apply_to = function)
@@ -20,12 +18,7 @@ namespace avx2 {
 // Up to how many tokens dot.h is faster than panel.h: 2 cores of Zen 4, 2026-11-21.
 constexpr int64_t FEW_BF16 = 8, FEW_FP16 = 8, FEW_FP32 = 8;
 
-#include "act.h"
-
-#include "dot.h"
-#include "panel.h"
-
-#include "mlp.h"
+#include "level_body.h"
 
 }  // namespace avx2
 

@@ -2,8 +2,6 @@
 #if defined(__x86_64__)
 
 #include "level.h"
-#include "threads.h"
-#include "workspace.h"
 
 #if defined(__clang__)
 #pragma clang attribute push(__attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c"))), \
@@ -22,12 +20,7 @@ namespace avx512 {
 // (2 cores of Zen 4, 2026-11-21).
 constexpr int64_t FEW_BF16 = 48, FEW_FP16 = 48, FEW_FP32 = 4;
 
-#include "act.h"
-
-#include "dot.h"
-#include "panel.h"
-
-#include "mlp.h"
+#include "level_body.h"
 
 }  // namespace avx512
 

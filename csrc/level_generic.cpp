@@ -1,7 +1,5 @@
 // Level "generic": plain C++ for any processor.
 #include "level.h"
-#include "threads.h"
-#include "workspace.h"
 
 namespace cna {
 namespace generic {
@@ -11,12 +9,7 @@ namespace generic {
 // Up to how many tokens dot.h is faster than panel.h; unmeasured beyond 64 tokens.
 constexpr int64_t FEW_BF16 = 16, FEW_FP16 = 16, FEW_FP32 = 16;
 
-#include "act.h"
-
-#include "dot.h"
-#include "panel.h"
-
-#include "mlp.h"
+#include "level_body.h"
 
 }  // namespace generic
 

@@ -4,8 +4,6 @@
 #include <arm_neon.h>
 
 #include "level.h"
-#include "threads.h"
-#include "workspace.h"
 
 namespace cna {
 namespace neon {
@@ -15,12 +13,7 @@ namespace neon {
 // Up to how many tokens dot.h is faster than panel.h; unmeasured.
 constexpr int64_t FEW_BF16 = 8, FEW_FP16 = 8, FEW_FP32 = 8;
 
-#include "act.h"
-
-#include "dot.h"
-#include "panel.h"
-
-#include "mlp.h"
+#include "level_body.h"
 
 }  // namespace neon
 

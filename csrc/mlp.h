@@ -37,6 +37,21 @@ int64_t scratch_size(int64_t n_tokens) {
   return 2 * tile_size(n_tokens) + BLOCK * UNITS<T>;
 }
 
+// run(parts, t0, n_tokens) for one chunk of tokens after the other. Each takes its memory from `parts`; the first call,
+// where parts.at is nullptr, only measures how much that is.
+template <class Run>
+int in_chunks(int64_t all_tokens, const Run &run) {
+  Parts parts{nullptr};
+  run(parts, int64_t(0), smaller(CHUNK, all_tokens));
+  parts.at = workspace(parts.used);
+  if (!parts.at) return CNA_ERR_MEMORY;
+  for (int64_t t0 = 0; t0 < all_tokens; t0 += CHUNK) {
+    parts.used = 0;
+    run(parts, t0, smaller(CHUNK, all_tokens - t0));
+  }
+  return CNA_OK;
+}
+
 // The products of one matrix of tokens x [n_tokens, K] with any rows of weights.
 template <class T>
 struct Product {
@@ -103,18 +118,13 @@ template <class T>
 int gated_mlp(T *y, const T *x, const T *w_gate, const T *w_up, const T *w_down, const cna_extras &all_extras,
               int64_t all_tokens, int64_t H, int64_t N, int64_t y_stride, int64_t x_stride, int64_t w_gate_up_stride,
               int64_t w_down_stride, int n_threads) {
-  Parts parts{nullptr};
-  for (int64_t t0 = 0; t0 < all_tokens;) {
-    const int64_t n_tokens = smaller(CHUNK, all_tokens - t0), size = scratch_size<T>(n_tokens);
+  return in_chunks(all_tokens, [&](Parts &parts, int64_t t0, int64_t n_tokens) {
+    const int64_t size = scratch_size<T>(n_tokens);
     const Product<T> gate_up(parts, n_tokens, H), down(parts, n_tokens, N);
     T *act = parts.take<T>(n_tokens * N);
     float *scratch = parts.take<float>(n_threads * size);
     int32_t *counted = parts.take<int32_t>(n_tokens);
-    if (!parts.at) {
-      parts = Parts{workspace(parts.used)};
-      if (!parts.at) return CNA_ERR_MEMORY;
-      continue;
-    }
+    if (!parts.at) return;
     const cna_extras extras = from_token(all_extras, t0);
     const int64_t n_counted = find_counted(counted, extras, n_tokens);
     gate_up.prepare(x + t0 * x_stride, x_stride, n_threads, [](int64_t) {});
@@ -129,27 +139,18 @@ int gated_mlp(T *y, const T *x, const T *w_gate, const T *w_up, const T *w_down,
       sum_tokens(extras, act, N, counted, n_counted, n0, n0 + n);
     });
     steer_and_project(y + t0 * y_stride, y_stride, act, N, down, w_down, w_down_stride, H, extras, scratch, n_threads);
-    t0 += n_tokens;
-    parts.used = 0;
-  }
-  return CNA_OK;
+  });
 }
 
 template <class T>
 int down_proj(T *y, const T *act, const T *w_down, const cna_extras &all_extras, int64_t all_tokens, int64_t H,
               int64_t N, int64_t y_stride, int64_t act_stride, int64_t w_down_stride, int n_threads) {
-  Parts parts{nullptr};
-  for (int64_t t0 = 0; t0 < all_tokens;) {
-    const int64_t n_tokens = smaller(CHUNK, all_tokens - t0);
+  return in_chunks(all_tokens, [&](Parts &parts, int64_t t0, int64_t n_tokens) {
     const Product<T> down(parts, n_tokens, N);
     T *steered = parts.take<T>(all_extras.row_circuit ? n_tokens * N : 0);
     float *scratch = parts.take<float>(n_threads * scratch_size<T>(n_tokens));
     int32_t *counted = parts.take<int32_t>(n_tokens);
-    if (!parts.at) {
-      parts = Parts{workspace(parts.used)};
-      if (!parts.at) return CNA_ERR_MEMORY;
-      continue;
-    }
+    if (!parts.at) return;
     const cna_extras extras = from_token(all_extras, t0);
     const T *rows = act + t0 * act_stride;
     const int64_t n_counted = find_counted(counted, extras, n_tokens);
@@ -166,31 +167,19 @@ int down_proj(T *y, const T *act, const T *w_down, const cna_extras &all_extras,
       down.times(y + t0 * y_stride, y_stride, w_down, w_down_stride, nullptr, H, scratch, scratch_size<T>(n_tokens),
                  n_threads);
     }
-    t0 += n_tokens;
-    parts.used = 0;
-  }
-  return CNA_OK;
+  });
 }
 
 template <class T>
 int linear(T *y, const T *x, const T *w, const T *bias, int64_t all_tokens, int64_t O, int64_t H, int64_t y_stride,
            int64_t x_stride, int64_t w_stride, int n_threads) {
-  Parts parts{nullptr};
-  for (int64_t t0 = 0; t0 < all_tokens;) {
-    const int64_t n_tokens = smaller(CHUNK, all_tokens - t0);
+  return in_chunks(all_tokens, [&](Parts &parts, int64_t t0, int64_t n_tokens) {
     const Product<T> product(parts, n_tokens, H);
     float *scratch = parts.take<float>(n_threads * scratch_size<T>(n_tokens));
-    if (!parts.at) {
-      parts = Parts{workspace(parts.used)};
-      if (!parts.at) return CNA_ERR_MEMORY;
-      continue;
-    }
+    if (!parts.at) return;
     product.prepare(x + t0 * x_stride, x_stride, n_threads, [](int64_t) {});
     product.times(y + t0 * y_stride, y_stride, w, w_stride, bias, O, scratch, scratch_size<T>(n_tokens), n_threads);
-    t0 += n_tokens;
-    parts.used = 0;
-  }
-  return CNA_OK;
+  });
 }
 
 // A task owns a range of neurons for all tokens, so that every sum has one writer.

@@ -17,6 +17,7 @@ from typing import NamedTuple
 
 ROOT = Path(__file__).resolve().parent.parent
 FLAGS = "-O1 -g -fsanitize=address,undefined -fno-sanitize-recover=all -fno-omit-frame-pointer"
+SUITE = ("tests/test_cpu.py", "tests/test_cpu_process.py", "tests/test_c_api.py")
 REPORTS = ("ERROR: AddressSanitizer", "runtime error:")
 
 
@@ -122,10 +123,10 @@ def main(quick):
 
         # The tile instructions of a CPU without AMX are emulated by a library of their own, and the tests that start
         # other processes would hand the preloaded sanitizers to compilers.
-        selection = "not amx-emulated and not missing_or_wrong and not a_model_gives and not example_data"
+        selection = "not amx-emulated and not missing_or_wrong and not a_model_gives"
         if quick:
             selection += " and (both or not test_values)"
-        code, output = run_tests(directory, "tests/test_cpu.py", "tests/test_c_api.py", "-k", selection)
+        code, output = run_tests(directory, *SUITE, "-k", selection)
         reports = sum(output.count(report) for report in REPORTS)
         summary = next((line for line in reversed(output.splitlines()) if " passed" in line), "").strip()
         print(f"CPU tests under ASan and UBSan: exit {code}, {reports} reports; {summary}", flush=True)

@@ -4,10 +4,8 @@ Where it has bf16 products but no AMX, the AMX level runs, too, with its tile in
 """
 
 import contextlib
-import os
 import shutil
 import subprocess
-import sys
 import threading
 from pathlib import Path
 
@@ -31,7 +29,7 @@ from op_cases import (
     wider,
     with_feature,
 )
-from tiny import write_language_model
+from tiny import assert_model_agrees_with_reference
 
 CSRC = Path(__file__).resolve().parent.parent / "csrc"
 if reason := library.missing():
@@ -344,174 +342,5 @@ def test_calls_from_eight_threads_at_once(level):
     assert not wrong
 
 
-def python(code, **environment):
-    """Run code in a fresh interpreter."""
-    environment = {**os.environ, **environment}
-    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=240, env=environment)
-
-
-def test_fork_after_a_parallel_region():
-    code = """
-import os, signal, torch
-torch.set_num_threads(2)
-from cna_kernels import ops
-x, w, d = torch.randn(64, 256), torch.randn(1024, 256), torch.randn(256, 512)
-before = ops.gated_mlp(x, w, d, backend="cpu")
-child = os.fork()
-if child == 0:
-    signal.alarm(60)  # a child that waits for its parent's threads is killed
-    os._exit(0 if torch.equal(ops.gated_mlp(x, w, d, backend="cpu"), before) else 3)
-assert os.waitpid(child, 0)[1] == 0
-assert torch.equal(ops.gated_mlp(x, w, d, backend="cpu"), before)
-"""
-    done = python(code)
-    assert done.returncode == 0, done.stderr
-
-
-@pytest.mark.parametrize("first", ["torch", "library"])
-def test_import_before_and_after_torch(first):
-    """Either way there is one OpenMP in the process, so that torch.set_num_threads governs both."""
-    code = f"""
-import ctypes, importlib.util, pathlib
-def use_library():
-    package = pathlib.Path(importlib.util.find_spec("cna_kernels").origin).parent
-    from cna_kernels.cpu import library
-    x, y = (ctypes.c_float * 4096)(*[1.0] * 4096), (ctypes.c_float * 64)()
-    address = ctypes.addressof
-    status = library.load().cna_linear_fp32(address(y), address(x), address(x), None, 1, 64, 64, 64, 64, 64, 2)
-    assert status == 0 and list(y) == [64.0] * 64
-def use_torch():
-    import torch
-    assert torch.ones(2000, 2000).sum() == 4e6
-    return torch
-if {first!r} == "library":
-    use_library()
-    import sys
-    assert "torch" not in sys.modules
-torch = use_torch()
-use_library()
-from cna_kernels import ops
-assert torch.equal(ops.linear(torch.ones(3, 5), torch.ones(2, 5), backend="cpu"), torch.full((3, 2), 5.0))
-maps = pathlib.Path("/proc/self/maps")
-found = {{line.split()[-1] for line in maps.read_text().splitlines() if "omp" in line.split()[-1].rsplit("/")[-1]}}
-assert len(found) <= 1, found
-"""
-    done = python(code)
-    assert done.returncode == 0, done.stderr
-
-
-def test_threads_compute_in_the_callers_floating_point_mode():
-    code = """
-import torch
-from cna_kernels import ops
-x, w = torch.full((4, 64), 1e-39), torch.eye(64).repeat(64, 1)
-torch.ones(1000, 1000) @ torch.ones(1000, 1000)  # starts the threads before the mode changes
-assert torch.set_flush_denormal(True)
-assert not ops.linear(x, w, backend="cpu").any()
-torch.set_flush_denormal(False)
-assert (ops.linear(x, w, backend="cpu") > 0).all()
-"""
-    done = python(code, CNA_CPU_ISA="generic", CNA_PLAN="linear=engine")
-    assert done.returncode == 0, done.stderr
-
-
-def test_calls_leave_the_process_as_it_was():
-    code = """
-import os, random, signal, torch
-from cna_kernels import ops
-denormal = torch.tensor([1e-40])
-def state():
-    return (torch.get_default_dtype(), torch.is_grad_enabled(), torch.get_num_threads(), torch.get_rng_state().sum(),
-            random.getstate(), [signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM, signal.SIGILL)],
-            dict(os.environ), (denormal * 0.5 > 0).item(), torch.seed() and 0)
-x, w, d = torch.randn(64, 256), torch.randn(1024, 256), torch.randn(256, 512)
-torch.manual_seed(0); before = state()
-torch.manual_seed(0); ops.gated_mlp(x, w, d, backend="cpu"); after = state()
-assert before == after, (before, after)
-"""
-    done = python(code)
-    assert done.returncode == 0, done.stderr
-
-
-def test_an_instruction_set_that_is_not_there_is_refused():
-    for name in ("sse9", "neon" if "avx2" in LEVELS else "avx512"):
-        done = python(
-            "from cna_kernels.model.cli import main; exit(main(['run', 'demo:instruct', '-p', 'hi']))", CNA_CPU_ISA=name
-        )
-        assert done.returncode == 2 and done.stderr.count("\n") == 1, done.stderr
-        assert f"CNA_CPU_ISA: the CPU engine cannot use CNA_CPU_ISA='{name}': this CPU has generic" in done.stderr
-        with pytest.raises(ValueError, match=f"isa: expected one of generic.*, got '{name}'"):
-            library.use_isa(name)
-    done = python("from cna_kernels.cpu import library; print(library.isa())", CNA_CPU_ISA="generic")
-    assert done.stdout == "generic\n"
-
-
-def test_a_library_that_is_missing_or_wrong_says_how_to_build_it(monkeypatch, tmp_path):
-    advice = "with a C++ compiler installed, run 'pip install .'"
-    for name, text in (("missing.so", None), ("text.so", "no library"), ("other.so", "int other;"), ("old.so", None)):
-        path = tmp_path / name
-        if name in ("other.so", "old.so"):
-            source = text or "int cna_abi_version(void) { return 99; }"
-            (tmp_path / "source.c").write_text(source)
-            subprocess.run(["cc", "-shared", "-fPIC", str(tmp_path / "source.c"), "-o", str(path)], check=True)
-        elif text:
-            path.write_text(text)
-        with pytest.raises(library.LibraryError) as caught:
-            library.open_library(path)
-        assert name in str(caught.value) and advice in str(caught.value)
-    assert "ABI version 99, expected 1" in str(caught.value)
-
-    monkeypatch.setattr(library, "missing", lambda: "needs the compiled library")
-    case = make_case(3, 8, torch.float32)
-    with pytest.warns(UserWarning, match="the CPU engine needs the compiled library. Using PyTorch alone"):
-        ops.swiglu(case.gate, case.up)
-    with pytest.raises(ValueError, match="backend: 'cpu' needs the compiled library; use 'reference'"):
-        ops.swiglu(case.gate, case.up, backend="cpu")
-
-
 def test_a_model_gives_the_same_circuit_and_answers(level, monkeypatch, tmp_path):
-    """Discovery and steered decoding of a tiny checkpoint: the engine against the definition."""
-    load = pytest.importorskip("cna_kernels.model").load
-    model = load(write_language_model(tmp_path), dtype="float32")
-    found = {}
-    for backend in ("reference", "cpu"):
-        monkeypatch.setenv("CNA_BACKEND", backend)
-        circuit = model.discover(
-            positive=["open it", "why"], negative=["yes", "no no"], top_k=6, universal_prompts=False
-        )
-        answers = [model.generate("go on", circuit=circuit, multiplier=m, max_new_tokens=3) for m in (1.0, 0.0, 4.0)]
-        found[backend] = circuit, answers
-    (expected, expected_answers), (circuit, answers) = found["reference"], found["cpu"]
-    assert [n[:2] for n in circuit.neurons] == [n[:2] for n in expected.neurons]
-    assert [n[2] for n in circuit.neurons] == pytest.approx([n[2] for n in expected.neurons], rel=1e-4)
-    assert answers == expected_answers
-
-
-def test_example_data_is_what_the_definition_gives():
-    sys.path.insert(0, str(CSRC))
-    import example_data
-
-    sys.path.remove(str(CSRC))
-    stored = torch.frombuffer(bytearray((CSRC / "example.f32").read_bytes()), dtype=torch.float32)
-    torch.testing.assert_close(stored, torch.cat([array.flatten() for array in example_data.arrays()]))
-
-
-@pytest.mark.skipif(sys.platform != "linux", reason="reads the peak from /proc")
-def test_no_copy_of_the_weights():
-    """A call on an MLP of 100 MB needs at most 16 MB for packing, activations and its result."""
-    code = """
-import re, torch
-from cna_kernels import ops
-def peak():
-    return int(re.search(r"VmHWM:\\s*(\\d+) kB", open("/proc/self/status").read())[1]) * 1024
-w_gate_up, w_down = (torch.ones(shape, dtype=torch.bfloat16) for shape in ((16384, 2048), (2048, 8192)))
-x = torch.ones(256, 2048, dtype=torch.bfloat16)
-ops.gated_mlp(x[:1, :64], w_gate_up[:128, :64], w_down[:64, :64], backend="cpu")
-before = peak()
-for n_tokens in (1, 16, 256):
-    ops.gated_mlp(x[:n_tokens], w_gate_up, w_down, backend="cpu")
-print(peak() - before)
-"""
-    done = python(code, CNA_PLAN="gated_mlp=engine")
-    assert done.returncode == 0, done.stderr
-    assert int(done.stdout) <= 16 << 20, f"{int(done.stdout) / 2**20:.1f} MiB"
+    assert_model_agrees_with_reference("cpu", monkeypatch, tmp_path)

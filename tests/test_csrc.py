@@ -6,6 +6,7 @@ import subprocess
 from pathlib import Path
 
 import pytest
+import torch
 
 CSRC = Path(__file__).resolve().parent.parent / "csrc"
 COMPILERS = {"gcc": ("gcc", "g++"), "clang": ("clang", "clang++")}
@@ -53,3 +54,11 @@ def test_example_on_arm(tmp_path):
     done = make(tmp_path, f"CC={ARM[0]}", f"CXX={ARM[1]}", "LDFLAGS=-static", "RUN=qemu-aarch64", "example")
     assert done.returncode == 0, done.stderr
     assert done.stdout.startswith("neon, ") and done.stdout.rstrip().endswith("passed")
+
+
+def test_example_data_is_what_the_definition_gives(monkeypatch):
+    monkeypatch.syspath_prepend(CSRC)
+    import example_data
+
+    stored = torch.frombuffer(bytearray((CSRC / "example.f32").read_bytes()), dtype=torch.float32)
+    torch.testing.assert_close(stored, torch.cat([array.flatten() for array in example_data.arrays()]))

@@ -25,7 +25,7 @@ from op_cases import (
     wider,
     with_feature,
 )
-from tiny import write_language_model
+from tiny import assert_model_agrees_with_reference
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 WHERE = "cuda" if DEVICE == "cuda" else "interpreted"
@@ -266,22 +266,7 @@ def test_opcheck(op):
 
 
 def test_a_model_gives_the_same_circuit_and_answers(monkeypatch, tmp_path):
-    """Discovery and steered decoding of a tiny checkpoint: the kernels against the definition."""
-    pytest.importorskip("transformers")
-    load = pytest.importorskip("cna_kernels.model").load
-    model = load(write_language_model(tmp_path), device=DEVICE, dtype="float32")
-    found = {}
-    for backend in ("reference", "triton"):
-        monkeypatch.setenv("CNA_BACKEND", backend)
-        circuit = model.discover(
-            positive=["open it", "why"], negative=["yes", "no no"], top_k=6, universal_prompts=False
-        )
-        answers = [model.generate("go on", circuit=circuit, multiplier=m, max_new_tokens=3) for m in (1.0, 0.0, 4.0)]
-        found[backend] = circuit, answers
-    (expected, expected_answers), (circuit, answers) = found["reference"], found["triton"]
-    assert [n[:2] for n in circuit.neurons] == [n[:2] for n in expected.neurons]
-    assert [n[2] for n in circuit.neurons] == pytest.approx([n[2] for n in expected.neurons], rel=1e-4)
-    assert answers == expected_answers
+    assert_model_agrees_with_reference("triton", monkeypatch, tmp_path, device=DEVICE)
 
 
 @pytest.mark.skipif(DEVICE == "cpu", reason="needs a GPU")

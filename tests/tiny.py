@@ -3,6 +3,7 @@
 import json
 from pathlib import Path
 
+import pytest
 import torch
 
 SHAPE = dict(
@@ -95,3 +96,22 @@ def write_language_model(directory, variant="llama", **changes):
     write_checkpoint(variant, directory, **({"vocab_size": TEXT_VOCABULARY} | changes))
     write_text_files(directory)
     return directory
+
+
+def assert_model_agrees_with_reference(backend, monkeypatch, directory, device="cpu"):
+    """Discovery and steered decoding of a tiny checkpoint: the backend against the definition."""
+    pytest.importorskip("transformers")
+    load = pytest.importorskip("cna_kernels.model").load
+    model = load(write_language_model(directory), device=device, dtype="float32")
+    found = {}
+    for name in ("reference", backend):
+        monkeypatch.setenv("CNA_BACKEND", name)
+        circuit = model.discover(
+            positive=["open it", "why"], negative=["yes", "no no"], top_k=6, universal_prompts=False
+        )
+        answers = [model.generate("go on", circuit=circuit, multiplier=m, max_new_tokens=3) for m in (1.0, 0.0, 4.0)]
+        found[name] = circuit, answers
+    (expected, expected_answers), (circuit, answers) = found["reference"], found[backend]
+    assert [n[:2] for n in circuit.neurons] == [n[:2] for n in expected.neurons]
+    assert [n[2] for n in circuit.neurons] == pytest.approx([n[2] for n in expected.neurons], rel=1e-4)
+    assert answers == expected_answers

@@ -1,0 +1,10 @@
+// The four operations from the vectors (vec_*.h) and the FEW_* constants of a level. Included inside its namespace.
+#include "act.h"
+
+#include "dot.h"
+#include "panel.h"
+#ifdef CNA_AMX
+#include "amx.h"
+#endif
+
+#include "mlp.h"
