@@ -29,6 +29,9 @@ class Circuit:
         model, tokenizer_sha256, chat_template_sha256: what it was found in.
         prompts: count and sha256 of both sets.
         dtype, versions, preset: how the activations were computed.
+        bootstrap: how stable the selection is when prompts are drawn again: ``overlap`` with this circuit and among
+            the replicates, how often each neuron is selected, in rank order, and ``others`` in half of them or more.
+        folds: the same for leaving out a part of the prompts, and the share of the contrast ``retained`` on that part.
     """
 
     neurons: tuple[tuple[int, int, float], ...]
@@ -47,6 +50,8 @@ class Circuit:
     dtype: str | None = None
     versions: dict[str, str] | None = None
     preset: str | None = None
+    bootstrap: dict[str, Any] | None = None
+    folds: dict[str, Any] | None = None
 
     def __post_init__(self):
         seen = set()
@@ -150,6 +155,8 @@ _FIELDS = {
     "dtype": (False, str, "a name"),
     "versions": (False, dict, "an object"),
     "preset": (False, str, "a name"),
+    "bootstrap": (False, dict, "an object"),
+    "folds": (False, dict, "an object"),
     "neurons": (True, list, "a list of [layer, index, contrast]"),
 }
 
@@ -161,7 +168,12 @@ _NESTED = {
     "universal": {"prompts": int, "prompts_sha256": str, "fraction": _NUMBER, "threshold": _NUMBER, "excluded": list},
     "model": {"name": str, "config_sha256": str, "headers_sha256": str, "weights_sha256": str},
     "prompts": {"positive": _SIDE, "negative": _SIDE},
-}
+    "bootstrap": {
+        "replicates": int, "seed": int, "overlap": _NUMBER, "pairwise_overlap": _NUMBER, "frequency": list,
+        "others": list,
+    },
+    "folds": {"n": int, "overlap": list, "retained": list},
+}  # fmt: skip
 
 
 def _check_nested(record, where, fields):

@@ -27,6 +27,16 @@ def open_regular(path):
     return os.fdopen(descriptor, "rb")
 
 
+def open_stream(path):
+    """As :func:`open_regular`, but a pipe, such as the ``<(...)`` of a shell, is accepted, too."""
+    try:
+        if stat.S_ISFIFO(os.stat(path).st_mode):
+            return open(path, "rb")
+    except (OSError, ValueError) as error:
+        raise InputError(path, getattr(error, "strerror", None) or error) from None
+    return open_regular(path)
+
+
 def read_text(path, *, limit: int = 1 << 30, may_stream: bool = False) -> str:
     """Return the file as UTF-8 text without a byte order mark; raise InputError naming it otherwise.
 
@@ -34,14 +44,11 @@ def read_text(path, *, limit: int = 1 << 30, may_stream: bool = False) -> str:
         limit: the most bytes accepted.
         may_stream: accept a pipe too, such as the ``<(...)`` of a shell.
     """
-    try:
-        streams = may_stream and stat.S_ISFIFO(os.stat(path).st_mode)
-        with open(path, "rb") if streams else open_regular(path) as file:
+    with open_stream(path) if may_stream else open_regular(path) as file:
+        try:
             content = file.read(limit + 1)
-    except InputError:
-        raise
-    except (OSError, ValueError) as error:
-        raise InputError(path, getattr(error, "strerror", None) or error) from None
+        except OSError as error:
+            raise InputError(path, error.strerror or error) from None
     if len(content) > limit:
         raise InputError(path, f"has more than the {limit} bytes accepted")
     try:
@@ -102,14 +109,28 @@ def write_text(path, text: str):
 
 def write_bytes(path, content: bytes):
     """As :func:`write_text`, for bytes."""
+    with replaced(path) as file:
+        file.write(content)
+
+
+@contextlib.contextmanager
+def replaced(path, *, keep: bool = False):
+    """Yield a binary file that becomes ``path`` when the block ends well: a temporary file beside it, fsync, rename.
+
+    ``keep`` leaves a file that is there already as it is.
+    """
     target = _target(path)
     temporary = target.parent / f".cna-{secrets.token_hex(8)}.tmp"
     try:
         with open(temporary, "xb") as file:
-            file.write(content)
+            yield file
             file.flush()
             os.fsync(file.fileno())
-        os.replace(temporary, target)
+        if keep:
+            with contextlib.suppress(FileExistsError):
+                os.link(temporary, target)
+        else:
+            os.replace(temporary, target)
     except OSError as error:
         raise InputError(path, f"cannot be written: {error.strerror or error}") from None
     finally:
@@ -139,11 +160,24 @@ def _target(path) -> Path:
     return target
 
 
-def sha256(*parts: bytes | str) -> str:
-    """Hash the parts, each preceded by its length so that ("ab", "c") and ("a", "bc") differ."""
-    digest = hashlib.sha256()
-    for part in parts:
+class Digest:
+    """SHA-256 of parts, each preceded by its length so that ("ab", "c") and ("a", "bc") differ."""
+
+    def __init__(self):
+        self._digest = hashlib.sha256()
+
+    def add(self, part: bytes | str):
         part = part.encode("utf-8") if isinstance(part, str) else part
-        digest.update(len(part).to_bytes(8, "little"))
-        digest.update(part)
-    return digest.hexdigest()
+        self._digest.update(len(part).to_bytes(8, "little"))
+        self._digest.update(part)
+
+    def __str__(self):
+        return self._digest.hexdigest()
+
+
+def sha256(*parts: bytes | str) -> str:
+    """The :class:`Digest` of the parts."""
+    digest = Digest()
+    for part in parts:
+        digest.add(part)
+    return str(digest)

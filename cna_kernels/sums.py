@@ -19,14 +19,14 @@ class NonFiniteActivation(ValueError):
 class ActivationSums:
     """Weighted sums over tokens of every neuron's activation, in C columns.
 
-    The ops add to fp32 buffers on the device during a forward pass; :meth:`fold` moves them into fp64 totals on
-    the host. Totals of separate runs merge by addition.
+    The ops add to fp32 buffers on the device during a forward pass; :meth:`fold` moves them into fp64 totals. Totals
+    of separate runs merge by addition.
 
     Attributes:
         act_sum: ``[L, C, N]`` fp32 on the device, what the current forward pass has added so far.
         act_sumsq: the same for squares, or None.
-        total, total_sq: ``[L, C, N]`` fp64 on the host.
-        count: ``[C]`` fp64, the sum of the weights behind the totals.
+        total, total_sq: ``[L, C, N]`` fp64, on the device where that has fp64, else on the host.
+        count: ``[C]`` fp64 on the host, the sum of the weights behind the totals.
     """
 
     def __init__(self, n_layers: int, n_neurons: int, n_columns: int, *, squares: bool = False, device="cpu"):
@@ -34,7 +34,8 @@ class ActivationSums:
         with torch.inference_mode(False):  # buffers made in inference mode could not be changed outside it
             self.act_sum = torch.zeros(shape, dtype=torch.float32, device=device)
             self.act_sumsq = torch.zeros_like(self.act_sum) if squares else None
-            self.total = torch.zeros(shape, dtype=torch.float64)
+            host = self.act_sum.device.type not in ("cpu", "cuda")
+            self.total = torch.zeros(shape, dtype=torch.float64, device="cpu" if host else device)
             self.total_sq = torch.zeros_like(self.total) if squares else None
             self.count = torch.zeros(n_columns, dtype=torch.float64)
 
@@ -43,27 +44,28 @@ class ActivationSums:
         squares = None if self.act_sumsq is None else self.act_sumsq[layer]
         return {"act_sum": self.act_sum[layer], "act_sumsq": squares}
 
-    def fold(self, weight: Tensor):
-        """Move what the forward pass added into the totals.
+    def fold(self, weight: Tensor, *, layer: int | None = None):
+        """Move what a forward pass added into the totals.
 
         Args:
-            weight: ``[T, C]``, the weights that the forward pass was run with.
+            weight: ``[any, C]``, the weights to count: those of the tokens, or of the prompts, that were summed.
+            layer: move this layer's sums only, of a pass that has not run the others.
 
         Raises:
             NonFiniteActivation: a sum is not finite. The totals stay as they were and the buffers are emptied.
         """
         check_tensor("weight", weight, shape=(None, self.count.shape[0]))
+        layers = slice(None) if layer is None else slice(layer, layer + 1)
         try:
-            for buffer in (self.act_sum, self.act_sumsq):
-                if buffer is not None:
-                    _require_finite(buffer)
             # everything that may run out of memory comes before the first total changes
             count = weight.cpu().double().sum(0)
-            act_sum = self.act_sum.cpu()
-            act_sumsq = None if self.act_sumsq is None else self.act_sumsq.cpu()
-            self.total += act_sum
-            if act_sumsq is not None:
-                self.total_sq += act_sumsq
+            added = []
+            for buffer in (self.act_sum, self.act_sumsq):
+                if buffer is not None:
+                    _require_finite(buffer[layers], layers.start or 0)
+                    added.append(buffer[layers].to(self.total.device))
+            for total, part in zip((self.total, self.total_sq), added, strict=False):
+                total[layers] += part
             self.count += count
         finally:
             self.discard()
@@ -109,8 +111,8 @@ class ActivationSums:
         return count
 
 
-def _require_finite(buffer):
+def _require_finite(buffer, first_layer):
     finite = torch.isfinite(buffer)
     if not finite.all():
         layer, _, index = (~finite).nonzero()[0].tolist()
-        raise NonFiniteActivation(layer, index)
+        raise NonFiniteActivation(first_layer + layer, index)

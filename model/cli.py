@@ -35,12 +35,24 @@ def build_parser() -> Parser:
         "discover",
         "find a circuit from two prompt files",
         "cna discover path/to/model --positive refused.txt --negative answered.txt -o circuit.json\n"
-        "  cna discover path/to/model --positive jbb.csv --negative other.jsonl --column Goal --top-k 200 -o c.json",
+        "  cna discover path/to/model --positive jbb.csv --negative other.jsonl --column Goal --top-k 200 -o c.json\n"
+        "  cna discover path/to/model --contrasts behaviours.jsonl --bootstrap 100 -o circuits/",
     )
     discover.add_argument("model", metavar="MODEL", help=MODEL_HELP)
-    discover.add_argument("--positive", metavar="FILE", required=True, help="prompts that show the behaviour")
-    discover.add_argument("--negative", metavar="FILE", required=True, help="prompts that do not")
-    discover.add_argument("-o", "--output", metavar="FILE", required=True, help="the circuit file to write")
+    discover.add_argument("--positive", metavar="FILE", help="prompts that show the behaviour")
+    discover.add_argument("--negative", metavar="FILE", help="prompts that do not")
+    discover.add_argument(
+        "--contrasts",
+        metavar="FILE",
+        help='many behaviours at once, lines of {"prompt": TEXT, "columns": ["NAME.positive"]} or {NAME: WEIGHT}',
+    )
+    discover.add_argument(
+        "-o",
+        "--output",
+        metavar="FILE",
+        required=True,
+        help="the circuit file to write; with --contrasts a directory for one file each and columns.safetensors",
+    )
     size = discover.add_mutually_exclusive_group()
     size.add_argument("--fraction", type=float, metavar="X", help="share of all neurons to keep (default: 0.001)")
     size.add_argument("--top-k", type=int, metavar="K", help="number of neurons to keep instead")
@@ -53,13 +65,45 @@ def build_parser() -> Parser:
         metavar="FILE",
         help="diverse prompts for the universal filter (default: 24 built-in ones)",
     )
+    universal.add_argument(
+        "--universal-contrasts", metavar="FILE", help="diverse contrasts for the universal filter instead"
+    )
     universal.add_argument("--no-universal", action="store_true", help="turn the universal filter off")
     discover.add_argument("--skip-layers", metavar="L,L", help="layers whose neurons are not candidates")
     discover.add_argument(
         "--preset", choices=["paper", "ref-code"], help="paper (default), or what the authors' public code does"
     )
+    discover.add_argument(
+        "--position",
+        choices=["last", "all", "answer"],
+        help="which tokens count: the prompt's last (default), all of it but the BOS, or those of its answer",
+    )
+    discover.add_argument(
+        "--bootstrap",
+        type=_positive,
+        metavar="R",
+        help="say how often each neuron is selected when the prompts are drawn again R times, in the same pass",
+    )
+    discover.add_argument("--folds", type=_positive, metavar="F", help="cross-validate over F parts of the prompts")
+    discover.add_argument("--seed", type=int, metavar="N", help="seed of the bootstrap (default: 0)")
+    discover.add_argument(
+        "--skip-bad", action="store_true", help="leave out lines that are no prompt, and prompts that are too long"
+    )
+    discover.add_argument(
+        "--run",
+        metavar="DIR",
+        help="keep finished work here: the same command goes on after a crash, and several at once share the work",
+    )
+    discover.add_argument("--log-json", action="store_true", help="progress as JSON lines on stderr")
     _prompt_flags(discover)
     _model_flags(discover)
+    discover.add_argument(
+        "--batch-tokens", type=_positive, metavar="N", help="tokens a forward pass, where --batch is auto"
+    )
+
+    status = _command(commands, "status", "how far a run directory is, and who works on it", "cna status run/")
+    status.add_argument("run", metavar="DIR", help="the directory given to cna discover --run")
+    status.add_argument("--json", action="store_true", help="print JSON")
 
     show = _command(commands, "show", "print a circuit file", "cna show circuit.json")
     show.add_argument("circuit", metavar="CIRCUIT", help="circuit file")

@@ -1,9 +1,8 @@
-"""Batched forward passes that keep nothing but streaming sums of activations."""
+"""Forward passes over many prompts that keep nothing but streaming sums of activations."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -12,20 +11,13 @@ from cna_kernels.checks import InputError
 from cna_kernels.sums import ActivationSums, NonFiniteActivation
 
 from .memory import is_out_of_memory
-from .transformer import Tap, Transformer
+from .packed import Packed, Past, run_layer
+from .packing import TokenPrompt, group_by_prefix, plan_packs
+from .transformer import Transformer
 
-AUTO_TOKENS = {"cpu": 512, "cuda": 32768}  # padded tokens of one batch, by device
+DEFAULT_TOKENS = {"cpu": 512, "cuda": 32768}  # of one pack, by device
 
-
-@dataclass(frozen=True)
-class TokenPrompt:
-    """One tokenised prompt; ``place`` names it in messages."""
-
-    ids: list[int]
-    place: str
-
-
-Progress = Callable[[int, int], None]  # prompts done, prompts in all
+Progress = Callable[[int, int], None]  # prompts and tokens of a pack that is done
 
 
 def collect(
@@ -35,103 +27,132 @@ def collect(
     sums: ActivationSums,
     *,
     batch: int | None = None,
+    max_tokens: int | None = None,
     progress: Progress | None = None,
 ):
-    """Add the activations at every prompt's last token to ``sums``.
+    """Add the activations at every prompt's counted tokens to ``sums``.
 
     Args:
-        column_weights: ``[P, C]`` fp32, how much each prompt counts in each column.
-        batch: prompts a forward pass; None fits as many as AUTO_TOKENS allows.
-        progress: called after every batch.
+        column_weights: ``[P, C]`` fp32, how much each prompt counts in each column; its counted tokens share it.
+        batch: prompts a forward pass; None fits as many as ``max_tokens`` allows.
+        max_tokens: tokens a forward pass; None takes the device's DEFAULT_TOKENS.
+        progress: called after every pack.
 
     Raises:
         InputError: a prompt is too long for the model, or an activation it causes is not finite; names the prompt.
     """
-    device = next(transformer.parameters()).device
-    check_lengths(prompts, transformer.config.context_length)
-    pending = plan_batches(
-        [len(prompt.ids) for prompt in prompts], batch, AUTO_TOKENS.get(device.type, AUTO_TOKENS["cpu"])
-    )[::-1]
-    done = 0
-    while pending:
-        rows = pending.pop()
-        members = [prompts[row] for row in rows]
-        try:
-            _forward(transformer, members, column_weights[rows], sums, device)
-            out_of_memory = False
-        except NonFiniteActivation as error:
-            raise _blame(transformer, members, sums, device, error) from None
-        except RuntimeError as error:
-            out_of_memory = is_out_of_memory(error)
-            if not out_of_memory:
-                raise
-        if out_of_memory:  # outside the except block, whose traceback would keep the tensors alive
-            sums.discard()
-            if device.type == "cuda":
-                torch.cuda.empty_cache()
-            if len(rows) == 1:
-                raise InputError(
-                    members[0].place, f"out of memory with this prompt alone ({len(members[0].ids)} tokens)"
-                )
-            half = len(rows) // 2
-            pending += [rows[half:], rows[:half]]
-            continue
-        done += len(rows)
-        if progress is not None:
-            progress(done, len(prompts))
-
-
-def plan_batches(lengths: Sequence[int], batch: int | None, max_tokens: int) -> list[list[int]]:
-    """Group prompts of similar length: rows of each batch, shortest first.
-
-    A batch holds ``batch`` prompts, or where that is None at most ``max_tokens`` tokens with padding, at least one row.
-    """
-    batches: list[list[int]] = []
-    for row in sorted(range(len(lengths)), key=lambda row: (lengths[row], row)):
-        size = len(batches[-1]) + 1 if batches else 0
-        fits = size <= batch if batch is not None else size * lengths[row] <= max_tokens
-        if batches and fits:
-            batches[-1].append(row)
-        else:
-            batches.append([row])
-    return batches
-
-
-def check_lengths(prompts: Sequence[TokenPrompt], context_length: int):
+    device = transformer.embed_tokens.weight.device
     for prompt in prompts:
-        if not prompt.ids:
-            raise InputError(prompt.place, "has no token")
-        if len(prompt.ids) > context_length:
-            raise InputError(prompt.place, f"has {len(prompt.ids)} tokens, the model's context is {context_length}")
+        check_length(prompt, transformer.config.context_length)
+    if max_tokens is None:
+        max_tokens = DEFAULT_TOKENS.get(device.type, DEFAULT_TOKENS["cpu"])
+    for n_prefix, members in shared_prefixes(transformer, prompts):
+        past = None
+        if n_prefix:
+            packed = pack_prefix(prompts, members, n_prefix, column_weights, device)
+            try:
+                past = forward(transformer, packed, None, sums)
+                sums.fold(column_weights[:0])
+            except NonFiniteActivation as error:
+                raise _blame(transformer, [prompts[row] for row in members], sums, error) from None
+        lengths = [len(prompts[row].ids) - n_prefix for row in members]
+        counted = [prompts[row].n_counted for row in members]
+        pending = plan_packs(lengths, counted, max_prompts=batch, max_tokens=max_tokens)[::-1]
+        while pending:
+            pack = pending.pop()
+            rows = [members[place] for place in pack]
+            try:
+                forward(transformer, pack_prompts(prompts, rows, n_prefix, column_weights, device), past, sums)
+                sums.fold(column_weights[rows])
+                out_of_memory = False
+            except NonFiniteActivation as error:
+                raise _blame(transformer, [prompts[row] for row in rows], sums, error) from None
+            except RuntimeError as error:
+                out_of_memory = is_out_of_memory(error)
+                if not out_of_memory:
+                    raise
+            if out_of_memory:  # outside the except block, whose traceback would keep the tensors alive
+                sums.discard()
+                if device.type == "cuda":
+                    torch.cuda.empty_cache()
+                if len(pack) == 1:
+                    prompt = prompts[rows[0]]
+                    raise InputError(prompt.place, f"out of memory with this prompt alone ({len(prompt.ids)} tokens)")
+                half = len(pack) // 2
+                pending += [pack[half:], pack[:half]]
+                continue
+            if progress is not None:
+                progress(len(rows), sum(len(prompts[row].ids) for row in rows))
 
 
-def pad(ids: Sequence[list[int]], device) -> tuple[Tensor, Tensor]:
-    """Return input_ids ``[B, S]`` padded on the right with 0, and lengths ``[B]``."""
-    lengths = torch.tensor([len(row) for row in ids])
-    input_ids = torch.zeros(len(ids), int(lengths.max()), dtype=torch.int64)
-    for number, row in enumerate(ids):
-        input_ids[number, : len(row)] = torch.tensor(row)
-    return input_ids.to(device), lengths.to(device)
+def shared_prefixes(transformer: Transformer, prompts: Sequence[TokenPrompt]):
+    """The groups of ``packing.group_by_prefix``, without a prefix where a token's place depends on its prompt's end."""
+    longest = max(len(prompt.ids) for prompt in prompts)
+    if transformer.config.rope.kind == "dynamic" and longest > transformer.config.max_position_embeddings:
+        return [(0, list(range(len(prompts))))]
+    return group_by_prefix([prompt.ids for prompt in prompts])
 
 
-def _forward(transformer, members, column_weights, sums, device):
-    input_ids, lengths = pad([prompt.ids for prompt in members], device)
-    batch, n_tokens = input_ids.shape
-    weight = torch.zeros(batch, n_tokens, column_weights.shape[1], device=device)
-    weight[torch.arange(batch, device=device), lengths - 1] = column_weights.to(device)
-    weight = weight.flatten(0, 1)  # [B * S, C]
+def pack_prompts(prompts, rows: list[int], n_prefix: int, column_weights: Tensor, device) -> Packed:
+    """One pack: these prompts without their first ``n_prefix`` tokens."""
+    ids = [prompts[row].ids[n_prefix:] for row in rows]
+    shares = torch.tensor([[1 / prompts[row].n_counted] for row in rows])
+    counted = [min(prompts[row].n_counted, len(own)) for row, own in zip(rows, ids, strict=True)]
+    return Packed(ids, counted, column_weights[rows] * shares, prefix=n_prefix, device=device)
+
+
+def pack_prefix(prompts, rows: list[int], n_prefix: int, column_weights: Tensor, device) -> Packed:
+    """The beginning that these prompts share, as a pack. What it counts, it counts for all of them."""
+    total = torch.zeros(n_prefix, column_weights.shape[1], dtype=torch.float64)
+    for row in rows:
+        first = len(prompts[row].ids) - prompts[row].n_counted
+        total[first:] += column_weights[row].double() / prompts[row].n_counted
+    n_counted = n_prefix - min(min(len(prompts[row].ids) - prompts[row].n_counted for row in rows), n_prefix)
+    packed = Packed([prompts[rows[0]].ids[:n_prefix]], [n_counted], total[:1].float(), prefix=0, device=device)
+    packed.weight = total[n_prefix - n_counted :].float().to(device)  # each token has a weight of its own
+    return packed
+
+
+def forward(
+    transformer: Transformer, packed: Packed, past: list[Past] | None, sums: ActivationSums | None
+) -> list[Past]:
+    """Run a pack through all layers; return its keys and values in each."""
+    found = []
     with torch.inference_mode():
-        transformer.hidden(input_ids, lengths=lengths, tap=Tap(sums, weight))
-    sums.fold(weight)
+        x = transformer.embed_tokens(packed.ids)[None]
+        rotation = packed.rotation(transformer.rotary, x.dtype)
+        for number, layer in enumerate(transformer.layers):
+            x, own = run_layer(
+                layer,
+                packed,
+                x,
+                rotation,
+                None if past is None else past[number],
+                window=transformer.config.sliding_windows[number],
+                last=number == len(transformer.layers) - 1,
+                **({} if sums is None else sums.layer(number)),
+            )
+            found.append(own)
+    return found
 
 
-def _blame(transformer, members, sums, device, error) -> InputError:
-    """Run the prompts of a failed batch one at a time to name the one at fault."""
+def check_length(prompt: TokenPrompt, context_length: int):
+    if not prompt.ids:
+        raise InputError(prompt.place, "has no token")
+    if len(prompt.ids) > context_length:
+        raise InputError(prompt.place, f"has {len(prompt.ids)} tokens, the model's context is {context_length}")
+
+
+def _blame(transformer, members, sums, error) -> InputError:
+    """Run the prompts of a failed pack one at a time to name the one at fault."""
     n_layers, n_columns, n_neurons = sums.total.shape
+    device = sums.act_sum.device
     for prompt in members:
         alone = ActivationSums(n_layers, n_neurons, n_columns, device=device)
+        one = torch.ones(1, n_columns)
         try:
-            _forward(transformer, [prompt], torch.ones(1, n_columns), alone, device)
+            forward(transformer, pack_prompts([prompt], [0], 0, one, device), None, alone)
+            alone.fold(one)
         except NonFiniteActivation as single:
             return InputError(prompt.place, f"causes a {single}; nothing was selected")
     places = f"{members[0].place} .. {members[-1].place}"

@@ -6,13 +6,13 @@ import importlib.util
 import json
 import os
 import platform
+import signal
 import sys
-from contextlib import contextmanager
 from pathlib import Path
+from tempfile import TemporaryFile
 
 import torch
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
 import cna_kernels
@@ -22,9 +22,26 @@ from cna_kernels.circuit import Circuit
 from cna_kernels.files import check_writable
 from cna_kernels.steering import check_multiplier
 
+from .attribute import save_columns
+from .corpus import (
+    NEGATIVE,
+    POSITIVE,
+    UNIVERSAL,
+    Contrast,
+    Corpus,
+    Names,
+    contrasts_of,
+    entries_of,
+    read_contrasts,
+    two_sets,
+)
 from .demo.checkpoint import demo_checkpoint
+from .discover import settings_from
+from .job import Job
 from .language_model import LanguageModel, load
-from .prompts import RECORD_FORMATS, PromptSet, read_prompts
+from .meter import metered
+from .prompts import RECORD_FORMATS, BadLines, PromptSet, iter_prompts, neutral_prompts, read_prompts
+from .run_directory import RunDirectory
 
 
 def run_demo(args):
@@ -34,33 +51,115 @@ def run_demo(args):
 
 
 def run_discover(args):
+    many = args.contrasts is not None
     if args.output == "-":
         raise InputError("--output", "expected a file; --json prints the circuit on stdout")
-    check_writable(args.output)
+    if many == bool(args.positive or args.negative) or bool(args.positive) != bool(args.negative):
+        raise InputError("prompts", "give --positive and --negative, or --contrasts")
+    check_writable(Path(args.output, "columns.safetensors") if many else args.output)
+    settings = settings_from(
+        args.preset,
+        fraction=args.fraction,
+        top_k=args.top_k,
+        score=args.score,
+        universal=False if args.no_universal else None,
+        skip_layers=_layers(args.skip_layers),
+        position=args.position,
+        bootstrap=args.bootstrap,
+        folds=args.folds,
+        seed=args.seed,
+    )
+    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    if world > 1 and args.run is None:
+        raise InputError("--run", "torchrun's workers need a run directory that all of them see")
+    bad = BadLines(skip=args.skip_bad)
+    with TemporaryFile() as file:
+        if rank == 0:
+            names = Names()
+            corpus = Corpus(file, _entries(args, settings, names, bad), names)
+        else:
+            corpus = RunDirectory.wait(args.run).corpus()  # torchrun ends us if the first worker cannot start one
+        contrasts = contrasts_of(corpus.columns, args.contrasts) if many else [Contrast("circuit", 0, 1)]
+        diverse = [contrast for contrast in contrasts if contrast.name.startswith(UNIVERSAL)]
+        contrasts = [contrast for contrast in contrasts if contrast not in diverse]
+        if not contrasts:
+            raise InputError(args.contrasts, f"holds no pair of columns NAME{POSITIVE}, NAME{NEGATIVE}")
+        model = load_model(args)
+        how = dict(chat=False if args.no_template else None, batch=args.batch, max_tokens=args.batch_tokens)
+        job = Job(model, corpus, contrasts, settings, diverse=diverse, squares=many or args.run is not None, **how)
+        notes: dict = {}
+        with metered(as_json=args.log_json, notes=notes, rank=rank) as meter:
+            options = dict(skip_bad=args.skip_bad, progress=meter)
+            if args.run is None:
+                totals = job.run_all(**options)
+            else:
+                run = _run_in(job, args, rank=rank, world=world, **options)
+                if rank:
+                    return
+                totals = run.merged()
+            notes["skipped"] = bad.count + len(totals.skipped)
+        circuits = job.circuits(totals)
+    first_skipped = bad.first or next(iter(totals.skipped), None)
+    if first_skipped:
+        print(f"skipped {notes['skipped']}, the first: {one_line(first_skipped)}", file=sys.stderr)
+    if not many:
+        circuits["circuit"].save(args.output)
+        show_circuit(circuits["circuit"], as_json=args.json)
+        print(f"wrote {args.output}", file=sys.stderr)
+        return
+    for name, circuit in circuits.items():
+        circuit.save(Path(args.output, f"{name}.json"))
+    save_columns(Path(args.output, "columns.safetensors"), corpus.columns, totals)
+    _show_circuits(circuits, as_json=args.json)
+    print(f"wrote {len(circuits)} circuits and columns.safetensors to {args.output}", file=sys.stderr)
+
+
+def _run_in(job, args, **options):
+    """Work in the run directory; say how to go on when it ends early."""
+    signal.signal(signal.SIGTERM, lambda *_: signal.raise_signal(signal.SIGINT))
+    try:
+        return job.run_in(args.run, **options)
+    except (KeyboardInterrupt, InputError):
+        if (Path(args.run) / "manifest.json").exists():
+            run = RunDirectory.open(args.run)
+            done = len(run.units) - len(run.missing())
+            print(f"{done} of {len(run.units)} units are done; the same command goes on from there", file=sys.stderr)
+        raise
+
+
+def run_status(args):
+    status = RunDirectory.open(args.run).status()
+    if args.json:
+        print_json(status)
+        return
+    table = Table(show_header=False)
+    for name in ("units", "prompts"):
+        table.add_row(name, f"{status[f'{name}_done']:,} of {status[name]:,} done")
+    table.add_row("model", _cell(status["model"]))
+    table.add_row("parts", f"{status['part_bytes'] / 2**20:,.1f} MiB")
+    for worker in status["workers"]:
+        what = f"{worker['state']}, {worker['host']} process {worker['pid']}, last sign {worker['silent_s']:.0f} s ago"
+        table.add_row(f"unit {worker['unit']}", _cell(what))
+    stdout().print(table)
+
+
+def _entries(args, settings, names, bad):
+    """The corpus of `cna discover`, in the order of its options."""
     _check_column(args.column, args.positive, args.negative, args.universal_prompts)
-    positive = read_prompts(args.positive, column=_column(args, args.positive), limit=args.limit)
-    negative = read_prompts(args.negative, column=_column(args, args.negative), limit=args.limit)
-    universal = False if args.no_universal else None
-    if args.universal_prompts:
-        universal = read_prompts(args.universal_prompts, column=_column(args, args.universal_prompts))
-    model = load_model(args)
-    with progress_bar("prompts") as progress:
-        circuit = model.discover(
-            positive,
-            negative,
-            fraction=args.fraction,
-            top_k=args.top_k,
-            score=args.score,
-            universal_prompts=universal,
-            skip_layers=_layers(args.skip_layers),
-            preset=args.preset,
-            chat=False if args.no_template else None,
-            batch=args.batch,
-            progress=progress,
-        )
-    circuit.save(args.output)
-    show_circuit(circuit, as_json=args.json)
-    print(f"wrote {args.output}", file=sys.stderr)
+
+    def prompts(path, limit=None):
+        return iter_prompts(path, column=_column(args, path), limit=limit, bad=bad)
+
+    if args.contrasts:
+        yield from read_contrasts(args.contrasts, names, bad=bad, limit=args.limit)
+    else:
+        yield from two_sets(names, prompts(args.positive, args.limit), prompts(args.negative, args.limit))
+    if not settings.universal:
+        return
+    if args.universal_contrasts:
+        yield from read_contrasts(args.universal_contrasts, names, prefix=UNIVERSAL, bad=bad)
+    else:
+        yield from entries_of(prompts(args.universal_prompts) if args.universal_prompts else neutral_prompts())
 
 
 def run_show(args):
@@ -196,6 +295,7 @@ COMMANDS = {
     "discover": run_discover,
     "show": run_show,
     "run": run_run,
+    "status": run_status,
     "doctor": run_doctor,
 }
 
@@ -204,8 +304,22 @@ def load_model(args) -> LanguageModel:
     directory = args.model
     if directory.startswith("demo:") and not Path(directory).exists():
         directory = demo_checkpoint(directory.removeprefix("demo:"))
-    device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    device = args.device
+    if device is None:
+        device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if torch.cuda.is_available() else "cpu"
     return load(directory, device=device, dtype=args.dtype)
+
+
+def _show_circuits(circuits: dict[str, Circuit], *, as_json: bool):
+    if as_json:
+        print_json({name: json.loads(circuit.to_json()) for name, circuit in circuits.items()})
+        return
+    table = Table("contrast", "neurons", "top neuron", "stability")
+    for name, circuit in circuits.items():
+        layer, index, value = circuit.neurons[0]
+        stability = f"{100 * circuit.bootstrap['overlap']:.0f}%" if circuit.bootstrap else "-"
+        table.add_row(_cell(name), str(circuit.k), f"{layer}, {index}: {value:+.4f}", stability)
+    stdout().print(table)
 
 
 def show_circuit(circuit: Circuit, *, as_json: bool):
@@ -236,6 +350,19 @@ def show_circuit(circuit: Circuit, *, as_json: bool):
             f"{100 * universal['fraction']:g}% on {100 * universal['threshold']:g}% or more of "
             f"{universal['prompts']} prompts",
         )
+    if circuit.bootstrap:
+        _print(
+            console,
+            f"bootstrap: {100 * circuit.bootstrap['overlap']:.0f}% of the neurons are selected again when the prompts "
+            f"are drawn again ({circuit.bootstrap['replicates']} times)",
+        )
+    if circuit.folds:
+        overlap, retained = (sum(circuit.folds[name]) / circuit.folds["n"] for name in ("overlap", "retained"))
+        _print(
+            console,
+            f"{circuit.folds['n']} folds: {100 * overlap:.0f}% of the neurons are selected without a fold, and its "
+            f"prompts show {100 * retained:.0f}% of the contrast",
+        )
     if circuit.skipped_layers:
         _print(console, f"layers left out: {', '.join(map(str, circuit.skipped_layers))}")
     if circuit.model:
@@ -248,21 +375,6 @@ def show_circuit(circuit: Circuit, *, as_json: bool):
 def _print(console, text):
     """Print text that may come from a file: no markup, no terminal escapes."""
     console.print(one_line(text), markup=False)
-
-
-@contextmanager
-def progress_bar(noun: str):
-    """Yield a callback (done, total) that draws counts, rate and time left on stderr."""
-    columns = (
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TaskProgressColumn(show_speed=True),
-        TimeRemainingColumn(),
-    )
-    with Progress(*columns, console=Console(stderr=True)) as bar:
-        task = bar.add_task(noun, total=None)
-        yield lambda done, total: bar.update(task, completed=done, total=total)
 
 
 def stdout() -> Console:

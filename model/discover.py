@@ -1,22 +1,24 @@
-"""Discovery: two prompt sets -> circuit. One pass over the prompts, last token of each, streaming sums."""
+"""Discovery: sums -> circuits. Settings, the universal filter, selection, and how stable a selection is."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from collections import Counter
+from dataclasses import dataclass, fields, replace
+from typing import Protocol
 
 import torch
+from torch import Tensor
 
-from cna_kernels import __version__, select
+from cna_kernels import select
 from cna_kernels.checks import InputError
 from cna_kernels.circuit import Circuit
-from cna_kernels.files import sha256
 from cna_kernels.sums import ActivationSums
 
-from .collect import Progress, TokenPrompt, collect
-from .transformer import Transformer
+from .attribute import POSITIONS, UNIVERSAL_FRACTION, SlotSums
+from .columns import Columns
+from .corpus import Contrast
 
-UNIVERSAL_FRACTION = 0.001  # of all neurons, by magnitude, on one prompt
-UNIVERSAL_COLUMNS = 16  # prompts ranked at a time, which bounds memory
+POSITION_TEXT = {"last": "last prompt token", "all": "all prompt tokens but the BOS", "answer": "all answer tokens"}
 
 
 @dataclass(frozen=True)
@@ -31,6 +33,10 @@ class Settings:
         universal_threshold: a neuron is universal when it is among the top 0.1% on this share of the neutral prompts.
         double_bos: tokenise the rendered chat once more, which puts a second BOS in front for Llama.
         round_means: round both means to the model's dtype before subtracting.
+        position: which tokens count: "last" of the prompt, "all" of the prompt but the BOS, or those of the "answer".
+            Every prompt counts the same: its tokens share its weight.
+        bootstrap: replicates for the stability of the selection; ``seed`` draws them.
+        folds: parts for cross-validation.
     """
 
     fraction: float | None = 0.001
@@ -41,6 +47,10 @@ class Settings:
     universal_threshold: float = 0.8
     double_bos: bool = False
     round_means: bool = False
+    position: str = "last"
+    bootstrap: int = 0
+    folds: int = 0
+    seed: int = 0
     preset: str | None = None
 
 
@@ -55,7 +65,7 @@ PRESETS = {
 }  # fmt: skip
 
 
-def settings_from(preset: str | None, **changes) -> Settings:
+def settings_from(preset: str | None = None, **changes) -> Settings:
     """Return the preset (default: paper) with the given changes; a change of None keeps the preset's value.
 
     Raises:
@@ -64,6 +74,11 @@ def settings_from(preset: str | None, **changes) -> Settings:
     if preset is not None and preset not in PRESETS:
         raise InputError("preset", f"expected one of {', '.join(PRESETS)}, got {preset!r}")
     changes = {name: value for name, value in changes.items() if value is not None}
+    unknown = set(changes) - {field.name for field in fields(Settings)}
+    if unknown:
+        raise TypeError(f"unknown settings: {', '.join(sorted(unknown))}")
+    if "skip_layers" in changes:
+        changes["skip_layers"] = tuple(changes["skip_layers"])
     if "fraction" in changes and "top_k" not in changes:
         changes["top_k"] = None
     settings = replace(PRESETS[preset or "paper"], **changes)
@@ -75,94 +90,28 @@ def settings_from(preset: str | None, **changes) -> Settings:
         raise InputError("score", f"expected one of {', '.join(select.SCORES)}, got {settings.score!r}")
     if not 0 < settings.universal_threshold <= 1:
         raise InputError("universal_threshold", f"expected above 0 and at most 1, got {settings.universal_threshold}")
+    if settings.position not in POSITIONS:
+        raise InputError("position", f"expected one of {', '.join(POSITIONS)}, got {settings.position!r}")
+    if not 0 <= settings.bootstrap <= 10_000:
+        raise InputError("bootstrap", f"expected 0 to 10000 replicates, got {settings.bootstrap}")
+    if settings.folds and not 2 <= settings.folds <= 1000:
+        raise InputError("folds", f"expected 2 to 1000, got {settings.folds}")
+    if not 0 <= settings.seed < 1 << 63:
+        raise InputError("seed", f"expected 0 to 2**63 - 1, got {settings.seed}")
     return settings
 
 
-def discover(
-    transformer: Transformer,
-    positive: list[TokenPrompt],
-    negative: list[TokenPrompt],
-    neutral: list[TokenPrompt],
-    settings: Settings,
-    *,
-    batch: int | None = None,
-    progress: Progress | None = None,
-) -> Circuit:
-    """Find the circuit; provenance that only the caller knows is added by it.
+class Totals(Protocol):
+    """The merged sums of a run: an ``attribute.Part``, or a run directory's ``MergedParts``."""
 
-    Args:
-        neutral: the prompts of the universal filter; not read where ``settings.universal`` is False.
-    """
-    config = transformer.config
-    n_layers, n_neurons = config.num_hidden_layers, config.intermediate_size
-    k, skipped = _check_size(settings, n_layers, n_neurons)
-    neutral = neutral if settings.universal else []
-    if settings.score == "cohen-d" and min(len(positive), len(negative)) < 2:
-        raise InputError("score", "cohen-d needs at least two prompts in each set")
-    n_prompts = len(positive) + len(negative) + len(neutral)
+    universal: Tensor | None
+    n_universal: int
 
-    def offset_progress(start):
-        return None if progress is None else lambda done, _: progress(start + done, n_prompts)
-
-    universal = torch.zeros(n_layers, n_neurons, dtype=torch.bool)
-    if settings.universal:
-        universal = find_universal(
-            transformer, neutral, settings.universal_threshold, batch=batch, progress=offset_progress(0)
-        )
-    device = next(transformer.parameters()).device
-    sums = ActivationSums(n_layers, n_neurons, 2, squares=settings.score == "cohen-d", device=device)
-    column_weights = torch.zeros(len(positive) + len(negative), 2)
-    column_weights[: len(positive), select.POSITIVE] = 1
-    column_weights[len(positive) :, select.NEGATIVE] = 1
-    collect(
-        transformer, [*positive, *negative], column_weights, sums, batch=batch, progress=offset_progress(len(neutral))
-    )
-    dtype = transformer.embed_tokens.weight.dtype
-    delta = select.contrast(sums, rounded_to=dtype if settings.round_means else None)
-    chosen = select.top_neurons(select.scores(settings.score, sums, delta), k, skipped | universal)
-    return Circuit(
-        neurons=tuple((layer, index, delta[layer, index].item()) for layer, index in chosen),
-        n_layers=n_layers,
-        n_neurons=n_neurons,
-        score=settings.score,
-        fraction=settings.fraction if settings.top_k is None else None,
-        k_rule=select.K_RULE if settings.top_k is None else "given",
-        position="last prompt token",
-        skipped_layers=tuple(settings.skip_layers),
-        universal={
-            "prompts": len(neutral),
-            "prompts_sha256": sha256(*(repr(prompt.ids) for prompt in neutral)),
-            "fraction": UNIVERSAL_FRACTION,
-            "threshold": settings.universal_threshold,
-            "excluded": universal.nonzero().tolist(),
-        }
-        if settings.universal
-        else None,
-        dtype=str(dtype).removeprefix("torch."),
-        versions={"cna_kernels": __version__, "torch": torch.__version__},
-        preset=settings.preset,
-    )
+    def slot(self, number: int) -> SlotSums: ...
 
 
-def find_universal(transformer, neutral: list[TokenPrompt], threshold, *, batch=None, progress=None) -> torch.Tensor:
-    """Return ``[L, N]`` bool: neurons among the top 0.1% by magnitude on at least ``threshold`` of the prompts."""
-    config = transformer.config
-    n_layers, n_neurons = config.num_hidden_layers, config.intermediate_size
-    k = select.k_from_fraction(UNIVERSAL_FRACTION, n_layers, n_neurons)
-    counts = torch.zeros(n_layers, n_neurons, dtype=torch.int64)
-    device = next(transformer.parameters()).device
-    for start in range(0, len(neutral), UNIVERSAL_COLUMNS):
-        group = neutral[start : start + UNIVERSAL_COLUMNS]
-        sums = ActivationSums(n_layers, n_neurons, len(group), device=device)
-        collect(transformer, group, torch.eye(len(group)), sums, batch=batch)
-        counts += select.count_top(sums.total.abs(), k)
-        if progress is not None:
-            progress(start + len(group), len(neutral))
-    return counts >= threshold * len(neutral) - 1e-9  # 0.8 of 35 prompts is 28, in floating point a little more
-
-
-def _check_size(settings, n_layers, n_neurons):
-    """Return k and the mask of skipped layers, before any forward pass."""
+def check_size(settings: Settings, n_layers: int, n_neurons: int) -> tuple[int, Tensor]:
+    """Return k and the mask ``[L, N]`` of skipped layers, before any forward pass."""
     skipped = select.mask_layers(n_layers, n_neurons, settings.skip_layers)
     available = int((~skipped).sum())
     k = settings.top_k
@@ -171,3 +120,118 @@ def _check_size(settings, n_layers, n_neurons):
     if not 1 <= k <= available:
         raise InputError("top_k", f"expected 1 to {available}, the neurons that may be chosen, got {k}")
     return k, skipped
+
+
+def check_counts(settings: Settings, contrasts, counts: dict[int | None, int]):
+    """Refuse what needs more prompts than a column has, before any forward pass."""
+    for contrast in contrasts:
+        fewest = min(counts[contrast.positive], counts[contrast.negative])
+        if settings.score == "cohen-d" and fewest < 2:
+            raise InputError("score", "cohen-d needs at least two prompts in each set")
+        if settings.folds > fewest:
+            raise InputError("folds", f"expected at most {fewest}, the prompts of the smaller set of {contrast.name!r}")
+
+
+def find_universal(
+    totals: Totals, diverse: list[Contrast], threshold: float, n_layers: int, n_neurons: int
+) -> tuple[Tensor, int]:
+    """Return ``[L, N]`` bool and the number of votes: neurons among the top 0.1% by magnitude on at least
+    ``threshold`` of the universal prompts, or of the diverse contrasts."""
+    k = select.k_from_fraction(UNIVERSAL_FRACTION, n_layers, n_neurons)
+    counts, n_votes = torch.zeros(n_layers, n_neurons, dtype=torch.int64), totals.n_universal
+    if totals.universal is not None:
+        counts += totals.universal
+    for contrast in diverse:
+        delta = select.contrast(_pair(totals.slot(contrast.positive), totals.slot(contrast.negative)))
+        counts += select.count_top(delta.abs()[:, None], k)
+        n_votes += 1
+    # 0.8 of 35 prompts is 28, in floating point a little more
+    return counts >= max(threshold * n_votes - 1e-9, 1), n_votes
+
+
+def select_circuit(
+    totals: Totals, columns: Columns, contrast: Contrast, settings: Settings, universal: Tensor, dtype: torch.dtype
+) -> Circuit:
+    """Select the circuit of one contrast; provenance that only the caller knows is added by it.
+
+    Args:
+        universal: ``[L, N]`` bool, neurons to leave out.
+        dtype: what activations were computed in.
+    """
+    n_layers, n_neurons = universal.shape
+    k, skipped = check_size(settings, n_layers, n_neurons)
+    excluded = skipped | universal
+    rounded_to = dtype if settings.round_means else None
+
+    def ranked(sums: ActivationSums) -> tuple[Tensor, list[tuple[int, int]]]:
+        delta = select.contrast(sums, rounded_to=rounded_to)
+        return delta, select.top_neurons(select.scores(settings.score, sums, delta), k, excluded)
+
+    halves = [totals.slot(column) for column in contrast[1:]]
+    delta, chosen = ranked(_pair(*halves))
+    derived = [columns.derived(column) for column in contrast[1:]]
+    pairs = [[totals.slot(slot) for slot in slots] for slots in zip(*derived, strict=True)]
+    return Circuit(
+        neurons=tuple((layer, index, delta[layer, index].item()) for layer, index in chosen),
+        n_layers=n_layers,
+        n_neurons=n_neurons,
+        score=settings.score,
+        fraction=settings.fraction if settings.top_k is None else None,
+        k_rule=select.K_RULE if settings.top_k is None else "given",
+        position=POSITION_TEXT[settings.position],
+        skipped_layers=tuple(settings.skip_layers),
+        dtype=str(dtype).removeprefix("torch."),
+        preset=settings.preset,
+        folds=_cross_validate(ranked, halves, pairs[: columns.folds], chosen) if columns.folds else None,
+        bootstrap=_bootstrap(ranked, pairs[columns.folds :], chosen, columns.seed) if columns.bootstrap else None,
+    )
+
+
+def _pair(positive: SlotSums, negative: SlotSums) -> ActivationSums:
+    """Two slots as the two columns of a contrast."""
+    squares = positive.total_sq is not None and negative.total_sq is not None
+    sums = ActivationSums(positive.total.shape[0], positive.total.shape[1], 2, squares=squares)
+    for column, slot in ((select.POSITIVE, positive), (select.NEGATIVE, negative)):
+        sums.total[:, column], sums.count[column] = slot.total, slot.count
+        if squares:
+            sums.total_sq[:, column] = slot.total_sq
+    return sums
+
+
+def _without(whole: SlotSums, part: SlotSums) -> SlotSums:
+    squares = None if whole.total_sq is None or part.total_sq is None else whole.total_sq - part.total_sq
+    return SlotSums(whole.total - part.total, squares, whole.count - part.count)
+
+
+def _cross_validate(ranked, halves, folds, chosen) -> dict:
+    """Select without each fold in turn: how alike the circuits are, and the contrast on the prompts left out."""
+    overlaps, retained = [], []
+    for pair in folds:
+        delta, neurons = ranked(_pair(*(_without(half, part) for half, part in zip(halves, pair, strict=True))))
+        held_out = select.contrast(_pair(*pair))
+        where = tuple(torch.tensor(neurons).T)
+        retained.append(((delta[where].sign() * held_out[where]).sum() / delta[where].abs().sum()).item())
+        overlaps.append(len(set(neurons) & set(chosen)) / len(chosen))
+    return {"n": len(folds), "overlap": overlaps, "retained": retained}
+
+
+def _bootstrap(ranked, replicates, chosen, seed) -> dict:
+    """How often each neuron is selected when the prompts are drawn again."""
+    counts: Counter[tuple[int, int]] = Counter()
+    n = 0
+    for pair in replicates:
+        if min(slot.count for slot in pair) > 0:  # of a handful of prompts none may be drawn
+            counts.update(ranked(_pair(*pair))[1])
+            n += 1
+    if n < 2:
+        raise InputError("bootstrap", f"{n} replicates drew a prompt of both sets, two are needed")
+    k, known = len(chosen), set(chosen)
+    others = [(neuron, count) for neuron, count in counts.items() if neuron not in known and 2 * count >= n]
+    return {
+        "replicates": n,
+        "seed": seed,
+        "overlap": sum(counts[neuron] for neuron in chosen) / (n * k),
+        "pairwise_overlap": sum(count * (count - 1) for count in counts.values()) / (n * (n - 1) * k),
+        "frequency": [counts[neuron] / n for neuron in chosen],
+        "others": [[*neuron, count / n] for neuron, count in sorted(others, key=lambda item: (-item[1], item[0]))],
+    }

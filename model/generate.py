@@ -10,8 +10,9 @@ from torch import Tensor
 
 from cna_kernels.checks import InputError
 
-from .collect import TokenPrompt, check_lengths, pad
+from .collect import check_length
 from .memory import memory_of
+from .packing import TokenPrompt
 from .transformer import KVCache, Steer, Transformer
 
 
@@ -62,7 +63,8 @@ def generate(
     if max_new_tokens < 1:
         raise InputError("max_new_tokens", f"expected at least 1, got {max_new_tokens}")
     context = transformer.config.context_length
-    check_lengths(prompts, context)
+    for prompt in prompts:
+        check_length(prompt, context)
     sampling = sampling or Sampling()
     embedding = transformer.embed_tokens.weight
     device = embedding.device
@@ -107,6 +109,15 @@ def generate(
             hidden = transformer.hidden(
                 chosen[:, None], lengths=lengths, positions=positions, cache=cache, steer=steer
             )[:, 0]
+
+
+def pad(ids: Sequence[list[int]], device) -> tuple[Tensor, Tensor]:
+    """Return input_ids ``[B, S]`` padded on the right with 0, and lengths ``[B]``."""
+    lengths = torch.tensor([len(row) for row in ids])
+    input_ids = torch.zeros(len(ids), int(lengths.max()), dtype=torch.int64)
+    for number, row in enumerate(ids):
+        input_ids[number, : len(row)] = torch.tensor(row)
+    return input_ids.to(device), lengths.to(device)
 
 
 def _checked_seed(seed) -> int:

@@ -5,8 +5,8 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import replace
 from pathlib import Path
+from tempfile import TemporaryFile
 
 import torch
 from torch import Tensor
@@ -16,10 +16,12 @@ from cna_kernels.checks import InputError
 from cna_kernels.circuit import Circuit, check_fits, made_elsewhere
 from cna_kernels.steering import SteeringTable
 
-from .collect import Progress, TokenPrompt
 from .config import DTYPES, read_config
-from .discover import discover, settings_from
+from .corpus import Contrast, Corpus, Entry, Names, two_sets
+from .discover import Settings, settings_from
 from .generate import Sampling, generate
+from .job import Job, Progress
+from .packing import TokenPrompt
 from .prompts import PromptSet, neutral_prompts
 from .text import Tokenizer, stop_ids
 from .transformer import Steer
@@ -90,42 +92,64 @@ class LanguageModel:
         Args:
             chat: None takes the chat template where the checkpoint has one.
         """
-        if self._uses_chat(chat):
+        if self.uses_chat(chat):
             ids = self.tokenizer.encode_chat(list(prompts.texts), double_bos=double_bos)
         else:
             ids = [self.tokenizer.encode(text) for text in prompts.texts]
         return [TokenPrompt(row, place) for row, place in zip(ids, prompts.places, strict=True)]
+
+    def encode_entries(
+        self, entries: Sequence[Entry], *, position: str = "last", chat: bool | None = None, double_bos=False
+    ) -> list[TokenPrompt]:
+        """Tokenise entries of a corpus, and say which tokens of each count.
+
+        Raises:
+            InputError: position "answer", and an entry has none.
+        """
+        double = [double_bos and not entry.universal for entry in entries]
+        ids: list[list[int]] = [[] for _ in entries]
+        for which in set(double):
+            rows = [row for row, doubled in enumerate(double) if doubled == which]
+            texts = PromptSet(tuple(entries[row].text for row in rows), tuple(entries[row].place for row in rows))
+            for row, prompt in zip(rows, self.encode(texts, chat=chat, double_bos=which), strict=True):
+                ids[row] = prompt.ids
+        found = []
+        for entry, row in zip(entries, ids, strict=True):
+            n_counted = 1
+            if position == "all":
+                n_counted = max(len(row) - (row[:1] == [self.tokenizer.bos_id]), 1)
+            elif position == "answer" and not entry.universal:
+                if entry.answer is None:
+                    raise InputError(entry.place, "has no answer, which position 'answer' counts")
+                answer = self.tokenizer.encode_answer(entry.answer)
+                n_counted = len(answer)
+                row = row + answer
+            found.append(TokenPrompt(row, entry.place, n_counted))
+        return found
 
     def discover(
         self,
         positive: Sequence[str] | PromptSet,
         negative: Sequence[str] | PromptSet,
         *,
-        fraction: float | None = None,
-        top_k: int | None = None,
-        score: str | None = None,
         universal_prompts: Sequence[str] | PromptSet | bool | None = None,
-        universal_threshold: float | None = None,
-        skip_layers: Sequence[int] | None = None,
-        preset: str | None = None,
         chat: bool | None = None,
         batch: int | None = None,
+        max_tokens: int | None = None,
         progress: Progress | None = None,
+        **settings,
     ) -> Circuit:
         """Find the neurons whose activation at the last prompt token differs most between two prompt sets.
 
         Args:
             positive, negative: prompts that show the behaviour, and prompts that do not.
-            fraction: share of all neurons to keep, 0.001 by default. ``top_k`` gives the number instead.
-            score: "abs-delta" (default), "magnitude" or "cohen-d".
             universal_prompts: diverse prompts for the universal filter; None takes the built-in ones, False turns
                 the filter off.
-            universal_threshold: share of those prompts on which a neuron must be among the top 0.1%, 0.8 by default.
-            skip_layers: layers whose neurons are not candidates.
-            preset: "paper" (default) or "ref-code"; other arguments change single values of it.
             chat: whether prompts go through the chat template; None does where there is one.
-            batch: prompts a forward pass; None chooses.
-            progress: called with (prompts done, prompts in all).
+            batch: prompts a forward pass. max_tokens: tokens a forward pass instead; None chooses by device.
+            progress: called with (prompts done, prompts in all, tokens done).
+            settings: ``fraction``, ``top_k``, ``score``, ``universal_threshold``, ``skip_layers``, ``position``,
+                ``bootstrap``, ``folds``, ``seed``, ``preset``; see :class:`cna_kernels.model.discover.Settings`.
 
         Raises:
             InputError: an argument or a prompt cannot be used; names it.
@@ -134,30 +158,41 @@ class LanguageModel:
             wanted, universal_prompts = universal_prompts, None
         else:
             wanted = None if universal_prompts is None else True
-        settings = settings_from(
-            preset,
-            fraction=fraction,
-            top_k=top_k,
-            score=score,
-            skip_layers=None if skip_layers is None else tuple(skip_layers),
-            universal=wanted,
-            universal_threshold=universal_threshold,
-        )
-        positive, negative = PromptSet.of(positive, "positive"), PromptSet.of(negative, "negative")
-        neutral = neutral_prompts() if universal_prompts is None else PromptSet.of(universal_prompts, "neutral")
-        tokens = [self.encode(prompts, chat=chat, double_bos=settings.double_bos) for prompts in (positive, negative)]
-        neutral_tokens = self.encode(neutral, chat=chat) if settings.universal else []
-        circuit = discover(self.transformer, *tokens, neutral_tokens, settings, batch=batch, progress=progress)
-        return replace(
-            circuit,
-            model=self.identity(),
-            tokenizer_sha256=self.tokenizer.sha256,
-            chat_template_sha256=self.tokenizer.template_sha256 if self._uses_chat(chat) else None,
-            prompts={
-                "positive": {"count": len(positive), "sha256": positive.sha256},
-                "negative": {"count": len(negative), "sha256": negative.sha256},
-            },
-        )
+        chosen = settings_from(universal=wanted, **settings)
+        neutral = ()
+        if chosen.universal:
+            neutral = neutral_prompts() if universal_prompts is None else PromptSet.of(universal_prompts, "neutral")
+        names = Names()
+        entries = two_sets(names, PromptSet.of(positive, "positive"), PromptSet.of(negative, "negative"), neutral)
+        how = dict(chat=chat, batch=batch, max_tokens=max_tokens, progress=progress)
+        with TemporaryFile() as file:
+            corpus = Corpus(file, entries, names)
+            return self.discover_corpus(corpus, [Contrast("circuit", 0, 1)], chosen, **how)["circuit"]
+
+    def discover_corpus(
+        self,
+        corpus: Corpus,
+        contrasts: Sequence[Contrast],
+        settings: Settings,
+        *,
+        diverse: Sequence[Contrast] = (),
+        chat: bool | None = None,
+        batch: int | None = None,
+        max_tokens: int | None = None,
+        skip_bad: bool = False,
+        progress: Progress | None = None,
+    ) -> dict[str, Circuit]:
+        """Find the circuits of many contrasts in one pass over a corpus, by name.
+
+        Args:
+            contrasts: pairs of the corpus's columns.
+            diverse: contrasts for the universal filter, beside the corpus's universal prompts.
+            skip_bad: leave out prompts that are too long for the model.
+
+        The other arguments are those of :meth:`discover`.
+        """
+        job = Job(self, corpus, contrasts, settings, diverse=diverse, chat=chat, batch=batch, max_tokens=max_tokens)
+        return job.circuits(job.run_all(skip_bad=skip_bad, progress=progress))
 
     @contextmanager
     def steered(
@@ -268,7 +303,7 @@ class LanguageModel:
             if got is not None and got != here[field]:
                 raise made_elsewhere(where, field, here[field], got)
 
-    def _uses_chat(self, chat: bool | None) -> bool:
+    def uses_chat(self, chat: bool | None) -> bool:
         return self.tokenizer.template is not None if chat is None else chat
 
     def _steered_rows(self, circuit, multiplier, n_rows):

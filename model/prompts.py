@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import csv
 import io
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path
 
 from cna_kernels.checks import InputError
-from cna_kernels.files import parse_json, read_text, sha256
+from cna_kernels.files import open_stream, parse_json, read_text, sha256
 
 RECORD_FORMATS = (".jsonl", ".csv", ".json")
+LONGEST_LINE = 16 << 20  # bytes
 
 
 @dataclass(frozen=True)
@@ -31,7 +32,7 @@ class PromptSet:
             raise InputError(name, "expected a list of prompts, got one string")
         texts = tuple(prompts)
         for number, text in enumerate(texts):
-            _require_text(text, f"{name}[{number}]")
+            require_text(text, f"{name}[{number}]")
         if not texts:
             raise InputError(name, "holds no prompt")
         return cls(texts, tuple(f"{name}[{number}]" for number in range(len(texts))))
@@ -43,9 +44,25 @@ class PromptSet:
     def __len__(self):
         return len(self.texts)
 
+    def __iter__(self) -> Iterator[tuple[str, str]]:
+        return zip(self.texts, self.places, strict=True)
+
+
+class BadLines:
+    """What happens to a record that is no prompt: an error, or with ``skip`` one more in ``count``."""
+
+    def __init__(self, *, skip: bool = False):
+        self.skip, self.count, self.first = skip, 0, None
+
+    def add(self, error: InputError):
+        if not self.skip:
+            raise error
+        self.count += 1
+        self.first = self.first or str(error)
+
 
 def read_prompts(path, *, column: str | None = None, limit: int | None = None) -> PromptSet:
-    """Read a prompt file; the ending of its name says the format.
+    """Read a prompt file into memory; the ending of its name says the format.
 
     Args:
         column: the field that holds the prompt in .jsonl, .csv and .json. Default: ``prompt``, or the only field.
@@ -54,25 +71,53 @@ def read_prompts(path, *, column: str | None = None, limit: int | None = None) -
     Raises:
         InputError: naming the file and the line, for an unreadable file, a missing column, or no prompt at all.
     """
-    path = Path(path)
-    text = read_text(path, may_stream=True)
-    kind = path.suffix.lower()
-    if kind == ".csv":
-        found = _from_records(path, column, _csv_records(path, text))
-    elif kind == ".jsonl":
-        found = _from_records(path, column, _jsonl_records(path, text))
-    elif kind == ".json":
-        found = _from_records(path, column, _json_records(path, text))
-    else:
-        if column is not None:
-            raise InputError(path, "a column is for .jsonl, .csv and .json files")
-        found = [(line.strip(), f"{path}:{n}") for n, line in enumerate(_lines(text), 1) if line.strip()]
-    if limit is not None:
-        found = found[:limit]
-    if not found:
-        raise InputError(path, "holds no prompt")
-    texts, places = zip(*found, strict=True)
+    texts, places = zip(*iter_prompts(path, column=column, limit=limit), strict=True)
     return PromptSet(texts, places)
+
+
+def iter_prompts(
+    path, *, column: str | None = None, limit: int | None = None, bad: BadLines | None = None
+) -> Iterator[tuple[str, str]]:
+    """As :func:`read_prompts`, one (text, place) after the other: files of any length need no memory."""
+    bad = bad or BadLines()
+    if column is not None and Path(path).suffix.lower() not in RECORD_FORMATS:
+        raise InputError(path, "a column is for .jsonl, .csv and .json files")
+    found = 0
+    for record, place in iter_records(path, bad):
+        try:
+            prompt = prompt_of(record, place, column)
+        except InputError as error:
+            bad.add(error)
+            continue
+        yield prompt
+        found += 1
+        if found == limit:
+            break
+    if not found:
+        raise InputError(path, "holds no prompt" + (f"; {bad.first}" if bad.count else ""))
+
+
+def iter_records(path, bad: BadLines) -> Iterator[tuple[object, str]]:
+    """Each record of a file with its place: text, or an object of fields. What cannot be read goes to ``bad``."""
+    path = Path(path)
+    kind = path.suffix.lower()
+    if kind == ".json":
+        yield from _json_records(path)
+        return
+    with open_stream(path) as file:
+        if kind == ".csv":
+            yield from _csv_records(path, file, bad)
+            return
+        for line, place in _lines(path, file, bad):
+            if kind != ".jsonl":
+                yield line.strip(), place
+                continue
+            try:
+                record = parse_json(line, place)
+            except InputError as error:
+                bad.add(error)
+                continue
+            yield record, place
 
 
 def neutral_prompts() -> PromptSet:
@@ -81,54 +126,68 @@ def neutral_prompts() -> PromptSet:
     return PromptSet.of([line for line in lines if line], "neutral_prompts")
 
 
-def _lines(text):
-    return text.replace("\r\n", "\n").replace("\r", "\n").split("\n")
+def _lines(path, file, bad) -> Iterator[tuple[str, str]]:
+    """Lines that are not blank; they end with a line feed, a carriage return, or both."""
+    number = 0
+    while whole := file.readline(LONGEST_LINE + 1):
+        if len(whole) > LONGEST_LINE:
+            raise InputError(f"{path}:{number + 1}", f"is longer than the {LONGEST_LINE} bytes accepted")
+        if number == 0:
+            whole = whole.removeprefix(b"\xef\xbb\xbf")
+        for piece in whole.removesuffix(b"\n").removesuffix(b"\r").split(b"\r"):
+            number += 1
+            place = f"{path}:{number}"
+            try:
+                line = piece.decode("utf-8")
+            except UnicodeDecodeError as error:
+                bad.add(InputError(place, f"is not UTF-8 text (byte {error.start} of the line)"))
+                continue
+            if line.strip():
+                yield line, place
 
 
-def _csv_records(path, text):
-    reader = csv.DictReader(io.StringIO(text, newline=""), strict=True)
-    try:
-        names = reader.fieldnames or []
-        if len(set(names)) != len(names):
-            raise InputError(f"{path}:1", f"repeats the column {next(n for n in names if names.count(n) > 1)!r}")
-        for record in reader:
-            if None in record:
-                what = f"has more fields than the {len(names)} columns; a comma inside a field needs quotes around it"
-                raise InputError(f"{path}:{reader.line_num}", what)
-            yield record, f"{path}:{reader.line_num}"
-    except csv.Error as error:
-        raise InputError(f"{path}:{reader.line_num}", error) from None
+def _csv_records(path, file, bad):
+    # Bytes that are not UTF-8 become half surrogate pairs, which no prompt may hold.
+    text = io.TextIOWrapper(file, encoding="utf-8-sig", errors="surrogateescape", newline="")
+    reader = csv.DictReader(text, strict=True)
+    while True:
+        try:
+            names = reader.fieldnames or []
+            if len(set(names)) != len(names):
+                raise InputError(f"{path}:1", f"repeats the column {next(n for n in names if names.count(n) > 1)!r}")
+            record = next(reader)
+        except StopIteration:
+            return
+        except csv.Error as error:
+            bad.add(InputError(f"{path}:{reader.line_num}", error))
+            continue
+        if None in record:
+            what = f"has more fields than the {len(names)} columns; a comma inside a field needs quotes around it"
+            bad.add(InputError(f"{path}:{reader.line_num}", what))
+            continue
+        yield record, f"{path}:{reader.line_num}"
 
 
-def _jsonl_records(path, text):
-    for number, line in enumerate(_lines(text), 1):
-        if line.strip():
-            yield parse_json(line, f"{path}:{number}"), f"{path}:{number}"
-
-
-def _json_records(path, text):
-    records = parse_json(text, path)
+def _json_records(path):
+    records = parse_json(read_text(path, may_stream=True), path)
     if not isinstance(records, list):
         raise InputError(path, "expected a JSON list of prompts")
     for number, record in enumerate(records):
         yield record, f"{path}[{number}]"
 
 
-def _from_records(path, column, records):
-    found = []
-    for record, place in records:
-        if isinstance(record, dict):
-            name = column or ("prompt" if "prompt" in record or len(record) != 1 else next(iter(record)))
-            if name not in record:
-                names = ", ".join(str(key) for key in list(record)[:8])
-                raise InputError(place, f"has no column {name!r} (it has {names}); name one with --column")
-            place, record = f"{place}: {name}", record[name]
-        _require_text(record, place)
-        found.append((record, place))
-    return found
+def prompt_of(record, place, column) -> tuple[str, str]:
+    if isinstance(record, dict):
+        name = column or ("prompt" if "prompt" in record or len(record) != 1 else next(iter(record)))
+        if name not in record:
+            names = ", ".join(str(key) for key in list(record)[:8])
+            raise InputError(place, f"has no column {name!r} (it has {names}); name one with --column")
+        place, record = f"{place}: {name}", record[name]
+    require_text(record, place)
+    return record, place
 
 
-def _require_text(text, place):
+def require_text(text, place):
     if not isinstance(text, str) or not text.strip():
         raise InputError(place, f"expected a prompt, got {text!r}")
     if any("\ud800" <= character <= "\udfff" for character in text):

@@ -4,7 +4,10 @@ First line in: path, template, variables, max_output. Every further line: conver
 """
 
 import json
+import os
 import sys
+import threading
+import time
 
 MEMORY = 1 << 30  # bytes of address space
 
@@ -86,13 +89,18 @@ def limit_memory():
 
 
 def die_with_parent():
-    """Ask Linux to kill this process when its parent goes, even in the middle of a template's endless loop."""
-    if sys.platform == "linux":
-        import ctypes
-        import signal
+    """End with the parent, even in the middle of a template's endless loop.
 
-        pr_set_pdeathsig = 1
-        ctypes.CDLL(None).prctl(pr_set_pdeathsig, signal.SIGKILL)
+    Linux could be asked to do it (PR_SET_PDEATHSIG), but means the parent's thread, which may end before the process.
+    """
+    parent = os.getppid()
+
+    def watch():
+        while os.getppid() == parent:
+            time.sleep(1)
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
 
 
 if __name__ == "__main__":

@@ -49,6 +49,10 @@ class Tokenizer:
         """Return the ids of plain text, with the BOS that the checkpoint asks for, exactly once."""
         return self._single_bos(self._ids(text, special_tokens=True))
 
+    def encode_answer(self, text: str) -> list[int]:
+        """Return the ids of text that follows a prompt: no BOS, no other special token in front."""
+        return self._ids(text, special_tokens=False)
+
     def encode_chat(self, user_messages: list[str], *, system: str | None = None, double_bos=False) -> list[list[int]]:
         """Return the ids of one conversation per user message, up to where the assistant's answer begins.
 

@@ -7,6 +7,7 @@ into ``gate_up_proj``. B sequences of S tokens, right-padded: causal attention n
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -96,15 +97,24 @@ class Attention(nn.Module):
         else:
             self.q_norm = self.k_norm = nn.Identity()
 
-    def forward(self, x, cos, sin, positions, mask, cache) -> Tensor:
-        heads = (*x.shape[:2], -1, self.head_dim)  # [B, S, heads, D]
-        query = rotate(self.q_norm(self.q_proj(x).view(heads)).transpose(1, 2), cos, sin)
-        key = rotate(self.k_norm(self.k_proj(x).view(heads)).transpose(1, 2), cos, sin)
-        value = self.v_proj(x).view(heads).transpose(1, 2)
-        if cache is not None:
-            key, value = cache.update(self.layer, positions, key, value)
-        y = F.scaled_dot_product_attention(query, key, value, mask, is_causal=mask is None, enable_gqa=True)
+    def forward(self, x, cos, sin, attend, rows=None) -> Tensor:
+        """Return ``[B, S, H]``, or ``[B, rows, H]`` where only the tokens ``rows`` ask.
+
+        ``attend(layer, query, key, value)`` says who looks at whom: ``[B, heads, S, D]`` each, the result like query.
+        """
+        asking = x, cos, sin
+        if rows is not None:
+            asking = x[:, rows], cos[..., rows, :], sin[..., rows, :]
+        query = rotate(self.q_norm(_heads(self.q_proj(asking[0]), self.head_dim)), *asking[1:])
+        key = rotate(self.k_norm(_heads(self.k_proj(x), self.head_dim)), cos, sin)
+        value = _heads(self.v_proj(x), self.head_dim)
+        y = attend(self.layer, query, key, value)
         return self.o_proj(y.transpose(1, 2).flatten(2))
+
+
+def _heads(x: Tensor, head_dim: int) -> Tensor:
+    """``[B, S, heads * D]`` as ``[B, heads, S, D]``."""
+    return x.unflatten(-1, (-1, head_dim)).transpose(1, 2)
 
 
 class MLP(nn.Module):
@@ -126,8 +136,10 @@ class Layer(nn.Module):
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.mlp = MLP(config)
 
-    def forward(self, x, cos, sin, positions, mask, cache, **extras) -> Tensor:
-        x = x + self.self_attn(self.input_layernorm(x), cos, sin, positions, mask, cache)
+    def forward(self, x, cos, sin, attend, rows=None, **extras) -> Tensor:
+        """Return ``[B, S, H]``; with ``rows`` only these tokens, ``[B, rows, H]``: a last layer owes no more."""
+        residual = x if rows is None else x[:, rows]
+        x = residual + self.self_attn(self.input_layernorm(x), cos, sin, attend, rows)
         return x + self.mlp(self.post_attention_layernorm(x), **extras)
 
 
@@ -191,7 +203,7 @@ class Transformer(nn.Module):
                 scale = steer.table.layer(number)
                 extras |= {"scale": scale, "row_circuit": None if scale is None else row_circuit}
             mask = masks[self.config.sliding_windows[number]]
-            x = layer(x, cos, sin, positions, mask, cache, **extras)
+            x = layer(x, cos, sin, partial(_attend, mask, cache, positions), **extras)
         return self.norm(x)
 
     def logits(self, hidden: Tensor) -> Tensor:
@@ -199,6 +211,13 @@ class Transformer(nn.Module):
         output = self.embed_tokens if self.config.tie_word_embeddings else self.lm_head
         logits = ops.linear(hidden.flatten(0, -2), output.weight)
         return logits.view(*hidden.shape[:-1], logits.shape[-1])
+
+
+def _attend(mask, cache, positions, layer, query, key, value) -> Tensor:
+    """Attention of whole sequences, or of new tokens and what a cache holds."""
+    if cache is not None:
+        key, value = cache.update(layer, positions, key, value)
+    return F.scaled_dot_product_attention(query, key, value, mask, is_causal=mask is None, enable_gqa=True)
 
 
 def _mask(positions: Tensor, n_keys: int, window: int | None, starts_here: bool) -> Tensor | None:

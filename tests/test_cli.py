@@ -36,7 +36,7 @@ def test_discover_show_run(checkpoint, files, capsys):
     assert discover(checkpoint, files, "--top-k", 5) == 0
     captured = capsys.readouterr()
     assert "neurons per layer" in captured.out and "top neurons" in captured.out and "universal filter" in captured.out
-    assert "29/29" in captured.err and "wrote" in captured.err
+    assert "29/29" in captured.err and "29 prompts in" in captured.err and "wrote" in captured.err
     circuit = Circuit.load(files / "c.json")
     assert circuit.k == 5
 
@@ -191,7 +191,7 @@ def test_interrupt_leaves_nothing(checkpoint, files, capsys, monkeypatch):
     def interrupt(*_, **__):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("cna_kernels.model.discover.collect", interrupt)
+    monkeypatch.setattr("cna_kernels.model.collect.forward", interrupt)
     assert discover(checkpoint, files) == 130
     assert "interrupted" in capsys.readouterr().err and not (files / "c.json").exists()
 

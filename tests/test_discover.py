@@ -7,9 +7,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from cna_kernels import InputError, select
-from cna_kernels.model import load
-from cna_kernels.model.collect import TokenPrompt, plan_batches
-from cna_kernels.model.discover import find_universal, settings_from
+from cna_kernels.model import collect, load
+from cna_kernels.model.discover import settings_from
 from tiny import TEXT_VOCABULARY, write_checkpoint, write_text_files
 
 transformers = pytest.importorskip("transformers")
@@ -194,20 +193,21 @@ def test_non_finite_activations_name_the_prompt(checkpoint, tmp_path):
     )
 
 
-def test_out_of_memory_halves_the_batch(checkpoint, monkeypatch):
+def test_out_of_memory_halves_the_pack(checkpoint, monkeypatch):
     model = load(checkpoint[0])
     expected = model.discover(POSITIVE, NEGATIVE, top_k=60, universal_prompts=False)
-    whole = model.transformer.hidden
+    whole = collect.forward
     sizes = []
 
-    def small_memory(input_ids, **options):
-        sizes.append(len(input_ids))
-        if len(input_ids) > limit:
-            options["tap"].sums.act_sum += 1  # half-done work must not count
+    def small_memory(transformer, packed, past, sums):
+        n_prompts = sum(span.n_prompts for span in packed.spans)
+        sizes.append(n_prompts)
+        if n_prompts > limit:
+            sums.act_sum += 1  # half-done work must not count
             raise torch.OutOfMemoryError("CUDA out of memory")
-        return whole(input_ids, **options)
+        return whole(transformer, packed, past, sums)
 
-    monkeypatch.setattr(model.transformer, "hidden", small_memory)
+    monkeypatch.setattr(collect, "forward", small_memory)
     limit = 3
     got = model.discover(POSITIVE, NEGATIVE, top_k=60, universal_prompts=False, batch=13)
     assert got.pairs == expected.pairs and max(sizes) == 13 and sum(s for s in sizes if s <= 3) == 13
@@ -216,10 +216,11 @@ def test_out_of_memory_halves_the_batch(checkpoint, monkeypatch):
         model.discover(POSITIVE, NEGATIVE, top_k=60, universal_prompts=False, batch=13)
 
 
-def test_progress_counts_every_prompt(checkpoint):
-    seen = []
-    load(checkpoint[0]).discover(POSITIVE, NEGATIVE, batch=4, progress=lambda done, total: seen.append((done, total)))
-    assert seen[-1] == (37, 37) and [done for done, _ in seen] == sorted({done for done, _ in seen})
+def test_progress_counts_every_prompt_and_token(checkpoint):
+    seen, model = [], load(checkpoint[0])
+    model.discover(POSITIVE, NEGATIVE, batch=4, progress=lambda *facts: seen.append(facts), universal_prompts=NEUTRAL)
+    tokens = sum(len(ids) for ids in model.tokenizer.encode_chat([*POSITIVE, *NEGATIVE, *NEUTRAL]))
+    assert seen[-1] == (18, 18, tokens) and seen == sorted(set(seen))
 
 
 def test_prompts_beyond_the_context(checkpoint):
@@ -259,20 +260,13 @@ def test_settings():
     assert settings_from(None, score="magnitude").preset is None
 
 
-def test_plan_batches_covers_every_row_once():
-    lengths = [5, 900, 17, 17, 3, 40, 1, 1, 1, 64]
-    for batch, tokens in ((None, 64), (None, 1), (3, 1), (1, 1), (100, 1)):
-        plan = plan_batches(lengths, batch, tokens)
-        assert sorted(row for rows in plan for row in rows) == list(range(10))
-        for rows in plan:
-            assert [lengths[row] for row in rows] == sorted(lengths[row] for row in rows)
-            assert len(rows) == 1 or (len(rows) <= batch if batch else len(rows) * lengths[rows[-1]] <= tokens)
-    assert len(plan_batches(lengths, 100, 1)) == 1 and len(plan_batches(lengths, None, 64)) == 5
-
-
-def test_universal_filter_in_groups_equals_one_group(checkpoint, monkeypatch):
+def test_units_do_not_change_the_circuit(checkpoint, monkeypatch):
+    """Two universal prompts, and then two prompts, to a unit of work."""
     model = load(checkpoint[0])
-    prompts = [TokenPrompt(ids, "p") for ids in model.tokenizer.encode_chat(NEUTRAL)]
-    one = find_universal(model.transformer, prompts, 0.4)
-    monkeypatch.setattr("cna_kernels.model.discover.UNIVERSAL_COLUMNS", 2)
-    assert torch.equal(find_universal(model.transformer, prompts, 0.4), one) and one.any()
+    options = dict(top_k=60, universal_prompts=NEUTRAL, universal_threshold=0.4)
+    one = model.discover(POSITIVE, NEGATIVE, **options)
+    assert one.universal["excluded"], "the case must have a universal neuron"
+    for name in ("UNIT_UNIVERSAL", "UNIT_BYTES"):
+        monkeypatch.setattr(f"cna_kernels.model.corpus.{name}", 2 if name == "UNIT_UNIVERSAL" else 150)
+        other = model.discover(POSITIVE, NEGATIVE, **options)
+        assert other.pairs == one.pairs and other.universal == one.universal

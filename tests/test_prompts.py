@@ -1,9 +1,12 @@
 """Prompt files: four formats, columns, limits, and every refusal names file and line."""
 
+import os
+import threading
+
 import pytest
 
 from cna_kernels import InputError
-from cna_kernels.model.prompts import PromptSet, neutral_prompts, read_prompts
+from cna_kernels.model.prompts import LONGEST_LINE, BadLines, PromptSet, iter_prompts, neutral_prompts, read_prompts
 
 
 def write(tmp_path, name, content):
@@ -49,7 +52,8 @@ def test_the_only_column_needs_no_name(tmp_path):
 REFUSALS = [
     ("p.txt", "", None, "p.txt: holds no prompt"),
     ("p.txt", " \n\t\n", None, "p.txt: holds no prompt"),
-    ("p.txt", b"\xff\xfe\x00", None, "p.txt: is not UTF-8 text"),
+    ("p.txt", b"one\n\xff\xfe\x00", None, "p.txt:2: is not UTF-8 text (byte 0 of the line)"),
+    ("p.csv", b"prompt\none\n\xff\n", None, "p.csv:3: prompt: holds half of a surrogate pair"),
     ("p.txt", "one\n", "Goal", "p.txt: a column is for"),
     ("p.csv", "", None, "p.csv: holds no prompt"),
     ("p.csv", "Goal\n", "Goal", "p.csv: holds no prompt"),
@@ -72,6 +76,52 @@ def test_refusals(tmp_path, name, content, column, message):
     with pytest.raises(InputError) as caught:
         read_prompts(write(tmp_path, name, content), column=column)
     assert str(tmp_path) in str(caught.value) and message in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("p.txt", b"one\n\xff\ntwo\n"),
+        ("p.jsonl", '{"prompt": "one"}\n{\n{"prompt": 3}\n{"x": "y", "z": 1}\n{"prompt": "two"}\n'),
+        ("p.csv", 'prompt,x\none,1\n,2\n"a"b,3\n1,2,3\ntwo,4\n'),
+        ("p.json", '["one", 3, "two"]'),
+    ],
+)
+def test_bad_lines_are_skipped_and_counted(tmp_path, name, content):
+    bad = BadLines(skip=True)
+    path = write(tmp_path, name, content)
+    assert [text for text, _ in iter_prompts(path, bad=bad)] == ["one", "two"]
+    assert bad.count == {"p.txt": 1, "p.jsonl": 3, "p.csv": 3, "p.json": 1}[name] and name in bad.first
+    with pytest.raises(InputError):
+        list(iter_prompts(path))
+
+
+def test_only_bad_lines_are_no_prompts(tmp_path):
+    path = write(tmp_path, "p.jsonl", "{\n[\n")
+    with pytest.raises(InputError, match=r"p\.jsonl: holds no prompt; .*p\.jsonl:1: is not JSON"):
+        list(iter_prompts(path, bad=BadLines(skip=True)))
+
+
+def test_a_pipe_is_read_as_it_comes(tmp_path):
+    path = tmp_path / "p.txt"
+    os.mkfifo(path)
+
+    def feed():
+        with open(path, "wb") as pipe:
+            pipe.write(b"one\ntwo\n")
+
+    writer = threading.Thread(target=feed)
+    writer.start()
+    assert [text for text, _ in iter_prompts(path)] == ["one", "two"]
+    writer.join()
+
+
+def test_an_endless_line_is_refused(tmp_path):
+    path = tmp_path / "p.txt"
+    with open(path, "wb") as file:
+        file.truncate(LONGEST_LINE + 2)
+    with pytest.raises(InputError, match=r"p\.txt:1: is longer than the \d+ bytes accepted"):
+        read_prompts(path)
 
 
 def test_files_that_are_not_there(tmp_path):

@@ -3,9 +3,9 @@
 import pytest
 import torch
 
-from cna_kernels.model.collect import TokenPrompt
 from cna_kernels.model.config import read_config
 from cna_kernels.model.generate import generate
+from cna_kernels.model.packing import TokenPrompt
 from cna_kernels.model.weights import load_transformer, open_checkpoint
 from tiny import write_checkpoint
 

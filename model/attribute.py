@@ -1,0 +1,191 @@
+"""Attribution of a corpus, unit by unit: tokenised ahead in the background, summed, and handed over as parts."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+
+import torch
+from safetensors.torch import save
+from torch import Tensor
+
+from cna_kernels import select
+from cna_kernels.checks import InputError
+from cna_kernels.files import write_bytes
+from cna_kernels.sums import ActivationSums
+
+from .collect import check_length, collect
+from .columns import Columns
+from .corpus import Entry
+from .packing import TokenPrompt
+from .transformer import Transformer
+
+UNIVERSAL_FRACTION = 0.001  # of all neurons, by magnitude, on one prompt
+POSITIONS = ("last", "all", "answer")
+
+
+@dataclass
+class SlotSums:
+    """One streaming sum: ``total`` and ``total_sq`` (or None) ``[L, N]`` fp64 on the host, and the weight behind it."""
+
+    total: Tensor
+    total_sq: Tensor | None
+    count: float
+
+    def __iadd__(self, other: SlotSums) -> SlotSums:
+        self.total += other.total
+        if self.total_sq is not None:
+            self.total_sq += other.total_sq
+        self.count += other.count
+        return self
+
+
+@dataclass
+class Part:
+    """What one unit of work adds.
+
+    Attributes:
+        slots: by number, see ``columns``; only those that count a prompt of the unit.
+        universal: ``[L, N]`` int64, on how many universal prompts a neuron is among the top 0.1% by magnitude.
+        n_universal, n_prompts, n_tokens: what the unit held; tokens with every prefix counted for every prompt.
+        skipped: prompts that were left out, and why.
+    """
+
+    slots: dict[int, SlotSums] = field(default_factory=dict)
+    universal: Tensor | None = None
+    n_universal: int = 0
+    n_prompts: int = 0
+    n_tokens: int = 0
+    skipped: list[str] = field(default_factory=list)
+
+    def slot(self, number: int) -> SlotSums:
+        return self.slots[number]
+
+    def __iadd__(self, other: Part) -> Part:
+        """Add another unit's part; units are added in their order, so that the bits do not depend on who ran them."""
+        for number, sums in other.slots.items():
+            if number in self.slots:
+                self.slots[number] += sums
+            else:
+                self.slots[number] = SlotSums(sums.total.clone(), _clone(sums.total_sq), sums.count)
+        if other.universal is not None:
+            self.universal = other.universal + (0 if self.universal is None else self.universal)
+        self.n_universal += other.n_universal
+        self.n_prompts += other.n_prompts
+        self.n_tokens += other.n_tokens
+        self.skipped += other.skipped
+        return self
+
+
+@dataclass(frozen=True)
+class Pass:
+    """How activations are computed: what a part's bits depend on besides model and prompts.
+
+    Attributes:
+        squares: whether sums of squares are kept: for the columns, and where ``derived_squares`` for all slots.
+        batch, max_tokens: prompts, or tokens, of a pack; see ``collect``.
+    """
+
+    columns: Columns
+    squares: bool = False
+    derived_squares: bool = False
+    batch: int | None = None
+    max_tokens: int | None = None
+
+
+Encode = Callable[[Sequence[Entry]], list[TokenPrompt]]
+
+
+def encode_ahead(
+    units: Iterable[tuple[int, Sequence[Entry]]], encode: Encode
+) -> Iterator[tuple[int, Sequence[Entry], list[TokenPrompt]]]:
+    """Yield (first, entries, their tokens) for every unit; the next one is read and tokenised meanwhile."""
+    pending = iter(units)
+
+    def prepare():
+        for first, entries in pending:
+            return first, entries, encode(entries)
+        return None
+
+    with ThreadPoolExecutor(1, thread_name_prefix="tokenise") as ahead:
+        following = ahead.submit(prepare)
+        while (ready := following.result()) is not None:
+            following = ahead.submit(prepare)
+            yield ready
+
+
+def run_unit(
+    transformer: Transformer,
+    entries: Sequence[Entry],
+    prompts: Sequence[TokenPrompt],
+    first: int,
+    how: Pass,
+    *,
+    skip_bad: bool = False,
+    progress: Callable[[int, int], None] | None = None,
+    collect=collect,
+) -> Part:
+    """Run the prompts of one unit.
+
+    Args:
+        prompts: the entries, tokenised.
+        first: the number of the first entry in the corpus.
+        skip_bad: leave out prompts that are too long for the model, instead of an error.
+        progress: called with the (prompts, tokens) of every pack.
+        collect: the forward passes; ``stream.collect`` reads the model layer by layer.
+    """
+    config = transformer.config
+    n_layers, n_neurons = config.num_hidden_layers, config.intermediate_size
+    slots, weights = how.columns.weights(entries, first)
+    alone = [row for row, entry in enumerate(entries) if entry.universal]
+    own = torch.zeros(len(entries), len(alone))  # a column for every universal prompt
+    own[alone, torch.arange(len(alone))] = 1
+    weights = torch.cat((weights, own), dim=1)
+    part = Part()
+    kept = []
+    for row, prompt in enumerate(prompts):
+        try:
+            check_length(prompt, config.context_length)
+            kept.append(row)
+        except InputError as error:
+            if not skip_bad:
+                raise
+            part.skipped.append(str(error))
+    sums = ActivationSums(
+        n_layers, n_neurons, weights.shape[1], squares=how.squares, device=transformer.embed_tokens.weight.device
+    )
+    prompts = [prompts[row] for row in kept]
+    if prompts:
+        limits = dict(batch=how.batch, max_tokens=how.max_tokens)
+        collect(transformer, prompts, weights[kept], sums, **limits, progress=progress)
+    total, total_sq = sums.total.cpu(), None if sums.total_sq is None else sums.total_sq.cpu()
+    for place, slot in enumerate(slots):
+        keeps_squares = how.squares and (slot < how.columns.n_columns or how.derived_squares)
+        squares = total_sq[:, place].clone() if keeps_squares else None
+        part.slots[slot] = SlotSums(total[:, place].clone(), squares, sums.count[place].item())
+    ran = sums.count[len(slots) :] > 0
+    if alone:
+        k = select.k_from_fraction(UNIVERSAL_FRACTION, n_layers, n_neurons)
+        part.universal = select.count_top(total[:, len(slots) :][:, ran].abs(), k)
+        part.n_universal = int(ran.sum())
+    part.n_prompts = len(prompts)
+    part.n_tokens = sum(len(prompt.ids) for prompt in prompts)
+    return part
+
+
+def save_columns(path, names: Sequence[str], totals):
+    """Write mean, variance (n / (n - 1)) and count of every column, ``NAME/mean`` ``[L, N]`` fp64 and so on."""
+    tensors = {}
+    for column, name in enumerate(names):
+        slot = totals.slot(column)
+        mean = slot.total / slot.count
+        tensors |= {f"{name}/mean": mean, f"{name}/count": torch.tensor([slot.count], dtype=torch.float64)}
+        if slot.count > 1:
+            spread = (slot.total_sq / slot.count - mean.square()).clamp(min=0)
+            tensors[f"{name}/variance"] = spread * (slot.count / (slot.count - 1))
+    write_bytes(path, save(tensors))
+
+
+def _clone(x: Tensor | None) -> Tensor | None:
+    return None if x is None else x.clone()

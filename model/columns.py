@@ -1,0 +1,90 @@
+"""Columns of a run and what is derived from them: cross-validation folds and bootstrap replicates.
+
+All are columns of the same pass. A *slot* is one streaming sum: first the columns themselves, then, for every column
+that is half of a contrast, its folds and its replicates.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from .corpus import Contrast, Entry
+
+
+@dataclass(frozen=True)
+class Columns:
+    """
+    Attributes:
+        n_columns: columns of the corpus.
+        contrasts: pairs of them.
+        folds: parts into which the prompts are dealt in turn.
+        bootstrap: replicates of the Poisson bootstrap; ``seed`` draws them.
+    """
+
+    n_columns: int
+    contrasts: tuple[Contrast, ...]
+    folds: int = 0
+    bootstrap: int = 0
+    seed: int = 0
+
+    def derived(self, column: int) -> list[int]:
+        """The slots of a column's folds, then of its replicates; none for a column without a contrast."""
+        halves = self._halves()
+        if column not in halves:
+            return []
+        size = self.folds + self.bootstrap
+        start = self.n_columns + halves.index(column) * size
+        return list(range(start, start + size))
+
+    def weights(self, entries: Sequence[Entry], first: int) -> tuple[list[int], Tensor]:
+        """What each entry weighs in each slot that counts any of them.
+
+        Args:
+            first: the number of the first entry in its corpus: folds and replicates follow from it.
+
+        Returns:
+            slots, and ``[P, slots]`` fp32.
+        """
+        active = sorted({column for entry in entries for column, _ in entry.columns})
+        base = np.zeros((len(entries), len(active)), dtype=np.float32)
+        for row, entry in enumerate(entries):
+            for column, weight in entry.columns:
+                base[row, active.index(column)] = weight
+        parts, slots = [base], list(active)
+        number = np.arange(first, first + len(entries))
+        shares = np.concatenate(
+            [number[:, None] % max(self.folds, 1) == np.arange(self.folds), self._resampled(first, len(entries))],
+            axis=1,
+            dtype=np.float32,
+        )
+        for place, column in enumerate(active):
+            derived = self.derived(column)
+            if derived:
+                slots += derived
+                parts.append(base[:, place, None] * shares)
+        return slots, torch.from_numpy(np.concatenate(parts, axis=1))
+
+    def _halves(self) -> list[int]:
+        return sorted({column for contrast in self.contrasts for column in contrast[1:]})
+
+    def _resampled(self, first: int, n: int) -> np.ndarray:
+        """How often each prompt is drawn in each replicate, ``[n, bootstrap]``: Poisson with mean 1.
+
+        The Poisson bootstrap (Hanley and MacGibbon, Computer Methods and Programs in Biomedicine 83, 2006) draws every
+        prompt's number by itself, so that a stream of any length can be resampled. A number depends on the seed, the
+        prompt's number and the replicate, and on nothing else.
+        """
+        if not self.bootstrap:
+            return np.zeros((n, 0))
+        blocks = -(-self.bootstrap // 4)  # Philox gives four numbers for each value of its counter
+        random = np.random.Philox(key=self.seed)
+        random.advance(first * blocks)
+        uniform = (random.random_raw(n * blocks * 4) >> np.uint64(11)) * 2.0**-53
+        chance = np.cumsum([math.exp(-1) / math.factorial(count) for count in range(20)])
+        return np.searchsorted(chance, uniform, side="right").reshape(n, -1)[:, : self.bootstrap]

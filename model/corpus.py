@@ -1,0 +1,233 @@
+"""Corpus: the prompts of a run in a fixed order, cut into units of work. Kept in a file, so that any number fits."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Iterable, Iterator
+from typing import BinaryIO, NamedTuple
+
+from cna_kernels.checks import InputError
+from cna_kernels.files import Digest, open_regular, replaced, sha256
+
+from .prompts import BadLines, iter_records, prompt_of, require_text
+
+UNIT_PROMPTS, UNIT_BYTES, UNIT_UNIVERSAL = 1024, 4 << 20, 32  # what a unit holds at most
+MOST_COLUMNS = 4096
+POSITIVE, NEGATIVE = ".positive", ".negative"  # endings of the two columns of a contrast
+UNIVERSAL = "universal/"  # beginning of the columns that the universal filter looks at
+
+
+class Entry(NamedTuple):
+    """One prompt of a corpus.
+
+    Attributes:
+        place: names it in messages, ``file:line``.
+        columns: (column, weight) of every sum that counts it.
+        universal: whether it is a prompt of the universal filter, which looks at each of its prompts alone.
+        answer: text that follows the prompt, for position "answer".
+    """
+
+    text: str
+    place: str
+    columns: tuple[tuple[int, float], ...] = ()
+    universal: bool = False
+    answer: str | None = None
+
+
+class Unit(NamedTuple):
+    """Neighbouring entries: from number ``first`` on, ``n_prompts`` of them, at byte ``offset`` of the file."""
+
+    first: int
+    n_prompts: int
+    offset: int
+
+
+class Contrast(NamedTuple):
+    """The mean of one column minus the mean of another."""
+
+    name: str
+    positive: int
+    negative: int
+
+
+class Names:
+    """Column names, numbered as they appear."""
+
+    def __init__(self):
+        self.number: dict[str, int] = {}
+
+    def __call__(self, name: str) -> int:
+        return self.number.setdefault(name, len(self.number))
+
+
+class Corpus:
+    """Prompts on file.
+
+    Attributes:
+        columns: the names of all columns.
+        units: the units of work.
+        count, digests: for every column, and under None for the universal filter, the number of prompts and the hash
+            of their texts.
+        sha256: of everything above.
+    """
+
+    def __init__(self, file: BinaryIO, entries: Iterable[Entry], names: Names, *, unit: int = UNIT_PROMPTS):
+        """Write the entries, one line of JSON each, to ``file``, open for reading and writing."""
+        self._file, self.units = file, []
+        everything, digests = Digest(), {}
+        self.count: dict[int | None, int] = {}
+        first = n_prompts = n_universal = start = position = 0
+        for entry in entries:
+            line = json.dumps(entry, ensure_ascii=False).encode("utf-8") + b"\n"
+            full = n_prompts >= unit or n_universal + entry.universal > UNIT_UNIVERSAL
+            if n_prompts and (full or position - start + len(line) > UNIT_BYTES):
+                self.units.append(Unit(first, n_prompts, start))
+                first, n_prompts, n_universal, start = first + n_prompts, 0, 0, position
+            file.write(line)
+            everything.add(line)
+            for key in (None,) if entry.universal else (column for column, _ in entry.columns):
+                self.count[key] = self.count.get(key, 0) + 1
+                digests.setdefault(key, Digest()).add(entry.text)
+            n_prompts, n_universal, position = n_prompts + 1, n_universal + entry.universal, position + len(line)
+        if n_prompts:
+            self.units.append(Unit(first, n_prompts, start))
+        file.flush()
+        self.n_prompts = first + n_prompts
+        self.columns = tuple(names.number)
+        self.digests = {key: str(digest) for key, digest in digests.items()}
+        self.sha256 = sha256(str(everything), *self.columns, repr(self.units))
+
+    @classmethod
+    def open(cls, path, record: dict) -> Corpus:
+        """Open a corpus that :meth:`copy_to` has written; ``record`` is what :meth:`record` gave then."""
+        corpus = cls.__new__(cls)
+        corpus._file = open_regular(path)
+        corpus.units = [Unit(*unit) for unit in record["units"]]
+        corpus.columns, corpus.n_prompts, corpus.sha256 = (
+            tuple(record["columns"]),
+            record["n_prompts"],
+            record["sha256"],
+        )
+        corpus.count, corpus.digests = (
+            {None if key == UNIVERSAL else int(key): value for key, value in record[name].items()}
+            for name in ("count", "digests")
+        )
+        return corpus
+
+    def record(self) -> dict:
+        """What :meth:`open` needs besides the file, as JSON values."""
+        count, digests = (
+            {UNIVERSAL if key is None else str(key): value for key, value in part.items()}
+            for part in (self.count, self.digests)
+        )
+        return {
+            "sha256": self.sha256,
+            "n_prompts": self.n_prompts,
+            "columns": list(self.columns),
+            "count": count,
+            "digests": digests,
+            "units": [list(unit) for unit in self.units],
+        }
+
+    def copy_to(self, path):
+        """Write the file of the corpus, whole or not at all."""
+        self._file.seek(0)
+        with replaced(path) as file:
+            shutil.copyfileobj(self._file, file, 1 << 20)
+
+    def read(self, number: int) -> list[Entry]:
+        """Return the entries of a unit."""
+        unit = self.units[number]
+        self._file.seek(unit.offset)
+        entries = []
+        for _ in range(unit.n_prompts):
+            text, place, columns, universal, answer = json.loads(self._file.readline())
+            columns = tuple((column, weight) for column, weight in columns)
+            entries.append(Entry(text, place, columns, universal, answer))
+        return entries
+
+
+def entries_of(prompts: Iterable[tuple[str, str]], *columns: int) -> Iterator[Entry]:
+    """Entries from (text, place), each counted once in these columns; in none: for the universal filter."""
+    for text, place in prompts:
+        yield Entry(text, place, tuple((column, 1.0) for column in columns), universal=not columns)
+
+
+def two_sets(names: Names, positive, negative, neutral=()) -> Iterator[Entry]:
+    """The entries of one contrast between two sets of (text, place), and of the universal filter's prompts."""
+    yield from entries_of(positive, names("positive"))
+    yield from entries_of(negative, names("negative"))
+    yield from entries_of(neutral)
+
+
+def read_contrasts(
+    path, names: Names, *, prefix: str = "", bad: BadLines | None = None, limit: int | None = None
+) -> Iterator[Entry]:
+    """Entries of a contrast file: JSON lines, each with a prompt and the columns that count it.
+
+    A line is ``{"prompt": TEXT, "columns": {NAME: WEIGHT, ...}}``, or ``"columns": [NAME, ...]`` for weights of 1;
+    ``"answer": TEXT`` may follow the prompt. ``NAME.positive`` and ``NAME.negative`` together are the contrast NAME.
+
+    Args:
+        names: gets the columns as they appear, with ``prefix`` in front.
+
+    Raises:
+        InputError: naming the line and the field.
+    """
+    bad, found = bad or BadLines(), 0
+    for record, place in iter_records(path, bad):
+        try:
+            entry = _entry(record, place, names, prefix)
+        except InputError as error:
+            bad.add(error)
+            continue
+        yield entry
+        found += 1
+        if found == limit:
+            break
+    if not found:
+        raise InputError(path, "holds no prompt" + (f"; {bad.first}" if bad.count else ""))
+
+
+def _entry(record, place, names, prefix) -> Entry:
+    if not isinstance(record, dict):
+        raise InputError(place, 'expected an object such as {"prompt": "...", "columns": ["NAME.positive"]}')
+    unknown = sorted(set(record) - {"prompt", "columns", "answer"})
+    if unknown:
+        raise InputError(f"{place}: {unknown[0]}", "not a field of a contrast file")
+    text, text_place = prompt_of(record, place, "prompt")
+    columns = record.get("columns")
+    if isinstance(columns, list):
+        columns = dict.fromkeys(columns, 1) if all(isinstance(name, str) for name in columns) else None
+    if not isinstance(columns, dict) or not columns:
+        raise InputError(f"{place}: columns", "expected names, or an object of names and weights")
+    for name, weight in columns.items():
+        if not name.strip(".") or not name.isprintable() or set(name) & set("/\\"):  # names of files follow from it
+            raise InputError(f"{place}: columns", f"expected printable names without slashes, got {name!r}")
+        number = isinstance(weight, (int, float)) and not isinstance(weight, bool)
+        if not number or not 0 < weight <= 1e6:
+            raise InputError(f"{place}: columns.{name}", f"expected a weight above 0 and at most 1e6, got {weight!r}")
+    if len(names.number) + len(columns) > MOST_COLUMNS:
+        raise InputError(f"{place}: columns", f"the file names more than the {MOST_COLUMNS} columns accepted")
+    answer = record.get("answer")
+    if answer is not None:
+        require_text(answer, f"{place}: answer")
+    return Entry(
+        text, text_place, tuple((names(prefix + name), float(w)) for name, w in columns.items()), False, answer
+    )
+
+
+def contrasts_of(columns: Iterable[str], where) -> list[Contrast]:
+    """The pairs ``NAME.positive``, ``NAME.negative`` among the columns. A half without its other half is an error."""
+    number = {name: column for column, name in enumerate(columns)}
+    found = []
+    for name in number:
+        for ending, other in ((POSITIVE, NEGATIVE), (NEGATIVE, POSITIVE)):
+            stem = name.removesuffix(ending)
+            if stem != name and stem + other not in number:
+                raise InputError(f"{where}: {name}", f"no prompt is in {stem + other!r}")
+        stem = name.removesuffix(POSITIVE)
+        if stem != name:
+            found.append(Contrast(stem, number[name], number[stem + NEGATIVE]))
+    return found

@@ -1,0 +1,197 @@
+"""Job: a corpus, a model, and what to ask of it. Runs units of work, and turns their merged sums into circuits."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+import torch
+
+from cna_kernels import __version__, backends
+from cna_kernels.circuit import Circuit
+
+from .attribute import UNIVERSAL_FRACTION, Part, Pass, encode_ahead, run_unit
+from .columns import Columns
+from .corpus import Contrast, Corpus
+from .discover import Settings, Totals, check_counts, check_size, find_universal, select_circuit
+from .run_directory import RunDirectory, Worker
+
+if TYPE_CHECKING:
+    from .language_model import LanguageModel
+
+Progress = Callable[[int, int, int], None]  # prompts done, prompts in all, tokens done
+
+
+class Job:
+    """What one run asks: everything is checked here, before any forward pass.
+
+    Attributes:
+        how: what the bits of its sums depend on besides model and prompts.
+    """
+
+    def __init__(
+        self,
+        model: LanguageModel,
+        corpus: Corpus,
+        contrasts: Sequence[Contrast],
+        settings: Settings,
+        *,
+        diverse: Sequence[Contrast] = (),
+        chat: bool | None = None,
+        batch: int | None = None,
+        max_tokens: int | None = None,
+        squares: bool = False,
+    ):
+        self.model, self.corpus, self.contrasts, self.settings = model, corpus, tuple(contrasts), settings
+        self.diverse, self.chat = tuple(diverse), chat
+        check_size(settings, *self.shape)
+        check_counts(settings, self.contrasts, corpus.count)
+        columns = Columns(
+            len(corpus.columns), self.contrasts, folds=settings.folds, bootstrap=settings.bootstrap, seed=settings.seed
+        )
+        by_spread = settings.score == "cohen-d"
+        self.how = Pass(columns, squares or by_spread, by_spread, batch, max_tokens)
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """Layers, and neurons of each."""
+        return self.model.config.num_hidden_layers, self.model.config.intermediate_size
+
+    def run(
+        self, units: Iterable[int], *, skip_bad: bool = False, progress: Progress | None = None, done: int = 0
+    ) -> Iterator[tuple[int, Part]]:
+        """Run units of the corpus, by number, and yield each with its part. The next unit is taken one ahead.
+
+        Args:
+            done: prompts that are done already, for ``progress``.
+        """
+        counts = [done, 0]
+
+        def advance(prompts, tokens):
+            counts[0] += prompts
+            counts[1] += tokens
+            progress(counts[0], self.corpus.n_prompts, counts[1])
+
+        numbers = []
+
+        def entries():
+            for unit in units:
+                numbers.append(unit)
+                yield self.corpus.units[unit].first, self.corpus.read(unit)
+
+        for first, batch, prompts in encode_ahead(entries(), self._encode):
+            part = run_unit(
+                self.model.transformer,
+                batch,
+                prompts,
+                first,
+                self.how,
+                skip_bad=skip_bad,
+                progress=None if progress is None else advance,
+            )
+            yield numbers.pop(0), part
+
+    def run_all(self, **options) -> Part:
+        """Run the whole corpus in this process and add up its parts. Options are those of :meth:`run`."""
+        total = Part()
+        for _, part in self.run(range(len(self.corpus.units)), **options):
+            total += part
+        return total
+
+    def run_in(self, directory, *, skip_bad: bool = False, progress: Progress | None = None, rank: int = 0, world=1):
+        """Run in a run directory, together with whoever else does; return when all units are done.
+
+        Args:
+            rank, world: which of how many workers this is, to start apart from the others.
+
+        Returns:
+            The RunDirectory.
+        """
+        run = RunDirectory.start(directory, self.facts(), self.corpus)
+        missing = set(run.missing())
+        done = sum(unit.n_prompts for number, unit in enumerate(run.units) if number not in missing)
+
+        def report(prompts, total, tokens):
+            worker.progressed()
+            if progress is not None:
+                progress(prompts, total, tokens)
+
+        with Worker(run, first=rank * len(run.units) // world) as worker:
+            while True:
+                for unit, part in self.run(worker.units(), skip_bad=skip_bad, progress=report, done=done):
+                    worker.finish(unit, part)
+                    done += part.n_prompts
+                if worker.wait():
+                    return run
+
+    def facts(self) -> dict:
+        """What the sums depend on besides the prompts."""
+        model, settings, how = self.model, self.settings, self.how
+        return {
+            "model": model.identity(),
+            "tokenizer_sha256": model.tokenizer.sha256,
+            "chat_template_sha256": self._template_sha256(),
+            "dtype": self._dtype(),
+            "device": model.device.type,
+            "backend": backends.name_for(model.device),
+            "position": settings.position,
+            "double_bos": settings.double_bos,
+            "universal": settings.universal,
+            "contrasts": [list(contrast) for contrast in (*self.contrasts, *self.diverse)],
+            "folds": settings.folds,
+            "bootstrap": settings.bootstrap,
+            "seed": settings.seed if settings.bootstrap else None,
+            "squares": [how.squares, how.derived_squares],
+            "batch": how.batch,
+            "batch_tokens": how.max_tokens,
+            "versions": _versions(),
+        }
+
+    def _dtype(self) -> str:
+        return str(self.model.transformer.embed_tokens.weight.dtype).removeprefix("torch.")
+
+    def _template_sha256(self) -> str | None:
+        return self.model.tokenizer.template_sha256 if self.model.uses_chat(self.chat) else None
+
+    def _encode(self, entries):
+        settings = self.settings
+        return self.model.encode_entries(
+            entries, position=settings.position, chat=self.chat, double_bos=settings.double_bos
+        )
+
+    def circuits(self, totals: Totals) -> dict[str, Circuit]:
+        """Select the circuit of every contrast, with its provenance."""
+        model, settings, corpus = self.model, self.settings, self.corpus
+        n_layers, n_neurons = self.shape
+        excluded, votes, record = torch.zeros(n_layers, n_neurons, dtype=torch.bool), 0, None
+        if settings.universal:
+            excluded, votes = find_universal(totals, self.diverse, settings.universal_threshold, n_layers, n_neurons)
+            record = {
+                "prompts": votes,
+                "prompts_sha256": corpus.digests.get(None, corpus.sha256),
+                "fraction": UNIVERSAL_FRACTION,
+                "threshold": settings.universal_threshold,
+                "excluded": excluded.nonzero().tolist(),
+            }
+        dtype = model.transformer.embed_tokens.weight.dtype
+        shared = dict(
+            universal=record,
+            model=model.identity(),
+            tokenizer_sha256=model.tokenizer.sha256,
+            chat_template_sha256=self._template_sha256(),
+            versions=_versions(),
+        )
+        found = {}
+        for contrast in self.contrasts:
+            circuit = select_circuit(totals, self.how.columns, contrast, settings, excluded, dtype)
+            sides = zip(("positive", "negative"), contrast[1:], strict=True)
+            prompts = {
+                side: {"count": corpus.count[column], "sha256": corpus.digests[column]} for side, column in sides
+            }
+            found[contrast.name] = replace(circuit, prompts=prompts, **shared)
+        return found
+
+
+def _versions() -> dict[str, str]:
+    return {"cna_kernels": __version__, "torch": torch.__version__}

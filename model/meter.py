@@ -1,0 +1,95 @@
+"""Progress of a long run on stderr: a bar for people, or JSON lines for machines, and a final line with totals."""
+
+from __future__ import annotations
+
+import json
+import resource
+import sys
+import time
+from contextlib import contextmanager
+
+import torch
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+INTERVAL = 1.0  # seconds between JSON lines
+
+
+class Meter:
+    """Counts prompts and tokens. ``meter(prompts done, prompts in all, tokens done)`` after every forward pass."""
+
+    def __init__(self, show):
+        self._show, self._start = show, time.monotonic()
+        self.prompts = self.total = self.tokens = 0
+
+    def __call__(self, prompts: int, total: int, tokens: int):
+        self.prompts, self.total, self.tokens = prompts, total, tokens
+        self._show(self)
+
+    def facts(self) -> dict:
+        """What has been done, in prompts, tokens, seconds and bytes."""
+        seconds = time.monotonic() - self._start
+        rate = self.prompts / seconds if seconds else 0.0
+        return {
+            "prompts": self.prompts,
+            "of": self.total,
+            "tokens": self.tokens,
+            "seconds": round(seconds, 3),
+            "prompts_per_s": round(rate, 2),
+            "tokens_per_s": round(self.tokens / seconds, 1) if seconds else 0.0,
+            "eta_s": round((self.total - self.prompts) / rate, 1) if rate else None,
+            "memory_bytes": peak_memory(),
+        }
+
+
+def peak_memory() -> int:
+    """The most bytes that this process has held: of GPU memory where one is in use, else resident."""
+    if torch.cuda.is_available() and torch.cuda.is_initialized():
+        return torch.cuda.max_memory_reserved()
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
+
+
+@contextmanager
+def metered(*, as_json: bool, notes: dict | None = None, rank: int = 0):
+    """Yield a Meter that reports on stderr; at the end one line of totals, with ``notes`` added.
+
+    Of several workers only the first, of rank 0, draws a bar; as JSON all report.
+    """
+    if rank and not as_json:
+        yield Meter(lambda _: None)
+        return
+    if as_json:
+        said = [0.0]
+
+        def show(meter):
+            if time.monotonic() - said[0] >= INTERVAL or meter.prompts == meter.total:
+                said[0] = time.monotonic()
+                _log("progress", meter.facts())
+
+        meter = Meter(show)
+        yield meter
+        _log("done", meter.facts() | (notes or {}))
+        return
+    columns = (
+        TextColumn("prompts"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[rates]}"),
+        TimeRemainingColumn(),
+    )  # fmt: skip
+    with Progress(*columns, console=Console(stderr=True)) as bar:
+        task = bar.add_task("prompts", total=None, rates="")
+        meter = Meter(
+            lambda meter: bar.update(task, completed=meter.prompts, total=meter.total, rates=_rates(meter.facts()))
+        )
+        yield meter
+    facts = meter.facts()
+    extra = "".join(f"; {value} {name}" for name, value in (notes or {}).items() if value)
+    print(f"{facts['prompts']:,} prompts in {facts['seconds']:.1f} s: {_rates(facts)}{extra}", file=sys.stderr)
+
+
+def _rates(facts) -> str:
+    memory = facts["memory_bytes"] / 2**20
+    return f"{facts['prompts_per_s']:,.1f} prompts/s, {facts['tokens_per_s']:,.0f} tokens/s, {memory:,.0f} MiB"
+
+
+def _log(event, facts):
+    print(json.dumps({"event": event, **facts}), file=sys.stderr, flush=True)

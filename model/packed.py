@@ -1,0 +1,135 @@
+"""The forward pass of a pack: tokens of many prompts in one row, each prompt looking at itself and at a shared prefix.
+
+Everything but attention works on ``[1, T, H]``, whatever the lengths. Attention goes span by span: prompts of one
+length are one batch without padding, views of the packed tensors.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import partial
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .packing import Span, spans_of
+from .rope import RotaryEmbedding
+from .transformer import Layer
+
+Past = tuple[Tensor, Tensor]  # keys and values of a prefix in one layer, [1, KV heads, P, D]
+
+
+class Packed:
+    """Tokens that go through the layers together.
+
+    Attributes:
+        ids: ``[T]`` int64, the own tokens of each prompt, without the prefix.
+        rows: ``[R]`` int64, the tokens that sums count.
+        weight: ``[R, C]`` fp32, how much each of those counts in each column.
+        last: the tap of the last layer, where only ``rows`` go through attention output and MLP.
+    """
+
+    def __init__(self, ids: Sequence[list[int]], counted: Sequence[int], weight: Tensor, *, prefix: int, device):
+        """
+        Args:
+            ids: the own tokens of each prompt, in the order of ``packing.plan_packs``.
+            counted: how many of them at the end count; 0 is allowed.
+            weight: ``[P, C]`` fp32, the weight of each counted token of a prompt.
+            prefix: tokens of the shared beginning in front of every prompt.
+        """
+        lengths = [len(row) for row in ids]
+        self.spans, self.prefix, self.n_tokens = spans_of(lengths, counted), prefix, sum(lengths)
+        self.ids = torch.tensor([token for row in ids for token in row], device=device)
+        positions, rows, owners, start = [], [], [], 0
+        for owner, (length, n_counted) in enumerate(zip(lengths, counted, strict=True)):
+            positions += range(prefix, prefix + length)
+            rows += range(start + length - n_counted, start + length)
+            owners += [owner] * n_counted
+            start += length
+        self.positions = torch.tensor(positions, device=device)
+        self.lengths = torch.tensor([prefix + length for length in lengths for _ in range(length)], device=device)
+        self.rows = torch.tensor(rows, dtype=torch.int64, device=device)
+        self.weight = weight.to(device)[torch.tensor(owners, dtype=torch.int64, device=device)]
+        self._all = None  # [T, C], zeros for tokens that do not count
+
+    def weight_of_all(self) -> Tensor:
+        """``[T, C]``: the weights of every token."""
+        if self._all is None:
+            self._all = self.weight.new_zeros(self.n_tokens, self.weight.shape[1])
+            self._all[self.rows] = self.weight
+        return self._all
+
+    def rotation(self, rotary: RotaryEmbedding, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """cos and sin ``[1, 1, T, D]``; every token is a sequence of its own to the embedding."""
+        cos, sin = rotary(self.positions[:, None], self.lengths, dtype)  # [T, 1, 1, D]
+        return cos.transpose(0, 2), sin.transpose(0, 2)
+
+
+def run_layer(
+    layer: Layer, packed: Packed, x: Tensor, rotation: tuple[Tensor, Tensor], past: Past | None, *, window, last, **sums
+) -> tuple[Tensor, Past]:
+    """Run one layer over a pack.
+
+    Args:
+        x: ``[1, T, H]``.
+        past: keys and values of the prefix in this layer, or None.
+        window: the layer's sliding window, or None.
+        last: whether no layer follows: only counted tokens go on.
+        sums: ``act_sum`` and ``act_sumsq`` of this layer; none where nothing is counted.
+
+    Returns:
+        The hidden states, and this pack's own keys and values: the past of the prompts of which this is the prefix.
+    """
+    own: list[Tensor] = []
+    extras = {}
+    if sums and len(packed.rows):
+        extras = {"weight": packed.weight if last else packed.weight_of_all(), **sums}
+    rows = packed.rows if last else None
+    x = layer(x, *rotation, partial(_attend, packed.spans, past, window, last, own), rows, **extras)
+    return x, (own[0], own[1])
+
+
+def _attend(spans: list[Span], past, window, last, own, _layer, query, key, value) -> Tensor:
+    """Attention of every prompt to its prefix and to its own tokens so far, ``[1, heads, T, D]`` each."""
+    own += [key, value]
+    y = torch.empty_like(query.transpose(1, 2)).transpose(1, 2)
+    asked_before = 0
+    for span in spans:
+        n_prompts, n_asked = span.n_prompts, span.n_counted if last else span.n_tokens
+        if n_asked == 0:
+            continue
+        end = span.start + n_prompts * span.n_tokens
+        keys, values = (_apart(part[:, :, span.start : end], n_prompts) for part in (key, value))
+        if past is not None:
+            keys, values = (
+                torch.cat((before.expand(n_prompts, -1, -1, -1), part), dim=2)
+                for before, part in zip(past, (keys, values), strict=True)
+            )
+        asked = slice(asked_before, asked_before + n_prompts * n_asked)
+        asked_before = asked.stop
+        queries = _apart(query[:, :, asked], n_prompts)
+        mask, is_causal = _mask(n_asked, keys.shape[2], window, query.device)
+        found = F.scaled_dot_product_attention(queries, keys, values, mask, is_causal=is_causal, enable_gqa=True)
+        _apart(y[:, :, asked], n_prompts).copy_(found)
+    return y
+
+
+def _apart(x: Tensor, n_prompts: int) -> Tensor:
+    """A view of ``[1, heads, n * S, D]`` as ``[n, heads, S, D]``."""
+    return x[0].unflatten(1, (n_prompts, -1)).transpose(0, 1)
+
+
+def _mask(n_asked: int, n_keys: int, window: int | None, device) -> tuple[Tensor | None, bool]:
+    """The mask for the last ``n_asked`` of ``n_keys`` tokens, and whether plain causal attention does without."""
+    if window is None or window >= n_keys:
+        if n_asked == 1:
+            return None, False
+        if n_asked == n_keys:
+            return None, True
+    key = torch.arange(n_keys, device=device)
+    asking = torch.arange(n_keys - n_asked, n_keys, device=device)[:, None]
+    allowed = key <= asking
+    if window is not None:
+        allowed &= key > asking - window
+    return allowed, False

@@ -1,0 +1,133 @@
+"""Which prompts go through the model together: no padding, and a shared beginning only once.
+
+Prompts that begin alike form a group; their common prefix is computed once and they attend to its keys and values.
+Within a group prompts are sorted by length and cut into packs: one row of tokens, one prompt after the other.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+# Tokens that a group of its own has to save: packs get smaller, and the prefix is a forward pass by itself.
+GROUP_COST = 64
+DEEPEST = 50  # prefixes within prefixes that are looked at
+
+
+@dataclass(frozen=True)
+class TokenPrompt:
+    """One tokenised prompt.
+
+    Attributes:
+        place: names it in messages, ``file:line``.
+        n_counted: how many tokens at its end the sums count: 1, the last, unless told otherwise.
+    """
+
+    ids: list[int]
+    place: str
+    n_counted: int = 1
+
+
+class Group(NamedTuple):
+    """Prompts with a common beginning of ``prefix`` tokens."""
+
+    prefix: int
+    prompts: list[int]
+
+
+class Span(NamedTuple):
+    """Neighbouring prompts of a pack with the same number of tokens and of counted tokens.
+
+    ``start`` is where the first one's tokens begin; all are without the prefix.
+    """
+
+    start: int
+    n_prompts: int
+    n_tokens: int
+    n_counted: int
+
+
+def group_by_prefix(ids: Sequence[list[int]]) -> list[Group]:
+    """Split prompts into groups that share a beginning, where computing it once saves more than GROUP_COST tokens.
+
+    A prefix ends at least one token before the shortest prompt of its group does. Every prompt is in one group.
+    """
+    order = sorted(range(len(ids)), key=lambda row: ids[row])
+    _, groups, alone = _best(ids, order, 0)
+    if alone:
+        groups.append(Group(0, alone))
+    return sorted((Group(prefix, sorted(rows)) for prefix, rows in groups), key=lambda group: group.prompts)
+
+
+def _best(ids, members, depth) -> tuple[int, list[Group], list[int]]:
+    """The best groups of a sorted list: tokens saved, the groups, and who is better off without one."""
+    if len(members) < 2:
+        return 0, [], members
+    prefix = _common(ids, members)
+    together = (len(members) - 1) * prefix - GROUP_COST
+    apart, groups, alone = 0, [], []
+    if depth < DEEPEST:
+        for child in _children(ids, members, prefix):
+            saved, of_child, rest = (0, [], child) if child == members else _best(ids, child, depth + 1)
+            apart, groups, alone = apart + saved, groups + of_child, alone + rest
+        shared = _common(ids, alone) if len(alone) > 1 else 0
+        rest_saves = (len(alone) - 1) * shared - GROUP_COST
+        if groups and rest_saves > 0:
+            apart, groups, alone = apart + rest_saves, [*groups, Group(shared, alone)], []
+    if together > max(apart, 0):
+        return together, [Group(prefix, members)], []
+    return apart, groups, alone if groups else members
+
+
+def _children(ids, members, prefix) -> list[list[int]]:
+    """Members, in sorted order, by their token after the prefix."""
+    children: list[list[int]] = []
+    for row in members:
+        if children and ids[row][prefix] == ids[children[-1][0]][prefix]:
+            children[-1].append(row)
+        else:
+            children.append([row])
+    return children
+
+
+def _common(ids, members) -> int:
+    """How many tokens the prompts of a sorted list have in common: the first and the last of them decide."""
+    shortest = min(len(ids[row]) for row in members)
+    pairs = enumerate(zip(ids[members[0]], ids[members[-1]], strict=False))
+    return min(next((place for place, (a, b) in pairs if a != b), shortest), shortest - 1)
+
+
+def plan_packs(
+    lengths: Sequence[int], counted: Sequence[int], *, max_prompts: int | None, max_tokens: int
+) -> list[list[int]]:
+    """Cut prompts into packs: the rows of each, shortest first.
+
+    A pack holds ``max_prompts`` prompts, or where that is None at most ``max_tokens`` tokens, at least one prompt.
+    """
+    packs: list[list[int]] = []
+    size = 0
+    for row in sorted(range(len(lengths)), key=lambda row: (lengths[row], counted[row], row)):
+        fits = packs and (
+            len(packs[-1]) < max_prompts if max_prompts is not None else size + lengths[row] <= max_tokens
+        )
+        if fits:
+            packs[-1].append(row)
+        else:
+            packs.append([row])
+            size = 0
+        size += lengths[row]
+    return packs
+
+
+def spans_of(lengths: Sequence[int], counted: Sequence[int]) -> list[Span]:
+    """The spans of one pack, whose prompts come in the order of :func:`plan_packs`."""
+    spans: list[Span] = []
+    start = 0
+    for n_tokens, n_counted in zip(lengths, counted, strict=True):
+        if spans and spans[-1][2:] == (n_tokens, n_counted):
+            spans[-1] = spans[-1]._replace(n_prompts=spans[-1].n_prompts + 1)
+        else:
+            spans.append(Span(start, 1, n_tokens, n_counted))
+        start += n_tokens
+    return spans
