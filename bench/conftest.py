@@ -1,4 +1,4 @@
-"""The results file that the CPU benches share."""
+"""The results files of the CPU benches."""
 
 import os
 
@@ -11,3 +11,11 @@ def results():
     from results import Results, cpu_environment
 
     return Results("cpu", os.environ.get("CNA_BENCH_SETTING", "as it is"), cpu_environment())
+
+
+@pytest.fixture(scope="session")
+def attribution():
+    """Rows for bench/results/attribution.json."""
+    from results import Results, cpu_environment
+
+    return Results("attribution", "as it is", cpu_environment())
