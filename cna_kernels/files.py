@@ -138,6 +138,14 @@ def replaced(path, *, keep: bool = False):
             temporary.unlink()
 
 
+def make_directory(path):
+    """Make a directory unless it is there; its parent must be. Raise InputError naming it."""
+    try:
+        Path(path).mkdir(exist_ok=True)
+    except OSError as error:
+        raise InputError(path, f"cannot be made a directory: {error.strerror}") from None
+
+
 def check_writable(path):
     """Raise InputError now, before hours of work, where ``path`` could not be written at the end."""
     target = _target(path)

@@ -68,13 +68,13 @@ class ActivationSums:
                 total[layers] += part
             self.count += count
         finally:
-            self.discard()
+            self.discard(layers)
 
-    def discard(self):
+    def discard(self, layers: slice = slice(None)):
         """Empty the device buffers without counting them."""
-        self.act_sum.zero_()
+        self.act_sum[layers].zero_()
         if self.act_sumsq is not None:
-            self.act_sumsq.zero_()
+            self.act_sumsq[layers].zero_()
 
     def merge(self, other: ActivationSums):
         """Add the totals of ``other``, a run over different prompts with the same columns."""

@@ -19,6 +19,7 @@ from .collect import check_length, collect
 from .columns import Columns
 from .corpus import Entry
 from .packing import TokenPrompt
+from .stream import StreamedTransformer
 from .transformer import Transformer
 
 UNIVERSAL_FRACTION = 0.001  # of all neurons, by magnitude, on one prompt
@@ -116,7 +117,7 @@ def encode_ahead(
 
 
 def run_unit(
-    transformer: Transformer,
+    transformer: Transformer | StreamedTransformer,
     entries: Sequence[Entry],
     prompts: Sequence[TokenPrompt],
     first: int,
@@ -152,9 +153,7 @@ def run_unit(
             if not skip_bad:
                 raise
             part.skipped.append(str(error))
-    sums = ActivationSums(
-        n_layers, n_neurons, weights.shape[1], squares=how.squares, device=transformer.embed_tokens.weight.device
-    )
+    sums = ActivationSums(n_layers, n_neurons, weights.shape[1], squares=how.squares, device=transformer.device)
     prompts = [prompts[row] for row in kept]
     if prompts:
         limits = dict(batch=how.batch, max_tokens=how.max_tokens)

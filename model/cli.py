@@ -90,10 +90,22 @@ def build_parser() -> Parser:
         "--skip-bad", action="store_true", help="leave out lines that are no prompt, and prompts that are too long"
     )
     discover.add_argument(
-        "--run",
+        "--run-dir",
         metavar="DIR",
         help="keep finished work here: the same command goes on after a crash, and several at once share the work",
     )
+    discover.add_argument("--unit", type=_positive, metavar="N", help="prompts of a unit of work (default: 1024)")
+    discover.add_argument(
+        "--stream-layers",
+        action="store_true",
+        help="read the model layer by layer: memory for two layers and the prompts' hidden states is enough",
+    )
+    discover.add_argument(
+        "--spill",
+        metavar="DIR",
+        help="where hidden states go that memory does not hold (default: --run-dir, or TMPDIR)",
+    )
+    discover.add_argument("--threads", type=_positive, metavar="N", help="threads on a CPU (default: PyTorch's)")
     discover.add_argument("--log-json", action="store_true", help="progress as JSON lines on stderr")
     _prompt_flags(discover)
     _model_flags(discover)
@@ -102,7 +114,7 @@ def build_parser() -> Parser:
     )
 
     status = _command(commands, "status", "how far a run directory is, and who works on it", "cna status run/")
-    status.add_argument("run", metavar="DIR", help="the directory given to cna discover --run")
+    status.add_argument("run", metavar="DIR", help="the directory given to cna discover --run-dir")
     status.add_argument("--json", action="store_true", help="print JSON")
 
     show = _command(commands, "show", "print a circuit file", "cna show circuit.json")

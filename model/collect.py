@@ -41,7 +41,7 @@ def collect(
     Raises:
         InputError: a prompt is too long for the model, or an activation it causes is not finite; names the prompt.
     """
-    device = transformer.embed_tokens.weight.device
+    device = transformer.device
     for prompt in prompts:
         check_length(prompt, transformer.config.context_length)
     if max_tokens is None:

@@ -19,7 +19,7 @@ import cna_kernels
 from cna_kernels import backends
 from cna_kernels.checks import InputError, one_line
 from cna_kernels.circuit import Circuit
-from cna_kernels.files import check_writable
+from cna_kernels.files import check_writable, make_directory
 from cna_kernels.steering import check_multiplier
 
 from .attribute import save_columns
@@ -56,6 +56,8 @@ def run_discover(args):
         raise InputError("--output", "expected a file; --json prints the circuit on stdout")
     if many == bool(args.positive or args.negative) or bool(args.positive) != bool(args.negative):
         raise InputError("prompts", "give --positive and --negative, or --contrasts")
+    if many:
+        make_directory(args.output)
     check_writable(Path(args.output, "columns.safetensors") if many else args.output)
     settings = settings_from(
         args.preset,
@@ -69,28 +71,30 @@ def run_discover(args):
         folds=args.folds,
         seed=args.seed,
     )
+    _set_threads(args)
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-    if world > 1 and args.run is None:
-        raise InputError("--run", "torchrun's workers need a run directory that all of them see")
+    if world > 1 and args.run_dir is None:
+        raise InputError("--run-dir", "torchrun's workers need a run directory that all of them see")
     bad = BadLines(skip=args.skip_bad)
     with TemporaryFile() as file:
         if rank == 0:
             names = Names()
-            corpus = Corpus(file, _entries(args, settings, names, bad), names)
+            entries = _entries(args, settings, names, bad)
+            corpus = Corpus(file, entries, names, unit=args.unit, streamed=args.stream_layers)
         else:
-            corpus = RunDirectory.wait(args.run).corpus()  # torchrun ends us if the first worker cannot start one
+            corpus = RunDirectory.wait(args.run_dir).corpus()  # torchrun ends us if the first worker cannot start one
         contrasts = contrasts_of(corpus.columns, args.contrasts) if many else [Contrast("circuit", 0, 1)]
         diverse = [contrast for contrast in contrasts if contrast.name.startswith(UNIVERSAL)]
         contrasts = [contrast for contrast in contrasts if contrast not in diverse]
         if not contrasts:
             raise InputError(args.contrasts, f"holds no pair of columns NAME{POSITIVE}, NAME{NEGATIVE}")
-        model = load_model(args)
+        model = load_model(args, stream_layers=args.stream_layers, spill=args.spill or args.run_dir)
         how = dict(chat=False if args.no_template else None, batch=args.batch, max_tokens=args.batch_tokens)
-        job = Job(model, corpus, contrasts, settings, diverse=diverse, squares=many or args.run is not None, **how)
+        job = Job(model, corpus, contrasts, settings, diverse=diverse, squares=many or args.run_dir is not None, **how)
         notes: dict = {}
         with metered(as_json=args.log_json, notes=notes, rank=rank) as meter:
             options = dict(skip_bad=args.skip_bad, progress=meter)
-            if args.run is None:
+            if args.run_dir is None:
                 totals = job.run_all(**options)
             else:
                 run = _run_in(job, args, rank=rank, world=world, **options)
@@ -114,14 +118,23 @@ def run_discover(args):
     print(f"wrote {len(circuits)} circuits and columns.safetensors to {args.output}", file=sys.stderr)
 
 
+def _set_threads(args):
+    """As many threads as asked for; who joins a run takes those that it was started with."""
+    threads = args.threads
+    if threads is None and args.run_dir is not None and (Path(args.run_dir) / "manifest.json").exists():
+        threads = RunDirectory.open(args.run_dir).manifest.get("threads")
+    if threads is not None:
+        torch.set_num_threads(threads)
+
+
 def _run_in(job, args, **options):
     """Work in the run directory; say how to go on when it ends early."""
     signal.signal(signal.SIGTERM, lambda *_: signal.raise_signal(signal.SIGINT))
     try:
-        return job.run_in(args.run, **options)
+        return job.run_in(args.run_dir, **options)
     except (KeyboardInterrupt, InputError):
-        if (Path(args.run) / "manifest.json").exists():
-            run = RunDirectory.open(args.run)
+        if (Path(args.run_dir) / "manifest.json").exists():
+            run = RunDirectory.open(args.run_dir)
             done = len(run.units) - len(run.missing())
             print(f"{done} of {len(run.units)} units are done; the same command goes on from there", file=sys.stderr)
         raise
@@ -300,14 +313,14 @@ COMMANDS = {
 }
 
 
-def load_model(args) -> LanguageModel:
+def load_model(args, **options) -> LanguageModel:
     directory = args.model
     if directory.startswith("demo:") and not Path(directory).exists():
         directory = demo_checkpoint(directory.removeprefix("demo:"))
     device = args.device
     if device is None:
         device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if torch.cuda.is_available() else "cpu"
-    return load(directory, device=device, dtype=args.dtype)
+    return load(directory, device=device, dtype=args.dtype, **options)
 
 
 def _show_circuits(circuits: dict[str, Circuit], *, as_json: bool):

@@ -12,7 +12,8 @@ from cna_kernels.files import Digest, open_regular, replaced, sha256
 
 from .prompts import BadLines, iter_records, prompt_of, require_text
 
-UNIT_PROMPTS, UNIT_BYTES, UNIT_UNIVERSAL = 1024, 4 << 20, 32  # what a unit holds at most
+UNIT_PROMPTS, UNIT_BYTES, UNIT_UNIVERSAL = 1024, 4 << 20, 32  # what a unit holds at most: prompts, and their text
+STREAMED_UNITS = 64  # times as much where every unit reads the whole checkpoint
 MOST_COLUMNS = 4096
 POSITIVE, NEGATIVE = ".positive", ".negative"  # endings of the two columns of a contrast
 UNIVERSAL = "universal/"  # beginning of the columns that the universal filter looks at
@@ -72,8 +73,24 @@ class Corpus:
         sha256: of everything above.
     """
 
-    def __init__(self, file: BinaryIO, entries: Iterable[Entry], names: Names, *, unit: int = UNIT_PROMPTS):
-        """Write the entries, one line of JSON each, to ``file``, open for reading and writing."""
+    def __init__(
+        self,
+        file: BinaryIO,
+        entries: Iterable[Entry],
+        names: Names,
+        *,
+        unit: int | None = None,
+        streamed: bool = False,
+    ):
+        """Write the entries, one line of JSON each, to ``file``, open for reading and writing.
+
+        Args:
+            names: the columns, complete when the entries are.
+            unit: prompts of a unit; None takes UNIT_PROMPTS.
+            streamed: make units larger, for models whose layers are streamed.
+        """
+        larger = STREAMED_UNITS if streamed else 1
+        unit, unit_bytes = unit or UNIT_PROMPTS * larger, UNIT_BYTES * larger
         self._file, self.units = file, []
         everything, digests = Digest(), {}
         self.count: dict[int | None, int] = {}
@@ -81,7 +98,7 @@ class Corpus:
         for entry in entries:
             line = json.dumps(entry, ensure_ascii=False).encode("utf-8") + b"\n"
             full = n_prompts >= unit or n_universal + entry.universal > UNIT_UNIVERSAL
-            if n_prompts and (full or position - start + len(line) > UNIT_BYTES):
+            if n_prompts and (full or position - start + len(line) > unit_bytes):
                 self.units.append(Unit(first, n_prompts, start))
                 first, n_prompts, n_universal, start = first + n_prompts, 0, 0, position
             file.write(line)

@@ -11,11 +11,14 @@ import torch
 from cna_kernels import __version__, backends
 from cna_kernels.circuit import Circuit
 
+from . import stream
 from .attribute import UNIVERSAL_FRACTION, Part, Pass, encode_ahead, run_unit
+from .collect import collect
 from .columns import Columns
 from .corpus import Contrast, Corpus
 from .discover import Settings, Totals, check_counts, check_size, find_universal, select_circuit
 from .run_directory import RunDirectory, Worker
+from .stream import StreamedTransformer
 
 if TYPE_CHECKING:
     from .language_model import LanguageModel
@@ -89,6 +92,7 @@ class Job:
                 self.how,
                 skip_bad=skip_bad,
                 progress=None if progress is None else advance,
+                collect=stream.collect if isinstance(self.model.transformer, StreamedTransformer) else collect,
             )
             yield numbers.pop(0), part
 
@@ -135,6 +139,8 @@ class Job:
             "dtype": self._dtype(),
             "device": model.device.type,
             "backend": backends.name_for(model.device),
+            # PyTorch's attention on CPUs rounds differently with another number of threads.
+            "threads": torch.get_num_threads() if model.device.type == "cpu" else None,
             "position": settings.position,
             "double_bos": settings.double_bos,
             "universal": settings.universal,
@@ -149,7 +155,7 @@ class Job:
         }
 
     def _dtype(self) -> str:
-        return str(self.model.transformer.embed_tokens.weight.dtype).removeprefix("torch.")
+        return str(self.model.transformer.dtype).removeprefix("torch.")
 
     def _template_sha256(self) -> str | None:
         return self.model.tokenizer.template_sha256 if self.model.uses_chat(self.chat) else None
@@ -174,7 +180,7 @@ class Job:
                 "threshold": settings.universal_threshold,
                 "excluded": excluded.nonzero().tolist(),
             }
-        dtype = model.transformer.embed_tokens.weight.dtype
+        dtype = model.transformer.dtype
         shared = dict(
             universal=record,
             model=model.identity(),

@@ -23,6 +23,7 @@ from .generate import Sampling, generate
 from .job import Job, Progress
 from .packing import TokenPrompt
 from .prompts import PromptSet, neutral_prompts
+from .stream import StreamedTransformer
 from .text import Tokenizer, stop_ids
 from .transformer import Steer
 from .weights import config_sha256, load_transformer, open_checkpoint
@@ -31,30 +32,33 @@ GENERATE_ROWS = 64  # prompts decoded together
 DEVICES = ("cpu", "cuda", "mps", "xpu")
 
 
-def load(directory, *, device="cpu", dtype: str | None = None) -> LanguageModel:
-    """Load a checkpoint directory in Hugging Face layout.
-
-    Args:
-        device: "cpu", "cuda", "cuda:1", ...
-        dtype: "bfloat16", "float16" or "float32"; None keeps the checkpoint's own.
+def load(directory, **options) -> LanguageModel:
+    """Load a checkpoint directory in Hugging Face layout. Options are those of :class:`LanguageModel`.
 
     Raises:
         InputError: the directory, a file or a tensor in it cannot be used; names it.
     """
-    return LanguageModel(directory, device=device, dtype=dtype)
+    return LanguageModel(directory, **options)
 
 
 class LanguageModel:
     """A model with its tokenizer. ``model(input_ids[B, S]) -> logits[B, S, V]`` is the plain call.
 
     Attributes:
-        transformer: the forward pass, a torch module.
+        transformer: the forward pass, a torch module; with ``stream_layers`` a StreamedTransformer.
         tokenizer: text to ids and back.
         config: ModelConfig.
         directory: where it was loaded from.
     """
 
-    def __init__(self, directory, *, device="cpu", dtype: str | None = None):
+    def __init__(self, directory, *, device="cpu", dtype: str | None = None, stream_layers: bool = False, spill=None):
+        """
+        Args:
+            device: "cpu", "cuda", "cuda:1", ...
+            dtype: "bfloat16", "float16" or "float32"; None keeps the checkpoint's own.
+            stream_layers: read a layer when its turn comes, for models larger than memory. Finds circuits, and
+                nothing else. ``spill`` is a directory for hidden states that memory does not hold.
+        """
         self.directory = Path(directory)
         if not os.path.isdir(directory):
             raise InputError(directory, "is not a directory with a checkpoint")
@@ -68,14 +72,21 @@ class LanguageModel:
         self.tokenizer = Tokenizer(directory, self.config.vocab_size)
         self.stop_ids = stop_ids(directory, self.tokenizer, self.config.vocab_size)
         self._checkpoint = open_checkpoint(directory)
-        self.transformer = load_transformer(
-            directory, self.config, self._checkpoint, dtype=DTYPES.get(dtype), device=self.device
-        )
+        options = dict(dtype=DTYPES.get(dtype), device=self.device)
+        if stream_layers:
+            self.transformer = StreamedTransformer(directory, self.config, self._checkpoint, spill=spill, **options)
+        else:
+            self.transformer = load_transformer(directory, self.config, self._checkpoint, **options)
         self._steering: tuple[SteeringTable, Tensor | None] | None = None
 
     def __call__(self, input_ids: Tensor) -> Tensor:
         """Return logits ``[B, S, V]`` for whole sequences ``[B, S]``, steered inside :meth:`steered`."""
+        self._require_logits()
         return self.transformer(input_ids, steer=self._steer(input_ids.shape[0]))
+
+    def _require_logits(self):
+        if isinstance(self.transformer, StreamedTransformer):
+            raise InputError("stream_layers", "a model whose layers are streamed finds circuits, and nothing else")
 
     def identity(self) -> dict[str, str]:
         """Return what tells this checkpoint from others: its name and hashes of config, headers and sampled weights."""
@@ -253,6 +264,7 @@ class LanguageModel:
         Returns:
             The answer, or a list of answers where a list of prompts was given.
         """
+        self._require_logits()
         single = isinstance(prompts, str)
         prompts = PromptSet.of([prompts] if single else prompts, "prompts")
         tokens = self.encode(prompts, chat=chat)

@@ -51,14 +51,18 @@ class Packed:
         self.lengths = torch.tensor([prefix + length for length in lengths for _ in range(length)], device=device)
         self.rows = torch.tensor(rows, dtype=torch.int64, device=device)
         self.weight = weight.to(device)[torch.tensor(owners, dtype=torch.int64, device=device)]
-        self._all = None  # [T, C], zeros for tokens that do not count
 
     def weight_of_all(self) -> Tensor:
-        """``[T, C]``: the weights of every token."""
-        if self._all is None:
-            self._all = self.weight.new_zeros(self.n_tokens, self.weight.shape[1])
-            self._all[self.rows] = self.weight
-        return self._all
+        """``[T, C]``: the weights of every token, 0 for those that do not count."""
+        weight = self.weight.new_zeros(self.n_tokens, self.weight.shape[1])
+        weight[self.rows] = self.weight
+        return weight
+
+    def owners(self, n_rows: int) -> list[int]:
+        """The prompt of every token, or, where ``n_rows`` is their number, of every counted token."""
+        last = n_rows != self.n_tokens
+        sizes = [span.n_counted if last else span.n_tokens for span in self.spans for _ in range(span.n_prompts)]
+        return [owner for owner, size in enumerate(sizes) for _ in range(size)]
 
     def rotation(self, rotary: RotaryEmbedding, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """cos and sin ``[1, 1, T, D]``; every token is a sequence of its own to the embedding."""

@@ -15,6 +15,7 @@ import contextlib
 import json
 import os
 import socket
+import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -25,7 +26,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 
 from cna_kernels.checks import InputError
-from cna_kernels.files import Digest, read_json, replaced, sha256
+from cna_kernels.files import Digest, make_directory, read_json, replaced, sha256
 
 from .attribute import Part, SlotSums
 from .corpus import Corpus, Unit
@@ -80,11 +81,8 @@ class RunDirectory:
         name = f"prompts-{corpus.sha256[:16]}.jsonl"
         manifest = {"format": FORMAT, **facts, "corpus": corpus.record() | {"file": name}}
         manifest = json.loads(json.dumps(manifest))  # as it will be read again
-        try:
-            for directory in (path, path / "parts", path / "claims"):
-                directory.mkdir(exist_ok=True)
-        except OSError as error:
-            raise InputError(path, f"cannot be a run directory: {error.strerror}") from None
+        for directory in (path, path / "parts", path / "claims"):
+            make_directory(directory)
         if not os.path.lexists(path / "manifest.json"):
             corpus.copy_to(path / name)
             _write_once(path / "manifest.json", json.dumps(manifest, indent=1).encode() + b"\n")
@@ -116,7 +114,7 @@ class RunDirectory:
         """Write what a unit adds, whole or not at all. A part that is there already stays."""
         tensors, counts = {}, {}
         for number, slot in part.slots.items():
-            tensors[f"total.{number}"], counts[number] = slot.total, slot.count
+            tensors[f"total.{number}"], counts[str(number)] = slot.total, slot.count
             if slot.total_sq is not None:
                 tensors[f"total_sq.{number}"] = slot.total_sq
         if part.universal is not None:
@@ -130,20 +128,21 @@ class RunDirectory:
             "n_tokens": part.n_tokens,
             "skipped": part.skipped,
         }
-        text = json.dumps(facts, sort_keys=True)
-        _write_once(self.part_path(unit), save(tensors, metadata={"facts": text, "sha256": _hash(text, tensors)}))
+        # One entry of metadata: safetensors writes several in any order, and a part has the same bytes every time.
+        record = json.dumps({"facts": facts, "sha256": _hash(facts, tensors)}, sort_keys=True)
+        _write_once(self.part_path(unit), save(tensors, metadata={"part": record}))
 
     def read_part(self, unit: int, *, where: Path | None = None) -> Part:
         """Read and check the part of a unit. Raises InputError naming the file for one that is torn or foreign."""
         path = where or self.part_path(unit)
         try:
             with safe_open(path, framework="pt", backend="pread") as file:
-                metadata = file.metadata() or {}
+                record = json.loads((file.metadata() or {})["part"])
                 tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-            facts = json.loads(metadata["facts"])
-        except (SafetensorError, OSError, KeyError, ValueError) as error:
+            facts, expected = record["facts"], record["sha256"]
+        except (SafetensorError, OSError, KeyError, TypeError, ValueError) as error:
             raise InputError(path, f"is no part of a run: {error}") from None
-        if metadata.get("sha256") != _hash(metadata["facts"], tensors):
+        if _hash(facts, tensors) != expected:
             raise InputError(path, "is damaged: its contents do not have the hash that it was written with")
         if facts["fingerprint"] != self.fingerprint:
             raise InputError(path, f"belongs to another run than {self.path / 'manifest.json'}")
@@ -186,13 +185,16 @@ class RunDirectory:
         workers = []
         now = time.time()
         for entry in sorted(os.scandir(self.path / "claims"), key=lambda entry: entry.name):
-            with contextlib.suppress(OSError, ValueError):
+            with contextlib.suppress(OSError, ValueError, KeyError):
                 unit = int(entry.name)
                 owner = json.loads(Path(entry.path).read_text())
                 silent = now - entry.stat().st_mtime
                 state = "dead" if _is_dead(owner) or silent > STALE else "working"
                 if unit in missing:
-                    workers.append({"unit": unit, **owner, "silent_s": round(silent, 1), "state": state})
+                    workers.append(
+                        {"unit": unit, "host": owner["host"], "pid": owner["pid"], "silent_s": round(silent, 1)}
+                        | {"state": state}
+                    )
         return {
             "model": self.manifest["model"]["name"],
             "units": len(self.units),
@@ -210,7 +212,7 @@ class Worker:
     def __init__(self, run: RunDirectory, *, first: int = 0):
         """``first`` is where the search for work starts; workers that start apart rarely meet."""
         self.run, self._first = run, first
-        self._owner = {"host": socket.gethostname(), "pid": os.getpid()}
+        self._owner = _this_process()
         self._held: set[int] = set()
         self._progress = time.monotonic()
         self._stop = threading.Event()
@@ -317,17 +319,37 @@ class Worker:
         return self.run.path / "claims" / f"{unit:06d}"
 
 
+def _this_process() -> dict:
+    return {"host": socket.gethostname(), "pid": os.getpid(), "started": _started(os.getpid())}
+
+
 def _is_dead(owner) -> bool:
     """Whether the process is known to be gone; of another host's processes nothing is known."""
     if owner.get("host") != socket.gethostname() or not isinstance(owner.get("pid"), int):
         return False
+    started = _started(owner["pid"])
+    return started is None or started != owner.get("started", started)
+
+
+def _started(pid: int) -> str | None:
+    """When a process of this host was started, so that another with its number is not taken for it; None if it ended.
+
+    Where /proc does not tell, "running".
+    """
+    if sys.platform == "linux":
+        try:
+            # after the name, which may hold anything: the state, 18 other fields, the start in clock ticks since boot
+            fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+            return None if fields[0] in "ZX" else fields[19]
+        except OSError:
+            return None
     try:
-        os.kill(owner["pid"], 0)
+        os.kill(pid, 0)
     except ProcessLookupError:
-        return True
+        return None
     except OSError:
         pass
-    return False
+    return "running"
 
 
 def _write_once(path: Path, content: bytes):
@@ -336,9 +358,9 @@ def _write_once(path: Path, content: bytes):
         file.write(content)
 
 
-def _hash(facts: str, tensors: dict[str, torch.Tensor]) -> str:
+def _hash(facts: dict, tensors: dict[str, torch.Tensor]) -> str:
     digest = Digest()
-    digest.add(facts)
+    digest.add(json.dumps(facts, sort_keys=True))
     for name in sorted(tensors):
         digest.add(name)
         digest.add(tensors[name].contiguous().numpy().tobytes())

@@ -156,6 +156,14 @@ class Transformer(nn.Module):
         if not config.tie_word_embeddings:
             self.lm_head = Linear(config.hidden_size, config.vocab_size, bias=False)
 
+    @property
+    def device(self) -> torch.device:
+        return self.embed_tokens.weight.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.embed_tokens.weight.dtype
+
     def forward(self, input_ids: Tensor, *, tap: Tap | None = None, steer: Steer | None = None) -> Tensor:
         """Return logits ``[B, S, V]`` for whole sequences."""
         return self.logits(self.hidden(input_ids, tap=tap, steer=steer))

@@ -17,10 +17,11 @@ from cna_kernels.files import open_regular, parse_json, read_json, sha256, write
 
 from .config import DTYPES, ModelConfig
 from .memory import memory_of
-from .transformer import Transformer
+from .transformer import Layer, Transformer
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 _DTYPE_NAMES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
+_LAYER = "model.layers.{}."
 _MAX_HEADER, _MAX_TENSORS, _MAX_DIMS = 100 << 20, 1 << 16, 8
 _PIECE = 4096  # bytes hashed at each of _PIECES places of a tensor larger than _WHOLE
 _PIECES, _WHOLE = 16, 1 << 20
@@ -207,9 +208,25 @@ def check_entries(checkpoint: Checkpoint, config: ModelConfig, directory):
 
 
 def _require_equal(checkpoint, name, other):
-    if not torch.equal(_read_tensor(checkpoint, name), _read_tensor(checkpoint, other)):
+    if not _same_values(checkpoint.entries[name], checkpoint.entries[other]):
         path = checkpoint.entries[name].path
         raise InputError(f"{path}: {name!r}", f"differs from {other!r}, though config.json ties them")
+
+
+def _same_values(one: TensorEntry, other: TensorEntry) -> bool:
+    """Compare two tensors piece by piece; they may be larger than memory."""
+    if one.shape != other.shape:
+        return False
+    with open(one.path, "rb") as first, open(other.path, "rb") as second:
+        for start in range(0, math.prod(one.shape), _WHOLE):
+            n = min(_WHOLE, math.prod(one.shape) - start)
+            pieces = []
+            for file, entry in ((first, one), (second, other)):
+                file.seek(entry.start + start * entry.dtype.itemsize)
+                pieces.append(torch.frombuffer(bytearray(file.read(n * entry.dtype.itemsize)), dtype=entry.dtype))
+            if not torch.equal(pieces[0], pieces[1].to(one.dtype)):
+                return False
+    return True
 
 
 def _read_tensor(checkpoint: Checkpoint, name: str) -> torch.Tensor:
@@ -235,20 +252,39 @@ def load_transformer(
     with torch.device("meta"):
         transformer = Transformer(config)
     for name in expected_shapes(config):
-        path = name.removeprefix("model.")
-        part = next((part for part in ("gate_proj", "up_proj") if f".{part}." in path), None)
-        if part is None:
-            value = _read_tensor(checkpoint, name).to(device=device, dtype=dtype)
-            _set_parameter(transformer, path, value)
-            continue
-        path = path.replace(part, "gate_up_proj")
-        joined = transformer.get_parameter(path)
-        if joined.is_meta:
-            joined = _set_parameter(transformer, path, torch.empty(joined.shape, dtype=dtype, device=device))
-        half = 0 if part == "gate_proj" else 1
-        joined.data.chunk(2)[half].copy_(_read_tensor(checkpoint, name))
+        _load_tensor(transformer, name.removeprefix("model."), checkpoint, name, dtype, device)
     transformer.rotary.to(device)
     return transformer.eval()
+
+
+def layer_bytes(config: ModelConfig) -> int:
+    """The number of weights in one layer."""
+    return sum(math.prod(shape) for name, shape in expected_shapes(config).items() if name.startswith(_LAYER.format(0)))
+
+
+def load_layer(checkpoint: Checkpoint, config: ModelConfig, number: int, *, dtype, device) -> Layer:
+    """Read one layer of a checkpoint."""
+    with torch.device("meta"):
+        layer = Layer(config, number)
+    start = _LAYER.format(number)
+    for name in expected_shapes(config):
+        if name.startswith(start):
+            _load_tensor(layer, name.removeprefix(start), checkpoint, name, dtype, device)
+    return layer.eval()
+
+
+def _load_tensor(module: nn.Module, path: str, checkpoint, name: str, dtype, device):
+    """Read one tensor into a module's parameter; gate_proj and up_proj are the halves of one."""
+    part = next((part for part in ("gate_proj", "up_proj") if f"{part}." in path), None)
+    if part is None:
+        _set_parameter(module, path, _read_tensor(checkpoint, name).to(device=device, dtype=dtype))
+        return
+    path = path.replace(part, "gate_up_proj")
+    joined = module.get_parameter(path)
+    if joined.is_meta:
+        joined = _set_parameter(module, path, torch.empty(joined.shape, dtype=dtype, device=device))
+    half = 0 if part == "gate_proj" else 1
+    joined.data.chunk(2)[half].copy_(_read_tensor(checkpoint, name))
 
 
 def _set_parameter(module: nn.Module, path: str, value: torch.Tensor) -> nn.Parameter:

@@ -1,0 +1,290 @@
+"""Many questions in one pass: contrast files, positions, bootstrap, folds, and the universal filter as columns."""
+
+import json
+from tempfile import TemporaryFile
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from cna_kernels import Circuit, InputError
+from cna_kernels.model import load
+from cna_kernels.model.cli import main
+from cna_kernels.model.corpus import Contrast, Corpus, Names, contrasts_of, read_contrasts, two_sets
+from cna_kernels.model.discover import settings_from
+from cna_kernels.model.job import Job
+from tiny import write_language_model
+
+pytest.importorskip("transformers")
+
+POSITIVE = ["open it", "why not", "I would like the other one", "x", "one two three", "a b c d e f", "again"]
+NEGATIVE = ["close", "the door was open all night", "yes", "12345", "what is this called", "no no", "ok", "hm"]
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    return load(write_language_model(tmp_path_factory.mktemp("llama"), intermediate_size=200))
+
+
+def places(texts, name):
+    return [(text, f"{name}:{number}") for number, text in enumerate(texts)]
+
+
+def job_of(model, positive=POSITIVE, negative=NEGATIVE, *, neutral=(), file, **settings):
+    names = Names()
+    corpus = Corpus(file, two_sets(names, places(positive, "p"), places(negative, "n"), places(neutral, "u")), names)
+    return Job(model, corpus, [Contrast("circuit", 0, 1)], settings_from(universal=bool(neutral), **settings))
+
+
+def same(one, other, relative=1e-5):
+    assert one.pairs == other.pairs
+    for (_, _, got), (_, _, want) in zip(one.neurons, other.neurons, strict=True):
+        assert abs(got - want) <= relative * abs(one.neurons[0][2])
+
+
+def test_replicates_equal_explicit_resampling(model):
+    """Every replicate's sums are those of a list in which each prompt stands as often as it was drawn."""
+    with TemporaryFile() as file:
+        job = job_of(model, file=file, top_k=15, bootstrap=5, seed=3)
+        columns, total = job.how.columns, job.run_all()
+        entries = job.corpus.read(0)
+        _, drawn = columns.weights(entries, 0)  # [P, 2 + 10]
+        whole = job.circuits(total)["circuit"]
+    selected = []
+    for replicate in range(5):
+        counts = (drawn[:, 2 + replicate] + drawn[:, 7 + replicate]).int().tolist()
+        sides = [
+            [e.text for e, n in zip(entries, counts, strict=True) if e.columns[0][0] == c for _ in range(n)]
+            for c in (0, 1)
+        ]
+        explicit = model.discover(*sides, top_k=15, universal_prompts=False)
+        for column, side in enumerate(sides):
+            slot = total.slot(columns.derived(column)[replicate])
+            assert slot.count == len(side)
+        means = [total.slot(columns.derived(c)[replicate]).total / len(sides[c]) for c in (0, 1)]
+        delta = means[0] - means[1]
+        assert all(
+            abs(delta[layer, index] - value) <= 1e-5 * abs(explicit.neurons[0][2])
+            for layer, index, value in explicit.neurons
+        )
+        selected.append(set(explicit.pairs))
+    frequency = [sum(pair in chosen for chosen in selected) / 5 for pair in whole.pairs]
+    assert whole.bootstrap["frequency"] == frequency and min(sum(frequency), 15 - sum(frequency)) > 0
+    assert whole.bootstrap["overlap"] == pytest.approx(sum(frequency) / 15)
+    pairwise = [len(a & b) / 15 for a in selected for b in selected if a is not b]
+    assert whole.bootstrap["pairwise_overlap"] == pytest.approx(sum(pairwise) / len(pairwise))
+    often = {pair for chosen in selected for pair in chosen if sum(pair in c for c in selected) >= 2.5}
+    assert {(layer, index) for layer, index, _ in whole.bootstrap["others"]} == often - set(whole.pairs)
+
+
+def test_folds_equal_leaving_prompts_out(model):
+    with TemporaryFile() as file:
+        circuit = job_of(model, file=file, top_k=15, folds=3)
+        circuit = circuit.circuits(circuit.run_all())["circuit"]
+    plain = model.discover(POSITIVE, NEGATIVE, top_k=15, universal_prompts=False)
+    same(circuit, plain)
+    for fold in range(3):
+        kept = [
+            [t for n, t in enumerate(side, first) if n % 3 != fold] for side, first in ((POSITIVE, 0), (NEGATIVE, 7))
+        ]
+        left = [
+            [t for n, t in enumerate(side, first) if n % 3 == fold] for side, first in ((POSITIVE, 0), (NEGATIVE, 7))
+        ]
+        train = model.discover(*kept, top_k=15, universal_prompts=False)
+        assert circuit.folds["overlap"][fold] == len(set(train.pairs) & set(plain.pairs)) / 15
+        test = {n[:2]: n[2] for n in model.discover(*left, top_k=600, universal_prompts=False).neurons}
+        held_out = sum(test[layer, index] * (1 if value > 0 else -1) for layer, index, value in train.neurons)
+        assert circuit.folds["retained"][fold] == pytest.approx(
+            held_out / sum(abs(n[2]) for n in train.neurons), abs=1e-4
+        )
+
+
+def test_derived_columns_change_nothing_else(model):
+    plain = model.discover(POSITIVE, NEGATIVE, top_k=15)
+    with_all = model.discover(POSITIVE, NEGATIVE, top_k=15, bootstrap=20, folds=2)
+    assert with_all.neurons == plain.neurons and with_all.universal == plain.universal
+
+
+def test_a_circuit_with_its_stability_survives_its_file(model, tmp_path):
+    circuit = model.discover(POSITIVE, NEGATIVE, top_k=15, bootstrap=4, folds=2)
+    circuit.save(tmp_path / "c.json")
+    assert Circuit.load(tmp_path / "c.json") == circuit
+
+
+@pytest.mark.parametrize("position", ["last", "all", "answer"])
+def test_positions(model, position):
+    """Against the plain forward pass: which tokens count, each prompt as much as any other."""
+    from cna_kernels import ActivationSums
+    from cna_kernels.model.corpus import Entry
+    from cna_kernels.model.transformer import Tap
+
+    entries = [Entry(text, "p", ((0, 1.0),), answer="well: " + text[:4]) for text in POSITIVE]
+    prompts = model.encode_entries(entries, position=position)
+    chats = model.tokenizer.encode_chat(POSITIVE)
+    total = 0
+    for prompt, chat, entry in zip(prompts, chats, entries, strict=True):
+        first = {"last": len(chat) - 1, "all": 1, "answer": len(chat)}[position]  # the first token is the BOS
+        assert chat[0] == model.tokenizer.bos_id
+        assert prompt.ids == chat + (model.tokenizer.encode_answer(entry.answer) if position == "answer" else [])
+        weight = torch.zeros(len(prompt.ids), 1)
+        weight[first:] = 1 / (len(prompt.ids) - first)
+        alone = ActivationSums(3, 200, 1)
+        model.transformer(torch.tensor([prompt.ids]), tap=Tap(alone, weight))
+        alone.fold(weight)
+        total = total + alone.total[:, 0]
+    with TemporaryFile() as file:
+        corpus = Corpus(file, iter([*entries, Entry("other", "n", ((1, 1.0),), answer="a")]), names_of("p", "n"))
+        job = Job(model, corpus, [Contrast("c", 0, 1)], settings_from(position=position, universal=False))
+        part = job.run_all()
+    assert part.slot(0).count == len(POSITIVE)
+    assert (part.slot(0).total - total).abs().max() <= 1e-5 * total.abs().max()
+
+
+def names_of(*columns):
+    names = Names()
+    for column in columns:
+        names(column)
+    return names
+
+
+def write_contrasts(path, lines):
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return path
+
+
+CONTRASTS = [
+    *({"prompt": text, "columns": ["door.positive", "all"]} for text in POSITIVE),
+    *({"prompt": text, "columns": {"door.negative": 1, "night.positive": 0.5}} for text in NEGATIVE),
+    *({"prompt": text, "columns": ["night.negative"]} for text in POSITIVE[:3]),
+]
+
+
+def test_a_contrast_file_answers_many_questions(model, tmp_path, capsys):
+    path = write_contrasts(tmp_path / "c.jsonl", CONTRASTS)
+    arguments = [
+        "discover",
+        str(model.directory),
+        "--contrasts",
+        str(path),
+        "-o",
+        str(tmp_path / "out"),
+        "--top-k",
+        "9",
+    ]
+    (tmp_path / "out").mkdir()
+    assert main([*arguments, "--bootstrap", "10", "--json"]) == 0
+    shown = json.loads(capsys.readouterr().out)
+    for name, sides in (("door", (POSITIVE, NEGATIVE)), ("night", (NEGATIVE, POSITIVE[:3]))):
+        circuit = Circuit.load(tmp_path / "out" / f"{name}.json")
+        same(circuit, model.discover(*sides, top_k=9))
+        assert shown[name] == json.loads((tmp_path / "out" / f"{name}.json").read_text())
+        assert [side["count"] for side in circuit.prompts.values()] == [len(side) for side in sides]
+    columns = load_file(tmp_path / "out" / "columns.safetensors")
+    assert columns["night.positive/count"].item() == len(NEGATIVE) / 2 and columns["all/count"].item() == 7
+    acts = torch.stack([model_act(model, text) for text in POSITIVE])
+    assert (columns["all/mean"] - acts.mean(0)).abs().max() < 1e-6
+    assert (columns["all/variance"] - acts.var(0)).abs().max() < 1e-5
+    assert torch.equal(columns["all/mean"], columns["door.positive/mean"])
+
+
+def model_act(model, text):
+    """act at the last token, [L, N] fp64."""
+    from cna_kernels import ActivationSums
+    from cna_kernels.model.transformer import Tap
+
+    ids = model.tokenizer.encode_chat([text])[0]
+    sums, weight = ActivationSums(3, 200, 1), torch.zeros(len(ids), 1)
+    weight[-1] = 1
+    model.transformer(torch.tensor([ids]), tap=Tap(sums, weight))
+    sums.fold(weight)
+    return sums.total[:, 0]
+
+
+def test_universal_contrasts(model, tmp_path):
+    """Neurons among the top 0.1% on a fifth of the diverse contrasts are left out."""
+    own = write_contrasts(tmp_path / "c.jsonl", CONTRASTS)
+    diverse = write_contrasts(
+        tmp_path / "u.jsonl",
+        [{"prompt": text, "columns": [f"{n}.{side}"]} for n in range(5) for side, text in
+         (("positive", POSITIVE[n]), ("negative", NEGATIVE[n]))],
+    )  # fmt: skip
+    names = Names()
+    with TemporaryFile() as file:
+        entries = [*read_contrasts(own, names), *read_contrasts(diverse, names, prefix="universal/")]
+        corpus = Corpus(file, entries, names)
+        contrasts = contrasts_of(corpus.columns, own)
+        job = Job(model, corpus, contrasts[:1], settings_from(top_k=9, universal_threshold=0.2), diverse=contrasts[2:])
+        circuit = job.circuits(job.run_all())["door"]
+    votes = torch.zeros(600)
+    for n in range(5):
+        delta = model_act(model, POSITIVE[n]) - model_act(model, NEGATIVE[n])
+        votes[delta.abs().argmax()] += 1  # 0.1% of 600 is 1
+    universal = [list(divmod(int(place), 200)) for place in (votes >= 1).nonzero()[:, 0]]
+    assert universal and circuit.universal["excluded"] == universal and circuit.universal["prompts"] == 5
+    assert not set(map(tuple, universal)) & set(circuit.pairs)
+
+
+BAD_LINES = [
+    ('"text"', ":2: expected an object such as"),
+    ('{"prompt": "a"}', ":2: columns: expected names"),
+    ('{"prompt": "a", "columns": []}', ":2: columns: expected names"),
+    ('{"prompt": "a", "columns": [3]}', ":2: columns: expected names"),
+    ('{"prompt": "a", "columns": {"x": 0}}', ":2: columns.x: expected a weight above 0"),
+    ('{"prompt": "a", "columns": {"x": true}}', ":2: columns.x: expected a weight above 0"),
+    ('{"prompt": "a", "columns": ["../x"]}', ":2: columns: expected printable names without slashes"),
+    ('{"prompt": "", "columns": ["x"]}', ":2: prompt: expected a prompt"),
+    ('{"columns": ["x"]}', ":2: has no column 'prompt'"),
+    ('{"prompt": "a", "columns": ["x"], "label": 1}', ":2: label: not a field of a contrast file"),
+    ('{"prompt": "a", "columns": ["x"], "answer": 1}', ":2: answer: expected a prompt"),
+    ('{"prompt": "a", "columns": ["x.positive"]}', "c.jsonl: x.positive: no prompt is in 'x.negative'"),
+]
+
+
+@pytest.mark.parametrize(("line", "message"), BAD_LINES)
+def test_bad_contrast_files(tmp_path, line, message):
+    path = tmp_path / "c.jsonl"
+    path.write_text('{"prompt": "a", "columns": ["a.positive", "a.negative"]}\n' + line + "\n")
+    with pytest.raises(InputError) as caught:
+        names = Names()
+        list(read_contrasts(path, names))
+        contrasts_of(names.number, path)
+    assert message in str(caught.value)
+
+
+def test_refusals(model):
+    with pytest.raises(InputError, match=r"positive\[0\]: has no answer, which position 'answer' counts"):
+        model.discover(POSITIVE, NEGATIVE, position="answer")
+    with pytest.raises(InputError, match="folds: expected at most 7, the prompts of the smaller set of 'circuit'"):
+        model.discover(POSITIVE, NEGATIVE, folds=8)
+    for options, message in (
+        ({"position": "first"}, "position: expected one of last, all, answer, got 'first'"),
+        ({"bootstrap": -1}, "bootstrap: expected 0 to 10000 replicates"),
+        ({"folds": 1}, "folds: expected 2 to 1000"),
+        ({"seed": -1}, "seed: expected 0 to"),
+    ):
+        with pytest.raises(InputError, match=message):
+            model.discover(POSITIVE, NEGATIVE, **options)
+
+
+def test_prompts_that_are_too_long_are_skipped_on_demand(model, tmp_path, capsys):
+    (tmp_path / "p.txt").write_text("one\n\xff" + "x" * 100 + "\ntwo\n")
+    (tmp_path / "n.txt").write_bytes(b"one\n\xff\xfe\nthree\n")
+    command = ["discover", str(model.directory), "--positive", str(tmp_path / "p.txt"), "--negative"]
+    command += [str(tmp_path / "n.txt"), "-o", str(tmp_path / "c.json"), "--top-k", "5"]
+    assert main(command) == 2
+    assert "n.txt:2: is not UTF-8 text" in capsys.readouterr().err and not (tmp_path / "c.json").exists()
+    assert main([*command, "--skip-bad"]) == 0
+    error = capsys.readouterr().err
+    assert "2 skipped" in error and "skipped 2, the first:" in error and "n.txt:2" in error
+    same(Circuit.load(tmp_path / "c.json"), model.discover(["one", "two"], ["one", "three"], top_k=5))
+
+
+def test_json_log(model, tmp_path, capsys):
+    (tmp_path / "p.txt").write_text("\n".join(POSITIVE))
+    command = ["discover", str(model.directory), "--positive", str(tmp_path / "p.txt"), "--negative"]
+    command += [str(tmp_path / "p.txt"), "-o", str(tmp_path / "c.json"), "--top-k", "5", "--no-universal", "--log-json"]
+    assert main(command) == 0
+    lines = [json.loads(line) for line in capsys.readouterr().err.splitlines() if line.startswith("{")]
+    assert lines[-1]["event"] == "done" and lines[-1]["prompts"] == lines[-1]["of"] == 14
+    tokens = 2 * sum(len(ids) for ids in model.tokenizer.encode_chat(POSITIVE))
+    assert lines[-1]["tokens"] == tokens and lines[-1]["memory_bytes"] > 1e6 and lines[0]["event"] == "progress"
