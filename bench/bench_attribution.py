@@ -3,11 +3,16 @@
 A1, A2 against transformers with hooks, one prompt at a time and in padded batches; A3 what the sums cost; A4 many
 columns; A5 bootstrap replicates. Prompts: 1,000 of 8 to 64 tokens after a header of 30 that all share. The competitors
 run every tenth of them, of all lengths; times are per prompt. The circuits are compared first.
-CNA_BENCH_PROMPTS=100 makes it short, to try the file out.
+A6 and A7 compare peaks of resident memory: of 100,000 prompts with 1,000, and of a streamed checkpoint with its size.
+CNA_BENCH_PROMPTS=100 makes it short, to try the file out; CNA_BENCH_LAYERS=2 the checkpoint of A7.
 """
 
+import json
 import os
 import random
+import re
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -201,3 +206,118 @@ def add(attribution, benchmark, run, id, competitor, result, target):
     )
     benchmark.extra_info.update(row)
     benchmark.pedantic(run, rounds=1)
+
+
+# The peak of the child's own memory: ru_maxrss would start at what the parent had when it forked.
+PROGRAM = """
+import re, sys
+from cna_kernels.model.cli import main
+assert main(sys.argv[1:]) == 0
+print("peak", re.search(r"VmHWM:\\s*(\\d+) kB", open("/proc/self/status").read())[1])
+"""
+
+
+def peak_of_discover(model, prompts, directory, *more):
+    """Peak resident bytes, and the facts of the last line, of `cna discover` on (positive, negative) prompts."""
+    words = ["discover", model, "-o", directory / "circuit.json", "--log-json", *more]
+    for name, side in zip(("positive", "negative"), prompts, strict=True):
+        (directory / f"{name}.txt").write_text("\n".join(side))
+        words += [f"--{name}", directory / f"{name}.txt"]
+    done = subprocess.run([sys.executable, "-c", PROGRAM, *map(str, words)], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    facts = [json.loads(line) for line in done.stderr.splitlines() if line.startswith('{"event": "done"')]
+    return int(re.search(r"peak (\d+)", done.stdout)[1]) * 1024, facts[-1]
+
+
+def ragged_text(n, seed):
+    draw = random.Random(seed)
+    return [" ".join(str(draw.randrange(1000)) for _ in range(draw.randint(2, 12))) for _ in range(n)]
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads the peak from /proc")
+def test_memory_does_not_grow_with_prompts(attribution, benchmark, tmp_path):
+    many = 100 * N_PROMPTS
+    peaks = {}
+    for n in (N_PROMPTS, N_PROMPTS + 1, many):  # the second tells the noise
+        sides = ragged_text(n // 2, 1), ragged_text(n - n // 2, 2)
+        peaks[n], facts = peak_of_discover("demo:instruct", sides, tmp_path)
+    few, again = peaks[N_PROMPTS], peaks[N_PROMPTS + 1]
+    row = attribution.add(
+        "A6 peak memory",
+        shape="bundled instruct model",
+        m="prompts",
+        dtype="bfloat16",
+        competitor=f"{many:,} prompts / {N_PROMPTS:,}",
+        result={"ratio": peaks[many] / few, "noise": max(few, again) / min(few, again)},
+        target=round((few + (20 << 20)) / few, 4),
+        peak_bytes=peaks[many],
+        more_bytes=peaks[many] - few,
+        prompts_per_s=facts["prompts_per_s"],
+    )
+    benchmark.extra_info.update(row)
+    benchmark.pedantic(lambda: None, rounds=1)
+
+
+LARGE = dict(
+    hidden_size=3072, intermediate_size=10240, num_attention_heads=24, num_key_value_heads=8, head_dim=128,
+    vocab_size=32000, max_position_embeddings=2048, tie_word_embeddings=True, rope_theta=10000.0, rms_norm_eps=1e-5,
+    num_hidden_layers=int(os.environ.get("CNA_BENCH_LAYERS", 25)), hidden_act="silu", torch_dtype="bfloat16",
+)  # fmt: skip
+
+
+def write_large(directory):
+    """A random bf16 checkpoint, written layer by layer; the bundled model's tokenizer. Returns its bytes."""
+    import shutil
+
+    from safetensors.torch import save_file
+
+    from cna_kernels.model import demo_checkpoint
+    from cna_kernels.model.weights import expected_shapes
+
+    config = {"model_type": "llama", "architectures": ["LlamaForCausalLM"], **LARGE}
+    (directory / "config.json").write_text(json.dumps(config))
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(demo_checkpoint("instruct") / name, directory / name)
+    shards, weight_map = {}, {}
+    for name, shape in expected_shapes(read_config(directory)).items():
+        shard = "-".join(name.split(".")[:3]) if ".layers." in name else "rest"
+        shards.setdefault(f"{shard}.safetensors", {})[name] = shape
+    for shard, shapes in shards.items():
+        tensors = {
+            name: torch.ones(shape, dtype=torch.bfloat16)
+            if len(shape) == 1
+            else torch.empty(shape, dtype=torch.bfloat16).normal_(std=shape[1] ** -0.5)
+            for name, shape in shapes.items()
+        }
+        save_file(tensors, directory / shard)
+        weight_map |= dict.fromkeys(tensors, shard)
+    (directory / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
+    return sum(path.stat().st_size for path in directory.glob("*.safetensors"))
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads the peak from /proc")
+def test_streamed_layers(attribution, benchmark, tmp_path):
+    checkpoint = tmp_path / "checkpoint"
+    checkpoint.mkdir()
+    torch.manual_seed(0)
+    size = write_large(checkpoint)
+    try:
+        sides = ragged_text(32, 1), ragged_text(32, 2)
+        peak, facts = peak_of_discover(checkpoint, sides, tmp_path, "--stream-layers", "--no-universal")
+    finally:
+        for path in checkpoint.iterdir():
+            path.unlink()
+    row = attribution.add(
+        "A7 peak memory, streamed layers",
+        shape=f"Llama-shaped, {size / 1e9:.1f} GB",
+        m="64 prompts",
+        dtype="bfloat16",
+        competitor="the checkpoint's size",
+        result={"ratio": peak / size, "noise": 1.0},
+        target=0.5,
+        peak_bytes=peak,
+        checkpoint_bytes=size,
+        seconds=facts["seconds"],
+    )
+    benchmark.extra_info.update(row)
+    benchmark.pedantic(lambda: None, rounds=1)

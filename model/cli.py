@@ -10,6 +10,7 @@ from importlib import import_module
 import cna_kernels
 from cna_kernels.checks import InputError, one_line
 
+DTYPES = ["bfloat16", "float16", "float32"]
 MODEL_HELP = "checkpoint directory in Hugging Face layout; demo:instruct or demo:base for the bundled pair"
 
 
@@ -110,8 +111,26 @@ def build_parser() -> Parser:
     _prompt_flags(discover)
     _model_flags(discover)
     discover.add_argument(
-        "--batch-tokens", type=_positive, metavar="N", help="tokens a forward pass, where --batch is auto"
+        "--batch-tokens", type=_positive, metavar="N", help="tokens a forward pass (default: 512, or 32768 on CUDA)"
     )
+
+    estimate = _command(
+        commands,
+        "estimate",
+        "what a discovery will need: memory, reads and time, before anything runs",
+        "cna estimate path/to/model --prompts all.txt --stream-layers",
+    )
+    estimate.add_argument("model", metavar="MODEL", help=MODEL_HELP)
+    estimate.add_argument("--prompts", metavar="FILE", required=True, help="all prompts of the discovery")
+    estimate.add_argument("--columns", type=_positive, default=2, metavar="C", help="sums to keep (default: 2)")
+    estimate.add_argument("--stream-layers", action="store_true", help="as for cna discover")
+    estimate.add_argument("--batch-tokens", type=_positive, metavar="N", help="as for cna discover")
+    _prompt_flags(estimate)
+    estimate.add_argument(
+        "--device", default=None, metavar="D", help="cpu, cuda, ... (default: cuda where there is one)"
+    )
+    estimate.add_argument("--dtype", choices=DTYPES, help="default: the checkpoint's own")
+    estimate.add_argument("--json", action="store_true", help="print JSON")
 
     status = _command(commands, "status", "how far a run directory is, and who works on it", "cna status run/")
     status.add_argument("run", metavar="DIR", help="the directory given to cna discover --run-dir")
@@ -183,9 +202,13 @@ def _model_flags(parser):
     parser.add_argument(
         "--device", default=None, metavar="D", help="cpu, cuda, cuda:1, ... (default: cuda where there is one)"
     )
-    parser.add_argument("--dtype", choices=["bfloat16", "float16", "float32"], help="default: the checkpoint's own")
+    parser.add_argument("--dtype", choices=DTYPES, help="default: the checkpoint's own")
     parser.add_argument(
-        "--batch", type=_batch, default=None, metavar="N", help="prompts a forward pass, or auto (default)"
+        "--batch",
+        type=_batch,
+        default=None,
+        metavar="N",
+        help="prompts a forward pass (default: by tokens), or auto, which measures once and says what it chose",
     )
     parser.add_argument("--json", action="store_true", help="print JSON")
 
@@ -197,7 +220,7 @@ def _positive(text):
 
 
 def _batch(text):
-    return None if text == "auto" else _positive(text)
+    return text if text == "auto" else _positive(text)
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+import time
 from collections.abc import Callable, Sequence
 
 import torch
@@ -16,6 +18,7 @@ from .packing import TokenPrompt, group_by_prefix, plan_packs
 from .transformer import Transformer
 
 DEFAULT_TOKENS = {"cpu": 512, "cuda": 32768}  # of one pack, by device
+AUTO_TOKENS = {"cpu": (256, 512, 1024, 2048, 4096), "cuda": (4096, 8192, 16384, 32768, 65536, 131072)}
 
 Progress = Callable[[int, int], None]  # prompts and tokens of a pack that is done
 
@@ -51,7 +54,7 @@ def collect(
         if n_prefix:
             packed = pack_prefix(prompts, members, n_prefix, column_weights, device)
             try:
-                past = forward(transformer, packed, None, sums)
+                past = forward(transformer, packed, None, sums, keep=True)
                 sums.fold(column_weights[:0])
             except NonFiniteActivation as error:
                 raise _blame(transformer, [prompts[row] for row in members], sums, error) from None
@@ -114,14 +117,23 @@ def pack_prefix(prompts, rows: list[int], n_prefix: int, column_weights: Tensor,
 
 
 def forward(
-    transformer: Transformer, packed: Packed, past: list[Past] | None, sums: ActivationSums | None
+    transformer: Transformer,
+    packed: Packed,
+    past: list[Past] | None,
+    sums: ActivationSums | None,
+    *,
+    keep: bool = False,
+    n_layers: int | None = None,
 ) -> list[Past]:
-    """Run a pack through all layers; return its keys and values in each."""
+    """Run a pack through the layers; with ``keep`` return its keys and values in each, else nothing.
+
+    ``n_layers``: run only the first so many, to see how long they take.
+    """
     found = []
     with torch.inference_mode():
         x = transformer.embed_tokens(packed.ids)[None]
         rotation = packed.rotation(transformer.rotary, x.dtype)
-        for number, layer in enumerate(transformer.layers):
+        for number, layer in enumerate(transformer.layers[:n_layers]):
             x, own = run_layer(
                 layer,
                 packed,
@@ -132,7 +144,8 @@ def forward(
                 last=number == len(transformer.layers) - 1,
                 **({} if sums is None else sums.layer(number)),
             )
-            found.append(own)
+            if keep:
+                found.append(own)
     return found
 
 
@@ -141,6 +154,48 @@ def check_length(prompt: TokenPrompt, context_length: int):
         raise InputError(prompt.place, "has no token")
     if len(prompt.ids) > context_length:
         raise InputError(prompt.place, f"has {len(prompt.ids)} tokens, the model's context is {context_length}")
+
+
+def measure_tokens(
+    transformer: Transformer, prompts: Sequence[TokenPrompt], n_columns: int, *, squares: bool
+) -> tuple[int, dict[int, float]]:
+    """Measure once how many tokens a forward pass should have, on the first layers and prompts like these.
+
+    Returns:
+        the fewest tokens that come within 3% of the best rate, and the tokens/s of every size that fits memory, for
+        all layers.
+    """
+    config, device = transformer.config, transformer.device
+    n_layers = min(2, config.num_hidden_layers)
+    sums = ActivationSums(config.num_hidden_layers, config.intermediate_size, n_columns, squares=squares, device=device)
+    rates: dict[int, float] = {}
+    for size in AUTO_TOKENS.get(device.type, AUTO_TOKENS["cpu"]):
+        rows: list[TokenPrompt] = []
+        for prompt in itertools.cycle(prompts):
+            if rows and sum(len(row.ids) for row in rows) + len(prompt.ids) > size:
+                break
+            rows.append(prompt)
+        rows.sort(key=lambda prompt: (len(prompt.ids), prompt.n_counted))
+        n_tokens, weights = sum(len(row.ids) for row in rows), torch.ones(len(rows), n_columns)
+        try:
+            packed, seconds = pack_prompts(rows, list(range(len(rows))), 0, weights, device), []
+            for _ in range(3):
+                start = time.perf_counter()
+                forward(transformer, packed, None, sums, n_layers=n_layers)
+                sums.fold(weights)  # waits for the device
+                seconds.append(time.perf_counter() - start)
+        except NonFiniteActivation:
+            pass  # the run itself will name the prompt
+        except RuntimeError as error:
+            sums.discard()
+            if not is_out_of_memory(error):
+                raise
+            break
+        rates[size] = n_tokens / min(seconds) * n_layers / config.num_hidden_layers
+    if not rates:
+        raise InputError("batch", "even the smallest forward pass runs out of memory")
+    best = max(rates.values())
+    return next(size for size, rate in rates.items() if rate >= 0.97 * best), rates
 
 
 def _blame(transformer, members, sums, error) -> InputError:

@@ -8,6 +8,7 @@ import os
 import platform
 import signal
 import sys
+from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryFile
 
@@ -89,8 +90,11 @@ def run_discover(args):
         if not contrasts:
             raise InputError(args.contrasts, f"holds no pair of columns NAME{POSITIVE}, NAME{NEGATIVE}")
         model = load_model(args, stream_layers=args.stream_layers, spill=args.spill or args.run_dir)
-        how = dict(chat=False if args.no_template else None, batch=args.batch, max_tokens=args.batch_tokens)
+        batch, tokens = (None if args.batch == "auto" else args.batch), args.batch_tokens
+        how = dict(chat=False if args.no_template else None, batch=batch, max_tokens=tokens)
         job = Job(model, corpus, contrasts, settings, diverse=diverse, squares=many or args.run_dir is not None, **how)
+        if args.batch == "auto":
+            _choose_batch(job, args)
         notes: dict = {}
         with metered(as_json=args.log_json, notes=notes, rank=rank) as meter:
             options = dict(skip_bad=args.skip_bad, progress=meter)
@@ -118,11 +122,34 @@ def run_discover(args):
     print(f"wrote {len(circuits)} circuits and columns.safetensors to {args.output}", file=sys.stderr)
 
 
+def _choose_batch(job, args):
+    """--batch auto: what a run was started with, else what is measured now."""
+    if args.stream_layers:
+        raise InputError("--batch", "auto measures a model in memory; with --stream-layers give --batch-tokens")
+    started = _manifest(args)
+    if started is not None:
+        job.how = replace(job.how, batch=started.get("batch"), max_tokens=started.get("batch_tokens"))
+        return
+    size, rates = job.choose_batch()
+    measured = ", ".join(f"{tokens}: {rate:,.0f}" for tokens, rate in rates.items())
+    print(
+        f"batch: {size} tokens a forward pass, as --batch-tokens {size} (tokens/s by size: {measured})", file=sys.stderr
+    )
+
+
+def _manifest(args) -> dict | None:
+    """The manifest of the run that --run-dir already holds."""
+    if args.run_dir is None or not (Path(args.run_dir) / "manifest.json").exists():
+        return None
+    return RunDirectory.open(args.run_dir).manifest
+
+
 def _set_threads(args):
     """As many threads as asked for; who joins a run takes those that it was started with."""
     threads = args.threads
-    if threads is None and args.run_dir is not None and (Path(args.run_dir) / "manifest.json").exists():
-        threads = RunDirectory.open(args.run_dir).manifest.get("threads")
+    started = _manifest(args)
+    if threads is None and started is not None:
+        threads = started.get("threads")
     if threads is not None:
         torch.set_num_threads(threads)
 
@@ -133,11 +160,45 @@ def _run_in(job, args, **options):
     try:
         return job.run_in(args.run_dir, **options)
     except (KeyboardInterrupt, InputError):
-        if (Path(args.run_dir) / "manifest.json").exists():
+        if _manifest(args) is not None:
             run = RunDirectory.open(args.run_dir)
             done = len(run.units) - len(run.missing())
             print(f"{done} of {len(run.units)} units are done; the same command goes on from there", file=sys.stderr)
         raise
+
+
+def run_estimate(args):
+    from .estimate import estimate
+
+    found = estimate(
+        _directory(args.model),
+        iter_prompts(args.prompts, column=_column(args, args.prompts), limit=args.limit),
+        device=_device(args),
+        dtype=args.dtype,
+        stream_layers=args.stream_layers,
+        chat=False if args.no_template else None,
+        max_tokens=args.batch_tokens,
+        n_columns=args.columns,
+    )
+    if args.json:
+        print_json(found)
+        return
+    table = Table(show_header=False)
+    prefix = f", {found['tokens_run']:,} to run: the rest is shared" if found["tokens_run"] < found["tokens"] else ""
+    table.add_row("prompts", f"{found['prompts']:,}, about {found['tokens']:,} tokens{prefix}")
+    for name, size in found["memory_bytes"].items():
+        table.add_row(f"memory: {name.replace('_', ' ')}", _bytes(size))
+    if found["spilled_bytes"]:
+        table.add_row("hidden states on disk", _bytes(found["spilled_bytes"]))
+    table.add_row("read from the checkpoint", _bytes(found["read_bytes"]))
+    table.add_row(f"parts of {found['units']:,} units, with --run-dir", f"at most {_bytes(found['part_bytes'])}")
+    for name, seconds in found["seconds"].items():
+        table.add_row(f"time: {name}", f"{seconds:,.1f} s")
+    stdout().print(table)
+
+
+def _bytes(size) -> str:
+    return f"{size / 2**30:,.2f} GiB" if size >= 2**30 else f"{size / 2**20:,.1f} MiB"
 
 
 def run_status(args):
@@ -208,7 +269,7 @@ def run_run(args):
         top_p=args.top_p,
         seed=[args.seed + number for _ in columns for number in range(n_prompts)],
         chat=False if args.no_template else None,
-        batch=args.batch,
+        batch=None if args.batch == "auto" else args.batch,
     )
     results = [
         {
@@ -308,19 +369,28 @@ COMMANDS = {
     "discover": run_discover,
     "show": run_show,
     "run": run_run,
+    "estimate": run_estimate,
     "status": run_status,
     "doctor": run_doctor,
 }
 
 
 def load_model(args, **options) -> LanguageModel:
-    directory = args.model
-    if directory.startswith("demo:") and not Path(directory).exists():
-        directory = demo_checkpoint(directory.removeprefix("demo:"))
-    device = args.device
-    if device is None:
-        device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if torch.cuda.is_available() else "cpu"
-    return load(directory, device=device, dtype=args.dtype, **options)
+    return load(_directory(args.model), device=_device(args), dtype=args.dtype, **options)
+
+
+def _directory(model):
+    """The directory of MODEL; demo:NAME is a bundled one."""
+    if model.startswith("demo:") and not Path(model).exists():
+        return demo_checkpoint(model.removeprefix("demo:"))
+    return model
+
+
+def _device(args) -> str:
+    """The device asked for; by default a GPU where there is one, under torchrun one for each worker."""
+    if args.device is not None:
+        return args.device
+    return f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if torch.cuda.is_available() else "cpu"
 
 
 def _show_circuits(circuits: dict[str, Circuit], *, as_json: bool):

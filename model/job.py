@@ -9,11 +9,12 @@ from typing import TYPE_CHECKING
 import torch
 
 from cna_kernels import __version__, backends
+from cna_kernels.checks import InputError
 from cna_kernels.circuit import Circuit
 
 from . import stream
 from .attribute import UNIVERSAL_FRACTION, Part, Pass, encode_ahead, run_unit
-from .collect import collect
+from .collect import collect, measure_tokens
 from .columns import Columns
 from .corpus import Contrast, Corpus
 from .discover import Settings, Totals, check_counts, check_size, find_universal, select_circuit
@@ -60,6 +61,18 @@ class Job:
     def shape(self) -> tuple[int, int]:
         """Layers, and neurons of each."""
         return self.model.config.num_hidden_layers, self.model.config.intermediate_size
+
+    def choose_batch(self) -> tuple[int, dict[int, float]]:
+        """Measure how many tokens a forward pass should have, and take that many; see ``collect.measure_tokens``."""
+        entries = self.corpus.read(0)[:256]
+        n_columns = self.how.columns.weights(entries, 0)[1].shape[1] + sum(entry.universal for entry in entries)
+        longest = self.model.config.context_length
+        prompts = [prompt for prompt in self._encode(entries) if 0 < len(prompt.ids) <= longest]
+        if not prompts:
+            raise InputError("batch", f"none of the first {len(entries)} prompts fits the model's context")
+        size, rates = measure_tokens(self.model.transformer, prompts, n_columns, squares=self.how.squares)
+        self.how = replace(self.how, batch=None, max_tokens=size)
+        return size, rates
 
     def run(
         self, units: Iterable[int], *, skip_bad: bool = False, progress: Progress | None = None, done: int = 0

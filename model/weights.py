@@ -257,7 +257,7 @@ def load_transformer(
     return transformer.eval()
 
 
-def layer_bytes(config: ModelConfig) -> int:
+def layer_size(config: ModelConfig) -> int:
     """The number of weights in one layer."""
     return sum(math.prod(shape) for name, shape in expected_shapes(config).items() if name.startswith(_LAYER.format(0)))
 

@@ -1,6 +1,7 @@
 """Many questions in one pass: contrast files, positions, bootstrap, folds, and the universal filter as columns."""
 
 import json
+import re
 from tempfile import TemporaryFile
 
 import pytest
@@ -8,9 +9,9 @@ import torch
 from safetensors.torch import load_file
 
 from cna_kernels import Circuit, InputError
-from cna_kernels.model import load
+from cna_kernels.model import collect, load
 from cna_kernels.model.cli import main
-from cna_kernels.model.corpus import Contrast, Corpus, Names, contrasts_of, read_contrasts, two_sets
+from cna_kernels.model.corpus import Contrast, Corpus, Entry, Names, contrasts_of, read_contrasts, two_sets
 from cna_kernels.model.discover import settings_from
 from cna_kernels.model.job import Job
 from tiny import write_language_model
@@ -115,7 +116,6 @@ def test_a_circuit_with_its_stability_survives_its_file(model, tmp_path):
 def test_positions(model, position):
     """Against the plain forward pass: which tokens count, each prompt as much as any other."""
     from cna_kernels import ActivationSums
-    from cna_kernels.model.corpus import Entry
     from cna_kernels.model.transformer import Tap
 
     entries = [Entry(text, "p", ((0, 1.0),), answer="well: " + text[:4]) for text in POSITIVE]
@@ -288,3 +288,31 @@ def test_json_log(model, tmp_path, capsys):
     assert lines[-1]["event"] == "done" and lines[-1]["prompts"] == lines[-1]["of"] == 14
     tokens = 2 * sum(len(ids) for ids in model.tokenizer.encode_chat(POSITIVE))
     assert lines[-1]["tokens"] == tokens and lines[-1]["memory_bytes"] > 1e6 and lines[0]["event"] == "progress"
+
+
+def test_batch_auto_measures_once_and_says_what_it_chose(model, tmp_path, capsys, monkeypatch):
+    (tmp_path / "p.txt").write_text("\n".join(POSITIVE))
+    command = ["discover", str(model.directory), "--positive", str(tmp_path / "p.txt"), "--negative"]
+    command += [str(tmp_path / "p.txt"), "-o", str(tmp_path / "c.json"), "--top-k", "5", "--no-universal"]
+    command += ["--run-dir", str(tmp_path / "run")]
+    assert main([*command, "--batch", "auto"]) == 0
+    said = re.search(r"batch: (\d+) tokens a forward pass, as --batch-tokens \1", capsys.readouterr().err)
+    assert json.loads((tmp_path / "run" / "manifest.json").read_text())["batch_tokens"] == int(said[1])
+    first = (tmp_path / "c.json").read_bytes()
+    for more in (["--batch", "auto"], ["--batch-tokens", said[1]]):  # the run goes on with what it was started with
+        assert main([*command, *more]) == 0
+        assert "tokens/s by size" not in capsys.readouterr().err and (tmp_path / "c.json").read_bytes() == first
+
+
+def test_batch_auto_stops_where_memory_ends(model, monkeypatch):
+    whole = collect.forward
+
+    def small_memory(transformer, packed, *rest, **options):
+        if packed.n_tokens > 600:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return whole(transformer, packed, *rest, **options)
+
+    monkeypatch.setattr(collect, "forward", small_memory)
+    prompts = model.encode_entries([Entry(text, "p") for text in POSITIVE])
+    size, rates = collect.measure_tokens(model.transformer, prompts, 2, squares=True)
+    assert list(rates) == [256, 512] and size in rates

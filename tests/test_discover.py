@@ -199,13 +199,13 @@ def test_out_of_memory_halves_the_pack(checkpoint, monkeypatch):
     whole = collect.forward
     sizes = []
 
-    def small_memory(transformer, packed, past, sums):
+    def small_memory(transformer, packed, past, sums, **options):
         n_prompts = sum(span.n_prompts for span in packed.spans)
         sizes.append(n_prompts)
         if n_prompts > limit:
             sums.act_sum += 1  # half-done work must not count
             raise torch.OutOfMemoryError("CUDA out of memory")
-        return whole(transformer, packed, past, sums)
+        return whole(transformer, packed, past, sums, **options)
 
     monkeypatch.setattr(collect, "forward", small_memory)
     limit = 3

@@ -122,9 +122,9 @@ def test_the_prefix_is_computed_once(tmp_path, monkeypatch):
     tokens = []
     whole = collect.forward
 
-    def count(transformer, packed, past, sums):
+    def count(transformer, packed, *rest, **options):
         tokens.append(packed.n_tokens)
-        return whole(transformer, packed, past, sums)
+        return whole(transformer, packed, *rest, **options)
 
     monkeypatch.setattr(collect, "forward", count)
     collect.collect(transformer, prompts, torch.ones(30, 1), ActivationSums(3, 48, 1))

@@ -1,0 +1,142 @@
+"""What a discovery will need, before it runs: memory, reads and time, from config, headers, a sample and two probes."""
+
+from __future__ import annotations
+
+import itertools
+import os
+import time
+from collections.abc import Iterable
+
+import torch
+
+from cna_kernels import ActivationSums
+
+from .collect import DEFAULT_TOKENS, pack_prompts
+from .config import DTYPES, read_config
+from .corpus import STREAMED_UNITS, UNIT_PROMPTS
+from .packed import run_layer
+from .packing import TokenPrompt, group_by_prefix, plan_packs
+from .rope import RotaryEmbedding
+from .stream import HIDDEN_BYTES
+from .text import Tokenizer
+from .transformer import Layer
+from .weights import check_entries, expected_shapes, layer_size, open_checkpoint
+
+SAMPLE = 1000  # prompts that are tokenised
+PROBE_BYTES = 256 << 20  # of the checkpoint that are read
+
+
+def estimate(
+    directory,
+    prompts: Iterable[tuple[str, str]],
+    *,
+    device,
+    dtype: str | None = None,
+    stream_layers: bool = False,
+    chat: bool | None = None,
+    max_tokens: int | None = None,
+    n_columns: int = 2,
+) -> dict:
+    """Estimate a discovery over these (text, place): bytes, tokens and seconds.
+
+    Sizes are counted. Times follow from three measurements: a sample of the prompts is tokenised, one layer with random
+    weights runs over a pack of them, and a part of the checkpoint is read.
+    """
+    config = read_config(directory)
+    tokenizer = Tokenizer(directory, config.vocab_size)
+    checkpoint = open_checkpoint(directory)
+    check_entries(checkpoint, config, directory)
+    wide = DTYPES[config.dtype if dtype is None else dtype]
+    device = torch.device(device)
+    max_tokens = max_tokens or DEFAULT_TOKENS.get(device.type, DEFAULT_TOKENS["cpu"])
+
+    stream = iter(prompts)
+    sample = list(itertools.islice(stream, SAMPLE))
+    n_prompts = len(sample) + sum(1 for _ in stream)
+    start = time.perf_counter()
+    texts = [text for text, _ in sample]
+    as_chat = tokenizer.template is not None if chat is None else chat
+    ids = tokenizer.encode_chat(texts) if as_chat else [tokenizer.encode(text) for text in texts]
+    tokenise = (time.perf_counter() - start) / len(sample)
+    groups = group_by_prefix(ids)
+    shared = sum((len(group.prompts) - 1) * group.prefix for group in groups)
+    per_prompt = sum(map(len, ids)) / len(ids)
+    run_per_prompt = per_prompt - shared / len(ids)
+
+    n_layers, n_neurons = config.num_hidden_layers, config.intermediate_size
+    layer = layer_size(config) * wide.itemsize
+    all_weights = sum(torch.Size(shape).numel() for shape in expected_shapes(config).values()) * wide.itemsize
+    per_unit = UNIT_PROMPTS * (STREAMED_UNITS if stream_layers else 1)
+    n_units = -(-n_prompts // per_unit)
+    hidden = min(n_prompts, per_unit) * run_per_prompt * config.hidden_size * wide.itemsize
+    sums = n_layers * n_neurons * n_columns * (4 + 8)
+    pack = max_tokens * (3 * n_neurons + 8 * config.hidden_size) * wide.itemsize
+    on_disk = sum(entry.end - entry.start for entry in checkpoint.entries.values())
+    read_bytes = on_disk * n_units if stream_layers else on_disk
+    memory = {
+        "weights": 2 * layer if stream_layers else all_weights,
+        "hidden_states": min(hidden, HIDDEN_BYTES) if stream_layers else 0,
+        "forward_pass": pack,
+        "sums": sums,
+    }
+    per_token = _layer_seconds(config, ids, wide, device, max_tokens, n_columns)
+    seconds = {
+        "tokenise": tokenise * n_prompts,
+        "read": read_bytes / _read_rate(checkpoint),
+        "compute": per_token * n_layers * run_per_prompt * n_prompts,
+    }
+    # The reader and the tokeniser work beside the model; the first layer, or all weights, must be there before it.
+    first = seconds["read"] / n_layers if stream_layers else seconds["read"]
+    beside = max(seconds["tokenise"], seconds["read"] - first if stream_layers else 0.0, seconds["compute"])
+    return {
+        "prompts": n_prompts,
+        "tokens": round(per_prompt * n_prompts),
+        "tokens_run": round(run_per_prompt * n_prompts),
+        "units": n_units,
+        "memory_bytes": {name: round(size) for name, size in memory.items()} | {"all": round(sum(memory.values()))},
+        "spilled_bytes": max(round(hidden) - HIDDEN_BYTES, 0) and round(hidden) if stream_layers else 0,
+        "read_bytes": read_bytes,
+        "part_bytes": n_units * n_layers * n_neurons * n_columns * 8 * 2,
+        "seconds": {name: round(value, 1) for name, value in seconds.items()} | {"all": round(first + beside, 1)},
+        "sample": len(sample),
+    }
+
+
+def _layer_seconds(config, ids, dtype, device, max_tokens, n_columns) -> float:
+    """Seconds that one layer takes for a token: a layer of random weights over a pack of these prompts."""
+    with torch.device("meta"):
+        layer = Layer(config, 0)
+    layer = layer.to(dtype).to_empty(device=device).eval()
+    for parameter in layer.parameters():
+        parameter.data.normal_(std=config.hidden_size**-0.5)
+    prompts = sorted((TokenPrompt(row, "sample") for row in ids), key=lambda prompt: len(prompt.ids))
+    packs = plan_packs([len(p.ids) for p in prompts], [1] * len(prompts), max_prompts=None, max_tokens=max_tokens)
+    rows = packs[len(packs) // 2]
+    packed = pack_prompts(prompts, rows, 0, torch.ones(len(prompts), n_columns), device)
+    sums = ActivationSums(1, config.intermediate_size, n_columns, device=device)
+    rotation = packed.rotation(RotaryEmbedding(config).to(device), dtype)
+    x = torch.randn(1, packed.n_tokens, config.hidden_size, device=device).to(dtype)
+    times = []
+    with torch.inference_mode():
+        for _ in range(4):
+            start = time.perf_counter()
+            run_layer(layer, packed, x, rotation, None, window=None, last=False, **sums.layer(0))
+            sums.fold(torch.ones(1, n_columns))  # waits for the device
+            times.append(time.perf_counter() - start)
+    return min(times[1:]) / packed.n_tokens
+
+
+def _read_rate(checkpoint) -> float:
+    """Bytes a second from the largest file of the checkpoint, past the cache of the system where it can be emptied."""
+    entry = max(checkpoint.entries.values(), key=lambda entry: entry.end)
+    with open(entry.path, "rb", buffering=0) as file:
+        size = min(os.fstat(file.fileno()).st_size, PROBE_BYTES)
+        if hasattr(os, "posix_fadvise"):
+            os.posix_fadvise(file.fileno(), 0, size, os.POSIX_FADV_DONTNEED)
+        buffer, done, start = bytearray(4 << 20), 0, time.perf_counter()
+        while done < size:
+            got = file.readinto(buffer)
+            if not got:
+                break
+            done += got
+    return done / max(time.perf_counter() - start, 1e-9)
