@@ -15,7 +15,7 @@ from pathlib import Path
 
 import torch
 
-DIRECTORY = Path(__file__).resolve().parent / "results"
+DIRECTORY = Path(os.environ.get("CNA_BENCH_RESULTS") or Path(__file__).resolve().parent / "results")
 
 
 def cpu_environment() -> dict:
@@ -32,8 +32,9 @@ def cpu_environment() -> dict:
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
         "last_level_cache_bytes": last_level_cache(),
-        "isa": library.isa(),
-        "isa_levels": library.levels(),
+        "isa": None if library.missing() else library.isa(),
+        "isa_levels": None if library.missing() else library.levels(),
+        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
         "ONEDNN_MAX_CPU_ISA": os.environ.get("ONEDNN_MAX_CPU_ISA"),
         "python": platform.python_version(),
         "torch": torch.__version__,
