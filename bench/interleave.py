@@ -21,14 +21,23 @@ def compare(ours, theirs, *, rounds: int = 5) -> dict[str, float]:
         noise: median of ours / ours over neighbouring rounds, larger over smaller: what a ratio of 1 can look like.
         ours, theirs: median seconds, for orientation only.
     """
-    ours()
-    theirs()
-    pairs = [(seconds(ours), seconds(theirs)) for _ in range(rounds)]
-    mine = [a for a, _ in pairs]
+    return compare_all(ours, [theirs], rounds=rounds)[0]
+
+
+def compare_all(ours, competitors, *, rounds: int = 5) -> list[dict[str, float]]:
+    """As :func:`compare`, with several competitors in every round."""
+    runs = [ours, *competitors]
+    for run in runs:
+        run()
+    times = [[seconds(run) for run in runs] for _ in range(rounds)]
+    mine = [row[0] for row in times]
     neighbours = [max(a, b) / min(a, b) for a, b in itertools.pairwise(mine)]
-    return {
-        "ratio": statistics.median(a / b for a, b in pairs),
-        "noise": statistics.median(neighbours),
-        "ours": statistics.median(mine),
-        "theirs": statistics.median(b for _, b in pairs),
-    }
+    return [
+        {
+            "ratio": statistics.median(row[0] / row[number] for row in times),
+            "noise": statistics.median(neighbours),
+            "ours": statistics.median(mine),
+            "theirs": statistics.median(row[number] for row in times),
+        }
+        for number in range(1, len(runs))
+    ]

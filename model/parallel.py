@@ -1,0 +1,315 @@
+"""Attribution of models larger than one device: every rank holds some heads and some neurons of every layer.
+
+Tensor parallelism on PyTorch's own engine. q, k, v, gate and up are split by rows, o_proj and down by columns, so that
+a rank's attention and its MLP each give one summand of the result; PLAN adds the summands. The sums of a neuron's
+activations stay with the rank that has the neuron, and are gathered once at the end.
+
+All ranks run the same packs in step. Whatever one of them cannot do ends all of them, and never leaves the others
+waiting: they meet before the first pack and after every pack, and no wait is longer than the group's timeout.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from datetime import timedelta
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import Partial, Replicate
+from torch.distributed.tensor.parallel import PrepareModuleOutput, parallelize_module
+
+from cna_kernels.checks import InputError
+from cna_kernels.files import sha256
+from cna_kernels.sums import ActivationSums, NonFiniteActivation
+
+from .collect import DEFAULT_TOKENS, Progress, check_length, forward, pack_prefix, pack_prompts, shared_prefixes
+from .config import DTYPES, ModelConfig
+from .memory import is_out_of_memory
+from .packed import Packed, Past
+from .packing import TokenPrompt, plan_packs
+from .transformer import Transformer
+from .weights import Checkpoint, TensorEntry, _check_memory, check_entries, expected_shapes
+
+BACKENDS = {"cpu": "gloo", "cuda": "nccl"}
+TIMEOUT = timedelta(minutes=5)  # of a rank for the others; they differ by what reading and compiling take
+SPLIT = ("num_attention_heads", "num_key_value_heads", "intermediate_size")  # what of a layer ranks share out
+
+_SUMMAND = dict(output_layouts=Partial(), desired_output_layouts=Replicate())
+PLAN = {"layers.*.self_attn.o_proj": PrepareModuleOutput(**_SUMMAND), "layers.*.mlp": PrepareModuleOutput(**_SUMMAND)}
+
+_NOTHING = "0" * 64  # shown instead of a hash by a rank that has failed
+
+
+def open_mesh(device, *, timeout: timedelta = TIMEOUT) -> DeviceMesh:
+    """All processes that torchrun has started, as one row of ranks. Starts the process group, unless the caller has.
+
+    Args:
+        device: this rank's own: "cpu", or "cuda:N" with N its LOCAL_RANK.
+        timeout: how long a rank waits for the others.
+    """
+    device = torch.device(device)
+    if device.type not in BACKENDS:
+        raise InputError("device", f"tensor parallelism runs on {' and '.join(BACKENDS)}, got {device}")
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    if not dist.is_initialized():
+        if "RANK" not in os.environ:
+            raise InputError("RANK", "is not set: tensor parallelism is started with torchrun")
+        dist.init_process_group(
+            BACKENDS[device.type], timeout=timeout, device_id=device if device.type == "cuda" else None
+        )
+    return DeviceMesh.from_group(dist.group.WORLD, device.type, mesh_dim_names=("ranks",))
+
+
+class ParallelTransformer(Transformer):
+    """One rank's part of a Transformer: its heads and neurons, and all of the embedding and the norms. Has no logits.
+
+    Attributes:
+        config: of the whole model.
+        mesh: the ranks that share it, one-dimensional.
+    """
+
+    def __init__(self, config: ModelConfig, mesh: DeviceMesh):
+        super().__init__(_part_of(config, mesh.size()))
+        self.config, self.mesh = config, mesh
+        parallelize_module(self, mesh, PLAN)
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        raise InputError("ranks", "a model that is split over ranks finds circuits, and nothing else")
+
+
+def _part_of(config: ModelConfig, n_ranks: int) -> ModelConfig:
+    """The shape of one rank's part. "Tied", because it has no lm_head: sums need none."""
+    return replace(config, tie_word_embeddings=True, **{field: getattr(config, field) // n_ranks for field in SPLIT})
+
+
+def load_parallel(
+    directory, config: ModelConfig, checkpoint: Checkpoint, *, mesh: DeviceMesh, dtype=None, device="cpu"
+) -> ParallelTransformer:
+    """Read this rank's part of a checkpoint. All ranks of the mesh call it, and all return or all raise.
+
+    No rank reads or holds more than its part. ``dtype`` None keeps the dtype of config.json.
+
+    Raises:
+        InputError: heads, key-value heads or neurons cannot be shared out evenly, which is not supported; a tensor is
+            missing or misshapen; memory cannot hold the part; or another rank has failed, or has another checkpoint.
+    """
+    dtype = DTYPES[config.dtype] if dtype is None else dtype
+    digest = None
+    with _named_if_lost(mesh):
+        try:
+            transformer = _load(directory, config, checkpoint, mesh, dtype, device)
+            digest = sha256(repr(config), str(dtype), checkpoint.weights_sha256())
+        finally:
+            _meet(mesh, digest, "checkpoint")
+    return transformer
+
+
+def _load(directory, config, checkpoint, mesh, dtype, device) -> ParallelTransformer:
+    for field in SPLIT:
+        if getattr(config, field) % mesh.size():
+            what = f"expected a multiple of the {mesh.size()} ranks, got {getattr(config, field)}"
+            raise InputError(f"{Path(directory) / 'config.json'}: {field}", what)
+    part, rank = _part_of(config, mesh.size()), mesh.get_local_rank()
+    check_entries(checkpoint, config, directory)
+    _check_memory(part, dtype, device, directory)
+    with torch.device("meta"):
+        transformer = ParallelTransformer(config, mesh).requires_grad_(False)
+    for module in (transformer.embed_tokens, transformer.layers, transformer.norm):
+        module.to(dtype).to_empty(device=device)
+    transformer.rotary.to(device)
+    for name, shape in expected_shapes(part).items():
+        _place_of(transformer, name).copy_(_read_part(checkpoint.entries[name], name, shape, rank))
+    if config.o_bias and rank > 0:  # the first rank's summand brings the bias
+        for layer in transformer.layers:
+            layer.self_attn.o_proj.bias.zero_()
+    return transformer.eval()
+
+
+def _place_of(transformer: Transformer, name: str) -> Tensor:
+    """The parameter that a tensor of the checkpoint goes to; gate_proj and up_proj are the halves of one."""
+    path = name.removeprefix("model.")
+    for half, part in enumerate(("gate_proj", "up_proj")):
+        if f".{part}." in path:
+            return transformer.get_parameter(path.replace(part, "gate_up_proj")).chunk(2)[half]
+    return transformer.get_parameter(path)
+
+
+def _read_part(entry: TensorEntry, name: str, shape: tuple[int, ...], rank: int) -> Tensor:
+    """Read a rank's share of the dimension in which ``shape`` is smaller than the tensor, or all of it.
+
+    A share of the rows is one piece of the file, a share of the columns is a piece of every row. (``get_slice`` of
+    safetensors 0.8 reads the whole tensor first where it does not map the file.)
+    """
+    part = torch.empty(shape, dtype=entry.dtype)
+    by_columns = shape[0] == entry.shape[0] and shape != entry.shape
+    pieces = part.view(torch.uint8).view(shape[0] if by_columns else 1, -1).numpy()  # [pieces, bytes]
+    step = math.prod(entry.shape[1:]) * entry.dtype.itemsize  # from one row's piece to the next row's
+    start = entry.start if shape == entry.shape else entry.start + rank * pieces.shape[1]
+    try:
+        with open(entry.path, "rb") as file:
+            for number, piece in enumerate(pieces):
+                file.seek(start + number * step)
+                if file.readinto(piece) != len(piece):
+                    raise InputError(f"{entry.path}: {name!r}", "was truncated while it was read")
+    except OSError as error:
+        raise InputError(f"{entry.path}: {name!r}", error.strerror) from None
+    return part
+
+
+class OwnSums(ActivationSums):
+    """The sums of this rank's neurons. All ranks call ``fold`` together: a non-finite sum of one is an error of all."""
+
+    def __init__(self, mesh: DeviceMesh, n_layers: int, n_neurons: int, n_columns: int, *, squares: bool, device):
+        """``n_neurons``: of a whole layer."""
+        super().__init__(n_layers, n_neurons // mesh.size(), n_columns, squares=squares, device=device)
+        self.mesh, self.n_neurons = mesh, n_neurons
+
+    def fold(self, weight: Tensor, *, layer: int | None = None):
+        """As in ActivationSums; but where the sum of another rank is not finite, this rank's totals have changed."""
+        none = len(self.total) * self.n_neurons
+        first = none
+        try:
+            super().fold(weight, layer=layer)
+        except NonFiniteActivation as error:
+            index = self.mesh.get_local_rank() * self.total.shape[2] + error.index
+            first = error.layer * self.n_neurons + index
+        found = torch.tensor(first, device=self.act_sum.device)
+        dist.all_reduce(found, dist.ReduceOp.MIN, self.mesh.get_group())
+        if found < none:
+            raise NonFiniteActivation(*divmod(found.item(), self.n_neurons))
+
+    def add_to(self, whole: ActivationSums):
+        """Add the totals of all ranks to ``[L, C, N]``, a layer at a time. All ranks call it."""
+        for own, total in ((self.total, whole.total), (self.total_sq, whole.total_sq)):
+            for part, layer in () if own is None else zip(own, total, strict=True):
+                parts = part.new_empty(self.mesh.size(), *part.shape)  # [ranks, C, N / ranks]
+                dist.all_gather(list(parts), part, self.mesh.get_group())
+                layer += parts.transpose(0, 1).flatten(1).to(layer.device)
+        whole.count += self.count
+
+
+def collect(
+    transformer: ParallelTransformer,
+    prompts: Sequence[TokenPrompt],
+    column_weights: Tensor,
+    sums: ActivationSums,
+    *,
+    batch: int | None = None,
+    max_tokens: int | None = None,
+    progress: Progress | None = None,
+):
+    """``collect.collect`` for a ParallelTransformer: the same packs, and ``sums`` of all neurons on every rank.
+
+    All ranks call it with the same arguments, but for ``progress``. Packs are not halved where memory runs out on one
+    rank: that is an error, of the others because the connection is lost when this rank's process ends.
+
+    Raises:
+        InputError: as in ``collect.collect``, on all ranks, naming the same prompt; the ranks were given different
+            prompts; memory has run out; or another rank is gone.
+    """
+    mesh, device = transformer.mesh, transformer.device
+    if max_tokens is None:
+        max_tokens = DEFAULT_TOKENS[device.type]
+    n_layers, n_columns, n_neurons = sums.total.shape
+    squares = sums.total_sq is not None
+    digest = None
+    with _named_if_lost(mesh):
+        try:
+            for prompt in prompts:
+                check_length(prompt, transformer.config.context_length)
+            own = OwnSums(mesh, n_layers, n_neurons, n_columns, squares=squares, device=device)
+            how = [str(transformer.dtype), list(sums.total.shape), squares, batch, max_tokens]
+            tokens = [[prompt.ids, prompt.n_counted] for prompt in prompts]
+            digest = sha256(json.dumps([how, tokens]), column_weights.contiguous().numpy().tobytes())
+        finally:
+            _meet(mesh, digest, "list of prompts")
+        for n_prefix, members in shared_prefixes(transformer, prompts):
+            past = None
+            if n_prefix:
+                packed = pack_prefix(prompts, members, n_prefix, column_weights, device)
+                past = _run(transformer, packed, None, own, column_weights[:0], [prompts[row] for row in members])
+            lengths = [len(prompts[row].ids) - n_prefix for row in members]
+            counted = [prompts[row].n_counted for row in members]
+            for pack in plan_packs(lengths, counted, max_prompts=batch, max_tokens=max_tokens):
+                rows = [members[place] for place in pack]
+                packed = pack_prompts(prompts, rows, n_prefix, column_weights, device)
+                _run(transformer, packed, past, own, column_weights[rows], [prompts[row] for row in rows])
+                if progress is not None:
+                    progress(len(rows), sum(len(prompts[row].ids) for row in rows))
+        own.add_to(sums)
+
+
+def _run(transformer, packed: Packed, past, own: OwnSums, weights: Tensor, prompts: list[TokenPrompt]) -> list[Past]:
+    """Run a pack and fold what it adds. ``prompts`` are those of the pack, or those whose beginning it is."""
+    try:
+        past = forward(transformer, packed, past, own)
+        own.fold(weights)
+        return past
+    except NonFiniteActivation as error:
+        raise _blame(transformer, prompts, error) from None
+    except RuntimeError as error:
+        if not is_out_of_memory(error):
+            raise
+    rank = transformer.mesh.get_local_rank()
+    what = f"out of memory on rank {rank} with these {packed.n_tokens} tokens; ask for smaller packs"
+    raise InputError(_places(prompts), what)
+
+
+def _blame(transformer: ParallelTransformer, prompts: list[TokenPrompt], error: NonFiniteActivation) -> InputError:
+    """Run the prompts of a failed pack one at a time, on all ranks, to name the one at fault."""
+    config, device, one = transformer.config, transformer.device, torch.ones(1, 1)
+    shape = (config.num_hidden_layers, config.intermediate_size, 1)
+    for prompt in prompts:
+        alone = OwnSums(transformer.mesh, *shape, squares=False, device=device)
+        try:
+            forward(transformer, pack_prompts([prompt], [0], 0, one, device), None, alone)
+            alone.fold(one)
+        except NonFiniteActivation as single:
+            return InputError(prompt.place, f"causes a {single}; nothing was selected")
+    return InputError(_places(prompts), f"together cause a {error}, none does alone; nothing was selected")
+
+
+def _places(prompts: list[TokenPrompt]) -> str:
+    return prompts[0].place if len(prompts) == 1 else f"{prompts[0].place} .. {prompts[-1].place}"
+
+
+def _meet(mesh: DeviceMesh, digest: str | None, what: str):
+    """Wait for all ranks, and raise InputError unless all show the same hash. None: this rank has failed already.
+
+    Collectives of tensors that differ in shape or dtype do not fail cleanly (gloo sums them to garbage), so this is
+    the first of them, of a shape that never changes.
+    """
+    device = torch.device(mesh.device_type)
+    mine = torch.tensor(list(bytes.fromhex(digest or _NOTHING)), dtype=torch.uint8, device=device)
+    shown = torch.empty(mesh.size(), len(mine), dtype=torch.uint8, device=device)
+    dist.all_gather(list(shown), mine, mesh.get_group())
+    if digest is None:
+        return  # this rank's own error says more
+    digests = [bytes(row).hex() for row in shown.tolist()]
+    for rank, other in enumerate(digests):
+        if other == _NOTHING:
+            raise InputError(f"rank {rank}", "has failed; its own message says why")
+    for rank, other in enumerate(digests):
+        if other != digests[0]:
+            raise InputError(f"rank {rank}", f"has another {what} than rank 0")
+
+
+@contextmanager
+def _named_if_lost(mesh: DeviceMesh) -> Iterator[None]:
+    """Say in one line that another rank is gone, or has not come in time."""
+    try:
+        yield
+    except RuntimeError as error:
+        if not isinstance(error, dist.DistError) and "gloo" not in str(error):
+            raise
+        reason = str(error).strip().splitlines()[0]
+        raise InputError(f"rank {mesh.get_local_rank()}", f"has lost another rank: {reason}") from None
