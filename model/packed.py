@@ -1,19 +1,22 @@
 """The forward pass of a pack: tokens of many prompts in one row, each prompt looking at itself and at a shared prefix.
 
-Everything but attention works on ``[1, T, H]``, whatever the lengths. Attention goes span by span: prompts of one
-length are one batch without padding, views of the packed tensors.
+Everything but attention works on ``[1, T, H]``, whatever the lengths. Attention uses PyTorch's flash kernel for
+sequences of varying length where the device has it (untried: no GPU was at hand). Elsewhere it goes span by span:
+prompts of one length are one batch without padding, views of the packed tensors.
 """
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Sequence
-from functools import partial
+from functools import cache, partial
+from itertools import pairwise
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .packing import Span, spans_of
+from .packing import spans_of
 from .rope import RotaryEmbedding
 from .transformer import Layer
 
@@ -50,6 +53,7 @@ class Packed:
         self.positions = torch.tensor(positions, device=device)
         self.lengths = torch.tensor([prefix + length for length in lengths for _ in range(length)], device=device)
         self.rows = torch.tensor(rows, dtype=torch.int64, device=device)
+        self._sequences: dict[bool, tuple] = {}
         self.weight = weight.to(device)[torch.tensor(owners, dtype=torch.int64, device=device)]
 
     def weight_of_all(self) -> Tensor:
@@ -63,6 +67,24 @@ class Packed:
         last = n_rows != self.n_tokens
         sizes = [span.n_counted if last else span.n_tokens for span in self.spans for _ in range(span.n_prompts)]
         return [owner for owner, size in enumerate(sizes) for _ in range(size)]
+
+    def sequences(self, last: bool) -> tuple[Tensor, Tensor, int, int, Tensor]:
+        """Where each prompt's queries and keys begin (``[P + 1]`` int32 each), the most of both, and which rows of
+        prefix and own tokens, one after the other, are its keys."""
+        if last in self._sequences:
+            return self._sequences[last]
+        asked, keys, places = [0], [0], []
+        for span in self.spans:
+            for number in range(span.n_prompts):
+                first = self.prefix + span.start + number * span.n_tokens
+                places += [*range(self.prefix), *range(first, first + span.n_tokens)]
+                asked.append(asked[-1] + (span.n_counted if last else span.n_tokens))
+                keys.append(len(places))
+        most = [max(b - a for a, b in pairwise(edges)) for edges in (asked, keys)]
+        device = self.ids.device
+        edges = [torch.tensor(part, dtype=torch.int32, device=device) for part in (asked, keys)]
+        self._sequences[last] = *edges, *most, torch.tensor(places, device=device)
+        return self._sequences[last]
 
     def rotation(self, rotary: RotaryEmbedding, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """cos and sin ``[1, 1, T, D]``; every token is a sequence of its own to the embedding."""
@@ -90,13 +112,51 @@ def run_layer(
     if sums and len(packed.rows):
         extras = {"weight": packed.weight if last else packed.weight_of_all(), **sums}
     rows = packed.rows if last else None
-    x = layer(x, *rotation, partial(_attend, packed.spans, past, window, last, own), rows, **extras)
+    attend = _attend_varlen if _has_varlen(x) else _attend
+    x = layer(x, *rotation, partial(attend, packed, past, window, last, own), rows, **extras)
     return x, (own[0], own[1])
 
 
-def _attend(spans: list[Span], past, window, last, own, _layer, query, key, value) -> Tensor:
+def _has_varlen(x: Tensor) -> bool:
+    """Whether the flash kernel of :func:`_attend_varlen` serves this tensor."""
+    if not x.is_cuda or x.dtype not in (torch.float16, torch.bfloat16) or torch.version.hip is not None:
+        return False
+    return torch.cuda.get_device_capability(x.device) >= (8, 0) and {"window_size", "enable_gqa"} <= _varlen()[1]
+
+
+@cache
+def _varlen():
+    """PyTorch's ``varlen_attn`` and the names of its arguments, which grew from version to version."""
+    try:
+        from torch.nn.attention.varlen import varlen_attn
+    except ImportError:  # before torch 2.10
+        return None, frozenset()
+    return varlen_attn, frozenset(inspect.signature(varlen_attn).parameters)
+
+
+def _attend_varlen(packed: Packed, past, window, last, own, _layer, query, key, value) -> Tensor:
+    """As :func:`_attend`, all prompts in one call. Of a prompt's queries the last one looks at all of its keys."""
+    own += [key, value]
+    asked, edges, most_asked, most_keys, places = packed.sequences(last)
+    if most_asked == 0:
+        return torch.empty_like(query)
+    keys, values = (part[0].transpose(0, 1) for part in (key, value))  # [T, KV heads, D]
+    if past is not None:
+        keys, values = (
+            torch.cat((before[0].transpose(0, 1), part))[places]
+            for before, part in zip(past, (keys, values), strict=True)
+        )
+    to_the_left = -1 if window is None else window - 1
+    options = dict(window_size=(to_the_left, 0), enable_gqa=True)
+    queries = query[0].transpose(0, 1)
+    y = _varlen()[0](queries, keys, values, asked, edges, most_asked, most_keys, **options)
+    return y.transpose(0, 1)[None]
+
+
+def _attend(packed: Packed, past, window, last, own, _layer, query, key, value) -> Tensor:
     """Attention of every prompt to its prefix and to its own tokens so far, ``[1, heads, T, D]`` each."""
     own += [key, value]
+    spans = packed.spans
     y = torch.empty_like(query.transpose(1, 2)).transpose(1, 2)
     asked_before = 0
     for span in spans:

@@ -11,7 +11,6 @@ waiting: they meet before the first pack and after every pack, and no wait is lo
 from __future__ import annotations
 
 import json
-import math
 import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -103,13 +102,14 @@ def load_parallel(
             missing or misshapen; memory cannot hold the part; or another rank has failed, or has another checkpoint.
     """
     dtype = DTYPES[config.dtype] if dtype is None else dtype
-    digest = None
     with _named_if_lost(mesh):
         try:
             transformer = _load(directory, config, checkpoint, mesh, dtype, device)
             digest = sha256(repr(config), str(dtype), checkpoint.weights_sha256())
-        finally:
-            _meet(mesh, digest, "checkpoint")
+        except Exception:
+            _meet(mesh, None)
+            raise
+        _meet(mesh, digest, "checkpoint")
     return transformer
 
 
@@ -144,25 +144,23 @@ def _place_of(transformer: Transformer, name: str) -> Tensor:
 
 
 def _read_part(entry: TensorEntry, name: str, shape: tuple[int, ...], rank: int) -> Tensor:
-    """Read a rank's share of the dimension in which ``shape`` is smaller than the tensor, or all of it.
+    """Read a rank's share of the rows or of the columns, where ``shape`` has fewer than the tensor, or all of it.
 
-    A share of the rows is one piece of the file, a share of the columns is a piece of every row. (``get_slice`` of
-    safetensors 0.8 reads the whole tensor first where it does not map the file.)
+    Row by row from the file: ``get_slice`` of safetensors 0.8 reads the whole tensor where it does not map the file.
     """
-    part = torch.empty(shape, dtype=entry.dtype)
-    by_columns = shape[0] == entry.shape[0] and shape != entry.shape
-    pieces = part.view(torch.uint8).view(shape[0] if by_columns else 1, -1).numpy()  # [pieces, bytes]
-    step = math.prod(entry.shape[1:]) * entry.dtype.itemsize  # from one row's piece to the next row's
-    start = entry.start if shape == entry.shape else entry.start + rank * pieces.shape[1]
+    rows, columns = (1, *shape)[-2:]
+    all_rows, all_columns = (1, *entry.shape)[-2:]
+    first = rank * (rows * all_columns if rows < all_rows else columns if columns < all_columns else 0)
+    part = torch.empty(rows, columns, dtype=entry.dtype)
     try:
-        with open(entry.path, "rb") as file:
-            for number, piece in enumerate(pieces):
-                file.seek(start + number * step)
-                if file.readinto(piece) != len(piece):
+        with open(entry.path, "rb", buffering=0) as file:
+            for number, row in enumerate(part.view(torch.uint8).numpy()):
+                start = entry.start + (first + number * all_columns) * entry.dtype.itemsize
+                if os.preadv(file.fileno(), [row], start) != len(row):
                     raise InputError(f"{entry.path}: {name!r}", "was truncated while it was read")
     except OSError as error:
         raise InputError(f"{entry.path}: {name!r}", error.strerror) from None
-    return part
+    return part.view(shape)
 
 
 class OwnSums(ActivationSums):
@@ -218,10 +216,9 @@ def collect(
     """
     mesh, device = transformer.mesh, transformer.device
     if max_tokens is None:
-        max_tokens = DEFAULT_TOKENS[device.type]
+        max_tokens = DEFAULT_TOKENS.get(device.type, DEFAULT_TOKENS["cpu"])
     n_layers, n_columns, n_neurons = sums.total.shape
     squares = sums.total_sq is not None
-    digest = None
     with _named_if_lost(mesh):
         try:
             for prompt in prompts:
@@ -230,13 +227,16 @@ def collect(
             how = [str(transformer.dtype), list(sums.total.shape), squares, batch, max_tokens]
             tokens = [[prompt.ids, prompt.n_counted] for prompt in prompts]
             digest = sha256(json.dumps([how, tokens]), column_weights.contiguous().numpy().tobytes())
-        finally:
-            _meet(mesh, digest, "list of prompts")
+        except Exception:
+            _meet(mesh, None)
+            raise
+        _meet(mesh, digest, "list of prompts")
         for n_prefix, members in shared_prefixes(transformer, prompts):
             past = None
             if n_prefix:
                 packed = pack_prefix(prompts, members, n_prefix, column_weights, device)
-                past = _run(transformer, packed, None, own, column_weights[:0], [prompts[row] for row in members])
+                counting = [prompts[row] for row in members]
+                past = _run(transformer, packed, None, own, column_weights[:0], counting, keep=True)
             lengths = [len(prompts[row].ids) - n_prefix for row in members]
             counted = [prompts[row].n_counted for row in members]
             for pack in plan_packs(lengths, counted, max_prompts=batch, max_tokens=max_tokens):
@@ -248,10 +248,12 @@ def collect(
         own.add_to(sums)
 
 
-def _run(transformer, packed: Packed, past, own: OwnSums, weights: Tensor, prompts: list[TokenPrompt]) -> list[Past]:
-    """Run a pack and fold what it adds. ``prompts`` are those of the pack, or those whose beginning it is."""
+def _run(
+    transformer, packed: Packed, past, own: OwnSums, weights: Tensor, prompts: list[TokenPrompt], *, keep=False
+) -> list[Past]:
+    """``collect.forward``, and fold what it adds. ``prompts``: those of the pack, or those whose beginning it is."""
     try:
-        past = forward(transformer, packed, past, own)
+        past = forward(transformer, packed, past, own, keep=keep)
         own.fold(weights)
         return past
     except NonFiniteActivation as error:
@@ -282,7 +284,7 @@ def _places(prompts: list[TokenPrompt]) -> str:
     return prompts[0].place if len(prompts) == 1 else f"{prompts[0].place} .. {prompts[-1].place}"
 
 
-def _meet(mesh: DeviceMesh, digest: str | None, what: str):
+def _meet(mesh: DeviceMesh, digest: str | None, what: str = ""):
     """Wait for all ranks, and raise InputError unless all show the same hash. None: this rank has failed already.
 
     Collectives of tensors that differ in shape or dtype do not fail cleanly (gloo sums them to garbage), so this is

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from cna_kernels import ActivationSums, ops
-from cna_kernels.model import collect
+from cna_kernels.model import collect, packed
 from cna_kernels.model.config import read_config
 from cna_kernels.model.packing import GROUP_COST, Span, TokenPrompt, group_by_prefix, plan_packs, spans_of
 from cna_kernels.model.transformer import Tap
@@ -148,3 +148,33 @@ def test_dynamic_rope_beyond_its_context_shares_nothing(tmp_path):
     short = [TokenPrompt(ids, "p") for ids in ragged(30, list(range(5, 12)), longest=5)]
     assert [prefix for prefix, _ in collect.shared_prefixes(transformer, short)] == [7]
     assert [prefix for prefix, _ in collect.shared_prefixes(transformer, [*short, TokenPrompt([4] * 20, "p")])] == [0]
+
+
+def varlen_attn(query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, *, window_size, enable_gqa):
+    """What torch.nn.attention.varlen.varlen_attn computes on a GPU, by its documentation."""
+    found = torch.full_like(query, torch.nan)
+    assert enable_gqa and window_size[1] == 0 and cu_seq_q.dtype == cu_seq_k.dtype == torch.int32
+    for a, b, c, d in zip(cu_seq_q, cu_seq_q[1:], cu_seq_k, cu_seq_k[1:], strict=False):
+        assert b - a <= max_q and d - c <= max_k
+        column, row = torch.arange(d - c), torch.arange(d - c - (b - a), d - c)[:, None]
+        mask = (column <= row) & ((window_size[0] < 0) | (column >= row - window_size[0]))
+        parts = [x[i:j].transpose(0, 1)[None] for x, i, j in ((query, a, b), (key, c, d), (value, c, d))]
+        y = torch.nn.functional.scaled_dot_product_attention(*parts, mask, enable_gqa=True)
+        found[a:b] = y[0].transpose(0, 1)
+    return found
+
+
+@pytest.mark.parametrize("variant", ["llama", "mistral", "qwen2-sliding", "llama-mha"])
+@pytest.mark.parametrize("n_counted", [1, 2])
+def test_attention_of_varying_lengths_equals_spans(variant, n_counted, tmp_path, monkeypatch):
+    transformer = load(variant, tmp_path)
+    prompts = [TokenPrompt(ids, "p", n_counted) for ids in ragged(30, list(range(5, 17)))]
+    weights = torch.rand(30, 2, generator=torch.Generator().manual_seed(1))
+    found = []
+    for has_varlen in (False, True):
+        monkeypatch.setattr(packed, "_has_varlen", lambda _, has=has_varlen: has)
+        monkeypatch.setattr(packed, "_varlen", lambda: (varlen_attn, None))
+        sums = ActivationSums(3, 48, 2)
+        collect.collect(transformer, prompts, weights, sums, max_tokens=60)
+        found.append(sums.total)
+    assert (found[0] - found[1]).abs().max() <= 1e-5 * found[0].abs().max()
