@@ -183,7 +183,7 @@ def test_many_columns(attribution, benchmark, models, prompts, id, what):
     if what == "columns":
         many = (torch.rand(N_PROMPTS, 64, generator=torch.Generator().manual_seed(1)) < 0.5).float()
     else:
-        entries = [Entry("", "", ((int(row >= N_PROMPTS // 2), 1.0),)) for row in range(N_PROMPTS)]
+        entries = [Entry("", "", ((int(row >= N_PROMPTS // 2), 1.0, row),)) for row in range(N_PROMPTS)]
         many = Columns(2, (Contrast("", 0, 1),), bootstrap=100).weights(entries, 0)[1]
         assert many.shape[1] == 202
 

@@ -131,11 +131,22 @@ def replaced(path, *, keep: bool = False):
                 os.link(temporary, target)
         else:
             os.replace(temporary, target)
+        _sync_directory(target.parent)
     except OSError as error:
         raise InputError(path, f"cannot be written: {error.strerror or error}") from None
     finally:
         with contextlib.suppress(OSError):
             temporary.unlink()
+
+
+def _sync_directory(directory):
+    """Have the name of a new file survive a loss of power, where the system lets a directory be opened for that."""
+    with contextlib.suppress(OSError):
+        descriptor = os.open(directory, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
 
 
 def make_directory(path):

@@ -100,15 +100,20 @@ class ActivationSums:
             raise ValueError("variance: these sums were made without squares")
         if count <= 1:
             raise ValueError(f"variance: needs a count above 1, got {count:g}")
-        mean_square = self.total_sq[:, column] / count
-        biased = mean_square - self.mean(column).square()
-        return torch.maximum(biased, 1e-6 * mean_square) * (count / (count - 1))
+        return slot_variance(self.total[:, column], self.total_sq[:, column], count)
 
     def _counted(self, column):
         count = self.count[column].item()
         if count == 0:
             raise ValueError(f"column {column}: no token was counted")
         return count
+
+
+def slot_variance(total: Tensor, total_sq: Tensor, count: float) -> Tensor:
+    """The variance of a sum, a sum of squares and a count above 1; see :meth:`ActivationSums.variance`."""
+    mean_square = total_sq / count
+    biased = mean_square - (total / count).square()
+    return torch.maximum(biased, 1e-6 * mean_square) * (count / (count - 1))
 
 
 def _require_finite(buffer, first_layer):

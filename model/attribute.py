@@ -13,7 +13,7 @@ from torch import Tensor
 from cna_kernels import select
 from cna_kernels.checks import InputError
 from cna_kernels.files import write_bytes
-from cna_kernels.sums import ActivationSums
+from cna_kernels.sums import ActivationSums, slot_variance
 
 from .collect import check_length, collect
 from .columns import Columns
@@ -24,6 +24,7 @@ from .transformer import Transformer
 
 UNIVERSAL_FRACTION = 0.001  # of all neurons, by magnitude, on one prompt
 POSITIONS = ("last", "all", "answer")
+MOST_REASONS = 10  # that a part tells of the prompts it left out
 
 
 @dataclass
@@ -49,8 +50,9 @@ class Part:
     Attributes:
         slots: by number, see ``columns``; only those that count a prompt of the unit.
         universal: ``[L, N]`` int64, on how many universal prompts a neuron is among the top 0.1% by magnitude.
-        n_universal, n_prompts, n_tokens: what the unit held; tokens with every prefix counted for every prompt.
-        skipped: prompts that were left out, and why.
+        n_universal, n_prompts, n_tokens: what ran; tokens with every prefix counted for every prompt.
+        n_skipped, skipped: prompts that were left out, and why, of the first few.
+        n_left_out: how many of them every column lacks.
     """
 
     slots: dict[int, SlotSums] = field(default_factory=dict)
@@ -58,7 +60,16 @@ class Part:
     n_universal: int = 0
     n_prompts: int = 0
     n_tokens: int = 0
+    n_skipped: int = 0
     skipped: list[str] = field(default_factory=list)
+    n_left_out: dict[int, int] = field(default_factory=dict)
+
+    def skip(self, entry: Entry, reason: str):
+        """Count an entry as left out."""
+        self.n_skipped += 1
+        self.skipped = [*self.skipped, reason][:MOST_REASONS]
+        for column, _, _ in entry.columns:
+            self.n_left_out[column] = self.n_left_out.get(column, 0) + 1
 
     def slot(self, number: int) -> SlotSums:
         return self.slots[number]
@@ -75,7 +86,10 @@ class Part:
         self.n_universal += other.n_universal
         self.n_prompts += other.n_prompts
         self.n_tokens += other.n_tokens
-        self.skipped += other.skipped
+        self.n_skipped += other.n_skipped
+        self.skipped = [*self.skipped, *other.skipped][:MOST_REASONS]
+        for column, count in other.n_left_out.items():
+            self.n_left_out[column] = self.n_left_out.get(column, 0) + count
         return self
 
 
@@ -109,11 +123,14 @@ def encode_ahead(
             return first, entries, encode(entries)
         return None
 
-    with ThreadPoolExecutor(1, thread_name_prefix="tokenise") as ahead:
+    ahead = ThreadPoolExecutor(1, thread_name_prefix="tokenise")
+    try:
         following = ahead.submit(prepare)
         while (ready := following.result()) is not None:
             following = ahead.submit(prepare)
             yield ready
+    finally:
+        ahead.shutdown(wait=False, cancel_futures=True)  # after Ctrl-C nobody waits for the next unit's tokens
 
 
 def run_unit(
@@ -152,7 +169,7 @@ def run_unit(
         except InputError as error:
             if not skip_bad:
                 raise
-            part.skipped.append(str(error))
+            part.skip(entries[row], str(error))
     sums = ActivationSums(n_layers, n_neurons, weights.shape[1], squares=how.squares, device=transformer.device)
     prompts = [prompts[row] for row in kept]
     if prompts:
@@ -173,16 +190,19 @@ def run_unit(
     return part
 
 
-def save_columns(path, names: Sequence[str], totals):
-    """Write mean, variance (n / (n - 1)) and count of every column, ``NAME/mean`` ``[L, N]`` fp64 and so on."""
+def save_columns(path, names: Sequence[str], totals, *, variance: bool):
+    """Write mean, variance and count of every column, ``NAME/mean`` ``[L, N]`` fp64 and so on.
+
+    A column that counts nothing has no mean; one that counts 1 or less, or without ``variance``, no variance.
+    """
     tensors = {}
     for column, name in enumerate(names):
         slot = totals.slot(column)
-        mean = slot.total / slot.count
-        tensors |= {f"{name}/mean": mean, f"{name}/count": torch.tensor([slot.count], dtype=torch.float64)}
-        if slot.count > 1:
-            spread = (slot.total_sq / slot.count - mean.square()).clamp(min=0)
-            tensors[f"{name}/variance"] = spread * (slot.count / (slot.count - 1))
+        tensors[f"{name}/count"] = torch.tensor([slot.count], dtype=torch.float64)
+        if slot.count > 0:
+            tensors[f"{name}/mean"] = slot.total / slot.count
+        if slot.count > 1 and variance:
+            tensors[f"{name}/variance"] = slot_variance(slot.total, slot.total_sq, slot.count)
     write_bytes(path, save(tensors))
 
 

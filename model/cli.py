@@ -106,6 +106,11 @@ def build_parser() -> Parser:
         metavar="DIR",
         help="where hidden states go that memory does not hold (default: --run-dir, or TMPDIR)",
     )
+    discover.add_argument(
+        "--tensor-parallel",
+        action="store_true",
+        help="share the model among torchrun's workers, one GPU each, instead of the prompts",
+    )
     discover.add_argument("--threads", type=_positive, metavar="N", help="threads on a CPU (default: PyTorch's)")
     discover.add_argument("--log-json", action="store_true", help="progress as JSON lines on stderr")
     _prompt_flags(discover)
@@ -241,9 +246,9 @@ def main(argv: list[str] | None = None) -> int:
     except BrokenPipeError:  # the reader of our output went away, as `| head` does
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
-    except OSError as error:  # files name themselves in an InputError; what is left is stdout, full or closed
+    except OSError as error:  # files name themselves in an InputError; what is left is mostly stdout, full or closed
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        print(f"cna {args.command}: stdout: {error.strerror or error}", file=sys.stderr)
+        print(f"cna {args.command}: {error.filename or 'stdout'}: {error.strerror or error}", file=sys.stderr)
         return 2
 
 

@@ -14,7 +14,7 @@ from cna_kernels.sums import ActivationSums, NonFiniteActivation
 
 from .memory import is_out_of_memory
 from .packed import Packed, Past, run_layer
-from .packing import TokenPrompt, group_by_prefix, plan_packs
+from .packing import Group, TokenPrompt, group_by_prefix, plan_packs
 from .transformer import Transformer
 
 DEFAULT_TOKENS = {"cpu": 512, "cuda": 32768}  # of one pack, by device
@@ -49,15 +49,25 @@ def collect(
         check_length(prompt, transformer.config.context_length)
     if max_tokens is None:
         max_tokens = DEFAULT_TOKENS.get(device.type, DEFAULT_TOKENS["cpu"])
-    for n_prefix, members in shared_prefixes(transformer, prompts):
+    groups = shared_prefixes(transformer, prompts)[::-1]
+    while groups:
+        n_prefix, members = groups.pop()
         past = None
         if n_prefix:
-            packed = pack_prefix(prompts, members, n_prefix, column_weights, device)
+            packed, out_of_memory = pack_prefix(prompts, members, n_prefix, column_weights, device), False
             try:
                 past = forward(transformer, packed, None, sums, keep=True)
                 sums.fold(column_weights[:0])
             except NonFiniteActivation as error:
                 raise _blame(transformer, [prompts[row] for row in members], sums, error) from None
+            except RuntimeError as error:
+                out_of_memory = is_out_of_memory(error)
+                if not out_of_memory:
+                    raise
+            if out_of_memory:  # without sharing
+                _free(sums)
+                groups.append(Group(0, members))
+                continue
         lengths = [len(prompts[row].ids) - n_prefix for row in members]
         counted = [prompts[row].n_counted for row in members]
         pending = plan_packs(lengths, counted, max_prompts=batch, max_tokens=max_tokens)[::-1]
@@ -75,9 +85,7 @@ def collect(
                 if not out_of_memory:
                     raise
             if out_of_memory:  # outside the except block, whose traceback would keep the tensors alive
-                sums.discard()
-                if device.type == "cuda":
-                    torch.cuda.empty_cache()
+                _free(sums)
                 if len(pack) == 1:
                     prompt = prompts[rows[0]]
                     raise InputError(prompt.place, f"out of memory with this prompt alone ({len(prompt.ids)} tokens)")
@@ -88,11 +96,18 @@ def collect(
                 progress(len(rows), sum(len(prompts[row].ids) for row in rows))
 
 
-def shared_prefixes(transformer: Transformer, prompts: Sequence[TokenPrompt]):
+def _free(sums: ActivationSums):
+    """After an allocation failed: drop what was half done, and what PyTorch keeps for later."""
+    sums.discard()
+    if sums.act_sum.is_cuda:
+        torch.cuda.empty_cache()
+
+
+def shared_prefixes(transformer: Transformer, prompts: Sequence[TokenPrompt]) -> list[Group]:
     """The groups of ``packing.group_by_prefix``, without a prefix where a token's place depends on its prompt's end."""
     longest = max(len(prompt.ids) for prompt in prompts)
     if transformer.config.rope.kind == "dynamic" and longest > transformer.config.max_position_embeddings:
-        return [(0, list(range(len(prompts))))]
+        return [Group(0, list(range(len(prompts))))]
     return group_by_prefix([prompt.ids for prompt in prompts])
 
 
@@ -111,9 +126,8 @@ def pack_prefix(prompts, rows: list[int], n_prefix: int, column_weights: Tensor,
         first = len(prompts[row].ids) - prompts[row].n_counted
         total[first:] += column_weights[row].double() / prompts[row].n_counted
     n_counted = n_prefix - min(min(len(prompts[row].ids) - prompts[row].n_counted for row in rows), n_prefix)
-    packed = Packed([prompts[rows[0]].ids[:n_prefix]], [n_counted], total[:1].float(), prefix=0, device=device)
-    packed.weight = total[n_prefix - n_counted :].float().to(device)  # each token has a weight of its own
-    return packed
+    weight = total[n_prefix - n_counted :].float()
+    return Packed([prompts[rows[0]].ids[:n_prefix]], [n_counted], weight, prefix=0, device=device)
 
 
 def forward(
@@ -150,8 +164,8 @@ def forward(
 
 
 def check_length(prompt: TokenPrompt, context_length: int):
-    if not prompt.ids:
-        raise InputError(prompt.place, "has no token")
+    if not prompt.ids or prompt.n_counted < 1:
+        raise InputError(prompt.place, "has no token" if not prompt.ids else "has no token that counts")
     if len(prompt.ids) > context_length:
         raise InputError(prompt.place, f"has {len(prompt.ids)} tokens, the model's context is {context_length}")
 
@@ -170,13 +184,14 @@ def measure_tokens(
     sums = ActivationSums(config.num_hidden_layers, config.intermediate_size, n_columns, squares=squares, device=device)
     rates: dict[int, float] = {}
     for size in AUTO_TOKENS.get(device.type, AUTO_TOKENS["cpu"]):
-        rows: list[TokenPrompt] = []
+        rows, n_tokens = [], 0
         for prompt in itertools.cycle(prompts):
-            if rows and sum(len(row.ids) for row in rows) + len(prompt.ids) > size:
+            if rows and n_tokens + len(prompt.ids) > size:
                 break
             rows.append(prompt)
+            n_tokens += len(prompt.ids)
         rows.sort(key=lambda prompt: (len(prompt.ids), prompt.n_counted))
-        n_tokens, weights = sum(len(row.ids) for row in rows), torch.ones(len(rows), n_columns)
+        weights = torch.ones(len(rows), n_columns)
         try:
             packed, seconds = pack_prompts(rows, list(range(len(rows))), 0, weights, device), []
             for _ in range(3):

@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 import torch
@@ -23,7 +24,7 @@ class Columns:
     Attributes:
         n_columns: columns of the corpus.
         contrasts: pairs of them.
-        folds: parts into which the prompts are dealt in turn.
+        folds: parts into which the prompts of each column are dealt in turn.
         bootstrap: replicates of the Poisson bootstrap; ``seed`` draws them.
     """
 
@@ -35,43 +36,40 @@ class Columns:
 
     def derived(self, column: int) -> list[int]:
         """The slots of a column's folds, then of its replicates; none for a column without a contrast."""
-        halves = self._halves()
-        if column not in halves:
-            return []
-        size = self.folds + self.bootstrap
-        start = self.n_columns + halves.index(column) * size
-        return list(range(start, start + size))
+        size, place = self.folds + self.bootstrap, self._halves.get(column)
+        return [] if place is None else list(range(start := self.n_columns + place * size, start + size))
 
     def weights(self, entries: Sequence[Entry], first: int) -> tuple[list[int], Tensor]:
         """What each entry weighs in each slot that counts any of them.
 
         Args:
-            first: the number of the first entry in its corpus: folds and replicates follow from it.
+            first: the number of the first entry in its corpus, from which its replicates follow.
 
         Returns:
             slots, and ``[P, slots]`` fp32.
         """
-        active = sorted({column for entry in entries for column, _ in entry.columns})
+        active = sorted({column for entry in entries for column, _, _ in entry.columns})
+        place = {column: number for number, column in enumerate(active)}
         base = np.zeros((len(entries), len(active)), dtype=np.float32)
+        turn = np.zeros((len(entries), len(active)), dtype=np.int64)
         for row, entry in enumerate(entries):
-            for column, weight in entry.columns:
-                base[row, active.index(column)] = weight
+            for column, weight, of_column in entry.columns:
+                base[row, place[column]], turn[row, place[column]] = weight, of_column
         parts, slots = [base], list(active)
-        number = np.arange(first, first + len(entries))
-        shares = np.concatenate(
-            [number[:, None] % max(self.folds, 1) == np.arange(self.folds), self._resampled(first, len(entries))],
-            axis=1,
-            dtype=np.float32,
-        )
-        for place, column in enumerate(active):
+        resampled = self._resampled(first, len(entries))
+        for column in active:
             derived = self.derived(column)
             if derived:
                 slots += derived
-                parts.append(base[:, place, None] * shares)
-        return slots, torch.from_numpy(np.concatenate(parts, axis=1))
+                mine = base[:, place[column], None]
+                in_fold = turn[:, place[column], None] % max(self.folds, 1) == np.arange(self.folds)
+                parts += [mine * in_fold, mine * resampled]
+        return slots, torch.from_numpy(np.concatenate(parts, axis=1, dtype=np.float32))
 
-    def _halves(self) -> list[int]:
-        return sorted({column for contrast in self.contrasts for column in contrast[1:]})
+    @cached_property
+    def _halves(self) -> dict[int, int]:
+        columns = sorted({column for contrast in self.contrasts for column in contrast[1:]})
+        return {column: place for place, column in enumerate(columns)}
 
     def _resampled(self, first: int, n: int) -> np.ndarray:
         """How often each prompt is drawn in each replicate, ``[n, bootstrap]``: Poisson with mean 1.

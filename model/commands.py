@@ -35,11 +35,13 @@ from .corpus import (
     entries_of,
     read_contrasts,
     two_sets,
+    with_answers,
 )
 from .demo.checkpoint import demo_checkpoint
 from .discover import settings_from
 from .job import Job
 from .language_model import LanguageModel, load
+from .memory import usable_device
 from .meter import metered
 from .prompts import RECORD_FORMATS, BadLines, PromptSet, iter_prompts, neutral_prompts, read_prompts
 from .run_directory import RunDirectory
@@ -55,6 +57,10 @@ def run_discover(args):
     many = args.contrasts is not None
     if args.output == "-":
         raise InputError("--output", "expected a file; --json prints the circuit on stdout")
+    if args.batch is not None and args.batch_tokens is not None:
+        raise InputError("--batch-tokens", "give it, or --batch")
+    if args.spill is not None and not (args.stream_layers and Path(args.spill).is_dir()):
+        raise InputError("--spill", "expected a directory, and --stream-layers")
     if many == bool(args.positive or args.negative) or bool(args.positive) != bool(args.negative):
         raise InputError("prompts", "give --positive and --negative, or --contrasts")
     if many:
@@ -65,7 +71,7 @@ def run_discover(args):
         fraction=args.fraction,
         top_k=args.top_k,
         score=args.score,
-        universal=False if args.no_universal else None,
+        universal=False if args.no_universal else True if _universal_file(args) else None,
         skip_layers=_layers(args.skip_layers),
         position=args.position,
         bootstrap=args.bootstrap,
@@ -73,23 +79,28 @@ def run_discover(args):
         seed=args.seed,
     )
     _set_threads(args)
-    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-    if world > 1 and args.run_dir is None:
-        raise InputError("--run-dir", "torchrun's workers need a run directory that all of them see")
+    rank, world = _worker(args)
     bad = BadLines(skip=args.skip_bad)
     with TemporaryFile() as file:
-        if rank == 0:
+        if rank == 0 or args.tensor_parallel:
             names = Names()
             entries = _entries(args, settings, names, bad)
             corpus = Corpus(file, entries, names, unit=args.unit, streamed=args.stream_layers)
         else:
             corpus = RunDirectory.wait(args.run_dir).corpus()  # torchrun ends us if the first worker cannot start one
-        contrasts = contrasts_of(corpus.columns, args.contrasts) if many else [Contrast("circuit", 0, 1)]
-        diverse = [contrast for contrast in contrasts if contrast.name.startswith(UNIVERSAL)]
-        contrasts = [contrast for contrast in contrasts if contrast not in diverse]
+        found = contrasts_of(corpus.columns, args.contrasts or args.universal_contrasts)
+        diverse = [contrast for contrast in found if contrast.name.startswith(UNIVERSAL)]
+        contrasts = [contrast for contrast in found if contrast not in diverse] if many else [Contrast("circuit", 0, 1)]
         if not contrasts:
             raise InputError(args.contrasts, f"holds no pair of columns NAME{POSITIVE}, NAME{NEGATIVE}")
-        model = load_model(args, stream_layers=args.stream_layers, spill=args.spill or args.run_dir)
+        if args.universal_contrasts and not diverse:
+            raise InputError(args.universal_contrasts, f"holds no pair of columns NAME{POSITIVE}, NAME{NEGATIVE}")
+        options = dict(stream_layers=args.stream_layers, spill=args.spill or args.run_dir)
+        if args.tensor_parallel:
+            from .parallel import open_mesh
+
+            options = dict(mesh=open_mesh(usable_device(_device(args))))
+        model = load_model(args, **options)
         batch, tokens = (None if args.batch == "auto" else args.batch), args.batch_tokens
         how = dict(chat=False if args.no_template else None, batch=batch, max_tokens=tokens)
         job = Job(model, corpus, contrasts, settings, diverse=diverse, squares=many or args.run_dir is not None, **how)
@@ -100,12 +111,16 @@ def run_discover(args):
             options = dict(skip_bad=args.skip_bad, progress=meter)
             if args.run_dir is None:
                 totals = job.run_all(**options)
+                if rank:
+                    return
             else:
-                run = _run_in(job, args, rank=rank, world=world, **options)
+                signal.signal(signal.SIGTERM, _interrupt)
+                options |= dict(rank=rank, world=world, adopt_batch=args.batch == "auto")
+                run = job.run_in(args.run_dir, **options)
                 if rank:
                     return
                 totals = run.merged()
-            notes["skipped"] = bad.count + len(totals.skipped)
+            notes["skipped"] = bad.count + totals.n_skipped
         circuits = job.circuits(totals)
     first_skipped = bad.first or next(iter(totals.skipped), None)
     if first_skipped:
@@ -117,9 +132,34 @@ def run_discover(args):
         return
     for name, circuit in circuits.items():
         circuit.save(Path(args.output, f"{name}.json"))
-    save_columns(Path(args.output, "columns.safetensors"), corpus.columns, totals)
+    save_columns(Path(args.output, "columns.safetensors"), corpus.columns, totals, variance=settings.position == "last")
     _show_circuits(circuits, as_json=args.json)
     print(f"wrote {len(circuits)} circuits and columns.safetensors to {args.output}", file=sys.stderr)
+
+
+def _universal_file(args):
+    return args.universal_prompts or args.universal_contrasts
+
+
+def _worker(args) -> tuple[int, int]:
+    """Which of how many workers torchrun says this is."""
+    try:
+        world = int(os.environ.get("WORLD_SIZE", 1))
+        rank = int(os.environ.get("RANK", 0)) if world > 1 else 0
+    except ValueError:
+        raise InputError("RANK, WORLD_SIZE", "expected numbers, as torchrun sets them") from None
+    if args.tensor_parallel:
+        if args.run_dir is not None or args.stream_layers or args.batch == "auto":
+            raise InputError("--tensor-parallel", "is not for --run-dir, --stream-layers or --batch auto")
+        if world < 2:
+            raise InputError("--tensor-parallel", "is for the workers that torchrun starts, 2 or more")
+    elif world > 1 and args.run_dir is None:
+        raise InputError("--run-dir", "torchrun's workers need a run directory that all of them see")
+    return rank, world
+
+
+def _interrupt(*_):
+    raise KeyboardInterrupt
 
 
 def _choose_batch(job, args):
@@ -154,22 +194,33 @@ def _set_threads(args):
         torch.set_num_threads(threads)
 
 
-def _run_in(job, args, **options):
-    """Work in the run directory; say how to go on when it ends early."""
-    signal.signal(signal.SIGTERM, lambda *_: signal.raise_signal(signal.SIGINT))
-    try:
-        return job.run_in(args.run_dir, **options)
-    except (KeyboardInterrupt, InputError):
-        if _manifest(args) is not None:
-            run = RunDirectory.open(args.run_dir)
-            done = len(run.units) - len(run.missing())
-            print(f"{done} of {len(run.units)} units are done; the same command goes on from there", file=sys.stderr)
-        raise
+def _entries(args, settings, names, bad):
+    """The corpus of `cna discover`, in the order of its options."""
+    _check_column(args.column, args.positive, args.negative, args.universal_prompts)
+    entries = _all_entries(args, settings, names, bad)
+    return with_answers(entries, bad) if settings.position == "answer" else entries
+
+
+def _all_entries(args, settings, names, bad):
+    def prompts(path, limit=None):
+        return iter_prompts(path, column=_column(args, path), limit=limit, bad=bad)
+
+    if args.contrasts:
+        yield from read_contrasts(args.contrasts, names, bad=bad, limit=args.limit)
+    else:
+        yield from two_sets(names, prompts(args.positive, args.limit), prompts(args.negative, args.limit))
+    if not settings.universal:
+        return
+    if args.universal_contrasts:
+        yield from read_contrasts(args.universal_contrasts, names, prefix=UNIVERSAL, bad=bad)
+    else:
+        yield from entries_of(prompts(args.universal_prompts) if args.universal_prompts else neutral_prompts())
 
 
 def run_estimate(args):
     from .estimate import estimate
 
+    _check_column(args.column, args.prompts)
     found = estimate(
         _directory(args.model),
         iter_prompts(args.prompts, column=_column(args, args.prompts), limit=args.limit),
@@ -215,25 +266,6 @@ def run_status(args):
         what = f"{worker['state']}, {worker['host']} process {worker['pid']}, last sign {worker['silent_s']:.0f} s ago"
         table.add_row(f"unit {worker['unit']}", _cell(what))
     stdout().print(table)
-
-
-def _entries(args, settings, names, bad):
-    """The corpus of `cna discover`, in the order of its options."""
-    _check_column(args.column, args.positive, args.negative, args.universal_prompts)
-
-    def prompts(path, limit=None):
-        return iter_prompts(path, column=_column(args, path), limit=limit, bad=bad)
-
-    if args.contrasts:
-        yield from read_contrasts(args.contrasts, names, bad=bad, limit=args.limit)
-    else:
-        yield from two_sets(names, prompts(args.positive, args.limit), prompts(args.negative, args.limit))
-    if not settings.universal:
-        return
-    if args.universal_contrasts:
-        yield from read_contrasts(args.universal_contrasts, names, prefix=UNIVERSAL, bad=bad)
-    else:
-        yield from entries_of(prompts(args.universal_prompts) if args.universal_prompts else neutral_prompts())
 
 
 def run_show(args):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import tempfile
 from collections.abc import Iterable, Iterator
 from typing import BinaryIO, NamedTuple
 
@@ -14,7 +15,7 @@ from .prompts import BadLines, iter_records, prompt_of, require_text
 
 UNIT_PROMPTS, UNIT_BYTES, UNIT_UNIVERSAL = 1024, 4 << 20, 32  # what a unit holds at most: prompts, and their text
 STREAMED_UNITS = 64  # times as much where every unit reads the whole checkpoint
-MOST_COLUMNS = 4096
+MOST_COLUMNS, LONGEST_NAME = 4096, 200
 POSITIVE, NEGATIVE = ".positive", ".negative"  # endings of the two columns of a contrast
 UNIVERSAL = "universal/"  # beginning of the columns that the universal filter looks at
 
@@ -24,14 +25,14 @@ class Entry(NamedTuple):
 
     Attributes:
         place: names it in messages, ``file:line``.
-        columns: (column, weight) of every sum that counts it.
+        columns: (column, weight, turn) of every sum that counts it; it is the ``turn``-th prompt of that column.
         universal: whether it is a prompt of the universal filter, which looks at each of its prompts alone.
         answer: text that follows the prompt, for position "answer".
     """
 
     text: str
     place: str
-    columns: tuple[tuple[int, float], ...] = ()
+    columns: tuple[tuple[int, float, int], ...] = ()
     universal: bool = False
     answer: str | None = None
 
@@ -42,6 +43,7 @@ class Unit(NamedTuple):
     first: int
     n_prompts: int
     offset: int
+    sha256: str  # of its lines
 
 
 class Contrast(NamedTuple):
@@ -68,9 +70,9 @@ class Corpus:
     Attributes:
         columns: the names of all columns.
         units: the units of work.
-        count, digests: for every column, and under None for the universal filter, the number of prompts and the hash
-            of their texts.
-        sha256: of everything above.
+        count, weight, digests: for every column, and under UNIVERSAL for the universal filter, the number of prompts,
+            the sum of their weights, and the hash of their texts.
+        sha256: of everything but the places.
     """
 
     def __init__(
@@ -91,59 +93,60 @@ class Corpus:
         """
         larger = STREAMED_UNITS if streamed else 1
         unit, unit_bytes = unit or UNIT_PROMPTS * larger, UNIT_BYTES * larger
-        self._file, self.units = file, []
-        everything, digests = Digest(), {}
-        self.count: dict[int | None, int] = {}
+        self._file, self._where, self.units = file, "the file of the prompts", []
+        everything, digests, lines = Digest(), {}, Digest()
+        self.count, self.weight = {}, {}
         first = n_prompts = n_universal = start = position = 0
+
+        def close():
+            self.units.append(Unit(first, n_prompts, start, str(lines)))
+
         for entry in entries:
-            line = json.dumps(entry, ensure_ascii=False).encode("utf-8") + b"\n"
+            columns = tuple((column, weight, self.count.get(str(column), 0)) for column, weight, _ in entry.columns)
+            for key, weight in [(UNIVERSAL, 1.0)] if entry.universal else [(str(c), w) for c, w, _ in columns]:
+                self.count[key] = self.count.get(key, 0) + 1
+                self.weight[key] = self.weight.get(key, 0.0) + weight
+                digests.setdefault(key, Digest()).add(entry.text)
+            line = json.dumps(entry._replace(columns=columns), ensure_ascii=False).encode("utf-8") + b"\n"
             full = n_prompts >= unit or n_universal + entry.universal > UNIT_UNIVERSAL
             if n_prompts and (full or position - start + len(line) > unit_bytes):
-                self.units.append(Unit(first, n_prompts, start))
-                first, n_prompts, n_universal, start = first + n_prompts, 0, 0, position
-            file.write(line)
-            everything.add(line)
-            for key in (None,) if entry.universal else (column for column, _ in entry.columns):
-                self.count[key] = self.count.get(key, 0) + 1
-                digests.setdefault(key, Digest()).add(entry.text)
+                close()
+                first, n_prompts, n_universal, start, lines = first + n_prompts, 0, 0, position, Digest()
+            _write(file, line)
+            lines.add(line)
+            everything.add(repr(entry._replace(place="", columns=columns)))
             n_prompts, n_universal, position = n_prompts + 1, n_universal + entry.universal, position + len(line)
         if n_prompts:
-            self.units.append(Unit(first, n_prompts, start))
-        file.flush()
+            close()
+        _write(file, b"")
         self.n_prompts = first + n_prompts
         self.columns = tuple(names.number)
         self.digests = {key: str(digest) for key, digest in digests.items()}
-        self.sha256 = sha256(str(everything), *self.columns, repr(self.units))
+        self.sha256 = sha256(str(everything), *self.columns, repr([unit.n_prompts for unit in self.units]))
 
     @classmethod
     def open(cls, path, record: dict) -> Corpus:
         """Open a corpus that :meth:`copy_to` has written; ``record`` is what :meth:`record` gave then."""
         corpus = cls.__new__(cls)
-        corpus._file = open_regular(path)
+        corpus._file, corpus._where = open_regular(path), path
         corpus.units = [Unit(*unit) for unit in record["units"]]
         corpus.columns, corpus.n_prompts, corpus.sha256 = (
             tuple(record["columns"]),
             record["n_prompts"],
             record["sha256"],
         )
-        corpus.count, corpus.digests = (
-            {None if key == UNIVERSAL else int(key): value for key, value in record[name].items()}
-            for name in ("count", "digests")
-        )
+        corpus.count, corpus.weight, corpus.digests = record["count"], record["weight"], record["digests"]
         return corpus
 
     def record(self) -> dict:
         """What :meth:`open` needs besides the file, as JSON values."""
-        count, digests = (
-            {UNIVERSAL if key is None else str(key): value for key, value in part.items()}
-            for part in (self.count, self.digests)
-        )
         return {
             "sha256": self.sha256,
             "n_prompts": self.n_prompts,
             "columns": list(self.columns),
-            "count": count,
-            "digests": digests,
+            "count": self.count,
+            "weight": self.weight,
+            "digests": self.digests,
             "units": [list(unit) for unit in self.units],
         }
 
@@ -154,21 +157,37 @@ class Corpus:
             shutil.copyfileobj(self._file, file, 1 << 20)
 
     def read(self, number: int) -> list[Entry]:
-        """Return the entries of a unit."""
+        """Return the entries of a unit. Raises InputError for a file that is not as it was written."""
         unit = self.units[number]
         self._file.seek(unit.offset)
-        entries = []
+        entries, lines = [], Digest()
         for _ in range(unit.n_prompts):
-            text, place, columns, universal, answer = json.loads(self._file.readline())
-            columns = tuple((column, weight) for column, weight in columns)
-            entries.append(Entry(text, place, columns, universal, answer))
-        return entries
+            line = self._file.readline()
+            lines.add(line)
+            entries.append(line)
+        if str(lines) != unit.sha256:
+            raise InputError(self._where, f"is damaged: unit {number} is not as written")
+        return [_read_entry(line) for line in entries]
+
+
+def _read_entry(line) -> Entry:
+    text, place, columns, universal, answer = json.loads(line)
+    return Entry(text, place, tuple((column, weight, turn) for column, weight, turn in columns), universal, answer)
+
+
+def _write(file, line):
+    try:
+        file.write(line)
+        if not line:
+            file.flush()
+    except OSError as error:
+        raise InputError(tempfile.gettempdir(), f"cannot hold the prompts: {error.strerror}") from None
 
 
 def entries_of(prompts: Iterable[tuple[str, str]], *columns: int) -> Iterator[Entry]:
     """Entries from (text, place), each counted once in these columns; in none: for the universal filter."""
     for text, place in prompts:
-        yield Entry(text, place, tuple((column, 1.0) for column in columns), universal=not columns)
+        yield Entry(text, place, tuple((column, 1.0, 0) for column in columns), universal=not columns)
 
 
 def two_sets(names: Names, positive, negative, neutral=()) -> Iterator[Entry]:
@@ -222,17 +241,28 @@ def _entry(record, place, names, prefix) -> Entry:
     for name, weight in columns.items():
         if not name.strip(".") or not name.isprintable() or set(name) & set("/\\"):  # names of files follow from it
             raise InputError(f"{place}: columns", f"expected printable names without slashes, got {name!r}")
+        if name in (POSITIVE, NEGATIVE) or len(name.encode("utf-8")) > LONGEST_NAME:
+            raise InputError(f"{place}: columns", f"expected names of 1 to {LONGEST_NAME} bytes, got {name[:60]!r}")
         number = isinstance(weight, (int, float)) and not isinstance(weight, bool)
-        if not number or not 0 < weight <= 1e6:
-            raise InputError(f"{place}: columns.{name}", f"expected a weight above 0 and at most 1e6, got {weight!r}")
-    if len(names.number) + len(columns) > MOST_COLUMNS:
+        if not number or not 1e-6 <= weight <= 1e6:
+            raise InputError(f"{place}: columns.{name}", f"expected a weight from 1e-6 to 1e6, got {weight!r}")
+    if len(names.number.keys() | {prefix + name for name in columns}) > MOST_COLUMNS:
         raise InputError(f"{place}: columns", f"the file names more than the {MOST_COLUMNS} columns accepted")
     answer = record.get("answer")
     if answer is not None:
         require_text(answer, f"{place}: answer")
     return Entry(
-        text, text_place, tuple((names(prefix + name), float(w)) for name, w in columns.items()), False, answer
+        text, text_place, tuple((names(prefix + name), float(w), 0) for name, w in columns.items()), False, answer
     )
+
+
+def with_answers(entries: Iterable[Entry], bad: BadLines) -> Iterator[Entry]:
+    """The entries, where position "answer" asks for an answer in each but those of the universal filter."""
+    for entry in entries:
+        if entry.answer is None and not entry.universal:
+            bad.add(InputError(entry.place, "has no answer, which position 'answer' counts"))
+        else:
+            yield entry
 
 
 def contrasts_of(columns: Iterable[str], where) -> list[Contrast]:

@@ -92,8 +92,10 @@ def settings_from(preset: str | None = None, **changes) -> Settings:
         raise InputError("universal_threshold", f"expected above 0 and at most 1, got {settings.universal_threshold}")
     if settings.position not in POSITIONS:
         raise InputError("position", f"expected one of {', '.join(POSITIONS)}, got {settings.position!r}")
-    if not 0 <= settings.bootstrap <= 10_000:
-        raise InputError("bootstrap", f"expected 0 to 10000 replicates, got {settings.bootstrap}")
+    if settings.bootstrap == 1 or not 0 <= settings.bootstrap <= 10_000:
+        raise InputError("bootstrap", f"expected 2 to 10000 replicates, or 0 for none, got {settings.bootstrap}")
+    if settings.score == "cohen-d" and settings.position != "last":
+        raise InputError("score", "cohen-d compares prompts, and is for position 'last' only")
     if settings.folds and not 2 <= settings.folds <= 1000:
         raise InputError("folds", f"expected 2 to 1000, got {settings.folds}")
     if not 0 <= settings.seed < 1 << 63:
@@ -106,6 +108,7 @@ class Totals(Protocol):
 
     universal: Tensor | None
     n_universal: int
+    n_left_out: dict[int, int]
 
     def slot(self, number: int) -> SlotSums: ...
 
@@ -122,12 +125,20 @@ def check_size(settings: Settings, n_layers: int, n_neurons: int) -> tuple[int, 
     return k, skipped
 
 
-def check_counts(settings: Settings, contrasts, counts: dict[int | None, int]):
-    """Refuse what needs more prompts than a column has, before any forward pass."""
+def check_counts(settings: Settings, contrasts, counts: dict[str, int], weights: dict[str, float]):
+    """Refuse what needs more prompts than a column has.
+
+    Args:
+        counts, weights: of each column, its prompts and the sum of their weights; see ``corpus.Corpus``.
+    """
     for contrast in contrasts:
-        fewest = min(counts[contrast.positive], counts[contrast.negative])
-        if settings.score == "cohen-d" and fewest < 2:
-            raise InputError("score", "cohen-d needs at least two prompts in each set")
+        columns = [str(column) for column in contrast[1:]]
+        fewest, lightest = min(counts.get(c, 0) for c in columns), min(weights.get(c, 0.0) for c in columns)
+        if fewest < 1:
+            raise InputError(contrast.name, "no prompt is left in one of its two sets")
+        left = 1 - 1 / settings.folds if settings.folds else 1.0
+        if settings.score == "cohen-d" and (fewest < 2 or lightest * left <= 1):
+            raise InputError("score", "cohen-d needs at least two prompts in each set, and more with folds")
         if settings.folds > fewest:
             raise InputError("folds", f"expected at most {fewest}, the prompts of the smaller set of {contrast.name!r}")
 
@@ -167,6 +178,7 @@ def select_circuit(
         delta = select.contrast(sums, rounded_to=rounded_to)
         return delta, select.top_neurons(select.scores(settings.score, sums, delta), k, excluded)
 
+    least = 1 if settings.score == "cohen-d" else 0
     halves = [totals.slot(column) for column in contrast[1:]]
     delta, chosen = ranked(_pair(*halves))
     derived = [columns.derived(column) for column in contrast[1:]]
@@ -182,8 +194,8 @@ def select_circuit(
         skipped_layers=tuple(settings.skip_layers),
         dtype=str(dtype).removeprefix("torch."),
         preset=settings.preset,
-        folds=_cross_validate(ranked, halves, pairs[: columns.folds], chosen) if columns.folds else None,
-        bootstrap=_bootstrap(ranked, pairs[columns.folds :], chosen, columns.seed) if columns.bootstrap else None,
+        folds=_cross_validate(ranked, halves, pairs[: columns.folds], chosen),
+        bootstrap=_bootstrap(ranked, pairs[columns.folds :], chosen, columns.seed, least),
     )
 
 
@@ -203,28 +215,35 @@ def _without(whole: SlotSums, part: SlotSums) -> SlotSums:
     return SlotSums(whole.total - part.total, squares, whole.count - part.count)
 
 
-def _cross_validate(ranked, halves, folds, chosen) -> dict:
+def _cross_validate(ranked, halves, folds, chosen) -> dict | None:
     """Select without each fold in turn: how alike the circuits are, and the contrast on the prompts left out."""
+    if not folds:
+        return None
     overlaps, retained = [], []
     for pair in folds:
         delta, neurons = ranked(_pair(*(_without(half, part) for half, part in zip(halves, pair, strict=True))))
         held_out = select.contrast(_pair(*pair))
         where = tuple(torch.tensor(neurons).T)
-        retained.append(((delta[where].sign() * held_out[where]).sum() / delta[where].abs().sum()).item())
+        size = delta[where].abs().sum().item()
+        retained.append((delta[where].sign() * held_out[where]).sum().item() / size if size else 0.0)
         overlaps.append(len(set(neurons) & set(chosen)) / len(chosen))
     return {"n": len(folds), "overlap": overlaps, "retained": retained}
 
 
-def _bootstrap(ranked, replicates, chosen, seed) -> dict:
-    """How often each neuron is selected when the prompts are drawn again."""
+def _bootstrap(ranked, replicates, chosen, seed, least) -> dict | None:
+    """How often each neuron is selected when the prompts are drawn again.
+
+    Of a handful of prompts a replicate may draw none; those whose sides do not count more than ``least`` are left out.
+    None where fewer than two are left.
+    """
     counts: Counter[tuple[int, int]] = Counter()
     n = 0
     for pair in replicates:
-        if min(slot.count for slot in pair) > 0:  # of a handful of prompts none may be drawn
+        if min(slot.count for slot in pair) > least:
             counts.update(ranked(_pair(*pair))[1])
             n += 1
     if n < 2:
-        raise InputError("bootstrap", f"{n} replicates drew a prompt of both sets, two are needed")
+        return None
     k, known = len(chosen), set(chosen)
     others = [(neuron, count) for neuron, count in counts.items() if neuron not in known and 2 * count >= n]
     return {

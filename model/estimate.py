@@ -10,10 +10,12 @@ from collections.abc import Iterable
 import torch
 
 from cna_kernels import ActivationSums
+from cna_kernels.checks import InputError
 
 from .collect import DEFAULT_TOKENS, pack_prompts
 from .config import DTYPES, read_config
-from .corpus import STREAMED_UNITS, UNIT_PROMPTS
+from .corpus import STREAMED_UNITS, UNIT_BYTES, UNIT_PROMPTS
+from .memory import usable_device
 from .packed import run_layer
 from .packing import TokenPrompt, group_by_prefix, plan_packs
 from .rope import RotaryEmbedding
@@ -24,6 +26,7 @@ from .weights import check_entries, expected_shapes, layer_size, open_checkpoint
 
 SAMPLE = 1000  # prompts that are tokenised
 PROBE_BYTES = 256 << 20  # of the checkpoint that are read
+LINE_BYTES = 80  # of a prompt in the corpus file, beside its text
 
 
 def estimate(
@@ -39,15 +42,16 @@ def estimate(
 ) -> dict:
     """Estimate a discovery over these (text, place): bytes, tokens and seconds.
 
-    Sizes are counted. Times follow from three measurements: a sample of the prompts is tokenised, one layer with random
-    weights runs over a pack of them, and a part of the checkpoint is read.
+    Sizes are counted; sums with their squares, as a run directory keeps them. Times follow from three measurements: a
+    sample of the prompts is tokenised, one layer with random weights runs over a pack of them, and a part of the
+    checkpoint is read.
     """
     config = read_config(directory)
     tokenizer = Tokenizer(directory, config.vocab_size)
     checkpoint = open_checkpoint(directory)
     check_entries(checkpoint, config, directory)
-    wide = DTYPES[config.dtype if dtype is None else dtype]
-    device = torch.device(device)
+    dtype_in_use = DTYPES[config.dtype if dtype is None else dtype]
+    device = usable_device(device)
     max_tokens = max_tokens or DEFAULT_TOKENS.get(device.type, DEFAULT_TOKENS["cpu"])
 
     stream = iter(prompts)
@@ -57,6 +61,9 @@ def estimate(
     texts = [text for text, _ in sample]
     as_chat = tokenizer.template is not None if chat is None else chat
     ids = tokenizer.encode_chat(texts) if as_chat else [tokenizer.encode(text) for text in texts]
+    ids = [row for row in ids if 0 < len(row) <= config.context_length]
+    if not ids:
+        raise InputError("prompts", f"none of the first {len(sample)} fits the model's context")
     tokenise = (time.perf_counter() - start) / len(sample)
     groups = group_by_prefix(ids)
     shared = sum((len(group.prompts) - 1) * group.prefix for group in groups)
@@ -64,13 +71,15 @@ def estimate(
     run_per_prompt = per_prompt - shared / len(ids)
 
     n_layers, n_neurons = config.num_hidden_layers, config.intermediate_size
-    layer = layer_size(config) * wide.itemsize
-    all_weights = sum(torch.Size(shape).numel() for shape in expected_shapes(config).values()) * wide.itemsize
-    per_unit = UNIT_PROMPTS * (STREAMED_UNITS if stream_layers else 1)
+    layer = layer_size(config) * dtype_in_use.itemsize
+    all_weights = sum(torch.Size(shape).numel() for shape in expected_shapes(config).values()) * dtype_in_use.itemsize
+    larger = STREAMED_UNITS if stream_layers else 1
+    text_bytes = sum(len(text.encode("utf-8")) for text in texts) / len(texts) + LINE_BYTES
+    per_unit = max(1, int(min(UNIT_PROMPTS * larger, UNIT_BYTES * larger / text_bytes)))
     n_units = -(-n_prompts // per_unit)
-    hidden = min(n_prompts, per_unit) * run_per_prompt * config.hidden_size * wide.itemsize
-    sums = n_layers * n_neurons * n_columns * (4 + 8)
-    pack = max_tokens * (3 * n_neurons + 8 * config.hidden_size) * wide.itemsize
+    hidden = min(n_prompts, per_unit) * run_per_prompt * config.hidden_size * dtype_in_use.itemsize
+    sums = n_layers * n_neurons * n_columns * (4 + 8) * 2
+    pack = max_tokens * (3 * n_neurons + 8 * config.hidden_size) * dtype_in_use.itemsize
     on_disk = sum(entry.end - entry.start for entry in checkpoint.entries.values())
     read_bytes = on_disk * n_units if stream_layers else on_disk
     memory = {
@@ -79,7 +88,7 @@ def estimate(
         "forward_pass": pack,
         "sums": sums,
     }
-    per_token = _layer_seconds(config, ids, wide, device, max_tokens, n_columns)
+    per_token = _layer_seconds(config, ids, dtype_in_use, device, max_tokens, n_columns)
     seconds = {
         "tokenise": tokenise * n_prompts,
         "read": read_bytes / _read_rate(checkpoint),

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
+import os
+import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING
@@ -9,15 +12,17 @@ from typing import TYPE_CHECKING
 import torch
 
 from cna_kernels import __version__, backends
-from cna_kernels.checks import InputError
+from cna_kernels.checks import InputError, one_line
 from cna_kernels.circuit import Circuit
+from cna_kernels.cpu import library
 
 from . import stream
 from .attribute import UNIVERSAL_FRACTION, Part, Pass, encode_ahead, run_unit
 from .collect import collect, measure_tokens
 from .columns import Columns
-from .corpus import Contrast, Corpus
+from .corpus import UNIVERSAL, Contrast, Corpus
 from .discover import Settings, Totals, check_counts, check_size, find_universal, select_circuit
+from .memory import memory_of
 from .run_directory import RunDirectory, Worker
 from .stream import StreamedTransformer
 
@@ -50,12 +55,23 @@ class Job:
         self.model, self.corpus, self.contrasts, self.settings = model, corpus, tuple(contrasts), settings
         self.diverse, self.chat = tuple(diverse), chat
         check_size(settings, *self.shape)
-        check_counts(settings, self.contrasts, corpus.count)
+        check_counts(settings, self.contrasts, corpus.count, corpus.weight)
         columns = Columns(
             len(corpus.columns), self.contrasts, folds=settings.folds, bootstrap=settings.bootstrap, seed=settings.seed
         )
         by_spread = settings.score == "cohen-d"
         self.how = Pass(columns, squares or by_spread, by_spread, batch, max_tokens)
+        self._check_memory(columns)
+
+    def _check_memory(self, columns: Columns):
+        """Refuse more sums than memory holds: totals of all slots, and the buffers of a unit that has all of them."""
+        n_slots = columns.n_columns + sum(len(columns.derived(column)) for column in range(columns.n_columns))
+        n_layers, n_neurons = self.shape
+        needed = n_layers * n_neurons * n_slots * (8 + (8 + 4) * (2 if self.how.squares else 1))
+        available = memory_of("cpu")
+        if available is not None and needed > available:
+            what = f"{n_slots} sums of {n_layers} x {n_neurons} neurons need {needed / 2**30:.1f} GiB"
+            raise InputError("columns, bootstrap, folds", f"{what}, there are {available / 2**30:.1f}")
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -89,6 +105,8 @@ class Job:
             counts[1] += tokens
             progress(counts[0], self.corpus.n_prompts, counts[1])
 
+        if progress is not None:
+            progress(done, self.corpus.n_prompts, 0)
         numbers = []
 
         def entries():
@@ -105,7 +123,7 @@ class Job:
                 self.how,
                 skip_bad=skip_bad,
                 progress=None if progress is None else advance,
-                collect=stream.collect if isinstance(self.model.transformer, StreamedTransformer) else collect,
+                collect=self._collect(),
             )
             yield numbers.pop(0), part
 
@@ -116,16 +134,25 @@ class Job:
             total += part
         return total
 
-    def run_in(self, directory, *, skip_bad: bool = False, progress: Progress | None = None, rank: int = 0, world=1):
+    def run_in(
+        self,
+        directory,
+        *,
+        skip_bad: bool = False,
+        progress: Progress | None = None,
+        rank: int = 0,
+        world: int = 1,
+        adopt_batch: bool = False,
+    ) -> RunDirectory:
         """Run in a run directory, together with whoever else does; return when all units are done.
 
         Args:
             rank, world: which of how many workers this is, to start apart from the others.
-
-        Returns:
-            The RunDirectory.
+            adopt_batch: take the batch of a run that has been started meanwhile.
         """
-        run = RunDirectory.start(directory, self.facts(), self.corpus)
+        adopt = ("batch", "batch_tokens") if adopt_batch else ()
+        run = RunDirectory.start(directory, self.facts(), self.corpus, adopt=adopt)
+        self.how = replace(self.how, batch=run.manifest["batch"], max_tokens=run.manifest["batch_tokens"])
         missing = set(run.missing())
         done = sum(unit.n_prompts for number, unit in enumerate(run.units) if number not in missing)
 
@@ -134,13 +161,21 @@ class Job:
             if progress is not None:
                 progress(prompts, total, tokens)
 
-        with Worker(run, first=rank * len(run.units) // world) as worker:
-            while True:
-                for unit, part in self.run(worker.units(), skip_bad=skip_bad, progress=report, done=done):
-                    worker.finish(unit, part)
-                    done += part.n_prompts
-                if worker.wait():
-                    return run
+        try:
+            with Worker(run, first=rank * len(run.units) // world) as worker:
+                while True:
+                    units = self.run(worker.units(), skip_bad=skip_bad, progress=report, done=done)
+                    with contextlib.closing(units):
+                        for unit, part in units:
+                            worker.finish(unit, part)
+                            done += run.units[unit].n_prompts
+                    if worker.wait():
+                        return run
+        except (KeyboardInterrupt, InputError) as error:
+            what = f"{len(run.units) - len(run.missing())} of {len(run.units)} units are done and kept in {directory}"
+            goes_on = "; the same command goes on from there" if isinstance(error, KeyboardInterrupt) else ""
+            print(one_line(what + goes_on), file=sys.stderr)
+            raise
 
     def facts(self) -> dict:
         """What the sums depend on besides the prompts."""
@@ -153,6 +188,9 @@ class Job:
             "device": model.device.type,
             "backend": backends.name_for(model.device),
             # PyTorch's attention on CPUs rounds differently with another number of threads.
+            "isa": library.isa() if backends.name_for(model.device) == "cpu" else None,
+            "gpu": torch.cuda.get_device_name(model.device) if model.device.type == "cuda" else None,
+            "CNA_PLAN": os.environ.get("CNA_PLAN") or None,
             "threads": torch.get_num_threads() if model.device.type == "cpu" else None,
             "position": settings.position,
             "double_bos": settings.double_bos,
@@ -173,6 +211,16 @@ class Job:
     def _template_sha256(self) -> str | None:
         return self.model.tokenizer.template_sha256 if self.model.uses_chat(self.chat) else None
 
+    def _collect(self):
+        """The forward passes for this kind of model."""
+        if isinstance(self.model.transformer, StreamedTransformer):
+            return stream.collect
+        if hasattr(self.model.transformer, "mesh"):
+            from . import parallel
+
+            return parallel.collect
+        return collect
+
     def _encode(self, entries):
         settings = self.settings
         return self.model.encode_entries(
@@ -182,13 +230,16 @@ class Job:
     def circuits(self, totals: Totals) -> dict[str, Circuit]:
         """Select the circuit of every contrast, with its provenance."""
         model, settings, corpus = self.model, self.settings, self.corpus
+        counts = {key: n - totals.n_left_out.get(int(key), 0) for key, n in corpus.count.items() if key != UNIVERSAL}
+        weights = {key: totals.slot(int(key)).count for key in counts}
+        check_counts(settings, self.contrasts, counts, weights)
         n_layers, n_neurons = self.shape
         excluded, votes, record = torch.zeros(n_layers, n_neurons, dtype=torch.bool), 0, None
         if settings.universal:
             excluded, votes = find_universal(totals, self.diverse, settings.universal_threshold, n_layers, n_neurons)
             record = {
                 "prompts": votes,
-                "prompts_sha256": corpus.digests.get(None, corpus.sha256),
+                "prompts_sha256": corpus.digests.get(UNIVERSAL, corpus.sha256),
                 "fraction": UNIVERSAL_FRACTION,
                 "threshold": settings.universal_threshold,
                 "excluded": excluded.nonzero().tolist(),
@@ -206,7 +257,7 @@ class Job:
             circuit = select_circuit(totals, self.how.columns, contrast, settings, excluded, dtype)
             sides = zip(("positive", "negative"), contrast[1:], strict=True)
             prompts = {
-                side: {"count": corpus.count[column], "sha256": corpus.digests[column]} for side, column in sides
+                side: {"count": counts[str(column)], "sha256": corpus.digests[str(column)]} for side, column in sides
             }
             found[contrast.name] = replace(circuit, prompts=prompts, **shared)
         return found

@@ -21,15 +21,15 @@ from .corpus import Contrast, Corpus, Entry, Names, two_sets
 from .discover import Settings, settings_from
 from .generate import Sampling, generate
 from .job import Job, Progress
+from .memory import usable_device
 from .packing import TokenPrompt
 from .prompts import PromptSet, neutral_prompts
 from .stream import StreamedTransformer
 from .text import Tokenizer, stop_ids
-from .transformer import Steer
+from .transformer import Steer, Transformer
 from .weights import config_sha256, load_transformer, open_checkpoint
 
 GENERATE_ROWS = 64  # prompts decoded together
-DEVICES = ("cpu", "cuda", "mps", "xpu")
 
 
 def load(directory, **options) -> LanguageModel:
@@ -45,26 +45,31 @@ class LanguageModel:
     """A model with its tokenizer. ``model(input_ids[B, S]) -> logits[B, S, V]`` is the plain call.
 
     Attributes:
-        transformer: the forward pass, a torch module; with ``stream_layers`` a StreamedTransformer.
+        transformer: the forward pass, a torch module; a StreamedTransformer with ``stream_layers``, a
+            ParallelTransformer with ``mesh``.
         tokenizer: text to ids and back.
         config: ModelConfig.
         directory: where it was loaded from.
     """
 
-    def __init__(self, directory, *, device="cpu", dtype: str | None = None, stream_layers: bool = False, spill=None):
+    def __init__(
+        self, directory, *, device="cpu", dtype: str | None = None, stream_layers: bool = False, spill=None, mesh=None
+    ):
         """
         Args:
             device: "cpu", "cuda", "cuda:1", ...
             dtype: "bfloat16", "float16" or "float32"; None keeps the checkpoint's own.
             stream_layers: read a layer when its turn comes, for models larger than memory. Finds circuits, and
                 nothing else. ``spill`` is a directory for hidden states that memory does not hold.
+            mesh: share the layers with the other processes of this mesh, see ``parallel.open_mesh``. All of them make
+                the same calls; the model finds circuits, and nothing else.
         """
         self.directory = Path(directory)
         if not os.path.isdir(directory):
             raise InputError(directory, "is not a directory with a checkpoint")
         if dtype is not None and dtype not in DTYPES:
             raise InputError("dtype", f"expected one of {', '.join(DTYPES)}, got {dtype!r}")
-        self.device = _usable_device(device)
+        self.device = usable_device(device)
         backends.name_for(
             self.device
         )  # what the environment asks for and cannot have is said before the files are read
@@ -73,7 +78,11 @@ class LanguageModel:
         self.stop_ids = stop_ids(directory, self.tokenizer, self.config.vocab_size)
         self._checkpoint = open_checkpoint(directory)
         options = dict(dtype=DTYPES.get(dtype), device=self.device)
-        if stream_layers:
+        if mesh is not None:
+            from .parallel import load_parallel
+
+            self.transformer = load_parallel(directory, self.config, self._checkpoint, mesh=mesh, **options)
+        elif stream_layers:
             self.transformer = StreamedTransformer(directory, self.config, self._checkpoint, spill=spill, **options)
         else:
             self.transformer = load_transformer(directory, self.config, self._checkpoint, **options)
@@ -85,8 +94,8 @@ class LanguageModel:
         return self.transformer(input_ids, steer=self._steer(input_ids.shape[0]))
 
     def _require_logits(self):
-        if isinstance(self.transformer, StreamedTransformer):
-            raise InputError("stream_layers", "a model whose layers are streamed finds circuits, and nothing else")
+        if type(self.transformer) is not Transformer:
+            raise InputError("model", "a model whose layers are streamed or shared finds circuits, and nothing else")
 
     def identity(self) -> dict[str, str]:
         """Return what tells this checkpoint from others: its name and hashes of config, headers and sampled weights."""
@@ -128,7 +137,8 @@ class LanguageModel:
         for entry, row in zip(entries, ids, strict=True):
             n_counted = 1
             if position == "all":
-                n_counted = max(len(row) - (row[:1] == [self.tokenizer.bos_id]), 1)
+                n_bos = next((n for n, token in enumerate(row) if token != self.tokenizer.bos_id), len(row))
+                n_counted = max(len(row) - n_bos, 1)
             elif position == "answer" and not entry.universal:
                 if entry.answer is None:
                     raise InputError(entry.place, "has no answer, which position 'answer' counts")
@@ -376,16 +386,3 @@ class _TextStream:
         if new:
             self._shown[row] = text
             self._on_text(self._first_row + row, new)
-
-
-def _usable_device(device) -> torch.device:
-    if str(device).split(":")[0] not in DEVICES:
-        raise InputError("device", f"expected one of {', '.join(DEVICES)}, got {str(device)!r}")
-    try:
-        device = torch.device(device)
-        torch.zeros(1, device=device)
-    except (RuntimeError, AssertionError) as error:
-        raise InputError("device", f"{device} cannot be used: {error}") from None
-    if device.type == "cuda" and device.index is None:
-        device = torch.device("cuda", torch.cuda.current_device())
-    return device

@@ -1,10 +1,14 @@
-"""How much memory there is, and how a lack of it shows."""
+"""Devices: which can be used, how much memory there is, and how a lack of it shows."""
 
 from __future__ import annotations
 
 import os
 
 import torch
+
+from cna_kernels.checks import InputError
+
+DEVICES = ("cpu", "cuda", "mps", "xpu")
 
 
 def memory_of(device) -> int | None:
@@ -20,3 +24,17 @@ def memory_of(device) -> int | None:
 def is_out_of_memory(error: RuntimeError) -> bool:
     """Whether the error says that an allocation failed, on a GPU or on the CPU."""
     return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)
+
+
+def usable_device(device) -> torch.device:
+    """The device, with its number; InputError for one that this machine does not have."""
+    if str(device).split(":")[0] not in DEVICES:
+        raise InputError("device", f"expected one of {', '.join(DEVICES)}, got {str(device)!r}")
+    try:
+        device = torch.device(device)
+        torch.zeros(1, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise InputError("device", f"{device} cannot be used: {error}") from None
+    if device.type == "cuda" and device.index is None:
+        device = torch.device("cuda", torch.cuda.current_device())
+    return device

@@ -21,15 +21,18 @@ class Meter:
     def __init__(self, show):
         self._show, self._start = show, time.monotonic()
         self.prompts = self.total = self.tokens = 0
+        self._before: int | None = None  # prompts that a run which goes on had done
 
     def __call__(self, prompts: int, total: int, tokens: int):
+        if self._before is None:
+            self._before = prompts if tokens == 0 else 0
         self.prompts, self.total, self.tokens = prompts, total, tokens
         self._show(self)
 
     def facts(self) -> dict:
         """What has been done, in prompts, tokens, seconds and bytes."""
         seconds = time.monotonic() - self._start
-        rate = self.prompts / seconds if seconds else 0.0
+        rate = (self.prompts - (self._before or 0)) / seconds if seconds else 0.0
         return {
             "prompts": self.prompts,
             "of": self.total,

@@ -21,6 +21,7 @@ from .rope import RotaryEmbedding
 from .transformer import Layer
 
 Past = tuple[Tensor, Tensor]  # keys and values of a prefix in one layer, [1, KV heads, P, D]
+KEY_BYTES, VARLEN_BYTES = 32 << 20, 1 << 30  # of keys and values, prefixes included, that one attention call gets
 
 
 class Packed:
@@ -38,7 +39,7 @@ class Packed:
         Args:
             ids: the own tokens of each prompt, in the order of ``packing.plan_packs``.
             counted: how many of them at the end count; 0 is allowed.
-            weight: ``[P, C]`` fp32, the weight of each counted token of a prompt.
+            weight: ``[P, C]`` fp32, what each counted token of a prompt weighs; or ``[R, C]``, for every one of them.
             prefix: tokens of the shared beginning in front of every prompt.
         """
         lengths = [len(row) for row in ids]
@@ -54,7 +55,9 @@ class Packed:
         self.lengths = torch.tensor([prefix + length for length in lengths for _ in range(length)], device=device)
         self.rows = torch.tensor(rows, dtype=torch.int64, device=device)
         self._sequences: dict[bool, tuple] = {}
-        self.weight = weight.to(device)[torch.tensor(owners, dtype=torch.int64, device=device)]
+        if len(weight) != len(rows):
+            weight = weight[torch.tensor(owners, dtype=torch.int64)]
+        self.weight = weight.to(device)
 
     def weight_of_all(self) -> Tensor:
         """``[T, C]``: the weights of every token, 0 for those that do not count."""
@@ -62,11 +65,14 @@ class Packed:
         weight[self.rows] = self.weight
         return weight
 
-    def owners(self, n_rows: int) -> list[int]:
-        """The prompt of every token, or, where ``n_rows`` is their number, of every counted token."""
-        last = n_rows != self.n_tokens
+    def owners(self, last: bool) -> list[int]:
+        """The prompt of every token; after the last layer, of every counted token."""
         sizes = [span.n_counted if last else span.n_tokens for span in self.spans for _ in range(span.n_prompts)]
         return [owner for owner, size in enumerate(sizes) for _ in range(size)]
+
+    def n_keys(self) -> int:
+        """Tokens that the prompts of this pack look at, the prefix counted for each."""
+        return self.n_tokens + self.prefix * sum(span.n_prompts for span in self.spans)
 
     def sequences(self, last: bool) -> tuple[Tensor, Tensor, int, int, Tensor]:
         """Where each prompt's queries and keys begin (``[P + 1]`` int32 each), the most of both, and which rows of
@@ -112,7 +118,8 @@ def run_layer(
     if sums and len(packed.rows):
         extras = {"weight": packed.weight if last else packed.weight_of_all(), **sums}
     rows = packed.rows if last else None
-    attend = _attend_varlen if _has_varlen(x) else _attend
+    keys = packed.n_keys() * 2 * layer.self_attn.k_proj.weight.shape[0] * x.element_size()
+    attend = _attend_varlen if _has_varlen(x) and keys <= VARLEN_BYTES else _attend
     x = layer(x, *rotation, partial(attend, packed, past, window, last, own), rows, **extras)
     return x, (own[0], own[1])
 
@@ -158,24 +165,33 @@ def _attend(packed: Packed, past, window, last, own, _layer, query, key, value) 
     own += [key, value]
     spans = packed.spans
     y = torch.empty_like(query.transpose(1, 2)).transpose(1, 2)
+    # A prefix is copied in front of the keys of every prompt: a few prompts at a time, so that copies stay small.
+    row_bytes = 2 * key.shape[1] * key.shape[3] * key.element_size()
     asked_before = 0
     for span in spans:
-        n_prompts, n_asked = span.n_prompts, span.n_counted if last else span.n_tokens
+        n_asked = span.n_counted if last else span.n_tokens
         if n_asked == 0:
             continue
-        end = span.start + n_prompts * span.n_tokens
-        keys, values = (_apart(part[:, :, span.start : end], n_prompts) for part in (key, value))
-        if past is not None:
+        at_once = (
+            max(KEY_BYTES // ((packed.prefix + span.n_tokens) * row_bytes), 1) if packed.prefix else span.n_prompts
+        )
+        for done in range(0, span.n_prompts, at_once):
+            n_prompts = min(at_once, span.n_prompts - done)
+            start = span.start + done * span.n_tokens
             keys, values = (
-                torch.cat((before.expand(n_prompts, -1, -1, -1), part), dim=2)
-                for before, part in zip(past, (keys, values), strict=True)
+                _apart(part[:, :, start : start + n_prompts * span.n_tokens], n_prompts) for part in (key, value)
             )
-        asked = slice(asked_before, asked_before + n_prompts * n_asked)
-        asked_before = asked.stop
-        queries = _apart(query[:, :, asked], n_prompts)
-        mask, is_causal = _mask(n_asked, keys.shape[2], window, query.device)
-        found = F.scaled_dot_product_attention(queries, keys, values, mask, is_causal=is_causal, enable_gqa=True)
-        _apart(y[:, :, asked], n_prompts).copy_(found)
+            if past is not None:
+                keys, values = (
+                    torch.cat((before.expand(n_prompts, -1, -1, -1), part), dim=2)
+                    for before, part in zip(past, (keys, values), strict=True)
+                )
+            asked = slice(asked_before, asked_before + n_prompts * n_asked)
+            asked_before = asked.stop
+            queries = _apart(query[:, :, asked], n_prompts)
+            mask, is_causal = _mask(n_asked, keys.shape[2], window, query.device)
+            found = F.scaled_dot_product_attention(queries, keys, values, mask, is_causal=is_causal, enable_gqa=True)
+            _apart(y[:, :, asked], n_prompts).copy_(found)
     return y
 
 

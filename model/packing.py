@@ -81,7 +81,11 @@ def _best(ids, members, depth) -> tuple[int, list[Group], list[int]]:
 
 
 def _children(ids, members, prefix) -> list[list[int]]:
-    """Members, in sorted order, by their token after the prefix."""
+    """Members, in sorted order, by their token after the prefix. Where that is the same, the shortest, which allow no
+    longer prefix, apart from the others."""
+    shortest = [row for row in members if len(ids[row]) == prefix + 1]
+    if ids[members[0]][prefix] == ids[members[-1]][prefix] and 0 < len(shortest) < len(members):
+        return [shortest, [row for row in members if len(ids[row]) > prefix + 1]]
     children: list[list[int]] = []
     for row in members:
         if children and ids[row][prefix] == ids[children[-1][0]][prefix]:

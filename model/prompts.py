@@ -152,7 +152,10 @@ def _csv_records(path, file, bad):
     reader = csv.DictReader(text, strict=True)
     while True:
         try:
-            names = reader.fieldnames or []
+            try:
+                names = reader.fieldnames or []
+            except csv.Error as error:
+                raise InputError(f"{path}:1", error) from None
             if len(set(names)) != len(names):
                 raise InputError(f"{path}:1", f"repeats the column {next(n for n in names if names.count(n) > 1)!r}")
             record = next(reader)

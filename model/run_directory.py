@@ -18,6 +18,7 @@ import socket
 import sys
 import threading
 import time
+from collections import deque
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -35,6 +36,7 @@ FORMAT = 1
 HEARTBEAT, STALE = 5.0, 60.0  # seconds between two touches of a claim, and after which silence another takes the unit
 PATIENCE = 900.0  # seconds without a finished forward pass after which a worker no longer touches its claims
 POLL = 0.2
+TAIL = 16  # units that are left when a worker no longer takes one ahead
 
 
 class RunDirectory:
@@ -42,6 +44,7 @@ class RunDirectory:
 
     def __init__(self, path, manifest: dict):
         self.path, self.manifest = Path(path), manifest
+        _check_manifest(manifest, self.path / "manifest.json")
         self.fingerprint = sha256(json.dumps(manifest, sort_keys=True))
         self.units = [Unit(*unit) for unit in manifest["corpus"]["units"]]
 
@@ -55,10 +58,7 @@ class RunDirectory:
         if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
             found = manifest.get("format") if isinstance(manifest, dict) else manifest
             raise InputError(f"{where}: format", f"expected {FORMAT}, got {found!r}")
-        try:
-            return cls(path, manifest)
-        except (KeyError, TypeError):
-            raise InputError(where, "is not the manifest of a run") from None
+        return cls(path, manifest)
 
     @classmethod
     def wait(cls, path) -> RunDirectory:
@@ -68,11 +68,12 @@ class RunDirectory:
         return cls.open(path)
 
     @classmethod
-    def start(cls, path, facts: dict, corpus: Corpus) -> RunDirectory:
+    def start(cls, path, facts: dict, corpus: Corpus, *, adopt: tuple[str, ...] = ()) -> RunDirectory:
         """Start a run, or join the one that is there.
 
         Args:
             facts: what the sums depend on besides the prompts: JSON values.
+            adopt: those of them that a run which is there decides.
 
         Raises:
             InputError: the directory holds another run; names the first field that differs.
@@ -87,12 +88,18 @@ class RunDirectory:
             corpus.copy_to(path / name)
             _write_once(path / "manifest.json", json.dumps(manifest, indent=1).encode() + b"\n")
         run = cls.open(path)
+        manifest |= {name: run.manifest.get(name) for name in adopt}
         difference = _first_difference(manifest, run.manifest)
         if difference is not None:
             field, mine, theirs = difference
             raise InputError(
                 f"{path / 'manifest.json'}: {field}", f"belongs to another run: it has {theirs}, this one {mine}"
             )
+        run._check_parts()
+        for left in (path / "parts").glob(".cna-*.tmp"):  # by writers that were killed
+            with contextlib.suppress(OSError):
+                if time.time() - left.stat().st_mtime > STALE:
+                    left.unlink()
         return run
 
     def corpus(self) -> Corpus:
@@ -107,8 +114,16 @@ class RunDirectory:
 
     def missing(self) -> list[int]:
         """Units without a part."""
-        present = {entry.name for entry in os.scandir(self.path / "parts")}
-        return [unit for unit in range(len(self.units)) if f"{unit:06d}.safetensors" not in present]
+        present = set(_names(self.path / "parts"))
+        return [unit for unit in range(len(self.units)) if self.part_path(unit).name not in present]
+
+    def _check_parts(self):
+        """Refuse damaged and foreign parts before any work; their contents are checked when they are merged."""
+        known = {self.part_path(unit).name: unit for unit in range(len(self.units))}
+        for name in sorted(_names(self.path / "parts")):
+            if name not in known:
+                raise InputError(self.path / "parts" / name, "is no part of this run")
+            self._read(known[name], tensors=False)
 
     def write_part(self, unit: int, part: Part):
         """Write what a unit adds, whole or not at all. A part that is there already stays."""
@@ -126,53 +141,58 @@ class RunDirectory:
             "n_universal": part.n_universal,
             "n_prompts": part.n_prompts,
             "n_tokens": part.n_tokens,
+            "n_skipped": part.n_skipped,
             "skipped": part.skipped,
+            "n_left_out": {str(column): count for column, count in part.n_left_out.items()},
         }
         # One entry of metadata: safetensors writes several in any order, and a part has the same bytes every time.
         record = json.dumps({"facts": facts, "sha256": _hash(facts, tensors)}, sort_keys=True)
         _write_once(self.part_path(unit), save(tensors, metadata={"part": record}))
 
-    def read_part(self, unit: int, *, where: Path | None = None) -> Part:
+    def read_part(self, unit: int) -> Part:
         """Read and check the part of a unit. Raises InputError naming the file for one that is torn or foreign."""
-        path = where or self.part_path(unit)
-        try:
-            with safe_open(path, framework="pt", backend="pread") as file:
-                record = json.loads((file.metadata() or {})["part"])
-                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-            facts, expected = record["facts"], record["sha256"]
-        except (SafetensorError, OSError, KeyError, TypeError, ValueError) as error:
-            raise InputError(path, f"is no part of a run: {error}") from None
-        if _hash(facts, tensors) != expected:
-            raise InputError(path, "is damaged: its contents do not have the hash that it was written with")
-        if facts["fingerprint"] != self.fingerprint:
-            raise InputError(path, f"belongs to another run than {self.path / 'manifest.json'}")
-        if facts["unit"] != unit:
-            raise InputError(path, f"holds unit {facts['unit']}, its name says {unit}")
+        facts, tensors = self._read(unit)
         part = Part(
             universal=tensors.get("universal"),
             n_universal=facts["n_universal"],
             n_prompts=facts["n_prompts"],
             n_tokens=facts["n_tokens"],
+            n_skipped=facts["n_skipped"],
             skipped=facts["skipped"],
+            n_left_out={int(column): count for column, count in facts["n_left_out"].items()},
         )
         for number, count in facts["counts"].items():
             squares = tensors.get(f"total_sq.{number}")
             part.slots[int(number)] = SlotSums(tensors[f"total.{number}"], squares, count)
         return part
 
+    def _read(self, unit, *, tensors=True) -> tuple[dict, dict]:
+        """The facts and tensors of a part; without ``tensors`` only the facts are read and checked."""
+        path, found = self.part_path(unit), {}
+        again = "; delete it, and the same command runs its unit again"
+        try:
+            with safe_open(path, framework="pt", backend="pread") as file:
+                record = json.loads((file.metadata() or {})["part"])
+                if tensors:
+                    found = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+            facts, expected = record["facts"], record["sha256"]
+            fingerprint, number = facts["fingerprint"], facts["unit"]
+        except (SafetensorError, OSError, KeyError, TypeError, ValueError) as error:
+            raise InputError(path, f"is no part of a run: {error}{again}") from None
+        if fingerprint != self.fingerprint:
+            raise InputError(path, f"belongs to another run than {self.path / 'manifest.json'}{again}")
+        if number != unit:
+            raise InputError(path, f"holds unit {number}, its name says {unit}{again}")
+        if tensors and _hash(facts, found) != expected:
+            raise InputError(path, f"is damaged: its contents do not have the hash that it was written with{again}")
+        return facts, found
+
     def merged(self) -> Part:
         """Add all parts, in the order of their units. Raises InputError if one is missing, damaged or foreign."""
         missing = self.missing()
         if missing:
             raise InputError(self.path, f"{len(missing)} of {len(self.units)} units are not done")
-        known = {f"{unit:06d}.safetensors" for unit in range(len(self.units))}
-        strange = sorted(
-            entry.name
-            for entry in os.scandir(self.path / "parts")
-            if entry.name not in known and not entry.name.startswith(".cna-")  # left by a killed worker
-        )
-        if strange:
-            raise InputError(self.path / "parts" / strange[0], "is no part of this run")
+        self._check_parts()
         total = Part()
         for unit in range(len(self.units)):
             total += self.read_part(unit)
@@ -182,26 +202,22 @@ class RunDirectory:
         """What is done, and who works on what."""
         missing = set(self.missing())
         done = [unit for unit in range(len(self.units)) if unit not in missing]
-        workers = []
-        now = time.time()
-        for entry in sorted(os.scandir(self.path / "claims"), key=lambda entry: entry.name):
-            with contextlib.suppress(OSError, ValueError, KeyError):
-                unit = int(entry.name)
-                owner = json.loads(Path(entry.path).read_text())
-                silent = now - entry.stat().st_mtime
-                state = "dead" if _is_dead(owner) or silent > STALE else "working"
-                if unit in missing:
-                    workers.append(
-                        {"unit": unit, "host": owner["host"], "pid": owner["pid"], "silent_s": round(silent, 1)}
-                        | {"state": state}
-                    )
+        workers, now = [], time.time()
+        for name in sorted(_names(self.path / "claims")):
+            path = self.path / "claims" / name
+            with contextlib.suppress(OSError, ValueError):
+                owner, silent = _owner(path), now - path.stat().st_mtime
+                if int(name) in missing:
+                    state = "dead" if _is_dead(owner) or silent > STALE else "working"
+                    facts = {"unit": int(name), "host": owner.get("host"), "pid": owner.get("pid")}
+                    workers.append(facts | {"silent_s": round(silent, 1), "state": state})
         return {
             "model": self.manifest["model"]["name"],
             "units": len(self.units),
             "units_done": len(done),
             "prompts": sum(unit.n_prompts for unit in self.units),
             "prompts_done": sum(self.units[unit].n_prompts for unit in done),
-            "part_bytes": sum(entry.stat().st_size for entry in os.scandir(self.path / "parts")),
+            "part_bytes": sum((self.path / "parts" / name).stat().st_size for name in _names(self.path / "parts")),
             "workers": workers,
         }
 
@@ -214,6 +230,7 @@ class Worker:
         self.run, self._first = run, first
         self._owner = _this_process()
         self._held: set[int] = set()
+        self._candidates: deque[int] = deque()
         self._progress = time.monotonic()
         self._stop = threading.Event()
 
@@ -235,7 +252,11 @@ class Worker:
         self._progress = time.monotonic()
 
     def units(self) -> Iterator[int]:
-        """Yield units to run until none is left that nobody works on."""
+        """Yield units to run until none is left that nobody works on.
+
+        They are asked for one ahead, so that the next one's prompts are ready; near the end of the run a worker waits
+        until it has nothing in hand, and leaves the last units to those who have nothing to do.
+        """
         while (unit := self._claim()) is not None:
             yield unit
 
@@ -246,10 +267,13 @@ class Worker:
 
     def wait(self) -> bool:
         """Wait until all units are done (True), or until one is to be had again, whose worker has died (False)."""
+        pause = POLL
         while missing := self.run.missing():
-            if any(self._claim_state(unit) != "held" for unit in missing):
+            now = self._now()
+            if any(self._claim_state(unit, now) != "held" for unit in missing):
                 return False
-            time.sleep(POLL)
+            time.sleep(pause)
+            pause = min(2 * pause, 2.0)
         return True
 
     def release(self, unit: int):
@@ -258,23 +282,29 @@ class Worker:
             self._claim_path(unit).unlink()
 
     def _claim(self) -> int | None:
-        missing = self.run.missing()
-        later = [unit for unit in missing if unit >= self._first]
-        for unit in [*later, *(unit for unit in missing if unit < self._first)]:
-            if unit not in self._held and self._take(unit):
-                return unit
+        for _ in range(2):
+            while self._candidates:
+                while self._held and len(self._candidates) <= TAIL:
+                    if self._stop.wait(POLL):
+                        return None
+                unit = self._candidates.popleft()
+                if unit not in self._held and not self.run.is_done(unit) and self._take(unit):
+                    return unit
+            missing = self.run.missing()
+            order = [unit for unit in missing if unit >= self._first] + [unit for unit in missing if unit < self._first]
+            self._candidates = deque(unit for unit in order if unit not in self._held)
         return None
 
     def _take(self, unit) -> bool:
         """Create the claim. A dead one is removed first; if two workers do that at once, both run the unit at worst."""
         path = self._claim_path(unit)
-        state = self._claim_state(unit)
+        state = self._claim_state(unit, self._now()) if path.exists() else "free"
         if state == "held":
             return False
-        if state == "dead":
-            with contextlib.suppress(FileNotFoundError):
-                path.unlink()
         try:
+            if state == "dead":
+                with contextlib.suppress(FileNotFoundError):
+                    path.unlink()
             with open(path, "x") as file:
                 json.dump(self._owner, file)
         except FileExistsError:
@@ -287,16 +317,13 @@ class Worker:
         self._held.add(unit)
         return True
 
-    def _claim_state(self, unit) -> str:
+    def _claim_state(self, unit, now: float) -> str:
         """Whether a unit is "free", "held" by a worker, or claimed by a "dead" one."""
         path = self._claim_path(unit)
         try:
-            silent = self._now() - path.stat().st_mtime
-            owner = json.loads(path.read_text())
+            silent, owner = now - path.stat().st_mtime, _owner(path)
         except FileNotFoundError:
             return "free"
-        except ValueError:  # just created, or its worker died while it wrote
-            owner = {}
         return "dead" if silent > STALE or _is_dead(owner) else "held"
 
     def _keep_alive(self):
@@ -309,14 +336,63 @@ class Worker:
     def _now(self) -> float:
         """The time of the file system that holds the claims, which may be another machine's."""
         path = self._clock_path()
-        path.touch()
-        return path.stat().st_mtime
+        try:
+            path.touch()
+            return path.stat().st_mtime
+        except OSError as error:
+            raise InputError(path, f"cannot be written: {error.strerror}") from None
 
     def _clock_path(self) -> Path:
         return self.run.path / "claims" / f".clock-{self._owner['host']}-{self._owner['pid']}"
 
     def _claim_path(self, unit) -> Path:
         return self.run.path / "claims" / f"{unit:06d}"
+
+
+def _names(directory: Path) -> list[str]:
+    """What a directory holds, without files that are being written."""
+    try:
+        return [entry.name for entry in os.scandir(directory) if not entry.name.startswith(".")]
+    except OSError as error:
+        raise InputError(directory, f"cannot be read: {error.strerror}") from None
+
+
+def _owner(path: Path) -> dict:
+    """Who made a claim; nobody that is known where its file is not whole."""
+    try:
+        owner = json.loads(path.read_text())
+    except ValueError:
+        return {}
+    except FileNotFoundError:
+        raise
+    except OSError as error:
+        raise InputError(path, f"cannot be read: {error.strerror}") from None
+    return owner if isinstance(owner, dict) else {}
+
+
+def _check_manifest(manifest: dict, where):
+    """Raise InputError naming the first field that is not what this class reads."""
+
+    def expect(value, kind, field):
+        if not isinstance(value, kind) or isinstance(value, bool):
+            raise InputError(f"{where}: {field}", f"is not as written: {_short(value)}")
+        return value
+
+    expect(expect(manifest.get("model"), dict, "model").get("name"), str, "model.name")
+    threads = manifest.get("threads")
+    if threads is not None and expect(threads, int, "threads") < 1:
+        raise InputError(f"{where}: threads", f"is not as written: {threads}")
+    corpus = expect(manifest.get("corpus"), dict, "corpus")
+    for name, kind in dict(
+        file=str, sha256=str, n_prompts=int, columns=list, count=dict, weight=dict, digests=dict
+    ).items():
+        expect(corpus.get(name), kind, f"corpus.{name}")
+    if Path(corpus["file"]).name != corpus["file"]:
+        raise InputError(f"{where}: corpus.file", f"expected a file beside it, got {_short(corpus['file'])}")
+    for unit in expect(corpus.get("units"), list, "corpus.units"):
+        whole = isinstance(unit, list) and [type(value) for value in unit] == [int, int, int, str]
+        if not whole or min(unit[:3]) < 0:
+            raise InputError(f"{where}: corpus.units", f"is not as written: {_short(unit)}")
 
 
 def _this_process() -> dict:

@@ -6,6 +6,7 @@ one unit, which go to a file where they are too many. Rows of the embedding are 
 
 from __future__ import annotations
 
+import errno
 import os
 import tempfile
 from collections.abc import Iterator, Sequence
@@ -19,6 +20,7 @@ from cna_kernels.sums import ActivationSums, NonFiniteActivation
 
 from .collect import DEFAULT_TOKENS, Progress, check_length, pack_prefix, pack_prompts, shared_prefixes
 from .config import DTYPES, ModelConfig
+from .memory import is_out_of_memory
 from .packed import Packed, run_layer
 from .packing import TokenPrompt, plan_packs
 from .rope import RotaryEmbedding
@@ -81,7 +83,7 @@ class HiddenStates:
         self._sizes = [size * row for size in sizes]
         self._starts = [sum(self._sizes[:number]) for number in range(len(sizes))]
         self._memory: dict[int, Tensor] = {}
-        self._file = None
+        self._file, self._where = None, directory or tempfile.gettempdir()
         if sum(self._sizes) > HIDDEN_BYTES:
             try:
                 self._file = tempfile.TemporaryFile(dir=directory, buffering=0)  # noqa: SIM115
@@ -89,15 +91,14 @@ class HiddenStates:
                     os.posix_fallocate(self._file.fileno(), 0, sum(self._sizes))
             except OSError as error:
                 what = f"cannot hold {sum(self._sizes) / 2**30:.1f} GiB of hidden states: {error.strerror}"
-                raise InputError(directory or tempfile.gettempdir(), what) from None
+                raise InputError(self._where, what) from None
 
     def __getitem__(self, number: int) -> Tensor:
         """``[1, T, H]``."""
         if self._file is None:
             return self._memory[number]
         x = torch.empty(self._sizes[number], dtype=torch.uint8)
-        if os.preadv(self._file.fileno(), [x.numpy()], self._starts[number]) != self._sizes[number]:
-            raise OSError("hidden states were truncated")
+        self._transfer(os.preadv, x.numpy(), self._starts[number])
         return x.view(self._dtype).view(self._shape)
 
     def __setitem__(self, number: int, x: Tensor):
@@ -105,7 +106,19 @@ class HiddenStates:
         if self._file is None:
             self._memory[number] = x
         else:
-            os.pwritev(self._file.fileno(), [_bytes(x)], self._starts[number])
+            self._transfer(os.pwritev, _bytes(x).reshape(-1), self._starts[number])
+
+    def _transfer(self, call, memory, place):
+        """Read or write all of ``memory``; one call moves at most 2 GiB."""
+        done = 0
+        try:
+            while done < len(memory):
+                moved = call(self._file.fileno(), [memory[done:]], place + done)
+                if moved == 0:
+                    raise OSError(errno.EIO, "the file has become shorter")
+                done += moved
+        except OSError as error:
+            raise InputError(self._where, f"cannot hold hidden states: {error.strerror}") from None
 
     def close(self):
         self._memory.clear()
@@ -157,6 +170,7 @@ def collect(
     )
     n_prefixes = len(states) - len(packs)
     report = _Fractions(progress, config.num_hidden_layers)
+    longest, out_of_memory = max(state.n_tokens for state in states), False
     try:
         with torch.inference_mode():
             for number, state in enumerate(states):
@@ -169,16 +183,22 @@ def collect(
                     past = None
                     if prefix is not None:
                         x, past = _run(layer, prefix, hidden, place, transformer, None, options)
-                        _fold(sums, nothing, number, x, prefix, [prompts[row] for row in rows_of[members[0]]])
+                        _fold(sums, nothing, number, x, prefix, [prompts[row] for row in rows_of[members[0]]], last)
                         place += 1
                     for member in members:
                         rows, where = rows_of[member], n_prefixes + member
                         x, _ = _run(layer, packs[member], hidden, where, transformer, past, options)
                         weights = column_weights[rows] if number == 0 else nothing
-                        _fold(sums, weights, number, x, packs[member], [prompts[row] for row in rows])
+                        _fold(sums, weights, number, x, packs[member], [prompts[row] for row in rows], last)
                         report(len(rows), sum(len(prompts[row].ids) for row in rows))
+    except RuntimeError as error:
+        out_of_memory = is_out_of_memory(error)
+        if not out_of_memory:
+            raise
     finally:
         hidden.close()
+    if out_of_memory:
+        raise InputError("batch", f"out of memory with up to {longest} tokens a forward pass; give --batch-tokens less")
 
 
 def _run(layer, packed, hidden, place, transformer, past, options):
@@ -189,12 +209,12 @@ def _run(layer, packed, hidden, place, transformer, past, options):
     return x, own
 
 
-def _fold(sums, weights, layer, x, packed, prompts):
+def _fold(sums, weights, layer, x, packed, prompts, last):
     """Fold one layer of one pack; an activation that is not finite is one prompt's, and shows in its output."""
     try:
         sums.fold(weights, layer=layer)
     except NonFiniteActivation as error:
-        owners = packed.owners(x.shape[1])
+        owners = packed.owners(last)
         bad = [owner for owner, finite in zip(owners, torch.isfinite(x[0]).all(-1).tolist(), strict=True) if not finite]
         place = prompts[bad[0]].place if bad else f"{prompts[0].place} .. {prompts[-1].place}"
         raise InputError(place, f"causes a {error}; nothing was selected") from None

@@ -85,12 +85,8 @@ def test_folds_equal_leaving_prompts_out(model):
     plain = model.discover(POSITIVE, NEGATIVE, top_k=15, universal_prompts=False)
     same(circuit, plain)
     for fold in range(3):
-        kept = [
-            [t for n, t in enumerate(side, first) if n % 3 != fold] for side, first in ((POSITIVE, 0), (NEGATIVE, 7))
-        ]
-        left = [
-            [t for n, t in enumerate(side, first) if n % 3 == fold] for side, first in ((POSITIVE, 0), (NEGATIVE, 7))
-        ]
+        kept = [[text for turn, text in enumerate(side) if turn % 3 != fold] for side in (POSITIVE, NEGATIVE)]
+        left = [[text for turn, text in enumerate(side) if turn % 3 == fold] for side in (POSITIVE, NEGATIVE)]
         train = model.discover(*kept, top_k=15, universal_prompts=False)
         assert circuit.folds["overlap"][fold] == len(set(train.pairs) & set(plain.pairs)) / 15
         test = {n[:2]: n[2] for n in model.discover(*left, top_k=600, universal_prompts=False).neurons}
@@ -118,7 +114,7 @@ def test_positions(model, position):
     from cna_kernels import ActivationSums
     from cna_kernels.model.transformer import Tap
 
-    entries = [Entry(text, "p", ((0, 1.0),), answer="well: " + text[:4]) for text in POSITIVE]
+    entries = [Entry(text, "p", ((0, 1.0, 0),), answer="well: " + text[:4]) for text in POSITIVE]
     prompts = model.encode_entries(entries, position=position)
     chats = model.tokenizer.encode_chat(POSITIVE)
     total = 0
@@ -133,7 +129,7 @@ def test_positions(model, position):
         alone.fold(weight)
         total = total + alone.total[:, 0]
     with TemporaryFile() as file:
-        corpus = Corpus(file, iter([*entries, Entry("other", "n", ((1, 1.0),), answer="a")]), names_of("p", "n"))
+        corpus = Corpus(file, iter([*entries, Entry("other", "n", ((1, 1.0, 0),), answer="a")]), names_of("p", "n"))
         job = Job(model, corpus, [Contrast("c", 0, 1)], settings_from(position=position, universal=False))
         part = job.run_all()
     assert part.slot(0).count == len(POSITIVE)
@@ -229,8 +225,8 @@ BAD_LINES = [
     ('{"prompt": "a"}', ":2: columns: expected names"),
     ('{"prompt": "a", "columns": []}', ":2: columns: expected names"),
     ('{"prompt": "a", "columns": [3]}', ":2: columns: expected names"),
-    ('{"prompt": "a", "columns": {"x": 0}}', ":2: columns.x: expected a weight above 0"),
-    ('{"prompt": "a", "columns": {"x": true}}', ":2: columns.x: expected a weight above 0"),
+    ('{"prompt": "a", "columns": {"x": 0}}', ":2: columns.x: expected a weight from 1e-6 to 1e6"),
+    ('{"prompt": "a", "columns": {"x": true}}', ":2: columns.x: expected a weight from 1e-6 to 1e6"),
     ('{"prompt": "a", "columns": ["../x"]}', ":2: columns: expected printable names without slashes"),
     ('{"prompt": "", "columns": ["x"]}', ":2: prompt: expected a prompt"),
     ('{"columns": ["x"]}', ":2: has no column 'prompt'"),
@@ -258,8 +254,10 @@ def test_refusals(model):
         model.discover(POSITIVE, NEGATIVE, folds=8)
     for options, message in (
         ({"position": "first"}, "position: expected one of last, all, answer, got 'first'"),
-        ({"bootstrap": -1}, "bootstrap: expected 0 to 10000 replicates"),
+        ({"bootstrap": -1}, "bootstrap: expected 2 to 10000 replicates"),
         ({"folds": 1}, "folds: expected 2 to 1000"),
+        ({"bootstrap": 1}, "bootstrap: expected 2 to 10000 replicates, or 0 for none, got 1"),
+        ({"score": "cohen-d", "position": "all"}, "score: cohen-d compares prompts, and is for position 'last' only"),
         ({"seed": -1}, "seed: expected 0 to"),
     ):
         with pytest.raises(InputError, match=message):
@@ -316,3 +314,94 @@ def test_batch_auto_stops_where_memory_ends(model, monkeypatch):
     prompts = model.encode_entries([Entry(text, "p") for text in POSITIVE])
     size, rates = collect.measure_tokens(model.transformer, prompts, 2, squares=True)
     assert list(rates) == [256, 512] and size in rates
+
+
+def run(words, capsys):
+    """(exit code, stdout, stderr) of the command line."""
+    code = main([str(word) for word in words])
+    captured = capsys.readouterr()
+    return code, captured.out, captured.err
+
+
+def discover_files(model, tmp_path, positive=POSITIVE, negative=NEGATIVE):
+    (tmp_path / "p.txt").write_text("\n".join(positive))
+    (tmp_path / "n.txt").write_text("\n".join(negative))
+    words = ["discover", model.directory, "--positive", tmp_path / "p.txt", "--negative", tmp_path / "n.txt"]
+    return [*words, "-o", tmp_path / "c.json", "--top-k", "5"]
+
+
+def test_universal_files_turn_the_filter_on(model, tmp_path, capsys):
+    """With two prompt files, and with a preset that has no filter."""
+    lines = [
+        {"prompt": text, "columns": [f"{n % 3}.{('positive', 'negative')[n % 2]}"]} for n, text in enumerate(POSITIVE)
+    ]
+    diverse = write_contrasts(tmp_path / "u.jsonl", lines)
+    words = discover_files(model, tmp_path)
+    for more, votes in ((["--universal-contrasts", diverse], 3), (["--universal-prompts", tmp_path / "p.txt"], 7)):
+        for preset in ([], ["--preset", "ref-code"]):
+            assert run([*words, *more, *preset], capsys)[0] == 0
+            assert Circuit.load(tmp_path / "c.json").universal["prompts"] == votes
+    write_contrasts(tmp_path / "u.jsonl", [{"prompt": "a", "columns": ["x"]}])
+    code, _, error = run([*words, "--universal-contrasts", diverse], capsys)
+    assert code == 2 and "u.jsonl: holds no pair of columns NAME.positive, NAME.negative" in error
+
+
+def test_skipped_prompts_are_not_counted(model, tmp_path, capsys):
+    words = discover_files(model, tmp_path, positive=[*POSITIVE, "x" * 90])
+    assert run(words, capsys)[0] == 2
+    assert run([*words, "--skip-bad"], capsys)[0] == 0
+    assert Circuit.load(tmp_path / "c.json").prompts["positive"]["count"] == len(POSITIVE)
+    words = discover_files(model, tmp_path, positive=["x" * 90])
+    code, _, error = run([*words, "--skip-bad"], capsys)
+    assert code == 2 and "circuit: no prompt is left in one of its two sets" in error
+    lines = [*CONTRASTS, {"prompt": "x" * 90, "columns": ["empty"]}]
+    words = ["discover", model.directory, "--contrasts", write_contrasts(tmp_path / "c.jsonl", lines), "--skip-bad"]
+    assert run([*words, "-o", tmp_path / "out", "--top-k", "5"], capsys)[0] == 0
+    columns = load_file(tmp_path / "out" / "columns.safetensors")
+    assert columns["empty/count"].item() == 0 and "empty/mean" not in columns
+
+
+def test_folds_of_alternating_lines(model, tmp_path, capsys):
+    lines = [{"prompt": f"{n} or {n * n}", "columns": [("a.positive", "a.negative")[n % 2]]} for n in range(12)]
+    words = ["discover", model.directory, "--contrasts", write_contrasts(tmp_path / "c.jsonl", lines), "--folds", "3"]
+    assert run([*words, "-o", tmp_path / "out", "--top-k", "5"], capsys)[0] == 0
+    assert Circuit.load(tmp_path / "out" / "a.json").folds["n"] == 3
+
+
+def test_a_contrast_of_nothing(model, tmp_path, capsys):
+    words = discover_files(model, tmp_path, positive=["a b", "c"], negative=["a b", "c"])
+    assert run([*words, "--folds", "2", "--bootstrap", "3"], capsys)[0] == 0
+    assert Circuit.load(tmp_path / "c.json").folds["retained"] == [0.0, 0.0]
+
+
+def test_answers_are_looked_for_before_the_work(model, tmp_path, capsys):
+    lines = [line | {"answer": "yes"} for line in CONTRASTS]
+    del lines[5]["answer"]
+    words = ["discover", model.directory, "--contrasts", write_contrasts(tmp_path / "c.jsonl", lines), "--top-k", "5"]
+    words += ["-o", tmp_path / "out", "--position", "answer"]
+    code, _, error = run(words, capsys)
+    assert code == 2 and "c.jsonl:6: prompt: has no answer, which position 'answer' counts" in error
+    assert run([*words, "--skip-bad"], capsys)[0] == 0
+    assert "door.positive/variance" not in load_file(tmp_path / "out" / "columns.safetensors")
+
+
+def test_more_sums_than_memory_holds(model):
+    names = Names()
+    with TemporaryFile() as file:
+        corpus = Corpus(file, two_sets(names, places(POSITIVE, "p"), places(NEGATIVE, "n")), names)
+        names.number.update({f"x{n}": n + 2 for n in range(3_000_000)})
+        corpus.columns = tuple(names.number)
+        with pytest.raises(InputError, match=r"columns, bootstrap, folds: 3000002 sums of 3 x 200 neurons need \d+"):
+            Job(model, corpus, [Contrast("c", 0, 1)], settings_from(top_k=5))
+
+
+def test_options_that_do_not_go_together(model, tmp_path, capsys):
+    words = discover_files(model, tmp_path)
+    for more, message in (
+        (["--batch", "3", "--batch-tokens", "9"], "--batch-tokens: give it, or --batch"),
+        (["--spill", tmp_path], "--spill: expected a directory, and --stream-layers"),
+        (["--spill", "nowhere", "--stream-layers"], "--spill: expected a directory, and --stream-layers"),
+        (["--contrasts", "c.jsonl"], "prompts: give --positive and --negative, or --contrasts"),
+    ):
+        code, _, error = run([*words, *more], capsys)
+        assert code == 2 and message in error and error.count("\n") == 1

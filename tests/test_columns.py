@@ -8,22 +8,22 @@ from cna_kernels.model.columns import Columns
 from cna_kernels.model.corpus import Contrast, Entry
 
 
-def entries(n, columns=((0, 1.0),)):
-    return [Entry(f"text {number}", f"p:{number}", columns) for number in range(n)]
+def entries(n, first_turn=0):
+    return [Entry(f"text {number}", f"p:{number}", ((0, 1.0, first_turn + number),)) for number in range(n)]
 
 
 def test_slots_are_the_columns_then_what_contrasts_derive():
     columns = Columns(4, (Contrast("a", 0, 1), Contrast("b", 3, 1)), folds=2, bootstrap=3)
     assert columns.derived(0) == [4, 5, 6, 7, 8] and columns.derived(1) == [9, 10, 11, 12, 13]
     assert columns.derived(3) == [14, 15, 16, 17, 18] and columns.derived(2) == []
-    slots, weights = columns.weights([Entry("x", "p", ((2, 2.5),)), Entry("y", "p", ((3, 0.5),))], 0)
+    slots, weights = columns.weights([Entry("x", "p", ((2, 2.5, 0),)), Entry("y", "p", ((3, 0.5, 1),))], 0)
     assert slots == [2, 3, 14, 15, 16, 17, 18]
     assert weights[0].tolist() == [2.5, 0, 0, 0, 0, 0, 0] and weights[1, :4].tolist() == [0, 0.5, 0, 0.5]
 
 
 def test_every_prompt_is_in_one_fold():
     columns = Columns(2, (Contrast("a", 0, 1),), folds=3)
-    _, weights = columns.weights(entries(10), 100)
+    _, weights = columns.weights(entries(10, first_turn=100), 0)
     assert torch.equal(weights[:, 1:].sum(1), torch.ones(10)) and weights[:, 1:].sum(0).tolist() == [3, 4, 3]
     assert weights[0, 1:].tolist() == [0, 1, 0]  # 100 % 3
 

@@ -229,7 +229,7 @@ def test_prompts_beyond_the_context(checkpoint):
 
 
 def test_cohen_d_of_one_prompt_is_refused_before_the_work(checkpoint):
-    with pytest.raises(InputError, match="score: cohen-d needs at least two prompts in each set"):
+    with pytest.raises(InputError, match="score: cohen-d needs at least two prompts in each set, and more with folds"):
         load(checkpoint[0]).discover(POSITIVE[:1], NEGATIVE, score="cohen-d")
 
 

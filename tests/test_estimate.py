@@ -30,7 +30,7 @@ def test_sizes(case, capsys):
     files = sum(path.stat().st_size for path in case.glob("*.safetensors"))
     assert found["prompts"] == 3000 and found["sample"] == 1000 and found["units"] == 3
     assert 0.9 * files < found["memory_bytes"]["weights"] <= files and found["read_bytes"] < files
-    assert found["memory_bytes"]["sums"] == 3 * 200 * 2 * 12
+    assert found["memory_bytes"]["sums"] == 3 * 200 * 2 * 12 * 2
     assert found["part_bytes"] == 3 * 3 * 200 * 2 * 8 * 2
     assert 0 < found["tokens_run"] < found["tokens"], "all prompts share the template's header"
     assert all(seconds >= 0 for seconds in found["seconds"].values()) and found["seconds"]["all"] >= 0

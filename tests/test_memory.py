@@ -30,6 +30,6 @@ def peak_of_discover(tmp_path, n_prompts):
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads the peak from /proc")
-def test_20000_prompts_need_no_more_memory_than_1000(tmp_path):
-    few, many = peak_of_discover(tmp_path, 1000), peak_of_discover(tmp_path, 20_000)
+def test_10000_prompts_need_no_more_memory_than_1000(tmp_path):
+    few, many = peak_of_discover(tmp_path, 1000), peak_of_discover(tmp_path, 10_000)
     assert many - few < 20 << 20, f"{(many - few) / 2**20:.1f} MiB more"

@@ -44,6 +44,12 @@ def test_groups_share_what_is_worth_sharing():
     assert group_by_prefix([[1, 2], [1, 3]]) == [(0, [0, 1])], "two tokens are not worth a pass"
 
 
+def test_a_short_prompt_does_not_keep_the_others_from_sharing():
+    header = list(range(30))
+    ids = [*ragged(50, header), header[:2], header[:20]]
+    assert group_by_prefix(ids)[0] == (30, list(range(50)))
+
+
 @pytest.mark.parametrize("seed", range(20))
 def test_every_prompt_is_in_one_group_and_keeps_a_token(seed):
     draw = random.Random(seed)
@@ -129,6 +135,27 @@ def test_the_prefix_is_computed_once(tmp_path, monkeypatch):
     monkeypatch.setattr(collect, "forward", count)
     collect.collect(transformer, prompts, torch.ones(30, 1), ActivationSums(3, 48, 1))
     assert sum(tokens) == 20 + sum(len(prompt.ids) - 20 for prompt in prompts)
+
+
+def test_a_long_prefix_is_copied_for_a_few_prompts_at_a_time(tmp_path, monkeypatch):
+    transformer = load("llama", tmp_path)
+    prompts = [TokenPrompt(ids, "p") for ids in ragged(30, list(range(5, 25)), longest=2)]
+    found, sizes = [], []
+    whole = torch.nn.functional.scaled_dot_product_attention
+
+    def count(query, key, *rest, **options):
+        sizes.append(key.numel() * 2 * key.element_size())
+        return whole(query, key, *rest, **options)
+
+    monkeypatch.setattr(packed.F, "scaled_dot_product_attention", count)
+    for limit in (32 << 20, 20_000):
+        monkeypatch.setattr(packed, "KEY_BYTES", limit)
+        sums = ActivationSums(3, 48, 1)
+        sizes.clear()
+        collect.collect(transformer, prompts, torch.ones(30, 1), sums)
+        assert max(sizes) <= limit
+        found.append(sums.total)
+    assert (found[0] - found[1]).abs().max() <= 1e-5 * found[0].abs().max()
 
 
 def test_only_counted_tokens_go_through_the_last_layer(tmp_path, monkeypatch):

@@ -7,6 +7,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -44,7 +45,8 @@ def files(tmp_path_factory):
 
 def command(files, out, *more):
     words = ["discover", files, "--positive", files / "positive.txt", "--negative", files / "negative.txt"]
-    words += ["-o", out, "--top-k", "15", "--bootstrap", "5", "--no-universal", "--unit", UNIT, "--threads", 1, *more]
+    words += ["-o", out, "--top-k", "15", "--bootstrap", "5", "--no-universal", "--no-template", "--unit", UNIT]
+    words += ["--threads", 1, *more]
     return [str(word) for word in words]
 
 
@@ -105,7 +107,6 @@ OTHER_RUNS = [
     (["--position", "all"], "position: belongs to another run"),
     (["--bootstrap", "6"], "bootstrap: belongs to another run: it has 5, this one 6"),
     (["--seed", "6"], "seed: belongs to another run"),
-    (["--no-template"], "chat_template_sha256: belongs to another run"),
     (["--batch", "3"], "batch: belongs to another run: it has None, this one 3"),
     (["--unit", "5"], "corpus.sha256: belongs to another run"),
     (["--threads", "2"], "threads: belongs to another run: it has 1, this one 2"),
@@ -132,7 +133,8 @@ def test_directories_that_are_no_run(files, tmp_path, capsys):
         ("nowhere", None, "is no run directory: it has no manifest.json"),
         ("empty", "", "is not JSON"),
         ("old", '{"format": 0}', "manifest.json: format: expected 1, got 0"),
-        ("short", '{"format": 1}', "is not the manifest of a run"),
+        ("short", '{"format": 1}', "manifest.json: model: is not as written: None"),
+        ("other", '{"format": 1, "model": {"name": 5}}', "manifest.json: model.name: is not as written: 5"),
     ):
         if content is not None:
             (tmp_path / path).mkdir()
@@ -155,7 +157,10 @@ def test_damaged_and_foreign_parts_are_refused(files, finished, tmp_path):
     whole = part.read_bytes()
     for damage, message in (
         (whole[:-9], "000003.safetensors: is no part of a run"),
-        (whole[:-9] + bytes(9), "000003.safetensors: is damaged"),
+        (
+            whole[:-9] + bytes(9),
+            "000003.safetensors: is damaged.*; delete it, and the same command runs",
+        ),
         (whole.replace(b'\\"n_tokens\\": ', b'\\"n_tokens\\":1'), "000003.safetensors: is damaged"),
         ((run / "parts" / "000004.safetensors").read_bytes(), "holds unit 4, its name says 3"),
         (b"", "000003.safetensors: is no part of a run"),
@@ -173,12 +178,57 @@ def test_damaged_and_foreign_parts_are_refused(files, finished, tmp_path):
     RunDirectory.open(run).merged()
 
 
+def test_a_manifest_that_is_not_as_written(finished, tmp_path):
+    run = tmp_path / "run"
+    shutil.copytree(finished[0], run)
+    manifest = json.loads((run / "manifest.json").read_text())
+    corpus = manifest["corpus"]
+    for change in (
+        {"model": "x"},
+        {"threads": "4"},
+        {"threads": 0},
+        {"corpus": []},
+        {"corpus": corpus | {"units": [["a", "b", "c", "d"]]}},
+        {"corpus": corpus | {"units": [[0, -1, 0, "x"]]}},
+        {"corpus": corpus | {"file": "../prompts"}},
+        {"corpus": {name: value for name, value in corpus.items() if name != "columns"}},
+    ):
+        (run / "manifest.json").write_text(json.dumps(manifest | change))
+        with pytest.raises(InputError, match=r"manifest\.json: "):
+            RunDirectory.open(run)
+
+
+def test_damaged_prompts_are_refused(files, finished, tmp_path):
+    run = tmp_path / "run"
+    shutil.copytree(finished[0], run)
+    path = next(run.glob("prompts-*.jsonl"))
+    whole = path.read_bytes()
+    for damage in (whole.replace(b"negati 361", b"negati 362"), whole[:-20]):
+        assert damage != whole
+        path.write_bytes(damage)
+        with pytest.raises(InputError, match=r"prompts-.*\.jsonl: is damaged: unit \d is not as written"):
+            corpus = RunDirectory.open(run).corpus()
+            for unit in range(10):
+                corpus.read(unit)
+
+
+def test_foreign_parts_are_refused_before_the_work(files, finished, tmp_path, capsys, monkeypatch):
+    run = tmp_path / "run"
+    shutil.copytree(finished[0], run)
+    parts = sorted((run / "parts").iterdir())
+    parts[4].unlink()
+    parts[7].write_bytes(b"")
+    monkeypatch.setattr("cna_kernels.model.collect.forward", None)  # nothing may run
+    assert main(command(files, tmp_path / "c.json", "--run-dir", run)) == 2
+    assert "000007.safetensors: is no part of a run" in capsys.readouterr().err
+
+
 def test_a_full_disk_loses_nothing(files, finished, tmp_path, capsys, monkeypatch):
     written, whole = [], os.fsync
 
     def full(descriptor):
         written.append(descriptor)
-        if len(written) > 6:  # corpus, manifest, four parts
+        if len(written) > 12:  # corpus, manifest, four parts, and the directory after each
             raise OSError(28, "No space left on device")
         whole(descriptor)
 
@@ -186,7 +236,7 @@ def test_a_full_disk_loses_nothing(files, finished, tmp_path, capsys, monkeypatc
     assert main(command(files, tmp_path / "c.json", "--run-dir", tmp_path / "run")) == 2
     error = capsys.readouterr().err
     assert "parts/000004.safetensors: cannot be written: No space left on device" in error
-    assert "4 of 10 units are done; the same command goes on from there" in error
+    assert "4 of 10 units are done and kept in" in error
     monkeypatch.setattr(os, "fsync", whole)
     assert sorted(os.listdir(tmp_path / "run" / "claims")) == []
     assert main(command(files, tmp_path / "c.json", "--run-dir", tmp_path / "run")) == 0
@@ -206,10 +256,23 @@ def test_interrupt_says_how_to_go_on(files, finished, tmp_path, capsys, monkeypa
     monkeypatch.setattr(RunDirectory, "write_part", interrupted)
     assert main(command(files, tmp_path / "c.json", "--run-dir", tmp_path / "run")) == 130
     error = capsys.readouterr().err
-    assert "2 of 10 units are done; the same command goes on from there" in error and "interrupted" in error
+    assert (
+        "2 of 10 units are done and kept in" in error
+        and "; the same command goes on from there" in error
+        and "interrupted" in error
+    )
     monkeypatch.setattr(RunDirectory, "write_part", whole)
     assert main(command(files, tmp_path / "c.json", "--run-dir", tmp_path / "run")) == 0
     assert (tmp_path / "c.json").read_bytes() == finished[1]
+
+
+def taken(worker):
+    """All units that a worker takes, as if it finished each at once, and leaves claimed."""
+    found = []
+    for unit in worker.units():
+        found.append(unit)
+        worker._held.clear()
+    return found
 
 
 class TestClaims:
@@ -229,16 +292,16 @@ class TestClaims:
         self.claim(run, 0)
         self.claim(run, 2)
         with Worker(run) as worker:
-            assert list(worker.units()) == [1, 3, 4, 5, 6, 7, 8, 9]
+            assert taken(worker) == [1, 3, 4, 5, 6, 7, 8, 9]
             with Worker(run, first=5) as other:
-                assert list(other.units()) == []
+                assert taken(other) == []
         assert run.status()["workers"][0] == {
             "unit": 0, "host": "elsewhere", "pid": 1, "silent_s": pytest.approx(0, abs=5), "state": "working"
         }  # fmt: skip
 
     def test_workers_start_apart(self, run):
         with Worker(run, first=7) as worker:
-            assert list(worker.units()) == [7, 8, 9, 0, 1, 2, 3, 4, 5, 6]
+            assert taken(worker) == [7, 8, 9, 0, 1, 2, 3, 4, 5, 6]
 
     def test_units_of_dead_and_of_silent_workers_are_taken(self, run):
         done = subprocess.run([sys.executable, "-c", "import os; print(os.getpid())"], capture_output=True, text=True)
@@ -250,7 +313,21 @@ class TestClaims:
         (run.path / "claims" / "000003").write_text("")  # a worker that died while it wrote
         os.utime(run.path / "claims" / "000003", (0, 0))
         with Worker(run) as worker:
-            assert list(worker.units()) == [0, 1, 3, 4, 5, 6, 7, 8, 9]
+            assert taken(worker) == [0, 1, 3, 4, 5, 6, 7, 8, 9]
+
+    def test_near_the_end_no_unit_is_taken_ahead(self, run):
+        """A worker with a unit in hand leaves the next one to another that is idle."""
+        with Worker(run) as worker:
+            units = worker.units()
+            assert next(units) == 0
+            waiting = threading.Thread(target=lambda: ahead.append(next(units)))
+            ahead: list[int] = []
+            waiting.start()
+            waiting.join(0.5)
+            assert waiting.is_alive() and not ahead
+            worker.release(0)
+            waiting.join(5)
+            assert ahead == [1]
 
     def test_a_worker_that_makes_no_progress_falls_silent(self, run, monkeypatch):
         monkeypatch.setattr(run_directory, "HEARTBEAT", 0.01)
@@ -350,18 +427,36 @@ def test_kills_at_any_time_change_nothing(files, finished, tmp_path):
 
 def test_torchrun(files, finished, tmp_path):
     pytest.importorskip("torch.distributed.run")
-    words = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--master-port=0"]
+    words = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
     words += ["-m", "cna_kernels.model", *command(files, tmp_path / "c.json", "--run-dir", tmp_path / "run")]
-    done = subprocess.run(words, capture_output=True, text=True, timeout=300)
+    done = subprocess.run(words, capture_output=True, text=True, timeout=100)
     assert done.returncode == 0, done.stderr
     assert (tmp_path / "c.json").read_bytes() == finished[1]
     assert done.stdout.count("top neurons") == 1, "one worker reports"
+
+
+def test_tensor_parallel(files, finished, tmp_path):
+    """Two ranks share the model: the neurons of one process."""
+    words = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    words += ["-m", "cna_kernels.model", *command(files, tmp_path / "c.json", "--tensor-parallel")]
+    done = subprocess.run(words, capture_output=True, text=True, timeout=100)
+    assert done.returncode == 0, done.stderr
+    got, want = json.loads((tmp_path / "c.json").read_text()), json.loads(finished[1])
+    assert [n[:2] for n in got["neurons"]] == [n[:2] for n in want["neurons"]]
+    assert [n[2] for n in got["neurons"]] == pytest.approx([n[2] for n in want["neurons"]], rel=1e-4)
+    assert got["bootstrap"] == want["bootstrap"] and done.stdout.count("top neurons") == 1
 
 
 def test_torchrun_needs_a_run_directory(files, tmp_path, capsys, monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "2")
     assert main(command(files, tmp_path / "c.json")) == 2
     assert "--run-dir: torchrun's workers need a run directory that all of them see" in capsys.readouterr().err
+    for more in (["--run-dir", tmp_path / "run"], ["--stream-layers"], ["--batch", "auto"]):
+        assert main(command(files, tmp_path / "c.json", "--tensor-parallel", *more)) == 2
+        assert "--tensor-parallel: is not for --run-dir, --stream-layers or --batch auto" in capsys.readouterr().err
+    monkeypatch.setenv("RANK", "x")
+    assert main(command(files, tmp_path / "c.json")) == 2
+    assert "RANK, WORLD_SIZE: expected numbers" in capsys.readouterr().err
 
 
 def test_sigterm_ends_like_ctrl_c(files, tmp_path):
@@ -379,5 +474,7 @@ def test_sigterm_ends_like_ctrl_c(files, tmp_path):
         assert process.stdout.readline() == "running\n"
     process.send_signal(signal.SIGTERM)
     _, error = process.communicate(timeout=60)
-    assert process.returncode == 130 and re.search(r"\d of 10 units are done", error), error
+    assert process.returncode == 130 and re.search(
+        r"\d of 10 units are done and kept in .*; the same command goes on", error
+    ), error
     assert list(Path(tmp_path / "run" / "claims").iterdir()) == []

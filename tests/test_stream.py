@@ -56,7 +56,7 @@ def test_discovery(tmp_path, dtype):
 def test_a_streamed_model_gives_no_logits(tmp_path):
     model = load(write_language_model(tmp_path), stream_layers=True)
     for call in (lambda: model(torch.tensor([[1]])), lambda: model.generate("x")):
-        with pytest.raises(InputError, match="stream_layers: a model whose layers are streamed finds circuits"):
+        with pytest.raises(InputError, match="model: a model whose layers are streamed or shared finds circuits"):
             call()
 
 
