@@ -232,7 +232,7 @@ class Worker:
         self._held: set[int] = set()
         self._candidates: deque[int] = deque()
         self._progress = time.monotonic()
-        self._stop = threading.Event()
+        self._stop, self._released = threading.Event(), threading.Event()
 
     def __enter__(self) -> Worker:
         self._beat = threading.Thread(target=self._keep_alive, name="claims", daemon=True)
@@ -241,6 +241,7 @@ class Worker:
 
     def __exit__(self, *_):
         self._stop.set()
+        self._released.set()
         self._beat.join()
         for unit in list(self._held):
             self.release(unit)
@@ -278,6 +279,7 @@ class Worker:
 
     def release(self, unit: int):
         self._held.discard(unit)
+        self._released.set()
         with contextlib.suppress(OSError):
             self._claim_path(unit).unlink()
 
@@ -285,7 +287,9 @@ class Worker:
         for _ in range(2):
             while self._candidates:
                 while self._held and len(self._candidates) <= TAIL:
-                    if self._stop.wait(POLL):
+                    self._released.wait()
+                    self._released.clear()
+                    if self._stop.is_set():
                         return None
                 unit = self._candidates.popleft()
                 if unit not in self._held and not self.run.is_done(unit) and self._take(unit):
