@@ -376,7 +376,7 @@ for schedule in range(n_schedules):
         children = [fork(run) for _ in range(n)]
         codes = []
         if kills and random.random() < 0.7:
-            time.sleep(random.uniform(0.05, 0.9))
+            time.sleep(random.uniform(0.0, 0.2))
             for child in random.sample(children, random.randint(1, n)):
                 os.kill(child, signal.SIGKILL)
         for child in children:
