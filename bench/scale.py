@@ -72,7 +72,7 @@ def measured(scale):
     with tempfile.TemporaryDirectory() as name:
         directory = Path(name)
         rows = []
-        for n in (1000, 10_000, int(100_000 * scale)):
+        for n in (1000, int(20_000 * scale), int(200_000 * scale)):
             write_prompts(directory, n, (2, 12))
             facts, peak = discover(demo, directory)
             rows.append([f"{n:,}", f"{facts[0]['seconds'] / n * 1000:.3f}", f"{peak / 2**20:.0f}"])
@@ -183,12 +183,10 @@ def calculated():
     table("Layers only, no shared prefix", [*header, "streamed: time", "hidden states of a unit"], rows)
     rows = []
     for model, n_layers in LAYERS.items():
-        H, N = MODELS[model]
-        two, hundred = (n_layers * N * columns * 8 * 2 for columns in (2, 202))
-        rows.append(
-            [model, f"{2 * layer_weights(model) * 2 / 1e9:.2f} GB", *(f"{x / 1e6:,.0f} MB" for x in (two, hundred))]
-        )
-    header = ["model", "two layers", "a part, 2 columns", "a part, 100 replicates (both with squares)"]
+        N = MODELS[model][1]
+        sizes = (2 * layer_weights(model) * 2, *(n_layers * N * 8 * sums for sums in (2 + 2, 202 + 2)))
+        rows.append([model, *(f"{size / 1e6:,.0f} MB" for size in sizes)])
+    header = ["model", "two layers", "a part: 2 columns, with squares", "the same with 100 replicates"]
     table("Memory when streamed, and the size of a unit's part", header, rows)
 
 

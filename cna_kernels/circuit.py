@@ -227,6 +227,7 @@ def _from_record(record, path) -> Circuit:
     for name, fields in _NESTED.items():
         if record.get(name) is not None:
             _check_nested(record[name], f"{path}: {name}", fields)
+    _check_stability(record, path)
     if record["k"] != len(record["neurons"]):
         raise InputError(f"{path}: k", f"expected {len(record['neurons'])}, the length of neurons, got {record['k']}")
     known = {name: value for name, value in record.items() if name not in ("schema_version", "site", "k")}
@@ -236,6 +237,29 @@ def _from_record(record, path) -> Circuit:
     )
     known["skipped_layers"] = tuple(record.get("skipped_layers") or ())
     return Circuit(**known)
+
+
+def _check_stability(record, path):
+    """The lists inside ``bootstrap`` and ``folds``."""
+
+    def expect(good, field, expected):
+        if not good:
+            raise InputError(f"{path}: {field}", f"expected {expected}")
+
+    def numbers(values, n):
+        return len(values) == n and all(_is(value, _NUMBER) for value in values)
+
+    bootstrap, folds = record.get("bootstrap"), record.get("folds")
+    if bootstrap is not None:
+        k = len(record["neurons"])
+        expect(numbers(bootstrap["frequency"], k), "bootstrap.frequency", f"{k} numbers, one for each neuron")
+        others = bootstrap["others"]
+        whole = all(isinstance(other, list) and numbers(other, 3) for other in others)
+        expect(whole, "bootstrap.others", "a list of [layer, index, frequency]")
+    if folds is not None:
+        expect(folds["n"] > 0, "folds.n", "a number above 0")
+        for name in ("overlap", "retained"):
+            expect(numbers(folds[name], folds["n"]), f"folds.{name}", f"{folds['n']} numbers, one for each fold")
 
 
 def _from_public_code(record, path, n_layers, n_neurons) -> Circuit:

@@ -17,10 +17,14 @@ from .packed import Packed, Past, run_layer
 from .packing import Group, TokenPrompt, group_by_prefix, plan_packs
 from .transformer import Transformer
 
+Progress = Callable[[int, int], None]  # prompts and tokens of a pack that is done
 DEFAULT_TOKENS = {"cpu": 512, "cuda": 32768}  # of one pack, by device
 AUTO_TOKENS = {"cpu": (256, 512, 1024, 2048, 4096), "cuda": (4096, 8192, 16384, 32768, 65536, 131072)}
 
-Progress = Callable[[int, int], None]  # prompts and tokens of a pack that is done
+
+def default_tokens(device: torch.device) -> int:
+    """Tokens of one pack, where nobody says how many."""
+    return DEFAULT_TOKENS.get(device.type, DEFAULT_TOKENS["cpu"])
 
 
 def collect(
@@ -38,7 +42,7 @@ def collect(
     Args:
         column_weights: ``[P, C]`` fp32, how much each prompt counts in each column; its counted tokens share it.
         batch: prompts a forward pass; None fits as many as ``max_tokens`` allows.
-        max_tokens: tokens a forward pass; None takes the device's DEFAULT_TOKENS.
+        max_tokens: tokens a forward pass; None takes ``default_tokens``.
         progress: called after every pack.
 
     Raises:
@@ -47,8 +51,7 @@ def collect(
     device = transformer.device
     for prompt in prompts:
         check_length(prompt, transformer.config.context_length)
-    if max_tokens is None:
-        max_tokens = DEFAULT_TOKENS.get(device.type, DEFAULT_TOKENS["cpu"])
+    max_tokens = max_tokens or default_tokens(device)
     groups = shared_prefixes(transformer, prompts)[::-1]
     while groups:
         n_prefix, members = groups.pop()

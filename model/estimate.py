@@ -12,7 +12,7 @@ import torch
 from cna_kernels import ActivationSums
 from cna_kernels.checks import InputError
 
-from .collect import DEFAULT_TOKENS, pack_prompts
+from .collect import default_tokens, pack_prompts
 from .config import DTYPES, read_config
 from .corpus import STREAMED_UNITS, UNIT_BYTES, UNIT_PROMPTS
 from .memory import usable_device
@@ -52,7 +52,7 @@ def estimate(
     check_entries(checkpoint, config, directory)
     dtype_in_use = DTYPES[config.dtype if dtype is None else dtype]
     device = usable_device(device)
-    max_tokens = max_tokens or DEFAULT_TOKENS.get(device.type, DEFAULT_TOKENS["cpu"])
+    max_tokens = max_tokens or default_tokens(device)
 
     stream = iter(prompts)
     sample = list(itertools.islice(stream, SAMPLE))

@@ -31,13 +31,13 @@ from cna_kernels.checks import InputError
 from cna_kernels.files import sha256
 from cna_kernels.sums import ActivationSums, NonFiniteActivation
 
-from .collect import DEFAULT_TOKENS, Progress, check_length, forward, pack_prefix, pack_prompts, shared_prefixes
+from .collect import Progress, check_length, default_tokens, forward, pack_prefix, pack_prompts, shared_prefixes
 from .config import DTYPES, ModelConfig
 from .memory import is_out_of_memory
 from .packed import Packed, Past
 from .packing import TokenPrompt, plan_packs
 from .transformer import Transformer
-from .weights import Checkpoint, TensorEntry, _check_memory, check_entries, expected_shapes
+from .weights import Checkpoint, TensorEntry, check_entries, check_memory, expected_shapes
 
 BACKENDS = {"cpu": "gloo", "cuda": "nccl"}
 TIMEOUT = timedelta(minutes=5)  # of a rank for the others; they differ by what reading and compiling take
@@ -125,7 +125,7 @@ def _load(directory, config, checkpoint, mesh, dtype, device) -> ParallelTransfo
             raise InputError(f"{Path(directory) / 'config.json'}: {field}", what)
     part, rank = _part_of(config, mesh.size()), mesh.get_local_rank()
     check_entries(checkpoint, config, directory)
-    _check_memory(part, dtype, device, directory)
+    check_memory(part, dtype, device, directory)
     with torch.device("meta"):
         transformer = ParallelTransformer(config, mesh).requires_grad_(False)
     for module in (transformer.embed_tokens, transformer.layers, transformer.norm):
@@ -220,8 +220,7 @@ def collect(
             prompts; memory has run out; or another rank is gone.
     """
     mesh, device = transformer.mesh, transformer.device
-    if max_tokens is None:
-        max_tokens = DEFAULT_TOKENS.get(device.type, DEFAULT_TOKENS["cpu"])
+    max_tokens = max_tokens or default_tokens(device)
     n_layers, n_columns, n_neurons = sums.total.shape
     squares = sums.total_sq is not None
     with _named_if_lost(mesh):

@@ -18,7 +18,7 @@ from torch import Tensor
 from cna_kernels.checks import InputError
 from cna_kernels.sums import ActivationSums, NonFiniteActivation
 
-from .collect import DEFAULT_TOKENS, Progress, check_length, pack_prefix, pack_prompts, shared_prefixes
+from .collect import Progress, check_length, default_tokens, pack_prefix, pack_prompts, shared_prefixes
 from .config import DTYPES, ModelConfig
 from .memory import is_out_of_memory
 from .packed import Packed, run_layer
@@ -148,8 +148,7 @@ def collect(
     config, device = transformer.config, transformer.device
     for prompt in prompts:
         check_length(prompt, config.context_length)
-    if max_tokens is None:
-        max_tokens = DEFAULT_TOKENS.get(device.type, DEFAULT_TOKENS["cpu"])
+    max_tokens = max_tokens or default_tokens(device)
     nothing = column_weights[:0]
     prefixes: list[tuple[Packed | None, list[int]]] = []  # of each group: its prefix, and its packs by number
     packs: list[Packed] = []

@@ -248,7 +248,7 @@ def load_transformer(
     """
     check_entries(checkpoint, config, directory)
     dtype = DTYPES[config.dtype] if dtype is None else dtype
-    _check_memory(config, dtype, device, directory)
+    check_memory(config, dtype, device, directory)
     with torch.device("meta"):
         transformer = Transformer(config)
     for name in expected_shapes(config):
@@ -294,7 +294,7 @@ def _set_parameter(module: nn.Module, path: str, value: torch.Tensor) -> nn.Para
     return parameter
 
 
-def _check_memory(config, dtype, device, directory):
+def check_memory(config, dtype, device, directory):
     """Refuse what cannot fit before anything is allocated."""
     needed = dtype.itemsize * sum(torch.Size(shape).numel() for shape in expected_shapes(config).values())
     available = memory_of(device)

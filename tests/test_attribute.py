@@ -108,6 +108,28 @@ def test_a_circuit_with_its_stability_survives_its_file(model, tmp_path):
     assert Circuit.load(tmp_path / "c.json") == circuit
 
 
+@pytest.mark.parametrize(
+    ("field", "name", "value"),
+    [
+        ("bootstrap", "frequency", [0.5]),
+        ("bootstrap", "frequency", ["x"] * 15),
+        ("bootstrap", "others", [[1, 2]]),
+        ("bootstrap", "overlap", "high"),
+        ("folds", "n", 0),
+        ("folds", "overlap", ["x", 1.0]),
+        ("folds", "retained", [1.0]),
+    ],
+)
+def test_stability_that_is_not_as_written(model, tmp_path, field, name, value):
+    path = tmp_path / "c.json"
+    model.discover(POSITIVE, NEGATIVE, top_k=15, bootstrap=4, folds=2).save(path)
+    record = json.loads(path.read_text())
+    record[field][name] = value
+    path.write_text(json.dumps(record))
+    with pytest.raises(InputError, match=rf"c\.json: {field}\.{name}: expected"):
+        Circuit.load(path)
+
+
 @pytest.mark.parametrize("position", ["last", "all", "answer"])
 def test_positions(model, position):
     """Against the plain forward pass: which tokens count, each prompt as much as any other."""
