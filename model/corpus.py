@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import shutil
 import tempfile
 from collections.abc import Iterable, Iterator
@@ -88,11 +89,12 @@ class Corpus:
 
         Args:
             names: the columns, complete when the entries are.
-            unit: prompts of a unit; None takes UNIT_PROMPTS.
+            unit: prompts of a unit; None takes UNIT_PROMPTS, and fewer where their text is long.
             streamed: make units larger, for models whose layers are streamed.
         """
         larger = STREAMED_UNITS if streamed else 1
-        unit, unit_bytes = unit or UNIT_PROMPTS * larger, UNIT_BYTES * larger
+        unit_bytes = UNIT_BYTES * larger if unit is None else math.inf
+        unit = unit or UNIT_PROMPTS * larger
         self._file, self._where, self.units = file, "the file of the prompts", []
         everything, digests, lines = Digest(), {}, Digest()
         self.count, self.weight = {}, {}
