@@ -3,7 +3,7 @@
     python tests/sanitize.py [--quick]
 
 The package is copied, and the copy gets the sanitized library. The sanitizers must report nothing on the tests, and
-each planted bug on one of them. Exit code 1 otherwise. --quick: one feature of eight, one bug.
+each planted bug on one of them. Exit code 1 otherwise. --quick: one feature of eight, no bug.
 Linux with gcc.
 """
 
@@ -134,7 +134,7 @@ def main(quick):
             print(output[-6000:])
             failures += 1
 
-        for bug in BUGS[:1] if quick else BUGS:
+        for bug in [] if quick else BUGS:
             path = directory / "csrc" / bug.file
             text = path.read_text()
             assert text.count(bug.right) == 1, f"{bug.name}: {text.count(bug.right)} places in {bug.file}"
