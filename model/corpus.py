@@ -12,7 +12,7 @@ from typing import BinaryIO, NamedTuple
 from cna_kernels.checks import InputError
 from cna_kernels.files import Digest, open_regular, replaced, sha256
 
-from .prompts import BadLines, iter_records, prompt_of, require_text
+from .prompts import BadLines, accepted, prompt_of, require_text
 
 UNIT_PROMPTS, UNIT_BYTES, UNIT_UNIVERSAL = 1024, 4 << 20, 32  # what a unit holds at most: prompts, and their text
 STREAMED_UNITS = 64  # times as much where every unit reads the whole checkpoint
@@ -213,19 +213,7 @@ def read_contrasts(
     Raises:
         InputError: naming the line and the field.
     """
-    bad, found = bad or BadLines(), 0
-    for record, place in iter_records(path, bad):
-        try:
-            entry = _entry(record, place, names, prefix)
-        except InputError as error:
-            bad.add(error)
-            continue
-        yield entry
-        found += 1
-        if found == limit:
-            break
-    if not found:
-        raise InputError(path, "holds no prompt" + (f"; {bad.first}" if bad.count else ""))
+    yield from accepted(path, lambda record, place: _entry(record, place, names, prefix), bad or BadLines(), limit)
 
 
 def _entry(record, place, names, prefix) -> Entry:

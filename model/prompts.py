@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import csv
 import io
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path
@@ -82,14 +82,19 @@ def iter_prompts(
     bad = bad or BadLines()
     if column is not None and Path(path).suffix.lower() not in RECORD_FORMATS:
         raise InputError(path, "a column is for .jsonl, .csv and .json files")
+    yield from accepted(path, lambda record, place: prompt_of(record, place, column), bad, limit)
+
+
+def accepted(path, parse: Callable, bad: BadLines, limit: int | None) -> Iterator:
+    """What ``parse(record, place)`` makes of the first ``limit`` records that it does not refuse; at least one."""
     found = 0
     for record, place in iter_records(path, bad):
         try:
-            prompt = prompt_of(record, place, column)
+            value = parse(record, place)
         except InputError as error:
             bad.add(error)
             continue
-        yield prompt
+        yield value
         found += 1
         if found == limit:
             break
