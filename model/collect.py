@@ -14,7 +14,7 @@ from cna_kernels.sums import ActivationSums, NonFiniteActivation
 
 from .memory import is_out_of_memory
 from .packed import Packed, Past, run_layer
-from .packing import Group, TokenPrompt, group_by_prefix, plan_packs
+from .packing import Group, TokenPrompt, group_by_prefix, packs_of
 from .transformer import Transformer
 
 Progress = Callable[[int, int], None]  # prompts and tokens of a pack that is done
@@ -54,49 +54,48 @@ def collect(
     max_tokens = max_tokens or default_tokens(device)
     groups = shared_prefixes(transformer, prompts)[::-1]
     while groups:
-        n_prefix, members = groups.pop()
+        group = groups.pop()
         past = None
-        if n_prefix:
-            packed, out_of_memory = pack_prefix(prompts, members, n_prefix, column_weights, device), False
-            try:
-                past = forward(transformer, packed, None, sums, keep=True)
-                sums.fold(column_weights[:0])
-            except NonFiniteActivation as error:
-                raise _blame(transformer, [prompts[row] for row in members], sums, error) from None
-            except RuntimeError as error:
-                out_of_memory = is_out_of_memory(error)
-                if not out_of_memory:
-                    raise
-            if out_of_memory:  # without sharing
-                _free(sums)
-                groups.append(Group(0, members))
+        if group.prefix:
+            packed = pack_prefix(prompts, group.prompts, group.prefix, column_weights, device)
+            sharing = [prompts[row] for row in group.prompts]
+            past = _run(transformer, packed, None, sums, column_weights[:0], sharing, keep=True)
+            if past is None:  # without sharing
+                groups.append(Group(0, group.prompts))
                 continue
-        lengths = [len(prompts[row].ids) - n_prefix for row in members]
-        counted = [prompts[row].n_counted for row in members]
-        pending = plan_packs(lengths, counted, max_prompts=batch, max_tokens=max_tokens)[::-1]
+        pending = packs_of(prompts, group, max_prompts=batch, max_tokens=max_tokens)[::-1]
         while pending:
-            pack = pending.pop()
-            rows = [members[place] for place in pack]
-            try:
-                forward(transformer, pack_prompts(prompts, rows, n_prefix, column_weights, device), past, sums)
-                sums.fold(column_weights[rows])
-                out_of_memory = False
-            except NonFiniteActivation as error:
-                raise _blame(transformer, [prompts[row] for row in rows], sums, error) from None
-            except RuntimeError as error:
-                out_of_memory = is_out_of_memory(error)
-                if not out_of_memory:
-                    raise
-            if out_of_memory:  # outside the except block, whose traceback would keep the tensors alive
-                _free(sums)
-                if len(pack) == 1:
-                    prompt = prompts[rows[0]]
-                    raise InputError(prompt.place, f"out of memory with this prompt alone ({len(prompt.ids)} tokens)")
-                half = len(pack) // 2
-                pending += [pack[half:], pack[:half]]
-                continue
-            if progress is not None:
-                progress(len(rows), sum(len(prompts[row].ids) for row in rows))
+            rows = pending.pop()
+            members = [prompts[row] for row in rows]
+            packed = pack_prompts(prompts, rows, group.prefix, column_weights, device)
+            if _run(transformer, packed, past, sums, column_weights[rows], members) is None:
+                if len(rows) == 1:
+                    what = f"out of memory with this prompt alone ({len(members[0].ids)} tokens)"
+                    raise InputError(members[0].place, what)
+                half = len(rows) // 2
+                pending += [rows[half:], rows[:half]]
+            elif progress is not None:
+                progress(len(rows), sum(len(prompt.ids) for prompt in members))
+
+
+def _run(
+    transformer, packed: Packed, past, sums: ActivationSums, weights: Tensor, prompts: list[TokenPrompt], *, keep=False
+) -> list[Past] | None:
+    """:func:`forward`, and fold what it adds; None where memory runs out, and nothing has been added.
+
+    ``prompts``: those of the pack, or those whose beginning it is.
+    """
+    try:
+        found = forward(transformer, packed, past, sums, keep=keep)
+        sums.fold(weights)
+        return found
+    except NonFiniteActivation as error:
+        raise _blame(transformer, prompts, sums, error) from None
+    except RuntimeError as error:
+        if not is_out_of_memory(error):
+            raise
+    _free(sums)  # outside the except block, whose traceback would keep the tensors alive
+    return None
 
 
 def _free(sums: ActivationSums):

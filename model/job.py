@@ -52,6 +52,14 @@ class Job:
         max_tokens: int | None = None,
         squares: bool = False,
     ):
+        """
+        Args:
+            corpus, contrasts: the prompts, and the pairs of their columns to find circuits for.
+            diverse: contrasts for the universal filter, beside the corpus's universal prompts.
+            chat: whether prompts go through the chat template; None does where there is one.
+            batch, max_tokens: prompts, or tokens, of a forward pass; see ``collect.collect``.
+            squares: keep sums of squares, for variances, and for scores that may be asked later.
+        """
         self.model, self.corpus, self.contrasts, self.settings = model, corpus, tuple(contrasts), settings
         self.diverse, self.chat = tuple(diverse), chat
         check_size(settings, *self.shape)

@@ -86,6 +86,7 @@ class LanguageModel:
             self.transformer = StreamedTransformer(directory, self.config, self._checkpoint, spill=spill, **options)
         else:
             self.transformer = load_transformer(directory, self.config, self._checkpoint, **options)
+        self._identity: dict[str, str] | None = None
         self._steering: tuple[SteeringTable, Tensor | None] | None = None
 
     def __call__(self, input_ids: Tensor) -> Tensor:
@@ -99,12 +100,14 @@ class LanguageModel:
 
     def identity(self) -> dict[str, str]:
         """Return what tells this checkpoint from others: its name and hashes of config, headers and sampled weights."""
-        return {
-            "name": self.directory.resolve().name,
-            "config_sha256": config_sha256(self.directory),
-            "headers_sha256": self._checkpoint.headers_sha256,
-            "weights_sha256": self._checkpoint.weights_sha256(),
-        }
+        if self._identity is None:
+            self._identity = {
+                "name": self.directory.resolve().name,
+                "config_sha256": config_sha256(self.directory),
+                "headers_sha256": self._checkpoint.headers_sha256,
+                "weights_sha256": self._checkpoint.weights_sha256(),
+            }
+        return dict(self._identity)
 
     def encode(self, prompts: PromptSet, *, chat: bool | None = None, double_bos=False) -> list[TokenPrompt]:
         """Tokenise the prompts, as the user's message of a chat or as plain text.
@@ -196,23 +199,19 @@ class LanguageModel:
         contrasts: Sequence[Contrast],
         settings: Settings,
         *,
-        diverse: Sequence[Contrast] = (),
-        chat: bool | None = None,
-        batch: int | None = None,
-        max_tokens: int | None = None,
         skip_bad: bool = False,
         progress: Progress | None = None,
+        **options,
     ) -> dict[str, Circuit]:
         """Find the circuits of many contrasts in one pass over a corpus, by name.
 
         Args:
             contrasts: pairs of the corpus's columns.
-            diverse: contrasts for the universal filter, beside the corpus's universal prompts.
             skip_bad: leave out prompts that are too long for the model.
-
-        The other arguments are those of :meth:`discover`.
+            progress: as in :meth:`discover`.
+            options: ``diverse``, ``chat``, ``batch``, ``max_tokens``, ``squares``; see :class:`Job`.
         """
-        job = Job(self, corpus, contrasts, settings, diverse=diverse, chat=chat, batch=batch, max_tokens=max_tokens)
+        job = Job(self, corpus, contrasts, settings, **options)
         return job.circuits(job.run_all(skip_bad=skip_bad, progress=progress))
 
     @contextmanager

@@ -124,6 +124,16 @@ def plan_packs(
     return packs
 
 
+def packs_of(
+    prompts: Sequence[TokenPrompt], group: Group, *, max_prompts: int | None, max_tokens: int
+) -> list[list[int]]:
+    """The packs of a group: the prompts of each, whose tokens after the prefix :func:`plan_packs` has counted."""
+    lengths = [len(prompts[row].ids) - group.prefix for row in group.prompts]
+    counted = [prompts[row].n_counted for row in group.prompts]
+    packs = plan_packs(lengths, counted, max_prompts=max_prompts, max_tokens=max_tokens)
+    return [[group.prompts[place] for place in pack] for pack in packs]
+
+
 def spans_of(lengths: Sequence[int], counted: Sequence[int]) -> list[Span]:
     """The spans of one pack, whose prompts come in the order of :func:`plan_packs`."""
     spans: list[Span] = []

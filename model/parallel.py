@@ -35,7 +35,7 @@ from .collect import Progress, check_length, default_tokens, forward, pack_prefi
 from .config import DTYPES, ModelConfig
 from .memory import is_out_of_memory
 from .packed import Packed, Past
-from .packing import TokenPrompt, plan_packs
+from .packing import TokenPrompt, packs_of
 from .transformer import Transformer
 from .weights import Checkpoint, TensorEntry, check_entries, check_memory, expected_shapes
 
@@ -235,17 +235,14 @@ def collect(
             _meet(mesh, None)
             raise
         _meet(mesh, digest, "list of prompts")
-        for n_prefix, members in shared_prefixes(transformer, prompts):
+        for group in shared_prefixes(transformer, prompts):
             past = None
-            if n_prefix:
-                packed = pack_prefix(prompts, members, n_prefix, column_weights, device)
-                counting = [prompts[row] for row in members]
-                past = _run(transformer, packed, None, own, column_weights[:0], counting, keep=True)
-            lengths = [len(prompts[row].ids) - n_prefix for row in members]
-            counted = [prompts[row].n_counted for row in members]
-            for pack in plan_packs(lengths, counted, max_prompts=batch, max_tokens=max_tokens):
-                rows = [members[place] for place in pack]
-                packed = pack_prompts(prompts, rows, n_prefix, column_weights, device)
+            if group.prefix:
+                packed = pack_prefix(prompts, group.prompts, group.prefix, column_weights, device)
+                sharing = [prompts[row] for row in group.prompts]
+                past = _run(transformer, packed, None, own, column_weights[:0], sharing, keep=True)
+            for rows in packs_of(prompts, group, max_prompts=batch, max_tokens=max_tokens):
+                packed = pack_prompts(prompts, rows, group.prefix, column_weights, device)
                 _run(transformer, packed, past, own, column_weights[rows], [prompts[row] for row in rows])
                 if progress is not None:
                     progress(len(rows), sum(len(prompts[row].ids) for row in rows))

@@ -119,11 +119,17 @@ class RunDirectory:
 
     def _check_parts(self):
         """Refuse damaged and foreign parts before any work; their contents are checked when they are merged."""
-        known = {self.part_path(unit).name: unit for unit in range(len(self.units))}
+        missing = set(self.missing())
+        self._check_names()
+        for unit in range(len(self.units)):
+            if unit not in missing:
+                self._read(unit, tensors=False)
+
+    def _check_names(self):
+        known = {self.part_path(unit).name for unit in range(len(self.units))}
         for name in sorted(_names(self.path / "parts")):
             if name not in known:
                 raise InputError(self.path / "parts" / name, "is no part of this run")
-            self._read(known[name], tensors=False)
 
     def write_part(self, unit: int, part: Part):
         """Write what a unit adds, whole or not at all. A part that is there already stays."""
@@ -192,7 +198,7 @@ class RunDirectory:
         missing = self.missing()
         if missing:
             raise InputError(self.path, f"{len(missing)} of {len(self.units)} units are not done")
-        self._check_parts()
+        self._check_names()
         total = Part()
         for unit in range(len(self.units)):
             total += self.read_part(unit)

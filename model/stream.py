@@ -22,7 +22,7 @@ from .collect import Progress, check_length, default_tokens, pack_prefix, pack_p
 from .config import DTYPES, ModelConfig
 from .memory import is_out_of_memory
 from .packed import Packed, run_layer
-from .packing import TokenPrompt, plan_packs
+from .packing import TokenPrompt, packs_of
 from .rope import RotaryEmbedding
 from .transformer import Layer
 from .weights import Checkpoint, check_entries, load_layer
@@ -153,15 +153,13 @@ def collect(
     prefixes: list[tuple[Packed | None, list[int]]] = []  # of each group: its prefix, and its packs by number
     packs: list[Packed] = []
     rows_of: list[list[int]] = []
-    for n_prefix, members in shared_prefixes(transformer, prompts):
-        lengths = [len(prompts[row].ids) - n_prefix for row in members]
-        counted = [prompts[row].n_counted for row in members]
-        first = len(packs)
-        for pack in plan_packs(lengths, counted, max_prompts=batch, max_tokens=max_tokens):
-            rows = [members[place] for place in pack]
-            packs.append(pack_prompts(prompts, rows, n_prefix, column_weights, device))
+    for group in shared_prefixes(transformer, prompts):
+        first, prefix = len(packs), None
+        for rows in packs_of(prompts, group, max_prompts=batch, max_tokens=max_tokens):
+            packs.append(pack_prompts(prompts, rows, group.prefix, column_weights, device))
             rows_of.append(rows)
-        prefix = pack_prefix(prompts, members, n_prefix, column_weights, device) if n_prefix else None
+        if group.prefix:
+            prefix = pack_prefix(prompts, group.prompts, group.prefix, column_weights, device)
         prefixes.append((prefix, list(range(first, len(packs)))))
     states = [prefix for prefix, _ in prefixes if prefix] + packs
     hidden = HiddenStates(

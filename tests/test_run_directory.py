@@ -464,7 +464,7 @@ def test_sigterm_ends_like_ctrl_c(files, tmp_path):
         "import sys, time, cna_kernels.model.collect as collect\n"
         "from cna_kernels.model.cli import main\n"
         "whole = collect.forward\n"
-        "def slow(*a):\n    print('running', flush=True); time.sleep(0.2); return whole(*a)\n"
+        "def slow(*a, **k):\n    print('running', flush=True); time.sleep(0.2); return whole(*a, **k)\n"
         "collect.forward = slow\n"
         "sys.exit(main(sys.argv[1:]))\n"
     )

@@ -1,0 +1,286 @@
+"""cna discover, cna estimate, cna status: attribution over many prompts, what it will need, and how far it is."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import sys
+from dataclasses import replace
+from pathlib import Path
+from tempfile import TemporaryFile
+
+import torch
+from rich.table import Table
+
+from cna_kernels.checks import InputError, one_line
+from cna_kernels.circuit import Circuit
+from cna_kernels.files import check_writable, make_directory
+
+from .attribute import save_columns
+from .console import (
+    cell,
+    check_column,
+    column_of,
+    device_of,
+    directory_of,
+    load_model,
+    print_json,
+    show_circuit,
+    stdout,
+)
+from .corpus import (
+    NEGATIVE,
+    POSITIVE,
+    UNIVERSAL,
+    Contrast,
+    Corpus,
+    Names,
+    contrasts_of,
+    entries_of,
+    read_contrasts,
+    two_sets,
+    with_answers,
+)
+from .discover import settings_from
+from .job import Job
+from .memory import usable_device
+from .meter import metered
+from .prompts import BadLines, iter_prompts, neutral_prompts
+from .run_directory import RunDirectory
+
+
+def run_discover(args):
+    many = args.contrasts is not None
+    if args.output == "-":
+        raise InputError("--output", "expected a file; --json prints the circuit on stdout")
+    if args.batch is not None and args.batch_tokens is not None:
+        raise InputError("--batch-tokens", "give it, or --batch")
+    if args.spill is not None and not (args.stream_layers and Path(args.spill).is_dir()):
+        raise InputError("--spill", "expected a directory, and --stream-layers")
+    if many == bool(args.positive or args.negative) or bool(args.positive) != bool(args.negative):
+        raise InputError("prompts", "give --positive and --negative, or --contrasts")
+    if many:
+        make_directory(args.output)
+    check_writable(Path(args.output, "columns.safetensors") if many else args.output)
+    settings = settings_from(
+        args.preset,
+        fraction=args.fraction,
+        top_k=args.top_k,
+        score=args.score,
+        universal=False if args.no_universal else True if _universal_file(args) else None,
+        skip_layers=_layers(args.skip_layers),
+        position=args.position,
+        bootstrap=args.bootstrap,
+        folds=args.folds,
+        seed=args.seed,
+    )
+    _set_threads(args)
+    rank, world = _worker(args)
+    bad = BadLines(skip=args.skip_bad)
+    with TemporaryFile() as file:
+        if rank == 0 or args.tensor_parallel:
+            names = Names()
+            entries = _entries(args, settings, names, bad)
+            corpus = Corpus(file, entries, names, unit=args.unit, streamed=args.stream_layers)
+        else:
+            corpus = RunDirectory.wait(args.run_dir).corpus()  # torchrun ends us if the first worker cannot start one
+        found = contrasts_of(corpus.columns, args.contrasts or args.universal_contrasts)
+        diverse = [contrast for contrast in found if contrast.name.startswith(UNIVERSAL)]
+        contrasts = [contrast for contrast in found if contrast not in diverse] if many else [Contrast("circuit", 0, 1)]
+        if not contrasts:
+            raise InputError(args.contrasts, f"holds no pair of columns NAME{POSITIVE}, NAME{NEGATIVE}")
+        if args.universal_contrasts and not diverse:
+            raise InputError(args.universal_contrasts, f"holds no pair of columns NAME{POSITIVE}, NAME{NEGATIVE}")
+        options = dict(stream_layers=args.stream_layers, spill=args.spill or args.run_dir)
+        if args.tensor_parallel:
+            from .parallel import open_mesh
+
+            options = dict(mesh=open_mesh(usable_device(device_of(args))))
+        model = load_model(args, **options)
+        batch, tokens = (None if args.batch == "auto" else args.batch), args.batch_tokens
+        how = dict(chat=False if args.no_template else None, batch=batch, max_tokens=tokens)
+        job = Job(model, corpus, contrasts, settings, diverse=diverse, squares=many or args.run_dir is not None, **how)
+        if args.batch == "auto":
+            _choose_batch(job, args)
+        notes: dict = {}
+        with metered(as_json=args.log_json, notes=notes, rank=rank) as meter:
+            options = dict(skip_bad=args.skip_bad, progress=meter)
+            if args.run_dir is None:
+                totals = job.run_all(**options)
+                if rank:
+                    return
+            else:
+                signal.signal(signal.SIGTERM, _interrupt)
+                options |= dict(rank=rank, world=world, adopt_batch=args.batch == "auto")
+                run = job.run_in(args.run_dir, **options)
+                if rank:
+                    return
+                totals = run.merged()
+            notes["skipped"] = bad.count + totals.n_skipped
+        circuits = job.circuits(totals)
+    first_skipped = bad.first or next(iter(totals.skipped), None)
+    if first_skipped:
+        print(f"skipped {notes['skipped']}, the first: {one_line(first_skipped)}", file=sys.stderr)
+    if not many:
+        circuits["circuit"].save(args.output)
+        show_circuit(circuits["circuit"], as_json=args.json)
+        print(f"wrote {args.output}", file=sys.stderr)
+        return
+    for name, circuit in circuits.items():
+        circuit.save(Path(args.output, f"{name}.json"))
+    save_columns(Path(args.output, "columns.safetensors"), corpus.columns, totals, variance=settings.position == "last")
+    _show_circuits(circuits, as_json=args.json)
+    print(f"wrote {len(circuits)} circuits and columns.safetensors to {args.output}", file=sys.stderr)
+
+
+def _universal_file(args):
+    return args.universal_prompts or args.universal_contrasts
+
+
+def _worker(args) -> tuple[int, int]:
+    """Which of how many workers torchrun says this is."""
+    try:
+        world = int(os.environ.get("WORLD_SIZE", 1))
+        rank = int(os.environ.get("RANK", 0)) if world > 1 else 0
+    except ValueError:
+        raise InputError("RANK, WORLD_SIZE", "expected numbers, as torchrun sets them") from None
+    if args.tensor_parallel:
+        if args.run_dir is not None or args.stream_layers or args.batch == "auto":
+            raise InputError("--tensor-parallel", "is not for --run-dir, --stream-layers or --batch auto")
+        if world < 2:
+            raise InputError("--tensor-parallel", "is for the workers that torchrun starts, 2 or more")
+    elif world > 1 and args.run_dir is None:
+        raise InputError("--run-dir", "torchrun's workers need a run directory that all of them see")
+    return rank, world
+
+
+def _interrupt(*_):
+    raise KeyboardInterrupt
+
+
+def _choose_batch(job, args):
+    """--batch auto: what a run was started with, else what is measured now."""
+    if args.stream_layers:
+        raise InputError("--batch", "auto measures a model in memory; with --stream-layers give --batch-tokens")
+    started = _manifest(args)
+    if started is not None:
+        job.how = replace(job.how, batch=started.get("batch"), max_tokens=started.get("batch_tokens"))
+        return
+    size, rates = job.choose_batch()
+    measured = ", ".join(f"{tokens}: {rate:,.0f}" for tokens, rate in rates.items())
+    print(
+        f"batch: {size} tokens a forward pass, as --batch-tokens {size} (tokens/s by size: {measured})", file=sys.stderr
+    )
+
+
+def _manifest(args) -> dict | None:
+    """The manifest of the run that --run-dir already holds."""
+    if args.run_dir is None or not (Path(args.run_dir) / "manifest.json").exists():
+        return None
+    return RunDirectory.open(args.run_dir).manifest
+
+
+def _set_threads(args):
+    """As many threads as asked for; who joins a run takes those that it was started with."""
+    threads = args.threads
+    started = _manifest(args)
+    if threads is None and started is not None:
+        threads = started.get("threads")
+    if threads is not None:
+        torch.set_num_threads(threads)
+
+
+def _entries(args, settings, names, bad):
+    """The corpus of `cna discover`, in the order of its options."""
+    check_column(args.column, args.positive, args.negative, args.universal_prompts)
+    entries = _all_entries(args, settings, names, bad)
+    return with_answers(entries, bad) if settings.position == "answer" else entries
+
+
+def _all_entries(args, settings, names, bad):
+    def prompts(path, limit=None):
+        return iter_prompts(path, column=column_of(args, path), limit=limit, bad=bad)
+
+    if args.contrasts:
+        yield from read_contrasts(args.contrasts, names, bad=bad, limit=args.limit)
+    else:
+        yield from two_sets(names, prompts(args.positive, args.limit), prompts(args.negative, args.limit))
+    if not settings.universal:
+        return
+    if args.universal_contrasts:
+        yield from read_contrasts(args.universal_contrasts, names, prefix=UNIVERSAL, bad=bad)
+    else:
+        yield from entries_of(prompts(args.universal_prompts) if args.universal_prompts else neutral_prompts())
+
+
+def run_estimate(args):
+    from .estimate import estimate
+
+    check_column(args.column, args.prompts)
+    found = estimate(
+        directory_of(args.model),
+        iter_prompts(args.prompts, column=column_of(args, args.prompts), limit=args.limit),
+        device=device_of(args),
+        dtype=args.dtype,
+        stream_layers=args.stream_layers,
+        chat=False if args.no_template else None,
+        max_tokens=args.batch_tokens,
+        n_columns=args.columns,
+    )
+    if args.json:
+        print_json(found)
+        return
+    table = Table(show_header=False)
+    prefix = f", {found['tokens_run']:,} to run: the rest is shared" if found["tokens_run"] < found["tokens"] else ""
+    table.add_row("prompts", f"{found['prompts']:,}, about {found['tokens']:,} tokens{prefix}")
+    for name, size in found["memory_bytes"].items():
+        table.add_row(f"memory: {name.replace('_', ' ')}", _bytes(size))
+    if found["spilled_bytes"]:
+        table.add_row("hidden states on disk", _bytes(found["spilled_bytes"]))
+    table.add_row("read from the checkpoint", _bytes(found["read_bytes"]))
+    table.add_row(f"parts of {found['units']:,} units, with --run-dir", f"at most {_bytes(found['part_bytes'])}")
+    for name, seconds in found["seconds"].items():
+        table.add_row(f"time: {name}", f"{seconds:,.1f} s")
+    stdout().print(table)
+
+
+def _bytes(size) -> str:
+    return f"{size / 2**30:,.2f} GiB" if size >= 2**30 else f"{size / 2**20:,.1f} MiB"
+
+
+def run_status(args):
+    status = RunDirectory.open(args.run).status()
+    if args.json:
+        print_json(status)
+        return
+    table = Table(show_header=False)
+    for name in ("units", "prompts"):
+        table.add_row(name, f"{status[f'{name}_done']:,} of {status[name]:,} done")
+    table.add_row("model", cell(status["model"]))
+    table.add_row("parts", f"{status['part_bytes'] / 2**20:,.1f} MiB")
+    for worker in status["workers"]:
+        what = f"{worker['state']}, {worker['host']} process {worker['pid']}, last sign {worker['silent_s']:.0f} s ago"
+        table.add_row(f"unit {worker['unit']}", cell(what))
+    stdout().print(table)
+
+
+def _show_circuits(circuits: dict[str, Circuit], *, as_json: bool):
+    if as_json:
+        print_json({name: json.loads(circuit.to_json()) for name, circuit in circuits.items()})
+        return
+    table = Table("contrast", "neurons", "top neuron", "stability")
+    for name, circuit in circuits.items():
+        layer, index, value = circuit.neurons[0]
+        stability = f"{100 * circuit.bootstrap['overlap']:.0f}%" if circuit.bootstrap else "-"
+        table.add_row(cell(name), str(circuit.k), f"{layer}, {index}: {value:+.4f}", stability)
+    stdout().print(table)
+
+
+def _layers(text):
+    if text is None:
+        return None
+    try:
+        return [int(part) for part in text.split(",")]
+    except ValueError:
+        raise InputError("--skip-layers", f"expected layers such as 0,1, got {text!r}") from None
