@@ -1,8 +1,9 @@
 """Attribution over many prompts: a random Llama-shaped checkpoint of about 100 million parameters, in fp32.
 
-A1, A2 against transformers with hooks, one prompt at a time and in padded batches; A3 what the sums cost; A4 many
-columns; A5 bootstrap replicates. Prompts: 1,000 of 8 to 64 tokens after a header of 30 that all share. The competitors
-run every tenth of them, of all lengths; times are per prompt. The circuits are compared first.
+A1, A2 against transformers with hooks, one prompt at a time and in padded batches, and against the matrix products that
+no forward pass does without; A3 what the sums cost; A4 many columns; A5 bootstrap replicates. Prompts: 1,000 of 8 to 64
+tokens after a header of 30 that all share. The competitors run every tenth of them, of all lengths, the products every
+fourth; times are per prompt. The circuits are compared first.
 A6 and A7 compare peaks of resident memory: of 100,000 prompts with 1,000, and of a streamed checkpoint with its size.
 CNA_BENCH_PROMPTS=100 makes it short, to try the file out; CNA_BENCH_LAYERS=2 the checkpoint of A7.
 """
@@ -17,14 +18,15 @@ from functools import partial
 
 import pytest
 import torch
+import torch.nn.functional as F
 
 from cna_kernels import ActivationSums, select
 from cna_kernels.cpu import library
-from cna_kernels.model.collect import collect
+from cna_kernels.model.collect import collect, default_tokens
 from cna_kernels.model.columns import Columns
 from cna_kernels.model.config import read_config
 from cna_kernels.model.corpus import Contrast, Entry
-from cna_kernels.model.packing import TokenPrompt
+from cna_kernels.model.packing import TokenPrompt, group_by_prefix, packs_of
 from cna_kernels.model.weights import load_transformer, open_checkpoint
 from interleave import compare, compare_all
 
@@ -153,6 +155,30 @@ def test_discovery(attribution, benchmark, models, prompts):
         result["theirs"] /= len(some)
         result["ratio"] *= len(some) / N_PROMPTS
         add(attribution, benchmark, *key, result, target)
+
+
+def test_floor_of_discovery(attribution, benchmark, models, prompts):
+    ours, _ = models
+    some = prompts[::4]
+    (group,) = group_by_prefix([prompt.ids for prompt in some])
+    packs = packs_of(some, group, max_prompts=None, max_tokens=default_tokens(DEVICE))
+    tokens = [sum(len(some[row].ids) - group.prefix for row in rows) for rows in packs]
+    x = torch.randn(max(tokens), SHAPE["intermediate_size"], dtype=DTYPE, device=DEVICE)
+
+    def products():
+        """What no forward pass of these packs does without, by PyTorch: of the last layer only keys and values."""
+        with torch.inference_mode():
+            for n_tokens in tokens:
+                for number, layer in enumerate(ours.layers):
+                    whole = [weight for weight in layer.parameters() if weight.dim() == 2]
+                    keys_values = [layer.self_attn.k_proj.weight, layer.self_attn.v_proj.weight]
+                    for weight in whole if number < N_LAYERS - 1 else keys_values:
+                        y = F.linear(x[:n_tokens, : weight.shape[1]], weight)
+        return y[0, 0].item()  # waits for the device
+
+    result = compare(lambda: sums_of(ours, some, two_columns(len(some))), products, rounds=3)
+    result = result | {"ours": result["ours"] / len(some), "theirs": result["theirs"] / len(some)}
+    add(attribution, benchmark, "A1 floor", "PyTorch's products of the packed tokens alone", result, None)
 
 
 class NoSums:
