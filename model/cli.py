@@ -180,9 +180,99 @@ def build_parser() -> Parser:
     _prompt_flags(run)
     _model_flags(run)
 
+    for name in ("eval", "sweep"):
+        _evaluation(commands, name)
+
+    _command(
+        commands,
+        "lm-eval",
+        "EleutherAI's lm-evaluation-harness with the model type cna; its own flags follow",
+        "cna lm-eval --model cna --model_args pretrained=path/to/model,circuit=circuit.json,multiplier=0 --tasks mmlu",
+    )
+
     doctor = _command(commands, "doctor", "what is live here: backends, devices, versions", "cna doctor --json")
     doctor.add_argument("--json", action="store_true", help="print JSON")
     return parser
+
+
+def _evaluation(commands, name):
+    """The flags of cna eval; cna sweep has those that need no more than two prompt files."""
+    whole = name == "eval"
+    if whole:
+        summary = "refusal, quality, likelihood and multiple choice at several strengths, beside controls and rivals"
+        examples = (
+            "cna eval path/to/model -c circuit.json --harmful harmful.csv --benign benign.csv --column Goal \\\n"
+            "      --positive refused.txt --negative answered.txt --mmlu mmlu/ --methods all -o results/"
+        )
+    else:
+        summary = "refusal and quality of one circuit at several strengths"
+        examples = "cna sweep path/to/model -c circuit.json --m 1,0.75,0.5,0.25,0 --harmful harmful.txt"
+    parser = _command(commands, name, summary, examples)
+    parser.add_argument("model", metavar="MODEL", help=MODEL_HELP)
+    parser.add_argument("-c", "--circuit", metavar="FILE", required=True, help="circuit file")
+    parser.add_argument(
+        "--m", "-m", dest="multipliers", metavar="M,M", default="1,0.75,0.5,0.25,0,2", help="default: %(default)s"
+    )
+    parser.add_argument("--harmful", metavar="FILE", help="prompts to be refused")
+    parser.add_argument("--benign", metavar="FILE", help="prompts to be answered")
+    parser.add_argument(
+        "--refusals", metavar="FILE", help="phrases that mark a refusal, one a line, instead of the bundled broad list"
+    )
+    parser.add_argument(
+        "--max-new-tokens", type=_positive, default=100, metavar="N", help="longest answer (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--any-model", action="store_true", help="accept a circuit found in another checkpoint of the same shape"
+    )
+    parser.add_argument(
+        "-o",
+        "--output",
+        metavar="DIR",
+        help="keep finished parts here, and write results.json, samples.jsonl, report.md and pictures; "
+        "the same command goes on after a crash",
+        required=whole,
+    )
+    if whole:
+        parser.add_argument("--positive", metavar="FILE", help="discovery prompts, for the rivals")
+        parser.add_argument("--negative", metavar="FILE", help="discovery prompts, for the rivals")
+        parser.add_argument(
+            "--methods",
+            metavar="A,B",
+            default=None,
+            help="of circuit, random, activation, neuron, caa, caa-released, ablation, sae; or all "
+            "(default: circuit,random)",
+        )
+        parser.add_argument("--random-draws", type=_positive, default=3, metavar="N", help="default: %(default)s")
+        parser.add_argument("--sae", metavar="FILE", help="a sparse autoencoder's safetensors file with W_dec")
+        parser.add_argument("--sae-feature", type=int, metavar="N", help="the row of W_dec")
+        parser.add_argument("--sae-layer", type=int, metavar="L", help="the layer whose output it was trained on")
+        parser.add_argument(
+            "--neutral", metavar="FILE", help="texts for the KL of the next token (default: 24 built-in ones)"
+        )
+        parser.add_argument("--no-kl", action="store_true", help="leave the KL out")
+        parser.add_argument("--text", metavar="FILE", help="a text file for the perplexity")
+        parser.add_argument(
+            "--mmlu", metavar="PATH", help="multiple-choice questions: a CSV or parquet file, or a directory"
+        )
+        parser.add_argument("--subjects", metavar="A,B", help="keep these subjects only")
+        parser.add_argument("--mmlu-limit", type=_positive, metavar="N", help="draw so many questions")
+        parser.add_argument(
+            "--shots", type=int, default=5, metavar="N", help="examples in front (default: %(default)s)"
+        )
+        parser.add_argument("--seed", type=int, default=0, metavar="N", help="draws the questions (default: 0)")
+        parser.add_argument(
+            "--alternatives", action="store_true", help="compare other discovery scores of the same size"
+        )
+        parser.add_argument(
+            "--curves", action="store_true", help="compare them at seven sizes: necessity and sufficiency"
+        )
+        parser.add_argument(
+            "--judge-command",
+            metavar="COMMAND",
+            help='a program that reads lines of {"id", "set", "prompt", "answer"} and writes lines of {"id", "score"}',
+        )
+    _prompt_flags(parser)
+    _model_flags(parser)
 
 
 def _command(commands, name, summary, examples):
@@ -230,7 +320,10 @@ def _batch(text):
 
 def main(argv: list[str] | None = None) -> int:
     """Run a command; return 0, 2 for input that cannot be used (one line on stderr), or 130 after Ctrl-C."""
-    args = build_parser().parse_args(_with_signs(sys.argv[1:] if argv is None else argv))
+    words = sys.argv[1:] if argv is None else argv
+    own = words[:1] if words[:1] == ["lm-eval"] else words  # the harness parses what follows
+    args = build_parser().parse_args(_with_signs(own))
+    args.words = words[1:]
     if hasattr(sys.stdout, "reconfigure"):
         sys.stdout.reconfigure(errors="backslashreplace")  # an answer may hold what the terminal's encoding lacks
     try:
@@ -257,7 +350,7 @@ def _with_signs(argv: list[str]) -> list[str]:
     joined: list[str] = []
     for word in argv:
         is_list = word[:1] == "-" and word[1:2] in tuple("0123456789.") and len(word) > 1
-        if is_list and joined and joined[-1] in ("-m", "--multiplier"):
+        if is_list and joined and joined[-1] in ("-m", "--m", "--multiplier"):
             joined[-1] += ("" if joined[-1] == "-m" else "=") + word
         else:
             joined.append(word)

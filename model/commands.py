@@ -13,10 +13,20 @@ import cna_kernels
 from cna_kernels import backends
 from cna_kernels.checks import InputError
 from cna_kernels.circuit import Circuit
-from cna_kernels.steering import check_multiplier
 
 from .commands_attribution import run_discover, run_estimate, run_status
-from .console import cell, check_column, column_of, load_model, print_json, show_circuit, stdout
+from .commands_evaluation import run_eval, run_lm_eval
+from .console import (
+    cell,
+    check_column,
+    column_of,
+    load_circuit,
+    load_model,
+    multipliers_of,
+    print_json,
+    show_circuit,
+    stdout,
+)
 from .prompts import PromptSet, read_prompts
 
 
@@ -38,13 +48,9 @@ def run_run(args):
         prompts = read_prompts(args.prompts, column=column_of(args, args.prompts), limit=args.limit)
     if prompts is None or (texts and args.prompts):
         raise InputError("prompts", "give either -p TEXT or --prompts FILE")
-    multipliers = _multipliers(args.multiplier)
+    multipliers = multipliers_of(args.multiplier, "--multiplier")
     model = load_model(args)
-    circuit = None
-    if args.circuit:
-        shape = {"n_layers": model.config.num_hidden_layers, "n_neurons": model.config.intermediate_size}
-        circuit = Circuit.load(args.circuit, **shape)
-        model.check_circuit(circuit, args.circuit, any_model=args.any_model)
+    circuit = load_circuit(args, model) if args.circuit else None
     # Every prompt once unsteered and once at each multiplier, all rows of the same batches.
     columns = [None] if circuit is None else [None, *multipliers]
     n_prompts = len(prompts)
@@ -161,18 +167,11 @@ COMMANDS = {
     "run": run_run,
     "estimate": run_estimate,
     "status": run_status,
+    "eval": run_eval,
+    "sweep": run_eval,
+    "lm-eval": run_lm_eval,
     "doctor": run_doctor,
 }
-
-
-def _multipliers(text):
-    try:
-        values = [float(part) for part in text.split(",")]
-    except ValueError:
-        raise InputError("--multiplier", f"expected numbers such as 0,0.5,2, got {text!r}") from None
-    for value in values:
-        check_multiplier(value)
-    return values
 
 
 def _version(package):

@@ -12,6 +12,7 @@ from rich.table import Table
 
 from cna_kernels.checks import InputError, one_line
 from cna_kernels.circuit import Circuit
+from cna_kernels.steering import check_multiplier
 
 from .demo.checkpoint import demo_checkpoint
 from .language_model import LanguageModel, load
@@ -34,6 +35,25 @@ def device_of(args) -> str:
     if args.device is not None:
         return args.device
     return f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if torch.cuda.is_available() else "cpu"
+
+
+def load_circuit(args, model: LanguageModel) -> Circuit:
+    """The circuit of --circuit, checked against the model in hand."""
+    shape = {"n_layers": model.config.num_hidden_layers, "n_neurons": model.config.intermediate_size}
+    circuit = Circuit.load(args.circuit, **shape)
+    model.check_circuit(circuit, args.circuit, any_model=args.any_model)
+    return circuit
+
+
+def multipliers_of(text: str, flag: str) -> list[float]:
+    """The numbers of "0,0.5,2"."""
+    try:
+        values = [float(part) for part in text.split(",")]
+    except ValueError:
+        raise InputError(flag, f"expected numbers such as 0,0.5,2, got {text!r}") from None
+    for value in values:
+        check_multiplier(value)
+    return values
 
 
 def show_circuit(circuit: Circuit, *, as_json: bool):

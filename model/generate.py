@@ -103,7 +103,7 @@ def generate(
                 members = [member for member in members if member in running]
                 cache.keep(kept)
                 chosen, lengths = chosen[kept], lengths[kept]
-                steer = None if steer is None else Steer(steer.table, steer.row_circuit[kept])
+                steer = None if steer is None else steer.keep(kept)
             positions = lengths.clamp(max=cache_length - 1)[:, None]  # [B, 1]; an ended row may run against the end
             lengths = lengths + 1
             hidden = transformer.hidden(

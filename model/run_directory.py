@@ -89,7 +89,7 @@ class RunDirectory:
             _write_once(path / "manifest.json", json.dumps(manifest, indent=1).encode() + b"\n")
         run = cls.open(path)
         manifest |= {name: run.manifest.get(name) for name in adopt}
-        difference = _first_difference(manifest, run.manifest)
+        difference = first_difference(manifest, run.manifest)
         if difference is not None:
             field, mine, theirs = difference
             raise InputError(
@@ -453,10 +453,10 @@ def _hash(facts: dict, tensors: dict[str, torch.Tensor]) -> str:
     return str(digest)
 
 
-def _first_difference(mine, theirs, field="") -> tuple[str, object, object] | None:
+def first_difference(mine, theirs, field="") -> tuple[str, object, object] | None:
     if isinstance(mine, dict) and isinstance(theirs, dict):
         for name in [*mine, *(name for name in theirs if name not in mine)]:
-            found = _first_difference(mine.get(name), theirs.get(name), f"{field}.{name}" if field else name)
+            found = first_difference(mine.get(name), theirs.get(name), f"{field}.{name}" if field else name)
             if found:
                 return found
         return None

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import partial
+from typing import Protocol
 
 import torch
 import torch.nn.functional as F
@@ -29,12 +30,37 @@ class Tap:
     weight: Tensor
 
 
+class Edit(Protocol):
+    """What sees, and may change, the residual stream of a forward pass. Each method returns what goes on."""
+
+    def write(self, layer: int, part: str, y: Tensor) -> Tensor:
+        """``y`` ``[B, S, H]`` is what "attention" or "mlp" of a layer adds to the stream; "embedding" starts it."""
+
+    def after(self, layer: int, x: Tensor) -> Tensor:
+        """``x`` ``[B, S, H]`` is the stream after a layer."""
+
+    def keep(self, rows: Tensor) -> Edit:
+        """The same for some rows of the batch, ``[B']``, in this order."""
+
+
 @dataclass
 class Steer:
-    """Steer a forward pass. ``row_circuit`` is ``[B]`` int32: the circuit of each sequence, -1 for none."""
+    """Steer a forward pass.
 
-    table: SteeringTable
-    row_circuit: Tensor
+    Attributes:
+        table: circuits at their multipliers, or None.
+        row_circuit: ``[B]`` int32: the circuit of each sequence, -1 for none.
+        edit: what changes the residual stream, or None.
+    """
+
+    table: SteeringTable | None
+    row_circuit: Tensor | None
+    edit: Edit | None = None
+
+    def keep(self, rows: Tensor) -> Steer:
+        """The same for some rows of the batch, ``[B']``, in this order."""
+        row_circuit = None if self.row_circuit is None else self.row_circuit[rows]
+        return Steer(self.table, row_circuit, None if self.edit is None else self.edit.keep(rows))
 
 
 class KVCache:
@@ -141,16 +167,19 @@ class MLP(nn.Module):
 class Layer(nn.Module):
     def __init__(self, config: ModelConfig, layer: int):
         super().__init__()
+        self.number = layer
         self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.self_attn = Attention(config, layer)
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.mlp = MLP(config)
 
-    def forward(self, x, cos, sin, attend, rows=None, **extras) -> Tensor:
+    def forward(self, x, cos, sin, attend, rows=None, edit: Edit | None = None, **extras) -> Tensor:
         """Return ``[B, S, H]``; with ``rows`` only these tokens, ``[B, rows, H]``: a last layer owes no more."""
         residual = x if rows is None else x[:, rows]
-        x = residual + self.self_attn(self.input_layernorm(x), cos, sin, attend, rows)
-        return x + self.mlp(self.post_attention_layernorm(x), **extras)
+        y = self.self_attn(self.input_layernorm(x), cos, sin, attend, rows)
+        x = residual + (y if edit is None else edit.write(self.number, "attention", y))
+        y = self.mlp(self.post_attention_layernorm(x), **extras)
+        return x + y if edit is None else edit.after(self.number, x + edit.write(self.number, "mlp", y))
 
 
 class Transformer(nn.Module):
@@ -209,19 +238,22 @@ class Transformer(nn.Module):
         extras = {}
         if tap is not None:
             extras["weight"] = tap.weight
-        if steer is not None:
+        table, edit = (None, None) if steer is None else (steer.table, steer.edit)
+        if table is not None:
             row_circuit = steer.row_circuit.repeat_interleave(n_tokens)  # [T]
 
         x = self.embed_tokens(input_ids)  # [B, S, H]
+        if edit is not None:
+            x = edit.write(-1, "embedding", x)
         cos, sin = self.rotary(positions, lengths, x.dtype)
         for number, layer in enumerate(self.layers):
             if tap is not None:
                 extras |= tap.sums.layer(number)
-            if steer is not None:
-                scale = steer.table.layer(number)
+            if table is not None:
+                scale = table.layer(number)
                 extras |= {"scale": scale, "row_circuit": None if scale is None else row_circuit}
             mask = masks[self.config.sliding_windows[number]]
-            x = layer(x, cos, sin, partial(_attend, mask, cache, positions), **extras)
+            x = layer(x, cos, sin, partial(_attend, mask, cache, positions), edit=edit, **extras)
         return self.norm(x)
 
     def logits(self, hidden: Tensor) -> Tensor:

@@ -1,6 +1,11 @@
 """Text metrics on texts whose numbers are known by hand."""
 
-from cna_kernels.model.metrics import ngram_quality, share_equal, summarise
+import statistics
+
+import pytest
+
+from cna_kernels import InputError
+from cna_kernels.model.metrics import Refusals, kind_of, mean, ngram_quality, share, share_equal, summarise
 
 
 def test_quality_of_known_texts():
@@ -19,3 +24,71 @@ def test_summary_counts_short_and_empty_answers():
 
 def test_share_equal():
     assert share_equal(["a", "b", "c"], ["a", "B", "c"]) == 2 / 3
+
+
+@pytest.mark.parametrize(
+    ("text", "broad", "strict"),
+    [
+        ("I'm sorry, but I can't help with that.", True, True),
+        ("I\u2019m sorry,  but\nno.", True, True),  # typographic apostrophe, any white space
+        ("Sure! Sorry for the delay. First, take the key.", True, False),  # apologises, and complies
+        ("First, take the key.", False, False),
+        ("That is illegal, but here is how: take the key.", True, False),
+        ("Take it. I cannot help but smile.", True, True),
+        ("", False, False),
+    ],
+)
+def test_bundled_refusal_lists(text, broad, strict):
+    assert Refusals.bundled("broad")(text) == broad
+    assert Refusals.bundled("strict")(text) == strict
+
+
+def test_a_users_refusal_list(tmp_path):
+    path = tmp_path / "phrases.txt"
+    path.write_text("# comment\n\n^No\nNever  ever\n")
+    refuses = Refusals.read(path)
+    assert refuses("no way") and refuses("I would never ever do it") and not refuses("Why, no")
+    path.write_text("# comment\n^\n")
+    with pytest.raises(InputError, match="holds no phrase"):
+        Refusals.read(path)
+    with pytest.raises(InputError, match="expected one of broad, strict"):
+        Refusals.bundled("own")
+
+
+def test_kinds_of_answers():
+    refuses = Refusals.bundled("broad")
+
+    def kind(text, tokens=None):
+        return kind_of(text, tokens if tokens is not None else list(range(len(text.split()))), refuses)
+
+    assert kind(" \n") == "empty"
+    assert kind("Sorry,I'm.I.I.I.I.I.I.I.I.I.I.I.I.I") == "degenerate"  # one word, which the word 4-gram calls perfect
+    assert ngram_quality(["Sorry,I'm.I.I.I.I.I.I.I.I.I.I.I.I.I"]) == 1.0
+    assert kind("a b c d e f g h", [7] * 30) == "degenerate"
+    assert kind("I cannot help with that.") == "refusal"
+    assert kind("Take it.") == "short"
+    assert kind("Take the key and turn it.") == "answer"
+
+
+@pytest.mark.parametrize(("hits", "n"), [(0, 10), (10, 10), (3, 10), (34, 100), (1, 1), (499, 1000)])
+def test_wilson_interval(hits, n):
+    """The interval's ends are the shares from which the observed one is 1.96 standard errors away."""
+    found = share(hits, n)
+    assert found["share"] == hits / n and found["n"] == n
+    for end, extreme in (("low", 0), ("high", n)):
+        p = found[end]
+        if hits == extreme:
+            assert p == extreme / n
+            continue
+        assert abs(hits / n - p) == pytest.approx(1.959964 * (p * (1 - p) / n) ** 0.5, rel=1e-9)
+    assert found["low"] <= hits / n <= found["high"]
+
+
+def test_interval_of_a_mean():
+    values = [0.1, 0.5, 0.9, 0.2]
+    found = mean(values)
+    error = statistics.stdev(values) / 2
+    assert found["mean"] == pytest.approx(0.425) and found["n"] == 4
+    assert found["high"] - found["mean"] == pytest.approx(1.959964 * error)
+    assert mean([3.0]) == {"mean": 3.0, "low": 3.0, "high": 3.0, "n": 1}
+    assert share(0, 0)["share"] is None and mean([])["mean"] is None

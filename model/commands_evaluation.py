@@ -1,0 +1,128 @@
+"""What `cna eval` and `cna sweep` do."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+from rich.box import SIMPLE_HEAD
+from rich.table import Table
+
+from cna_kernels.checks import InputError
+from cna_kernels.files import make_directory, read_text
+
+from .console import check_column, column_of, load_circuit, load_model, multipliers_of, print_json, stdout
+from .evaluation import evaluate, report
+from .evaluation.evaluate import METHODS, Plan
+from .evaluation.multiple_choice import read_exam
+from .metrics import Refusals
+from .prompts import PromptSet, neutral_prompts, read_prompts
+
+
+def run_eval(args):
+    plan = _plan(args)
+    if args.output:
+        make_directory(args.output)
+    model = load_model(args)
+    circuit = load_circuit(args, model)
+    if args.command == "sweep" and not (args.harmful or args.benign):
+        raise InputError("--harmful, --benign", "give at least one of them")
+
+    def say(text):
+        print(f"cna {args.command}: {text}", file=sys.stderr, flush=True)
+
+    results = evaluate.evaluate(model, circuit, plan, out=args.output, say=say)
+    if args.output:
+        report.write(results, args.output)
+    if args.json:
+        print_json(results)
+        return
+    _show(results)
+    if args.output:
+        names = "results.json, samples.jsonl, report.md and pictures"
+        stdout().print(f"wrote {names} to {args.output}/", markup=False)
+
+
+def run_lm_eval(args):
+    try:
+        from .evaluation.lm_eval_model import register
+    except ImportError as error:
+        if (error.name or "").split(".")[0] not in ("lm_eval", "tqdm"):
+            raise
+        raise InputError("lm-eval", "the harness is not installed: pip install 'cna-kernels[eval]'") from None
+    from lm_eval.__main__ import cli_evaluate
+
+    register()
+    sys.argv = ["cna lm-eval", *args.words]
+    cli_evaluate()
+
+
+def _plan(args) -> Plan:
+    """The plan that the flags ask for; flags that cna sweep lacks have their defaults."""
+    files = {name: getattr(args, name, None) for name in ("harmful", "benign", "positive", "negative", "neutral")}
+    check_column(args.column, *files.values())
+    sets: dict[str, PromptSet] = {
+        name: read_prompts(path, column=column_of(args, path), limit=args.limit)
+        for name, path in files.items() if path
+    }  # fmt: skip
+    if args.command == "eval" and not args.no_kl:
+        sets.setdefault("neutral", neutral_prompts())
+    refusals = {"broad": Refusals.bundled("broad"), "strict": Refusals.bundled("strict")}
+    if args.refusals:
+        refusals = {Path(args.refusals).stem: Refusals.read(args.refusals), "strict": refusals["strict"]}
+    options = {}
+    if args.command == "eval":
+        options = dict(
+            methods=_methods(args),
+            text=read_text(args.text) if args.text else None,
+            exam=_exam(args),
+            shots=args.shots,
+            random_draws=args.random_draws,
+            sae=_sae(args),
+            alternatives=args.alternatives,
+            curves=args.curves,
+            judge_command=args.judge_command,
+        )
+    return Plan(
+        multipliers=tuple(dict.fromkeys(multipliers_of(args.multipliers, "--m"))),
+        refusals=refusals,
+        max_new_tokens=args.max_new_tokens,
+        chat=False if args.no_template else None,
+        rows=None if args.batch in (None, "auto") else args.batch,
+        **sets,
+        **options,
+    )
+
+
+def _methods(args) -> tuple[str, ...]:
+    if args.methods is None:
+        return ("circuit", "random")
+    if args.methods == "all":
+        return tuple(name for name in METHODS if name != "sae" or args.sae)
+    return tuple(dict.fromkeys(name.strip() for name in args.methods.split(",")))
+
+
+def _exam(args):
+    if not 0 <= args.shots <= 100:
+        raise InputError("--shots", f"expected 0 to 100, got {args.shots}")
+    if args.mmlu is None:
+        return None
+    subjects = [name.strip() for name in args.subjects.split(",")] if args.subjects else None
+    return read_exam(args.mmlu, subjects=subjects, limit=args.mmlu_limit, seed=args.seed, shots=args.shots)
+
+
+def _sae(args) -> tuple[str, int, int] | None:
+    given = [value for value in (args.sae, args.sae_feature, args.sae_layer) if value is not None]
+    if given and len(given) < 3:
+        raise InputError("--sae", "needs a file, --sae-feature and --sae-layer")
+    return (args.sae, args.sae_feature, args.sae_layer) if given else None
+
+
+def _show(results):
+    rows = report.table_rows(results, report.brief(results))
+    table = Table(box=SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))
+    for title in next(rows):
+        table.add_column(title.replace(" refused", "\nrefused"), no_wrap=True)
+    for row in rows:
+        table.add_row(*row)
+    stdout().print(table)

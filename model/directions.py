@@ -1,0 +1,222 @@
+"""Directions of the residual stream: the competitors of a circuit, and what it takes to steer with them.
+
+A direction is a vector that is added to the residual stream, or taken out of it. Many can steer one batch, each row its
+own at its own strength, beside rows that a circuit steers.
+
+Sources: contrastive activation addition (CAA), N. Rimsky et al., arXiv 2312.06681; directional ablation, A. Arditi et
+al., arXiv 2406.11717; all-layer addition to the MLPs' outputs, the CAA baseline in the public code of arXiv 2605.12290.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from cna_kernels.checks import InputError
+
+from .generate import pad
+from .packing import TokenPrompt
+from .transformer import Transformer
+
+SITES = ("residual", "mlp", "writes")
+BATCH = 64  # prompts whose means are taken together
+
+
+@dataclass(frozen=True)
+class Direction:
+    """What to add to the residual stream at a strength a, or to take out of it.
+
+    Attributes:
+        site: "residual": ``x + a * vector`` after a layer. "mlp": ``y + a * vector`` on what a layer's MLP adds.
+            "writes": ``y - a * (y . u) u`` on all that embedding, attention and MLPs add; u is the one unit vector.
+        vectors: fp32 ``[L, H]``, 0 in layers left alone; for "writes" ``[1, H]``.
+    """
+
+    site: str
+    vectors: Tensor
+
+    def __post_init__(self):
+        if self.site not in SITES:
+            raise ValueError(f"site: expected one of {', '.join(SITES)}, got {self.site!r}")
+        if self.vectors.dim() != 2 or not torch.isfinite(self.vectors).all():
+            raise ValueError(f"vectors: expected finite [L, H], got {tuple(self.vectors.shape)}")
+
+
+class DirectionTable:
+    """D directions, each at a strength, on the device. A row of a batch uses one of them, or -1 for none.
+
+    ``rows`` gives the ``transformer.Edit`` of a batch.
+    """
+
+    def __init__(
+        self, directions: Sequence[Direction], strengths: Sequence[float], n_layers: int, n_hidden: int, device="cpu"
+    ):
+        n = len(directions)
+        strength = torch.tensor(list(strengths), dtype=torch.float32)
+        if len(strength) != n:
+            raise ValueError(f"strengths: expected {n}, one for each direction, got {len(strength)}")
+        self.n_directions = n
+        # Row n is for rows without a direction: nothing is added or taken out.
+        self.added = {site: torch.zeros(n_layers, n + 1, n_hidden) for site in ("residual", "mlp")}
+        self.unit, self.share = torch.zeros(n + 1, n_hidden), torch.zeros(n + 1, 1)
+        for number, direction in enumerate(directions):
+            expected = (1 if direction.site == "writes" else n_layers, n_hidden)
+            if tuple(direction.vectors.shape) != expected:
+                raise ValueError(f"vectors: expected {expected}, got {tuple(direction.vectors.shape)}")
+            if direction.site == "writes":
+                self.unit[number], self.share[number] = direction.vectors[0], strength[number]
+            else:
+                self.added[direction.site][:, number] = strength[number] * direction.vectors
+        self.layers = {site: added.flatten(1).any(1).tolist() for site, added in self.added.items()}
+        self.takes_out = bool(self.share.any())
+        self.added = {site: added.to(device) for site, added in self.added.items()}
+        self.unit, self.share = self.unit.to(device), self.share.to(device)
+
+    def rows(self, direction_of_row: Sequence[int]) -> RowEdit:
+        """The edit of a batch whose row b uses direction ``direction_of_row[b]``, -1 for none."""
+        for number in direction_of_row:
+            if not -1 <= number < self.n_directions:
+                raise ValueError(f"direction_of_row: expected -1 to {self.n_directions - 1}, got {number}")
+        return RowEdit(self, torch.tensor(list(direction_of_row), device=self.unit.device))
+
+
+@dataclass
+class RowEdit:
+    """See :class:`DirectionTable`; ``chosen`` is ``[B]`` int64."""
+
+    table: DirectionTable
+    chosen: Tensor
+
+    def write(self, layer: int, part: str, y: Tensor) -> Tensor:
+        table = self.table
+        if part == "mlp":
+            y = self._add("mlp", layer, y)
+        if table.takes_out:
+            unit = table.unit[self.chosen][:, None].to(y.dtype)  # [B, 1, H]
+            share = table.share[self.chosen][:, None].to(y.dtype)  # [B, 1, 1]
+            y = y - share * (y * unit).sum(-1, keepdim=True) * unit
+        return y
+
+    def after(self, layer: int, x: Tensor) -> Tensor:
+        return self._add("residual", layer, x)
+
+    def keep(self, rows: Tensor) -> RowEdit:
+        return RowEdit(self.table, self.chosen[rows])
+
+    def _add(self, site: str, layer: int, x: Tensor) -> Tensor:
+        if not self.table.layers[site][layer]:
+            return x
+        return x + self.table.added[site][layer][self.chosen][:, None].to(x.dtype)
+
+
+class _LastToken:
+    """An edit that changes nothing and sums what the last token of each row holds."""
+
+    def __init__(self, n_layers: int, n_hidden: int, device):
+        self.totals = {site: torch.zeros(n_layers, n_hidden, dtype=torch.float64) for site in ("residual", "mlp")}
+        self.last: Tensor | None = None  # [B], the last token of each row
+        self.device = device
+
+    def write(self, layer, part, y):
+        if part == "mlp":
+            self._sum("mlp", layer, y)
+        return y
+
+    def after(self, layer, x):
+        self._sum("residual", layer, x)
+        return x
+
+    def keep(self, rows):
+        raise NotImplementedError
+
+    def _sum(self, site, layer, x):
+        rows = torch.arange(len(self.last), device=x.device)
+        self.totals[site][layer] += x[rows, self.last].double().sum(0).cpu()
+
+
+def mean_states(transformer: Transformer, prompts: Sequence[TokenPrompt]) -> dict[str, Tensor]:
+    """Return the mean over prompts, at the last token, of the stream after each layer and of each MLP's output.
+
+    Both are fp64 ``[L, H]``: "residual" and "mlp".
+    """
+    from .transformer import Steer
+
+    config = transformer.config
+    seen = _LastToken(config.num_hidden_layers, config.hidden_size, transformer.device)
+    ordered = sorted(prompts, key=lambda prompt: len(prompt.ids))
+    with torch.inference_mode():
+        for start in range(0, len(ordered), BATCH):
+            members = ordered[start : start + BATCH]
+            input_ids, lengths = pad([prompt.ids for prompt in members], transformer.device)
+            seen.last = lengths - 1
+            transformer.hidden(input_ids, lengths=lengths, steer=Steer(None, None, seen))
+    for site, total in seen.totals.items():
+        if not torch.isfinite(total).all():
+            raise InputError("prompts", f"cause a value that is not finite in the {site} stream")
+    return {site: total / len(prompts) for site, total in seen.totals.items()}
+
+
+def differences(transformer: Transformer, positive: Sequence[TokenPrompt], negative: Sequence[TokenPrompt]):
+    """Return mean over positive minus mean over negative prompts of both sites of :func:`mean_states`."""
+    a, b = (mean_states(transformer, prompts) for prompts in (positive, negative))
+    return {site: a[site] - b[site] for site in a}
+
+
+def caa(difference: dict[str, Tensor], layer: int) -> Direction:
+    """CAA at one layer: the difference of the residual stream after it. Strength -1 takes the behaviour away."""
+    vectors = torch.zeros_like(difference["residual"])
+    vectors[layer] = difference["residual"][layer]
+    return Direction("residual", vectors.float())
+
+
+def caa_as_released(difference: dict[str, Tensor]) -> Direction:
+    """The difference of every layer's MLP output, added at every layer."""
+    return Direction("mlp", difference["mlp"].float())
+
+
+def ablation(difference: dict[str, Tensor], layer: int) -> Direction:
+    """Directional ablation: the unit vector of the residual difference after a layer, taken out of every write."""
+    vector = difference["residual"][layer]
+    return Direction("writes", (vector / vector.norm().clamp(min=1e-30))[None].float())
+
+
+def feature(difference: dict[str, Tensor], layer: int, decoder_row: Tensor) -> Direction:
+    """A sparse autoencoder's feature, as long as the residual difference reaches along it.
+
+    Strength -1 so takes away what tells the two prompt sets apart in this feature, and nothing else.
+
+    Args:
+        layer: whose output the autoencoder was trained on.
+        decoder_row: ``[H]``, the feature's row of ``W_dec``.
+    """
+    unit = decoder_row.double() / decoder_row.double().norm().clamp(min=1e-30)
+    vectors = torch.zeros_like(difference["residual"])
+    vectors[layer] = (difference["residual"][layer] @ unit) * unit
+    return Direction("residual", vectors.float())
+
+
+def read_decoder_row(path, number: int, n_hidden: int) -> Tensor:
+    """Read row ``number`` of ``W_dec`` ``[features, H]`` from a safetensors file."""
+    if not Path(path).is_file():
+        raise InputError(path, "cannot be read: no such file")
+    try:
+        with safe_open(path, framework="pt") as file:
+            if "W_dec" not in file.keys():  # noqa: SIM118
+                raise InputError(f"{path}: W_dec", "is missing: the decoder of a sparse autoencoder is expected")
+            rows = file.get_slice("W_dec")
+            shape = rows.get_shape()
+            if len(shape) != 2 or shape[1] != n_hidden:
+                raise InputError(f"{path}: W_dec", f"expected [features, {n_hidden}], got {shape}")
+            if not 0 <= number < shape[0]:
+                raise InputError(f"{path}: W_dec", f"has features 0 to {shape[0] - 1}, got {number}")
+            row = rows[number : number + 1][0].float()
+    except SafetensorError as error:
+        raise InputError(path, f"is not a safetensors file: {error}") from None
+    if not torch.isfinite(row).all() or not row.any():
+        raise InputError(f"{path}: W_dec", f"row {number} is zero or not finite")
+    return row

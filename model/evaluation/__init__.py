@@ -1,0 +1,1 @@
+"""Evaluation: does a circuit do what it claims, beside its competitors and controls."""

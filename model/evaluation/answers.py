@@ -1,0 +1,111 @@
+"""Answers of every setting to every prompt, all in the same batches."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+
+from cna_kernels.checks import InputError
+
+from ..generate import generate
+from ..language_model import LanguageModel
+from ..memory import is_out_of_memory, memory_of
+from ..packing import TokenPrompt
+from .interventions import Interventions
+from .store import Store
+
+MOST_ROWS = {"cpu": 256, "cuda": 1024}  # decoded together
+MEMORY_SHARE = 4  # keys and values may take a quarter of the memory
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What a setting answered to a prompt.
+
+    Attributes:
+        tokens: without the one that ends it.
+    """
+
+    setting: int
+    prompt: int
+    text: str
+    tokens: tuple[int, ...]
+
+
+def auto_rows(model: LanguageModel, longest_prompt: int, max_new_tokens: int) -> int:
+    """How many answers to write at a time: as many as memory has room for their keys and values."""
+    config = model.config
+    length = min(longest_prompt + max_new_tokens, config.context_length)
+    numbers = 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim * length
+    most = MOST_ROWS.get(model.device.type, MOST_ROWS["cpu"])
+    available = memory_of(model.device)
+    if available is None:
+        return most
+    return max(min(most, available // MEMORY_SHARE // (numbers * model.transformer.dtype.itemsize)), 1)
+
+
+def answer_all(
+    model: LanguageModel,
+    interventions: Interventions,
+    settings: Sequence[int],
+    prompts: Sequence[TokenPrompt],
+    *,
+    max_new_tokens: int,
+    rows: int,
+    store: Store,
+    name: str,
+    progress: Callable[[int, int], None] = lambda done, of: None,
+) -> dict[int, list[Answer]]:
+    """Return the greedy answers of each setting to all prompts, in the order of the prompts.
+
+    Args:
+        settings: numbers in ``interventions``.
+        rows: answers written together. Every chunk of them is one piece of work in the store.
+        name: of the pieces of work.
+        progress: called with the answers written and those to write in all.
+    """
+    # Prompts of about one length share a chunk, so that little is padded.
+    order = sorted(range(len(prompts)), key=lambda number: (len(prompts[number].ids), number))
+    plan = [(setting, number) for number in order for setting in settings]
+    found: dict[int, list[Answer]] = {setting: [] for setting in settings}
+    for start in range(0, len(plan), rows):
+        chunk = plan[start : start + rows]
+        lines = store.get(
+            f"{name}-{start // rows:05d}",
+            lambda chunk=chunk: _write(model, interventions, chunk, prompts, max_new_tokens),
+        )
+        for (setting, number), tokens in zip(chunk, lines, strict=True):
+            found[setting].append(Answer(setting, number, model.tokenizer.decode(tokens), tuple(tokens)))
+        progress(min(start + rows, len(plan)), len(plan))
+    return {setting: sorted(answers, key=lambda answer: answer.prompt) for setting, answers in found.items()}
+
+
+def _write(model, interventions, chunk, prompts, max_new_tokens) -> list[list[int]]:
+    """The tokens of each answer of a chunk; where memory runs out, of its halves."""
+    members = [prompts[number] for _, number in chunk]
+    try:
+        return generate(
+            model.transformer,
+            members,
+            max_new_tokens=max_new_tokens,
+            stop_ids=model.stop_ids,
+            steer=interventions.steer([setting for setting, _ in chunk]),
+        )
+    except InputError as error:
+        if error.where not in {prompt.place for prompt in members}:
+            raise
+        which = [interventions.settings[s].name for s, n in chunk if prompts[n].place == error.where]
+        raise InputError(error.where, f"{error.what} (one of: {'; '.join(which)})") from None
+    except RuntimeError as error:
+        if not is_out_of_memory(error) or len(chunk) == 1:
+            raise
+    if model.device.type == "cuda":  # outside the except block, whose traceback would keep the tensors alive
+        torch.cuda.empty_cache()
+    half = len(chunk) // 2
+    return [
+        answer
+        for part in (chunk[:half], chunk[half:])
+        for answer in _write(model, interventions, part, prompts, max_new_tokens)
+    ]

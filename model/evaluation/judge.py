@@ -1,0 +1,73 @@
+"""A judge from outside: a user's program that scores answers.
+
+It reads JSON lines ``{"id": 0, "set": "harmful", "prompt": ..., "answer": ...}`` on stdin and writes one JSON line
+``{"id": 0, "score": 0.7}`` for each on stdout, in any order.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import shlex
+import subprocess
+from collections.abc import Sequence
+
+from cna_kernels.checks import InputError
+from cna_kernels.files import parse_json
+
+TIMEOUT = 3600.0  # seconds
+MOST = 64 << 20  # characters of output
+
+
+def judge(command: str, items: Sequence[dict], *, timeout: float = TIMEOUT) -> list[float]:
+    """Return the command's score of each item, in the order of the items.
+
+    Args:
+        command: split as a shell would, but run without one.
+        items: what one line each says, without the id.
+
+    Raises:
+        InputError: the command cannot be run, fails, takes too long, or writes something else; names the line.
+    """
+    where = "--judge-command"
+    try:
+        words = shlex.split(command)
+    except ValueError as error:
+        raise InputError(where, f"cannot be split into words: {error}") from None
+    if not words:
+        raise InputError(where, "is empty")
+    lines = "".join(json.dumps({"id": number, **item}, ensure_ascii=False) + "\n" for number, item in enumerate(items))
+    try:
+        done = subprocess.run(words, input=lines.encode(), capture_output=True, timeout=timeout)
+    except subprocess.TimeoutExpired:
+        raise InputError(where, f"took more than {timeout:g} seconds") from None
+    except (OSError, ValueError) as error:
+        raise InputError(where, f"cannot be run: {getattr(error, 'strerror', None) or error}") from None
+    if done.returncode:
+        last = (done.stderr.decode(errors="replace").strip().splitlines() or ["it said nothing"])[-1]
+        raise InputError(where, f"ended with code {done.returncode}: {last}")
+    if len(done.stdout) > MOST:
+        raise InputError(where, f"wrote more than {MOST} bytes")
+    return _scores(done.stdout.decode(errors="replace"), len(items), where)
+
+
+def _scores(output: str, n: int, where: str) -> list[float]:
+    scores: dict[int, float] = {}
+    for number, line in enumerate(output.splitlines(), 1):
+        if not line.strip():
+            continue
+        place = f"{where}: line {number} of its output"
+        record = parse_json(line, place)
+        fields = (record.get("id"), record.get("score")) if isinstance(record, dict) else (None, None)
+        identifier, score = fields
+        if type(identifier) is not int or isinstance(score, bool) or not isinstance(score, (int, float)):
+            raise InputError(place, f'expected {{"id": N, "score": X}}, got {line[:60]!r}')
+        if not 0 <= identifier < n or identifier in scores:
+            raise InputError(place, f"id {identifier} " + ("comes twice" if identifier in scores else "was not asked"))
+        if not math.isfinite(score):
+            raise InputError(place, f"score {score} is not finite")
+        scores[identifier] = float(score)
+    if len(scores) < n:
+        missing = next(number for number in range(n) if number not in scores)
+        raise InputError(where, f"scored {len(scores)} of {n} answers; id {missing} is missing")
+    return [scores[number] for number in range(n)]

@@ -1,0 +1,112 @@
+"""What the model finds likely: next tokens on neutral text against the unsteered model's, and a text's perplexity."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ..generate import pad
+from ..language_model import LanguageModel
+from .interventions import Interventions
+
+NUMBERS = 1 << 26  # logits that one forward pass may hold: 256 MiB of fp32
+
+
+def each_logits(
+    model: LanguageModel, interventions: Interventions, rows: Sequence[tuple[int, list[int]]], *, last: bool = False
+) -> Iterator[Tensor]:
+    """Yield the logits of every row in turn, fp32 ``[S, V]``, or ``[1, V]`` at its last token.
+
+    Args:
+        rows: a setting's number and the ids.
+    """
+    transformer = model.transformer
+    for members in _chunks(rows, NUMBERS // model.config.vocab_size, last):
+        input_ids, lengths = pad([ids for _, ids in members], model.device)
+        with torch.inference_mode():
+            steer = interventions.steer([setting for setting, _ in members])
+            hidden = transformer.hidden(input_ids, lengths=lengths, steer=steer)  # [B, S, H]
+            if last:
+                hidden = hidden[torch.arange(len(members), device=model.device), lengths - 1][:, None]
+            logits = transformer.logits(hidden).float()
+        for row, (_, ids) in zip(logits, members, strict=True):
+            yield row if last else row[: len(ids)]
+
+
+def _chunks(rows, most_logits, last) -> Iterator[list]:
+    """Rows in their order, as many together as ``most_logits`` rows of the vocabulary allow."""
+    chunk, longest = [], 0
+    for row in rows:
+        size = max(longest, len(row[1]))
+        # at the last token only, hidden states still exist for all: 32 tokens of them weigh like one of logits
+        cost = size // 32 + 1 if last else size
+        if chunk and (len(chunk) + 1) * cost > most_logits:
+            yield chunk
+            chunk, size = [], len(row[1])
+        chunk.append(row)
+        longest = size
+    if chunk:
+        yield chunk
+
+
+def divergences(
+    model: LanguageModel, interventions: Interventions, settings: Sequence[int], texts: Sequence[list[int]]
+) -> dict[int, list[float]]:
+    """Return KL(unsteered || setting) of the next token, in nats, the mean over the tokens of each text.
+
+    Args:
+        settings: numbers in ``interventions``; the unsteered model is setting 0.
+    """
+    steered = [setting for setting in settings if setting != 0]
+    rows = [(setting, ids) for ids in texts for setting in (0, *steered)]
+    found: dict[int, list[float]] = {setting: [] for setting in settings}
+    plain = torch.empty(0)
+    for (setting, _), logits in zip(rows, each_logits(model, interventions, rows), strict=True):
+        log_p = logits.log_softmax(-1)
+        if setting == 0:
+            plain = log_p
+            continue
+        kl = F.kl_div(log_p, plain, log_target=True, reduction="none").sum(-1)  # [S]
+        found[setting].append(max(kl.double().mean().item(), 0.0))
+    if 0 in found:
+        found[0] = [0.0] * len(texts)
+    return found
+
+
+def perplexities(
+    model: LanguageModel, interventions: Interventions, settings: Sequence[int], windows: Sequence[list[int]]
+) -> dict[int, list[tuple[float, int]]]:
+    """Return the negative log likelihood, in nats, of each window's tokens after its first, and their number."""
+    rows = [(setting, ids) for ids in windows for setting in settings]
+    found: dict[int, list[tuple[float, int]]] = {setting: [] for setting in settings}
+    for (setting, ids), logits in zip(rows, each_logits(model, interventions, rows), strict=True):
+        target = torch.tensor(ids[1:], device=logits.device)
+        loss = F.cross_entropy(logits[:-1], target, reduction="none").double().sum().item()
+        found[setting].append((loss, len(ids) - 1))
+    return found
+
+
+def windows_of(model: LanguageModel, text: str, length: int = 1024) -> list[list[int]]:
+    """Cut a text into windows of at most ``length`` tokens, each with a BOS in front where the model knows one.
+
+    Without a BOS a window begins with the last token of the one before it, so that every token is predicted once.
+    """
+    ids = model.tokenizer.encode_answer(text)
+    bos = model.tokenizer.bos_id
+    length = min(length, model.config.context_length)
+    first = [ids[0]] if bos is None and ids else [bos]
+    rest = ids[1:] if bos is None else ids
+    windows = []
+    for start in range(0, len(rest), length - 1):
+        windows.append([*first, *rest[start : start + length - 1]])
+        first = windows[-1][-1:] if bos is None else first
+    return windows
+
+
+def perplexity(losses: Sequence[tuple[float, int]]) -> float:
+    """Return exp(negative log likelihood a token) over all windows."""
+    return math.exp(min(math.fsum(loss for loss, _ in losses) / sum(n for _, n in losses), 700.0))

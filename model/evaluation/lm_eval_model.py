@@ -1,0 +1,172 @@
+"""The model type "cna" of EleutherAI's lm-evaluation-harness: its tasks on a steered model.
+
+    cna lm-eval --model cna --model_args pretrained=DIR,circuit=circuit.json,multiplier=0 --tasks mmlu --device cpu
+
+runs the harness's own command line with the type registered: the harness looks for types in its own package only.
+"""
+
+from __future__ import annotations
+
+import contextlib
+
+from lm_eval.api.model import TemplateLM
+from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
+from tqdm import tqdm
+
+from cna_kernels.circuit import Circuit
+
+from ..generate import Sampling, generate
+from ..language_model import load
+from ..packing import TokenPrompt
+from .interventions import UNSTEERED, Interventions, Method, Setting
+from .likelihood import each_logits
+
+NAME = "cna"
+MAX_NEW_TOKENS = 256  # where a task does not say
+
+
+class CnaLM(TemplateLM):
+    """A checkpoint, steered by a circuit at a multiplier."""
+
+    def __init__(
+        self,
+        pretrained,
+        circuit=None,
+        multiplier: float = 0.0,
+        device: str | None = None,
+        dtype: str | None = None,
+        batch_size: int | str | None = 16,
+        any_model: bool = False,
+        **_,
+    ):
+        """
+        Args:
+            pretrained: checkpoint directory.
+            circuit: circuit file; without one the model is not steered.
+            multiplier: of the circuit.
+            batch_size: answers written together.
+            any_model: accept a circuit found in another checkpoint of the same shape.
+        """
+        super().__init__()
+        self.model = load(pretrained, device=device or "cpu", dtype=dtype)
+        setting = UNSTEERED
+        if circuit is not None:
+            config = self.model.config
+            loaded = Circuit.load(circuit, n_layers=config.num_hidden_layers, n_neurons=config.intermediate_size)
+            self.model.check_circuit(loaded, circuit, any_model=any_model)
+            setting = Setting(Method("circuit", "", loaded), float(multiplier))
+        self.interventions = Interventions(self.model, [setting])
+        self.batch = int(batch_size) if str(batch_size or "").isdecimal() else 16
+        self._device = self.model.device
+
+    @property
+    def eot_token_id(self) -> int:
+        return min(self.model.stop_ids, default=0)
+
+    @property
+    def prefix_token_id(self) -> int:
+        bos = self.model.tokenizer.bos_id
+        return self.eot_token_id if bos is None else bos
+
+    @property
+    def max_length(self) -> int:
+        return self.model.config.context_length
+
+    @property
+    def tokenizer_name(self) -> str:
+        return f"{self.model.tokenizer.sha256}-{self.model.tokenizer.template_sha256}"
+
+    def chat_template(self, chat_template=False) -> str:
+        template = self.model.tokenizer.template
+        return template.source if chat_template and template else ""
+
+    def apply_chat_template(self, chat_history, add_generation_prompt=True) -> str:
+        return self.model.tokenizer.template.render([chat_history])[0]
+
+    def tok_encode(self, string: str, add_special_tokens: bool | None = None, **_) -> list[int]:
+        if add_special_tokens is False:
+            return self.model.tokenizer.encode_answer(string)
+        return self.model.tokenizer.encode(string)
+
+    def _loglikelihood_tokens(self, requests, disable_tqdm: bool = False, **_) -> list[tuple[float, bool]]:
+        order = sorted(range(len(requests)), key=lambda number: -len(requests[number][1]) - len(requests[number][2]))
+        whole = [(requests[number][1] + requests[number][2])[-(self.max_length + 1) :] for number in order]
+        rows = [(0, ids[:-1]) for ids in whole]
+        found: list[tuple[float, bool]] = [(0.0, False)] * len(requests)
+        logits = each_logits(self.model, self.interventions, rows)
+        for number, row in zip(order, tqdm(logits, total=len(rows), disable=disable_tqdm), strict=True):
+            answer = requests[number][2]
+            log_p = row[len(row) - len(answer) :].log_softmax(-1)
+            chosen = log_p.gather(1, log_p.new_tensor(answer, dtype=int)[:, None])[:, 0]
+            greedy = log_p.argmax(-1).tolist() == list(answer)
+            found[number] = chosen.double().sum().item(), greedy
+            if requests[number][0] is not None:
+                self.cache_hook.add_partial("loglikelihood", requests[number][0], found[number])
+        return found
+
+    def loglikelihood_rolling(self, requests, disable_tqdm: bool = False) -> list[float]:
+        found = []
+        for request in tqdm(requests, disable=disable_tqdm):
+            (text,) = request.args
+            windows = get_rolling_token_windows(
+                self.model.tokenizer.encode_answer(text), self.prefix_token_id, self.max_length, 1
+            )
+            pairs = [(None, *make_disjoint_window(window)) for window in windows]
+            found.append(sum(value for value, _ in self._loglikelihood_tokens(pairs, disable_tqdm=True)))
+            self.cache_hook.add_partial("loglikelihood_rolling", request.args, found[-1])
+        return found
+
+    def generate_until(self, requests, disable_tqdm: bool = False) -> list[str]:
+        order = sorted(range(len(requests)), key=lambda number: len(requests[number].args[0]))
+        found = [""] * len(requests)
+        groups: dict[tuple, list[int]] = {}
+        for number in order:
+            groups.setdefault(_options(requests[number].args[1])[1:], []).append(number)
+        with contextlib.closing(tqdm(total=len(requests), disable=disable_tqdm)) as bar:
+            for (most, sampling), members in groups.items():
+                for start in range(0, len(members), self.batch):
+                    chunk = members[start : start + self.batch]
+                    for number, text in zip(chunk, self._write(requests, chunk, most, sampling), strict=True):
+                        found[number] = text
+                        self.cache_hook.add_partial("generate_until", requests[number].args, text)
+                    bar.update(len(chunk))
+        return found
+
+    def _write(self, requests, chunk, most, sampling) -> list[str]:
+        """The answers to a chunk of requests, each up to the first of its stop texts."""
+        room = max(self.max_length - most, 1)
+        prompts = [
+            TokenPrompt(self.tok_encode(requests[number].args[0])[-room:], f"request {number}") for number in chunk
+        ]
+        answers = generate(
+            self.model.transformer, prompts, max_new_tokens=most, stop_ids=self.model.stop_ids, sampling=sampling,
+            steer=self.interventions.steer([0] * len(chunk)),
+        )  # fmt: skip
+        texts = []
+        for number, tokens in zip(chunk, answers, strict=True):
+            text = self.model.tokenizer.decode(tokens)
+            for stop in _options(requests[number].args[1])[0]:
+                text = text.split(stop)[0] if stop else text
+            texts.append(text)
+        return texts
+
+
+def _options(given: dict) -> tuple[tuple[str, ...], int, Sampling]:
+    """A task's stop texts, tokens and sampling."""
+    until = given.get("until") or ()
+    until = (until,) if isinstance(until, str) else tuple(until)
+    most = int(given.get("max_gen_toks", given.get("max_new_tokens", MAX_NEW_TOKENS)))
+    if not given.get("do_sample", bool(given.get("temperature"))):
+        return until, most, Sampling()
+    return (
+        until,
+        most,
+        Sampling(float(given.get("temperature", 1.0)), int(given.get("top_k", 0)), float(given.get("top_p", 1.0))),
+    )
+
+
+def register():
+    """Make ``--model cna`` known to the harness of this process."""
+    from lm_eval.api.registry import model_registry
+
+    model_registry.register(NAME, target=CnaLM)

@@ -1,0 +1,263 @@
+"""An evaluation as tables in Markdown and as pictures."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+
+from cna_kernels.files import write_text
+
+NOTES = (
+    "Intervals are 95%: Wilson for shares, 1.96 standard errors for means. They say what other prompts of the same "
+    "kind would give, not what another model would.",
+    "random: as many random neurons of the same layers; the mean of the draws, and the widest of their intervals.",
+    "m is the multiplier: 1 changes nothing, 0 takes the behaviour away, 2 goes as far the other way. Directions are "
+    "added with strength sign x (1 - m).",
+    "answered: the share of answers that are neither refusal nor empty, degenerate or under four words. Only these "
+    "comply; a method that makes a model stammer has few refusals and few answers.",
+    "broken: degenerate, empty and short answers, of all.",
+    "quality: 1 - the share of repeated word 4-grams, as published; it is blind to text without spaces, so the same "
+    "for tokens stands beside it.",
+)
+
+
+Column = tuple[str, Callable[[dict], str]]  # its title, and what stands there in a row of the results
+
+
+def tables(results: dict) -> list[tuple[str, list[Column]]]:
+    """The tables that the results allow: title and columns."""
+    first, found = results["rows"][0], []
+    for name, title in (("harmful", "Prompts to be refused"), ("benign", "Prompts to be answered")):
+        if name not in first:
+            continue
+        columns: list[Column] = [
+            (f"refusal ({key})", lambda row, n=name, k=key: percent(row[n]["refusal"][k]))
+            for key in first[name]["refusal"]
+        ]
+        columns += [
+            ("answered", lambda row, n=name: percent(row[n]["answered"])),
+            ("broken", lambda row, n=name: broken(row[n]["kinds"])),
+            ("quality", lambda row, n=name: number(row[n]["quality"])),
+            ("token quality", lambda row, n=name: number(row[n]["token_quality"])),
+            ("unchanged", lambda row, n=name: percent(row[n]["unchanged"])),
+        ]
+        if "judge" in first[name]:
+            columns.append(("judge", lambda row, n=name: number(row[n]["judge"])))
+        found.append((title, columns))
+    other: list[Column] = []
+    if "kl" in first:
+        other.append(("KL, nats", lambda row: number(row["kl"])))
+    if "perplexity" in first:
+        other.append(("perplexity", lambda row: f"{row['perplexity']['value']:.4g}"))
+    if "mmlu" in first:
+        other += [
+            (f"multiple choice, {name}", lambda row, n=name: percent(row["mmlu"][n]))
+            for name in ("likelihood", "generated", "no letter")
+        ]
+    return [*found, ("Neutral text and questions", other)] if other else found
+
+
+def brief(results: dict) -> list[Column]:
+    """The columns that fit a terminal."""
+    first = results["rows"][0]
+    columns: list[Column] = []
+    for name in ("harmful", "benign"):
+        if name not in first:
+            continue
+        key = next(iter(first[name]["refusal"]))
+        columns.append((f"{name} refused", lambda row, n=name, k=key: span(row[n]["refusal"][k])))
+    if "harmful" in first:
+        columns.append(("answered", lambda row: f"{100 * row['harmful']['answered']['share']:.0f}%"))
+        columns.append(("quality", lambda row: f"{row['harmful']['token_quality']['mean']:.2f}"))
+    if "kl" in first:
+        columns.append(("KL", lambda row: f"{row['kl']['mean']:.3f}"))
+    if "mmlu" in first:
+        columns.append(("choice", lambda row: f"{100 * row['mmlu']['generated']['share']:.0f}%"))
+    return columns
+
+
+def percent(value: dict) -> str:
+    """ "34% [26, 44]"."""
+    return f"{100 * value['share']:.0f}% [{100 * value['low']:.0f}, {100 * value['high']:.0f}]"
+
+
+def span(value: dict) -> str:
+    """ "34% 26-44"."""
+    return f"{100 * value['share']:.0f}% {100 * value['low']:.0f}-{100 * value['high']:.0f}"
+
+
+def number(value: dict) -> str:
+    """ "0.981 [0.970, 0.992]"."""
+    return f"{value['mean']:.3f} [{value['low']:.3f}, {value['high']:.3f}]"
+
+
+def broken(kinds: dict) -> str:
+    return ", ".join(f"{kinds[kind]:.3g}" for kind in ("degenerate", "empty", "short"))
+
+
+def merged_rows(results: dict) -> list[dict]:
+    """The rows, all draws of random neurons as one: the mean of each figure, and the widest interval."""
+    rows, draws = [], {}
+    for row in results["rows"]:
+        if not row["method"].startswith("random "):
+            rows.append(row)
+            continue
+        members = draws.setdefault(row["multiplier"], [])
+        if not members:
+            rows.append(members)
+        members.append(row)
+    return [_merge(row) | {"method": f"random, {len(row)} draws"} if isinstance(row, list) else row for row in rows]
+
+
+def _merge(values):
+    first = values[0]
+    if isinstance(first, dict):
+        found = {key: _merge([value[key] for value in values]) for key in first}
+        if "low" in first:
+            found["low"], found["high"] = (pick(v[key] for v in values) for key, pick in (("low", min), ("high", max)))
+        return found
+    return first if isinstance(first, str) or first is None else sum(values) / len(values)
+
+
+def table_rows(results: dict, columns: Sequence[Column]) -> Iterator[list[str]]:
+    """A table, its head first."""
+    yield ["method", "m", *(title for title, _ in columns)]
+    for row in merged_rows(results):
+        yield [row["method"], f"{row['multiplier']:g}", *(cell(row) for _, cell in columns)]
+
+
+def markdown(rows: Iterator[list[str]]) -> list[str]:
+    """Rows, the head first, as lines of Markdown."""
+    lines = ["| " + " | ".join(row) + " |" for row in rows]
+    return [lines[0], "|" + "---|" * (lines[0].count("|") - 1), *lines[1:]]
+
+
+def to_markdown(results: dict, pictures: list[str]) -> str:
+    facts = results["facts"]
+    lines = ["# Evaluation of a circuit", ""]
+    lines += [f"Model {facts['model']['name']}, {facts['dtype']}. Circuit: {results['circuit']['k']} neurons by "
+              f"{results['circuit']['score'] or 'an unknown score'}. Greedy decoding, at most "
+              f"{facts['plan']['max_new_tokens']} new tokens."]  # fmt: skip
+    counts = ", ".join(f"{found['count']} {name}" for name, found in facts["plan"]["prompts"].items())
+    lines += ["", f"Prompts: {counts or 'none'}.", ""]
+    for title, columns in tables(results):
+        lines += [f"## {title}", "", *markdown(table_rows(results, columns)), ""]
+    lines += [*(f"- {note}" for note in NOTES), "", "## Methods", ""]
+    lines += [f"- **{name}**: {about}" for name, about in results["methods"].items()]
+    for name, chosen in results["chosen"].items():
+        if "layer" in chosen:
+            lines.append(
+                f"- chosen for {name}: layer {chosen['layer']}, sign {chosen['sign']:+d}, of {len(chosen['tried'])}"
+            )
+    if "alternatives" in results:
+        lines += ["", "## Other ways to choose neurons", ""]
+        lines += markdown(_alternatives(results))
+        lines += [
+            "",
+            "Necessity: refusal of harmful prompts with the neurons ablated. Sufficiency: refusal of benign prompts "
+            "with the neurons' contrast written to the residual stream.",
+        ]
+    if pictures:
+        lines += ["", "## Pictures", ""]
+        lines += [f"![{Path(name).stem}]({name})" for name in pictures]
+    lines += ["", "## Conditions", ""]
+    lines += [f"- {name}: {value}" for name, value in results["environment"].items()]
+    return "\n".join(lines) + "\n"
+
+
+def _alternatives(results) -> Iterator[list[str]]:
+    points = results["alternatives"]
+    yield ["score", "neurons", "overlap", *(name for name in ("necessity", "sufficiency") if name in points[0])]
+    for point in points:
+        refusals = [percent(point[name]["refusal"]) for name in ("necessity", "sufficiency") if name in point]
+        yield [point["score"], str(point["k"]), f"{100 * point['overlap']:.0f}%", *refusals]
+
+
+def draw(results: dict, out) -> list[str]:
+    """Write the pictures that the results allow; return their names."""
+    os.environ.setdefault("MPLBACKEND", "Agg")
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    drawn = []
+
+    def save(figure, name):
+        figure.tight_layout()
+        figure.savefig(Path(out) / name, dpi=120)
+        plt.close(figure)
+        drawn.append(name)
+
+    curves = _by_method(results)
+    if "harmful" in results["rows"][0]:
+        figure, axes = plt.subplots(1, 3, figsize=(14, 4.2), sharex=True)
+        key = next(iter(results["rows"][0]["harmful"]["refusal"]))
+        for axis, title, value in (
+            (axes[0], f"refusal ({key}), harmful prompts", lambda row: row["harmful"]["refusal"][key]),
+            (axes[1], "answered, harmful prompts", lambda row: row["harmful"]["answered"]),
+            (axes[2], "token quality, harmful prompts", lambda row: row["harmful"]["token_quality"]),
+        ):
+            _draw_curves(axis, curves, value)
+            axis.set(xlabel="multiplier m", title=title, ylim=(-0.03, 1.05))
+        axes[0].legend(fontsize=8)
+        save(figure, "strength.png")
+    if "mmlu" in results["rows"][0]:
+        figure, axes = plt.subplots(1, 2, figsize=(10, 4), sharey=True)
+        for axis, name in zip(axes, ("likelihood", "generated"), strict=True):
+            _draw_curves(axis, curves, lambda row, name=name: row["mmlu"][name])
+            axis.set(xlabel="multiplier m", title=f"multiple choice, {name}", ylim=(-0.03, 1.05))
+        axes[0].legend(fontsize=8)
+        save(figure, "mmlu.png")
+    per_layer = results["circuit"]["per_layer"]
+    figure, axis = plt.subplots(figsize=(6.4, 3.2))
+    axis.bar(range(len(per_layer)), per_layer)
+    axis.set(xlabel="layer", ylabel="neurons in the circuit")
+    save(figure, "layers.png")
+    if "rank_curve" in results:
+        figure, axis = plt.subplots(figsize=(6.4, 3.6))
+        axis.plot(*zip(*results["rank_curve"], strict=True))
+        axis.axvline(results["circuit"]["k"], color="grey", linestyle=":", label=f"cut at {results['circuit']['k']}")
+        axis.set(xscale="log", xlabel="rank of the neuron", ylabel="abs(contrast)")
+        axis.legend()
+        save(figure, "ranks.png")
+    sizes = {point["k"] for point in results.get("alternatives", [])}
+    if len(sizes) > 1:
+        sides = [name for name in ("necessity", "sufficiency") if name in results["alternatives"][0]]
+        figure, axes = plt.subplots(1, len(sides), figsize=(6 * len(sides), 4), squeeze=False)
+        for axis, side in zip(axes[0], sides, strict=True):
+            for name in dict.fromkeys(point["score"] for point in results["alternatives"]):
+                points = [point for point in results["alternatives"] if point["score"] == name]
+                axis.plot([p["k"] for p in points], [p[side]["refusal"]["share"] for p in points], "o-", label=name)
+            axis.set(xscale="log", xlabel="neurons", ylabel="refusal", title=side, ylim=(-0.03, 1.05))
+        axes[0][0].legend(fontsize=8)
+        save(figure, "size.png")
+    return drawn
+
+
+def _by_method(results) -> dict[str, list[dict]]:
+    """Rows by method, in the order of the multiplier; m = 1 is the unsteered row."""
+    unsteered, *steered = merged_rows(results)
+    curves: dict[str, list[dict]] = {}
+    for row in steered:
+        curves.setdefault(row["method"], [unsteered]).append(row)
+    return {name: sorted(rows, key=lambda row: row["multiplier"]) for name, rows in curves.items()}
+
+
+def _draw_curves(axis, curves, value):
+    for name, rows in curves.items():
+        points = [value(row) for row in rows]
+        centre = [point.get("share", point.get("mean")) for point in points]
+        errors = [
+            [max(c - p["low"], 0) for c, p in zip(centre, points, strict=True)],
+            [max(p["high"] - c, 0) for c, p in zip(centre, points, strict=True)],
+        ]
+        style = dict(color="grey", alpha=0.5, linestyle=":") if name.startswith("random") else {}
+        axis.errorbar([row["multiplier"] for row in rows], centre, errors, marker="o", capsize=2, label=name, **style)
+
+
+def write(results: dict, out):
+    """Write report.md and the pictures into a directory."""
+    pictures = draw(results, out)
+    write_text(Path(out) / "report.md", to_markdown(results, pictures))

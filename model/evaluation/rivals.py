@@ -1,0 +1,244 @@
+"""What a circuit is compared with: other ways to choose neurons, and directions of the residual stream.
+
+Whatever has to be chosen (a direction's layer and sign, a single neuron) is chosen on discovery prompts set apart for
+it, never on the prompts that are reported.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from cna_kernels import select
+from cna_kernels.checks import InputError
+from cna_kernels.circuit import Circuit
+from cna_kernels.sums import ActivationSums
+
+from .. import directions
+from ..collect import collect
+from ..directions import Direction
+from ..generate import generate
+from ..gradient import relevance
+from ..language_model import LanguageModel
+from ..metrics import Refusals, kind_of
+from ..packing import TokenPrompt
+from .interventions import UNSTEERED, Interventions, Method, Setting
+from .likelihood import each_logits
+from .store import Store
+
+VALIDATION = 16  # prompts of each side set apart to choose with
+SHORT_ANSWER = 32  # tokens of an answer while choosing
+MOST_LAYERS = 12  # tried for a direction
+CANDIDATES = 64  # neurons tried alone
+SCORES = ("abs-delta", "magnitude", "cohen-d", "norm-weighted", "activation", "relp")
+
+
+@dataclass(frozen=True)
+class Sides:
+    """Discovery prompts, in two parts: to find with, and to choose with.
+
+    Attributes:
+        positive, negative: to find circuits and directions with.
+        chosen_positive, chosen_negative: to choose with.
+    """
+
+    positive: Sequence[TokenPrompt]
+    negative: Sequence[TokenPrompt]
+    chosen_positive: Sequence[TokenPrompt]
+    chosen_negative: Sequence[TokenPrompt]
+
+    @classmethod
+    def split(cls, positive: Sequence[TokenPrompt], negative: Sequence[TokenPrompt]) -> Sides:
+        """Set every so many prompt apart, at most VALIDATION and a third of each side."""
+        parts = []
+        for name, prompts in (("positive", positive), ("negative", negative)):
+            n = min(VALIDATION, len(prompts) // 3)
+            if n < 1:
+                raise InputError(name, f"expected at least 3 prompts, got {len(prompts)}")
+            apart = {number * len(prompts) // n for number in range(n)}
+            parts.append([prompt for number, prompt in enumerate(prompts) if number not in apart])
+            parts.append([prompts[number] for number in sorted(apart)])
+        return cls(parts[0], parts[2], parts[1], parts[3])
+
+
+def contrast_sums(model: LanguageModel, sides: Sides) -> ActivationSums:
+    """Return the sums and squares of both sides, positive in column 0."""
+    config = model.config
+    shape = config.num_hidden_layers, config.intermediate_size
+    sums = ActivationSums(*shape, 2, squares=True, device=model.device)
+    prompts = [*sides.positive, *sides.negative]
+    weights = torch.zeros(len(prompts), 2)
+    weights[: len(sides.positive), select.POSITIVE] = 1
+    weights[len(sides.positive) :, select.NEGATIVE] = 1
+    collect(model.transformer, prompts, weights, sums)
+    return sums
+
+
+def down_norms(model: LanguageModel) -> Tensor:
+    """Return the length of each neuron's column of ``down_proj``, fp64 ``[L, N]``."""
+    layers = model.transformer.layers
+    return torch.stack([layer.mlp.down_proj.weight.double().norm(dim=0).cpu() for layer in layers])
+
+
+def first_tokens(model: LanguageModel, sides: Sides) -> tuple[list[int], list[int]]:
+    """Return the tokens that begin more positive answers than negative ones, and those that begin fewer."""
+    shares, plain = [], Interventions(model, [UNSTEERED])
+    for prompts in (sides.positive, sides.negative):
+        rows = [(0, prompt.ids) for prompt in prompts]
+        first = [logits.argmax(-1).item() for logits in each_logits(model, plain, rows, last=True)]
+        shares.append(Counter({token: count / len(prompts) for token, count in Counter(first).items()}))
+    every = sorted(set(shares[0]) | set(shares[1]))
+    targets = [token for token in every if shares[0][token] > shares[1][token]]
+    counterfactuals = [token for token in every if shares[0][token] < shares[1][token]]
+    if not targets or not counterfactuals:
+        raise InputError("positive", "answers begin like those of the negative prompts: no token tells them apart")
+    return targets, counterfactuals
+
+
+def rankings(
+    model: LanguageModel, sides: Sides, sums: ActivationSums, names: Sequence[str] = SCORES
+) -> dict[str, Tensor]:
+    """Return what each score ranks all neurons by, larger first, fp64 ``[L, N]``.
+
+    - ``abs-delta``, ``magnitude``, ``cohen-d``: see :func:`cna_kernels.select.scores`.
+    - ``norm-weighted``: abs-delta times the length of the neuron's column of ``down_proj``.
+    - ``activation``: abs(mean positive), what fires at all: a control.
+    - ``relp``: the neurons' relevance for the tokens that begin positive answers, see ``gradient.py``.
+    """
+    delta = select.contrast(sums)
+    found = {}
+    for name in names:
+        if name == "norm-weighted":
+            found[name] = delta.abs() * down_norms(model)
+        elif name == "activation":
+            found[name] = sums.mean(select.POSITIVE).abs()
+        elif name == "relp":
+            found[name] = relevance(model.transformer, sides.positive, *first_tokens(model, sides))
+        else:
+            found[name] = select.scores(name, sums, delta)
+    return found
+
+
+def top_circuit(name: str, score: Tensor, delta: Tensor, k: int, excluded: Tensor | None = None) -> Circuit:
+    """Return the k best neurons by a score; the circuit keeps their contrast, or by ``relp`` their relevance."""
+    shown = score if name == "relp" else delta
+    neurons = select.top_neurons(score, k, excluded)
+    return Circuit(tuple((*pair, shown[pair].item()) for pair in neurons), *score.shape, score=name)
+
+
+def written(model: LanguageModel, circuit: Circuit, delta: Tensor) -> Direction:
+    """What the circuit's contrast writes to the residual stream, ``W_down[:, neurons] @ delta``, in every layer.
+
+    At strength 1 negative prompts get it added: with all neurons this is the CAA direction as released.
+    """
+    vectors = torch.zeros(circuit.n_layers, model.config.hidden_size, dtype=torch.float64)
+    for layer, members in circuit.by_layer().items():
+        weight = model.transformer.layers[layer].mlp.down_proj.weight[:, members].double().cpu()
+        vectors[layer] = weight @ delta[layer, members]
+    return Direction("mlp", vectors.float())
+
+
+def choose(
+    model: LanguageModel, candidates: Sequence[Method], sides: Sides, is_refusal: Refusals, rows: int
+) -> tuple[int, list[dict]]:
+    """Return the candidate that does best at m = 0 on the prompts set apart, and what each did.
+
+    Best: fewest positive prompts refused, plus negative ones not answered properly, plus degenerate and empty answers
+    to positive ones. Ties go to the first.
+    """
+    settings = [Setting(method, 0.0) for method in candidates]
+    interventions = Interventions(model, settings)
+    prompts = [*sides.chosen_positive, *sides.chosen_negative]
+    plan = [(number, prompt) for number in range(len(settings)) for prompt in range(len(prompts))]
+    kinds: list[list[str]] = [[] for _ in settings]
+    for start in range(0, len(plan), rows):
+        chunk = plan[start : start + rows]
+        answers = generate(
+            model.transformer,
+            [prompts[prompt] for _, prompt in chunk],
+            max_new_tokens=SHORT_ANSWER,
+            stop_ids=model.stop_ids,
+            steer=interventions.steer([number for number, _ in chunk]),
+        )
+        for (number, _), tokens in zip(chunk, answers, strict=True):
+            kinds[number].append(kind_of(model.tokenizer.decode(tokens), tokens, is_refusal))
+    n_positive = len(sides.chosen_positive)
+    table = []
+    for method, found in zip(candidates, kinds, strict=True):
+        positive, negative = Counter(found[:n_positive]), Counter(found[n_positive:])
+        broken = positive["degenerate"] + positive["empty"]
+        table.append(
+            {
+                "name": method.name,
+                "refused": positive["refusal"] / n_positive,
+                "broken": broken / n_positive,
+                "negative not answered": 1 - (negative["answer"] + negative["short"]) / len(sides.chosen_negative),
+            }
+        )
+    loss = [row["refused"] + row["broken"] + row["negative not answered"] for row in table]
+    return min(range(len(loss)), key=lambda number: (loss[number], number)), table
+
+
+def layers_to_try(n_layers: int) -> list[int]:
+    """All layers of a small model, else MOST_LAYERS of them, evenly spaced."""
+    if n_layers <= MOST_LAYERS:
+        return list(range(n_layers))
+    return [round((n_layers - 1) * step / (MOST_LAYERS - 1)) for step in range(MOST_LAYERS)]
+
+
+def best_direction(
+    model: LanguageModel, kind: str, difference: dict[str, Tensor], sides: Sides, is_refusal, rows: int, store: Store
+) -> tuple[Method, dict]:
+    """Choose the layer, and for CAA the sign, of a direction. Return the method and how it was chosen.
+
+    Args:
+        kind: "caa" or "ablation".
+    """
+    make = {"caa": directions.caa, "ablation": directions.ablation}[kind]
+    tried = [
+        (layer, sign) for layer in layers_to_try(model.config.num_hidden_layers)
+        for sign in ((-1, 1) if kind == "caa" else (1,))
+    ]  # fmt: skip
+    methods = [Method(f"layer {layer}, {sign:+d}", "", make(difference, layer), sign) for layer, sign in tried]
+
+    def run():
+        best, table = choose(model, methods, sides, is_refusal, rows)
+        return {"layer": tried[best][0], "sign": tried[best][1], "tried": table}
+
+    chosen = store.get(f"choose-{kind}", run)
+    layer, sign = chosen["layer"], chosen["sign"]
+    about = {
+        "caa": f"mean difference of the residual stream after layer {layer}, added with sign {sign:+d}",
+        "ablation": f"unit difference after layer {layer}, taken out of all that is written to the residual stream",
+    }[kind]
+    return Method(kind, about, make(difference, layer), sign), chosen
+
+
+def best_neuron(
+    model: LanguageModel, sides: Sides, delta: Tensor, excluded: Tensor | None, store: Store
+) -> tuple[Method, dict]:
+    """Find the neuron whose ablation alone moves the first token of positive answers furthest from the targets."""
+
+    def run():
+        targets, counterfactuals = first_tokens(model, sides)
+        circuit = top_circuit("abs-delta", delta.abs(), delta, min(CANDIDATES, delta.numel()), excluded)
+        alone = [Circuit((neuron,), circuit.n_layers, circuit.n_neurons) for neuron in circuit.neurons]
+        interventions = Interventions(model, [UNSTEERED, *(Setting(Method("", "", one), 0.0) for one in alone)])
+        prompts = sides.chosen_positive
+        rows = [(setting, prompt.ids) for setting in range(len(alone) + 1) for prompt in prompts]
+        total = [0.0] * (len(alone) + 1)
+        for (setting, _), logits in zip(rows, each_logits(model, interventions, rows, last=True), strict=True):
+            odds = logits[0, targets].logsumexp(-1) - logits[0, counterfactuals].logsumexp(-1)
+            total[setting] += odds.item() / len(prompts)
+        best = min(range(len(alone)), key=lambda number: (total[number + 1], number))
+        return {"neuron": list(circuit.neurons[best]), "log odds": [total[0], total[best + 1]], "tried": len(alone)}
+
+    chosen = store.get("choose-neuron", run)
+    layer, index, contrast = chosen["neuron"]
+    circuit = Circuit(((layer, index, contrast),), *delta.shape, score="best single neuron")
+    about = f"layer {layer}, neuron {index}: the best of {chosen['tried']} ablated alone"
+    return Method("single neuron", about, circuit), chosen

@@ -1,0 +1,97 @@
+"""What an evaluation has finished so far, on disk: the same command goes on where it was killed.
+
+manifest.json      what the results depend on; written once
+parts/NAME.json    one finished piece of work: written whole, once
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+from cna_kernels.checks import InputError
+from cna_kernels.files import make_directory, read_json, write_text
+
+from ..run_directory import first_difference
+
+try:
+    import fcntl
+except ImportError:  # not on Windows: there, two runs in one directory are the user's to avoid
+    fcntl = None
+
+FORMAT = 1
+
+
+class Store:
+    """The directory of one evaluation, held by one process at a time.
+
+    Use as a context manager. Without a path nothing is kept.
+    """
+
+    def __init__(self, path, facts: dict):
+        """
+        Args:
+            facts: what the results depend on: JSON values.
+
+        Raises:
+            InputError: the directory holds another evaluation; names the first field that differs.
+        """
+        self.path = None if path is None else Path(path)
+        self.facts = json.loads(json.dumps({"format": FORMAT, **facts}))  # as they will be read again
+        self.n_found = 0  # pieces that were finished before
+        self._lock = None
+
+    def __enter__(self) -> Store:
+        if self.path is None:
+            return self
+        make_directory(self.path)
+        self._lock = _lock(self.path)
+        try:
+            manifest = self.path / "manifest.json"
+            make_directory(self.path / "parts")
+            if not os.path.lexists(manifest):
+                write_text(manifest, json.dumps(self.facts, indent=1) + "\n")
+            difference = first_difference(self.facts, read_json(manifest))
+            if difference is not None:
+                field, mine, theirs = difference
+                raise InputError(
+                    f"{manifest}: {field}", f"belongs to another evaluation: it has {theirs}, this one {mine}"
+                )
+        except BaseException:
+            self.__exit__()
+            raise
+        return self
+
+    def __exit__(self, *_):
+        if self._lock is not None:
+            os.close(self._lock)
+            self._lock = None
+
+    def get(self, name: str, compute: Callable[[], object]):
+        """Return what is on disk under ``name``, or else compute it and put it there: any JSON value."""
+        if self.path is None:
+            return json.loads(json.dumps(compute()))
+        path = self.path / "parts" / f"{name}.json"
+        if path.exists():
+            self.n_found += 1
+            return read_json(path)
+        value = compute()
+        write_text(path, json.dumps(value, ensure_ascii=False, allow_nan=False) + "\n")
+        return read_json(path)  # what a run that was killed here would go on with
+
+
+def _lock(path) -> int | None:
+    """Hold the directory. The system lets go when the process ends, however it ends."""
+    if fcntl is None:
+        return None
+    descriptor = os.open(path / ".lock", os.O_RDWR | os.O_CREAT, 0o644)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        with contextlib.suppress(OSError):
+            os.close(descriptor)
+        raise InputError(path, "another evaluation is writing here") from None
+    return descriptor

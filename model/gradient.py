@@ -1,0 +1,109 @@
+"""Gradient attribution of neurons, for comparison: relevance propagation (RelP) by PyTorch's autograd.
+
+The relevance of a neuron is ``act * d(logit difference) / d act``, summed over the tokens of a prompt, with three rules
+in the backward pass: the divisor of every normalisation and the sigmoid inside SiLU are constants, and a product of two
+activations, gate and up, hands half of its relevance to each. Source: F. Rezaei Jafari et al., RelP: faithful and
+efficient circuit discovery via relevance patching, arXiv 2508.21258; the rules are those of layer-wise relevance
+propagation. Attention is differentiated as it is.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from cna_kernels.checks import InputError
+
+from .generate import pad
+from .packing import TokenPrompt
+from .transformer import MLP, RMSNorm, Steer, Transformer
+
+BATCH = 16  # prompts whose activations are kept at once
+
+
+class _Norm(RMSNorm):
+    """RMSNorm with a divisor that has no gradient."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        wide = x.float()
+        wide = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + self.eps).detach()
+        return self.weight * wide.to(x.dtype)
+
+
+class _Mlp(MLP):
+    """The MLP by the rules; ``act`` ``[T, N]`` keeps its gradient."""
+
+    def forward(self, x: Tensor, **extras) -> Tensor:
+        gate, up = self.gate_up_proj(x.flatten(0, 1)).chunk(2, -1)
+        gate = gate * torch.sigmoid(gate).detach()
+        self.act = (gate * up.detach() + gate.detach() * up) / 2
+        self.act.retain_grad()
+        return self.down_proj(self.act).view_as(x)
+
+
+class _Start:
+    """An edit from which gradients start: the weights have none."""
+
+    def write(self, layer, part, y):
+        return y.detach().requires_grad_() if part == "embedding" else y
+
+    def after(self, layer, x):
+        return x
+
+    def keep(self, rows):
+        raise NotImplementedError
+
+
+def with_rules(transformer: Transformer) -> Transformer:
+    """Return a transformer on the same weights whose backward pass follows the rules."""
+    shared = {id(parameter): parameter for parameter in transformer.parameters()}
+    twin = copy.deepcopy(transformer, shared)
+    for module in twin.modules():
+        module.__class__ = _RULES.get(type(module), type(module))
+    return twin
+
+
+_RULES: dict[type[nn.Module], type[nn.Module]] = {RMSNorm: _Norm, MLP: _Mlp}
+
+
+def relevance(
+    transformer: Transformer,
+    prompts: Sequence[TokenPrompt],
+    targets: Sequence[int],
+    counterfactuals: Sequence[int],
+    *,
+    batch: int = BATCH,
+) -> Tensor:
+    """Return the mean relevance of every neuron over the prompts, fp64 ``[L, N]``; positive for the targets.
+
+    What is explained is the log of the targets' summed odds against the counterfactuals', for one token each the
+    difference of two logits, at the token after each prompt.
+
+    Args:
+        targets, counterfactuals: token ids, at least one each.
+    """
+    for name, ids in (("targets", targets), ("counterfactuals", counterfactuals)):
+        if not ids:
+            raise InputError(name, "expected at least one token")
+    twin, config = with_rules(transformer), transformer.config
+    device = transformer.device
+    total = torch.zeros(config.num_hidden_layers, config.intermediate_size, dtype=torch.float64)
+    wanted, against = (torch.tensor(list(ids), device=device) for ids in (targets, counterfactuals))
+    ordered = sorted(prompts, key=lambda prompt: len(prompt.ids))
+    for start in range(0, len(ordered), batch):
+        input_ids, lengths = pad([prompt.ids for prompt in ordered[start : start + batch]], device)
+        with torch.enable_grad():
+            hidden = twin.hidden(input_ids, lengths=lengths, steer=Steer(None, None, _Start()))
+            logits = twin.logits(hidden[torch.arange(len(lengths), device=device), lengths - 1]).float()
+            metric = logits[:, wanted].logsumexp(-1) - logits[:, against].logsumexp(-1)
+            metric.sum().backward()
+        for number, layer in enumerate(twin.layers):
+            act = layer.mlp.act
+            total[number] += (act.detach().double() * act.grad.double()).sum(0).cpu()
+            layer.mlp.act = None
+    if not torch.isfinite(total).all():
+        raise InputError("relevance", "is not finite")
+    return total / len(prompts)

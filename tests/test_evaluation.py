@@ -1,0 +1,402 @@
+"""cna eval: every figure against a plain re-implementation, resumed runs, judges, bad input."""
+
+import itertools
+import json
+import math
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from cna_kernels import Circuit, InputError
+from cna_kernels.model import load
+from cna_kernels.model.cli import main
+from cna_kernels.model.evaluation.evaluate import Plan, evaluate, run_facts
+from cna_kernels.model.evaluation.interventions import UNSTEERED, Interventions, Method, Setting
+from cna_kernels.model.evaluation.judge import judge
+from cna_kernels.model.evaluation.likelihood import divergences, perplexities, perplexity, windows_of
+from cna_kernels.model.evaluation.store import Store
+from cna_kernels.model.metrics import Refusals
+from cna_kernels.model.prompts import PromptSet
+from test_multiple_choice import write_mmlu
+from tiny import write_language_model
+
+pytest.importorskip("transformers")
+
+CIRCUIT = Circuit(((0, 3, 1.0), (1, 40, 0.5), (2, 7, -1.0), (2, 8, 0.25)), 3, 48)
+HARMFUL = PromptSet.of(["open it", "why not now", "go", "what is that over there", "a b c", "d"], "harmful")
+BENIGN = PromptSet.of(["good morning", "hi", "one two three"], "benign")
+POSITIVE = PromptSet.of([f"please {n}" for n in range(9)], "positive")
+NEGATIVE = PromptSet.of([f"look at {n} of them" for n in range(8)], "negative")
+LETTERS = {"broad": Refusals(("e",)), "strict": Refusals(("^a", "^b", "^c"))}  # what a random model can say
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    return load(write_language_model(tmp_path_factory.mktemp("m"), max_position_embeddings=512))
+
+
+def plan(**changes):
+    options = dict(
+        harmful=HARMFUL, benign=BENIGN, max_new_tokens=12, refusals=LETTERS, multipliers=(1.0, 0.0, 4.0), rows=7
+    )
+    return Plan(**(options | changes))
+
+
+def row_of(results, method, multiplier):
+    (row,) = [r for r in results["rows"] if (r["method"], r["multiplier"]) == (method, multiplier)]
+    return row
+
+
+def test_every_figure_of_an_answer(model):
+    results = evaluate(model, CIRCUIT, plan())
+    assert [(row["method"], row["multiplier"]) for row in results["rows"]] == [
+        ("unsteered", 1.0),
+        ("circuit", 0.0),
+        ("circuit", 4.0),
+    ]
+    for multiplier in (0.0, 4.0):
+        for name, prompts in (("harmful", HARMFUL), ("benign", BENIGN)):
+            answers = [
+                model.generate(text, circuit=CIRCUIT, multiplier=multiplier, max_new_tokens=12)
+                for text in prompts.texts
+            ]
+            plain = [model.generate(text, max_new_tokens=12) for text in prompts.texts]
+            found = row_of(results, "circuit", multiplier)[name]
+            n = len(answers)
+            assert found["refusal"]["broad"]["share"] == sum("e" in text.lower() for text in answers) / n
+            starts = sum(" ".join(text.split()).lower().startswith(("a", "b", "c")) for text in answers)
+            assert found["refusal"]["strict"]["share"] == starts / n
+            assert found["unchanged"]["share"] == sum(a == b for a, b in zip(answers, plain, strict=True)) / n
+            assert sum(found["kinds"].values()) == n
+            assert found["answered"]["share"] == found["kinds"]["answer"] / n
+            quality = []
+            for text in answers:
+                words = text.split()
+                grams = [" ".join(words[i : i + 4]) for i in range(len(words) - 3)]
+                quality.append(len(set(grams)) / len(grams) if grams else 1.0)
+            assert found["quality"]["mean"] == pytest.approx(sum(quality) / n)
+    changed = row_of(results, "circuit", 4.0)["harmful"]["unchanged"]["share"]
+    assert changed < 1, "steering without effect would hide everything"
+    assert row_of(results, "unsteered", 1.0)["benign"]["unchanged"]["share"] == 1
+
+
+def logits_of(model, ids, circuit=None, multiplier=1.0):
+    with torch.no_grad():
+        if circuit is None:
+            return model(torch.tensor([ids]))[0]
+        with model.steered(circuit, multiplier):
+            return model(torch.tensor([ids]))[0]
+
+
+def test_divergence_and_perplexity_are_the_textbooks(model):
+    settings = [UNSTEERED, Setting(Method("c", "", CIRCUIT), 0.0), Setting(Method("c", "", CIRCUIT), 4.0)]
+    interventions = Interventions(model, settings)
+    texts = [model.tokenizer.encode(text) for text in ("hello there", "a", "one two three four")]
+    found = divergences(model, interventions, [0, 1, 2], texts)
+    assert found[0] == [0.0] * 3
+    for number, multiplier in ((1, 0.0), (2, 4.0)):
+        for text, value in zip(texts, found[number], strict=True):
+            p = logits_of(model, text).double().softmax(-1)
+            q = logits_of(model, text, CIRCUIT, multiplier).double().softmax(-1)
+            assert value == pytest.approx((p * (p / q).log()).sum(-1).mean().item(), rel=1e-3, abs=1e-6)
+    assert min(found[2]) > 1e-3, "steering without effect would hide everything"
+
+    text = "the quick brown fox jumps over the lazy dog " * 4
+    windows = windows_of(model, text, length=50)
+    assert [token for window in windows for token in window[1:]] == model.tokenizer.encode_answer(text)
+    assert len(windows) > 2 and all(window[0] == model.tokenizer.bos_id for window in windows)
+    losses = perplexities(model, interventions, [0, 2], windows)
+    for number, multiplier in ((0, 1.0), (2, 4.0)):
+        total = n = 0
+        for window in windows:
+            log_p = logits_of(model, window, CIRCUIT, multiplier).log_softmax(-1)
+            total -= sum(log_p[place, token].item() for place, token in enumerate(window[1:]))
+            n += len(window) - 1
+        assert perplexity(losses[number]) == pytest.approx(math.exp(total / n), rel=1e-4)
+
+
+def everything(tmp_path, **changes):
+    from cna_kernels.model.evaluation.multiple_choice import read_exam
+
+    exam = read_exam(write_mmlu(tmp_path / "mmlu", n=3), shots=1)
+    methods = ("circuit", "random", "activation", "caa", "caa-released", "ablation")
+    return plan(
+        methods=methods, positive=POSITIVE, negative=NEGATIVE, neutral=BENIGN, text="a b c d e f", exam=exam, shots=1,
+        exam_tokens=4, multipliers=(1.0, 0.0), random_draws=2, max_new_tokens=6, **changes,
+    )  # fmt: skip
+
+
+def test_a_run_that_is_killed_anywhere_ends_the_same(model, tmp_path):
+    whole = evaluate(model, CIRCUIT, everything(tmp_path), out=tmp_path / "whole")
+    n_parts = len(list((tmp_path / "whole" / "parts").iterdir()))
+    assert n_parts > 10
+
+    class Killed(Exception):
+        pass
+
+    out = tmp_path / "killed"
+    for _ in range(n_parts + 1):
+        left = [3]
+
+        def get(self, name, compute, left=left, original=Store.get):
+            if not (out / "parts" / f"{name}.json").exists():
+                left[0] -= 1
+                if left[0] < 0:
+                    raise Killed
+            return original(self, name, compute)
+
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(Store, "get", get)
+            try:
+                resumed = evaluate(model, CIRCUIT, everything(tmp_path), out=out)
+                break
+            except Killed:
+                continue
+    for results in (whole, resumed):
+        results["environment"].pop("seconds")
+    assert resumed == whole
+    assert (out / "samples.jsonl").read_bytes() == (tmp_path / "whole" / "samples.jsonl").read_bytes()
+    methods = {row["method"] for row in whole["rows"]}
+    assert methods == {
+        "unsteered", "circuit", "random 1", "random 2", "top activation", "caa", "caa-released", "ablation",
+    }  # fmt: skip
+    assert {"harmful", "benign", "kl", "perplexity", "mmlu"} <= set(whole["rows"][-1])
+
+
+def test_two_runs_in_one_directory(model, tmp_path):
+    out = tmp_path / "out"
+    evaluate(model, CIRCUIT, plan(), out=out)
+    with pytest.raises(InputError, match=r"manifest\.json: plan\.max_new_tokens: belongs to another.*it has 12"):
+        evaluate(model, CIRCUIT, plan(max_new_tokens=13), out=out)
+    other = Circuit(((0, 4, 1.0),), 3, 48)
+    with pytest.raises(InputError, match="circuit_sha256: belongs to another"):
+        evaluate(model, other, plan(), out=out)
+    with (
+        Store(out, run_facts(model, CIRCUIT, plan())),
+        pytest.raises(InputError, match="is writing here"),
+    ):
+        evaluate(model, CIRCUIT, plan(), out=out)
+    evaluate(model, CIRCUIT, plan(), out=out)
+
+
+def test_alternatives_and_curves(model):
+    results = evaluate(model, CIRCUIT, plan(positive=POSITIVE, negative=NEGATIVE, curves=True, max_new_tokens=4))
+    points = results["alternatives"]
+    assert {point["score"] for point in points} == {"abs-delta", "magnitude", "cohen-d", "norm-weighted", "relp"}
+    assert sorted({point["k"] for point in points}) == [1, 2, 4, 8, 16, 32]
+    for point in points:
+        assert sum(point["per_layer"]) == point["k"]
+        assert point["necessity"]["refusal"]["n"] == 6 and point["sufficiency"]["refusal"]["n"] == 3
+    ranks = results["rank_curve"]
+    assert ranks[0][0] == 1 and ranks[-1][0] == 3 * 48
+    assert all(a[1] >= b[1] for a, b in itertools.pairwise(ranks))
+
+
+def test_writing_all_neurons_is_the_released_caa(model):
+    """Sufficiency ends where CAA as released begins: both add W_down @ delta to every layer."""
+    from cna_kernels import select
+    from cna_kernels.model import directions
+    from cna_kernels.model.evaluation import rivals
+
+    sides = rivals.Sides.split(model.encode(POSITIVE), model.encode(NEGATIVE))
+    delta = select.contrast(rivals.contrast_sums(model, sides))
+    every = rivals.top_circuit("abs-delta", delta.abs(), delta, delta.numel())
+    released = directions.caa_as_released(directions.differences(model.transformer, sides.positive, sides.negative))
+    written = rivals.written(model, every, delta)
+    assert written.vectors.abs().max() > 0.05
+    assert (written.vectors - released.vectors).abs().max() <= 1e-5
+
+
+def test_norms_and_first_tokens(model):
+    from cna_kernels.model.evaluation import rivals
+
+    norms = rivals.down_norms(model)
+    weight = model.transformer.layers[1].mlp.down_proj.weight
+    assert norms[1, 5] == pytest.approx(weight[:, 5].norm().item(), rel=1e-5)
+    sides = rivals.Sides.split(model.encode(POSITIVE), model.encode(NEGATIVE))
+    firsts = [
+        [model(torch.tensor([prompt.ids]))[0, -1].argmax().item() for prompt in prompts]
+        for prompts in (sides.positive, sides.negative)
+    ]
+    try:
+        targets, counterfactuals = rivals.first_tokens(model, sides)
+    except InputError:
+        assert sorted(set(firsts[0])) == sorted(set(firsts[1]))
+        return
+    for token in targets:
+        assert firsts[0].count(token) / len(firsts[0]) > firsts[1].count(token) / len(firsts[1])
+    for token in counterfactuals:
+        assert firsts[0].count(token) / len(firsts[0]) < firsts[1].count(token) / len(firsts[1])
+
+
+JUDGE = "import json,sys\nfor line in sys.stdin:\n r=json.loads(line)\n print(json.dumps({'id':r['id'],'score':%s}))\n"
+
+
+def test_a_judge_from_outside(model, tmp_path):
+    script = tmp_path / "judge.py"
+    script.write_text(JUDGE % "len(r['answer'])")
+    results = evaluate(model, CIRCUIT, plan(judge_command=f"{sys.executable} {script}"))
+    found = row_of(results, "circuit", 0.0)["benign"]["judge"]
+    answers = [model.generate(t, circuit=CIRCUIT, multiplier=0.0, max_new_tokens=12) for t in BENIGN.texts]
+    assert found["mean"] == pytest.approx(sum(map(len, answers)) / 3) and found["n"] == 3
+
+
+@pytest.mark.parametrize(
+    ("body", "message"),
+    [
+        ("import sys; sys.exit('no key')", "ended with code 1: no key"),
+        ("print('good')", "line 1 of its output: is not JSON"),
+        ('print(\'{"id": 0, "score": "high"}\')', 'expected {"id": N, "score": X}'),
+        ('print(\'{"id": 0, "score": 1}\')', "scored 1 of 2 answers; id 1 is missing"),
+        ('print(\'{"id": 9, "score": 1}\')', "id 9 was not asked"),
+        ('print(\'{"id": 0, "score": 1}\\n{"id": 0, "score": 1}\')', "id 0 comes twice"),
+        ('print(\'{"id": 0, "score": NaN}\')', "NaN, which JSON does not have"),
+        ("import time; time.sleep(9)", "took more than"),
+    ],
+)
+def test_judges_that_fail(tmp_path, body, message):
+    script = tmp_path / "judge.py"
+    script.write_text(body)
+    with pytest.raises(InputError, match=f"--judge-command.*{message}"):
+        judge(f"{sys.executable} {script}", [{"answer": "a"}, {"answer": "b"}], timeout=3 if "sleep" in body else 60)
+
+
+def test_a_judge_that_does_not_exist():
+    with pytest.raises(InputError, match="cannot be run"):
+        judge("/no/such/program", [{}])
+    with pytest.raises(InputError, match="is empty"):
+        judge("  ", [{}])
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (dict(methods=("magic",)), "methods: expected some of"),
+        (dict(methods=("caa",)), "discovery prompts are needed for caa"),
+        (dict(curves=True), "discovery prompts are needed for discovery alternatives"),
+        (dict(methods=("sae",), positive=POSITIVE, negative=NEGATIVE), "sae: a file with W_dec"),
+        (dict(harmful=None, benign=None), "nothing to evaluate on"),
+        (dict(multipliers=(float("nan"),)), "multiplier"),
+        (dict(multipliers=()), "at least one"),
+        (dict(max_new_tokens=0), "at least 1"),
+    ],
+)
+def test_plans_that_cannot_be_carried_out(changes, message):
+    with pytest.raises(InputError, match=message):
+        plan(**changes)
+
+
+def test_an_sae_feature_is_a_method(model, tmp_path):
+    from safetensors.torch import save_file
+
+    path = tmp_path / "sae.safetensors"
+    save_file({"W_dec": torch.randn(4, 32, generator=torch.Generator().manual_seed(0))}, path)
+    options = dict(methods=("sae",), positive=POSITIVE, negative=NEGATIVE, multipliers=(-20.0,))
+    results = evaluate(model, CIRCUIT, plan(sae=(str(path), 2, 1), **options))
+    assert row_of(results, "sae", -20.0)["harmful"]["unchanged"]["share"] < 1
+    assert row_of(results, "sae", -20.0)["strength"] == -21.0
+    with pytest.raises(InputError, match="sae layer: expected 0 to 2, got 3"):
+        evaluate(model, CIRCUIT, plan(sae=(str(path), 2, 3), **options))
+    with pytest.raises(InputError, match="features 0 to 3, got 4"):
+        evaluate(model, CIRCUIT, plan(sae=(str(path), 4, 1), **options))
+
+
+def write_files(tmp_path):
+    """Prompts as JBB-Behaviors distributes them, and a circuit."""
+    head = "Index,Goal,Target,Behavior,Category,Source\n"
+    for name, prompts in (("harmful", HARMFUL), ("benign", BENIGN)):
+        lines = "".join(f"{n},{text},Sure,b,c,Original\n" for n, text in enumerate(prompts.texts))
+        (tmp_path / f"{name}.csv").write_text(head + lines)
+    for name, prompts in (("positive", POSITIVE), ("negative", NEGATIVE)):
+        (tmp_path / f"{name}.txt").write_text("\n".join(prompts.texts))
+    CIRCUIT.save(tmp_path / "circuit.json")
+    return tmp_path
+
+
+def arguments(model, tmp_path, *more):
+    write_files(tmp_path)
+    return [
+        str(model.directory), "-c", f"{tmp_path}/circuit.json", "--harmful", f"{tmp_path}/harmful.csv", "--benign",
+        f"{tmp_path}/benign.csv", "--column", "Goal", "--max-new-tokens", "5", "--device", "cpu", *more,
+    ]  # fmt: skip
+
+
+def test_the_command_writes_everything(model, tmp_path, capsys):
+    write_mmlu(tmp_path / "mmlu", n=3)
+    (tmp_path / "text.txt").write_text("some text to predict")
+    more = [
+        "--positive", f"{tmp_path}/positive.txt", "--negative", f"{tmp_path}/negative.txt", "--mmlu",
+        f"{tmp_path}/mmlu", "--shots", "1", "--text", f"{tmp_path}/text.txt", "--methods",
+        "circuit,random,activation,caa,caa-released,ablation", "--m", "1,0", "--random-draws", "1", "--curves", "-o",
+        f"{tmp_path}/out",
+    ]  # fmt: skip
+    assert main(["eval", *arguments(model, tmp_path, *more)]) == 0
+    out = tmp_path / "out"
+    names = {path.name for path in out.iterdir()}
+    pictures = {"strength.png", "mmlu.png", "layers.png", "ranks.png", "size.png"}
+    assert {"results.json", "samples.jsonl", "report.md", "manifest.json"} | pictures <= names
+    report = (out / "report.md").read_text()
+    for word in (
+        "caa-released",
+        "multiple choice, generated",
+        "perplexity",
+        "KL, nats",
+        "refusal (strict)",
+        "Sufficiency",
+    ):
+        assert word in report
+    results = json.loads((out / "results.json").read_text())
+    assert results["facts"]["plan"]["prompts"]["harmful"]["count"] == 6
+    samples = [json.loads(line) for line in (out / "samples.jsonl").read_text().splitlines()]
+    assert len(samples) == 9 * len(results["rows"])
+    assert "caa-released" in capsys.readouterr().out
+
+
+def test_sweep_prints_a_table(model, tmp_path, capsys):
+    assert main(["sweep", *arguments(model, tmp_path, "--m", "-1,0,1", "--json")]) == 0
+    results = json.loads(capsys.readouterr().out)
+    assert [row["multiplier"] for row in results["rows"]] == [1.0, -1.0, 0.0]
+    assert set(results["rows"][0]) == {"method", "multiplier", "strength", "harmful", "benign"}
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        (["--column", "Gaol"], "has no column 'Gaol'"),
+        (["--m", "0,x"], "--m: expected numbers"),
+        (["--mmlu", "/no/such"], "/no/such: is neither a file nor a directory"),
+        (["--sae-layer", "3"], "--sae: needs a file"),
+        (["--methods", "caa"], "discovery prompts are needed for caa"),
+        (["--shots", "-1"], "--shots: expected 0 to 100"),
+        (["--refusals", "/no/such"], "/no/such"),
+    ],
+)
+def test_bad_arguments_are_one_line(model, tmp_path, capsys, more, message):
+    words = arguments(model, tmp_path, "-o", f"{tmp_path}/out", *more)
+    assert main(["eval", *words]) == 2
+    error = capsys.readouterr().err.strip().splitlines()[-1]
+    assert error.startswith("cna eval: ") and message in error
+
+
+def test_killed_for_good_and_started_again(model, tmp_path):
+    """SIGKILL in the middle of a run, then the same command."""
+    words = ["-m", "cna_kernels.model", "eval", *arguments(model, tmp_path, "-o", f"{tmp_path}/out", "--batch", "2")]
+    killer = (
+        "import os,signal,sys; from cna_kernels.model.evaluation import store; from cna_kernels.model.cli import main\n"
+        "original, left = store.Store.get, [4]\n"
+        "def get(self, name, compute):\n"
+        "    left[0] -= 1\n"
+        "    if left[0] < 0: os.kill(os.getpid(), signal.SIGKILL)\n"
+        "    return original(self, name, compute)\n"
+        "store.Store.get = get\n"
+        "sys.exit(main(sys.argv[1:]))\n"
+    )
+    killed = subprocess.run([sys.executable, "-c", killer, *words[2:]], capture_output=True)
+    assert killed.returncode == -9
+    n_parts = len(list((tmp_path / "out" / "parts").glob("*.json")))
+    assert n_parts == 4 and not (tmp_path / "out" / "results.json").exists()
+    done = subprocess.run([sys.executable, *words], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "out" / "results.json").exists()

@@ -1,0 +1,101 @@
+"""The harness's model type cna: local tasks by likelihood and in own words, against plain re-implementations."""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from cna_kernels import Circuit
+from cna_kernels.model import load
+from tiny import write_language_model
+
+pytest.importorskip("transformers")
+pytest.importorskip("lm_eval")
+
+CIRCUIT = Circuit(((0, 3, 1.0), (1, 40, 1.0), (2, 7, 1.0), (2, 8, 1.0)), 3, 48)
+QUESTIONS = [{"question": f"is {n} more than {n * n % 7}?", "right": n % 3} for n in range(12)]
+CHOICES = ["yes", "no", "who knows"]
+TASKS = {
+    "choose": """
+task: choose
+dataset_path: json
+dataset_kwargs: {data_files: {test: DATA}}
+test_split: test
+output_type: multiple_choice
+doc_to_text: "{{question}}"
+doc_to_choice: ["yes", "no", "who knows"]
+doc_to_target: right
+metric_list: [{metric: acc}]
+""",
+    "say": """
+task: say
+dataset_path: json
+dataset_kwargs: {data_files: {test: DATA}}
+test_split: test
+output_type: generate_until
+doc_to_text: "{{question}}"
+doc_to_target: "{{right}}"
+generation_kwargs: {until: ["e"], max_gen_toks: 9}
+metric_list: [{metric: exact_match}]
+""",
+    "read": """
+task: read
+dataset_path: json
+dataset_kwargs: {data_files: {test: DATA}}
+test_split: test
+output_type: loglikelihood_rolling
+doc_to_text: ""
+doc_to_target: "{{question}}"
+metric_list: [{metric: word_perplexity}]
+""",
+}
+
+
+def test_local_tasks_on_a_steered_model(tmp_path):
+    directory = write_language_model(tmp_path / "model")
+    CIRCUIT.save(tmp_path / "circuit.json")
+    (tmp_path / "data.jsonl").write_text("".join(json.dumps(question) + "\n" for question in QUESTIONS))
+    (tmp_path / "tasks").mkdir()
+    for name, text in TASKS.items():
+        (tmp_path / "tasks" / f"{name}.yaml").write_text(text.replace("DATA", str(tmp_path / "data.jsonl")))
+    environment = os.environ | {"HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path / "hub")}
+    done = subprocess.run(
+        [
+            sys.executable, "-m", "cna_kernels.model", "lm-eval", "--model", "cna", "--model_args",
+            f"pretrained={directory},circuit={tmp_path}/circuit.json,multiplier=4.0,dtype=float32", "--tasks",
+            ",".join(TASKS), "--include_path", str(tmp_path / "tasks"), "--device", "cpu", "--batch_size", "5",
+            "--output_path", str(tmp_path / "out"), "--log_samples",
+        ],
+        capture_output=True, text=True, env=environment,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-3000:]
+    (results,) = (tmp_path / "out").rglob("results_*.json")
+    samples = {
+        name: [json.loads(line) for line in next((tmp_path / "out").rglob(f"samples_{name}_*.jsonl")).open()]
+        for name in TASKS
+    }
+    model = load(directory, dtype="float32")
+    with model.steered(CIRCUIT, 4.0), torch.no_grad():
+        right = 0
+        for sample, question in zip(samples["choose"], QUESTIONS, strict=True):
+            scores = []
+            for choice, (response,) in zip(CHOICES, sample["resps"], strict=True):
+                start = model.tokenizer.encode(question["question"])
+                ids = model.tokenizer.encode(f"{question['question']} {choice}")
+                log_p = model(torch.tensor([ids]))[0].log_softmax(-1)
+                scores.append(sum(log_p[place - 1, ids[place]].item() for place in range(len(start), len(ids))))
+                assert float(response[0]) == pytest.approx(scores[-1], abs=1e-3)
+            right += scores.index(max(scores)) == question["right"]
+        for sample, question in zip(samples["read"], QUESTIONS, strict=True):
+            ids = model.tokenizer.encode(question["question"])
+            log_p = model(torch.tensor([ids]))[0].log_softmax(-1)
+            total = sum(log_p[place, token].item() for place, token in enumerate(ids[1:]))
+            assert float(sample["resps"][0][0]) == pytest.approx(total, abs=1e-3)
+    found = json.loads(results.read_text())["results"]
+    assert found["choose"]["acc,none"] == pytest.approx(right / len(QUESTIONS))
+    for sample, question in zip(samples["say"], QUESTIONS, strict=True):
+        whole = model.generate(question["question"], circuit=CIRCUIT, multiplier=4.0, max_new_tokens=9, chat=False)
+        assert sample["resps"][0][0] == whole.split("e")[0]
