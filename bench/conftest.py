@@ -23,6 +23,14 @@ def attribution():
     return Results("attribution", os.environ.get("CNA_BENCH_DEVICE", "cpu"), cpu_environment())
 
 
+@pytest.fixture(scope="session")
+def evaluation():
+    """Rows for bench/results/eval.json."""
+    from results import Results, cpu_environment
+
+    return Results("eval", "cpu", cpu_environment())
+
+
 if importlib.util.find_spec("pytest_benchmark") is None:  # a machine with a GPU that is lent as it is
 
     @pytest.fixture

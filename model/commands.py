@@ -15,7 +15,7 @@ from cna_kernels.checks import InputError
 from cna_kernels.circuit import Circuit
 
 from .commands_attribution import run_discover, run_estimate, run_status
-from .commands_evaluation import run_eval, run_lm_eval
+from .commands_evaluation import run_compare, run_eval, run_lm_eval
 from .console import (
     cell,
     check_column,
@@ -169,6 +169,7 @@ COMMANDS = {
     "status": run_status,
     "eval": run_eval,
     "sweep": run_eval,
+    "compare": run_compare,
     "lm-eval": run_lm_eval,
     "doctor": run_doctor,
 }

@@ -1,4 +1,4 @@
-"""What `cna eval` and `cna sweep` do."""
+"""What `cna eval`, `cna sweep`, `cna compare` and `cna lm-eval` do."""
 
 from __future__ import annotations
 
@@ -11,10 +11,21 @@ from rich.table import Table
 from cna_kernels.checks import InputError
 from cna_kernels.files import make_directory, read_text
 
-from .console import check_column, column_of, load_circuit, load_model, multipliers_of, print_json, stdout
-from .evaluation import evaluate, report
+from .console import (
+    check_column,
+    column_of,
+    device_of,
+    directory_of,
+    load_circuit,
+    load_model,
+    multipliers_of,
+    print_json,
+    stdout,
+)
+from .evaluation import compare, evaluate, report
 from .evaluation.evaluate import METHODS, Plan
 from .evaluation.multiple_choice import read_exam
+from .language_model import load
 from .metrics import Refusals
 from .prompts import PromptSet, neutral_prompts, read_prompts
 
@@ -28,10 +39,7 @@ def run_eval(args):
     if args.command == "sweep" and not (args.harmful or args.benign):
         raise InputError("--harmful, --benign", "give at least one of them")
 
-    def say(text):
-        print(f"cna {args.command}: {text}", file=sys.stderr, flush=True)
-
-    results = evaluate.evaluate(model, circuit, plan, out=args.output, say=say)
+    results = evaluate.evaluate(model, circuit, plan, out=args.output, say=_say(args))
     if args.output:
         report.write(results, args.output)
     if args.json:
@@ -41,6 +49,32 @@ def run_eval(args):
     if args.output:
         names = "results.json, samples.jsonl, report.md and pictures"
         stdout().print(f"wrote {names} to {args.output}/", markup=False)
+
+
+def run_compare(args):
+    plan = _plan(args)
+    settings = {"fraction": args.fraction, "score": args.score}
+    if args.universal_prompts:
+        settings["universal_prompts"] = read_prompts(args.universal_prompts)
+    make_directory(args.output)
+    models = {}
+    for path in args.models:
+        name = Path(directory_of(path)).resolve().name
+        if name in models:
+            name += " (second)"
+        models[name] = load(directory_of(path), device=device_of(args), dtype=args.dtype)
+    results = compare.compare(models, plan, out=args.output, say=_say(args), **settings)
+    if args.json:
+        print_json(results)
+        return
+    stdout().print(f"alike: {results['alike'] or 'the models have different shapes'}", markup=False)
+    for name, found in results["circuits"].items():
+        where = ", ".join(
+            f"{100 * found[place]:.0f}% in the {place}" for place in ("last three layers", "last quarter")
+        )
+        stdout().print(f"\n{name}: {found['k']} neurons, {where}", markup=False)
+        _show(results["evaluations"][name])
+    stdout().print(f"wrote compare.json, compare.md, circuits and both evaluations to {args.output}/", markup=False)
 
 
 def run_lm_eval(args):
@@ -55,6 +89,11 @@ def run_lm_eval(args):
     register()
     sys.argv = ["cna lm-eval", *args.words]
     cli_evaluate()
+
+
+def _say(args):
+    """Tells on stderr what is going on."""
+    return lambda text: print(f"cna {args.command}: {text}", file=sys.stderr, flush=True)
 
 
 def _plan(args) -> Plan:

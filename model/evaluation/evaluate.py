@@ -59,6 +59,7 @@ class Plan:
         sae: a file with W_dec, a feature and the layer it belongs to.
         alternatives: whether other discovery scores are compared; ``curves``: at several sizes.
         judge_command: see ``judge.py``.
+        others: further circuits to evaluate, by name.
         chat: whether prompts go through the chat template; None does where there is one.
         rows: answers written together; None asks ``answers.auto_rows``.
     """
@@ -83,6 +84,7 @@ class Plan:
     alternatives: bool = False
     curves: bool = False
     judge_command: str | None = None
+    others: dict[str, Circuit] = field(default_factory=dict)
     chat: bool | None = None
     rows: int | None = None
 
@@ -120,6 +122,7 @@ class Plan:
             "refusals": {name: sha256(*found.phrases) for name, found in self.refusals.items()},
             "chat": self.chat, "alternatives": self.alternatives, "curves": self.curves,
             "judge_command": self.judge_command,
+            "others": {name: sha256(circuit.to_json()) for name, circuit in self.others.items()},
             "sae": None if self.sae is None else [Path(self.sae[0]).name, *self.sae[1:]],
         }  # fmt: skip
         if self.text is not None:
@@ -244,7 +247,7 @@ class Evaluation:
                     f"feature {feature} of {Path(path).name} after layer {layer}, as far as the prompts differ in it"
                 )
                 found.append(Method("sae", about, directions.feature(difference, layer, row)))
-        return found
+        return found + [Method(name, f"{other.k} neurons", other) for name, other in plan.others.items()]
 
     def _universal(self):
         """``[L, N]`` bool: what the circuit's own universal filter left out, so that rivals leave it out, too."""
