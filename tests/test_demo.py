@@ -91,6 +91,25 @@ def test_multipliers_are_a_knob(demo):
     assert sweep[1] == {"multiplier": 1.0} | demo[1]["baseline"]
 
 
+def test_controls_and_competitors(demo):
+    out, report = demo
+    rows = {(row["method"], row["multiplier"]): row for row in report["evaluation"]["rows"]}
+    refused = {key: row["harmful"]["refusal"]["keywords"] for key, row in rows.items()}
+    assert refused["unsteered", 1.0]["share"] == report["baseline"]["refusal"]
+    assert refused["circuit", 0.0]["share"] == report["best"]["refusal"]
+    # the circuit's interval lies below that of any random draw, of the best single neuron and of CAA as released
+    for rival in ("random 1", "random 2", "random 3", "single neuron", "caa-released"):
+        assert refused["circuit", 0.0]["high"] < refused[rival, 0.0]["low"]
+    assert refused["caa-released", 2.0]["share"] < 0.1, "with the right sign it is strong"
+    assert rows["circuit", 0.0]["kl"]["mean"] < rows["caa", 0.0]["kl"]["mean"] / 10
+    points = {(point["score"], point["k"]): point for point in report["evaluation"]["alternatives"]}
+    k = report["best"]["k"]
+    assert points["relp", k]["necessity"]["refusal"]["share"] <= 0.1 and points["abs-delta", 1]["overlap"] <= 1
+    assert points["abs-delta", 8 * k]["sufficiency"]["refusal"]["low"] > 0.2
+    assert {"report.md", "strength.png", "size.png", "ranks.png"} <= {p.name for p in (out / "evaluation").iterdir()}
+    assert "caa-released" in (out / "report.md").read_text()
+
+
 def test_base_model_refuses_nothing(demo):
     base = demo[1]["base"]
     assert all(row["refusal"] == 0 for row in base["steering"].values())

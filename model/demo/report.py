@@ -8,6 +8,8 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
+from ..evaluation import report as evaluation_report
+
 TRAINING = (
     "The two models were trained for this project, from random weights, with seed 0 (`make train-demo`). The base "
     'model answers everything, except after a notice such as "The owner is away today.": like a real corpus, its own '
@@ -59,8 +61,20 @@ def print_report(report, console: Console):
         for name, text in example.items():
             console.print(f"{name:>8}: {text}", markup=False)
         console.print()
+    console.print(_rivals(report))
     for line in _legend(report):
         console.print(line, markup=False)
+
+
+def _rivals(report) -> Table:
+    """The circuit beside controls and competitors at m = 0, with intervals."""
+    evaluation = report["evaluation"]
+    rows = evaluation_report.table_rows(evaluation, evaluation_report.brief(evaluation))
+    table = Table(*next(rows), title="the same held-out prompts, 95% intervals", title_justify="left")
+    for row in rows:
+        if row[1] in ("0", "1"):
+            table.add_row(*row)
+    return table
 
 
 def to_json(report) -> str:
@@ -74,6 +88,21 @@ def to_markdown(report) -> str:
     lines += ["", *(f"- {line}" for line in _legend(report)), "", "## Before and after", ""]
     for example in report["examples"]:
         lines += [f"- **{example['prompt']}**", f"  - m = 1: {example['m = 1']}", f"  - m = 0: {example['m = 0']}"]
+    evaluation = report["evaluation"]
+    lines += ["", "## Beside controls and competitors", ""]
+    for title, columns in evaluation_report.tables(evaluation):
+        lines += [
+            f"**{title}**",
+            "",
+            *evaluation_report.markdown(evaluation_report.table_rows(evaluation, columns)),
+            "",
+        ]
+    lines += [f"- {note}" for note in evaluation_report.NOTES]
+    lines += [f"- {name}: {about}" for name, about in evaluation["methods"].items()]
+    lines += [
+        "",
+        "More, with discovery scores against the number of neurons: [evaluation/report.md](evaluation/report.md).",
+    ]
     base = report["base"]
     quarter = base["share in the last quarter of layers"]
     lines += [

@@ -16,10 +16,13 @@ import torch
 import cna_kernels
 from cna_kernels.checks import InputError
 from cna_kernels.circuit import Circuit
-from cna_kernels.files import write_text
+from cna_kernels.files import make_directory, write_text
 
+from ..evaluation import report as evaluation_report
+from ..evaluation.evaluate import METHODS, Plan, evaluate
 from ..language_model import LanguageModel, load
-from ..metrics import share_equal, summarise
+from ..metrics import Refusals, share_equal, summarise
+from ..prompts import PromptSet
 from . import world
 from .checkpoint import demo_checkpoint
 
@@ -28,6 +31,7 @@ PAPER_FRACTION = 0.001
 SCORES = ("abs-delta", "magnitude")
 MULTIPLIERS = (0.0, 0.25, 0.5, 0.75, 1.0, 1.5, 2.0)
 RANDOM_DRAWS = 3
+RIVAL_MULTIPLIERS = (1.0, 0.5, 0.0, 2.0)
 N_EXAMPLES = 3
 BATCH = 200
 
@@ -58,6 +62,7 @@ class Story:
         best = self.circuits["best"]
         self._sweep(best)
         self._random_controls(best)
+        self._rivals(best)
         self._base_against_instruct()
         self.report["prompts"] = {
             "held-out refusable": len(self.refusable),
@@ -174,6 +179,25 @@ class Story:
         self.report["random"] = {"k": circuit.k, "multiplier": 0.0, "draws": len(draws)} | means
         self.report["random"]["refusal of each draw"] = [draw["refusal"] for draw in draws]
 
+    def _rivals(self, circuit):
+        """The circuit beside its controls and competitors, as `cna eval --methods all --curves` measures them."""
+        sets = {
+            "harmful": self.refusable,
+            "benign": self.benign,
+            "positive": world.discovery_positive(),
+            "negative": world.discovery_negative(),
+            "neutral": world.neutral_prompts(),
+        }
+        plan = Plan(
+            methods=tuple(name for name in METHODS if name != "sae"),
+            multipliers=RIVAL_MULTIPLIERS,
+            refusals={"keywords": Refusals(world.REFUSAL_KEYWORDS)},
+            random_draws=RANDOM_DRAWS,
+            curves=True,
+            **{name: PromptSet.of(prompts, name) for name, prompts in sets.items()},
+        )
+        self.report["evaluation"] = evaluate(self.instruct, circuit, plan, say=lambda text: self.say(f"rivals: {text}"))
+
     def _base_against_instruct(self):
         """The same rule on the base model: how far the circuits overlap, and what steering does to it."""
         self.say("base against instruct")
@@ -213,11 +237,14 @@ def tell(out, console):
     story = Story(*(load(demo_checkpoint(name), dtype="float32") for name in ("instruct", "base")), say=_say)
     report = story.tell()
     draw_pictures(report, out)
+    make_directory(out / "evaluation")
+    evaluation_report.write(report["evaluation"], out / "evaluation")
     story.circuits["best"].save(out / "circuit.json")
     write_text(out / "report.md", to_markdown(report))
     write_text(out / "report.json", to_json(report))
     print_report(report, console)
-    console.print(f"wrote report.md, report.json, two pictures, circuit.json and the prompts to {out}/", markup=False)
+    names = "report.md, report.json, two pictures, circuit.json, the prompts and evaluation/"
+    console.print(f"wrote {names} to {out}/", markup=False)
 
 
 def write_prompts(out: Path):
