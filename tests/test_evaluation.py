@@ -1,9 +1,7 @@
 """cna eval: every figure against a plain re-implementation, resumed runs, judges, bad input."""
 
 import itertools
-import json
 import math
-import subprocess
 import sys
 
 import pytest
@@ -11,12 +9,12 @@ import torch
 
 from cna_kernels import Circuit, InputError
 from cna_kernels.model import load
-from cna_kernels.model.cli import main
-from cna_kernels.model.evaluation.evaluate import Plan, evaluate, run_facts
+from cna_kernels.model.evaluation.evaluate import Evaluation, Plan, evaluate, run_facts
 from cna_kernels.model.evaluation.interventions import UNSTEERED, Interventions, Method, Setting
 from cna_kernels.model.evaluation.judge import judge
 from cna_kernels.model.evaluation.likelihood import divergences, perplexities, perplexity, windows_of
 from cna_kernels.model.evaluation.store import Store
+from cna_kernels.model.generate import generate
 from cna_kernels.model.metrics import Refusals
 from cna_kernels.model.prompts import PromptSet
 from test_multiple_choice import write_mmlu
@@ -77,9 +75,28 @@ def test_every_figure_of_an_answer(model):
                 grams = [" ".join(words[i : i + 4]) for i in range(len(words) - 3)]
                 quality.append(len(set(grams)) / len(grams) if grams else 1.0)
             assert found["quality"]["mean"] == pytest.approx(sum(quality) / n)
+    answers = generate(model.transformer, model.encode(HARMFUL), max_new_tokens=12, stop_ids=model.stop_ids)
+    wanted = []
+    for ids in answers:
+        grams = [tuple(ids[place : place + 4]) for place in range(len(ids) - 3)]
+        wanted.append(len(set(grams)) / len(grams) if grams else 1.0)
+    assert row_of(results, "unsteered", 1.0)["harmful"]["token_quality"]["mean"] == pytest.approx(sum(wanted) / 6)
     changed = row_of(results, "circuit", 4.0)["harmful"]["unchanged"]["share"]
     assert changed < 1, "steering without effect would hide everything"
     assert row_of(results, "unsteered", 1.0)["benign"]["unchanged"]["share"] == 1
+
+
+def test_samples_are_the_answers_to_their_prompts(model):
+    with Store(None, {}) as store:
+        evaluation = Evaluation(model, CIRCUIT, plan(rows=4), store)
+        evaluation.run()
+    assert len(evaluation.samples) == 3 * 9
+    for sample in evaluation.samples:
+        circuit = None if sample["method"] == "unsteered" else CIRCUIT
+        expected = model.generate(sample["prompt"], circuit=circuit, multiplier=sample["multiplier"], max_new_tokens=12)
+        assert sample["answer"] == expected
+        assert sample["prompt"] in (HARMFUL if sample["set"] == "harmful" else BENIGN).texts
+    assert len({sample["answer"] for sample in evaluation.samples}) > 9, "equal answers would hide everything"
 
 
 def logits_of(model, ids, circuit=None, multiplier=1.0):
@@ -301,102 +318,3 @@ def test_an_sae_feature_is_a_method(model, tmp_path):
         evaluate(model, CIRCUIT, plan(sae=(str(path), 2, 3), **options))
     with pytest.raises(InputError, match="features 0 to 3, got 4"):
         evaluate(model, CIRCUIT, plan(sae=(str(path), 4, 1), **options))
-
-
-def write_files(tmp_path):
-    """Prompts as JBB-Behaviors distributes them, and a circuit."""
-    head = "Index,Goal,Target,Behavior,Category,Source\n"
-    for name, prompts in (("harmful", HARMFUL), ("benign", BENIGN)):
-        lines = "".join(f"{n},{text},Sure,b,c,Original\n" for n, text in enumerate(prompts.texts))
-        (tmp_path / f"{name}.csv").write_text(head + lines)
-    for name, prompts in (("positive", POSITIVE), ("negative", NEGATIVE)):
-        (tmp_path / f"{name}.txt").write_text("\n".join(prompts.texts))
-    CIRCUIT.save(tmp_path / "circuit.json")
-    return tmp_path
-
-
-def arguments(model, tmp_path, *more):
-    write_files(tmp_path)
-    return [
-        str(model.directory), "-c", f"{tmp_path}/circuit.json", "--harmful", f"{tmp_path}/harmful.csv", "--benign",
-        f"{tmp_path}/benign.csv", "--column", "Goal", "--max-new-tokens", "5", "--device", "cpu", *more,
-    ]  # fmt: skip
-
-
-def test_the_command_writes_everything(model, tmp_path, capsys):
-    write_mmlu(tmp_path / "mmlu", n=3)
-    (tmp_path / "text.txt").write_text("some text to predict")
-    more = [
-        "--positive", f"{tmp_path}/positive.txt", "--negative", f"{tmp_path}/negative.txt", "--mmlu",
-        f"{tmp_path}/mmlu", "--shots", "1", "--text", f"{tmp_path}/text.txt", "--methods",
-        "circuit,random,activation,caa,caa-released,ablation", "--m", "1,0", "--random-draws", "1", "--curves", "-o",
-        f"{tmp_path}/out",
-    ]  # fmt: skip
-    assert main(["eval", *arguments(model, tmp_path, *more)]) == 0
-    out = tmp_path / "out"
-    names = {path.name for path in out.iterdir()}
-    pictures = {"strength.png", "mmlu.png", "layers.png", "ranks.png", "size.png"}
-    assert {"results.json", "samples.jsonl", "report.md", "manifest.json"} | pictures <= names
-    report = (out / "report.md").read_text()
-    for word in (
-        "caa-released",
-        "multiple choice, generated",
-        "perplexity",
-        "KL, nats",
-        "refusal (strict)",
-        "Sufficiency",
-    ):
-        assert word in report
-    results = json.loads((out / "results.json").read_text())
-    assert results["facts"]["plan"]["prompts"]["harmful"]["count"] == 6
-    samples = [json.loads(line) for line in (out / "samples.jsonl").read_text().splitlines()]
-    assert len(samples) == 9 * len(results["rows"])
-    assert "caa-released" in capsys.readouterr().out
-
-
-def test_sweep_prints_a_table(model, tmp_path, capsys):
-    assert main(["sweep", *arguments(model, tmp_path, "--m", "-1,0,1", "--json")]) == 0
-    results = json.loads(capsys.readouterr().out)
-    assert [row["multiplier"] for row in results["rows"]] == [1.0, -1.0, 0.0]
-    assert set(results["rows"][0]) == {"method", "multiplier", "strength", "harmful", "benign"}
-
-
-@pytest.mark.parametrize(
-    ("more", "message"),
-    [
-        (["--column", "Gaol"], "has no column 'Gaol'"),
-        (["--m", "0,x"], "--m: expected numbers"),
-        (["--mmlu", "/no/such"], "/no/such: is neither a file nor a directory"),
-        (["--sae-layer", "3"], "--sae: needs a file"),
-        (["--methods", "caa"], "discovery prompts are needed for caa"),
-        (["--shots", "-1"], "--shots: expected 0 to 100"),
-        (["--refusals", "/no/such"], "/no/such"),
-    ],
-)
-def test_bad_arguments_are_one_line(model, tmp_path, capsys, more, message):
-    words = arguments(model, tmp_path, "-o", f"{tmp_path}/out", *more)
-    assert main(["eval", *words]) == 2
-    error = capsys.readouterr().err.strip().splitlines()[-1]
-    assert error.startswith("cna eval: ") and message in error
-
-
-def test_killed_for_good_and_started_again(model, tmp_path):
-    """SIGKILL in the middle of a run, then the same command."""
-    words = ["-m", "cna_kernels.model", "eval", *arguments(model, tmp_path, "-o", f"{tmp_path}/out", "--batch", "2")]
-    killer = (
-        "import os,signal,sys; from cna_kernels.model.evaluation import store; from cna_kernels.model.cli import main\n"
-        "original, left = store.Store.get, [4]\n"
-        "def get(self, name, compute):\n"
-        "    left[0] -= 1\n"
-        "    if left[0] < 0: os.kill(os.getpid(), signal.SIGKILL)\n"
-        "    return original(self, name, compute)\n"
-        "store.Store.get = get\n"
-        "sys.exit(main(sys.argv[1:]))\n"
-    )
-    killed = subprocess.run([sys.executable, "-c", killer, *words[2:]], capture_output=True)
-    assert killed.returncode == -9
-    n_parts = len(list((tmp_path / "out" / "parts").glob("*.json")))
-    assert n_parts == 4 and not (tmp_path / "out" / "results.json").exists()
-    done = subprocess.run([sys.executable, *words], capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    assert (tmp_path / "out" / "results.json").exists()

@@ -9,13 +9,11 @@ import pytest
 import torch
 
 from cna_kernels import Circuit
-from cna_kernels.model import load
-from tiny import write_language_model
+from cna_kernels.model import demo_checkpoint, load
 
-pytest.importorskip("transformers")
 pytest.importorskip("lm_eval")
 
-CIRCUIT = Circuit(((0, 3, 1.0), (1, 40, 1.0), (2, 7, 1.0), (2, 8, 1.0)), 3, 48)
+CIRCUIT = Circuit(tuple((layer, 100 * layer + n, 1.0) for layer in range(8) for n in range(4)), 8, 1024)
 QUESTIONS = [{"question": f"is {n} more than {n * n % 7}?", "right": n % 3} for n in range(12)]
 CHOICES = ["yes", "no", "who knows"]
 TASKS = {
@@ -55,7 +53,7 @@ metric_list: [{metric: word_perplexity}]
 
 
 def test_local_tasks_on_a_steered_model(tmp_path):
-    directory = write_language_model(tmp_path / "model")
+    directory = demo_checkpoint("instruct")
     CIRCUIT.save(tmp_path / "circuit.json")
     (tmp_path / "data.jsonl").write_text("".join(json.dumps(question) + "\n" for question in QUESTIONS))
     (tmp_path / "tasks").mkdir()
