@@ -1,7 +1,7 @@
 """A sweep over six multipliers: on the bundled model, and on a random Llama-shaped checkpoint of about 100M parameters.
 
 V1 the sweep against as many plain answers of the same engine; V2 against transformers with hooks, one prompt at a time.
-All answers have the same length: nothing ends early. The competitor of V2 answers every tenth prompt; times are per
+All answers have the same length: nothing ends early. The competitor of V2 answers every twentieth prompt; times are per
 answer. CNA_BENCH_PROMPTS=10 makes it short, to try the file out.
 """
 
@@ -24,7 +24,7 @@ from cna_kernels.model.prompts import PromptSet
 from interleave import compare
 
 transformers = pytest.importorskip("transformers")
-N_PROMPTS, STEP = int(os.environ.get("CNA_BENCH_PROMPTS", 100)), 10
+N_PROMPTS, STEP = int(os.environ.get("CNA_BENCH_PROMPTS", 100)), 20
 NEW_TOKENS = {"bundled instruct model": 40, "Llama-shaped, 125M": 24}
 
 
@@ -108,8 +108,8 @@ def test_sweep(evaluation, benchmark, models):
     mine = [list(answer.tokens) for found in answers(ours, settings, some, n_tokens).values() for answer in found]
     assert mine == hooked(theirs, circuit, some, n_tokens)
     n, n_some = len(prompts) * len(settings), len(some) * len(settings)
-    add(evaluation, benchmark, "V1 sweep", name, "as many plain answers", compare(sweep, plain, rounds=3), n, n, 1.25)
-    result = compare(sweep, lambda: hooked(theirs, circuit, some, n_tokens), rounds=3)
+    add(evaluation, benchmark, "V1 sweep", name, "as many plain answers", compare(sweep, plain, rounds=2), n, n, 1.25)
+    result = compare(sweep, lambda: hooked(theirs, circuit, some, n_tokens), rounds=2)
     add(evaluation, benchmark, "V2 sweep", name, "transformers + hooks, one at a time", result, n, n_some, 1 / 3)
 
 

@@ -20,6 +20,7 @@ from .config import DTYPES, read_config
 from .corpus import Contrast, Corpus, Entry, Names, two_sets
 from .discover import Settings, settings_from
 from .generate import Sampling, generate
+from .gradient import relevance
 from .job import Job, Progress
 from .memory import usable_device
 from .packing import TokenPrompt
@@ -213,6 +214,32 @@ class LanguageModel:
         """
         job = Job(self, corpus, contrasts, settings, **options)
         return job.circuits(job.run_all(skip_bad=skip_bad, progress=progress))
+
+    def relevance(
+        self,
+        prompts: str | Sequence[str] | PromptSet,
+        target: str | Sequence[str],
+        counterfactual: str | Sequence[str],
+        *,
+        chat: bool | None = None,
+    ) -> Tensor:
+        """Return how far each neuron moves the next token from the counterfactual to the target, fp64 ``[L, N]``.
+
+        Gradient attribution by relevance propagation, for comparison with :meth:`discover`; see ``gradient.py``.
+
+        Args:
+            prompts: one, or several, whose mean is returned.
+            target, counterfactual: text whose first token is meant, or several such texts.
+        """
+        self._require_logits()
+        prompts = PromptSet.of([prompts] if isinstance(prompts, str) else prompts, "prompts")
+        sides = []
+        for name, texts in (("target", target), ("counterfactual", counterfactual)):
+            ids = [self.tokenizer.encode_answer(text)[:1] for text in ([texts] if isinstance(texts, str) else texts)]
+            if not ids or not all(ids):
+                raise InputError(name, "holds no token")
+            sides.append([first for (first,) in ids])
+        return relevance(self.transformer, self.encode(prompts, chat=chat), *sides)
 
     @contextmanager
     def steered(

@@ -12,6 +12,7 @@ from cna_kernels.model.directions import Direction, DirectionTable
 from cna_kernels.model.generate import generate
 from cna_kernels.model.gradient import relevance
 from cna_kernels.model.packing import TokenPrompt
+from cna_kernels.model.prompts import PromptSet
 from cna_kernels.model.transformer import Steer
 from cna_kernels.model.weights import load_transformer, open_checkpoint
 from tiny import SHAPE, write_checkpoint
@@ -211,6 +212,20 @@ def test_relevance_leaves_the_model_as_it_was(pair):
     relevance(ours, prompts(3, 1), [11, 12], [40])
     assert torch.equal(ours(torch.tensor([[5, 6, 7]])), before)
     assert all(not parameter.requires_grad and parameter.grad is None for parameter in ours.parameters())
+
+
+def test_relevance_of_a_language_model(tmp_path):
+    from cna_kernels.model import load
+    from tiny import write_language_model
+
+    model = load(write_language_model(tmp_path))
+    found = model.relevance("open it", "Sure", "no")
+    tokens = [model.tokenizer.encode_answer(text)[:1] for text in ("Sure", "no")]
+    assert torch.equal(found, relevance(model.transformer, model.encode(PromptSet.of(["open it"], "p")), *tokens))
+    both = model.relevance(["open it", "why"], ["Sure", "Yes"], "no")
+    assert both.shape == (3, 48) and not torch.equal(both, found)
+    with pytest.raises(InputError, match="counterfactual: holds no token"):
+        model.relevance("open it", "Sure", "")
 
 
 def test_relevance_needs_tokens(pair):
