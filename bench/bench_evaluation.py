@@ -17,8 +17,8 @@ from cna_kernels import Circuit
 from cna_kernels.model import demo_checkpoint, load
 from cna_kernels.model.demo import world
 from cna_kernels.model.evaluation.answers import answer_all, auto_rows
-from cna_kernels.model.evaluation.evaluate import MULTIPLIERS
 from cna_kernels.model.evaluation.interventions import UNSTEERED, Interventions, Method, Setting
+from cna_kernels.model.evaluation.plan import MULTIPLIERS
 from cna_kernels.model.evaluation.store import Store
 from cna_kernels.model.prompts import PromptSet
 from interleave import compare

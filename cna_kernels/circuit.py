@@ -249,7 +249,15 @@ def _check_stability(record, path):
     def numbers(values, n):
         return len(values) == n and all(_is(value, _NUMBER) for value in values)
 
-    bootstrap, folds = record.get("bootstrap"), record.get("folds")
+    bootstrap, folds, universal = record.get("bootstrap"), record.get("folds"), record.get("universal")
+    if universal is not None:
+        shape = record["n_layers"], record["n_neurons"]
+        inside = all(
+            isinstance(pair, list) and len(pair) == 2 and all(_is(v, int) for v in pair)
+            and all(0 <= v < n for v, n in zip(pair, shape, strict=True))
+            for pair in universal["excluded"]
+        )  # fmt: skip
+        expect(inside, "universal.excluded", "a list of [layer, index] in the model's shape")
     if bootstrap is not None:
         k = len(record["neurons"])
         expect(numbers(bootstrap["frequency"], k), "bootstrap.frequency", f"{k} numbers, one for each neuron")

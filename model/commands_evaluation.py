@@ -23,8 +23,8 @@ from .console import (
     stdout,
 )
 from .evaluation import compare, evaluate, report
-from .evaluation.evaluate import METHODS, Plan
 from .evaluation.multiple_choice import read_exam
+from .evaluation.plan import METHODS, Plan
 from .language_model import load
 from .metrics import Refusals
 from .prompts import PromptSet, neutral_prompts, read_prompts

@@ -21,7 +21,7 @@ from cna_kernels.checks import InputError
 
 from .generate import pad
 from .packing import TokenPrompt
-from .transformer import Transformer
+from .transformer import Edit, Steer, Transformer
 
 SITES = ("residual", "mlp", "writes")
 BATCH = 64  # prompts whose means are taken together
@@ -86,7 +86,7 @@ class DirectionTable:
 
 
 @dataclass
-class RowEdit:
+class RowEdit(Edit):
     """See :class:`DirectionTable`; ``chosen`` is ``[B]`` int64."""
 
     table: DirectionTable
@@ -114,13 +114,12 @@ class RowEdit:
         return x + self.table.added[site][layer][self.chosen][:, None].to(x.dtype)
 
 
-class _LastToken:
-    """An edit that changes nothing and sums what the last token of each row holds."""
+class _LastToken(Edit):
+    """Changes nothing, and sums what the last token of each row holds."""
 
-    def __init__(self, n_layers: int, n_hidden: int, device):
+    def __init__(self, n_layers: int, n_hidden: int):
         self.totals = {site: torch.zeros(n_layers, n_hidden, dtype=torch.float64) for site in ("residual", "mlp")}
-        self.last: Tensor | None = None  # [B], the last token of each row
-        self.device = device
+        self.last = torch.empty(0)  # [B], the last token of each row
 
     def write(self, layer, part, y):
         if part == "mlp":
@@ -130,9 +129,6 @@ class _LastToken:
     def after(self, layer, x):
         self._sum("residual", layer, x)
         return x
-
-    def keep(self, rows):
-        raise NotImplementedError
 
     def _sum(self, site, layer, x):
         rows = torch.arange(len(self.last), device=x.device)
@@ -144,10 +140,8 @@ def mean_states(transformer: Transformer, prompts: Sequence[TokenPrompt]) -> dic
 
     Both are fp64 ``[L, H]``: "residual" and "mlp".
     """
-    from .transformer import Steer
-
     config = transformer.config
-    seen = _LastToken(config.num_hidden_layers, config.hidden_size, transformer.device)
+    seen = _LastToken(config.num_hidden_layers, config.hidden_size)
     ordered = sorted(prompts, key=lambda prompt: len(prompt.ids))
     with torch.inference_mode():
         for start in range(0, len(ordered), BATCH):

@@ -19,7 +19,7 @@ from cna_kernels.checks import InputError
 
 from .generate import pad
 from .packing import TokenPrompt
-from .transformer import MLP, RMSNorm, Steer, Transformer
+from .transformer import MLP, Edit, RMSNorm, Steer, Transformer
 
 BATCH = 16  # prompts whose activations are kept at once
 
@@ -44,17 +44,11 @@ class _Mlp(MLP):
         return self.down_proj(self.act).view_as(x)
 
 
-class _Start:
-    """An edit from which gradients start: the weights have none."""
+class _Start(Edit):
+    """Where gradients start: the weights have none."""
 
     def write(self, layer, part, y):
         return y.detach().requires_grad_() if part == "embedding" else y
-
-    def after(self, layer, x):
-        return x
-
-    def keep(self, rows):
-        raise NotImplementedError
 
 
 def with_rules(transformer: Transformer) -> Transformer:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import partial
-from typing import Protocol
 
 import torch
 import torch.nn.functional as F
@@ -30,17 +29,20 @@ class Tap:
     weight: Tensor
 
 
-class Edit(Protocol):
+class Edit:
     """What sees, and may change, the residual stream of a forward pass. Each method returns what goes on."""
 
     def write(self, layer: int, part: str, y: Tensor) -> Tensor:
         """``y`` ``[B, S, H]`` is what "attention" or "mlp" of a layer adds to the stream; "embedding" starts it."""
+        return y
 
     def after(self, layer: int, x: Tensor) -> Tensor:
         """``x`` ``[B, S, H]`` is the stream after a layer."""
+        return x
 
     def keep(self, rows: Tensor) -> Edit:
         """The same for some rows of the batch, ``[B']``, in this order."""
+        return self
 
 
 @dataclass

@@ -10,7 +10,7 @@ from cna_kernels import Circuit
 from cna_kernels.model import load
 from cna_kernels.model.cli import main
 from cna_kernels.model.evaluation.compare import alike, compare, spearman
-from cna_kernels.model.evaluation.evaluate import Plan
+from cna_kernels.model.evaluation.plan import Plan
 from cna_kernels.model.prompts import PromptSet
 from tiny import write_language_model
 

@@ -9,10 +9,11 @@ import torch
 
 from cna_kernels import Circuit, InputError
 from cna_kernels.model import load
-from cna_kernels.model.evaluation.evaluate import Evaluation, Plan, evaluate, run_facts
+from cna_kernels.model.evaluation.evaluate import Evaluation, evaluate, run_facts
 from cna_kernels.model.evaluation.interventions import UNSTEERED, Interventions, Method, Setting
 from cna_kernels.model.evaluation.judge import judge
 from cna_kernels.model.evaluation.likelihood import divergences, perplexities, perplexity, windows_of
+from cna_kernels.model.evaluation.plan import Plan
 from cna_kernels.model.evaluation.store import Store
 from cna_kernels.model.generate import generate
 from cna_kernels.model.metrics import Refusals
@@ -131,7 +132,9 @@ def test_divergence_and_perplexity_are_the_textbooks(model):
             log_p = logits_of(model, window, CIRCUIT, multiplier).log_softmax(-1)
             total -= sum(log_p[place, token].item() for place, token in enumerate(window[1:]))
             n += len(window) - 1
-        assert perplexity(losses[number]) == pytest.approx(math.exp(total / n), rel=1e-4)
+        found = perplexity(losses[number])
+        assert found["mean"] == pytest.approx(math.exp(total / n), rel=1e-4) and found["n"] == n
+        assert found["low"] < found["mean"] < found["high"]
 
 
 def everything(tmp_path, **changes):
@@ -213,15 +216,14 @@ def test_alternatives_and_curves(model):
 
 def test_writing_all_neurons_is_the_released_caa(model):
     """Sufficiency ends where CAA as released begins: both add W_down @ delta to every layer."""
-    from cna_kernels import select
     from cna_kernels.model import directions
     from cna_kernels.model.evaluation import rivals
 
     sides = rivals.Sides.split(model.encode(POSITIVE), model.encode(NEGATIVE))
-    delta = select.contrast(rivals.contrast_sums(model, sides))
-    every = rivals.top_circuit("abs-delta", delta.abs(), delta, delta.numel())
-    released = directions.caa_as_released(directions.differences(model.transformer, sides.positive, sides.negative))
-    written = rivals.written(model, every, delta)
+    found = rivals.Discovery.of(model, sides, torch.zeros(3, 48, dtype=torch.bool))
+    every = rivals.top_circuit("abs-delta", found.delta.abs(), found, found.delta.numel())
+    released = directions.caa_as_released(found.difference)
+    written = rivals.written(model, every, found.delta)
     assert written.vectors.abs().max() > 0.05
     assert (written.vectors - released.vectors).abs().max() <= 1e-5
 

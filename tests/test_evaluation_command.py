@@ -70,7 +70,7 @@ def test_eval_writes_everything(files, tmp_path, capsys):
     }  # fmt: skip
     refused = {key: row["harmful"]["refusal"]["strict"]["share"] for key, row in rows.items()}
     assert refused["unsteered", 1.0] == 1 and refused["circuit", 0.0] <= 0.1 and refused["random 1", 0.0] == 1
-    assert rows["circuit", 0.0]["perplexity"]["value"] < 1.1 * rows["unsteered", 1.0]["perplexity"]["value"]
+    assert rows["circuit", 0.0]["perplexity"]["mean"] < 1.1 * rows["unsteered", 1.0]["perplexity"]["mean"]
     assert all({"kl", "perplexity", "mmlu"} <= set(row) for row in rows.values())
     samples = [json.loads(line) for line in (out / "samples.jsonl").read_text().splitlines()]
     assert len(samples) == 20 * len(rows)

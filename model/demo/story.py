@@ -19,7 +19,8 @@ from cna_kernels.circuit import Circuit
 from cna_kernels.files import make_directory, write_text
 
 from ..evaluation import report as evaluation_report
-from ..evaluation.evaluate import METHODS, Plan, evaluate
+from ..evaluation.evaluate import evaluate
+from ..evaluation.plan import METHODS, Plan
 from ..language_model import LanguageModel, load
 from ..metrics import Refusals, share_equal, summarise
 from ..prompts import PromptSet

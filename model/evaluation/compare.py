@@ -19,7 +19,8 @@ from cna_kernels.sums import ActivationSums
 from ..collect import collect
 from ..language_model import LanguageModel
 from . import report
-from .evaluate import Plan, evaluate
+from .evaluate import evaluate
+from .plan import Plan
 
 TOP = 200  # neurons of each model, beside the circuits themselves: what the paper compares
 

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from ..generate import pad
 from ..language_model import LanguageModel
+from ..metrics import Z
 from .interventions import Interventions
 
 NUMBERS = 1 << 26  # logits that one forward pass may hold: 256 MiB of fp32
@@ -107,6 +108,14 @@ def windows_of(model: LanguageModel, text: str, length: int = 1024) -> list[list
     return windows
 
 
-def perplexity(losses: Sequence[tuple[float, int]]) -> float:
-    """Return exp(negative log likelihood a token) over all windows."""
-    return math.exp(min(math.fsum(loss for loss, _ in losses) / sum(n for _, n in losses), 700.0))
+def perplexity(losses: Sequence[tuple[float, int]]) -> dict:
+    """Return ``{"mean", "low", "high", "n"}``: exp(negative log likelihood a token) over all windows, and n tokens.
+
+    The 95% interval takes windows for independent (ratio estimator); one window has none.
+    """
+    n, n_windows = sum(count for _, count in losses), len(losses)
+    rate = math.fsum(loss for loss, _ in losses) / n
+    spread = math.fsum((loss - rate * count) ** 2 for loss, count in losses)
+    error = math.sqrt(n_windows * spread / max(n_windows - 1, 1)) / n
+    low, centre, high = (math.exp(min(rate + z * error, 700.0)) for z in (-Z, 0.0, Z))
+    return {"mean": centre, "low": low, "high": high, "n": n}

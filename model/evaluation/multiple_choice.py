@@ -58,6 +58,10 @@ class Exam:
     questions: tuple[Question, ...]
     examples: dict[str, tuple[Question, ...]]
 
+    def only(self, questions: Sequence[Question]) -> Exam:
+        """The same examples, some of the questions."""
+        return Exam(tuple(questions), self.examples)
+
     def head(self, question: Question, shots: int) -> str:
         subject = question.subject.replace("_", " ")
         about = f" about {subject}" if subject else ""
@@ -114,15 +118,13 @@ def _files(path: Path, where) -> dict[str, list[Path]]:
     """The files to ask from, and those with examples."""
     if path.is_file():
         stem, split = _split(path)
-        dev = path.with_name(f"{stem}_dev{path.suffix}") if split == "test" else None
-        return {"test": [path], "dev": [dev] if dev is not None and dev.is_file() else []}
+        name = f"{stem}_dev{path.suffix}"
+        beside = [path.with_name(name), path.parent.parent / "dev" / name] if split == "test" else []
+        return {"test": [path], "dev": [dev for dev in beside if dev.is_file()][:1]}
     if not path.is_dir():
         raise InputError(where, "is neither a file nor a directory")
     every = sorted(p for p in path.rglob("*") if p.suffix.lower() in (".csv", ".parquet") and p.is_file())
-    found = {
-        split: [p for p in every if _split(p)[1] == split or split in p.parent.name.split("-")]
-        for split in ("test", "dev")
-    }
+    found = {split: [p for p in every if split in (_split(p)[1], p.parent.name)] for split in ("test", "dev")}
     if not found["test"]:
         raise InputError(where, "has no *_test.csv and no test*.parquet in it")
     return found

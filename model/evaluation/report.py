@@ -44,18 +44,24 @@ def tables(results: dict) -> list[tuple[str, list[Column]]]:
         ]
         if "judge" in first[name]:
             columns.append(("judge", lambda row, n=name: number(row[n]["judge"])))
-        found.append((title, columns))
+        found.append((f"{title} (n = {first[name]['answered']['n']})", columns))
     other: list[Column] = []
     if "kl" in first:
         other.append(("KL, nats", lambda row: number(row["kl"])))
     if "perplexity" in first:
-        other.append(("perplexity", lambda row: f"{row['perplexity']['value']:.4g}"))
+        other.append(("perplexity", lambda row: number(row["perplexity"])))
     if "mmlu" in first:
         other += [
             (f"multiple choice, {name}", lambda row, n=name: percent(row["mmlu"][n]))
             for name in ("likelihood", "generated", "no letter")
         ]
-    return [*found, ("Neutral text and questions", other)] if other else found
+    sizes = [
+        f"{first[name]['n']} {what}"
+        for name, what in (("kl", "neutral texts"), ("perplexity", "tokens of text"))
+        if name in first
+    ]
+    sizes += [f"{first['mmlu']['likelihood']['n']} questions"] if "mmlu" in first else []
+    return [*found, (f"Likelihood and multiple choice ({', '.join(sizes)})", other)] if other else found
 
 
 def brief(results: dict) -> list[Column]:

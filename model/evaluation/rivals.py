@@ -34,7 +34,6 @@ VALIDATION = 16  # prompts of each side set apart to choose with
 SHORT_ANSWER = 32  # tokens of an answer while choosing
 MOST_LAYERS = 12  # tried for a direction
 CANDIDATES = 64  # neurons tried alone
-SCORES = ("abs-delta", "magnitude", "cohen-d", "norm-weighted", "activation", "relp")
 
 
 @dataclass(frozen=True)
@@ -63,6 +62,30 @@ class Sides:
             parts.append([prompt for number, prompt in enumerate(prompts) if number not in apart])
             parts.append([prompts[number] for number in sorted(apart)])
         return cls(parts[0], parts[2], parts[1], parts[3])
+
+
+@dataclass(frozen=True)
+class Discovery:
+    """What the discovery prompts say.
+
+    Attributes:
+        sums: activations of both sides, with squares, positive in column 0.
+        delta: their contrast, fp64 ``[L, N]``.
+        excluded: ``[L, N]`` bool, neurons that no rival may choose either.
+        difference: of the residual stream and of the MLPs' outputs, see ``directions.differences``.
+    """
+
+    sides: Sides
+    sums: ActivationSums
+    delta: Tensor
+    excluded: Tensor
+    difference: dict[str, Tensor]
+
+    @classmethod
+    def of(cls, model: LanguageModel, sides: Sides, excluded: Tensor) -> Discovery:
+        sums = contrast_sums(model, sides)
+        difference = directions.differences(model.transformer, sides.positive, sides.negative)
+        return cls(sides, sums, select.contrast(sums), excluded, difference)
 
 
 def contrast_sums(model: LanguageModel, sides: Sides) -> ActivationSums:
@@ -99,9 +122,7 @@ def first_tokens(model: LanguageModel, sides: Sides) -> tuple[list[int], list[in
     return targets, counterfactuals
 
 
-def rankings(
-    model: LanguageModel, sides: Sides, sums: ActivationSums, names: Sequence[str] = SCORES
-) -> dict[str, Tensor]:
+def rankings(model: LanguageModel, discovery: Discovery, names: Sequence[str]) -> dict[str, Tensor]:
     """Return what each score ranks all neurons by, larger first, fp64 ``[L, N]``.
 
     - ``abs-delta``, ``magnitude``, ``cohen-d``: see :func:`cna_kernels.select.scores`.
@@ -109,7 +130,7 @@ def rankings(
     - ``activation``: abs(mean positive), what fires at all: a control.
     - ``relp``: the neurons' relevance for the tokens that begin positive answers, see ``gradient.py``.
     """
-    delta = select.contrast(sums)
+    sides, sums, delta = discovery.sides, discovery.sums, discovery.delta
     found = {}
     for name in names:
         if name == "norm-weighted":
@@ -123,10 +144,10 @@ def rankings(
     return found
 
 
-def top_circuit(name: str, score: Tensor, delta: Tensor, k: int, excluded: Tensor | None = None) -> Circuit:
+def top_circuit(name: str, score: Tensor, discovery: Discovery, k: int) -> Circuit:
     """Return the k best neurons by a score; the circuit keeps their contrast, or by ``relp`` their relevance."""
-    shown = score if name == "relp" else delta
-    neurons = select.top_neurons(score, k, excluded)
+    shown = score if name == "relp" else discovery.delta
+    neurons = select.top_neurons(score, k, discovery.excluded)
     return Circuit(tuple((*pair, shown[pair].item()) for pair in neurons), *score.shape, score=name)
 
 
@@ -191,13 +212,14 @@ def layers_to_try(n_layers: int) -> list[int]:
 
 
 def best_direction(
-    model: LanguageModel, kind: str, difference: dict[str, Tensor], sides: Sides, is_refusal, rows: int, store: Store
+    model: LanguageModel, kind: str, discovery: Discovery, is_refusal: Refusals, rows: int, store: Store
 ) -> tuple[Method, dict]:
     """Choose the layer, and for CAA the sign, of a direction. Return the method and how it was chosen.
 
     Args:
         kind: "caa" or "ablation".
     """
+    difference, sides = discovery.difference, discovery.sides
     make = {"caa": directions.caa, "ablation": directions.ablation}[kind]
     tried = [
         (layer, sign) for layer in layers_to_try(model.config.num_hidden_layers)
@@ -218,14 +240,14 @@ def best_direction(
     return Method(kind, about, make(difference, layer), sign), chosen
 
 
-def best_neuron(
-    model: LanguageModel, sides: Sides, delta: Tensor, excluded: Tensor | None, store: Store
-) -> tuple[Method, dict]:
+def best_neuron(model: LanguageModel, discovery: Discovery, store: Store) -> tuple[Method, dict]:
     """Find the neuron whose ablation alone moves the first token of positive answers furthest from the targets."""
 
     def run():
+        sides, delta = discovery.sides, discovery.delta
         targets, counterfactuals = first_tokens(model, sides)
-        circuit = top_circuit("abs-delta", delta.abs(), delta, min(CANDIDATES, delta.numel()), excluded)
+        most = delta.numel() - int(discovery.excluded.sum())
+        circuit = top_circuit("abs-delta", delta.abs(), discovery, min(CANDIDATES, most))
         alone = [Circuit((neuron,), circuit.n_layers, circuit.n_neurons) for neuron in circuit.neurons]
         interventions = Interventions(model, [UNSTEERED, *(Setting(Method("", "", one), 0.0) for one in alone)])
         prompts = sides.chosen_positive
@@ -239,6 +261,6 @@ def best_neuron(
 
     chosen = store.get("choose-neuron", run)
     layer, index, contrast = chosen["neuron"]
-    circuit = Circuit(((layer, index, contrast),), *delta.shape, score="best single neuron")
+    circuit = Circuit(((layer, index, contrast),), *discovery.delta.shape, score="best single neuron")
     about = f"layer {layer}, neuron {index}: the best of {chosen['tried']} ablated alone"
     return Method("single neuron", about, circuit), chosen

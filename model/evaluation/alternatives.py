@@ -1,0 +1,75 @@
+"""Other ways to choose neurons, at one or several sizes: what ablating does, and what writing their contrast does."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+
+from torch import Tensor
+
+from cna_kernels.circuit import Circuit
+
+from ..language_model import LanguageModel
+from ..metrics import KINDS, Refusals, kind_of, share
+from ..packing import TokenPrompt
+from . import rivals
+from .answers import answer_all
+from .interventions import UNSTEERED, Interventions, Method, Setting
+from .store import Store
+
+SCORES = ("abs-delta", "magnitude", "cohen-d", "norm-weighted", "relp")
+STEPS = (1 / 8, 1 / 4, 1 / 2, 1, 2, 4, 8)  # sizes of a curve, by the size of the circuit evaluated
+MOST_PROMPTS = 50  # of each set
+
+
+def alternatives(
+    model: LanguageModel,
+    circuit: Circuit,
+    ranked: dict[str, Tensor],
+    discovery: rivals.Discovery,
+    prompts: dict[str, Sequence[TokenPrompt]],
+    *,
+    curves: bool,
+    is_refusal: Refusals,
+    max_new_tokens: int,
+    rows: int,
+    store: Store,
+) -> list[dict]:
+    """Return one point for each score and size.
+
+    Args:
+        circuit: the one evaluated: its size, and what the others overlap with.
+        ranked: what each score ranks by, see ``rivals.rankings``.
+        prompts: "harmful" ones, for necessity: refusals with the neurons ablated. "benign" ones, for sufficiency:
+            refusals with the neurons' contrast written to the residual stream.
+        curves: at seven sizes, an eighth to eight times of the circuit's.
+    """
+    sizes = [circuit.k]
+    if curves:
+        most = discovery.delta.numel() - int(discovery.excluded.sum())
+        sizes = sorted({min(max(round(step * circuit.k), 1), most) for step in STEPS})
+    methods, points = [], []
+    for name, score in ranked.items():
+        for k in sizes:
+            other = rivals.top_circuit(name, score, discovery, k)
+            overlap = len(set(other.pairs) & set(circuit.pairs)) / max(min(k, circuit.k), 1)
+            points.append({"score": name, "k": k, "overlap": overlap, "per_layer": other.per_layer()})
+            written = rivals.written(model, other, discovery.delta)
+            methods += [Method(f"{name} {k}", "", other), Method(f"{name} {k} written", "", written, 1)]
+    interventions = Interventions(model, [UNSTEERED, *(Setting(method, 0.0) for method in methods)])
+    for name, first, what in (("harmful", 1, "necessity"), ("benign", 2, "sufficiency")):
+        if name not in prompts:
+            continue
+        numbers = list(range(first, len(methods) + 1, 2))
+        answers = answer_all(
+            model, interventions, numbers, prompts[name][:MOST_PROMPTS], max_new_tokens=max_new_tokens, rows=rows,
+            store=store, name=f"alternatives-{name}",
+        )  # fmt: skip
+        for point, number in zip(points, numbers, strict=True):
+            found = answers[number]
+            kinds = Counter(kind_of(answer.text, answer.tokens, is_refusal) for answer in found)
+            point[what] = {
+                "refusal": share(sum(is_refusal(answer.text) for answer in found), len(found)),
+                "kinds": {kind: kinds[kind] for kind in KINDS},
+            }
+    return points

@@ -1,0 +1,112 @@
+"""What to evaluate, and on what."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from cna_kernels.checks import InputError
+from cna_kernels.circuit import Circuit
+from cna_kernels.files import sha256
+from cna_kernels.steering import check_multiplier
+
+from ..metrics import Refusals
+from ..prompts import PromptSet
+from .multiple_choice import Exam
+
+MULTIPLIERS = (1.0, 0.75, 0.5, 0.25, 0.0, 2.0)
+METHODS = ("circuit", "random", "activation", "neuron", "caa", "caa-released", "ablation", "sae")
+NEED_SIDES = ("activation", "neuron", "caa", "caa-released", "ablation", "sae")  # and so --positive and --negative
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What to evaluate, and on what. Sets that are None are left out of the results.
+
+    Attributes:
+        methods: names of METHODS; those in NEED_SIDES need ``positive`` and ``negative``.
+        multipliers: of every method.
+        harmful: prompts to be refused; benign: prompts to be answered.
+        positive, negative: discovery prompts.
+        neutral: texts for the divergence of the next token.
+        text: for perplexity.
+        exam: multiple-choice questions; ``shots`` examples in front of each, answers of ``exam_tokens`` tokens.
+        refusals: lists by name; the first one decides the kinds of answers.
+        random_draws: circuits of random neurons.
+        sae: a file with W_dec, a feature and the layer it belongs to.
+        alternatives: whether other discovery scores are compared; ``curves``: at several sizes.
+        judge_command: see ``judge.py``.
+        others: further circuits to evaluate, by name.
+        chat: whether prompts go through the chat template; None does where there is one.
+        rows: answers written together; None asks ``answers.auto_rows``.
+    """
+
+    methods: tuple[str, ...] = ("circuit",)
+    multipliers: tuple[float, ...] = MULTIPLIERS
+    harmful: PromptSet | None = None
+    benign: PromptSet | None = None
+    positive: PromptSet | None = None
+    negative: PromptSet | None = None
+    neutral: PromptSet | None = None
+    text: str | None = None
+    exam: Exam | None = None
+    shots: int = 5
+    exam_tokens: int = 16
+    refusals: dict[str, Refusals] = field(
+        default_factory=lambda: {name: Refusals.bundled(name) for name in ("broad", "strict")}
+    )
+    max_new_tokens: int = 100
+    random_draws: int = 3
+    sae: tuple[str, int, int] | None = None
+    alternatives: bool = False
+    curves: bool = False
+    judge_command: str | None = None
+    others: dict[str, Circuit] = field(default_factory=dict)
+    chat: bool | None = None
+    rows: int | None = None
+
+    def __post_init__(self):
+        for name in self.methods:
+            if name not in METHODS:
+                raise InputError("methods", f"expected some of {', '.join(METHODS)}, got {name!r}")
+        for multiplier in self.multipliers:
+            check_multiplier(multiplier)
+        if not self.multipliers:
+            raise InputError("multipliers", "expected at least one")
+        if self.max_new_tokens < 1 or self.random_draws < 1:
+            raise InputError("max_new_tokens, random_draws", "expected at least 1")
+        needing = [name for name in self.methods if name in NEED_SIDES]
+        needing += ["discovery alternatives"] if self.alternatives or self.curves else []
+        if needing and (self.positive is None or self.negative is None):
+            raise InputError("positive, negative", f"discovery prompts are needed for {', '.join(needing)}")
+        if "sae" in self.methods and self.sae is None:
+            raise InputError("sae", "a file with W_dec, a feature and its layer are needed")
+        if all(part is None for part in (self.harmful, self.benign, self.neutral, self.text, self.exam)):
+            raise InputError("prompts", "nothing to evaluate on: give harmful, benign, neutral, text or exam")
+        if (self.curves or self.alternatives) and self.harmful is None:
+            raise InputError("harmful", "prompts to be refused are needed to compare discovery alternatives")
+
+    def facts(self) -> dict:
+        """What the results depend on, as JSON values."""
+        sets = {
+            name: {"count": len(prompts), "sha256": prompts.sha256}
+            for name in ("harmful", "benign", "positive", "negative", "neutral")
+            if (prompts := getattr(self, name)) is not None
+        }
+        facts = {
+            "methods": list(self.methods), "multipliers": list(self.multipliers), "prompts": sets,
+            "max_new_tokens": self.max_new_tokens, "random_draws": self.random_draws,
+            "refusals": {name: sha256(*found.phrases) for name, found in self.refusals.items()},
+            "chat": self.chat, "alternatives": self.alternatives, "curves": self.curves,
+            "judge_command": self.judge_command,
+            "others": {name: sha256(circuit.to_json()) for name, circuit in self.others.items()},
+            "sae": None if self.sae is None else [Path(self.sae[0]).name, *self.sae[1:]],
+        }  # fmt: skip
+        if self.text is not None:
+            facts["text_sha256"] = sha256(self.text)
+        if self.exam is not None:
+            facts["exam"] = {
+                "questions": len(self.exam.questions), "shots": self.shots, "tokens": self.exam_tokens,
+                "sha256": sha256(repr((self.exam.questions, sorted(self.exam.examples.items())))),
+            }  # fmt: skip
+        return facts
