@@ -36,9 +36,6 @@ def run_eval(args):
         make_directory(args.output)
     model = load_model(args)
     circuit = load_circuit(args, model)
-    if args.command == "sweep" and not (args.harmful or args.benign):
-        raise InputError("--harmful, --benign", "give at least one of them")
-
     results = evaluate.evaluate(model, circuit, plan, out=args.output, say=_say(args))
     if args.output:
         report.write(results, args.output)
@@ -165,3 +162,9 @@ def _show(results):
     for row in rows:
         table.add_row(*row)
     stdout().print(table)
+    counts = [
+        f"{results['rows'][0][name]['answered']['n']} {name}"
+        for name in ("harmful", "benign")
+        if name in results["rows"][0]
+    ]
+    stdout().print(f"95% intervals; prompts: {', '.join(counts) or 'none'}", markup=False)

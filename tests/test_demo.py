@@ -8,8 +8,9 @@ import torch
 from cna_kernels import Circuit
 from cna_kernels.model import load
 from cna_kernels.model.cli import main
-from cna_kernels.model.demo import world
+from cna_kernels.model.demo import story, world
 from cna_kernels.model.demo.checkpoint import NAMES, demo_checkpoint
+from cna_kernels.model.evaluation import alternatives
 
 
 def test_splits_do_not_overlap():
@@ -68,7 +69,10 @@ def test_greedy_answers_have_no_near_ties():
 @pytest.fixture(scope="module")
 def demo(tmp_path_factory):
     out = tmp_path_factory.mktemp("demo-out")
-    assert main(["demo", "--out", str(out)]) == 0
+    with pytest.MonkeyPatch.context() as patch:  # fewer points of the same curves
+        patch.setattr(story, "RIVAL_MULTIPLIERS", (1.0, 0.0, 2.0))
+        patch.setattr(alternatives, "STEPS", (1 / 8, 1, 8))
+        assert main(["demo", "--out", str(out)]) == 0
     return out, json.loads((out / "report.json").read_text())
 
 

@@ -322,12 +322,17 @@ def environment(model: LanguageModel) -> dict:
 
 def run_facts(model: LanguageModel, circuit: Circuit, plan: Plan) -> dict:
     """What an evaluation depends on: the store's manifest."""
+    feature = None
+    if plan.sae is not None:
+        row = directions.read_decoder_row(*plan.sae[:2], model.config.hidden_size)
+        feature = sha256(row.numpy().tobytes())
     return {
         "model": model.identity()
         | {"tokenizer_sha256": model.tokenizer.sha256, "chat_template_sha256": model.tokenizer.template_sha256},
         "dtype": str(model.transformer.dtype).removeprefix("torch."),
         "circuit_sha256": sha256(circuit.to_json()),
         "plan": plan.facts(),
+        "sae_row_sha256": feature,
         "versions": {"cna_kernels": cna_kernels.__version__, "torch": torch.__version__},
     }
 

@@ -21,7 +21,6 @@ NOTES = (
     "for tokens stands beside it.",
 )
 
-
 Column = tuple[str, Callable[[dict], str]]  # its title, and what stands there in a row of the results
 
 
@@ -84,17 +83,17 @@ def brief(results: dict) -> list[Column]:
 
 
 def percent(value: dict) -> str:
-    """ "34% [26, 44]"."""
+    """A share and its interval, as in 34% [26, 44]."""
     return f"{100 * value['share']:.0f}% [{100 * value['low']:.0f}, {100 * value['high']:.0f}]"
 
 
 def span(value: dict) -> str:
-    """ "34% 26-44"."""
+    """The same for narrow columns, as in 34% 26-44."""
     return f"{100 * value['share']:.0f}% {100 * value['low']:.0f}-{100 * value['high']:.0f}"
 
 
 def number(value: dict) -> str:
-    """ "0.981 [0.970, 0.992]"."""
+    """A mean and its interval, as in 0.981 [0.970, 0.992]."""
     return f"{value['mean']:.3f} [{value['low']:.3f}, {value['high']:.3f}]"
 
 
