@@ -262,6 +262,25 @@ def test_a_judge_from_outside(model, tmp_path):
     assert found["mean"] == pytest.approx(sum(map(len, answers)) / 3) and found["n"] == 3
 
 
+def test_a_judge_that_fails_loses_nothing(model, tmp_path, monkeypatch):
+    script = tmp_path / "judge.py"
+    script.write_text("import sys; sys.exit('no key')")
+    command, out = f"{sys.executable} {script}", tmp_path / "out"
+    with pytest.raises(InputError, match="no key"):
+        evaluate(model, CIRCUIT, plan(judge_command=command), out=out)
+    script.write_text(JUDGE % "1")
+
+    def generate(*_, **__):
+        raise AssertionError("answers are written again")
+
+    monkeypatch.setattr("cna_kernels.model.evaluation.answers.generate", generate)
+    results = evaluate(model, CIRCUIT, plan(judge_command=command), out=out)
+    assert row_of(results, "circuit", 0.0)["benign"]["judge"]["mean"] == 1
+    script.write_text(JUDGE % "2")  # another command is another judge, of the same answers
+    results = evaluate(model, CIRCUIT, plan(judge_command=f"{command} again"), out=out)
+    assert row_of(results, "circuit", 0.0)["benign"]["judge"]["mean"] == 2
+
+
 @pytest.mark.parametrize(
     ("body", "message"),
     [

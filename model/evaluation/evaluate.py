@@ -278,8 +278,10 @@ class Evaluation:
         if self.plan.judge_command is None or not self.samples:
             return
         self.say("judge")
+        self.results["judge_command"] = self.plan.judge_command
         items = [{name: sample[name] for name in ("set", "prompt", "answer")} for sample in self.samples]
-        scores = self.store.get("judge", lambda: judge(self.plan.judge_command, items))
+        command = self.plan.judge_command
+        scores = self.store.get(f"judge-{sha256(command)[:16]}", lambda: judge(command, items))
         by_set: dict[tuple[int, str], list[float]] = {}
         for sample, score in zip(self.samples, scores, strict=True):
             sample["judge"] = score

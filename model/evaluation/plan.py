@@ -98,7 +98,6 @@ class Plan:
             "max_new_tokens": self.max_new_tokens, "random_draws": self.random_draws,
             "refusals": {name: sha256(*found.phrases) for name, found in self.refusals.items()},
             "chat": self.chat, "alternatives": self.alternatives, "curves": self.curves,
-            "judge_command": self.judge_command,
             "others": {name: sha256(circuit.to_json()) for name, circuit in self.others.items()},
             "sae": None if self.sae is None else [Path(self.sae[0]).name, *self.sae[1:]],
         }  # fmt: skip
