@@ -187,7 +187,8 @@ def build_parser() -> Parser:
         commands,
         "compare",
         "find the same behaviour's circuit in two models, compare them, and steer both with both",
-        "cna compare base/ instruct/ --positive refused.txt --negative answered.txt --harmful harmful.txt -o compared/",
+        "cna compare base/ instruct/ --positive refused.txt --negative answered.txt --harmful harmful.txt \\\n"
+        "      --no-template -o compared/",
     )
     compare.add_argument("models", nargs=2, metavar="MODEL", help=MODEL_HELP)
     compare.add_argument("--positive", metavar="FILE", required=True, help="prompts that show the behaviour")
@@ -242,6 +243,7 @@ def _evaluation_flags(parser, *, needs_output):
     parser.add_argument(
         "--refusals", metavar="FILE", help="phrases that mark a refusal, one a line, instead of the bundled broad list"
     )
+    parser.add_argument("--strict-refusals", metavar="FILE", help="the same, instead of the bundled strict list")
     parser.add_argument(
         "--max-new-tokens", type=_positive, default=100, metavar="N", help="longest answer (default: %(default)s)"
     )

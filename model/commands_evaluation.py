@@ -52,7 +52,8 @@ def run_compare(args):
     plan = _plan(args)
     settings = {"fraction": args.fraction, "score": args.score}
     if args.universal_prompts:
-        settings["universal_prompts"] = read_prompts(args.universal_prompts)
+        column = column_of(args, args.universal_prompts)
+        settings["universal_prompts"] = read_prompts(args.universal_prompts, column=column)
     make_directory(args.output)
     models = {}
     for path in args.models:
@@ -61,6 +62,8 @@ def run_compare(args):
             name += " (second)"
         models[name] = load(directory_of(path), device=device_of(args), dtype=args.dtype)
     results = compare.compare(models, plan, out=args.output, say=_say(args), **settings)
+    for name, evaluation in results["evaluations"].items():
+        report.write(evaluation, Path(args.output) / name)
     if args.json:
         print_json(results)
         return
@@ -104,8 +107,9 @@ def _plan(args) -> Plan:
     if args.command == "eval" and not args.no_kl:
         sets.setdefault("neutral", neutral_prompts())
     refusals = {"broad": Refusals.bundled("broad"), "strict": Refusals.bundled("strict")}
-    if args.refusals:
-        refusals = {Path(args.refusals).stem: Refusals.read(args.refusals), "strict": refusals["strict"]}
+    for name, path in (("broad", args.refusals), ("strict", args.strict_refusals)):
+        if path:
+            refusals[name] = Refusals.read(path)
     options = {}
     if args.command == "eval":
         options = dict(
@@ -142,6 +146,9 @@ def _exam(args):
     if not 0 <= args.shots <= 100:
         raise InputError("--shots", f"expected 0 to 100, got {args.shots}")
     if args.mmlu is None:
+        for flag, value in (("--subjects", args.subjects), ("--mmlu-limit", args.mmlu_limit)):
+            if value:
+                raise InputError(flag, "is for --mmlu, which is not given")
         return None
     subjects = [name.strip() for name in args.subjects.split(",")] if args.subjects else None
     return read_exam(args.mmlu, subjects=subjects, limit=args.mmlu_limit, seed=args.seed, shots=args.shots)
@@ -158,7 +165,7 @@ def _show(results):
     rows = report.table_rows(results, report.brief(results))
     table = Table(box=SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))
     for title in next(rows):
-        table.add_column(title.replace(" refused", "\nrefused"), no_wrap=True)
+        table.add_column(title.replace(" ", "\n"), no_wrap=True)
     for row in rows:
         table.add_row(*row)
     stdout().print(table)
@@ -167,4 +174,4 @@ def _show(results):
         for name in ("harmful", "benign")
         if name in results["rows"][0]
     ]
-    stdout().print(f"95% intervals; prompts: {', '.join(counts) or 'none'}", markup=False)
+    stdout().print(f"refused: with 95% intervals; prompts: {', '.join(counts) or 'none'}", markup=False)

@@ -132,7 +132,7 @@ class _LastToken(Edit):
 
     def _sum(self, site, layer, x):
         rows = torch.arange(len(self.last), device=x.device)
-        self.totals[site][layer] += x[rows, self.last].double().sum(0).cpu()
+        self.totals[site][layer] += x[rows, self.last].cpu().double().sum(0)
 
 
 def mean_states(transformer: Transformer, prompts: Sequence[TokenPrompt]) -> dict[str, Tensor]:

@@ -96,7 +96,7 @@ def relevance(
             metric.sum().backward()
         for number, layer in enumerate(twin.layers):
             act = layer.mlp.act
-            total[number] += (act.detach().double() * act.grad.double()).sum(0).cpu()
+            total[number] += (act.detach().cpu().double() * act.grad.cpu().double()).sum(0)
             layer.mlp.act = None
     if not torch.isfinite(total).all():
         raise InputError("relevance", "is not finite")

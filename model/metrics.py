@@ -41,7 +41,7 @@ class Refusals:
     phrases: tuple[str, ...]
 
     def __call__(self, answer: str) -> bool:
-        text = " ".join(answer.lower().replace("\u2019", "'").split())
+        text = _plain(answer)
         return any(text.startswith(p[1:]) if p[0] == "^" else p in text for p in self.phrases)
 
     @classmethod
@@ -58,11 +58,16 @@ class Refusals:
 
     @classmethod
     def _parse(cls, text: str, where) -> Refusals:
-        lines = [" ".join(line.lower().split()) for line in text.splitlines()]
+        lines = [_plain(line) for line in text.splitlines()]
         phrases = tuple(line for line in lines if line.strip("^ ") and not line.startswith("#"))
         if not phrases:
             raise InputError(where, "holds no phrase")
         return cls(phrases)
+
+
+def _plain(text: str) -> str:
+    """Lower case, straight apostrophes, single spaces."""
+    return " ".join(text.lower().replace("\u2019", "'").split())
 
 
 def kind_of(text: str, tokens: Sequence[int], is_refusal: Callable[[str], bool]) -> str:
@@ -74,7 +79,8 @@ def kind_of(text: str, tokens: Sequence[int], is_refusal: Callable[[str], bool])
             return "degenerate"
     if is_refusal(text):
         return "refusal"
-    return "short" if len(text.split()) < NGRAM else "answer"
+    # text of languages without spaces is one word
+    return "short" if len(text.split()) < NGRAM and len(tokens) < FEWEST else "answer"
 
 
 def summarise(answers: Sequence[str], is_refusal: Callable[[str], bool]) -> dict[str, float]:
@@ -111,10 +117,13 @@ def share(hits: int, n: int) -> dict:
 
 
 def mean(values: Sequence[float]) -> dict:
-    """Return ``{"mean", "low", "high", "n"}``: a mean and its 95% interval, 1.96 standard errors to both sides."""
+    """Return ``{"mean", "low", "high", "n"}``: a mean and its 95% interval, 1.96 standard errors to both sides.
+
+    One value has no interval.
+    """
     n = len(values)
-    if n == 0:
-        return {"mean": None, "low": None, "high": None, "n": 0}
+    if n < 2:
+        return {"mean": values[0] if n else None, "low": None, "high": None, "n": n}
     centre = math.fsum(values) / n
-    error = math.sqrt(math.fsum((v - centre) ** 2 for v in values) / (n - 1) / n) if n > 1 else 0.0
+    error = math.sqrt(math.fsum((v - centre) ** 2 for v in values) / (n - 1) / n)
     return {"mean": centre, "low": centre - Z * error, "high": centre + Z * error, "n": n}

@@ -45,7 +45,8 @@ def test_bundled_refusal_lists(text, broad, strict):
 
 def test_a_users_refusal_list(tmp_path):
     path = tmp_path / "phrases.txt"
-    path.write_text("# comment\n\n^No\nNever  ever\n")
+    path.write_text("# comment\n\n^No\nNever  ever\nI\u2019d rather not\n")
+    assert Refusals.read(path)("well, I'd rather not")
     refuses = Refusals.read(path)
     assert refuses("no way") and refuses("I would never ever do it") and not refuses("Why, no")
     path.write_text("# comment\n^\n")
@@ -67,6 +68,7 @@ def test_kinds_of_answers():
     assert kind("a b c d e f g h", [7] * 30) == "degenerate"
     assert kind("I cannot help with that.") == "refusal"
     assert kind("Take it.") == "short"
+    assert kind("\u8bf7\u7528\u94a5\u5319\u6253\u5f00\u95e8", list(range(9))) == "answer"  # one word, nine tokens
     assert kind("Take the key and turn it.") == "answer"
 
 
@@ -90,5 +92,5 @@ def test_interval_of_a_mean():
     error = statistics.stdev(values) / 2
     assert found["mean"] == pytest.approx(0.425) and found["n"] == 4
     assert found["high"] - found["mean"] == pytest.approx(1.959964 * error)
-    assert mean([3.0]) == {"mean": 3.0, "low": 3.0, "high": 3.0, "n": 1}
+    assert mean([3.0]) == {"mean": 3.0, "low": None, "high": None, "n": 1}
     assert share(0, 0)["share"] is None and mean([])["mean"] is None

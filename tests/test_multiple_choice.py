@@ -13,6 +13,7 @@ from cna_kernels.model.evaluation.answers import answer_all
 from cna_kernels.model.evaluation.interventions import UNSTEERED, Interventions, Method, Setting
 from cna_kernels.model.evaluation.multiple_choice import by_likelihood, generation_prompts, parse_letter, read_exam
 from cna_kernels.model.evaluation.store import Store
+from cna_kernels.model.packing import TokenPrompt
 from tiny import write_language_model
 
 pytest.importorskip("transformers")
@@ -91,6 +92,8 @@ def test_parquet_and_csv_with_a_header(tmp_path):
         ("q,A\n", r"x_test\.csv:1: expected question, choices and answer, got 2 columns"),
         ("question,A,B,answer\nq,a,b\n", r"x_test\.csv:2: expected 4 columns, got 3"),
         ("question,text,answer\nq,a,b\n", r"x_test\.csv:2: expected 2 to 10 choices, got 0"),
+        ("question,A,A,answer\nq,a,b,A\n", r"x_test\.csv:1: names a column twice"),
+        ("q,a,,c,d,A\n", r"x_test\.csv:1: choices: choice B is empty"),
         ("\n\n", r"x_test\.csv: holds no question"),
         ('q,"a,b,c,d,A\n', r"x_test\.csv:\d: is not CSV"),
     ],
@@ -100,6 +103,31 @@ def test_questions_that_cannot_be_used(tmp_path, content, message):
     path.write_text(content)
     with pytest.raises(InputError, match=message):
         read_exam(path)
+
+
+def test_trailing_empty_choices_are_none_and_a_question_may_say_question(tmp_path):
+    path = tmp_path / "x_test.csv"
+    path.write_text("q,a,b,c,,A\nWhat is asked?,question,answer,b,c,A\n")
+    first, second = read_exam(path).questions
+    assert first.choices == ("a", "b", "c") and second.choices == ("question", "answer", "b", "c")
+
+
+def test_the_same_question_in_two_files_is_refused(tmp_path):
+    for name in ("all", "law"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "law_test.csv").write_text("q,a,b,c,d,A\n")
+    with pytest.raises(InputError, match=r"asks this, too; give one of the two"):
+        read_exam(tmp_path)
+    assert len(read_exam(tmp_path / "all").questions) == 1
+
+
+def test_the_hash_of_an_exam_does_not_depend_on_its_place(tmp_path):
+    hashes = set()
+    for name in ("one", "two"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "law_test.csv").write_text("q,a,b,c,d,A\n")
+        hashes.add(read_exam(tmp_path / name).sha256)
+    assert len(hashes) == 1
 
 
 def test_other_encodings_and_missing_files(tmp_path):
@@ -128,7 +156,8 @@ def test_likelihoods_equal_one_forward_pass_for_each_choice(tmp_path, model, mon
         )
     circuit = Circuit(((0, 3, 1.0), (1, 40, 1.0), (2, 7, 1.0)), 3, 48)
     interventions = Interventions(model, [UNSTEERED, Setting(Method("c", "", circuit), 6.0)])
-    found = by_likelihood(model, interventions, [0, 1], exam, shots=1)
+    asked = multiple_choice.likelihood_prompts(model, exam, shots=1)
+    found = by_likelihood(model, interventions, [0, 1], asked)
     for setting, choices in found.items():
         for question, chosen in zip(exam.questions, choices, strict=True):
             scores = []
@@ -143,11 +172,18 @@ def test_likelihoods_equal_one_forward_pass_for_each_choice(tmp_path, model, mon
     assert long_letters or found[0] != found[1], "steering without effect would hide everything"
 
 
+def test_pronouns_are_no_choice():
+    assert parse_letter("I'm sorry, but I can't help", 10) is None and parse_letter("I think so", 10) is None
+    assert parse_letter("I", 10) == 8
+
+
 @pytest.mark.parametrize(
     ("answer", "letter"),
     [
         ("B", 1), ("b", None), (" C.", 2), ("(D) because", 3), ("The answer is (A).", 0), ("Answer: C", 2),
         ("answer is: **B**", 1), ("I think A is wrong. The answer is D", 3), ("A cat sat there", None),
+        ("The answer is B because it stores energy", 1), ("B is correct.", 1), ("Answer: D is right", 3),
+        (" B\n\nWhat is it?\nAnswer: C", 1), ("A is correct", 0), ("The answer is A because", 0),
         ("It must be B, of course", 1), ("E", None), ("", None), ("BAD", None), ("A", 0), ("A: first", 0),
         ("A) first", 0),
     ],
@@ -162,7 +198,9 @@ def test_a_model_that_repeats_one_letter_scores_that_letters_share(tmp_path, mod
     monkeypatch.setattr(
         "cna_kernels.model.evaluation.answers.generate", lambda _, members, **__: [tokens for _ in members]
     )
-    prompts = generation_prompts(model, exam, shots=0, room=4, chat=None)
+    prompts = [
+        TokenPrompt(asked.rows[0], "question") for asked in generation_prompts(model, exam, shots=0, room=4, chat=None)
+    ]
     with Store(None, {}) as store:
         (answers,) = answer_all(
             model, Interventions(model, [UNSTEERED]), [0], prompts, max_new_tokens=4, rows=5, store=store, name="x"
@@ -176,7 +214,7 @@ def test_a_model_that_repeats_one_letter_scores_that_letters_share(tmp_path, mod
 def test_examples_are_dropped_where_the_context_is_short(tmp_path_factory, tmp_path):
     small = load(write_language_model(tmp_path_factory.mktemp("m"), max_position_embeddings=200))
     exam = read_exam(write_mmlu(tmp_path, n=1), shots=2)
-    prompts = generation_prompts(small, exam, shots=2, room=20, chat=False)
-    assert all(len(prompt.ids) <= 180 for prompt in prompts)
+    asked = generation_prompts(small, exam, shots=2, room=20, chat=False)
+    assert all(len(one.rows[0]) <= 180 for one in asked) and {one.shots for one in asked} < {0, 1, 2}
     with pytest.raises(InputError, match="tokens without examples, there is room for"):
         generation_prompts(small, exam, shots=2, room=195, chat=False)

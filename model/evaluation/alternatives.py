@@ -19,7 +19,13 @@ from .store import Store
 
 SCORES = ("abs-delta", "magnitude", "cohen-d", "norm-weighted", "relp")
 STEPS = (1 / 8, 1 / 4, 1 / 2, 1, 2, 4, 8)  # sizes of a curve, by the size of the circuit evaluated
-MOST_PROMPTS = 50  # of each set
+MOST_PROMPTS = 50  # of each set, evenly spaced
+
+
+def evenly(prompts: Sequence[TokenPrompt], most: int) -> list[TokenPrompt]:
+    """At most so many prompts, evenly spaced: files are often sorted by subject."""
+    n = min(most, len(prompts))
+    return [prompts[number * len(prompts) // n] for number in range(n)]
 
 
 def alternatives(
@@ -32,7 +38,7 @@ def alternatives(
     curves: bool,
     is_refusal: Refusals,
     max_new_tokens: int,
-    rows: int,
+    rows: int | None,
     store: Store,
 ) -> list[dict]:
     """Return one point for each score and size.
@@ -62,8 +68,8 @@ def alternatives(
             continue
         numbers = list(range(first, len(methods) + 1, 2))
         answers = answer_all(
-            model, interventions, numbers, prompts[name][:MOST_PROMPTS], max_new_tokens=max_new_tokens, rows=rows,
-            store=store, name=f"alternatives-{name}",
+            model, interventions, numbers, evenly(prompts[name], MOST_PROMPTS), max_new_tokens=max_new_tokens,
+            rows=rows, store=store, name=f"alternatives-{name}",
         )  # fmt: skip
         for point, number in zip(points, numbers, strict=True):
             found = answers[number]

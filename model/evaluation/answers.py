@@ -53,7 +53,7 @@ def answer_all(
     prompts: Sequence[TokenPrompt],
     *,
     max_new_tokens: int,
-    rows: int,
+    rows: int | None,
     store: Store,
     name: str,
     progress: Callable[[int, int], None] = lambda done, of: None,
@@ -62,10 +62,13 @@ def answer_all(
 
     Args:
         settings: numbers in ``interventions``.
-        rows: answers written together. Every chunk of them is one piece of work in the store.
+        rows: answers written together, one piece of work in the store; None asks the memory, the first time.
         name: of the pieces of work.
         progress: called with the answers written and those to write in all.
     """
+    if rows is None:  # kept: the pieces of a run must not depend on the memory that happens to be free
+        longest = max((len(prompt.ids) for prompt in prompts), default=1)
+        rows = store.get(f"{name}-rows", lambda: auto_rows(model, longest, max_new_tokens))
     # Prompts of about one length share a chunk, so that little is padded.
     order = sorted(range(len(prompts)), key=lambda number: (len(prompts[number].ids), number))
     plan = [(setting, number) for number in order for setting in settings]
@@ -73,8 +76,8 @@ def answer_all(
     for start in range(0, len(plan), rows):
         chunk = plan[start : start + rows]
         lines = store.get(
-            f"{name}-{start // rows:05d}",
-            lambda chunk=chunk: _write(model, interventions, chunk, prompts, max_new_tokens),
+            f"{name}-by-{rows}-{start // rows:05d}",
+            lambda chunk=chunk: write(model, interventions, chunk, prompts, max_new_tokens),
         )
         for (setting, number), tokens in zip(chunk, lines, strict=True):
             found[setting].append(Answer(setting, number, model.tokenizer.decode(tokens), tuple(tokens)))
@@ -82,8 +85,10 @@ def answer_all(
     return {setting: sorted(answers, key=lambda answer: answer.prompt) for setting, answers in found.items()}
 
 
-def _write(model, interventions, chunk, prompts, max_new_tokens) -> list[list[int]]:
-    """The tokens of each answer of a chunk; where memory runs out, of its halves."""
+def write(
+    model: LanguageModel, interventions: Interventions, chunk: Sequence[tuple[int, int]], prompts, max_new_tokens: int
+) -> list[list[int]]:
+    """The tokens of the answers to a chunk of (setting, prompt), in one batch; where memory runs out, in halves."""
     members = [prompts[number] for _, number in chunk]
     try:
         return generate(
@@ -94,6 +99,8 @@ def _write(model, interventions, chunk, prompts, max_new_tokens) -> list[list[in
             steer=interventions.steer([setting for setting, _ in chunk]),
         )
     except InputError as error:
+        if error.where == "max_new_tokens" and len(chunk) > 1:  # the cache of keys and values does not fit
+            return _halves(model, interventions, chunk, prompts, max_new_tokens)
         if error.where not in {prompt.place for prompt in members}:
             raise
         which = [interventions.settings[s].name for s, n in chunk if prompts[n].place == error.where]
@@ -103,9 +110,10 @@ def _write(model, interventions, chunk, prompts, max_new_tokens) -> list[list[in
             raise
     if model.device.type == "cuda":  # outside the except block, whose traceback would keep the tensors alive
         torch.cuda.empty_cache()
+    return _halves(model, interventions, chunk, prompts, max_new_tokens)
+
+
+def _halves(model, interventions, chunk, prompts, max_new_tokens) -> list[list[int]]:
     half = len(chunk) // 2
-    return [
-        answer
-        for part in (chunk[:half], chunk[half:])
-        for answer in _write(model, interventions, part, prompts, max_new_tokens)
-    ]
+    parts = (chunk[:half], chunk[half:])
+    return [answer for part in parts for answer in write(model, interventions, part, prompts, max_new_tokens)]

@@ -14,11 +14,9 @@ from cna_kernels import select
 from cna_kernels.checks import InputError
 from cna_kernels.circuit import Circuit
 from cna_kernels.files import make_directory, write_text
-from cna_kernels.sums import ActivationSums
 
-from ..collect import collect
 from ..language_model import LanguageModel
-from . import report
+from . import report, rivals
 from .evaluate import evaluate
 from .plan import Plan
 
@@ -46,6 +44,9 @@ def compare(
     """
     if plan.positive is None or plan.negative is None:
         raise InputError("positive, negative", "discovery prompts are needed to compare models")
+    used = {model.tokenizer.template_sha256 if model.uses_chat(plan.chat) else None for model in models.values()}
+    if len(used) > 1:
+        raise InputError("--no-template", "the models' chat templates differ: compare them on plain text")
     if out is not None:
         make_directory(out)
     circuits, contrasts = {}, {}
@@ -75,12 +76,8 @@ def compare(
 
 
 def _contrast(model: LanguageModel, plan: Plan) -> Tensor:
-    config = model.config
-    sums = ActivationSums(config.num_hidden_layers, config.intermediate_size, 2, device=model.device)
-    sides = [model.encode(prompts, chat=plan.chat) for prompts in (plan.positive, plan.negative)]
-    weights = torch.tensor([[1.0, 0.0]] * len(sides[0]) + [[0.0, 1.0]] * len(sides[1]))
-    collect(model.transformer, [*sides[0], *sides[1]], weights, sums)
-    return select.contrast(sums)
+    positive, negative = (model.encode(prompts, chat=plan.chat) for prompts in (plan.positive, plan.negative))
+    return select.contrast(rivals.contrast_sums(model, rivals.Sides(positive, negative, (), ())))
 
 
 def _where(circuit: Circuit) -> dict:

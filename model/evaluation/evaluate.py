@@ -8,26 +8,28 @@ import platform
 import time
 from collections import Counter
 from collections.abc import Callable, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
 import cna_kernels
-from cna_kernels import select
 from cna_kernels.checks import InputError
 from cna_kernels.circuit import Circuit
 from cna_kernels.files import sha256, write_text
 
 from .. import directions
+from ..collect import check_length
 from ..language_model import LanguageModel
 from ..metrics import KINDS, kind_of, mean, ngram_quality, share
+from ..packing import TokenPrompt
 from . import alternatives, rivals
-from .answers import Answer, answer_all, auto_rows
+from .answers import Answer, answer_all
 from .interventions import UNSTEERED, Interventions, Method, Setting
 from .judge import judge
 from .likelihood import divergences, perplexities, perplexity, windows_of
-from .multiple_choice import by_likelihood, generation_prompts, parse_letter
+from .multiple_choice import by_likelihood, generation_prompts, likelihood_prompts, parse_letter
 from .plan import Plan
 from .store import Store
 
@@ -48,7 +50,7 @@ class Evaluation:
 
     def __init__(self, model: LanguageModel, circuit: Circuit, plan: Plan, store: Store, say: Say = lambda text: None):
         self.model, self.circuit, self.plan, self.store, self.say = model, circuit, plan, store, say
-        self.results: dict = {"facts": store.facts, "environment": environment(model), "chosen": {}}
+        self.results: dict = {"facts": store.facts, "environment": environment(model), "chosen": {}, "notes": []}
         self.samples: list[dict] = []
         self._refuses = next(iter(plan.refusals.values()))
         self._prompts = {
@@ -56,30 +58,61 @@ class Evaluation:
             for name in ("harmful", "benign", "positive", "negative")
             if (prompts := getattr(plan, name)) is not None
         }
-        asked = [prompt for name in ("harmful", "benign") for prompt in self._prompts.get(name, [])]
-        longest = max((len(prompt.ids) for prompt in asked), default=1)
-        # kept on disk: the chunks of a run must not depend on the memory that happens to be free
-        wanted = plan.rows or auto_rows(model, longest, plan.max_new_tokens)
-        self.rows = store.get("rows", lambda: wanted)
-        self._texts = [model.tokenizer.encode(text) for text in plan.neutral.texts] if plan.neutral else []
+        self._texts = []
+        if plan.neutral is not None:
+            self._texts = model.encode(plan.neutral, chat=False)
+        for prompt in (*(p for prompts in self._prompts.values() for p in prompts), *self._texts):
+            check_length(prompt, model.config.context_length)
+        self._note_shared()
         self._windows = [] if plan.text is None else windows_of(model, plan.text)
         if plan.text is not None and not self._windows:
             raise InputError("text", "holds no token to predict")
-        self._questions = []
+        self._choices, self._questions = [], []
         if plan.exam is not None:
+            self._choices = likelihood_prompts(model, plan.exam, shots=plan.shots)
             self._questions = generation_prompts(
                 model, plan.exam, shots=plan.shots, room=plan.exam_tokens, chat=plan.chat
             )
+            self._note_shots()
         self._discovery = None
         if "positive" in self._prompts and "negative" in self._prompts:
             say("discovery prompts")
             sides = rivals.Sides.split(self._prompts["positive"], self._prompts["negative"])
             self._discovery = rivals.Discovery.of(model, sides, self._universal())
         self._ranked = {}
-        if plan.alternatives or plan.curves:
-            self._ranked = rivals.rankings(model, self._discovery, alternatives.SCORES)
+        for name in alternatives.SCORES if plan.alternatives or plan.curves else ():
+            with self._or_note(name):
+                self._ranked |= rivals.rankings(model, self._discovery, (name,))
         self.methods = [method for name in plan.methods for method in self._methods(name)]
         self.methods += [Method(name, f"{other.k} neurons", other) for name, other in plan.others.items()]
+
+    @contextmanager
+    def _or_note(self, name: str):
+        """Leave out a rival that these prompts do not allow, and say why in the results."""
+        try:
+            yield
+        except InputError as error:
+            self._note(f"{name} is left out: {error}")
+
+    def _note(self, text: str):
+        self.results["notes"].append(text)
+        self.say(text)
+
+    def _note_shared(self):
+        """Discovery prompts that are also reported on make everything chosen on them look better than it is."""
+        sides = {text for name in ("positive", "negative") for text in getattr(self.plan, name) or ()}
+        texts = {text for text, _ in sides}
+        for name in ("harmful", "benign"):
+            n = sum(text in texts for text, _ in getattr(self.plan, name) or ())
+            if n:
+                self._note(f"{n} of the {name} prompts are discovery prompts, too")
+
+    def _note_shots(self):
+        for way, asked in (("likelihood", self._choices), ("generated", self._questions)):
+            used = [one.shots for one in asked]
+            if min(used) < self.plan.shots:
+                what = f"{min(used)} to {max(used)} examples in front instead of {self.plan.shots}"
+                self._note(f"multiple choice, {way}: {what}; there are no more, or there is no room")
 
     def run(self) -> dict:
         """Do everything, or what is left of it; return ``results``."""
@@ -112,7 +145,7 @@ class Evaluation:
             self.say("other ways to choose neurons")
             self.results["alternatives"] = alternatives.alternatives(
                 self.model, self.circuit, self._ranked, self._discovery, self._prompts, curves=plan.curves,
-                is_refusal=self._refuses, max_new_tokens=plan.max_new_tokens, rows=self.rows, store=self.store,
+                is_refusal=self._refuses, max_new_tokens=plan.max_new_tokens, rows=plan.rows, store=self.store,
             )  # fmt: skip
         self.results["environment"]["seconds"] = round(time.perf_counter() - started, 1)
         return self.results
@@ -131,7 +164,7 @@ class Evaluation:
             return [Method(f"random {number}", about, draw) for number, draw in enumerate(draws, 1)]
         self.say(f"preparing {name}")
         if name == "activation":
-            score = found.sums.mean(select.POSITIVE).abs()
+            score = rivals.rankings(model, found, (name,))[name]
             top = rivals.top_circuit(name, score, found, circuit.k)
             return [Method("top activation", "as many neurons, those that fire most", top)]
         if name == "caa-released":
@@ -145,26 +178,29 @@ class Evaluation:
             about = f"feature {feature} of {Path(path).name} after layer {layer}, as far as prompts differ along it"
             return [Method(name, about, directions.feature(found.difference, layer, row))]
         if name == "neuron":
-            method, self.results["chosen"][name] = rivals.best_neuron(model, found, self.store)
-        else:
-            method, self.results["chosen"][name] = rivals.best_direction(
-                model, name, found, self._refuses, self.rows, self.store
-            )
+            with self._or_note("the single neuron"):
+                method, self.results["chosen"][name] = rivals.best_neuron(model, found, self.store)
+                return [method]
+            return []
+        method, self.results["chosen"][name] = rivals.best_direction(
+            model, name, found, self._refuses, plan.rows, self.store
+        )
         return [method]
 
     def _universal(self) -> Tensor:
-        """``[L, N]`` bool: what the circuit's own universal filter left out, so that rivals leave it out, too."""
+        """``[L, N]`` bool: what the circuit's discovery left out, so that rivals leave it out, too."""
         config = self.model.config
         excluded = torch.zeros(config.num_hidden_layers, config.intermediate_size, dtype=torch.bool)
         for layer, index in (self.circuit.universal or {}).get("excluded", []):
             excluded[layer, index] = True
+        excluded[list(self.circuit.skipped_layers)] = True
         return excluded
 
     def _write(self, interventions: Interventions, prompts, max_new_tokens: int, name: str) -> list[list[Answer]]:
         """The answers of every setting to all prompts."""
         found = answer_all(
             self.model, interventions, range(len(interventions.settings)), prompts, max_new_tokens=max_new_tokens,
-            rows=self.rows, store=self.store, name=name, progress=lambda n, of: self.say(f"{n} of {of} {name}"),
+            rows=self.plan.rows, store=self.store, name=name, progress=lambda n, of: self.say(f"{n} of {of} {name}"),
         )  # fmt: skip
         return list(found.values())
 
@@ -228,7 +264,7 @@ class Evaluation:
             return None
 
         def work(texts, numbers):
-            return divergences(self.model, interventions, numbers, texts)
+            return divergences(self.model, interventions, numbers, [text.ids for text in texts])
 
         return [{"kl": mean(values)} for values in self._in_pieces("kl", interventions, self._texts, work)]
 
@@ -248,12 +284,13 @@ class Evaluation:
             return None
         questions = plan.exam.questions
 
-        def work(piece, numbers):
-            return by_likelihood(self.model, interventions, numbers, plan.exam.only(piece), shots=plan.shots)
+        def work(asked, numbers):
+            return by_likelihood(self.model, interventions, numbers, asked)
 
-        likely = self._in_pieces("exam-likelihood", interventions, questions, work)
+        likely = self._in_pieces("exam-likelihood", interventions, self._choices, work)
         figures = []
-        answers = self._write(interventions, self._questions, plan.exam_tokens, "exam-answers")
+        prompts = [TokenPrompt(asked.rows[0], asked.question.place) for asked in self._questions]
+        answers = self._write(interventions, prompts, plan.exam_tokens, "exam-answers")
         for letters, written in zip(likely, answers, strict=True):
             said = [parse_letter(a.text, len(q.choices)) for a, q in zip(written, questions, strict=True)]
             right = {
@@ -331,6 +368,7 @@ def run_facts(model: LanguageModel, circuit: Circuit, plan: Plan) -> dict:
     return {
         "model": model.identity()
         | {"tokenizer_sha256": model.tokenizer.sha256, "chat_template_sha256": model.tokenizer.template_sha256},
+        "device": model.device.type,
         "dtype": str(model.transformer.dtype).removeprefix("torch."),
         "circuit_sha256": sha256(circuit.to_json()),
         "plan": plan.facts(),

@@ -53,7 +53,7 @@ def judge(command: str, items: Sequence[dict], *, timeout: float = TIMEOUT) -> l
 
 def _scores(output: str, n: int, where: str) -> list[float]:
     scores: dict[int, float] = {}
-    for number, line in enumerate(output.splitlines(), 1):
+    for number, line in enumerate(output.split("\n"), 1):
         if not line.strip():
             continue
         place = f"{where}: line {number} of its output"

@@ -9,12 +9,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from cna_kernels.checks import InputError
+
 from ..generate import pad
 from ..language_model import LanguageModel
+from ..memory import is_out_of_memory
 from ..metrics import Z
 from .interventions import Interventions
 
 NUMBERS = 1 << 26  # logits that one forward pass may hold: 256 MiB of fp32
+TOKENS = 4096, 65536  # that one forward pass may have, on CPUs and on GPUs
 
 
 def each_logits(
@@ -24,28 +28,45 @@ def each_logits(
 
     Args:
         rows: a setting's number and the ids.
+
+    Raises:
+        InputError: a logit is not finite; names the setting.
     """
-    transformer = model.transformer
-    for members in _chunks(rows, NUMBERS // model.config.vocab_size, last):
-        input_ids, lengths = pad([ids for _, ids in members], model.device)
+    for chunk in _chunks(rows, NUMBERS // model.config.vocab_size, TOKENS[model.device.type == "cuda"], last):
+        for (setting, _), logits in zip(chunk, _logits(model, interventions, chunk, last), strict=True):
+            if not torch.isfinite(logits).all():
+                name = interventions.settings[setting].name
+                raise InputError(name, "the logits are not finite; is the multiplier too large?")
+            yield logits
+
+
+def _logits(model, interventions, chunk, last) -> list[Tensor]:
+    """The logits of each row of a chunk, in one batch; where memory runs out, in halves."""
+    try:
+        input_ids, lengths = pad([ids for _, ids in chunk], model.device)
         with torch.inference_mode():
-            steer = interventions.steer([setting for setting, _ in members])
-            hidden = transformer.hidden(input_ids, lengths=lengths, steer=steer)  # [B, S, H]
+            steer = interventions.steer([setting for setting, _ in chunk])
+            hidden = model.transformer.hidden(input_ids, lengths=lengths, steer=steer)  # [B, S, H]
             if last:
-                hidden = hidden[torch.arange(len(members), device=model.device), lengths - 1][:, None]
-            logits = transformer.logits(hidden).float()
-        for row, (_, ids) in zip(logits, members, strict=True):
-            yield row if last else row[: len(ids)]
+                hidden = hidden[torch.arange(len(chunk), device=model.device), lengths - 1][:, None]
+            logits = model.transformer.logits(hidden).float()
+        return [row if last else row[: len(ids)] for row, (_, ids) in zip(logits, chunk, strict=True)]
+    except RuntimeError as error:
+        if not is_out_of_memory(error) or len(chunk) == 1:
+            raise
+    if model.device.type == "cuda":  # outside the except block, whose traceback would keep the tensors alive
+        torch.cuda.empty_cache()
+    half = len(chunk) // 2
+    return [row for part in (chunk[:half], chunk[half:]) for row in _logits(model, interventions, part, last)]
 
 
-def _chunks(rows, most_logits, last) -> Iterator[list]:
-    """Rows in their order, as many together as ``most_logits`` rows of the vocabulary allow."""
+def _chunks(rows, most_logits: int, most_tokens: int, last: bool) -> Iterator[list]:
+    """Rows in their order, as many together as keep both numbers, padding counted; at least one."""
     chunk, longest = [], 0
     for row in rows:
         size = max(longest, len(row[1]))
-        # at the last token only, hidden states still exist for all: 32 tokens of them weigh like one of logits
-        cost = size // 32 + 1 if last else size
-        if chunk and (len(chunk) + 1) * cost > most_logits:
+        n_rows = len(chunk) + 1
+        if chunk and (n_rows * size > most_tokens or n_rows * (1 if last else size) > most_logits):
             yield chunk
             chunk, size = [], len(row[1])
         chunk.append(row)
@@ -72,7 +93,7 @@ def divergences(
             plain = log_p
             continue
         kl = F.kl_div(log_p, plain, log_target=True, reduction="none").sum(-1)  # [S]
-        found[setting].append(max(kl.double().mean().item(), 0.0))
+        found[setting].append(max(kl.cpu().double().mean().item(), 0.0))
     if 0 in found:
         found[0] = [0.0] * len(texts)
     return found
@@ -86,7 +107,7 @@ def perplexities(
     found: dict[int, list[tuple[float, int]]] = {setting: [] for setting in settings}
     for (setting, ids), logits in zip(rows, each_logits(model, interventions, rows), strict=True):
         target = torch.tensor(ids[1:], device=logits.device)
-        loss = F.cross_entropy(logits[:-1], target, reduction="none").double().sum().item()
+        loss = F.cross_entropy(logits[:-1], target, reduction="none").cpu().double().sum().item()
         found[setting].append((loss, len(ids) - 1))
     return found
 
@@ -116,6 +137,11 @@ def perplexity(losses: Sequence[tuple[float, int]]) -> dict:
     n, n_windows = sum(count for _, count in losses), len(losses)
     rate = math.fsum(loss for loss, _ in losses) / n
     spread = math.fsum((loss - rate * count) ** 2 for loss, count in losses)
-    error = math.sqrt(n_windows * spread / max(n_windows - 1, 1)) / n
-    low, centre, high = (math.exp(min(rate + z * error, 700.0)) for z in (-Z, 0.0, Z))
-    return {"mean": centre, "low": low, "high": high, "n": n}
+    if n_windows < 2:
+        return {"mean": _exp(rate), "low": None, "high": None, "n": n}
+    error = math.sqrt(n_windows * spread / (n_windows - 1)) / n
+    return {"mean": _exp(rate), "low": _exp(rate - Z * error), "high": _exp(rate + Z * error), "n": n}
+
+
+def _exp(rate: float) -> float:
+    return math.exp(min(rate, 700.0))

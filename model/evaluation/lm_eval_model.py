@@ -9,10 +9,13 @@ from __future__ import annotations
 
 import contextlib
 
+import torch
 from lm_eval.api.model import TemplateLM
+from lm_eval.api.registry import register_model
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 from tqdm import tqdm
 
+from cna_kernels.checks import InputError
 from cna_kernels.circuit import Circuit
 
 from ..generate import Sampling, generate
@@ -36,8 +39,9 @@ class CnaLM(TemplateLM):
         device: str | None = None,
         dtype: str | None = None,
         batch_size: int | str | None = 16,
+        max_batch_size: int | None = None,
         any_model: bool = False,
-        **_,
+        **unknown,
     ):
         """
         Args:
@@ -45,10 +49,14 @@ class CnaLM(TemplateLM):
             circuit: circuit file; without one the model is not steered.
             multiplier: of the circuit.
             batch_size: answers written together.
+            max_batch_size: what the harness passes along; not used.
             any_model: accept a circuit found in another checkpoint of the same shape.
         """
         super().__init__()
-        self.model = load(pretrained, device=device or "cpu", dtype=dtype)
+        if unknown:
+            raise InputError(f"model_args: {next(iter(unknown))}", "is no argument of the model type cna")
+        device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+        self.model = load(pretrained, device=device, dtype=dtype)
         setting = UNSTEERED
         if circuit is not None:
             config = self.model.config
@@ -81,7 +89,10 @@ class CnaLM(TemplateLM):
         return template.source if chat_template and template else ""
 
     def apply_chat_template(self, chat_history, add_generation_prompt=True) -> str:
-        return self.model.tokenizer.template.render([chat_history])[0]
+        template = self.model.tokenizer.template
+        if template is None or not add_generation_prompt:
+            raise InputError("--apply_chat_template", "the checkpoint has no template, or the task ends in an answer")
+        return template.render([chat_history])[0]
 
     def tok_encode(self, string: str, add_special_tokens: bool | None = None, **_) -> list[int]:
         if add_special_tokens is False:
@@ -140,7 +151,7 @@ class CnaLM(TemplateLM):
         ]
         answers = generate(
             self.model.transformer, prompts, max_new_tokens=most, stop_ids=self.model.stop_ids, sampling=sampling,
-            steer=self.interventions.steer([0] * len(chunk)),
+            seeds=chunk, steer=self.interventions.steer([0] * len(chunk)),
         )  # fmt: skip
         texts = []
         for number, tokens in zip(chunk, answers, strict=True):
@@ -167,6 +178,4 @@ def _options(given: dict) -> tuple[tuple[str, ...], int, Sampling]:
 
 def register():
     """Make ``--model cna`` known to the harness of this process."""
-    from lm_eval.api.registry import model_registry
-
-    model_registry.register(NAME, target=CnaLM)
+    register_model(NAME)(CnaLM)

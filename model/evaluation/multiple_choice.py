@@ -15,14 +15,13 @@ import io
 import random
 import re
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from cna_kernels.checks import InputError
-from cna_kernels.files import read_text
+from cna_kernels.files import read_text, sha256
 
 from ..language_model import LanguageModel
-from ..packing import TokenPrompt
 from ..prompts import PromptSet
 from .interventions import Interventions
 from .likelihood import each_logits
@@ -53,14 +52,18 @@ class Exam:
 
     Attributes:
         examples: of each subject.
+        drawn: how the questions were chosen from the files.
     """
 
     questions: tuple[Question, ...]
     examples: dict[str, tuple[Question, ...]]
+    drawn: dict = field(default_factory=dict)
 
-    def only(self, questions: Sequence[Question]) -> Exam:
-        """The same examples, some of the questions."""
-        return Exam(tuple(questions), self.examples)
+    @property
+    def sha256(self) -> str:
+        """Of what is asked, wherever the files lie."""
+        every = [*self.questions, *(example for found in self.examples.values() for example in found)]
+        return sha256(*(repr((q.subject, q.text, q.choices, q.answer)) for q in every))
 
     def head(self, question: Question, shots: int) -> str:
         subject = question.subject.replace("_", " ")
@@ -94,8 +97,14 @@ def read_exam(
     """
     files = _files(Path(path), path)
     questions, examples = [], {}
+    seen: dict[tuple, Path] = {}  # the file of each question
     for file in files["test"]:
-        questions += _read(file)
+        found = _read(file)
+        for question in found:
+            other = seen.setdefault((question.subject, question.text, question.choices), file)
+            if other != file:
+                raise InputError(question.place, f"{other} asks this, too; give one of the two")
+        questions += found
     for file in files["dev"]:
         for question in _read(file):
             examples.setdefault(question.subject, []).append(question)
@@ -111,7 +120,8 @@ def read_exam(
     if limit is not None and limit < len(questions):
         chosen = sorted(random.Random(seed).sample(range(len(questions)), limit))
         questions = [questions[number] for number in chosen]
-    return Exam(tuple(questions), {subject: tuple(found[:shots]) for subject, found in examples.items()})
+    drawn = {"subjects": sorted(subjects or ()), "limit": limit, "seed": seed}
+    return Exam(tuple(questions), {subject: tuple(found[:shots]) for subject, found in examples.items()}, drawn)
 
 
 def _files(path: Path, where) -> dict[str, list[Path]]:
@@ -149,26 +159,27 @@ def _read(path: Path) -> list[Question]:
 
 
 def _csv(path: Path) -> Iterator[tuple[dict, str]]:
-    text = read_text(path)
-    reader = csv.reader(io.StringIO(text, newline=""), strict=True)
-    header = None
+    reader = csv.reader(io.StringIO(read_text(path), newline=""), strict=True)
+    header, first = None, True
     try:
         for row in reader:
             place = f"{path}:{reader.line_num}"
             if not any(cell.strip() for cell in row):
                 continue
-            if header is None and "question" in (names := [cell.strip().lower() for cell in row]) and "answer" in names:
+            names = [cell.strip().lower() for cell in row]
+            if first and "question" in names and "answer" in names:
+                if len(set(names)) < len(names):
+                    raise InputError(place, "names a column twice")
                 header = names
-                continue
-            if header is not None:
-                if len(row) != len(header):
-                    raise InputError(place, f"expected {len(header)} columns, got {len(row)}")
+            elif header is None:
+                if not 4 <= len(row) <= len(LETTERS) + 2:
+                    raise InputError(place, f"expected question, choices and answer, got {len(row)} columns")
+                yield {"question": row[0], "choices": row[1:-1], "answer": row[-1]}, place
+            elif len(row) != len(header):
+                raise InputError(place, f"expected {len(header)} columns, got {len(row)}")
+            else:
                 yield dict(zip(header, row, strict=True)), place
-                continue
-            header = None
-            if not 4 <= len(row) <= len(LETTERS) + 2:
-                raise InputError(place, f"expected question, choices and answer, got {len(row)} columns")
-            yield {"question": row[0], "choices": row[1:-1], "answer": row[-1]}, place
+            first = False
     except csv.Error as error:
         raise InputError(f"{path}:{reader.line_num}", f"is not CSV: {error}") from None
 
@@ -193,11 +204,15 @@ def _question(record: dict, place: str, subject: str) -> Question:
             what = f"has no {name}" if name in record else f"has no column {name!r}, it has {', '.join(record)}"
             raise InputError(place, what)
     choices = record.get("choices")
-    if isinstance(choices, str):
-        raise InputError(f"{place}: choices", f"expected a list, got {choices[:60]!r}")
     if choices is None:
-        choices = [record[letter.lower()] for letter in LETTERS if record.get(letter.lower()) is not None]
-    choices = tuple(str(choice).strip() for choice in choices)
+        choices = [record.get(letter.lower()) for letter in LETTERS]
+    if not isinstance(choices, list):
+        raise InputError(f"{place}: choices", f"expected a list, got {str(choices)[:60]!r}")
+    choices = ["" if choice is None else str(choice).strip() for choice in choices]
+    while choices and not choices[-1]:
+        choices.pop()
+    if "" in choices:
+        raise InputError(f"{place}: choices", f"choice {LETTERS[choices.index('')]} is empty")
     if not 2 <= len(choices) <= len(LETTERS):
         raise InputError(place, f"expected 2 to {len(LETTERS)} choices, got {len(choices)}")
     answer = str(record["answer"]).strip()
@@ -206,101 +221,110 @@ def _question(record: dict, place: str, subject: str) -> Question:
         number = int(answer)
     if not 0 <= number < len(choices):
         raise InputError(f"{place}: answer", f"expected one of {LETTERS[: len(choices)]}, got {answer[:60]!r}")
-    return Question(str(record["question"]).strip(), choices, number, str(record.get("subject") or subject), place)
+    return Question(
+        str(record["question"]).strip(), tuple(choices), number, str(record.get("subject") or subject), place
+    )
+
+
+@dataclass(frozen=True)
+class Asked:
+    """A question as tokens.
+
+    Attributes:
+        question: what is asked.
+        rows: one prompt for an answer in own words; or each choice's prompt with its letter.
+        shots: the examples in front.
+    """
+
+    question: Question
+    rows: list[list[int]]
+    shots: int
+
+
+def likelihood_prompts(model: LanguageModel, exam: Exam, *, shots: int) -> list[Asked]:
+    """The questions with each letter after "Answer:", plain text as published."""
+
+    def encode(question: Question, n: int) -> list[list[int]]:
+        text = exam.prompt(question, n)
+        return [model.tokenizer.encode(f"{text} {letter}") for letter in LETTERS[: len(question.choices)]]
+
+    return [_fit(encode, question, shots, model.config.context_length, exam) for question in exam.questions]
+
+
+def generation_prompts(model: LanguageModel, exam: Exam, *, shots: int, room: int, chat: bool | None) -> list[Asked]:
+    """The questions as a user's messages, for answers of ``room`` tokens in the model's own words."""
+
+    def encode(question: Question, n: int) -> list[list[int]]:
+        letters = LETTERS[: len(question.choices)]
+        text = exam.prompt(question, n)
+        if model.uses_chat(chat):
+            wish = f"Answer with one letter: {', '.join(letters[:-1])} or {letters[-1]}."
+            text = text.removesuffix("Answer:") + wish
+        return [prompt.ids for prompt in model.encode(PromptSet((text,), (question.place,)), chat=chat)]
+
+    return [_fit(encode, question, shots, model.config.context_length - room, exam) for question in exam.questions]
 
 
 def by_likelihood(
-    model: LanguageModel,
-    interventions: Interventions,
-    settings: Sequence[int],
-    exam: Exam,
-    *,
-    shots: int,
+    model: LanguageModel, interventions: Interventions, settings: Sequence[int], asked: Sequence[Asked]
 ) -> dict[int, list[int]]:
-    """Return the letter that each setting finds likeliest after "Answer:", plain text as published.
+    """Return the choice whose letter each setting finds likeliest. Of several tokens log probabilities are added.
 
-    Letters of several tokens count with the sum of their log probabilities.
+    Args:
+        asked: see :func:`likelihood_prompts`.
     """
-    room = model.config.context_length
-    rows, owners = [], []  # what to run, and (setting, question, choice or None for all) of each
+    rows, owners = [], []  # what to run; the setting, the question, and the choice or None for all of them
     endings: list[list[list[int]]] = []
-    for number, question in enumerate(exam.questions):
-        whole = _fit(
-            lambda n, q=question: [
-                model.tokenizer.encode(f"{exam.prompt(q, n)} {LETTERS[choice]}") for choice in range(len(q.choices))
-            ],
-            shots,
-            room,
-            question,
-        )
-        shared = _common(whole)
-        endings.append([ids[shared:] for ids in whole])
-        alone = all(len(ids) == shared + 1 for ids in whole)
+    for number, one in enumerate(asked):
+        shared = _common(one.rows)
+        endings.append([ids[shared:] for ids in one.rows])
+        alone = all(len(ids) == shared + 1 for ids in one.rows)
         for setting in settings:
-            for choice, ids in [(None, whole[0][:shared])] if alone else enumerate(ids[:-1] for ids in whole):
+            for choice, ids in [(None, one.rows[0][:shared])] if alone else enumerate(ids[:-1] for ids in one.rows):
                 rows.append((setting, ids))
                 owners.append((setting, number, choice))
-    scores = {setting: [[0.0] * len(question.choices) for question in exam.questions] for setting in settings}
-    single = [choice is None for _, _, choice in owners]
-    for kind in (True, False):
-        chosen = [place for place, is_single in enumerate(single) if is_single == kind]
-        found = each_logits(model, interventions, [rows[place] for place in chosen], last=kind)
+    scores = {setting: [[0.0] * len(one.rows) for one in asked] for setting in settings}
+    for last in (True, False):
+        chosen = [place for place, (*_, choice) in enumerate(owners) if (choice is None) == last]
+        found = each_logits(model, interventions, [rows[place] for place in chosen], last=last)
         for place, logits in zip(chosen, found, strict=True):
             setting, number, choice = owners[place]
             log_p = logits.log_softmax(-1)
             if choice is None:
                 scores[setting][number] = [log_p[0, ending[0]].item() for ending in endings[number]]
-            else:
-                tokens = endings[number][choice]
-                scores[setting][number][choice] = sum(
-                    log_p[len(log_p) - len(tokens) + place, token].item() for place, token in enumerate(tokens)
-                )
+                continue
+            tokens = endings[number][choice]
+            rest = log_p[len(log_p) - len(tokens) :]
+            scores[setting][number][choice] = sum(rest[step, token].item() for step, token in enumerate(tokens))
     return {
         setting: [max(range(len(row)), key=lambda choice, row=row: (row[choice], -choice)) for row in found]
         for setting, found in scores.items()
     }
 
 
-def generation_prompts(model: LanguageModel, exam: Exam, *, shots: int, room: int, chat: bool | None) -> list:
-    """The questions as a user's messages, for answers in the model's own words: TokenPrompts."""
-
-    def encode(question: Question, n: int) -> TokenPrompt:
-        letters = ", ".join(LETTERS[: len(question.choices) - 1]) + f" or {LETTERS[len(question.choices) - 1]}"
-        text = exam.prompt(question, n)
-        if model.uses_chat(chat):
-            text = text.removesuffix("Answer:") + f"Answer with one letter: {letters}."
-        return model.encode(PromptSet((text,), (question.place,)), chat=chat)[0]
-
-    limit = model.config.context_length - room
-    return [
-        TokenPrompt(_fit(lambda n, q=question: [encode(q, n).ids], shots, limit, question)[0], question.place)
-        for question in exam.questions
-    ]
-
-
 def parse_letter(answer: str, n_choices: int) -> int | None:
     """Return the number of the choice that an answer names, None where it names none.
 
-    "Answer: B", "The answer is (B).", "B. Because ..." and "B" name B: first what follows the word "answer", then a
-    letter at the beginning, then the first capital letter that stands alone. "A" as an article at the beginning of a
-    sentence, followed by a lower-case word, is none.
+    The first that is there: a letter at the beginning, the letter after "answer", "answer is" or "answer:", a capital
+    letter that stands alone. An A or I that begins a clause ("A cat ...", "I'm ...") is no letter of a choice.
     """
     letters = LETTERS[:n_choices]
-    alone = rf"\(?\b([{letters}])\b(?! [a-z'])\)?"
-    for pattern in (rf"(?i:answer)\s*(?i:is|:)?\s*:?\s*\**{alone}", rf"^\W*{alone}", alone):
+    after = rf"\(?\b([{letters}])\b"
+    alone = rf"\(?\b(?![AI](?:['\u2019]| (?!is\b|because\b|and\b|or\b)[a-z]))([{letters}])\b(?!['\u2019])"
+    for pattern in (rf"^\W*{alone}", rf"(?i:answer)\W*(?i:is|would be|must be)?\W*{after}", alone):
         found = re.search(pattern, answer)
         if found:
             return letters.index(found.group(1))
     return None
 
 
-def _fit(encode: Callable[[int], list[list[int]]], shots: int, room: int, question: Question) -> list[list[int]]:
-    """``encode(n)`` with the most examples, at most ``shots``, that leave it short enough for the model."""
-    for n in range(shots, -1, -1):
-        ids = encode(n)
-        if max(map(len, ids)) <= room:
-            return ids
-    raise InputError(question.place, f"has {max(map(len, ids))} tokens without examples, there is room for {room}")
+def _fit(encode: Callable, question: Question, shots: int, room: int, exam: Exam) -> Asked:
+    """``encode(question, n)`` with the most examples, at most ``shots``, that leave it short enough for the model."""
+    for n in range(min(shots, len(exam.examples.get(question.subject, ()))), -1, -1):
+        rows = encode(question, n)
+        if max(map(len, rows)) <= room:
+            return Asked(question, rows, n)
+    raise InputError(question.place, f"has {max(map(len, rows))} tokens without examples, there is room for {room}")
 
 
 def _common(rows: Sequence[Sequence[int]]) -> int:

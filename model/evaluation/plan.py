@@ -32,13 +32,13 @@ class Plan:
         text: for perplexity.
         exam: multiple-choice questions; ``shots`` examples in front of each, answers of ``exam_tokens`` tokens.
         refusals: lists by name; the first one decides the kinds of answers.
-        random_draws: circuits of random neurons.
+        random_draws: circuits of random neurons, with seeds from 0 up.
         sae: a file with W_dec, a feature and the layer it belongs to.
         alternatives: whether other discovery scores are compared; ``curves``: at several sizes.
         judge_command: see ``judge.py``.
         others: further circuits to evaluate, by name.
         chat: whether prompts go through the chat template; None does where there is one.
-        rows: answers written together; None asks ``answers.auto_rows``.
+        rows: answers written together; None asks the memory.
     """
 
     methods: tuple[str, ...] = ("circuit",)
@@ -79,8 +79,10 @@ class Plan:
         needing += ["discovery alternatives"] if self.alternatives or self.curves else []
         if needing and (self.positive is None or self.negative is None):
             raise InputError("positive, negative", f"discovery prompts are needed for {', '.join(needing)}")
-        if "sae" in self.methods and self.sae is None:
-            raise InputError("sae", "a file with W_dec, a feature and its layer are needed")
+        if ("sae" in self.methods) != (self.sae is not None):
+            raise InputError("sae", "the method sae, and a file with W_dec, a feature and its layer go together")
+        if self.judge_command is not None and self.harmful is None and self.benign is None:
+            raise InputError("judge_command", "there are no answers to judge: give harmful or benign prompts")
         if all(part is None for part in (self.harmful, self.benign, self.neutral, self.text, self.exam)):
             raise InputError("prompts", "nothing to evaluate on: give harmful, benign, neutral, text or exam")
         if (self.curves or self.alternatives) and self.harmful is None:
@@ -106,6 +108,6 @@ class Plan:
         if self.exam is not None:
             facts["exam"] = {
                 "questions": len(self.exam.questions), "shots": self.shots, "tokens": self.exam_tokens,
-                "sha256": sha256(repr((self.exam.questions, sorted(self.exam.examples.items())))),
+                "sha256": self.exam.sha256, **self.exam.drawn,
             }  # fmt: skip
         return facts

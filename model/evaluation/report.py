@@ -11,7 +11,8 @@ from cna_kernels.files import write_text
 NOTES = (
     "Intervals are 95%: Wilson for shares, 1.96 standard errors for means. They say what other prompts of the same "
     "kind would give, not what another model would.",
-    "random: as many random neurons of the same layers; the mean of the draws, and the widest of their intervals.",
+    "random: as many random neurons of the same layers; the mean of the draws, with the lowest and the highest "
+    "bound of their intervals.",
     "m is the multiplier: 1 changes nothing, 0 takes the behaviour away, 2 goes as far the other way. Directions are "
     "added with strength sign x (1 - m).",
     "answered: the share of answers that are neither refusal nor empty, degenerate or under four words. Only these "
@@ -74,9 +75,11 @@ def brief(results: dict) -> list[Column]:
         columns.append((f"{name} refused", lambda row, n=name, k=key: span(row[n]["refusal"][k])))
     if "harmful" in first:
         columns.append(("answered", lambda row: f"{100 * row['harmful']['answered']['share']:.0f}%"))
-        columns.append(("quality", lambda row: f"{row['harmful']['token_quality']['mean']:.2f}"))
+        columns.append(("token quality", lambda row: f"{row['harmful']['token_quality']['mean']:.2f}"))
     if "kl" in first:
-        columns.append(("KL", lambda row: f"{row['kl']['mean']:.3f}"))
+        columns.append(("KL", lambda row: f"{row['kl']['mean']:.4f}"))
+    if "perplexity" in first:
+        columns.append(("perplexity", lambda row: f"{row['perplexity']['mean']:.4g}"))
     if "mmlu" in first:
         columns.append(("choice", lambda row: f"{100 * row['mmlu']['generated']['share']:.0f}%"))
     return columns
@@ -93,16 +96,19 @@ def span(value: dict) -> str:
 
 
 def number(value: dict) -> str:
-    """A mean and its interval, as in 0.981 [0.970, 0.992]."""
-    return f"{value['mean']:.3f} [{value['low']:.3f}, {value['high']:.3f}]"
+    """A mean and its interval, as in 0.981 [0.970, 0.992]; one value has none."""
+    digits = 4 if abs(value["mean"]) < 0.1 else 3
+    if value["low"] is None:
+        return f"{value['mean']:.{digits}f}"
+    return f"{value['mean']:.{digits}f} [{value['low']:.{digits}f}, {value['high']:.{digits}f}]"
 
 
 def broken(kinds: dict) -> str:
-    return ", ".join(f"{kinds[kind]:.3g}" for kind in ("degenerate", "empty", "short"))
+    return ", ".join(f"{round(kinds[kind], 1):g}" for kind in ("degenerate", "empty", "short"))
 
 
 def merged_rows(results: dict) -> list[dict]:
-    """The rows, all draws of random neurons as one: the mean of each figure, and the widest interval."""
+    """The rows, all draws of random neurons as one: the mean of each figure, from the lowest bound to the highest."""
     rows, draws = [], {}
     for row in results["rows"]:
         if not row["method"].startswith("random "):
@@ -119,7 +125,7 @@ def _merge(values):
     first = values[0]
     if isinstance(first, dict):
         found = {key: _merge([value[key] for value in values]) for key in first}
-        if "low" in first:
+        if first.get("low") is not None:
             found["low"], found["high"] = (pick(v[key] for v in values) for key, pick in (("low", min), ("high", max)))
         return found
     return first if isinstance(first, str) or first is None else sum(values) / len(values)
@@ -150,6 +156,7 @@ def to_markdown(results: dict, pictures: list[str]) -> str:
         lines += [f"## {title}", "", *markdown(table_rows(results, columns)), ""]
     lines += [*(f"- {note}" for note in NOTES), "", "## Methods", ""]
     lines += [f"- **{name}**: {about}" for name, about in results["methods"].items()]
+    lines += [f"- Note: {note}" for note in results["notes"]]
     for name, chosen in results["chosen"].items():
         if "layer" in chosen:
             lines.append(
@@ -173,7 +180,8 @@ def to_markdown(results: dict, pictures: list[str]) -> str:
 
 def _alternatives(results) -> Iterator[list[str]]:
     points = results["alternatives"]
-    yield ["score", "neurons", "overlap", *(name for name in ("necessity", "sufficiency") if name in points[0])]
+    sides = [name for name in ("necessity", "sufficiency") if name in points[0]]
+    yield ["score", "neurons", "overlap", *(f"{name} (n = {points[0][name]['refusal']['n']})" for name in sides)]
     for point in points:
         refusals = [percent(point[name]["refusal"]) for name in ("necessity", "sufficiency") if name in point]
         yield [point["score"], str(point["k"]), f"{100 * point['overlap']:.0f}%", *refusals]
@@ -254,9 +262,10 @@ def _draw_curves(axis, curves, value):
     for name, rows in curves.items():
         points = [value(row) for row in rows]
         centre = [point.get("share", point.get("mean")) for point in points]
+        bounds = [(c, c) if p["low"] is None else (p["low"], p["high"]) for c, p in zip(centre, points, strict=True)]
         errors = [
-            [max(c - p["low"], 0) for c, p in zip(centre, points, strict=True)],
-            [max(p["high"] - c, 0) for c, p in zip(centre, points, strict=True)],
+            [max(sign * (c - bound[side]), 0) for c, bound in zip(centre, bounds, strict=True)]
+            for side, sign in ((0, 1), (1, -1))
         ]
         style = dict(color="grey", alpha=0.5, linestyle=":") if name.startswith("random") else {}
         axis.errorbar([row["multiplier"] for row in rows], centre, errors, marker="o", capsize=2, label=name, **style)

@@ -21,11 +21,11 @@ from cna_kernels.sums import ActivationSums
 from .. import directions
 from ..collect import collect
 from ..directions import Direction
-from ..generate import generate
 from ..gradient import relevance
 from ..language_model import LanguageModel
 from ..metrics import Refusals, kind_of
 from ..packing import TokenPrompt
+from .answers import answer_all
 from .interventions import UNSTEERED, Interventions, Method, Setting
 from .likelihood import each_logits
 from .store import Store
@@ -34,6 +34,7 @@ VALIDATION = 16  # prompts of each side set apart to choose with
 SHORT_ANSWER = 32  # tokens of an answer while choosing
 MOST_LAYERS = 12  # tried for a direction
 CANDIDATES = 64  # neurons tried alone
+DIFFERENCE = 0.05  # of the shares of answers that a token begins on both sides
 
 
 @dataclass(frozen=True)
@@ -108,15 +109,18 @@ def down_norms(model: LanguageModel) -> Tensor:
 
 
 def first_tokens(model: LanguageModel, sides: Sides) -> tuple[list[int], list[int]]:
-    """Return the tokens that begin more positive answers than negative ones, and those that begin fewer."""
+    """Return the tokens that begin clearly more positive answers than negative ones, and those that begin fewer.
+
+    Clearly: by DIFFERENCE of each side's answers. Raises InputError where no token does.
+    """
     shares, plain = [], Interventions(model, [UNSTEERED])
     for prompts in (sides.positive, sides.negative):
         rows = [(0, prompt.ids) for prompt in prompts]
         first = [logits.argmax(-1).item() for logits in each_logits(model, plain, rows, last=True)]
         shares.append(Counter({token: count / len(prompts) for token, count in Counter(first).items()}))
     every = sorted(set(shares[0]) | set(shares[1]))
-    targets = [token for token in every if shares[0][token] > shares[1][token]]
-    counterfactuals = [token for token in every if shares[0][token] < shares[1][token]]
+    targets = [token for token in every if shares[0][token] >= shares[1][token] + DIFFERENCE]
+    counterfactuals = [token for token in every if shares[1][token] >= shares[0][token] + DIFFERENCE]
     if not targets or not counterfactuals:
         raise InputError("positive", "answers begin like those of the negative prompts: no token tells them apart")
     return targets, counterfactuals
@@ -164,42 +168,37 @@ def written(model: LanguageModel, circuit: Circuit, delta: Tensor) -> Direction:
 
 
 def choose(
-    model: LanguageModel, candidates: Sequence[Method], sides: Sides, is_refusal: Refusals, rows: int
+    model: LanguageModel,
+    candidates: Sequence[Method],
+    sides: Sides,
+    is_refusal: Refusals,
+    *,
+    rows: int | None,
+    store: Store,
+    name: str,
 ) -> tuple[int, list[dict]]:
     """Return the candidate that does best at m = 0 on the prompts set apart, and what each did.
 
     Best: fewest positive prompts refused, plus negative ones not answered properly, plus degenerate and empty answers
     to positive ones. Ties go to the first.
     """
-    settings = [Setting(method, 0.0) for method in candidates]
-    interventions = Interventions(model, settings)
+    interventions = Interventions(model, [Setting(method, 0.0) for method in candidates])
     prompts = [*sides.chosen_positive, *sides.chosen_negative]
-    plan = [(number, prompt) for number in range(len(settings)) for prompt in range(len(prompts))]
-    kinds: list[list[str]] = [[] for _ in settings]
-    for start in range(0, len(plan), rows):
-        chunk = plan[start : start + rows]
-        answers = generate(
-            model.transformer,
-            [prompts[prompt] for _, prompt in chunk],
-            max_new_tokens=SHORT_ANSWER,
-            stop_ids=model.stop_ids,
-            steer=interventions.steer([number for number, _ in chunk]),
-        )
-        for (number, _), tokens in zip(chunk, answers, strict=True):
-            kinds[number].append(kind_of(model.tokenizer.decode(tokens), tokens, is_refusal))
+    answers = answer_all(
+        model, interventions, range(len(candidates)), prompts, max_new_tokens=SHORT_ANSWER, rows=rows, store=store,
+        name=name,
+    )  # fmt: skip
     n_positive = len(sides.chosen_positive)
     table = []
-    for method, found in zip(candidates, kinds, strict=True):
-        positive, negative = Counter(found[:n_positive]), Counter(found[n_positive:])
-        broken = positive["degenerate"] + positive["empty"]
-        table.append(
-            {
-                "name": method.name,
-                "refused": positive["refusal"] / n_positive,
-                "broken": broken / n_positive,
-                "negative not answered": 1 - (negative["answer"] + negative["short"]) / len(sides.chosen_negative),
-            }
-        )
+    for method, found in zip(candidates, answers.values(), strict=True):
+        kinds = [kind_of(answer.text, answer.tokens, is_refusal) for answer in found]
+        positive, negative = Counter(kinds[:n_positive]), Counter(kinds[n_positive:])
+        table.append({
+            "name": method.name,
+            "refused": positive["refusal"] / n_positive,
+            "broken": (positive["degenerate"] + positive["empty"]) / n_positive,
+            "negative not answered": 1 - (negative["answer"] + negative["short"]) / len(sides.chosen_negative),
+        })  # fmt: skip
     loss = [row["refused"] + row["broken"] + row["negative not answered"] for row in table]
     return min(range(len(loss)), key=lambda number: (loss[number], number)), table
 
@@ -212,7 +211,7 @@ def layers_to_try(n_layers: int) -> list[int]:
 
 
 def best_direction(
-    model: LanguageModel, kind: str, discovery: Discovery, is_refusal: Refusals, rows: int, store: Store
+    model: LanguageModel, kind: str, discovery: Discovery, is_refusal: Refusals, rows: int | None, store: Store
 ) -> tuple[Method, dict]:
     """Choose the layer, and for CAA the sign, of a direction. Return the method and how it was chosen.
 
@@ -227,11 +226,8 @@ def best_direction(
     ]  # fmt: skip
     methods = [Method(f"layer {layer}, {sign:+d}", "", make(difference, layer), sign) for layer, sign in tried]
 
-    def run():
-        best, table = choose(model, methods, sides, is_refusal, rows)
-        return {"layer": tried[best][0], "sign": tried[best][1], "tried": table}
-
-    chosen = store.get(f"choose-{kind}", run)
+    best, table = choose(model, methods, sides, is_refusal, rows=rows, store=store, name=f"choose-{kind}")
+    chosen = {"layer": tried[best][0], "sign": tried[best][1], "tried": table}
     layer, sign = chosen["layer"], chosen["sign"]
     about = {
         "caa": f"mean difference of the residual stream after layer {layer}, added with sign {sign:+d}",

@@ -41,7 +41,6 @@ class Store:
         """
         self.path = None if path is None else Path(path)
         self.facts = json.loads(json.dumps({"format": FORMAT, **facts}))  # as they will be read again
-        self.n_found = 0  # pieces that were finished before
         self._lock = None
 
     def __enter__(self) -> Store:
@@ -52,7 +51,7 @@ class Store:
         try:
             manifest = self.path / "manifest.json"
             make_directory(self.path / "parts")
-            if not os.path.lexists(manifest):
+            if not os.path.lexists(manifest) or not any((self.path / "parts").glob("*.json")):
                 write_text(manifest, json.dumps(self.facts, indent=1) + "\n")
             difference = first_difference(self.facts, read_json(manifest))
             if difference is not None:
@@ -76,7 +75,6 @@ class Store:
             return json.loads(json.dumps(compute()))
         path = self.path / "parts" / f"{name}.json"
         if path.exists():
-            self.n_found += 1
             return read_json(path)
         value = compute()
         write_text(path, json.dumps(value, ensure_ascii=False, allow_nan=False) + "\n")
