@@ -19,8 +19,9 @@ BIN := .venv/bin
 demo: .venv/.installed
 	$(BIN)/cna demo --out demo-out
 
+# As many workers as cores, each on one thread: threads that wait for each other spin, and would take from the others.
 test: .venv/.installed-test
-	$(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --maxprocesses 8 --dist loadgroup
 
 lint: .venv/.installed-test
 	$(BIN)/ruff check .

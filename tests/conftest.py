@@ -11,6 +11,16 @@ if not torch.cuda.is_available():
 from tiny import VARIANTS, write_checkpoint
 
 
+# Fixtures of these files take long: one worker makes them, for all of the file's tests.
+TOGETHER = ("test_demo", "test_evaluation_command", "test_parallel")
+
+
+def pytest_collection_modifyitems(items):
+    for item in items:
+        if item.path.stem in TOGETHER:
+            item.add_marker(pytest.mark.xdist_group(item.path.stem))
+
+
 @pytest.fixture(autouse=True)
 def _uninitialised_memory_is_nan():
     """torch.empty is filled with NaN, so that an element nobody wrote fails a test."""
