@@ -10,7 +10,6 @@ if not torch.cuda.is_available():
 
 from tiny import VARIANTS, write_checkpoint
 
-
 # Fixtures of these files take long: one worker makes them, for all of the file's tests.
 TOGETHER = ("test_demo", "test_evaluation_command", "test_parallel")
 

@@ -6,7 +6,7 @@ import shutil
 import pytest
 import torch
 
-from cna_kernels import Circuit
+from cna_kernels import Circuit, InputError
 from cna_kernels.model import load
 from cna_kernels.model.cli import main
 from cna_kernels.model.evaluation.compare import alike, compare, spearman
@@ -77,6 +77,19 @@ def test_models_of_different_shapes(directories):
     found = compare(models, plan, universal_prompts=False)
     assert found["alike"] is None
     assert {row["method"] for row in found["evaluations"]["wide"]["rows"]} == {"unsteered", "circuit"}
+
+
+def test_different_chat_templates_are_refused(directories, tmp_path):
+    shutil.copytree(directories / "base", tmp_path / "other")
+    record = json.loads((tmp_path / "other" / "tokenizer_config.json").read_text())
+    record["chat_template"] = "{{ bos_token }}" + record["chat_template"]
+    (tmp_path / "other" / "tokenizer_config.json").write_text(json.dumps(record))
+    models = {"base": load(directories / "base"), "other": load(tmp_path / "other")}
+    options = dict(positive=POSITIVE, negative=NEGATIVE, harmful=HARMFUL, multipliers=(0.0,), max_new_tokens=2)
+    with pytest.raises(InputError, match="--no-template: the models' chat templates differ"):
+        compare(models, Plan(**options), universal_prompts=False)
+    found = compare(models, Plan(**options, chat=False), universal_prompts=False)
+    assert found["alike"]["overlap"] == 1.0  # the same weights
 
 
 def test_the_command(directories, tmp_path, capsys):

@@ -201,6 +201,65 @@ def test_two_runs_in_one_directory(model, tmp_path):
     evaluate(model, CIRCUIT, plan(), out=out)
 
 
+def test_bad_input_shows_before_any_work(model, tmp_path):
+    out = tmp_path / "out"
+    for name in ("harmful", "positive", "neutral"):
+        long = PromptSet.of(["a b", "c d", "e f", "x" * 600], name)
+        with pytest.raises(InputError, match=rf"{name}\[3\]: has \d+ tokens, the model's context is 512"):
+            evaluate(model, CIRCUIT, plan(**({"positive": POSITIVE, "negative": NEGATIVE} | {name: long})), out=out)
+    with pytest.raises(InputError, match="negative: expected at least 3 prompts, got 1"):
+        evaluate(model, CIRCUIT, plan(positive=POSITIVE, negative=PromptSet.of(["a"], "negative")), out=out)
+    assert not list((out / "parts").iterdir())
+    evaluate(model, CIRCUIT, plan(), out=out)  # the directory is still free for another plan
+
+
+def test_another_batch_size_goes_on_in_the_same_directory(model, tmp_path):
+    results = [evaluate(model, CIRCUIT, plan(rows=rows), out=tmp_path / "out")["rows"] for rows in (None, 4, 1)]
+    assert results[0] == results[1] == results[2]
+    assert len(list((tmp_path / "out" / "parts").glob("answers-by-4-*.json"))) == 7  # 27 answers
+
+
+def test_a_cache_that_does_not_fit_is_halved(model, monkeypatch):
+    expected = evaluate(model, CIRCUIT, plan(rows=27))["rows"]
+    config, seen = model.config, []
+    row = 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim * 4 * 60
+
+    def memory_of(_device):
+        seen.append(1)
+        return 3 * row  # three rows of 60 tokens
+
+    monkeypatch.setattr("cna_kernels.model.generate.memory_of", memory_of)
+    assert evaluate(model, CIRCUIT, plan(rows=27))["rows"] == expected and len(seen) > 9
+
+
+def test_what_is_not_finite_names_the_setting(model):
+    for changes in (dict(neutral=BENIGN), dict(text="some text")):
+        with pytest.raises(InputError, match=r"circuit, m = 3e\+38: the logits are not finite"):
+            evaluate(model, CIRCUIT, plan(harmful=None, benign=None, multipliers=(3e38,), **changes))
+
+
+def test_notes_say_what_a_reader_should_know(model, tmp_path):
+    from cna_kernels.model.evaluation.multiple_choice import read_exam
+
+    exam = read_exam(write_mmlu(tmp_path, n=2), shots=2)
+    shared = PromptSet.of([*HARMFUL.texts, *POSITIVE.texts[:2]], "harmful")
+    options = dict(harmful=shared, positive=POSITIVE, negative=NEGATIVE, exam=exam, shots=5, exam_tokens=2)
+    notes = evaluate(model, CIRCUIT, plan(**options))["notes"]
+    assert notes[0] == "2 of the harmful prompts are discovery prompts, too"
+    assert notes[1].startswith("multiple choice, likelihood: ") and "instead of 5" in notes[1]
+    assert evaluate(model, CIRCUIT, plan())["notes"] == []
+
+
+def test_a_rival_that_cannot_be_found_is_left_out(model):
+    same = PromptSet.of(["a b c x"] * 6, "same")  # both sides begin their answers alike
+    found = evaluate(
+        model, CIRCUIT, plan(methods=("neuron", "circuit"), positive=same, negative=same, alternatives=True)
+    )
+    assert {row["method"] for row in found["rows"]} == {"unsteered", "circuit"}
+    assert {point["score"] for point in found["alternatives"]} == {"abs-delta", "magnitude", "cohen-d", "norm-weighted"}
+    assert [note.split(" is left out")[0] for note in found["notes"]] == ["relp", "the single neuron"]
+
+
 def test_alternatives_and_curves(model):
     results = evaluate(model, CIRCUIT, plan(positive=POSITIVE, negative=NEGATIVE, curves=True, max_new_tokens=4))
     points = results["alternatives"]

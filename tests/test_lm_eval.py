@@ -8,7 +8,7 @@ import sys
 import pytest
 import torch
 
-from cna_kernels import Circuit
+from cna_kernels import Circuit, InputError
 from cna_kernels.model import demo_checkpoint, load
 
 pytest.importorskip("lm_eval")
@@ -50,6 +50,13 @@ doc_to_target: "{{question}}"
 metric_list: [{metric: word_perplexity}]
 """,
 }
+
+
+def test_arguments_that_do_not_exist_are_refused():
+    from cna_kernels.model.evaluation.lm_eval_model import CnaLM
+
+    with pytest.raises(InputError, match="model_args: circut: is no argument"):
+        CnaLM(demo_checkpoint("instruct"), circut="c.json")
 
 
 def test_local_tasks_on_a_steered_model(tmp_path):
