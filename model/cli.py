@@ -180,6 +180,32 @@ def build_parser() -> Parser:
     _prompt_flags(run)
     _model_flags(run)
 
+    export = _command(
+        commands,
+        "export",
+        "a circuit at a multiplier as a LoRA adapter, a checkpoint, or the public code's JSON",
+        "cna export path/to/model -c circuit.json -m 0 --to lora -o adapter/\n"
+        "  cna export path/to/model -c a.json -c b.json -m 0,0.5 --to checkpoint -o steered/",
+    )
+    export.add_argument("model", metavar="MODEL", help=MODEL_HELP)
+    export.add_argument(
+        "-c", "--circuit", metavar="FILE", action="append", required=True, help="circuit file; may be given again"
+    )
+    export.add_argument(
+        "-m", "--multiplier", metavar="M,M", default="0", help="one for all circuits, or one for each (default: 0)"
+    )
+    export.add_argument("--to", choices=["lora", "checkpoint", "ref-code"], required=True, help="what to write")
+    export.add_argument("-o", "--output", metavar="PATH", required=True, help="directory to make; for ref-code a file")
+    export.add_argument("--max-rank", type=_positive, metavar="R", help="lora: the largest rank the engine takes")
+    export.add_argument("--split", action="store_true", help="lora: several adapters where --max-rank is too small")
+    export.add_argument(
+        "--uniform-rank", action="store_true", help="lora: the same rank in every layer, padded with zeros"
+    )
+    export.add_argument("--dtype", choices=DTYPES, default="float32", help="lora: of the adapter (default: float32)")
+    export.add_argument(
+        "--any-model", action="store_true", help="accept a circuit found in another checkpoint of the same shape"
+    )
+
     for name in ("eval", "sweep"):
         _evaluation(commands, name)
 

@@ -16,6 +16,7 @@ from cna_kernels.circuit import Circuit
 
 from .commands_attribution import run_discover, run_estimate, run_status
 from .commands_evaluation import run_compare, run_eval, run_lm_eval
+from .commands_export import run_export
 from .console import (
     cell,
     check_column,
@@ -50,7 +51,7 @@ def run_run(args):
         raise InputError("prompts", "give either -p TEXT or --prompts FILE")
     multipliers = multipliers_of(args.multiplier, "--multiplier")
     model = load_model(args)
-    circuit = load_circuit(args, model) if args.circuit else None
+    circuit = load_circuit(args.circuit, model, any_model=args.any_model) if args.circuit else None
     # Every prompt once unsteered and once at each multiplier, all rows of the same batches.
     columns = [None] if circuit is None else [None, *multipliers]
     n_prompts = len(prompts)
@@ -170,6 +171,7 @@ COMMANDS = {
     "eval": run_eval,
     "sweep": run_eval,
     "compare": run_compare,
+    "export": run_export,
     "lm-eval": run_lm_eval,
     "doctor": run_doctor,
 }

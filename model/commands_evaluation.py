@@ -35,7 +35,7 @@ def run_eval(args):
     if args.output:
         make_directory(args.output)
     model = load_model(args)
-    circuit = load_circuit(args, model)
+    circuit = load_circuit(args.circuit, model, any_model=args.any_model)
     results = evaluate.evaluate(model, circuit, plan, out=args.output, say=_say(args))
     if args.output:
         report.write(results, args.output)

@@ -37,11 +37,10 @@ def device_of(args) -> str:
     return f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if torch.cuda.is_available() else "cpu"
 
 
-def load_circuit(args, model: LanguageModel) -> Circuit:
-    """The circuit of --circuit, checked against the model in hand."""
-    shape = {"n_layers": model.config.num_hidden_layers, "n_neurons": model.config.intermediate_size}
-    circuit = Circuit.load(args.circuit, **shape)
-    model.check_circuit(circuit, args.circuit, any_model=args.any_model)
+def load_circuit(path, model: LanguageModel, *, any_model: bool) -> Circuit:
+    """The circuit of a file, checked against the model in hand."""
+    circuit = Circuit.load(path, n_layers=model.config.num_hidden_layers, n_neurons=model.config.intermediate_size)
+    model.check_circuit(circuit, path, any_model=any_model)
     return circuit
 
 

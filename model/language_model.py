@@ -50,7 +50,7 @@ class LanguageModel:
             ParallelTransformer with ``mesh``.
         tokenizer: text to ids and back.
         config: ModelConfig.
-        directory: where it was loaded from.
+        directory: where it was loaded from; checkpoint: what its files hold.
     """
 
     def __init__(
@@ -77,16 +77,16 @@ class LanguageModel:
         self.config = read_config(directory)
         self.tokenizer = Tokenizer(directory, self.config.vocab_size)
         self.stop_ids = stop_ids(directory, self.tokenizer, self.config.vocab_size)
-        self._checkpoint = open_checkpoint(directory)
+        self.checkpoint = open_checkpoint(directory)
         options = dict(dtype=DTYPES.get(dtype), device=self.device)
         if mesh is not None:
             from .parallel import load_parallel
 
-            self.transformer = load_parallel(directory, self.config, self._checkpoint, mesh=mesh, **options)
+            self.transformer = load_parallel(directory, self.config, self.checkpoint, mesh=mesh, **options)
         elif stream_layers:
-            self.transformer = StreamedTransformer(directory, self.config, self._checkpoint, spill=spill, **options)
+            self.transformer = StreamedTransformer(directory, self.config, self.checkpoint, spill=spill, **options)
         else:
-            self.transformer = load_transformer(directory, self.config, self._checkpoint, **options)
+            self.transformer = load_transformer(directory, self.config, self.checkpoint, **options)
         self._identity: dict[str, str] | None = None
         self._steering: tuple[SteeringTable, Tensor | None] | None = None
 
@@ -105,8 +105,8 @@ class LanguageModel:
             self._identity = {
                 "name": self.directory.resolve().name,
                 "config_sha256": config_sha256(self.directory),
-                "headers_sha256": self._checkpoint.headers_sha256,
-                "weights_sha256": self._checkpoint.weights_sha256(),
+                "headers_sha256": self.checkpoint.headers_sha256,
+                "weights_sha256": self.checkpoint.weights_sha256(),
             }
         return dict(self._identity)
 

@@ -16,8 +16,8 @@ from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 from tqdm import tqdm
 
 from cna_kernels.checks import InputError
-from cna_kernels.circuit import Circuit
 
+from ..console import load_circuit
 from ..generate import Sampling, generate
 from ..language_model import load
 from ..packing import TokenPrompt
@@ -59,9 +59,7 @@ class CnaLM(TemplateLM):
         self.model = load(pretrained, device=device, dtype=dtype)
         setting = UNSTEERED
         if circuit is not None:
-            config = self.model.config
-            loaded = Circuit.load(circuit, n_layers=config.num_hidden_layers, n_neurons=config.intermediate_size)
-            self.model.check_circuit(loaded, circuit, any_model=any_model)
+            loaded = load_circuit(circuit, self.model, any_model=any_model)
             setting = Setting(Method("circuit", "", loaded), float(multiplier))
         self.interventions = Interventions(self.model, [setting])
         self.batch = int(batch_size) if str(batch_size or "").isdecimal() else 16

@@ -1,0 +1,42 @@
+"""What `cna export` does."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from cna_kernels.checks import InputError
+
+from . import export
+from .console import directory_of, load_circuit, multipliers_of, stdout
+from .language_model import load
+
+
+def run_export(args):
+    multipliers = multipliers_of(args.multiplier, "--multiplier")
+    if len(multipliers) == 1:
+        multipliers *= len(args.circuit)
+    for flag, given in (("--max-rank", args.max_rank), ("--split", args.split), ("--uniform-rank", args.uniform_rank)):
+        if given and args.to != "lora":
+            raise InputError(flag, "is for --to lora")
+    directory = directory_of(args.model)
+    model = load(directory, stream_layers=True)  # reads headers only
+    circuits = [load_circuit(path, model, any_model=args.any_model) for path in args.circuit]
+    if args.to == "ref-code":
+        if len(circuits) > 1:
+            raise InputError("--circuit", "the public code's JSON holds one circuit")
+        export.to_ref_code(circuits[0], args.output)
+        stdout().print(f"wrote {args.output}", markup=False)
+        return
+    factors = export.factors_of(circuits, multipliers)
+    n = sum(map(len, factors.values()))
+    if args.to == "checkpoint":
+        export.to_checkpoint(directory, model.checkpoint, factors, args.output)
+        stdout().print(f"wrote {args.output}/: {n} columns scaled", markup=False)
+        return
+    written = export.to_lora(
+        model.checkpoint, model.config, factors, args.output, base_model=str(Path(directory).resolve().name),
+        max_rank=args.max_rank, split=args.split, uniform=args.uniform_rank, dtype=args.dtype,
+    )  # fmt: skip
+    names = ", ".join(f"{path}/" for path in written)
+    ranks = f"{n} neurons in {len(factors)} layers, at most {max(map(len, factors.values()))} in one"
+    stdout().print(f"wrote {names}: {ranks}", markup=False)

@@ -1,0 +1,195 @@
+"""A circuit at a multiplier for other engines: a LoRA adapter, a checkpoint with scaled columns, the public JSON.
+
+Multiplying neuron j of a layer by m before ``down_proj`` equals adding ``(m - 1) W_down[:, j] act[j]`` to its output.
+That is a LoRA adapter on ``down_proj`` whose A picks the neurons (rows of the identity) and whose B holds
+``(m - 1) W_down[:, neurons]``: exact, of rank the number of neurons in the layer. Source of the LoRA form: E. Hu et
+al., arXiv 2106.09685. It lives beside the checkpoint's reader because every export but the JSON reads the checkpoint.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import secrets
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from safetensors.torch import save
+from torch import Tensor
+
+from cna_kernels.checks import InputError
+from cna_kernels.circuit import Circuit
+from cna_kernels.files import make_directory, write_bytes, write_text
+from cna_kernels.steering import check_multiplier
+
+from .config import DTYPES, ModelConfig
+from .weights import Checkpoint, TensorEntry
+
+DOWN = "model.layers.{}.mlp.down_proj.weight"
+Factors = dict[int, dict[int, float]]  # layer -> neuron -> what its activation is multiplied by
+
+
+def factors_of(circuits: Sequence[Circuit], multipliers: Sequence[float]) -> Factors:
+    """Merge circuits, each at its multiplier; a neuron that several hold gets the product."""
+    if len(circuits) != len(multipliers):
+        raise InputError("multiplier", f"expected {len(circuits)}, one for each circuit, got {len(multipliers)}")
+    factors: Factors = {}
+    for circuit, multiplier in zip(circuits, multipliers, strict=True):
+        check_multiplier(multiplier)
+        for layer, index in circuit.pairs:
+            neurons = factors.setdefault(layer, {})
+            neurons[index] = neurons.get(index, 1.0) * multiplier
+    merged = {layer: {index: m for index, m in sorted(found.items()) if m != 1} for layer, found in factors.items()}
+    return {layer: found for layer, found in sorted(merged.items()) if found}
+
+
+def to_lora(
+    checkpoint: Checkpoint,
+    config: ModelConfig,
+    factors: Factors,
+    out,
+    *,
+    base_model: str = "",
+    max_rank: int | None = None,
+    split: bool = False,
+    uniform: bool = False,
+    dtype: str = "float32",
+) -> list[Path]:
+    """Write a PEFT adapter directory, or several where ``split`` allows it; return them.
+
+    Args:
+        factors: see :func:`factors_of`.
+        out: the directory to make. With several adapters they are ``out/1``, ``out/2``, ...: all of them together are
+            the circuit.
+        base_model: what the adapter names as its base.
+        max_rank: refuse, or with ``split`` divide, layers with more neurons.
+        uniform: one rank for all layers of the model, padded with zeros, for engines that know no other.
+        dtype: of A and B. A is exact in all; B is in "float32", and for m = 0 and 2 in the checkpoint's own.
+
+    Raises:
+        InputError: nothing is scaled, or a layer needs a larger rank; names the layers.
+    """
+    if dtype not in DTYPES:
+        raise InputError("dtype", f"expected one of {', '.join(DTYPES)}, got {dtype!r}")
+    if not factors:
+        raise InputError("multiplier", "changes nothing: there is nothing to export")
+    largest = max(map(len, factors.values()))
+    if max_rank is not None and largest > max_rank and not split:
+        wide = ", ".join(f"{layer} ({len(found)})" for layer, found in factors.items() if len(found) > max_rank)
+        raise InputError(
+            "max_rank", f"layers with more than {max_rank} neurons: {wide}; --split writes several adapters"
+        )
+    step = largest if max_rank is None else max_rank
+    parts = [
+        {layer: pairs for layer, found in factors.items() if (pairs := list(found.items())[start : start + step])}
+        for start in range(0, largest, step)
+    ]
+    make_directory(out)
+    written = []
+    for number, part in enumerate(parts, 1):
+        place = Path(out) if len(parts) == 1 else Path(out) / str(number)
+        make_directory(place)
+        _write_adapter(checkpoint, config, part, place, base_model, uniform, DTYPES[dtype])
+        written.append(place)
+    return written
+
+
+def _write_adapter(checkpoint, config, part, out: Path, base_model, uniform, dtype):
+    """part: layer -> [(neuron, factor)]."""
+    ranks = {layer: len(pairs) for layer, pairs in part.items()}
+    largest = max(ranks.values())
+    layers = range(config.num_hidden_layers) if uniform else part
+    tensors = {}
+    for layer in layers:
+        pairs = part.get(layer, [])
+        rank = largest if uniform else len(pairs)
+        a, b = torch.zeros(rank, config.intermediate_size), torch.zeros(config.hidden_size, rank)
+        if pairs:
+            neurons, scales = zip(*pairs, strict=True)
+            a[range(len(pairs)), neurons] = 1
+            columns = read_tensor(checkpoint.entries[DOWN.format(layer)])[:, list(neurons)]
+            b[:, : len(pairs)] = (columns.double() * (torch.tensor(scales, dtype=torch.float64) - 1)).float()
+        name = f"base_model.model.{DOWN.format(layer).removesuffix('.weight')}"
+        tensors |= {f"{name}.lora_A.weight": a.to(dtype), f"{name}.lora_B.weight": b.to(dtype)}
+    own = {f"layers.{layer}.mlp.down_proj": rank for layer, rank in ranks.items() if rank != largest}
+    record = {
+        "peft_type": "LORA",
+        "task_type": "CAUSAL_LM",
+        "base_model_name_or_path": base_model,
+        "r": largest,
+        "lora_alpha": largest,  # alpha / r = 1
+        "lora_dropout": 0.0,
+        "bias": "none",
+        "fan_in_fan_out": False,
+        "inference_mode": True,
+        "use_rslora": False,
+        "use_dora": False,
+        "target_modules": ["down_proj"] if uniform else [f"layers.{layer}.mlp.down_proj" for layer in part],
+        "rank_pattern": {} if uniform else own,
+        "alpha_pattern": {} if uniform else own,
+    }
+    write_bytes(out / "adapter_model.safetensors", save(tensors, metadata={"format": "pt"}))
+    write_text(out / "adapter_config.json", json.dumps(record, indent=2) + "\n")
+
+
+def to_checkpoint(directory, checkpoint: Checkpoint, factors: Factors, out):
+    """Write a copy of a checkpoint whose ``down_proj`` columns are scaled; all other tensors stay byte for byte.
+
+    Files are copied one by one, and columns changed layer by layer. The directory appears when it is whole.
+
+    Raises:
+        InputError: ``out`` is there already, or cannot be written.
+    """
+    out = Path(out)
+    if os.path.lexists(out):
+        raise InputError(out, "is there already")
+    partial = out.parent / f".{out.name}-{secrets.token_hex(4)}.partial"
+    try:
+        partial.mkdir()
+        try:
+            for path in sorted(Path(directory).iterdir()):
+                if path.is_file() and path.suffix not in (".bin", ".pt", ".pth"):  # pickles, which nothing here reads
+                    shutil.copyfile(path, partial / path.name)
+            for layer, found in factors.items():
+                _scale_columns(checkpoint.entries[DOWN.format(layer)], partial, found)
+            os.rename(partial, out)
+        except BaseException:
+            shutil.rmtree(partial, ignore_errors=True)
+            raise
+    except OSError as error:
+        raise InputError(out, f"cannot be written: {error.strerror or error}") from None
+
+
+def _scale_columns(entry: TensorEntry, directory: Path, found: dict[int, float]):
+    """Scale columns of one tensor in the copy of its file."""
+    weight = read_tensor(entry)
+    columns = weight[:, list(found)].double() * torch.tensor(list(found.values()), dtype=torch.float64)
+    weight[:, list(found)] = columns.to(entry.dtype)
+    with open(directory / entry.path.name, "r+b") as file:
+        file.seek(entry.start)
+        file.write(weight.contiguous().view(torch.uint8).numpy().tobytes())
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def read_tensor(entry: TensorEntry) -> Tensor:
+    """Read one tensor of a checkpoint."""
+    with open(entry.path, "rb") as file:
+        file.seek(entry.start)
+        content = bytearray(file.read(entry.end - entry.start))
+    if len(content) != entry.end - entry.start:
+        raise InputError(entry.path, "was truncated while it was read")
+    return torch.frombuffer(content, dtype=entry.dtype).view(entry.shape)
+
+
+def to_ref_code(circuit: Circuit, out):
+    """Write the JSON of the public CNA code: "layer,position,index" with position -1, the last prompt token."""
+    record = {
+        "neurons": {f"{layer},-1,{index}": contrast for layer, index, contrast in circuit.neurons},
+        "prompt": "",
+        "target_token": "",
+        "total_logit_diff": 0.0,
+    }
+    write_text(out, json.dumps(record, indent=1, allow_nan=False) + "\n")

@@ -1,0 +1,188 @@
+"""Exports: PEFT and transformers on what was written against the steered model; bytes that must not change."""
+
+import json
+
+import pytest
+import torch
+from safetensors import safe_open
+
+from cna_kernels import Circuit, InputError
+from cna_kernels.model import export, load
+from cna_kernels.model.cli import main
+from tiny import TEXT_VOCABULARY, write_checkpoint, write_text_files
+
+transformers = pytest.importorskip("transformers")
+
+A = Circuit(((2, 7, 1.0), (0, 3, 0.5), (2, 8, -1.0), (2, 40, 0.25), (0, 9, 0.2)), 3, 48)
+B = Circuit(((1, 11, 1.0), (2, 7, 0.5), (0, 40, 0.25)), 3, 48)
+IDS = torch.randint(6, TEXT_VOCABULARY, (2, 15), generator=torch.Generator().manual_seed(1))
+CASES = [((A,), (0.0,)), ((A,), (0.5,)), ((A,), (2.0,)), ((A, B), (0.0, 2.0)), ((A, B), (0.5, 3.0))]
+
+
+@pytest.fixture(scope="module", params=["llama", "qwen3-tied"])
+def model(request, tmp_path_factory):
+    directory = tmp_path_factory.mktemp(request.param)
+    write_checkpoint(request.param, directory, vocab_size=TEXT_VOCABULARY, max_shard_size="20KB")
+    write_text_files(directory)
+    assert len(list(directory.glob("*.safetensors"))) > 2
+    return load(directory, dtype="float32")
+
+
+def theirs(directory):
+    return transformers.AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32).eval()
+
+
+def hooked(model, factors):
+    """Independent of the engine: hooks on transformers that multiply the neurons."""
+    other, handles = theirs(model.directory), []
+    for layer, found in factors.items():
+
+        def scale(_, arguments, found=found):
+            act = arguments[0].clone()
+            for index, factor in found.items():
+                act[..., index] *= factor
+            return (act,)
+
+        handles.append(other.model.layers[layer].mlp.down_proj.register_forward_pre_hook(scale))
+    with torch.no_grad():
+        return other(IDS, use_cache=False).logits
+
+
+def steered(model, circuits, multipliers):
+    if len(circuits) == 1:
+        with model.steered(circuits[0], multipliers[0]), torch.no_grad():
+            return model(IDS)
+    return hooked(model, export.factors_of(circuits, multipliers))
+
+
+def logits(peft_model):
+    with torch.no_grad():
+        return peft_model(input_ids=IDS, use_cache=False).logits
+
+
+def test_factors_of_several_circuits_multiply():
+    factors = export.factors_of([A, B], [0.5, 3.0])
+    assert factors == {0: {3: 0.5, 9: 0.5, 40: 3.0}, 1: {11: 3.0}, 2: {7: 1.5, 8: 0.5, 40: 0.5}}
+    assert export.factors_of([A, A], [0.5, 2.0]) == {} == export.factors_of([A], [1.0])
+    with pytest.raises(InputError, match="multiplier: expected 2"):
+        export.factors_of([A, B], [0.0])
+
+
+@pytest.mark.parametrize(("circuits", "multipliers"), CASES)
+@pytest.mark.parametrize("uniform", [False, True], ids=["rank per layer", "uniform rank"])
+def test_peft_loads_the_adapter(model, tmp_path, circuits, multipliers, uniform):
+    peft = pytest.importorskip("peft")
+    factors = export.factors_of(circuits, multipliers)
+    assert export.to_lora(model.checkpoint, model.config, factors, tmp_path / "a", uniform=uniform) == [tmp_path / "a"]
+    wanted = steered(model, circuits, multipliers)
+    with torch.no_grad():
+        assert (wanted - model(IDS)).abs().max() > 0.05, "steering without effect would hide everything"
+    found = logits(peft.PeftModel.from_pretrained(theirs(model.directory), tmp_path / "a"))
+    assert (found - wanted).abs().max() <= 1e-4
+    with safe_open(tmp_path / "a" / "adapter_model.safetensors", "pt") as file:
+        ranks = {name: file.get_slice(name).get_shape()[0] for name in file.keys() if "lora_A" in name}  # noqa: SIM118
+    largest = max(map(len, factors.values()))
+    assert sorted(ranks.values()) == ([largest] * 3 if uniform else sorted(map(len, factors.values())))
+
+
+def test_a_rank_that_is_too_large_is_refused_or_split(model, tmp_path):
+    peft = pytest.importorskip("peft")
+    factors = export.factors_of([A, B], [0.0, 2.0])
+    with pytest.raises(InputError, match=r"max_rank: layers with more than 2 neurons: 0 \(3\), 2 \(3\)"):
+        export.to_lora(model.checkpoint, model.config, factors, tmp_path / "a", max_rank=2)
+    assert not (tmp_path / "a").exists()
+    parts = export.to_lora(model.checkpoint, model.config, factors, tmp_path / "a", max_rank=2, split=True)
+    assert [part.name for part in parts] == ["1", "2"]
+    both = peft.PeftModel.from_pretrained(theirs(model.directory), parts[0], adapter_name="1")
+    both.load_adapter(parts[1], adapter_name="2")
+    both.base_model.set_adapter(["1", "2"])
+    assert (logits(both) - steered(model, (A, B), (0.0, 2.0))).abs().max() <= 1e-4
+
+
+def test_nothing_to_export(model, tmp_path):
+    with pytest.raises(InputError, match="multiplier: changes nothing"):
+        export.to_lora(model.checkpoint, model.config, export.factors_of([A], [1.0]), tmp_path / "a")
+
+
+@pytest.mark.parametrize(("circuits", "multipliers"), CASES)
+def test_transformers_loads_the_checkpoint(model, tmp_path, circuits, multipliers):
+    export.to_checkpoint(model.directory, model.checkpoint, export.factors_of(circuits, multipliers), tmp_path / "c")
+    with torch.no_grad():
+        found = theirs(tmp_path / "c")(IDS, use_cache=False).logits
+    assert (found - steered(model, circuits, multipliers)).abs().max() <= 1e-4
+
+
+def test_other_tensors_and_files_stay_byte_for_byte(model, tmp_path):
+    export.to_checkpoint(model.directory, model.checkpoint, export.factors_of([B], [0.0]), tmp_path / "c")
+    assert {p.name for p in model.directory.iterdir()} == {p.name for p in (tmp_path / "c").iterdir()}
+    for path in model.directory.iterdir():
+        if path.suffix != ".safetensors":
+            assert path.read_bytes() == (tmp_path / "c" / path.name).read_bytes()
+    changed = 0
+    for name, entry in model.checkpoint.entries.items():
+        contents = [
+            (directory / entry.path.name).read_bytes()[entry.start : entry.end]
+            for directory in (model.directory, tmp_path / "c")
+        ]
+        if "down_proj" not in name:
+            assert contents[0] == contents[1]
+            continue
+        layer = int(name.split(".")[2])
+        before, after = (torch.frombuffer(bytearray(c), dtype=entry.dtype).view(entry.shape) for c in contents)
+        members = B.by_layer().get(layer, [])
+        assert not after[:, members].any() and before[:, members].any()
+        others = [index for index in range(48) if index not in members]
+        assert torch.equal(before[:, others], after[:, others])
+        changed += len(members)
+    assert changed == B.k
+
+
+def test_a_copy_that_fails_leaves_nothing(model, tmp_path, monkeypatch):
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(export, "_scale_columns", full)
+    with pytest.raises(InputError, match="c: cannot be written: No space left on device"):
+        export.to_checkpoint(model.directory, model.checkpoint, export.factors_of([A], [0.0]), tmp_path / "c")
+    assert list(tmp_path.iterdir()) == []
+    (tmp_path / "there").mkdir()
+    with pytest.raises(InputError, match="is there already"):
+        export.to_checkpoint(model.directory, model.checkpoint, export.factors_of([A], [0.0]), tmp_path / "there")
+
+
+def test_the_public_json_is_read_again(tmp_path):
+    export.to_ref_code(A, tmp_path / "c.json")
+    again = Circuit.load(tmp_path / "c.json", n_layers=3, n_neurons=48)
+    assert sorted(again.neurons) == sorted(A.neurons)
+
+
+def test_the_command(model, tmp_path, capsys):
+    for name, circuit in (("a", A), ("b", B)):
+        circuit.save(tmp_path / f"{name}.json")
+    words = ["export", str(model.directory), "-c", f"{tmp_path}/a.json", "-c", f"{tmp_path}/b.json", "-m", "0,2"]
+    assert main([*words, "--to", "lora", "-o", f"{tmp_path}/lora"]) == 0
+    assert "7 neurons in 3 layers, at most 3 in one" in " ".join(capsys.readouterr().out.split())
+    record = json.loads((tmp_path / "lora" / "adapter_config.json").read_text())
+    assert record["r"] == record["lora_alpha"] == 3 and record["rank_pattern"] == {"layers.1.mlp.down_proj": 1}
+    assert main([*words, "--to", "checkpoint", "-o", f"{tmp_path}/c"]) == 0
+    assert "7 columns scaled" in " ".join(capsys.readouterr().out.split())
+    assert main([*words, "--to", "checkpoint", "-o", f"{tmp_path}/c"]) == 2
+    assert capsys.readouterr().err == f"cna export: {tmp_path}/c: is there already\n"
+    assert main([*words, "--to", "ref-code", "-o", f"{tmp_path}/c.json"]) == 2
+    assert "holds one circuit" in capsys.readouterr().err
+    assert main([*words[:4], "--to", "ref-code", "-o", f"{tmp_path}/c.json"]) == 0
+    assert main([*words, "--to", "checkpoint", "-o", f"{tmp_path}/d", "--max-rank", "2"]) == 2
+    assert "--max-rank: is for --to lora" in capsys.readouterr().err
+
+
+def test_a_quantized_checkpoint_is_refused(model, tmp_path, capsys):
+    import shutil
+
+    shutil.copytree(model.directory, tmp_path / "q")
+    record = json.loads((tmp_path / "q" / "config.json").read_text())
+    record["quantization_config"] = {"quant_method": "bitsandbytes"}
+    (tmp_path / "q" / "config.json").write_text(json.dumps(record))
+    A.save(tmp_path / "a.json")
+    words = ["export", str(tmp_path / "q"), "-c", f"{tmp_path}/a.json", "--to", "lora", "-o", f"{tmp_path}/lora"]
+    assert main(words) == 2
+    assert "quantization_config" in capsys.readouterr().err and not (tmp_path / "lora").exists()
