@@ -277,12 +277,12 @@ def _evaluation_flags(parser, *, needs_output):
         "-o",
         "--output",
         metavar="DIR",
-        help="keep finished parts here, and write results.json, samples.jsonl, report.md and pictures; "
-        "the same command goes on after a crash",
+        help="keep finished parts, results.json, samples.jsonl, report.md and pictures here; the same command goes on "
+        "after a crash",
         required=needs_output,
     )
     _prompt_flags(parser)
-    _model_flags(parser)
+    _model_flags(parser, batch="answers written together (default: what memory has room for)")
 
 
 def _rivals(parser):
@@ -339,7 +339,10 @@ def _prompt_flags(parser):
     )
 
 
-def _model_flags(parser):
+BATCH_HELP = "prompts a forward pass (default: by tokens), or auto, which measures once and says what it chose"
+
+
+def _model_flags(parser, *, batch=BATCH_HELP):
     parser.add_argument(
         "--device", default=None, metavar="D", help="cpu, cuda, cuda:1, ... (default: cuda where there is one)"
     )
@@ -349,7 +352,7 @@ def _model_flags(parser):
         type=_batch,
         default=None,
         metavar="N",
-        help="prompts a forward pass (default: by tokens), or auto, which measures once and says what it chose",
+        help=batch,
     )
     parser.add_argument("--json", action="store_true", help="print JSON")
 
