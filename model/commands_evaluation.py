@@ -67,7 +67,8 @@ def run_compare(args):
     if args.json:
         print_json(results)
         return
-    stdout().print(f"alike: {results['alike'] or 'the models have different shapes'}", markup=False)
+    alike = ", ".join(f"{name} {value:.3g}" for name, value in (results["alike"] or {}).items())
+    stdout().print(alike or "the models have different shapes: their neurons cannot be matched", markup=False)
     for name, found in results["circuits"].items():
         where = ", ".join(
             f"{100 * found[place]:.0f}% in the {place}" for place in ("last three layers", "last quarter")
