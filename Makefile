@@ -21,7 +21,7 @@ demo: .venv/.installed
 
 # As many workers as cores, each on one thread: threads that wait for each other spin, and would take from the others.
 test: .venv/.installed-test
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --maxprocesses 8 --dist loadgroup
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --maxprocesses 8 --dist loadfile
 
 lint: .venv/.installed-test
 	$(BIN)/ruff check .

@@ -10,14 +10,12 @@ if not torch.cuda.is_available():
 
 from tiny import VARIANTS, write_checkpoint
 
-# Fixtures of these files take long: one worker makes them, for all of the file's tests.
-TOGETHER = ("test_demo", "test_evaluation_command", "test_parallel")
+# The files that take longest, so that they start first: workers get whole files (--dist loadfile), the last one alone.
+FIRST = ("test_triton", "test_demo", "test_cpu", "test_packing", "test_run_directory", "test_evaluation_command")
 
 
 def pytest_collection_modifyitems(items):
-    for item in items:
-        if item.path.stem in TOGETHER:
-            item.add_marker(pytest.mark.xdist_group(item.path.stem))
+    items.sort(key=lambda item: FIRST.index(item.path.stem) if item.path.stem in FIRST else len(FIRST))
 
 
 @pytest.fixture(autouse=True)
