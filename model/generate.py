@@ -11,7 +11,7 @@ from torch import Tensor
 from cna_kernels.checks import InputError
 
 from .collect import check_length
-from .memory import memory_of
+from .memory import DoesNotFit, memory_of
 from .packing import TokenPrompt
 from .transformer import KVCache, Steer, Transformer
 
@@ -132,7 +132,7 @@ def _check_cache_fits(config, batch, length, embedding):
     needed, available = numbers * embedding.dtype.itemsize, memory_of(embedding.device)
     if available is not None and needed > available:
         what = f"keys and values of {batch} x {length} tokens need {needed / 2**30:.1f} GiB"
-        raise InputError("max_new_tokens", f"{what}, {embedding.device} has {available / 2**30:.1f}")
+        raise DoesNotFit("max_new_tokens", f"{what}, {embedding.device} has {available / 2**30:.1f}")
 
 
 def _require_finite(logits, members, running, prompts):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable, Sequence
 
 import torch
 
@@ -21,9 +22,26 @@ def memory_of(device) -> int | None:
     return None
 
 
-def is_out_of_memory(error: RuntimeError) -> bool:
-    """Whether the error says that an allocation failed, on a GPU or on the CPU."""
-    return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)
+class DoesNotFit(InputError):
+    """What was asked for needs more memory than there is; said before anything is allocated."""
+
+
+def is_out_of_memory(error: Exception) -> bool:
+    """Whether the error says that memory does not suffice, on a GPU or on the CPU."""
+    return isinstance(error, (torch.OutOfMemoryError, DoesNotFit)) or "can't allocate memory" in str(error)
+
+
+def in_halves(run: Callable[[Sequence], list], items: Sequence, device: torch.device) -> list:
+    """``run(items)``, a list with a result for each; where memory runs out, of one half after the other."""
+    try:
+        return run(items)
+    except (RuntimeError, DoesNotFit) as error:
+        if not is_out_of_memory(error) or len(items) == 1:
+            raise
+    if device.type == "cuda":  # outside the except block, whose traceback would keep the tensors alive
+        torch.cuda.empty_cache()
+    half = len(items) // 2
+    return [*in_halves(run, items[:half], device), *in_halves(run, items[half:], device)]
 
 
 def usable_device(device) -> torch.device:

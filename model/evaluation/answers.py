@@ -5,13 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-import torch
-
 from cna_kernels.checks import InputError
 
 from ..generate import generate
 from ..language_model import LanguageModel
-from ..memory import is_out_of_memory, memory_of
+from ..memory import in_halves, memory_of
 from ..packing import TokenPrompt
 from .interventions import Interventions
 from .store import Store
@@ -73,11 +71,15 @@ def answer_all(
     order = sorted(range(len(prompts)), key=lambda number: (len(prompts[number].ids), number))
     plan = [(setting, number) for number in order for setting in settings]
     found: dict[int, list[Answer]] = {setting: [] for setting in settings}
+
+    def write(chunk):
+        return _write(model, interventions, chunk, prompts, max_new_tokens)
+
     for start in range(0, len(plan), rows):
         chunk = plan[start : start + rows]
         lines = store.get(
             f"{name}-by-{rows}-{start // rows:05d}",
-            lambda chunk=chunk: write(model, interventions, chunk, prompts, max_new_tokens),
+            lambda chunk=chunk: in_halves(write, chunk, model.device),
         )
         for (setting, number), tokens in zip(chunk, lines, strict=True):
             found[setting].append(Answer(setting, number, model.tokenizer.decode(tokens), tuple(tokens)))
@@ -85,10 +87,8 @@ def answer_all(
     return {setting: sorted(answers, key=lambda answer: answer.prompt) for setting, answers in found.items()}
 
 
-def write(
-    model: LanguageModel, interventions: Interventions, chunk: Sequence[tuple[int, int]], prompts, max_new_tokens: int
-) -> list[list[int]]:
-    """The tokens of the answers to a chunk of (setting, prompt), in one batch; where memory runs out, in halves."""
+def _write(model, interventions, chunk, prompts, max_new_tokens) -> list[list[int]]:
+    """The tokens of the answers to a chunk of (setting, prompt), in one batch."""
     members = [prompts[number] for _, number in chunk]
     try:
         return generate(
@@ -99,21 +99,7 @@ def write(
             steer=interventions.steer([setting for setting, _ in chunk]),
         )
     except InputError as error:
-        if error.where == "max_new_tokens" and len(chunk) > 1:  # the cache of keys and values does not fit
-            return _halves(model, interventions, chunk, prompts, max_new_tokens)
         if error.where not in {prompt.place for prompt in members}:
             raise
         which = [interventions.settings[s].name for s, n in chunk if prompts[n].place == error.where]
         raise InputError(error.where, f"{error.what} (one of: {'; '.join(which)})") from None
-    except RuntimeError as error:
-        if not is_out_of_memory(error) or len(chunk) == 1:
-            raise
-    if model.device.type == "cuda":  # outside the except block, whose traceback would keep the tensors alive
-        torch.cuda.empty_cache()
-    return _halves(model, interventions, chunk, prompts, max_new_tokens)
-
-
-def _halves(model, interventions, chunk, prompts, max_new_tokens) -> list[list[int]]:
-    half = len(chunk) // 2
-    parts = (chunk[:half], chunk[half:])
-    return [answer for part in parts for answer in write(model, interventions, part, prompts, max_new_tokens)]

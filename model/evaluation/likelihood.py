@@ -13,7 +13,7 @@ from cna_kernels.checks import InputError
 
 from ..generate import pad
 from ..language_model import LanguageModel
-from ..memory import is_out_of_memory
+from ..memory import in_halves
 from ..metrics import Z
 from .interventions import Interventions
 
@@ -32,8 +32,12 @@ def each_logits(
     Raises:
         InputError: a logit is not finite; names the setting.
     """
+
+    def run(chunk):
+        return _logits(model, interventions, chunk, last)
+
     for chunk in _chunks(rows, NUMBERS // model.config.vocab_size, TOKENS[model.device.type == "cuda"], last):
-        for (setting, _), logits in zip(chunk, _logits(model, interventions, chunk, last), strict=True):
+        for (setting, _), logits in zip(chunk, in_halves(run, chunk, model.device), strict=True):
             if not torch.isfinite(logits).all():
                 name = interventions.settings[setting].name
                 raise InputError(name, "the logits are not finite; is the multiplier too large?")
@@ -41,23 +45,15 @@ def each_logits(
 
 
 def _logits(model, interventions, chunk, last) -> list[Tensor]:
-    """The logits of each row of a chunk, in one batch; where memory runs out, in halves."""
-    try:
-        input_ids, lengths = pad([ids for _, ids in chunk], model.device)
-        with torch.inference_mode():
-            steer = interventions.steer([setting for setting, _ in chunk])
-            hidden = model.transformer.hidden(input_ids, lengths=lengths, steer=steer)  # [B, S, H]
-            if last:
-                hidden = hidden[torch.arange(len(chunk), device=model.device), lengths - 1][:, None]
-            logits = model.transformer.logits(hidden).float()
-        return [row if last else row[: len(ids)] for row, (_, ids) in zip(logits, chunk, strict=True)]
-    except RuntimeError as error:
-        if not is_out_of_memory(error) or len(chunk) == 1:
-            raise
-    if model.device.type == "cuda":  # outside the except block, whose traceback would keep the tensors alive
-        torch.cuda.empty_cache()
-    half = len(chunk) // 2
-    return [row for part in (chunk[:half], chunk[half:]) for row in _logits(model, interventions, part, last)]
+    """The logits of each row of a chunk, in one batch."""
+    input_ids, lengths = pad([ids for _, ids in chunk], model.device)
+    with torch.inference_mode():
+        steer = interventions.steer([setting for setting, _ in chunk])
+        hidden = model.transformer.hidden(input_ids, lengths=lengths, steer=steer)  # [B, S, H]
+        if last:
+            hidden = hidden[torch.arange(len(chunk), device=model.device), lengths - 1][:, None]
+        logits = model.transformer.logits(hidden).float()
+    return [row if last else row[: len(ids)] for row, (_, ids) in zip(logits, chunk, strict=True)]
 
 
 def _chunks(rows, most_logits: int, most_tokens: int, last: bool) -> Iterator[list]:

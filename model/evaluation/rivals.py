@@ -1,7 +1,7 @@
 """What a circuit is compared with: other ways to choose neurons, and directions of the residual stream.
 
 Whatever has to be chosen (a direction's layer and sign, a single neuron) is chosen on discovery prompts set apart for
-it, never on the prompts that are reported.
+it, not on the prompts that are reported; those that a user gives as both are counted in the results' notes.
 """
 
 from __future__ import annotations
@@ -227,13 +227,12 @@ def best_direction(
     methods = [Method(f"layer {layer}, {sign:+d}", "", make(difference, layer), sign) for layer, sign in tried]
 
     best, table = choose(model, methods, sides, is_refusal, rows=rows, store=store, name=f"choose-{kind}")
-    chosen = {"layer": tried[best][0], "sign": tried[best][1], "tried": table}
-    layer, sign = chosen["layer"], chosen["sign"]
+    layer, sign = tried[best]
     about = {
         "caa": f"mean difference of the residual stream after layer {layer}, added with sign {sign:+d}",
         "ablation": f"unit difference after layer {layer}, taken out of all that is written to the residual stream",
     }[kind]
-    return Method(kind, about, make(difference, layer), sign), chosen
+    return Method(kind, about, make(difference, layer), sign), {"layer": layer, "sign": sign, "tried": table}
 
 
 def best_neuron(model: LanguageModel, discovery: Discovery, store: Store) -> tuple[Method, dict]:

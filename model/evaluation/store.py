@@ -1,6 +1,6 @@
 """What an evaluation has finished so far, on disk: the same command goes on where it was killed.
 
-manifest.json      what the results depend on; written once
+manifest.json      what the results depend on; replaced only while there is no part
 parts/NAME.json    one finished piece of work: written whole, once
 """
 
