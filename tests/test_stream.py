@@ -93,7 +93,10 @@ print("peak", re.search(r"VmHWM:\\s*(\\d+) kB", open("/proc/self/status").read()
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads the peak from /proc")
 def test_memory_for_two_layers_is_enough(tmp_path):
-    """A model of 12 layers of 33 MB: streamed, discovery peaks at least 250 MB below the resident one."""
+    """Of 12 layers 2 are kept: streamed, discovery peaks at least 7 layers below the resident one.
+
+    Not 10: both peaks hold the allocator's slack, and the layer just done with may be freed a moment late.
+    """
     shape = dict(hidden_size=512, intermediate_size=4096, num_hidden_layers=12, num_attention_heads=8)
     write_language_model(tmp_path, **shape)
     for name, prompts in (("positive", POSITIVE), ("negative", NEGATIVE)):
@@ -105,4 +108,5 @@ def test_memory_for_two_layers_is_enough(tmp_path):
         arguments = [sys.executable, "-c", PROGRAM, *map(str, [*command, *more])]
         done = subprocess.run(arguments, check=True, capture_output=True, text=True)
         peaks.append(int(re.search(r"peak (\d+)", done.stdout)[1]) * 1024)
-    assert peaks[0] - peaks[1] > 250e6, peaks
+    layer = 4 * (3 * 512 * 4096 + 4 * 512 * 512)
+    assert peaks[0] - peaks[1] > 7 * layer, peaks  # 8.4 to 9.7 layers were measured
