@@ -12,6 +12,7 @@ _HOME = {
     "gated_mlp": "ops",
     "swiglu": "ops",
     "down_proj": "ops",
+    "steer_act": "ops",
     "Scale": "reference",
     "make_scale": "reference",
     "ActivationSums": "sums",

@@ -1,9 +1,9 @@
 """The public ops: check, dispatch. ``reference.py`` is their definition.
 
-``gated_mlp``, ``swiglu`` and ``down_proj`` do three jobs each: their part of the MLP, the streaming sums of the
-activations, and the per-neuron scale. ``linear`` serves a model's other layers. All are registered with torch.library
-(namespace ``cna_kernels``), so ``torch.compile(fullgraph=True)`` sees one node per call. Gradients flow through the
-reference: where an input requires grad, the op runs it directly.
+``gated_mlp``, ``swiglu``, ``down_proj`` and ``steer_act`` do three jobs each: their part of the MLP, the streaming sums
+of the activations, and the per-neuron scale. ``linear`` serves a model's other layers. All are registered with
+torch.library (namespace ``cna_kernels``), so ``torch.compile(fullgraph=True)`` sees one node per call. Gradients flow
+through the reference: where an input requires grad, the op runs it directly.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ class Extras(NamedTuple):
 
 def gated_mlp(
     x: Tensor,
-    w_gate_up: Tensor,
+    w_gate_up: Tensor | tuple[Tensor, Tensor],
     w_down: Tensor,
     *,
     weight: Tensor | None = None,
@@ -60,7 +60,7 @@ def gated_mlp(
 
     Args:
         x: ``[T, H]`` bf16, fp16 or fp32. The other floating inputs share its dtype unless said otherwise.
-        w_gate_up: ``[2N, H]``, the rows of ``gate_proj`` then those of ``up_proj``.
+        w_gate_up: ``[2N, H]``, the rows of ``gate_proj`` then those of ``up_proj``; or the two apart, ``[N, H]`` each.
         w_down: ``[H, N]``.
         weight: ``[T, C]`` fp32, how much each token counts in each column.
         act_sum: ``[C, N]`` fp32, added to in place. Needs ``weight``.
@@ -80,13 +80,19 @@ def gated_mlp(
     n_rows, n_hidden = x.shape
     check_tensor("w_down", w_down, shape=(n_hidden, None), dtype=x.dtype, device=x.device)
     n_neurons = w_down.shape[1]
-    check_tensor("w_gate_up", w_gate_up, shape=(2 * n_neurons, n_hidden), dtype=x.dtype, device=x.device)
+    if isinstance(w_gate_up, tuple):
+        first, w_up = w_gate_up
+        check_tensor("w_gate", first, shape=(n_neurons, n_hidden), dtype=x.dtype, device=x.device)
+        check_tensor("w_up", w_up, shape=(n_neurons, n_hidden), dtype=x.dtype, device=x.device)
+    else:
+        first, w_up = w_gate_up, None
+        check_tensor("w_gate_up", first, shape=(2 * n_neurons, n_hidden), dtype=x.dtype, device=x.device)
     extras = _check_extras(n_rows, n_neurons, x.device, weight, act_sum, act_sumsq, scale, row_circuit)
-    if _needs_grad(x, w_gate_up, w_down, extras.scale_value):
+    if _needs_grad(x, first, w_up, w_down, extras.scale_value):
         _refuse_backend_with_grad(backend)
         with _as_given(x):
             return reference.gated_mlp(x, w_gate_up, w_down, **extras.keywords())
-    return _gated_mlp(x, w_gate_up, w_down, *extras, backend)
+    return _gated_mlp(x, first, w_down, *extras, w_up, backend)
 
 
 def swiglu(
@@ -149,6 +155,34 @@ def down_proj(
         with _as_given(act):
             return reference.down_proj(act, w_down, **extras.keywords())
     return _down_proj(act, w_down, *extras, backend)
+
+
+def steer_act(
+    act: Tensor,
+    *,
+    weight: Tensor | None = None,
+    act_sum: Tensor | None = None,
+    act_sumsq: Tensor | None = None,
+    scale: Scale | None = None,
+    row_circuit: Tensor | None = None,
+    backend: str | None = None,
+) -> Tensor:
+    """Sums and steering alone, for stacks whose other activation or quantised ``down_proj`` is none of the above.
+
+    Args:
+        act: ``[T, N]`` bf16, fp16 or fp32, the input of ``down_proj`` as computed elsewhere.
+        weight, act_sum, act_sumsq, scale, row_circuit, backend: as in :func:`gated_mlp`.
+
+    Returns:
+        act ``[T, N]``, a scaled copy.
+    """
+    check_tensor("act", act, shape=(None, None), dtype=FLOATS)
+    extras = _check_extras(*act.shape, act.device, weight, act_sum, act_sumsq, scale, row_circuit)
+    if _needs_grad(act, extras.scale_value):
+        _refuse_backend_with_grad(backend)
+        with _as_given(act):
+            return reference.steer_act(act, **extras.keywords())
+    return _steer_act(act, *extras, backend)
 
 
 def linear(x: Tensor, w: Tensor, bias: Tensor | None = None, *, backend: str | None = None) -> Tensor:
@@ -259,13 +293,14 @@ def _gated_mlp(
     scale_index: Tensor | None,
     scale_value: Tensor | None,
     row_circuit: Tensor | None,
+    w_up: Tensor | None,  # where given, w_gate_up is gate's half
     backend: str | None,
 ) -> Tensor:
     extras = Extras(weight, act_sum, act_sumsq, scale_offsets, scale_index, scale_value, row_circuit).keywords()
     _count_change(act_sum, act_sumsq)
     run = backends.implementation(x.device, backend).gated_mlp
     with _as_given(x):
-        return run(x, w_gate_up, w_down, **extras)
+        return run(x, w_gate_up if w_up is None else (w_gate_up, w_up), w_down, **extras)
 
 
 @_register("swiglu", lambda gate, *_: gate.new_empty(gate.shape), mutates=("act_sum", "act_sumsq"))
@@ -308,6 +343,25 @@ def _down_proj(
     run = backends.implementation(act.device, backend).down_proj
     with _as_given(act):
         return run(act, w_down, **extras)
+
+
+@_register("steer_act", lambda act, *_: act.new_empty(act.shape), mutates=("act_sum", "act_sumsq"))
+def _steer_act(
+    act: Tensor,
+    weight: Tensor | None,
+    act_sum: Tensor | None,
+    act_sumsq: Tensor | None,
+    scale_offsets: Tensor | None,
+    scale_index: Tensor | None,
+    scale_value: Tensor | None,
+    row_circuit: Tensor | None,
+    backend: str | None,
+) -> Tensor:
+    extras = Extras(weight, act_sum, act_sumsq, scale_offsets, scale_index, scale_value, row_circuit).keywords()
+    _count_change(act_sum, act_sumsq)
+    run = backends.implementation(act.device, backend).steer_act
+    with _as_given(act):
+        return run(act, **extras)
 
 
 @_register("linear", lambda x, w, *_: x.new_empty(x.shape[0], w.shape[0]))

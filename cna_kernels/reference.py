@@ -34,8 +34,9 @@ class Scale(NamedTuple):
     """Per-neuron factors of one layer for K circuits, stored sparse by circuit; every other factor is 1.
 
     Circuit ``c`` multiplies neuron ``index[e]`` by ``value[e]`` for every e in ``offsets[c, 0] : offsets[c, -1]``.
-    Its neurons in ``1024 * b : 1024 * (b + 1)`` are those in ``offsets[c, b] : offsets[c, b + 1]``. Circuits follow
-    one another without gaps, and within a circuit ``index`` ascends strictly. :func:`make_scale` builds one.
+    Its neurons in ``1024 * b : 1024 * (b + 1)`` are those in ``offsets[c, b] : offsets[c, b + 1]``. Within a circuit
+    ``index`` ascends strictly. Circuits lie in any order, and entries that belong to none may lie between them.
+    :func:`make_scale` builds one.
 
     offsets: ``[K, ceil(N / 1024) + 1]`` int32.
     index: ``[E]`` int32, each below N.
@@ -66,10 +67,17 @@ def make_scale(circuits: Sequence[Mapping[int, float]], n_neurons: int, device="
 def gated_mlp(
     x, w_gate_up, w_down, *, weight=None, act_sum=None, act_sumsq=None, scale=None, row_circuit=None
 ) -> Tensor:
-    """The whole MLP: x ``[T, H]``, w_gate_up ``[2N, H]`` (gate rows first), w_down ``[H, N]`` -> y ``[T, H]``."""
-    gate, up = F.linear(x, w_gate_up).chunk(2, dim=-1)  # [T, N] each, row stride 2N
+    """The whole MLP: x ``[T, H]``, w_gate_up ``[2N, H]`` or its halves as a pair, w_down ``[H, N]`` -> y ``[T, H]``."""
+    gate, up = gate_and_up(x, w_gate_up)
     act = swiglu(gate, up, weight=weight, act_sum=act_sum, act_sumsq=act_sumsq, scale=scale, row_circuit=row_circuit)
     return F.linear(act, w_down)
+
+
+def gate_and_up(x, w_gate_up):
+    """The two halves, ``[T, N]`` each: of one product, with row stride 2N, or of two."""
+    if isinstance(w_gate_up, tuple):
+        return F.linear(x, w_gate_up[0]), F.linear(x, w_gate_up[1])
+    return F.linear(x, w_gate_up).chunk(2, dim=-1)
 
 
 def swiglu(gate, up, *, weight=None, act_sum=None, act_sumsq=None, scale=None, row_circuit=None) -> Tensor:
@@ -84,6 +92,12 @@ def down_proj(act, w_down, *, weight=None, act_sum=None, act_sumsq=None, scale=N
     """The down-projection: act ``[T, N]``, w_down ``[H, N]`` -> y ``[T, H]``."""
     _accumulate(act, weight, act_sum, act_sumsq)
     return F.linear(_scaled(act, scale, row_circuit), w_down)
+
+
+def steer_act(act, *, weight=None, act_sum=None, act_sumsq=None, scale=None, row_circuit=None) -> Tensor:
+    """The sums and the scaling alone: act ``[T, N]`` -> a copy, scaled."""
+    _accumulate(act, weight, act_sum, act_sumsq)
+    return act.clone() if scale is None else _scaled(act, scale, row_circuit)
 
 
 def _accumulate(act, weight, act_sum, act_sumsq):
@@ -112,12 +126,16 @@ def _scaled(act, scale, row_circuit):
 
 def dense_scale(scale: Scale, n_neurons: int) -> Tensor:
     """Return the factors as a table ``[K + 1, N]`` float32 whose last row, for unsteered tokens, is all ones."""
-    n_circuits = scale.offsets.shape[0]
-    circuit = torch.repeat_interleave(
-        torch.arange(n_circuits, device=scale.index.device),
-        scale.offsets[:, -1] - scale.offsets[:, 0],
-        output_size=scale.index.shape[0],
-    )
-    table = scale.value.new_ones(n_circuits + 1, n_neurons)
-    table[circuit, scale.index.long()] = scale.value
-    return table
+    offsets, index, value = scale
+    n_circuits, n_entries = offsets.shape[0], index.shape[0]
+    if n_entries == 0 or n_circuits == 0:
+        return value.new_ones(n_circuits + 1, n_neurons)
+    # the circuit of each entry: the last one to start before it, if it has not ended
+    first, end = offsets[:, 0], offsets[:, -1]
+    starts, circuits = torch.where(first < end, first, n_entries).sort()
+    entry = torch.arange(n_entries, dtype=starts.dtype, device=starts.device)
+    circuit = circuits[torch.searchsorted(starts, entry, right=True).clamp(min=1) - 1]
+    used = (entry >= first[circuit]) & (entry < end[circuit])
+    table = value.new_ones(n_circuits + 2, n_neurons)  # the last row takes what belongs to no circuit
+    table[torch.where(used, circuit, n_circuits + 1), index.long()] = value
+    return table[:-1]

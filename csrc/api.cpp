@@ -182,6 +182,20 @@ int swiglu(T *act, const T *gate, const T *up, const cna_extras *extras, int64_t
 }
 
 template <class T>
+int steer_act(T *steered, const T *act, const cna_extras *extras, int64_t n_tokens, int64_t N, int64_t steered_stride,
+              int64_t act_stride, int n_threads) {
+  Call call;
+  cna_extras used;
+  call.add(steered, n_tokens, N, steered_stride, true);
+  call.add(act, n_tokens, N, act_stride);
+  call.add_extras(extras, &used, n_tokens, N);
+  const Level *level = call.ready(n_threads);
+  if (!level || !n_tokens || !N) return call.status;
+  return ops<T>(*level).steer_act(steered, act, used, n_tokens, N, steered_stride, act_stride,
+                                  usable_threads(n_threads));
+}
+
+template <class T>
 int down_proj(T *y, const T *act, const T *w_down, const cna_extras *extras, int64_t n_tokens, int64_t H, int64_t N,
               int64_t y_stride, int64_t act_stride, int64_t w_down_stride, int n_threads) {
   Call call;
@@ -255,6 +269,10 @@ const char *cna_status_text(int status) {
   int cna_swiglu_##DTYPE(TYPE *act, const TYPE *gate, const TYPE *up, const cna_extras *extras, int64_t T, int64_t N, \
                          int64_t act_stride, int64_t gate_stride, int64_t up_stride, int n_threads) {                 \
     return swiglu(DTYPE(act), DTYPE(gate), DTYPE(up), extras, T, N, act_stride, gate_stride, up_stride, n_threads);   \
+  }                                                                                                                   \
+  int cna_steer_act_##DTYPE(TYPE *steered, const TYPE *act, const cna_extras *extras, int64_t T, int64_t N,           \
+                            int64_t steered_stride, int64_t act_stride, int n_threads) {                              \
+    return steer_act(DTYPE(steered), DTYPE(act), extras, T, N, steered_stride, act_stride, n_threads);                \
   }                                                                                                                   \
   int cna_down_proj_##DTYPE(TYPE *y, const TYPE *act, const TYPE *w_down, const cna_extras *extras, int64_t T,        \
                             int64_t H, int64_t N, int64_t y_stride, int64_t act_stride, int64_t w_down_stride,        \

@@ -1,4 +1,4 @@
-// What an instruction-set level gives to the C functions: the same twelve, with arguments already checked.
+// What an instruction-set level gives to the C functions: the same fifteen, with arguments already checked.
 // A level compiles the same files in a namespace of its own, for its instructions; what they share comes from here.
 #pragma once
 
@@ -16,6 +16,8 @@ struct Ops {
                    int64_t w_down_stride, int n_threads);
   int (*swiglu)(T *act, const T *gate, const T *up, const cna_extras &extras, int64_t n_tokens, int64_t N,
                 int64_t act_stride, int64_t gate_stride, int64_t up_stride, int n_threads);
+  int (*steer_act)(T *steered, const T *act, const cna_extras &extras, int64_t n_tokens, int64_t N,
+                   int64_t steered_stride, int64_t act_stride, int n_threads);
   int (*down_proj)(T *y, const T *act, const T *w_down, const cna_extras &extras, int64_t n_tokens, int64_t H,
                    int64_t N, int64_t y_stride, int64_t act_stride, int64_t w_down_stride, int n_threads);
   int (*linear)(T *y, const T *x, const T *w, const T *bias, int64_t n_tokens, int64_t O, int64_t H, int64_t y_stride,

@@ -1,4 +1,4 @@
-// The four operations, put together from dot.h (few tokens), panel.h (many tokens) and act.h.
+// The five operations, put together from dot.h (few tokens), panel.h (many tokens) and act.h.
 // Included inside a level's namespace.
 
 constexpr int64_t CHUNK = 256;      // tokens that go through the whole MLP together, so that act stays in cache
@@ -182,18 +182,18 @@ int linear(T *y, const T *x, const T *w, const T *bias, int64_t all_tokens, int6
   });
 }
 
-// A task owns a range of neurons for all tokens, so that every sum has one writer.
-template <class T>
-int swiglu(T *act, const T *gate, const T *up, const cna_extras &extras, int64_t n_tokens, int64_t N,
-           int64_t act_stride, int64_t gate_stride, int64_t up_stride, int n_threads) {
+// act[T, N] row by row, with sums and steering. row(to, t, n0, n) writes neurons n0 up to n0 + n of token t. A task
+// owns a range of neurons for all tokens, so that every sum has one writer.
+template <class T, class Row>
+int write_act(T *act, int64_t act_stride, const cna_extras &extras, int64_t n_tokens, int64_t N, int n_threads,
+              const Row &row) {
   const int64_t wanted = round_up(N / (4 * n_threads) + 1, 64), width = wanted < 1024 ? wanted : 1024;
   parallel_for((N + width - 1) / width, n_tokens * N < SMALL ? 1 : n_threads, [&](int64_t task, int) {
     const int64_t n0 = task * width, n = smaller(width, N - n0);
     for (int64_t t0 = 0; t0 < n_tokens; t0 += ROWS) {
       const int64_t rows = smaller(ROWS, n_tokens - t0);
       T *block = act + t0 * act_stride;
-      for (int64_t t = 0; t < rows; t++)
-        swiglu_row(block + t * act_stride + n0, gate + (t0 + t) * gate_stride + n0, up + (t0 + t) * up_stride + n0, n);
+      for (int64_t t = 0; t < rows; t++) row(block + t * act_stride + n0, t0 + t, n0, n);
       const cna_extras here = from_token(extras, t0);
       int32_t counted[ROWS];
       const int64_t n_counted = find_counted(counted, here, rows);
@@ -206,6 +206,22 @@ int swiglu(T *act, const T *gate, const T *up, const cna_extras &extras, int64_t
 }
 
 template <class T>
+int swiglu(T *act, const T *gate, const T *up, const cna_extras &extras, int64_t n_tokens, int64_t N,
+           int64_t act_stride, int64_t gate_stride, int64_t up_stride, int n_threads) {
+  return write_act(act, act_stride, extras, n_tokens, N, n_threads, [&](T *to, int64_t t, int64_t n0, int64_t n) {
+    swiglu_row(to, gate + t * gate_stride + n0, up + t * up_stride + n0, n);
+  });
+}
+
+template <class T>
+int steer_act(T *steered, const T *act, const cna_extras &extras, int64_t n_tokens, int64_t N, int64_t steered_stride,
+              int64_t act_stride, int n_threads) {
+  return write_act(
+      steered, steered_stride, extras, n_tokens, N, n_threads,
+      [&](T *to, int64_t t, int64_t n0, int64_t n) { std::memcpy(to, act + t * act_stride + n0, n * sizeof(T)); });
+}
+
+template <class T>
 constexpr Ops<T> ops() {
-  return {gated_mlp<T>, swiglu<T>, down_proj<T>, linear<T>};
+  return {gated_mlp<T>, swiglu<T>, steer_act<T>, down_proj<T>, linear<T>};
 }

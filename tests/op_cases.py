@@ -14,6 +14,13 @@ N_HIDDEN, N_COLUMNS, N_CIRCUITS = 24, 3, 4
 FEATURES = ["plain", "sums", "sumsq", "scale", "both", "one circuit", "circuits", "columns"]
 
 
+INPUTS = {
+    "gated_mlp": ("x", "w_gate_up", "w_down"), "swiglu": ("gate", "up"), "steer_act": ("act",),
+    "down_proj": ("act", "w_down"),
+}  # fmt: skip
+OPS = list(INPUTS)
+
+
 @dataclass
 class Case:
     x: torch.Tensor  # [T, H]
@@ -39,8 +46,7 @@ class Case:
         )
 
     def inputs(self, op):
-        names = {"gated_mlp": ("x", "w_gate_up", "w_down"), "swiglu": ("gate", "up"), "down_proj": ("act", "w_down")}
-        return [getattr(self, name) for name in names[op]]
+        return [getattr(self, name) for name in INPUTS[op]]
 
     def factors(self):
         """The steering factor of every token and neuron, ``[T, N]`` float64, by loops over the sparse table."""
@@ -92,12 +98,12 @@ def exact(case, op):
         gate, up = gate_up[:, :n_neurons], gate_up[:, n_neurons:]
     else:
         gate, up = double["gate"], double["up"]
-    act = double["act"] if op == "down_proj" else gate / (1 + np.exp(-gate)) * up
+    act = double["act"] if "act" in INPUTS[op] else gate / (1 + np.exp(-gate)) * up
     weight = case.weight.double().numpy()
     act_sum = case.act_sum.double().numpy() + weight.T @ act
     act_sumsq = case.act_sumsq.double().numpy() + weight.T @ act**2
     scaled = act * case.factors()
-    y = scaled if op == "swiglu" else scaled @ double["w_down"].T
+    y = scaled @ double["w_down"].T if "w_down" in INPUTS[op] else scaled
     return tuple(torch.from_numpy(np.asarray(part)) for part in (y, act_sum, act_sumsq))
 
 
@@ -107,11 +113,11 @@ def torch_same_dtype(case, op):
     gate, up = case.gate, case.up
     if op == "gated_mlp":
         gate, up = (case.x @ case.w_gate_up.T).split(n_neurons, dim=1)
-    act = case.act if op == "down_proj" else torch.nn.functional.silu(gate) * up
+    act = case.act if "act" in INPUTS[op] else torch.nn.functional.silu(gate) * up
     act_sum = case.act_sum + case.weight.T @ act.float()
     act_sumsq = case.act_sumsq + case.weight.T @ act.float().square()
     scaled = act * torch.from_numpy(case.factors()).to(act.dtype)
-    return (scaled if op == "swiglu" else scaled @ case.w_down.T), act_sum, act_sumsq
+    return (scaled @ case.w_down.T if "w_down" in INPUTS[op] else scaled), act_sum, act_sumsq
 
 
 def assert_close(name, got, plain, answer, *, slack, dtype):
@@ -188,6 +194,6 @@ def assert_values(case, op, y, extras):
     for name, got, plain, answer in answers:
         if got is None:
             continue
-        # down_proj sums the very act it is given; elsewhere act itself was rounded to dtype first
-        rounding = torch.float32 if op == "down_proj" and name != "y" else y.dtype
+        # down_proj and steer_act sum the very act they are given; elsewhere act itself was rounded to dtype first
+        rounding = torch.float32 if "act" in INPUTS[op] and name != "y" else y.dtype
         assert_close(name, got.cpu(), plain, answer, slack=2 if name == "y" else 4, dtype=rounding)

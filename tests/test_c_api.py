@@ -23,12 +23,14 @@ T, H, N, C, K = 4, 6, 10, 2, 2
 ARRAYS = {
     "gated_mlp": ("y", "x", "w_gate", "w_up", "w_down"),
     "swiglu": ("act", "gate", "up"),
+    "steer_act": ("act", "act_in"),
     "down_proj": ("y", "act_in", "w_down"),
     "linear": ("y", "x", "w_down_t", "bias"),
 }
 SIZES = {
     "gated_mlp": dict(T=T, H=H, N=N, y_stride=H, x_stride=H, w_gate_up_stride=H, w_down_stride=N),
     "swiglu": dict(T=T, N=N, act_stride=N, gate_stride=N, up_stride=N),
+    "steer_act": dict(T=T, N=N, steered_stride=N, act_stride=N),
     "down_proj": dict(T=T, H=H, N=N, y_stride=H, act_stride=N, w_down_stride=N),
     "linear": dict(T=T, O=H, H=H, y_stride=H, x_stride=H, w_stride=H),
 }
@@ -42,8 +44,9 @@ class Arguments:
     def __init__(self, op, dtype, *, extras=True):
         self.function = getattr(library.load(), f"cna_{op}_{dtype}")
         self.element = DTYPES[dtype]
-        # room for any array that these sizes describe; outputs are filled with a pattern
-        self.memory = {name: ctypes.create_string_buffer(b"\x3f" * 4096, 4096) for name in ARRAYS[op]}
+        # room for any array that these sizes describe, inputs filled with one pattern and the output with another
+        fill = {name: b"\x3f" for name in ARRAYS[op]} | {ARRAYS[op][0]: b"\x3e"}
+        self.memory = {name: ctypes.create_string_buffer(fill[name] * 4096, 4096) for name in ARRAYS[op]}
         self.arrays = {name: ctypes.addressof(memory) for name, memory in self.memory.items()}
         self.sizes = dict(SIZES[op])
         self.n_threads = 2
@@ -250,6 +253,7 @@ def test_empty_arrays_may_be_null(op, dtype):
         empty = {
             "gated_mlp": dict(y=("T", "H"), x=("T", "H"), w_gate=("N", "H"), w_up=("N", "H"), w_down=("H", "N")),
             "swiglu": dict(act=("T", "N"), gate=("T", "N"), up=("T", "N")),
+            "steer_act": dict(act=("T", "N"), act_in=("T", "N")),
             "down_proj": dict(y=("T", "H"), act_in=("T", "N"), w_down=("H", "N")),
             "linear": dict(y=("T", "O"), x=("T", "H"), w_down_t=("O", "H"), bias=("O",)),
         }[op]

@@ -19,6 +19,8 @@ from cna_kernels.cpu import library
 from op_cases import (
     DTYPES,
     FEATURES,
+    INPUTS,
+    OPS,
     assert_close,
     assert_nothing_outside,
     assert_values,
@@ -39,7 +41,6 @@ EMULATED = "amx-emulated"
 LEVELS = library.levels()
 if LEVELS[-1] == "avx512_bf16" and shutil.which("make") and CSRC.exists():
     LEVELS = [*LEVELS, EMULATED]
-OPS = ["gated_mlp", "swiglu", "down_proj"]
 
 # (T, N, H): decode with a short and a long token, one neuron, one block of fewer tokens than half a vector, several
 # passes of few tokens, panels with ragged tokens and several blocks of k, two blocks of neurons, and more tokens than
@@ -283,7 +284,7 @@ def test_offsets_beyond_int32(level, tmp_path, op, dtype):
     extras = case.extras()
     file = np.memmap(tmp_path / "sparse", dtype=np.int8, mode="w+", shape=(2 * stride + 64) * dtype.itemsize)
     space = torch.from_numpy(file).view(dtype)
-    name = dict(swiglu="gate", down_proj="act", gated_mlp="x")[op]
+    name = INPUTS[op][0]
     part = getattr(case, name)
     setattr(case, name, space.as_strided(part.shape, (stride, 1)).copy_(part))
     y = run(op, case, extras)

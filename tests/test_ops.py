@@ -1,12 +1,11 @@
-"""gated_mlp, swiglu, down_proj: values, exactness, refusals, and their life inside torch.library and torch.compile."""
+"""The ops: values, exactness, refusals, and their life inside torch.library and torch.compile."""
 
 import pytest
 import torch
 
 from cna_kernels import InputError, backends, make_scale, ops
-from op_cases import DTYPES, SHAPES, assert_values, exact, make_case
+from op_cases import DTYPES, OPS, SHAPES, assert_values, exact, make_case
 
-OPS = ["gated_mlp", "swiglu", "down_proj"]
 CASES = [(op, shape, dtype) for op in OPS for shape in SHAPES for dtype in DTYPES]
 IDS = [f"{op}-{t}x{n}-{str(dtype)[6:]}" for op, (t, n), dtype in CASES]
 
@@ -37,6 +36,45 @@ def test_exact_on_small_integers(op):
     answer = exact(case, "down_proj")
     for got, want in zip((y, extras["act_sum"], extras["act_sumsq"]), answer, strict=True):
         assert torch.equal(got.double(), want)
+
+
+@pytest.mark.parametrize("backend", ["reference", "cpu"])
+def test_gate_and_up_apart(backend):
+    """The two weights as a pair, wherever they lie, are the same MLP."""
+    case = make_case(17, 40, torch.float32)
+    w_gate, w_up = case.w_gate_up.chunk(2)
+    wide = torch.full((40, 32), torch.nan)
+    wide[:, :24] = w_up
+    for pair in [(w_gate, w_up), (w_gate.clone(), w_up.clone()), (w_gate, wide[:, :24])]:
+        extras = case.extras()
+        y = ops.gated_mlp(case.x, pair, case.w_down, **extras, backend=backend)
+        assert_values(case, "gated_mlp", y, extras)
+    x = case.x.clone().requires_grad_()
+    ops.gated_mlp(x, pair, case.w_down).sum().backward()
+    assert x.grad.abs().max() > 0
+    with pytest.raises(ValueError, match=r"w_up: expected shape \[40, 24\], got \[39, 24\]"):
+        ops.gated_mlp(case.x, (w_gate, w_up[1:]), case.w_down)
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_circuits_in_any_order_with_gaps(op):
+    """As a table leaves them that circuits come to and go from: the entries between belong to nobody."""
+    case = make_case(63, 130, torch.float32)
+    offsets, index, value = case.scale
+    moved = torch.full_like(offsets, 17)
+    lengths = offsets - offsets[:, :1]
+    new_index, new_value = torch.zeros(60, dtype=torch.int32), torch.full((60,), torch.nan)
+    for circuit, start in zip(range(4), (40, 12, 30, 3), strict=True):
+        n = int(lengths[circuit, -1])
+        old = int(offsets[circuit, 0])
+        new_index[start : start + n], new_value[start : start + n] = index[old : old + n], value[old : old + n]
+        moved[circuit] = start + lengths[circuit]
+    expected = getattr(ops, op)(*case.inputs(op), scale=case.scale, row_circuit=case.row_circuit)
+    for backend in ("reference", "cpu"):
+        case.scale = type(case.scale)(moved, new_index, new_value)
+        got = getattr(ops, op)(*case.inputs(op), scale=case.scale, row_circuit=case.row_circuit, backend=backend)
+        assert torch.allclose(got, expected, rtol=1e-5, atol=1e-5)
+        assert not torch.equal(got, getattr(ops, op)(*case.inputs(op)))
 
 
 @pytest.mark.parametrize("op", OPS)
@@ -121,7 +159,8 @@ def test_opcheck(op, features):
     extras = case.extras()
     sums = [extras[n] if features in ("sums", "both") else None for n in ("weight", "act_sum", "act_sumsq")]
     steer = [*case.scale, case.row_circuit] if features in ("steering", "both") else [None] * 4
-    arguments = (*case.inputs(op), *sums, *steer, None)
+    w_up = [None] if op == "gated_mlp" else []
+    arguments = (*case.inputs(op), *sums, *steer, *w_up, None)
     result = torch.library.opcheck(getattr(torch.ops.cna_kernels, op).default, arguments)
     assert set(result.values()) == {"SUCCESS"}
 

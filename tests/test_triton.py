@@ -15,6 +15,8 @@ from cna_kernels.triton import plan
 from op_cases import (
     DTYPES,
     FEATURES,
+    INPUTS,
+    OPS,
     assert_close,
     assert_nothing_outside,
     assert_values,
@@ -41,14 +43,14 @@ def servable(op, name, shape, dtype):
     return plan.can_serve(plan.Call(op, T, N, H, dtype, 90, tma), name)
 
 
-PLANS = [("swiglu", "-")] + [(op, name) for op, names in plan.PLANS.items() for name in names]
+PLANS = [("swiglu", "-"), ("steer_act", "-")] + [(op, name) for op, names in plan.PLANS.items() for name in names]
 CASES = [
     (op, name, shape, dtype, feature)
     for op, name in PLANS
     for shape in SHAPES
     for dtype in DTYPES
     for feature in FEATURES
-    if op == "swiglu" or servable(op, name, shape, dtype)
+    if op not in plan.PLANS or servable(op, name, shape, dtype)
 ]
 IDS = [f"{WHERE}-{op}-{name}-{'x'.join(map(str, s))}-{str(d)[6:]}-{f}" for op, name, s, d, f in CASES]
 
@@ -71,7 +73,7 @@ def on_device(extras):
 
 def run(monkeypatch, op, name, case, extras):
     """The op through the Triton backend with this plan."""
-    monkeypatch.setenv("CNA_PLAN", "" if op == "swiglu" else f"{op}={name}")
+    monkeypatch.setenv("CNA_PLAN", f"{op}={name}" if op in plan.PLANS else "")
     return getattr(ops, op)(*(part.to(DEVICE) for part in case.inputs(op)), **extras, backend="triton")
 
 
@@ -93,6 +95,7 @@ EXACT = [  # the interpreter takes 20 ms for a program: sizes are small where pr
     ("gated_mlp", "gated", (13, 1032, 72)),
     ("gated_mlp", "fused", (130, 264, 200)),
     ("gated_mlp", "blas", (50, 130, 72)),
+    ("steer_act", "-", (130, 1032, 72)),
     ("down_proj", "split", (70, 1032, 72)),
     ("down_proj", "tma", (130, 1032, 72)),
     ("down_proj", "blas", (70, 130, 72)),
@@ -199,7 +202,7 @@ def test_any_row_stride_and_nothing_written_outside(monkeypatch, op, name, shape
     extras = on_device(case.extras())
     extras["weight"] = wider(extras["weight"])
     extras["act_sum"], extras["act_sumsq"] = wider(extras["act_sum"]), wider(extras["act_sumsq"])
-    monkeypatch.setenv("CNA_PLAN", "" if op == "swiglu" else f"{op}={name}")
+    monkeypatch.setenv("CNA_PLAN", f"{op}={name}" if op in plan.PLANS else "")
     inputs = [wider(part.to(DEVICE)) for part in case.inputs(op)]
     assert torch.equal(getattr(ops, op)(*inputs, **extras, backend="triton"), expected)
     for part in ("act_sum", "act_sumsq"):
@@ -208,7 +211,7 @@ def test_any_row_stride_and_nothing_written_outside(monkeypatch, op, name, shape
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=["bfloat16", "float32"])
-@pytest.mark.parametrize("op", ["swiglu", "down_proj", "gated_mlp"])
+@pytest.mark.parametrize("op", OPS)
 def test_offsets_beyond_int32(monkeypatch, tmp_path, op, dtype):
     """Rows 2**30 elements apart: an int32 offset would wrap at the third row."""
     stride, case = 2**30 + 8, exact_case((3, 48, 24), dtype)
@@ -223,16 +226,31 @@ def test_offsets_beyond_int32(monkeypatch, tmp_path, op, dtype):
         space = torch.from_numpy(file).view(dtype)
     else:
         space = torch.empty(2 * stride + 64, dtype=dtype, device=DEVICE)
-    name = dict(swiglu="gate", down_proj="act", gated_mlp="x")[op]
+    name = INPUTS[op][0]
     part = getattr(case, name)
     setattr(case, name, space.as_strided(part.shape, (stride, 1)).copy_(part))
     for chosen in plan.PLANS.get(op, ["-"]):
-        if op == "swiglu" or servable(op, chosen, (3, 48, 24), dtype):
+        if op not in plan.PLANS or servable(op, chosen, (3, 48, 24), dtype):
             got = run(monkeypatch, op, chosen, case, extras)
             assert_close("y", got.cpu(), plain, answer, slack=2, dtype=dtype)
 
 
-@pytest.mark.parametrize("op", ["gated_mlp", "swiglu", "down_proj"])
+@pytest.mark.parametrize(("name", "T"), [("gemv", 1), ("flat", 50), ("blas", 50)])
+def test_gate_and_up_apart(monkeypatch, name, T):
+    """Two weights of their own are the same MLP, to the bit where one kernel reads both."""
+    case = exact_case((T, 136, 72))
+    together, apart = on_device(case.extras()), on_device(case.extras())
+    monkeypatch.setenv("CNA_PLAN", f"gated_mlp={name}")
+    x, w_gate_up, w_down = (part.to(DEVICE) for part in case.inputs("gated_mlp"))
+    expected = ops.gated_mlp(x, w_gate_up, w_down, **together, backend="triton")
+    pair = w_gate_up[:136].clone(), w_gate_up[136:].clone()
+    got = ops.gated_mlp(x, pair, w_down, **apart, backend="triton")
+    assert_values(case, "gated_mlp", got, apart)
+    if name != "blas":
+        assert torch.equal(got, expected) and torch.equal(apart["act_sum"], together["act_sum"])
+
+
+@pytest.mark.parametrize("op", OPS)
 def test_compile_fullgraph(op):
     case = exact_case((7, 48, 24))
     call = getattr(ops, op)
@@ -249,7 +267,7 @@ def test_compile_fullgraph(op):
         assert torch.equal(traced["act_sum"], eager["act_sum"])
 
 
-@pytest.mark.parametrize("op", ["gated_mlp", "swiglu", "down_proj"])
+@pytest.mark.parametrize("op", OPS)
 def test_opcheck(op):
     case = exact_case((7, 48, 24), torch.float32)
     extras = on_device(case.extras())
@@ -259,6 +277,7 @@ def test_opcheck(op):
         *sums,
         *extras["scale"],
         extras["row_circuit"],
+        *([None] if op == "gated_mlp" else []),
         "triton",
     )
     result = torch.library.opcheck(getattr(torch.ops.cna_kernels, op).default, arguments)
@@ -275,7 +294,7 @@ def test_cuda_graph_follows_its_buffers(monkeypatch, op, name, shape):
     case = exact_case(shape)
     extras = on_device(case.extras())
     inputs = [part.to(DEVICE) for part in case.inputs(op)]
-    monkeypatch.setenv("CNA_PLAN", "" if op == "swiglu" else f"{op}={name}")
+    monkeypatch.setenv("CNA_PLAN", f"{op}={name}" if op in plan.PLANS else "")
     call = getattr(ops, op)
     call(*inputs, **extras, backend="triton")  # compiled before the capture
     graph = torch.cuda.CUDAGraph()

@@ -34,6 +34,7 @@ class Extras(Structure):
 _OPS = {
     "gated_mlp": (5, True, 7),
     "swiglu": (3, True, 5),
+    "steer_act": (2, True, 4),
     "down_proj": (3, True, 6),
     "linear": (4, False, 6),
 }

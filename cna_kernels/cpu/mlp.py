@@ -1,5 +1,5 @@
-"""The CPU backend's ``gated_mlp``, ``swiglu``, ``down_proj`` and ``linear``: the engine of ``csrc``, or PyTorch's own
-products where the plan says so.
+"""The CPU backend's ``gated_mlp``, ``swiglu``, ``down_proj``, ``steer_act`` and ``linear``: the engine of ``csrc``, or
+PyTorch's own products where the plan says so.
 
 Arguments are checked by ``cna_kernels.ops``; ``cna_kernels.reference`` is the definition. Where the engine computes
 gate and up they stay in fp32; the reference rounds them as ``linear`` does.
@@ -23,13 +23,16 @@ def gated_mlp(x, w_gate_up, w_down, **extras):
     """See :func:`cna_kernels.gated_mlp`."""
     (T, H), N = x.shape, w_down.shape[1]
     if choose("gated_mlp", T, x.dtype).name == "torch":
-        gate, up = F.linear(x, w_gate_up).chunk(2, dim=-1)
+        gate, up = reference.gate_and_up(x, w_gate_up)
         return F.linear(swiglu(gate, up, **extras), w_down)
-    x, w_gate_up, w_down = _rows(x), _rows(w_gate_up), _rows(w_down)
+    x, w_down = _rows(x), _rows(w_down)
+    w_gate, w_up = w_gate_up if isinstance(w_gate_up, tuple) else w_gate_up.chunk(2)
+    w_gate, w_up = _rows(w_gate), _rows(w_up)
+    if w_gate.stride(0) != w_up.stride(0):
+        w_gate, w_up = w_gate.contiguous(), w_up.contiguous()
     y = x.new_empty(T, H)
-    w_up = w_gate_up.data_ptr() + N * w_gate_up.stride(0) * x.element_size()
-    arrays = (y.data_ptr(), x.data_ptr(), w_gate_up.data_ptr(), w_up, w_down.data_ptr())
-    strides = (y.stride(0), x.stride(0), w_gate_up.stride(0), w_down.stride(0))
+    arrays = (y.data_ptr(), x.data_ptr(), w_gate.data_ptr(), w_up.data_ptr(), w_down.data_ptr())
+    strides = (y.stride(0), x.stride(0), w_gate.stride(0), w_down.stride(0))
     _run("gated_mlp", x.dtype, arrays, (T, H, N, *strides), extras)
     return y
 
@@ -53,6 +56,15 @@ def down_proj(act, w_down, **extras):
     arrays = (y.data_ptr(), act.data_ptr(), w_down.data_ptr())
     _run("down_proj", act.dtype, arrays, (T, H, N, y.stride(0), act.stride(0), w_down.stride(0)), extras)
     return y
+
+
+def steer_act(act, **extras):
+    """See :func:`cna_kernels.steer_act`."""
+    act = _rows(act)
+    steered = act.new_empty(act.shape)
+    arrays = (steered.data_ptr(), act.data_ptr())
+    _run("steer_act", act.dtype, arrays, (*act.shape, steered.stride(0), act.stride(0)), extras)
+    return steered
 
 
 def linear(x, w, bias=None):

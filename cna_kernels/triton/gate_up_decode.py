@@ -1,6 +1,6 @@
 """First half of the decode pair, T <= 64: act = silu(x @ w_gate^T) * (x @ w_up^T), with sums and scaling.
 
-    gate[t, n], up[t, n] = sum_k x[t, k] * w_gate_up[n, k], sum_k x[t, k] * w_gate_up[N + n, k]     never rounded
+    gate[t, n], up[t, n] = sum_k x[t, k] * w_gate[n, k], sum_k x[t, k] * w_up[n, k]     never rounded
     act[t, n]            = silu(gate[t, n]) * up[t, n]
     act_sum[c, n]       += sum_t weight[t, c] * act[t, n]      act_sumsq likewise, both before scaling
     act[t, n]           *= scale[row_circuit[t], n]
@@ -33,7 +33,8 @@ from .tiles import dot, silu_mul
 @triton.jit(do_not_specialize=["n_circuits"], do_not_specialize_on_alignment=ANY_ALIGNMENT)
 def _gate_up_gemv_kernel(
     x_ptr,
-    w_ptr,
+    w_gate_ptr,
+    w_up_ptr,
     act_ptr,
     weight_ptr,
     sum_ptr,
@@ -66,8 +67,7 @@ def _gate_up_gemv_kernel(
     n_first = tl.program_id(0) * BLOCK_N
     n = n_first + tl.arange(0, BLOCK_N)
     n_mask = n < N
-    w_row = w_ptr + n.to(tl.int64)[:, None] * stride_w_n
-    up_rows = N * tl.cast(stride_w_n, tl.int64)
+    w_row = n.to(tl.int64)[:, None] * stride_w_n
     gates = (tl.zeros([BLOCK_N, BLOCK_K], tl.float32),) * T
     ups = (tl.zeros([BLOCK_N, BLOCK_K], tl.float32),) * T
     if PDL:
@@ -75,8 +75,8 @@ def _gate_up_gemv_kernel(
     for k_first in tl.range(0, H, BLOCK_K, num_stages=STAGES):
         k = k_first + tl.arange(0, BLOCK_K)
         mask = n_mask[:, None] & (k < H)[None, :]
-        w_gate = tl.load(w_row + k[None, :], mask=mask, other=0.0).to(tl.float32)
-        w_up = tl.load(w_row + up_rows + k[None, :], mask=mask, other=0.0).to(tl.float32)
+        w_gate = tl.load(w_gate_ptr + w_row + k[None, :], mask=mask, other=0.0).to(tl.float32)
+        w_up = tl.load(w_up_ptr + w_row + k[None, :], mask=mask, other=0.0).to(tl.float32)
         new_gates, new_ups = (), ()
         for t in tl.static_range(T):
             x = tl.load(x_ptr + t * tl.cast(stride_x_t, tl.int64) + k, mask=k < H, other=0.0).to(tl.float32)[None, :]
@@ -120,7 +120,8 @@ def _gate_up_gemv_kernel(
 @triton.jit(do_not_specialize=["T", "n_circuits"], do_not_specialize_on_alignment=ANY_ALIGNMENT)
 def _gate_up_flat_kernel(
     x_ptr,
-    w_ptr,
+    w_gate_ptr,
+    w_up_ptr,
     act_ptr,
     weight_ptr,
     sum_ptr,
@@ -153,7 +154,7 @@ def _gate_up_flat_kernel(
     r = tl.arange(0, 2 * BLOCK_N)  # rows of the weight tile: BLOCK_N of gate, then BLOCK_N of up
     w_n = n_first + r % BLOCK_N
     w_mask = w_n < N
-    w_row = w_ptr + (w_n + r // BLOCK_N * N).to(tl.int64)[:, None] * stride_w_n
+    w_row = tl.where(r < BLOCK_N, w_gate_ptr, w_up_ptr)[:, None] + w_n.to(tl.int64)[:, None] * stride_w_n
     t = tl.arange(0, BLOCK_T)
     t_mask = t < T
     x_row = x_ptr + t.to(tl.int64)[None, :] * stride_x_t
@@ -247,8 +248,11 @@ def cost(T: int, N: int, H: int, itemsize: int = 2) -> Cost:
 
 
 def gate_up_decode(x, w_gate_up, *, weight=None, act_sum=None, act_sumsq=None, scale=None, row_circuit=None):
-    """x ``[T, H]``, w_gate_up ``[2N, H]`` -> act ``[T, N]`` summed and scaled, for 1 <= T <= 64."""
-    (T, H), N = x.shape, w_gate_up.shape[0] // 2
+    """x ``[T, H]``, w_gate_up ``[2N, H]`` or a pair -> act ``[T, N]`` summed and scaled, for 1 <= T <= 64."""
+    w_gate, w_up = w_gate_up if isinstance(w_gate_up, tuple) else w_gate_up.chunk(2)
+    if w_gate.stride(0) != w_up.stride(0):
+        w_gate, w_up = w_gate.contiguous(), w_up.contiguous()
+    (T, H), N = x.shape, w_gate.shape[0]
     act = torch.empty(T, N, dtype=x.dtype, device=x.device)
     config = _launch_config(T, x.element_size())
     sums, steer = Sums(weight, act_sum, act_sumsq, 1, N), Steer(scale, row_circuit)
@@ -257,13 +261,14 @@ def gate_up_decode(x, w_gate_up, *, weight=None, act_sum=None, act_sumsq=None, s
         _gate_up_gemv_kernel if gemv else _gate_up_flat_kernel,
         (triton.cdiv(N, config.BLOCK_N),),
         x,
-        w_gate_up,
+        w_gate,
+        w_up,
         act,
         *sums.pointers(),
         *steer.pointers(),
         *(() if gemv else (T,)),
         x.stride(0),
-        w_gate_up.stride(0),
+        w_gate.stride(0),
         *sums.strides(),
         *steer.sizes(),
         N=N,

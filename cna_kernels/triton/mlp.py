@@ -1,4 +1,4 @@
-"""The Triton backend's ``gated_mlp``, ``swiglu`` and ``down_proj``: each call goes to the kernels of its plan.
+"""The Triton backend's ``gated_mlp``, ``swiglu``, ``steer_act``, ``down_proj``: each goes to the kernels of its plan.
 
 Arguments are checked by ``cna_kernels.ops``; ``cna_kernels.reference`` is the definition. Where gate and up are
 computed here (``gemv``, ``flat``, ``fused``) they stay in fp32; the reference rounds them as ``linear`` does.
@@ -6,6 +6,7 @@ computed here (``gemv``, ``flat``, ``fused``) they stay in fp32; the reference r
 
 from __future__ import annotations
 
+import torch
 import torch.nn.functional as F
 
 from .. import reference
@@ -24,7 +25,9 @@ def gated_mlp(x, w_gate_up, w_down, **extras):
     (T, H), N = x.shape, w_down.shape[1]
     if 0 in (T, H, N):
         return reference.gated_mlp(x, w_gate_up, w_down, **extras)
-    call = Call("gated_mlp", T, N, H, x.dtype, launch.arch(x.device), fits_tma(x, w_gate_up))
+    # the kernel with TMA reads gate and up as one box, so they must be one tensor
+    tma = isinstance(w_gate_up, torch.Tensor) and fits_tma(x, w_gate_up)
+    call = Call("gated_mlp", T, N, H, x.dtype, launch.arch(x.device), tma)
     plan = choose(call).name
     if plan == "gemv":
         return down_gemv(gate_up_decode(x, w_gate_up, **extras), w_down)
@@ -32,7 +35,7 @@ def gated_mlp(x, w_gate_up, w_down, **extras):
         return down_split(gate_up_decode(x, w_gate_up, **extras), w_down, dependent=True)
     if plan == "fused":
         return F.linear(gate_up(x, w_gate_up, **extras), w_down)
-    gate, up = F.linear(x, w_gate_up).chunk(2, dim=-1)
+    gate, up = reference.gate_and_up(x, w_gate_up)
     if plan == "gated":
         return down_split(gate, w_down, up, **extras)
     return F.linear(swiglu_kernels.swiglu(gate, up, **extras), w_down)
@@ -43,6 +46,14 @@ def swiglu(gate, up, **extras):
     if gate.numel() == 0:
         return reference.swiglu(gate, up, **extras)
     return swiglu_kernels.swiglu(gate, up, **extras)
+
+
+def steer_act(act, **extras):
+    """See :func:`cna_kernels.steer_act`."""
+    if act.numel() == 0:
+        return reference.steer_act(act, **extras)
+    steered = swiglu_kernels.act_pass(act, **extras)
+    return act.clone() if steered is act else steered
 
 
 def down_proj(act, w_down, **extras):
