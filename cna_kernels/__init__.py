@@ -18,6 +18,9 @@ _HOME = {
     "ActivationSums": "sums",
     "Circuit": "circuit",
     "SteeringTable": "steering",
+    "Engine": "engine",
+    "attach": "engine",
+    "attached": "engine",
     "InputError": "checks",
 }
 

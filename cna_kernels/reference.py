@@ -137,5 +137,5 @@ def dense_scale(scale: Scale, n_neurons: int) -> Tensor:
     circuit = circuits[torch.searchsorted(starts, entry, right=True).clamp(min=1) - 1]
     used = (entry >= first[circuit]) & (entry < end[circuit])
     table = value.new_ones(n_circuits + 2, n_neurons)  # the last row takes what belongs to no circuit
-    table[torch.where(used, circuit, n_circuits + 1), index.long()] = value
+    table[torch.where(used, circuit, n_circuits + 1), torch.where(used, index, 0).long()] = value
     return table[:-1]

@@ -2,73 +2,252 @@
 
 from __future__ import annotations
 
-import itertools
 import math
+import threading
 from collections.abc import Sequence
+from typing import NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from .checks import InputError
 from .circuit import Circuit, check_fits
-from .reference import Scale, make_scale
+from .reference import NEURON_BLOCK, Scale
+
+
+class Entries(NamedTuple):
+    """What one circuit puts into the table, on the host."""
+
+    start: int  # of its entries, which follow one another
+    index: np.ndarray  # [k] int32, by layer and neuron
+    edges: list[np.ndarray]  # for each layer [experts * (blocks + 1)] int32: the first entry from each edge on
+    multiplier: float
 
 
 class SteeringTable:
-    """K circuits, each at a multiplier, as one sparse :class:`Scale` per layer. Memory grows with the neurons steered.
+    """Circuits, each at a multiplier, as one sparse :class:`Scale` per layer. Memory grows with the neurons steered.
 
-    Rows of a batch choose a circuit by its place in the table (``row_circuit``); -1 is unsteered. Changing a
-    multiplier writes a device buffer in place: nothing is rebuilt, recompiled or captured again.
+    Rows of a batch choose a circuit by its number (``row_circuit``); -1 is unsteered. Changing a multiplier writes a
+    device buffer in place: nothing is rebuilt, recompiled or captured again.
+
+    A table made with ``max_circuits`` is live: circuits come, change and go while its buffers keep their addresses.
+    Methods may be called from any thread. A change is whole between two forward passes of a program that holds ``lock``
+    while it runs one (on a GPU: while it launches one, on the same stream); a pass that does not may see half of it.
 
     Args:
         circuits: the circuits, in the order of their numbers 0..K-1.
         multipliers: one for each: 0 ablates, 1 changes nothing, above 1 amplifies.
         n_layers, n_neurons: the shape of the model to steer.
+        device: where the layers are: one device, or one for each layer.
+        max_circuits: the number of circuits that the table can hold; default those given, and no others.
+        max_entries: the number of neurons of all these circuits together; default those given, or, with
+            ``max_circuits``, 0.1% of the model's neurons for each.
+        n_experts: for mixtures of experts, how many share a layer's neurons: one number, or one for each layer. Neuron
+            ``i`` of expert ``e`` has the index ``e * n_neurons / n_experts + i``, and ``layer`` gives a Scale of
+            ``K * n_experts`` circuits of ``n_neurons / n_experts`` neurons: circuit ``c * n_experts + e`` is what
+            circuit c does in expert e.
+        widths: the number of neurons of each layer, where some layers have fewer than ``n_neurons``.
     """
 
     def __init__(
-        self, circuits: Sequence[Circuit], multipliers: Sequence[float], n_layers: int, n_neurons: int, device="cpu"
+        self,
+        circuits: Sequence[Circuit],
+        multipliers: Sequence[float],
+        n_layers: int,
+        n_neurons: int,
+        device: torch.device | str | Sequence[torch.device | str] = "cpu",
+        *,
+        max_circuits: int | None = None,
+        max_entries: int | None = None,
+        n_experts: int | Sequence[int] = 1,
+        widths: Sequence[int] | None = None,
     ):
         if len(circuits) != len(multipliers):
             raise ValueError(f"multipliers: expected {len(circuits)}, one for each circuit, got {len(multipliers)}")
-        for circuit in circuits:
-            check_fits(circuit, n_layers, n_neurons)
-        self.n_circuits = len(circuits)
-        members = [circuit.by_layer() for circuit in circuits]
-        layers = [[dict.fromkeys(by_layer.get(layer, ()), 1.0) for by_layer in members] for layer in range(n_layers)]
-        owners = [number for layer in layers for number, chosen in enumerate(layer) for _ in chosen]
-        self._starts = [0, *itertools.accumulate(sum(map(len, layer)) for layer in layers)]  # [L + 1]
+        self.n_layers, self.n_neurons = n_layers, n_neurons
+        self.lock = threading.RLock()
+        self._live = max_circuits is not None
+        self.max_circuits = len(circuits) if max_circuits is None else max_circuits
+        if max_entries is None:
+            share = math.ceil(0.001 * n_layers * n_neurons)
+            max_entries = max(self.max_circuits * share, 1) if self._live else sum(c.k for c in circuits)
+        self.max_entries = max_entries
+        self._experts = _one_each(n_experts, n_layers)
+        self._widths = [n_neurons] * n_layers if widths is None else list(widths)
+        self._edges = [_edges(width, n) for width, n in zip(self._widths, self._experts, strict=True)]
+        devices = [torch.device(d) for d in _one_each(device, n_layers)]
+        self._circuits: dict[int, Entries] = {}
+        self._used = 0  # entries up to the end of the last circuit
         with torch.inference_mode(False):  # buffers made in inference mode could not be changed outside it
-            scales = [make_scale(layer, n_neurons, device) for layer in layers]
-            self._offsets = torch.stack([scale.offsets for scale in scales])  # [L, K, blocks + 1], from 0 in each layer
-            self._index = torch.cat([scale.index for scale in scales])  # [E]
-            self._value = torch.cat([scale.value for scale in scales])  # [E]
-            self._owner = torch.tensor(owners, dtype=torch.int64, device=device)  # [E], the circuit of each entry
-            self._multiplier = torch.ones(self.n_circuits, dtype=torch.float32, device=device)  # [K]
-        self.set_multipliers(multipliers)
+            self._arena = {
+                device: (
+                    torch.zeros(max_entries, dtype=torch.int32, device=device),
+                    torch.ones(max_entries, dtype=torch.float32, device=device),
+                )
+                for device in dict.fromkeys(devices)
+            }
+            # layers of one device and one number of edges share a tensor, so that a circuit is written in few copies
+            groups: dict[tuple, list[int]] = {}
+            for layer, key in enumerate(zip(devices, map(len, self._edges), strict=True)):
+                groups.setdefault(key, []).append(layer)
+            self._offsets, self._groups = [torch.empty(0)] * n_layers, []
+            for (device, n_edges), layers in groups.items():
+                shape = (len(layers), self.max_circuits, n_edges)
+                offsets = torch.zeros(shape, dtype=torch.int32, device=device)
+                self._groups.append((layers, offsets))
+                for place, layer in enumerate(layers):
+                    self._offsets[layer] = offsets[place]
+        self._devices = devices
+        for number, (circuit, multiplier) in enumerate(zip(circuits, multipliers, strict=True)):
+            self.replace(number, circuit, multiplier)
+        self._steered = {layer for circuit in circuits for layer in circuit.by_layer()}
+
+    @property
+    def n_circuits(self) -> int:
+        """How many circuits the table holds."""
+        return len(self._circuits)
+
+    @property
+    def numbers(self) -> list[int]:
+        """The numbers in use, ascending."""
+        return sorted(self._circuits)
+
+    def add(self, circuit: Circuit, multiplier: float) -> int:
+        """Add a circuit and return its number, the lowest that is free.
+
+        Raises:
+            InputError: the circuit is of another model, the multiplier is no number, or the table is full.
+        """
+        with self.lock:
+            number = next((n for n in range(self.max_circuits) if n not in self._circuits), None)
+            if number is None:
+                raise InputError("table", f"holds {self.max_circuits} circuits already; see max_circuits")
+            self.replace(number, circuit, multiplier)
+            return number
+
+    def replace(self, number: int, circuit: Circuit, multiplier: float):
+        """Put a circuit in the place of another, or in a free one. Raises as ``add``; nothing has changed then."""
+        check_fits(circuit, self.n_layers, self.n_neurons)
+        check_multiplier(multiplier)
+        if not 0 <= number < self.max_circuits:
+            raise InputError("number", f"expected 0 to {self.max_circuits - 1}, got {number}")
+        index, edges = self._lay_out(circuit)
+        with self.lock:
+            old = self._circuits.get(number)
+            kept = sum(len(entries.index) for entries in self._circuits.values()) - (
+                0 if old is None else len(old.index)
+            )
+            if kept + len(index) > self.max_entries:
+                what = f"has room for {self.max_entries} neurons, {kept} are in use and the circuit has {len(index)}"
+                raise InputError("table", f"{what}; see max_entries")
+            if old is not None:
+                self.remove(number)
+            if self._used + len(index) > self.max_entries:
+                self._close_gaps()
+            self._put(number, Entries(self._used, index, edges, multiplier))
+            self._used += len(index)
+
+    def remove(self, number: int):
+        """Take a circuit out; rows that still name it are unsteered."""
+        with self.lock:
+            if number not in self._circuits:
+                raise InputError("number", f"no circuit {number} in the table")
+            for _, offsets in self._groups:
+                offsets[:, number] = 0
+            del self._circuits[number]
+
+    def set_multiplier(self, number: int, multiplier: float):
+        """Change one circuit's multiplier in place."""
+        check_multiplier(multiplier)
+        with self.lock:
+            if number not in self._circuits:
+                raise InputError("number", f"no circuit {number} in the table")
+            entries = self._circuits[number]
+            if entries.multiplier != multiplier:
+                for _, value in self._arena.values():
+                    value[entries.start : entries.start + len(entries.index)] = multiplier
+                self._circuits[number] = entries._replace(multiplier=multiplier)
 
     def set_multipliers(self, multipliers: Sequence[float]):
-        """Change every circuit's multiplier in place."""
+        """Change every circuit's multiplier in place, in the order of their numbers."""
         for multiplier in multipliers:
             check_multiplier(multiplier)
-        if len(multipliers) != self.n_circuits:
-            raise ValueError(f"multipliers: expected {self.n_circuits}, got {len(multipliers)}")
-        self._multiplier.copy_(torch.tensor(multipliers, dtype=torch.float32))
-        torch.index_select(self._multiplier, 0, self._owner, out=self._value)
+        with self.lock:
+            if len(multipliers) != self.n_circuits:
+                raise ValueError(f"multipliers: expected {self.n_circuits}, got {len(multipliers)}")
+            for number, multiplier in zip(self.numbers, multipliers, strict=True):
+                self.set_multiplier(number, multiplier)
 
     def layer(self, layer: int) -> Scale | None:
-        """Return the layer's factors, or None where no circuit has a neuron in it."""
-        start, end = self._starts[layer], self._starts[layer + 1]
-        if start == end:
+        """Return the layer's factors; None where no circuit has a neuron in it and, in a live table, none can come."""
+        if not self._live and layer not in self._steered:
             return None
-        return Scale(self._offsets[layer], self._index[start:end], self._value[start:end])
+        offsets = self._offsets[layer]
+        if self._experts[layer] > 1:
+            offsets = offsets.view(self.max_circuits * self._experts[layer], -1)
+        return Scale(offsets, *self._arena[self._devices[layer]])
+
+    def check_rows(self, circuit_of_row: Sequence[int]):
+        """Raise InputError unless every row names a circuit of the table or -1."""
+        for row, number in enumerate(circuit_of_row):
+            if number != -1 and number not in self._circuits:
+                held = ", ".join(map(str, self.numbers[:8])) + (", ..." if self.n_circuits > 8 else "")
+                raise InputError("row_circuit", f"row {row}: expected -1 or one of {held or 'none'}, got {number}")
 
     def rows(self, circuit_of_row: Sequence[int]) -> Tensor:
-        """Return ``[B]`` int32 on the table's device after checking that every row names a circuit or -1."""
-        for number in circuit_of_row:
-            if not -1 <= number < self.n_circuits:
-                raise ValueError(f"row_circuit: expected -1 to {self.n_circuits - 1}, got {number}")
-        return torch.tensor(list(circuit_of_row), dtype=torch.int32, device=self._index.device)
+        """Return ``[B]`` int32 on the first layer's device after checking that every row names a circuit or -1."""
+        circuit_of_row = list(circuit_of_row)
+        self.check_rows(circuit_of_row)
+        return torch.tensor(circuit_of_row, dtype=torch.int32, device=self._devices[0])
+
+    def _lay_out(self, circuit):
+        """The circuit's entries, and for each layer where those from each edge on begin, counted from its first."""
+        members = circuit.by_layer()
+        index, edges, start = [], [], 0
+        for layer in range(self.n_layers):
+            neurons = np.asarray(members.get(layer, ()), dtype=np.int64)
+            width, n_experts = self._widths[layer], self._experts[layer]
+            if len(neurons) and neurons[-1] >= width:
+                raise InputError("circuit", f"layer {layer} has {width} neurons, got neuron {neurons[-1]}")
+            edges.append((start + np.searchsorted(neurons, self._edges[layer])).astype(np.int32))
+            index.append((neurons % (width // n_experts)).astype(np.int32))
+            start += len(neurons)
+        return np.concatenate(index) if index else np.zeros(0, np.int32), edges
+
+    def _put(self, number, entries):
+        """Write a circuit's entries, then the offsets that make them count."""
+        end = entries.start + len(entries.index)
+        for index, value in self._arena.values():
+            index[entries.start : end] = torch.from_numpy(entries.index).to(index.device)
+            value[entries.start : end] = entries.multiplier
+        for layers, offsets in self._groups:
+            edges = np.stack([entries.edges[layer] for layer in layers]) + np.int32(entries.start)
+            offsets[:, number] = torch.from_numpy(edges).to(offsets.device)
+        self._circuits[number] = entries
+
+    def _close_gaps(self):
+        """Move the circuits together, so that what is free lies at the end."""
+        self._used = 0
+        for number, entries in sorted(self._circuits.items(), key=lambda item: item[1].start):
+            self._put(number, entries._replace(start=self._used))
+            self._used += len(entries.index)
+
+
+def _one_each(value, n):
+    """A list of n from one value or from a sequence of n."""
+    if isinstance(value, (list, tuple)):
+        if len(value) != n:
+            raise ValueError(f"expected {n} values, one for each layer, got {len(value)}")
+        return list(value)
+    return [value] * n
+
+
+def _edges(width: int, n_experts: int) -> np.ndarray:
+    """Where the blocks of neurons begin and end that a Scale can be entered at, expert after expert."""
+    own = width // n_experts
+    within = np.minimum(np.arange(-(-own // NEURON_BLOCK) + 1) * NEURON_BLOCK, own)
+    return (np.arange(n_experts)[:, None] * own + within).ravel()
 
 
 def check_multiplier(multiplier: float):

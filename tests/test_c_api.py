@@ -45,7 +45,7 @@ class Arguments:
         self.function = getattr(library.load(), f"cna_{op}_{dtype}")
         self.element = DTYPES[dtype]
         # room for any array that these sizes describe, inputs filled with one pattern and the output with another
-        fill = {name: b"\x3f" for name in ARRAYS[op]} | {ARRAYS[op][0]: b"\x3e"}
+        fill = dict.fromkeys(ARRAYS[op], b"?") | {ARRAYS[op][0]: b"\x3e"}
         self.memory = {name: ctypes.create_string_buffer(fill[name] * 4096, 4096) for name in ARRAYS[op]}
         self.arrays = {name: ctypes.addressof(memory) for name, memory in self.memory.items()}
         self.sizes = dict(SIZES[op])
