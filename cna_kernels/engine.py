@@ -26,6 +26,7 @@ neurons are (layer, expert, index), in a circuit (layer, expert * own + index), 
 
 from __future__ import annotations
 
+import itertools
 import math
 import types
 import warnings
@@ -61,7 +62,7 @@ def attach(
         model: the model, with its weights where they will run. Weights are shared, not copied.
         backend: as in :func:`cna_kernels.gated_mlp`; "reference" keeps unsteered rows the plain model's to the bit.
         max_circuits: how many circuits it can hold at a time; it takes buffers for as many.
-        max_entries: the neurons of all of them together; default 0.1% of the model's neurons for each.
+        max_entries: the neurons of all of them together; default 0.1% of the model's neurons for each, at least 256.
         max_rows: the largest batch.
 
     Returns:
@@ -383,7 +384,7 @@ class Engine:
             elif self._phase == "prompt" and n_tokens == 1:
                 steered = steered & (position == 0)
             rows = torch.where(steered, rows, -1)
-        return rows.reshape(-1)
+        return rows.reshape(-1).contiguous()
 
     def _extras(self, layer, device):
         """The optional arguments of a layer's op."""
@@ -438,14 +439,13 @@ class _Collecting:
 
 def _mlp_forward(self, *args, **kwargs):
     site = getattr(self, SITE, None)
-    return _plain(self)(*args, **kwargs) if site is None else site.run(*args, **kwargs)
+    return _call_plain(self, *args, **kwargs) if site is None else site.run(*args, **kwargs)
 
 
 def _decoder_forward(self, *args, **kwargs):
     engine = getattr(self, ENGINE, None)
-    plain = _plain(self)
     if engine is None:
-        return plain(*args, **kwargs)
+        return _call_plain(self, *args, **kwargs)
 
     def argument(name, place):
         return kwargs[name] if name in kwargs else args[place] if len(args) > place else None
@@ -461,7 +461,7 @@ def _decoder_forward(self, *args, **kwargs):
             argument("past_key_values", 3),
         )
         try:
-            return plain(*args, **kwargs)
+            return _call_plain(self, *args, **kwargs)
         finally:
             engine._end()
 
@@ -475,18 +475,22 @@ def _slot(module):
 
 
 def _replace_forward(module, function):
-    setattr(module, BEFORE, module.__dict__.get(_slot(module)))
-    setattr(module, _slot(module), types.MethodType(function, module))
+    current = module.__dict__.get(_slot(module))
+    if getattr(current, "__func__", None) is not function:  # a copy of an attached module has it, without an engine
+        setattr(module, BEFORE, current)
+        setattr(module, _slot(module), types.MethodType(function, module))
 
 
-def _plain(module):
+def _call_plain(module, *args, **kwargs):
     """The forward that was there before."""
     before = getattr(module, BEFORE, None)
-    return types.MethodType(type(module).forward, module) if before is None else before
+    return type(module).forward(module, *args, **kwargs) if before is None else before(*args, **kwargs)
 
 
 def _check_free(module, name):
-    if not hasattr(module, "_hf_hook") and "forward" in module.__dict__:
+    current = module.__dict__.get("forward")
+    known = (None, type(module).forward, _mlp_forward, _decoder_forward)
+    if not hasattr(module, "_hf_hook") and getattr(current, "__func__", current) not in known:
         raise InputError("model", f"the forward of {name} was replaced by something else; take that off first")
 
 
@@ -495,14 +499,18 @@ def _check_free(module, name):
 
 def _plain_linear(module) -> bool:
     """Whether a layer is nothing but a product with a weight: no bias, adapter, quantisation, hook or offloading."""
+    if type(module) is not nn.Linear:
+        return False
+    parts = module.__dict__  # a quarter of the time that attributes of a module take
+    parameters = parts["_parameters"]
+    weight = parameters["weight"]
     return (
-        type(module) is nn.Linear
-        and module.bias is None
-        and "forward" not in module.__dict__
-        and type(module.weight) is nn.Parameter
-        and module.weight.dtype in ops.FLOATS
-        and not module.weight.is_meta
-        and not (module._forward_hooks or module._forward_pre_hooks or module._backward_hooks)
+        parameters["bias"] is None
+        and "forward" not in parts
+        and type(weight) is nn.Parameter
+        and weight.dtype in ops.FLOATS
+        and not weight.is_meta
+        and not (parts["_forward_hooks"] or parts["_forward_pre_hooks"] or parts["_backward_hooks"])
     )
 
 
@@ -544,7 +552,7 @@ class _Site:
         place = getattr(hook, "execution_device", None)
         if place is not None:
             return torch.device("cuda", place) if isinstance(place, int) else torch.device(place)
-        return next(mlp.down_proj.parameters()).device
+        return next(itertools.chain(mlp.down_proj.parameters(), mlp.down_proj.buffers())).device
 
     def reason(self) -> str | None:
         """Why the MLP is not one op, or None."""
@@ -690,7 +698,7 @@ class Experts(_Site):
         else:
             raise InputError("experts_implementation", f"expected grouped_mm, batched_mm or eager, got {how!r}")
         try:
-            return _plain(self.mlp)(hidden_states, top_k_index, top_k_weights)
+            return _call_plain(self.mlp, hidden_states, top_k_index, top_k_weights)
         finally:
             self.pairs = None
 

@@ -42,7 +42,7 @@ class SteeringTable:
         device: where the layers are: one device, or one for each layer.
         max_circuits: the number of circuits that the table can hold; default those given, and no others.
         max_entries: the number of neurons of all these circuits together; default those given, or, with
-            ``max_circuits``, 0.1% of the model's neurons for each.
+            ``max_circuits``, 0.1% of the model's neurons for each, at least 256.
         n_experts: for mixtures of experts, how many share a layer's neurons: one number, or one for each layer. Neuron
             ``i`` of expert ``e`` has the index ``e * n_neurons / n_experts + i``, and ``layer`` gives a Scale of
             ``K * n_experts`` circuits of ``n_neurons / n_experts`` neurons: circuit ``c * n_experts + e`` is what
@@ -70,8 +70,8 @@ class SteeringTable:
         self._live = max_circuits is not None
         self.max_circuits = len(circuits) if max_circuits is None else max_circuits
         if max_entries is None:
-            share = math.ceil(0.001 * n_layers * n_neurons)
-            max_entries = max(self.max_circuits * share, 1) if self._live else sum(c.k for c in circuits)
+            share = max(math.ceil(0.001 * n_layers * n_neurons), 256)
+            max_entries = self.max_circuits * share if self._live else sum(c.k for c in circuits)
         self.max_entries = max_entries
         self._experts = _one_each(n_experts, n_layers)
         self._widths = [n_neurons] * n_layers if widths is None else list(widths)

@@ -59,7 +59,7 @@ static const char *find(Tensor *tensor, const char *header, long long data, long
   if (!matched) return "expected a dtype, a shape of two sizes, and data_offsets";
   tensor->element = !strcmp(dtype, "F32") ? 4 : !strcmp(dtype, "BF16") ? 2 : 0;
   if (!tensor->element) return "expected dtype F32 or BF16";
-  if (tensor->begin < 0 || tensor->begin > end || end > file_size - data) return "lies outside the file: cut short?";
+  if (tensor->begin < 0 || tensor->begin > end || end > file_size - data) return "lies outside the file";
   const long long row = (end - tensor->begin) / (tensor->rows > 0 ? tensor->rows : 1); /* bytes */
   if (tensor->rows < 1 || tensor->columns < 1 || tensor->columns != row / tensor->element ||
       end - tensor->begin != tensor->rows * tensor->columns * tensor->element)
@@ -159,9 +159,9 @@ static double change(const float *a, const float *b, int64_t n) {
 static int save(const char *path, const float *plain, const float *steered, int64_t n, const float *mean, int64_t m) {
   FILE *file = fopen(path, "wb");
   if (!file) return perror(path), 2;
-  const size_t written = fwrite(plain, sizeof(float), (size_t)n, file) +
-                         fwrite(steered, sizeof(float), (size_t)n, file) +
-                         fwrite(mean, sizeof(float), (size_t)m, file);
+  size_t written = fwrite(plain, sizeof(float), (size_t)n, file);
+  written += fwrite(steered, sizeof(float), (size_t)n, file);
+  written += fwrite(mean, sizeof(float), (size_t)m, file);
   if (fclose(file) || written != (size_t)(2 * n + m)) return perror(path), 2;
   return 0;
 }
@@ -198,7 +198,8 @@ int main(int argc, char **argv) {
              change(plain + (l + 1) * n, steered + (l + 1) * n, n));
     if (argc == 3) exit_code = save(argv[2], plain + L * n, steered + L * n, n, mean, L * N);
   } else {
-    exit_code = (fprintf(stderr, "mlp_stack: %s\n", cna_status_text(status)), 1);
+    fprintf(stderr, "mlp_stack: %s\n", cna_status_text(status));
+    exit_code = 1;
   }
   free(plain);
   free(steered);
