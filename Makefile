@@ -9,12 +9,14 @@
 # make bench  the benchmarks of bench/ (pytest-benchmark); writes bench/results/cpu.json
 # make bench-attribution   the same for attribution over many prompts; writes bench/results/attribution.json
 # make bench-eval   the same for a sweep of multipliers; writes bench/results/eval.json
+# make bench-embedding   the same for the engine attached to transformers; writes bench/results/embedding.json
 # make train-demo   train the bundled checkpoints again, into demo-checkpoints/
 
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test lint canaries sanitize compile-gate gpu gpu-tune bench bench-attribution bench-eval train-demo clean
+.PHONY: demo test lint canaries sanitize compile-gate gpu gpu-tune bench bench-attribution bench-eval bench-embedding \
+        train-demo clean
 
 demo: .venv/.installed
 	$(BIN)/cna demo --out demo-out
@@ -58,7 +60,7 @@ BENCH = $(BIN)/python -m pytest -s --benchmark-enable --benchmark-columns=min,me
 NO_BF16 = CNA_CPU_ISA=avx512 ONEDNN_MAX_CPU_ISA=AVX512_CORE CNA_BENCH_SETTING="AVX-512 without bf16 products"
 
 bench: .venv/.installed-test
-	$(BENCH) bench --ignore=bench/bench_attribution.py --ignore=bench/bench_evaluation.py
+	$(BENCH) bench $(addprefix --ignore=bench/bench_,attribution.py evaluation.py embedding.py)
 	@if $(BIN)/python -c 'from cna_kernels.cpu import library; exit("avx512_bf16" not in library.levels())'; then \
 	  $(NO_BF16) $(BENCH) bench/bench_cpu.py bench/bench_cpu_model.py; fi
 
@@ -67,6 +69,9 @@ bench-attribution: .venv/.installed-test
 
 bench-eval: .venv/.installed-test
 	$(BENCH) bench/bench_evaluation.py
+
+bench-embedding: .venv/.installed-test
+	$(BENCH) bench/bench_embedding.py
 
 train-demo: .venv/.installed
 	$(BIN)/python -m cna_kernels.model.demo.train --out demo-checkpoints

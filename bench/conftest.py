@@ -31,6 +31,14 @@ def evaluation():
     return Results("eval", "cpu", cpu_environment())
 
 
+@pytest.fixture(scope="session")
+def embedding():
+    """Rows for embedding.json in bench/results/, or in CNA_BENCH_RESULTS."""
+    from results import Results, cpu_environment
+
+    return Results("embedding", os.environ.get("CNA_BENCH_DEVICE", "cpu"), cpu_environment())
+
+
 if importlib.util.find_spec("pytest_benchmark") is None:  # a machine with a GPU that is lent as it is
 
     @pytest.fixture

@@ -1,0 +1,33 @@
+"""A circuit as a LoRA adapter: exported, loaded by PEFT, and compared with the steered model.
+
+    python examples/lora_peft.py
+
+What PEFT serves, engines that serve many LoRA adapters in one batch serve too: docs/serving.md.
+"""
+
+import tempfile
+
+import torch
+from peft import PeftModel
+from transformers import AutoModelForCausalLM
+
+from cna_kernels.model import demo_checkpoint, load
+from cna_kernels.model.demo import world
+from cna_kernels.model.export import factors_of, to_lora
+
+directory = demo_checkpoint("instruct")
+ours = load(directory, dtype="float32")
+circuit = ours.discover(world.discovery_positive(), world.discovery_negative(), score="magnitude")
+ids = torch.tensor([[1, 20, 30, 40, 50]])
+
+for multiplier in (0.0, 0.5, 2.0):
+    with tempfile.TemporaryDirectory() as out:
+        factors = factors_of([circuit], [multiplier])
+        to_lora(ours.checkpoint, ours.config, factors, f"{out}/adapter", base_model=str(directory))
+        theirs = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32).eval()
+        adapted = PeftModel.from_pretrained(theirs, f"{out}/adapter").eval()
+        with torch.inference_mode(), ours.steered(circuit, multiplier):
+            steered, lora = ours(ids), adapted(ids).logits
+            plain = adapted.unload()(ids).logits
+    difference, effect = (lora - steered).abs().max().item(), (plain - steered).abs().max().item()
+    print(f"m = {multiplier:g}: largest difference of the logits {difference:.1e}, effect of steering {effect:.1e}")
