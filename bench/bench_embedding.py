@@ -128,15 +128,17 @@ def test_generation(embedding, benchmark, models, n_rows):
 
 def test_circuits(embedding, benchmark, models):
     dtype, ours, plain, engine = models
-    ids = prompts(64)
-    engine.set([random_circuit(engine, seed) for seed in range(64)], 0.0)
-    unlike = logits_of(plain, ids[:8])
-    engine.rows(range(8))
-    got = logits_of(ours, ids[:8])
-    for row in (0, 7):
-        put_on = lambda: hook_steering(plain, random_circuit(engine, row), 0.0)  # noqa: B023, E731
-        alone = with_hooks(put_on, lambda: logits_of(plain, ids[row : row + 1]))  # noqa: B023
+    ids, circuits = prompts(64), [random_circuit(engine, seed) for seed in range(64)]
+    engine.set(circuits, 9.0)  # far from 1, so that each row's own circuit shows above bf16's rounding
+    engine.rows(range(64))
+    got, unlike = logits_of(ours, ids), logits_of(plain, ids)
+    for row in (0, 31, 63):
+        alone = with_hooks(
+            lambda row=row: hook_steering(plain, circuits[row], 9.0),
+            lambda row=row: logits_of(plain, ids[row : row + 1]),
+        )
         assert_same(got[row : row + 1], alone, unlike[row : row + 1])
+    engine.set(circuits, 0.0)
 
     def run(rows):
         engine.rows(rows)
@@ -148,15 +150,16 @@ def test_circuits(embedding, benchmark, models):
 
 
 def test_unused_circuits(embedding, benchmark, models):
-    dtype, ours, _, engine = models
-    ids, circuits = prompts(8), [random_circuit(engine, seed) for seed in range(100)]
+    """Both models have an engine here; one holds nothing."""
+    dtype, ours, other, engine = models
+    ids = prompts(8)
+    engine.set([random_circuit(engine, seed) for seed in range(100)], 0.0)
     engine.rows(None)
-
-    def held(what):  # a batch of answers takes a thousand times as long as putting the circuits there
-        engine.set(what, 0.0)
-        generate(ours, ids)
-
-    result = compare(lambda: held(circuits), lambda: held([]), rounds=ROUNDS)
+    empty = attach(other, max_circuits=128)
+    try:
+        result = compare(lambda: generate(ours, ids), lambda: generate(other, ids), rounds=ROUNDS)
+    finally:
+        empty.detach()
     add(embedding, benchmark, "B4 100 unused", dtype, f"8 x {NEW_TOKENS} tokens", "no circuit", result, 1.01)
 
 
@@ -196,7 +199,7 @@ def test_sums(embedding, benchmark, models):
     hooked()
     assert (kept[0] - kept[1]).abs().max() < 0.03 * kept[1].abs().max()
     result = compare(summed, hooked, rounds=ROUNDS)
-    add(embedding, benchmark, "B5 sums", dtype, "8 x 128 tokens", "transformers, hooks", result, 1.0)
+    add(embedding, benchmark, "B5 sums", dtype, "8 x 128 tokens", "transformers, hooks", result, None)
 
 
 def test_compiled_step(embedding, benchmark):

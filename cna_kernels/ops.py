@@ -92,7 +92,7 @@ def gated_mlp(
         _refuse_backend_with_grad(backend)
         with _as_given(x):
             return reference.gated_mlp(x, w_gate_up, w_down, **extras.keywords())
-    return _gated_mlp(x, first, w_down, *extras, w_up, backend)
+    return _run("gated_mlp", (x, first, w_up, w_down), extras, backend)
 
 
 def swiglu(
@@ -123,7 +123,7 @@ def swiglu(
         _refuse_backend_with_grad(backend)
         with _as_given(gate):
             return reference.swiglu(gate, up, **extras.keywords())
-    return _swiglu(gate, up, *extras, backend)
+    return _run("swiglu", (gate, up), extras, backend)
 
 
 def down_proj(
@@ -154,7 +154,7 @@ def down_proj(
         _refuse_backend_with_grad(backend)
         with _as_given(act):
             return reference.down_proj(act, w_down, **extras.keywords())
-    return _down_proj(act, w_down, *extras, backend)
+    return _run("down_proj", (act, w_down), extras, backend)
 
 
 def steer_act(
@@ -182,7 +182,7 @@ def steer_act(
         _refuse_backend_with_grad(backend)
         with _as_given(act):
             return reference.steer_act(act, **extras.keywords())
-    return _steer_act(act, *extras, backend)
+    return _run("steer_act", (act,), extras, backend)
 
 
 def linear(x: Tensor, w: Tensor, bias: Tensor | None = None, *, backend: str | None = None) -> Tensor:
@@ -208,25 +208,6 @@ def linear(x: Tensor, w: Tensor, bias: Tensor | None = None, *, backend: str | N
         with _as_given(x):
             return F.linear(x, w, bias)
     return _linear(x, w, bias, backend)
-
-
-_LIBRARY = torch.library.Library("cna_kernels", "DEF")
-
-
-def _register(name, fake, mutates=()):
-    """Register the function as an op of torch.library, and return the op.
-
-    ``torch.library.custom_op`` adds what these ops do not need, in 50 us of Python for each call, which is more than a
-    small MLP takes; this way it is 4 us (2 cores of Zen 4, torch 2.13, 2026-11-21).
-    """
-
-    def decorate(function):
-        _LIBRARY.define(name + torch.library.infer_schema(function, mutates_args=mutates))
-        _LIBRARY.impl(name, function, "CompositeExplicitAutograd")
-        torch.library.register_fake(f"cna_kernels::{name}", fake, lib=_LIBRARY)
-        return getattr(torch.ops.cna_kernels, name).default
-
-    return decorate
 
 
 def _check_extras(n_rows, n_neurons, device, weight, act_sum, act_sumsq, scale, row_circuit):
@@ -277,95 +258,86 @@ def _refuse_backend_with_grad(backend):
         raise ValueError(f"backend: {backend!r} has no gradient; use 'reference' or torch.no_grad()")
 
 
-@_register(
-    "gated_mlp",
-    lambda x, w_gate_up, w_down, *_: x.new_empty(x.shape[0], w_down.shape[0]),
-    mutates=("act_sum", "act_sumsq"),
-)
-def _gated_mlp(
-    x: Tensor,
-    w_gate_up: Tensor,
-    w_down: Tensor,
-    weight: Tensor | None,
-    act_sum: Tensor | None,
-    act_sumsq: Tensor | None,
-    scale_offsets: Tensor | None,
-    scale_index: Tensor | None,
-    scale_value: Tensor | None,
-    row_circuit: Tensor | None,
-    w_up: Tensor | None,  # where given, w_gate_up is gate's half
-    backend: str | None,
-) -> Tensor:
-    extras = Extras(weight, act_sum, act_sumsq, scale_offsets, scale_index, scale_value, row_circuit).keywords()
-    _count_change(act_sum, act_sumsq)
-    run = backends.implementation(x.device, backend).gated_mlp
-    with _as_given(x):
-        return run(x, w_gate_up if w_up is None else (w_gate_up, w_up), w_down, **extras)
+# The ops of torch.library. Each comes twice, with sums and without: only the one with sums changes its arguments, and
+# PyTorch's inductor (2.13) cannot compile an op that may change an argument and is given None for all it may change.
+
+_LIBRARY = torch.library.Library("cna_kernels", "DEF")
+_SUMS = "Tensor weight, Tensor(a!)? act_sum, Tensor(b!)? act_sumsq"
+_STEER = "Tensor? scale_offsets, Tensor? scale_index, Tensor? scale_value, Tensor? row_circuit"
+# op: its own arguments, and an empty result. gated_mlp: with w_up, w_gate_up is gate's half alone.
+_OPS = {
+    "gated_mlp": (
+        "Tensor x, Tensor w_gate_up, Tensor? w_up, Tensor w_down",
+        lambda x, w_gate_up, w_up, w_down, *_: x.new_empty(x.shape[0], w_down.shape[0]),
+    ),
+    "swiglu": ("Tensor gate, Tensor up", lambda gate, *_: gate.new_empty(gate.shape)),
+    "steer_act": ("Tensor act", lambda act, *_: act.new_empty(act.shape)),
+    "down_proj": (
+        "Tensor act, Tensor w_down",
+        lambda act, w_down, *_: act.new_empty(act.shape[0], w_down.shape[0]),
+    ),
+}
 
 
-@_register("swiglu", lambda gate, *_: gate.new_empty(gate.shape), mutates=("act_sum", "act_sumsq"))
-def _swiglu(
-    gate: Tensor,
-    up: Tensor,
-    weight: Tensor | None,
-    act_sum: Tensor | None,
-    act_sumsq: Tensor | None,
-    scale_offsets: Tensor | None,
-    scale_index: Tensor | None,
-    scale_value: Tensor | None,
-    row_circuit: Tensor | None,
-    backend: str | None,
-) -> Tensor:
-    extras = Extras(weight, act_sum, act_sumsq, scale_offsets, scale_index, scale_value, row_circuit).keywords()
-    _count_change(act_sum, act_sumsq)
-    run = backends.implementation(gate.device, backend).swiglu
-    with _as_given(gate):
-        return run(gate, up, **extras)
+def _define(name, arguments, fake, function):
+    """Define an op of torch.library, and return it.
+
+    ``torch.library.custom_op`` adds what these ops do not need, in 50 us of Python for each call, which is more than a
+    small MLP takes; this way it is 4 us (2 cores of Zen 4, torch 2.13, 2026-11-21).
+    """
+    _LIBRARY.define(f"{name}({arguments}) -> Tensor")
+    _LIBRARY.impl(name, function, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"cna_kernels::{name}", fake, lib=_LIBRARY)
+    return getattr(torch.ops.cna_kernels, name).default
 
 
-@_register(
-    "down_proj", lambda act, w_down, *_: act.new_empty(act.shape[0], w_down.shape[0]), mutates=("act_sum", "act_sumsq")
-)
-def _down_proj(
-    act: Tensor,
-    w_down: Tensor,
-    weight: Tensor | None,
-    act_sum: Tensor | None,
-    act_sumsq: Tensor | None,
-    scale_offsets: Tensor | None,
-    scale_index: Tensor | None,
-    scale_value: Tensor | None,
-    row_circuit: Tensor | None,
-    backend: str | None,
-) -> Tensor:
-    extras = Extras(weight, act_sum, act_sumsq, scale_offsets, scale_index, scale_value, row_circuit).keywords()
-    _count_change(act_sum, act_sumsq)
-    run = backends.implementation(act.device, backend).down_proj
-    with _as_given(act):
-        return run(act, w_down, **extras)
+def _implementation(op, n_inputs, with_sums):
+    """What runs an op: its own arguments, the extras, and the backend's name."""
+
+    def run(*arguments):
+        inputs, backend = arguments[:n_inputs], arguments[-1]
+        no_sums = () if with_sums else (None, None, None)
+        extras = Extras(*no_sums, *arguments[n_inputs:-1])
+        _count_change(extras.act_sum, extras.act_sumsq)
+        if op == "gated_mlp":
+            x, w_gate_up, w_up, w_down = inputs
+            inputs = x, w_gate_up if w_up is None else (w_gate_up, w_up), w_down
+        function = getattr(backends.implementation(inputs[0].device, backend), op)
+        with _as_given(inputs[0]):
+            return function(*inputs, **extras.keywords())
+
+    return run
 
 
-@_register("steer_act", lambda act, *_: act.new_empty(act.shape), mutates=("act_sum", "act_sumsq"))
-def _steer_act(
-    act: Tensor,
-    weight: Tensor | None,
-    act_sum: Tensor | None,
-    act_sumsq: Tensor | None,
-    scale_offsets: Tensor | None,
-    scale_index: Tensor | None,
-    scale_value: Tensor | None,
-    row_circuit: Tensor | None,
-    backend: str | None,
-) -> Tensor:
-    extras = Extras(weight, act_sum, act_sumsq, scale_offsets, scale_index, scale_value, row_circuit).keywords()
-    _count_change(act_sum, act_sumsq)
-    run = backends.implementation(act.device, backend).steer_act
-    with _as_given(act):
-        return run(act, **extras)
+_PLAIN_OP, _SUMS_OP = {}, {}
+for _op, (_inputs, _fake) in _OPS.items():
+    _n_inputs = _inputs.count(",") + 1
+    _PLAIN_OP[_op] = _define(
+        _op, f"{_inputs}, {_STEER}, str? backend", _fake, _implementation(_op, _n_inputs, with_sums=False)
+    )
+    _SUMS_OP[_op] = _define(
+        f"{_op}_sums",
+        f"{_inputs}, {_SUMS}, {_STEER}, str? backend",
+        _fake,
+        _implementation(_op, _n_inputs, with_sums=True),
+    )
 
 
-@_register("linear", lambda x, w, *_: x.new_empty(x.shape[0], w.shape[0]))
-def _linear(x: Tensor, w: Tensor, bias: Tensor | None, backend: str | None) -> Tensor:
+def _run(op, inputs, extras, backend):
+    if extras.weight is None:
+        return _PLAIN_OP[op](*inputs, *extras[3:], backend)
+    return _SUMS_OP[op](*inputs, *extras, backend)
+
+
+def _run_linear(x, w, bias, backend):
     run = getattr(backends.implementation(x.device, backend), "linear", F.linear)
     with _as_given(x):
         return run(x, w, bias)
+
+
+_linear = _define(
+    "linear",
+    "Tensor x, Tensor w, Tensor? bias, str? backend",
+    lambda x, w, *_: x.new_empty(x.shape[0], w.shape[0]),
+    _run_linear,
+)

@@ -342,6 +342,26 @@ def test_compiled_sums(name):
         torch.testing.assert_close(sums.total_sq, expected.total_sq, rtol=1e-4, atol=1e-5)
 
 
+def test_compiled_by_inductor():
+    """The default backend of torch.compile: steering, sums, and a multiplier that changes."""
+    model, ids = make("llama"), ids_of(2, 9)
+    engine = attach(model)
+    engine.set([random_circuit(engine, 0)], [-2.0])
+    engine.rows([0, -1])
+    with engine.collect(torch.eye(2)) as expected:
+        steered = logits(model, ids)
+    torch._dynamo.reset()
+    compiled = torch.compile(model, fullgraph=True)
+    assert torch.allclose(logits(compiled, ids), steered, atol=1e-4)
+    with engine.collect(torch.eye(2)) as sums:
+        logits(compiled, ids)
+    torch.testing.assert_close(sums.total, expected.total, rtol=1e-4, atol=1e-5)
+    engine.table.set_multiplier(0, 1.0)
+    with torch.compiler.set_stance("fail_on_recompile"):
+        plain = logits(compiled, ids)
+    assert (plain - steered)[0].abs().max() > 0.1 and torch.allclose(plain[1], steered[1], atol=1e-4)
+
+
 def test_compiled_with_other_lengths():
     """Dynamic shapes: a third length is no new graph, and sums still go to the layer's own buffer."""
     model = make("llama")

@@ -157,11 +157,13 @@ def test_run_to_run_bitwise(op):
 def test_opcheck(op, features):
     case = make_case(7, 20, torch.float32)
     extras = case.extras()
-    sums = [extras[n] if features in ("sums", "both") else None for n in ("weight", "act_sum", "act_sumsq")]
+    sums = [extras[n] for n in ("weight", "act_sum", "act_sumsq")] if features in ("sums", "both") else []
     steer = [*case.scale, case.row_circuit] if features in ("steering", "both") else [None] * 4
-    w_up = [None] if op == "gated_mlp" else []
-    arguments = (*case.inputs(op), *sums, *steer, *w_up, None)
-    result = torch.library.opcheck(getattr(torch.ops.cna_kernels, op).default, arguments)
+    inputs = case.inputs(op)
+    if op == "gated_mlp":
+        inputs.insert(2, None)
+    name = f"{op}_sums" if sums else op
+    result = torch.library.opcheck(getattr(torch.ops.cna_kernels, name).default, (*inputs, *sums, *steer, None))
     assert set(result.values()) == {"SUCCESS"}
 
 
@@ -178,6 +180,26 @@ def test_compile_fullgraph_with_sums_and_steering(op):
         assert torch.equal(got, run(*case.inputs(op), **eager) + 1)
         assert torch.equal(traced["act_sum"], eager["act_sum"])
         assert not torch.equal(traced["act_sum"], case.act_sum)
+
+
+@pytest.mark.parametrize("op", OPS)
+@pytest.mark.parametrize("features", ["plain", "sum", "steering", "both"])
+def test_inductor(op, features):
+    """The default backend of torch.compile, for which an op that may change arguments is not one that does."""
+    case = make_case(7, 20, torch.float32)
+    eager, traced = case.extras(), case.extras()
+    for extras in (eager, traced):
+        extras["act_sumsq"] = None
+        if features in ("plain", "steering"):
+            extras["weight"] = extras["act_sum"] = None
+        if features in ("plain", "sum"):
+            extras["scale"] = extras["row_circuit"] = None
+    run = getattr(ops, op)
+    torch._dynamo.reset()
+    got = torch.compile(lambda: run(*case.inputs(op), **traced) + 1, fullgraph=True)()
+    assert torch.equal(got, run(*case.inputs(op), **eager) + 1)
+    if features in ("sum", "both"):
+        assert torch.equal(traced["act_sum"], eager["act_sum"]) and not torch.equal(eager["act_sum"], case.act_sum)
 
 
 def test_gradients_flow_through_the_reference():
