@@ -1,5 +1,6 @@
 # make demo   install what is needed into .venv and run the demonstration
 # make test   install, then run the tests
+# make docs   the API reference and the documents as HTML, in build/docs
 # make lint   ruff and clang-format
 # make canaries   plant ten bugs in the kernels and see a test catch each
 # make sanitize   the CPU tests under ASan and UBSan, and five planted bugs that these must catch
@@ -15,7 +16,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test lint canaries sanitize compile-gate gpu gpu-tune bench bench-attribution bench-eval bench-embedding \
+.PHONY: demo test docs lint canaries sanitize compile-gate gpu gpu-tune bench bench-attribution bench-eval bench-embedding \
         train-demo clean
 
 demo: .venv/.installed
@@ -24,6 +25,9 @@ demo: .venv/.installed
 # As many workers as cores, each on one thread: threads that wait for each other spin, and would take from the others.
 test: .venv/.installed-test
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --maxprocesses 8 --dist loadfile
+
+docs: .venv/.installed-test
+	$(BIN)/python docs/build.py
 
 lint: .venv/.installed-test
 	$(BIN)/ruff check .

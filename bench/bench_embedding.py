@@ -1,6 +1,7 @@
 """The engine attached to a transformers model, on a random Llama-shaped checkpoint of about 100M parameters.
 
-B1 steered generation against the plain model; B2 against hooks that steer the same; B3 64 circuits, one a row, against
+B1 steered generation against the plain model; B2 against hooks that steer the same, and what B2 would be if MLPs took
+no time at all; B3 64 circuits, one a row, against
 one circuit; B4 100 circuits that no row uses against none; B5 a forward pass with sums against hooks that sum the same;
 B6 one compiled decoding step, attached against plain. Both sides share their weights. All answers have the same length.
 CNA_BENCH_DEVICE=cuda runs the same rows on a GPU, B6 there in a CUDA graph.
@@ -89,6 +90,18 @@ def with_hooks(put_on, run):
         take_off()
 
 
+def without_mlps(plain, run):
+    """What ``run`` gives while every MLP returns its input: the time of all the rest."""
+    mlps = [layer.mlp for layer in plain.model.layers]
+    for mlp in mlps:
+        mlp.forward = lambda x: x
+    try:
+        return run()
+    finally:
+        for mlp in mlps:
+            del mlp.forward
+
+
 def assert_same(ours, theirs, unlike):
     """Alike to rounding, and much less alike to what is not steered."""
     scale = unlike.abs().max()
@@ -120,6 +133,9 @@ def test_generation(embedding, benchmark, models, n_rows):
         return with_hooks(lambda: hook_steering(plain, circuit, 0.0), lambda: generate(plain, ids))
 
     first, second = compare_all(lambda: generate(ours, ids), [lambda: generate(plain, ids), hooked], rounds=ROUNDS)
+    if n_rows == 8:
+        floor = compare(lambda: without_mlps(plain, lambda: generate(plain, ids)), hooked, rounds=ROUNDS)
+        add(embedding, benchmark, "B2 floor", dtype, f"8 x {NEW_TOKENS} tokens", "transformers, hooks", floor, None)
     rows = f"{n_rows} x {NEW_TOKENS} tokens"
     add(embedding, benchmark, "B1 steered", dtype, rows, "transformers, plain", first, 1.0)
     target = round(1 / 1.15, 3) if n_rows == 8 else None
@@ -222,7 +238,7 @@ def test_compiled_step(embedding, benchmark):
 def step_of(model, run):
     """One decoding step of ``run`` on a cache that ``model`` has filled."""
     ids = prompts(8)
-    cache = transformers.StaticCache(config=model.config, max_cache_len=N_TOKENS + 8)
+    cache = transformers.StaticCache(config=model.config, max_cache_len=512)  # each step takes a place
     with torch.inference_mode():
         model(ids, past_key_values=cache)
     position = torch.full((8, 1), N_TOKENS, device=DEVICE)

@@ -115,6 +115,9 @@ def launchers(model):
     }
 
 
+# Kernels for few tokens fetch weights ahead through shared memory, 64 KiB or more. Where the compiler gives that up they
+# hold little of it and wait for every load.
+FETCH_AHEAD, AHEAD = {"gate_up_flat_kernel", "down_split_kernel"}, 1 << 16
 MATRIX = {"gate_up_flat_kernel", "down_split_kernel", "down_proj_kernel", "gate_up_kernel"}
 
 
@@ -222,6 +225,8 @@ def failures(row, target):
         found.append(f"{row['shared']} bytes of shared memory, limit {aot.SHARED_LIMIT[target]}")
     if target == 90 and row["kernel"] in MATRIX and row["dtype"] != "fp32" and (not row["HGMMA"] or row["HMMA"]):
         found.append("no wgmma")
+    if target == 90 and row["kernel"] in FETCH_AHEAD and row["dtype"] != "fp32" and row["shared"] < AHEAD:
+        found.append(f"weights are not fetched ahead: {row['shared']} bytes of shared memory")
     if target == 90 and row["op"] == "swiglu" and row["kernel"] == "swiglu_kernel" and not row["load128"]:
         found.append("no 128-bit loads")
     if target == 90 and row["op"] == "swiglu" and row["feature"] == "both" and (row["per_item"] or 0) > 28:

@@ -273,30 +273,31 @@ def benchmark(record, mode, sizes):
             tasks += [sanitizer_task(record, tool) for tool in ("memcheck", "racecheck")]
     together(record, tasks, 1 if dry else max(2, (os.cpu_count() or 2) - 1), half)
     measure(record, (["every_plan"] if dry else []) + jobs, mode, sizes)
-    attribution(record, dry)
+    end_to_end(record, dry, "attribution", "prompts_per_s", "not memory and not streamed", CNA_BENCH_PROMPTS="20")
+    some = "generation and float32 and 8" if dry else "not float32"
+    end_to_end(record, dry, "embedding", "ms", some, CNA_BENCH_ROUNDS="1")
     rest = [] if dry else [f"test_values and not ({VALUES}) and {plan}" for plan in PLANS] + ["test_offsets"]
     together(record, test_tasks(record, rest, 200), os.cpu_count() or 2, record.deadline - 3)
 
 
-def attribution(record, dry):
-    """The rows of bench_attribution.py, whose checkpoint and prompts are made on the spot."""
+def end_to_end(record, dry, name, rate, only, **dry_env):
+    """The rows of bench_NAME.py, whose checkpoint and prompts are made on the spot. ``rate``: their field to note."""
     with tempfile.TemporaryDirectory() as results:
-        env = dict(CNA_BENCH_RESULTS=results, CNA_BENCH_DEVICE="cpu" if dry else "cuda")
-        env |= dict(CNA_BENCH_PROMPTS="20") if dry else {}
-        command = [sys.executable, "-m", "pytest", "bench/bench_attribution.py", "-q", "-s", "-o", "addopts="]
-        command += ["-p", "no:cacheprovider", "--tb=short", "-k", "not memory and not streamed"]
+        env = dict(CNA_BENCH_RESULTS=results, CNA_BENCH_DEVICE="cpu" if dry else "cuda") | (dry_env if dry else {})
+        command = [sys.executable, "-m", "pytest", f"bench/bench_{name}.py", "-q", "-s", "-o", "addopts="]
+        command += ["-p", "no:cacheprovider", "--tb=short", "-k", only]
         status, output = run_command(command, min(180, record.left() - 10), env=env)
-        keep_output(record, f"attribution: {status}", output)
-        path = Path(results) / "attribution.json"
+        keep_output(record, f"{name}: {status}", output)
+        path = Path(results) / f"{name}.json"
         rows = json.loads(path.read_text())["rows"] if path.exists() else []
     for row in rows:
         facts = dict(row=row["id"], model=row["shape"], ours=row["dtype"], theirs=row["competitor"], T=row["m"])
-        note = f"{row['prompts_per_s']} / {row['competitor_prompts_per_s']} prompts a second"
+        note = f"{row[rate]} / {row[f'competitor_{rate}']} {rate}"
         if row["target"] is not None:
             note, facts["ok"] = f"{note}; target {row['target']:.3f}", row["ratio"] <= row["target"]
         record.add(facts | dict(ratio=row["ratio"], noise=row["noise"], note=note))
-    if status != 0:
-        record.add(dict(row="failed", note=f"bench_attribution.py: status {status}"))
+    if status not in (0, 5):  # 5: transformers is not installed
+        record.add(dict(row="failed", note=f"bench_{name}.py: status {status}"))
 
 
 def tune(record, mode, sizes):

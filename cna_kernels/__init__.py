@@ -5,6 +5,7 @@ Nothing heavy is imported here; each name loads its module on first use.
 """
 
 from importlib import import_module
+from typing import TYPE_CHECKING
 
 __version__ = "0.1.0"
 
@@ -27,10 +28,26 @@ _HOME = {
 __all__ = ["__version__", *_HOME]
 
 
-def __getattr__(name):
-    if name in _HOME:
-        return getattr(import_module(f"{__name__}.{_HOME[name]}"), name)
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+if TYPE_CHECKING:  # what a type checker reads instead of ``__getattr__``; tests/test_public_api.py compares the two
+    from .checks import InputError as InputError
+    from .circuit import Circuit as Circuit
+    from .engine import Engine as Engine
+    from .engine import attach as attach
+    from .engine import attached as attached
+    from .ops import down_proj as down_proj
+    from .ops import gated_mlp as gated_mlp
+    from .ops import steer_act as steer_act
+    from .ops import swiglu as swiglu
+    from .reference import Scale as Scale
+    from .reference import make_scale as make_scale
+    from .steering import SteeringTable as SteeringTable
+    from .sums import ActivationSums as ActivationSums
+else:
+
+    def __getattr__(name):
+        if name in _HOME:
+            return getattr(import_module(f"{__name__}.{_HOME[name]}"), name)
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
 def __dir__():

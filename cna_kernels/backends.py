@@ -10,6 +10,7 @@ import os
 import warnings
 from importlib import import_module
 from importlib.util import find_spec
+from types import ModuleType
 
 import torch
 
@@ -78,6 +79,6 @@ def _default(device: torch.device) -> str:
     return "reference"
 
 
-def implementation(device: torch.device, backend: str | None = None):
+def implementation(device: torch.device, backend: str | None = None) -> ModuleType:
     """Return the module that implements ``gated_mlp``, ``swiglu`` and ``down_proj`` for this device."""
     return import_module(MODULES[name_for(device, backend)])

@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:  # torch takes seconds to load, and ``cna --help`` needs none of it
+    import torch
+
 
 class InputError(ValueError):
     """Input from outside the program that cannot be used; prints as one line ``where: what``.
@@ -9,7 +14,7 @@ class InputError(ValueError):
     ``where`` names the file and, after a colon, the field. The command line prints it and exits with code 2.
     """
 
-    def __init__(self, where, what):
+    def __init__(self, where: object, what: object) -> None:
         self.where, self.what = str(where), str(what)
         super().__init__(f"{self.where}: {self.what}")
 
@@ -25,7 +30,14 @@ def one_line(text: str, longest: int = 500) -> str:
     return "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
 
 
-def check_tensor(name, x, *, shape=None, dtype=None, device=None):
+def check_tensor(
+    name: str,
+    x: torch.Tensor,
+    *,
+    shape: tuple[int | None, ...] | None = None,
+    dtype: torch.dtype | tuple[torch.dtype, ...] | None = None,
+    device: torch.device | None = None,
+) -> None:
     """Raise ValueError naming the tensor, what was expected and what came.
 
     Args:

@@ -7,11 +7,10 @@ import json
 import random
 from collections import Counter
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from .checks import InputError
-from .files import read_json, write_text
+from .files import FilePath, read_json, write_text
 
 SCHEMA_VERSION = 1
 SITE = "mlp.down_proj.input"
@@ -66,6 +65,7 @@ class Circuit:
 
     @property
     def k(self) -> int:
+        """How many neurons it has."""
         return len(self.neurons)
 
     @property
@@ -97,6 +97,7 @@ class Circuit:
         return Circuit(tuple(neurons), self.n_layers, self.n_neurons, score=f"random (seed {seed})")
 
     def to_json(self) -> str:
+        """Return what :meth:`save` writes."""
         record = {"schema_version": SCHEMA_VERSION, "site": SITE, "k": self.k}
         record |= {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
         neurons = record.pop("neurons")
@@ -104,12 +105,12 @@ class Circuit:
         head = json.dumps(record, indent=2, allow_nan=False)
         return head[: head.rindex("\n")] + ',\n  "neurons": [\n' + lines + "\n  ]\n}\n"
 
-    def save(self, path):
+    def save(self, path: FilePath) -> None:
         """Write the circuit file, whole or not at all."""
         write_text(path, self.to_json())
 
     @classmethod
-    def load(cls, path, *, n_layers: int | None = None, n_neurons: int | None = None) -> Circuit:
+    def load(cls, path: FilePath, *, n_layers: int | None = None, n_neurons: int | None = None) -> Circuit:
         """Read a circuit file; every field is checked, and an error names the file and the field.
 
         The JSON of the public CNA code holds no model shape: give ``n_layers`` and ``n_neurons`` of the model in
@@ -301,12 +302,12 @@ def _short(value):
     return text if len(text) <= 60 else text[:57] + "..."
 
 
-def made_elsewhere(path, field, expected, got):
+def made_elsewhere(path: FilePath, field: str, expected: object, got: object) -> InputError:
     """The error for a circuit that belongs to another model."""
     return InputError(f"{path}: {field}", f"made for another model: expected {expected}, got {got}")
 
 
-def check_fits(circuit: Circuit, n_layers: int, n_neurons: int, where: str | Path = "circuit"):
+def check_fits(circuit: Circuit, n_layers: int, n_neurons: int, where: FilePath = "circuit") -> None:
     """Raise InputError naming the field unless the circuit has the shape of the model in hand."""
     for field, expected in (("n_layers", n_layers), ("n_neurons", n_neurons)):
         got = getattr(circuit, field)

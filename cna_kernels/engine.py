@@ -1,10 +1,10 @@
 """attach: put the engine on a transformers model, in place, and take it off again without a trace.
 
-    engine = attach(model)                    the weights are the model's own
-    with engine.collect(weight) as sums:      sums of the activations of any forward pass
+    engine = attach(model)                                            the weights are the model's own
+    with torch.inference_mode(), engine.collect(weight) as sums:      sums of the activations of a forward pass
         model(**batch)
-    engine.set([circuit], [0.0])              circuits at their multipliers, and
-    engine.rows([0, -1])                      which row of the batch uses which
+    engine.set([engine.select(sums)], [0.0])                          circuits at their multipliers, and
+    engine.rows([0, -1])                                              which row of the batch uses which
     model.generate(**batch)
 
 Two kinds of ``forward`` are replaced, as attributes of the modules themselves: that of every MLP, and that of the
@@ -30,9 +30,10 @@ import itertools
 import math
 import types
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -42,6 +43,8 @@ from .checks import InputError, check_tensor
 from .circuit import Circuit
 from .steering import SteeringTable
 from .sums import ActivationSums
+
+__all__ = ["Engine", "attach", "attached"]
 
 SUPPORTED = "Llama, Qwen2, Qwen3, Mistral, Gemma 1 to 3, Phi-3, Qwen3-MoE, Mixtral, and models whose MLPs are the same"
 PHASES = ("both", "prompt", "answer")
@@ -99,7 +102,15 @@ class Engine:
         widths: the neurons of each layer. n_experts: their experts, 1 for a dense layer.
     """
 
-    def __init__(self, decoder, found, backend, max_circuits, max_entries, max_rows):
+    def __init__(
+        self,
+        decoder: nn.Module,
+        found: Sequence[tuple[nn.Module, type[_Site]]],
+        backend: str | None,
+        max_circuits: int,
+        max_entries: int | None,
+        max_rows: int,
+    ) -> None:
         for name, value in (("max_circuits", max_circuits), ("max_rows", max_rows)):
             if not 1 <= value <= 1 << 20:
                 raise InputError(name, f"expected 1 to {1 << 20}, got {value}")
@@ -133,11 +144,12 @@ class Engine:
     def set(self, circuits: Circuit | Sequence[Circuit], multipliers: float | Sequence[float] = 0.0) -> list[int]:
         """Hold these circuits, at these multipliers (one number is for all), and no others; return their numbers.
 
-        All is checked first: an error leaves what was there.
+        They are 0, 1, ... in this order. What :meth:`rows` said stays: a row keeps its number, and is unsteered where
+        that is no longer there. All is checked first: an error leaves what was there.
         """
         circuits = [circuits] if isinstance(circuits, Circuit) else list(circuits)
         numbers = list(range(len(circuits)))
-        factors = [multipliers] * len(circuits) if isinstance(multipliers, (int, float)) else list(multipliers)
+        factors = [multipliers] * len(circuits) if np.ndim(multipliers) == 0 else list(multipliers)
         limits = dict(max_circuits=self.table.max_circuits, max_entries=self.table.max_entries)
         trial = SteeringTable(
             [], [], self.n_layers, self.n_neurons, "meta", n_experts=self.n_experts, widths=self.widths, **limits
@@ -160,12 +172,13 @@ class Engine:
         phase: str = "both",
         start: int | Sequence[int] = 0,
         stop: int | Sequence[int] | None = None,
-    ):
+    ) -> None:
         """Say which circuit each row of the batch uses, until said otherwise.
 
         Args:
             circuit_of_row: a circuit's number, -1 for none: one number for every row of any batch, ``[B]``, or
-                ``[B, S]`` for each token of calls of that shape. None is -1 for all.
+                ``[B, S]`` for each token of calls of that shape. None is -1 for all. Rows of beam search and of
+                several answers to a prompt are rows like any other.
             phase: "prompt" steers tokens of calls with several tokens and the first token of a sequence; "answer"
                 those of calls with one token; "both" all. Programs that cut prompts or answers otherwise use ``start``.
             start, stop: positions in the sequence, one number or one for each row: steer tokens at ``start`` and later,
@@ -177,6 +190,7 @@ class Engine:
         Raises:
             InputError: a row names no circuit of the table, or there are more rows than ``max_rows``.
         """
+        self._check_attached()
         if phase not in PHASES:
             raise InputError("phase", f"expected one of {', '.join(PHASES)}, got {phase!r}")
         numbers = torch.as_tensor(-1 if circuit_of_row is None else circuit_of_row)
@@ -211,7 +225,9 @@ class Engine:
     # Discovery.
 
     @contextmanager
-    def collect(self, weight: Tensor, sums: ActivationSums | None = None, *, squares: bool = False):
+    def collect(
+        self, weight: Tensor, sums: ActivationSums | None = None, *, squares: bool = False
+    ) -> Iterator[ActivationSums]:
         """Sum the activations of the first forward pass inside the ``with``, before any steering.
 
         Args:
@@ -226,6 +242,7 @@ class Engine:
         Raises:
             NonFiniteActivation: a sum is not finite; nothing of this pass was counted.
         """
+        self._check_attached()
         if self._collecting is not None:
             raise InputError("collect", "is at work already; its `with` has not ended")
         weight = torch.as_tensor(weight)
@@ -265,6 +282,7 @@ class Engine:
         score: str = "abs-delta",
         exclude: Sequence[tuple[int, int]] = (),
         skip_layers: Sequence[int] = (),
+        position: str | None = None,
     ) -> Circuit:
         """Select the neurons that differ most between column 0, the positive prompts, and column 1, the negative.
 
@@ -272,13 +290,16 @@ class Engine:
             sums: of two columns.
             fraction: of the model's neurons to take; ``top_k``, where given, wins.
             score: one of ``select.SCORES``.
-            exclude: (layer, index) of neurons to leave out, such as universal ones.
+            exclude: (layer, index) of neurons to leave out, such as what :meth:`universal` returns.
             skip_layers: layers to leave out.
+            position: what the counted tokens are, such as "last prompt token"; the circuit's file will say it.
         """
         width = torch.tensor(self.widths)[:, None]
         excluded = select.mask_layers(self.n_layers, self.n_neurons, skip_layers)
         excluded |= torch.arange(self.n_neurons) >= width
         for layer, index in exclude:
+            if not (0 <= layer < self.n_layers and 0 <= index < self.widths[layer]):
+                raise InputError("exclude", f"({layer}, {index}) is no neuron of this model")
             excluded[layer, index] = True
         k = top_k
         if k is None:  # of the neurons that there are: rows of `excluded` may be wider than their layer
@@ -292,9 +313,25 @@ class Engine:
             score=score,
             fraction=fraction if top_k is None else None,
             k_rule=select.K_RULE if top_k is None else "given",
-            position="last prompt token",
+            position=position,
             skipped_layers=tuple(skip_layers),
         )
+
+    def universal(
+        self, sums: ActivationSums, *, fraction: float = 0.001, threshold: float = 0.8
+    ) -> list[tuple[int, int]]:
+        """Return the (layer, index) that are among the largest by magnitude in most columns: neurons that fire anyway.
+
+        Args:
+            sums: one column for each of some unrelated prompts, as ``collect(torch.eye(n_prompts))`` gives.
+            fraction: of the model's neurons, which are the largest.
+            threshold: the share of the columns that is most.
+
+        Source: the universal filter of arXiv 2605.12290.
+        """
+        k = select.k_from_fraction(fraction, 1, sum(self.widths))
+        counts = select.count_top(sums.total.abs().cpu(), k)
+        return [tuple(pair) for pair in (counts >= max(threshold * len(sums.count) - 1e-9, 1)).nonzero().tolist()]
 
     # Life.
 
@@ -306,12 +343,13 @@ class Engine:
                 reasons.setdefault(reason, []).append(site.layer)
         return [f"{_ranges(layers)}: {reason}" for reason, layers in reasons.items()]
 
-    def detach(self):
+    def detach(self) -> None:
         """Take the engine off; the model is as it was. Nothing changes where that is not possible.
 
         Raises:
-            InputError: something was put on top of the engine since, and must come off first.
+            InputError: something was put on top of the engine since, and must come off first; or it is off already.
         """
+        self._check_attached()
         owners = [(self._decoder, "the decoder")]
         owners += [(site.mlp, f"layers[{site.layer}]'s MLP") for site in self._sites]
         for module, name in owners:
@@ -328,6 +366,10 @@ class Engine:
             site.take_off()
             delattr(site.mlp, SITE)
         delattr(self._decoder, ENGINE)
+
+    def _check_attached(self):
+        if getattr(self._decoder, ENGINE, None) is not self:
+            raise InputError("engine", "was detached from its model")
 
     def _put_on(self):
         setattr(self._decoder, ENGINE, self)

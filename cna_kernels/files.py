@@ -9,12 +9,16 @@ import math
 import os
 import secrets
 import stat
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any, BinaryIO
 
 from .checks import InputError
 
+FilePath = str | os.PathLike[str]
 
-def open_regular(path):
+
+def open_regular(path: FilePath) -> BinaryIO:
     """Open a file for reading bytes. A directory, FIFO or device is refused: it may block or never end."""
     try:
         descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0))
@@ -27,7 +31,7 @@ def open_regular(path):
     return os.fdopen(descriptor, "rb")
 
 
-def open_stream(path):
+def open_stream(path: FilePath) -> BinaryIO:
     """As :func:`open_regular`, but a pipe, such as the ``<(...)`` of a shell, is accepted, too."""
     try:
         if stat.S_ISFIFO(os.stat(path).st_mode):
@@ -37,7 +41,7 @@ def open_stream(path):
     return open_regular(path)
 
 
-def read_text(path, *, limit: int = 1 << 30, may_stream: bool = False) -> str:
+def read_text(path: FilePath, *, limit: int = 1 << 30, may_stream: bool = False) -> str:
     """Return the file as UTF-8 text without a byte order mark; raise InputError naming it otherwise.
 
     Args:
@@ -57,7 +61,7 @@ def read_text(path, *, limit: int = 1 << 30, may_stream: bool = False) -> str:
         raise InputError(path, f"is not UTF-8 text (byte {error.start})") from None
 
 
-def parse_json(text: str, where):
+def parse_json(text: str, where: FilePath) -> Any:
     """Parse strict JSON. ``where`` names the source.
 
     NaN, Infinity, numbers beyond a double, repeated keys, half surrogate pairs and absurd nesting are refused.
@@ -97,24 +101,24 @@ def parse_json(text: str, where):
         raise InputError(where, f"is not JSON: {error}") from None
 
 
-def read_json(path, *, limit: int = 256 << 20):
+def read_json(path: FilePath, *, limit: int = 256 << 20) -> Any:
     """Return the parsed JSON file; raise InputError naming it otherwise."""
     return parse_json(read_text(path, limit=limit), path)
 
 
-def write_text(path, text: str):
+def write_text(path: FilePath, text: str) -> None:
     """Write the file whole or not at all: a temporary file beside it, fsync, rename. Raise InputError naming it."""
     write_bytes(path, text.encode("utf-8"))
 
 
-def write_bytes(path, content: bytes):
+def write_bytes(path: FilePath, content: bytes) -> None:
     """As :func:`write_text`, for bytes."""
     with replaced(path) as file:
         file.write(content)
 
 
 @contextlib.contextmanager
-def replaced(path, *, keep: bool = False):
+def replaced(path: FilePath, *, keep: bool = False) -> Iterator[BinaryIO]:
     """Yield a binary file that becomes ``path`` when the block ends well: a temporary file beside it, fsync, rename.
 
     ``keep`` leaves a file that is there already as it is.
@@ -149,7 +153,7 @@ def _sync_directory(directory):
             os.close(descriptor)
 
 
-def make_directory(path):
+def make_directory(path: FilePath) -> None:
     """Make a directory unless it is there; its parent must be. Raise InputError naming it."""
     try:
         Path(path).mkdir(exist_ok=True)
@@ -157,7 +161,7 @@ def make_directory(path):
         raise InputError(path, f"cannot be made a directory: {error.strerror}") from None
 
 
-def check_writable(path):
+def check_writable(path: FilePath) -> None:
     """Raise InputError now, before hours of work, where ``path`` could not be written at the end."""
     target = _target(path)
     if not os.path.isdir(target.parent):
@@ -182,10 +186,11 @@ def _target(path) -> Path:
 class Digest:
     """SHA-256 of parts, each preceded by its length so that ("ab", "c") and ("a", "bc") differ."""
 
-    def __init__(self):
+    def __init__(self) -> None:
         self._digest = hashlib.sha256()
 
-    def add(self, part: bytes | str):
+    def add(self, part: bytes | str) -> None:
+        """Add a part; text as UTF-8."""
         part = part.encode("utf-8") if isinstance(part, str) else part
         self._digest.update(len(part).to_bytes(8, "little"))
         self._digest.update(part)

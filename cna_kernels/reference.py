@@ -48,7 +48,7 @@ class Scale(NamedTuple):
     value: Tensor
 
 
-def make_scale(circuits: Sequence[Mapping[int, float]], n_neurons: int, device="cpu") -> Scale:
+def make_scale(circuits: Sequence[Mapping[int, float]], n_neurons: int, device: torch.device | str = "cpu") -> Scale:
     """Build the Scale of one layer from a mapping of neuron to factor for each circuit."""
     edges = range(0, n_neurons + NEURON_BLOCK, NEURON_BLOCK)
     offsets, index, value = [], [], []
@@ -65,7 +65,15 @@ def make_scale(circuits: Sequence[Mapping[int, float]], n_neurons: int, device="
 
 
 def gated_mlp(
-    x, w_gate_up, w_down, *, weight=None, act_sum=None, act_sumsq=None, scale=None, row_circuit=None
+    x: Tensor,
+    w_gate_up: Tensor | tuple[Tensor, Tensor],
+    w_down: Tensor,
+    *,
+    weight: Tensor | None = None,
+    act_sum: Tensor | None = None,
+    act_sumsq: Tensor | None = None,
+    scale: Scale | None = None,
+    row_circuit: Tensor | None = None,
 ) -> Tensor:
     """The whole MLP: x ``[T, H]``, w_gate_up ``[2N, H]`` or its halves as a pair, w_down ``[H, N]`` -> y ``[T, H]``."""
     gate, up = gate_and_up(x, w_gate_up)
@@ -73,14 +81,23 @@ def gated_mlp(
     return F.linear(act, w_down)
 
 
-def gate_and_up(x, w_gate_up):
+def gate_and_up(x: Tensor, w_gate_up: Tensor | tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
     """The two halves, ``[T, N]`` each: of one product, with row stride 2N, or of two."""
     if isinstance(w_gate_up, tuple):
         return F.linear(x, w_gate_up[0]), F.linear(x, w_gate_up[1])
     return F.linear(x, w_gate_up).chunk(2, dim=-1)
 
 
-def swiglu(gate, up, *, weight=None, act_sum=None, act_sumsq=None, scale=None, row_circuit=None) -> Tensor:
+def swiglu(
+    gate: Tensor,
+    up: Tensor,
+    *,
+    weight: Tensor | None = None,
+    act_sum: Tensor | None = None,
+    act_sumsq: Tensor | None = None,
+    scale: Scale | None = None,
+    row_circuit: Tensor | None = None,
+) -> Tensor:
     """silu(gate) * up: gate, up ``[T, N]`` -> act ``[T, N]``, summed before and scaled after."""
     wide = torch.promote_types(gate.dtype, torch.float32)
     act = (F.silu(gate.to(wide)) * up.to(wide)).to(gate.dtype)
@@ -88,13 +105,30 @@ def swiglu(gate, up, *, weight=None, act_sum=None, act_sumsq=None, scale=None, r
     return _scaled(act, scale, row_circuit)
 
 
-def down_proj(act, w_down, *, weight=None, act_sum=None, act_sumsq=None, scale=None, row_circuit=None) -> Tensor:
+def down_proj(
+    act: Tensor,
+    w_down: Tensor,
+    *,
+    weight: Tensor | None = None,
+    act_sum: Tensor | None = None,
+    act_sumsq: Tensor | None = None,
+    scale: Scale | None = None,
+    row_circuit: Tensor | None = None,
+) -> Tensor:
     """The down-projection: act ``[T, N]``, w_down ``[H, N]`` -> y ``[T, H]``."""
     _accumulate(act, weight, act_sum, act_sumsq)
     return F.linear(_scaled(act, scale, row_circuit), w_down)
 
 
-def steer_act(act, *, weight=None, act_sum=None, act_sumsq=None, scale=None, row_circuit=None) -> Tensor:
+def steer_act(
+    act: Tensor,
+    *,
+    weight: Tensor | None = None,
+    act_sum: Tensor | None = None,
+    act_sumsq: Tensor | None = None,
+    scale: Scale | None = None,
+    row_circuit: Tensor | None = None,
+) -> Tensor:
     """The sums and the scaling alone: act ``[T, N]`` -> a copy, scaled."""
     _accumulate(act, weight, act_sum, act_sumsq)
     return act.clone() if scale is None else _scaled(act, scale, row_circuit)

@@ -7,6 +7,7 @@ Everything here is fp64 ``[L, N]``.
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 
 import torch
 from torch import Tensor
@@ -27,7 +28,7 @@ def k_from_fraction(fraction: float, n_layers: int, n_neurons: int) -> int:
 
 
 def contrast(sums: ActivationSums, rounded_to: torch.dtype | None = None) -> Tensor:
-    """Return mean over positive minus mean over negative, signed.
+    """Return mean over positive minus mean over negative, signed, ``[L, N]``.
 
     ``rounded_to`` rounds both means and the difference to a dtype first, as code that averages in bf16 does.
     """
@@ -38,7 +39,7 @@ def contrast(sums: ActivationSums, rounded_to: torch.dtype | None = None) -> Ten
 
 
 def scores(name: str, sums: ActivationSums, delta: Tensor) -> Tensor:
-    """Return what selection ranks by, larger first.
+    """Return what selection ranks by, ``[L, N]``, larger first.
 
     - ``abs-delta``: abs(delta), the paper's rule.
     - ``magnitude``: abs(mean positive) - abs(mean negative). Leaves out neurons that fire for the negative set.
@@ -92,7 +93,7 @@ def count_top(magnitude: Tensor, k: int) -> Tensor:
     return counts
 
 
-def mask_layers(n_layers: int, n_neurons: int, layers) -> Tensor:
+def mask_layers(n_layers: int, n_neurons: int, layers: Iterable[int]) -> Tensor:
     """Return ``[L, N]`` bool, True in the given layers."""
     mask = torch.zeros(n_layers, n_neurons, dtype=torch.bool)
     for layer in layers:

@@ -62,7 +62,7 @@ class SteeringTable:
         max_entries: int | None = None,
         n_experts: int | Sequence[int] = 1,
         widths: Sequence[int] | None = None,
-    ):
+    ) -> None:
         if len(circuits) != len(multipliers):
             raise ValueError(f"multipliers: expected {len(circuits)}, one for each circuit, got {len(multipliers)}")
         self.n_layers, self.n_neurons = n_layers, n_neurons
@@ -126,10 +126,10 @@ class SteeringTable:
             self.replace(number, circuit, multiplier)
             return number
 
-    def replace(self, number: int, circuit: Circuit, multiplier: float):
+    def replace(self, number: int, circuit: Circuit, multiplier: float) -> None:
         """Put a circuit in the place of another, or in a free one. Raises as ``add``; nothing has changed then."""
         check_fits(circuit, self.n_layers, self.n_neurons)
-        check_multiplier(multiplier)
+        multiplier = check_multiplier(multiplier)
         if not 0 <= number < self.max_circuits:
             raise InputError("number", f"expected 0 to {self.max_circuits - 1}, got {number}")
         index, edges = self._lay_out(circuit)
@@ -148,7 +148,7 @@ class SteeringTable:
             self._put(number, Entries(self._used, index, edges, multiplier))
             self._used += len(index)
 
-    def remove(self, number: int):
+    def remove(self, number: int) -> None:
         """Take a circuit out; rows that still name it are unsteered."""
         with self.lock:
             if number not in self._circuits:
@@ -157,9 +157,9 @@ class SteeringTable:
                 offsets[:, number] = 0
             del self._circuits[number]
 
-    def set_multiplier(self, number: int, multiplier: float):
+    def set_multiplier(self, number: int, multiplier: float) -> None:
         """Change one circuit's multiplier in place."""
-        check_multiplier(multiplier)
+        multiplier = check_multiplier(multiplier)
         with self.lock:
             if number not in self._circuits:
                 raise InputError("number", f"no circuit {number} in the table")
@@ -169,7 +169,7 @@ class SteeringTable:
                     value[entries.start : entries.start + len(entries.index)] = multiplier
                 self._circuits[number] = entries._replace(multiplier=multiplier)
 
-    def set_multipliers(self, multipliers: Sequence[float]):
+    def set_multipliers(self, multipliers: Sequence[float]) -> None:
         """Change every circuit's multiplier in place, in the order of their numbers."""
         for multiplier in multipliers:
             check_multiplier(multiplier)
@@ -188,7 +188,7 @@ class SteeringTable:
             offsets = offsets.view(self.max_circuits * self._experts[layer], -1)
         return Scale(offsets, *self._arena[self._devices[layer]])
 
-    def check_rows(self, circuit_of_row: Sequence[int]):
+    def check_rows(self, circuit_of_row: Sequence[int]) -> None:
         """Raise InputError unless every row names a circuit of the table or -1."""
         for row, number in enumerate(circuit_of_row):
             if number != -1 and number not in self._circuits:
@@ -250,11 +250,16 @@ def _edges(width: int, n_experts: int) -> np.ndarray:
     return (np.arange(n_experts)[:, None] * own + within).ravel()
 
 
-def check_multiplier(multiplier: float):
-    """Raise InputError unless the multiplier is a finite number that fp32 can hold."""
+def check_multiplier(multiplier: float) -> float:
+    """Return the multiplier as a float.
+
+    Raises:
+        InputError: it is no finite number that fp32 can hold.
+    """
     try:
         finite = math.isfinite(multiplier) and abs(multiplier) <= torch.finfo(torch.float32).max
     except (TypeError, OverflowError):
         finite = False
     if not finite:
         raise InputError("multiplier", f"expected a finite number, got {multiplier!r}")
+    return float(multiplier)

@@ -11,7 +11,7 @@ from .checks import check_tensor
 class NonFiniteActivation(ValueError):
     """A sum came out NaN or infinite; nothing of the call was kept."""
 
-    def __init__(self, layer: int, index: int):
+    def __init__(self, layer: int, index: int) -> None:
         self.layer, self.index = layer, index
         super().__init__(f"non-finite activation in layer {layer}, neuron {index}")
 
@@ -29,7 +29,15 @@ class ActivationSums:
         count: ``[C]`` fp64 on the host, the sum of the weights behind the totals.
     """
 
-    def __init__(self, n_layers: int, n_neurons: int, n_columns: int, *, squares: bool = False, device="cpu"):
+    def __init__(
+        self,
+        n_layers: int,
+        n_neurons: int,
+        n_columns: int,
+        *,
+        squares: bool = False,
+        device: torch.device | str = "cpu",
+    ) -> None:
         shape = (n_layers, n_columns, n_neurons)
         with torch.inference_mode(False):  # buffers made in inference mode could not be changed outside it
             self.act_sum = torch.zeros(shape, dtype=torch.float32, device=device)
@@ -40,11 +48,11 @@ class ActivationSums:
             self.count = torch.zeros(n_columns, dtype=torch.float64)
 
     def layer(self, layer: int) -> dict[str, Tensor | None]:
-        """Return the layer's buffers as the keyword arguments of an op."""
+        """Return the layer's buffers, ``[C, N]`` each, as the keyword arguments of an op."""
         squares = None if self.act_sumsq is None else self.act_sumsq[layer]
         return {"act_sum": self.act_sum[layer], "act_sumsq": squares}
 
-    def fold(self, weight: Tensor, *, layer: int | None = None):
+    def fold(self, weight: Tensor, *, layer: int | None = None) -> None:
         """Move what a forward pass added into the totals.
 
         Args:
@@ -70,13 +78,13 @@ class ActivationSums:
         finally:
             self.discard(layers)
 
-    def discard(self, layers: slice = slice(None)):
+    def discard(self, layers: slice = slice(None)) -> None:
         """Empty the device buffers without counting them."""
         self.act_sum[layers].zero_()
         if self.act_sumsq is not None:
             self.act_sumsq[layers].zero_()
 
-    def merge(self, other: ActivationSums):
+    def merge(self, other: ActivationSums) -> None:
         """Add the totals of ``other``, a run over different prompts with the same columns."""
         check_tensor("other.total", other.total, shape=tuple(self.total.shape))
         if (self.total_sq is None) != (other.total_sq is None):
@@ -110,7 +118,7 @@ class ActivationSums:
 
 
 def slot_variance(total: Tensor, total_sq: Tensor, count: float) -> Tensor:
-    """The variance of a sum, a sum of squares and a count above 1; see :meth:`ActivationSums.variance`."""
+    """The variance ``[L, N]`` from sums, sums of squares and a count above 1; see :meth:`ActivationSums.variance`."""
     mean_square = total_sq / count
     biased = mean_square - (total / count).square()
     return torch.maximum(biased, 1e-6 * mean_square) * (count / (count - 1))

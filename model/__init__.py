@@ -4,6 +4,7 @@ Nothing heavy is imported here; each name loads its module on first use.
 """
 
 from importlib import import_module
+from typing import TYPE_CHECKING
 
 _HOME = {
     "load": "language_model",
@@ -15,7 +16,14 @@ _HOME = {
 __all__ = list(_HOME)
 
 
-def __getattr__(name):
-    if name in _HOME:
-        return getattr(import_module(f"{__name__}.{_HOME[name]}"), name)
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+if TYPE_CHECKING:  # as in cna_kernels/__init__.py
+    from .demo.checkpoint import demo_checkpoint as demo_checkpoint
+    from .language_model import LanguageModel as LanguageModel
+    from .language_model import load as load
+    from .prompts import read_prompts as read_prompts
+else:
+
+    def __getattr__(name):
+        if name in _HOME:
+            return getattr(import_module(f"{__name__}.{_HOME[name]}"), name)
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -18,6 +18,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from cna_kernels.checks import InputError
+from cna_kernels.files import FilePath
 
 from .generate import pad
 from .packing import TokenPrompt
@@ -54,8 +55,13 @@ class DirectionTable:
     """
 
     def __init__(
-        self, directions: Sequence[Direction], strengths: Sequence[float], n_layers: int, n_hidden: int, device="cpu"
-    ):
+        self,
+        directions: Sequence[Direction],
+        strengths: Sequence[float],
+        n_layers: int,
+        n_hidden: int,
+        device: torch.device | str = "cpu",
+    ) -> None:
         n = len(directions)
         strength = torch.tensor(list(strengths), dtype=torch.float32)
         if len(strength) != n:
@@ -93,6 +99,7 @@ class RowEdit(Edit):
     chosen: Tensor
 
     def write(self, layer: int, part: str, y: Tensor) -> Tensor:
+        """What part of a layer adds to the stream, ``[B, S, H]``, changed."""
         table = self.table
         if part == "mlp":
             y = self._add("mlp", layer, y)
@@ -103,9 +110,11 @@ class RowEdit(Edit):
         return y
 
     def after(self, layer: int, x: Tensor) -> Tensor:
+        """The stream after a layer, ``[B, S, H]``, changed."""
         return self._add("residual", layer, x)
 
     def keep(self, rows: Tensor) -> RowEdit:
+        """The edit of some rows of the batch: their numbers, ``[any]`` int64."""
         return RowEdit(self.table, self.chosen[rows])
 
     def _add(self, site: str, layer: int, x: Tensor) -> Tensor:
@@ -155,26 +164,32 @@ def mean_states(transformer: Transformer, prompts: Sequence[TokenPrompt]) -> dic
     return {site: total / len(prompts) for site, total in seen.totals.items()}
 
 
-def differences(transformer: Transformer, positive: Sequence[TokenPrompt], negative: Sequence[TokenPrompt]):
-    """Return mean over positive minus mean over negative prompts of both sites of :func:`mean_states`."""
+def differences(
+    transformer: Transformer, positive: Sequence[TokenPrompt], negative: Sequence[TokenPrompt]
+) -> dict[str, Tensor]:
+    """Return mean over positive minus mean over negative of both sites of :func:`mean_states`, ``[L, H]`` each."""
     a, b = (mean_states(transformer, prompts) for prompts in (positive, negative))
     return {site: a[site] - b[site] for site in a}
 
 
 def caa(difference: dict[str, Tensor], layer: int) -> Direction:
-    """CAA at one layer: the difference of the residual stream after it. Strength -1 takes the behaviour away."""
+    """CAA at one layer: the difference of the residual stream after it. Strength -1 takes the behaviour away.
+
+    Args:
+        difference: of both sites, ``[L, H]`` each; see :func:`differences`. The same below.
+    """
     vectors = torch.zeros_like(difference["residual"])
     vectors[layer] = difference["residual"][layer]
     return Direction("residual", vectors.float())
 
 
 def caa_as_released(difference: dict[str, Tensor]) -> Direction:
-    """The difference of every layer's MLP output, added at every layer."""
+    """The difference of every layer's MLP output, ``[L, H]``, added at every layer."""
     return Direction("mlp", difference["mlp"].float())
 
 
 def ablation(difference: dict[str, Tensor], layer: int) -> Direction:
-    """Directional ablation: the unit vector of the residual difference after a layer, taken out of every write."""
+    """Directional ablation: the unit vector of the difference ``[L, H]`` after a layer, taken out of every write."""
     vector = difference["residual"][layer]
     return Direction("writes", (vector / vector.norm().clamp(min=1e-30))[None].float())
 
@@ -194,8 +209,8 @@ def feature(difference: dict[str, Tensor], layer: int, decoder_row: Tensor) -> D
     return Direction("residual", vectors.float())
 
 
-def read_decoder_row(path, number: int, n_hidden: int) -> Tensor:
-    """Read row ``number`` of ``W_dec`` ``[features, H]`` from a safetensors file."""
+def read_decoder_row(path: FilePath, number: int, n_hidden: int) -> Tensor:
+    """Read row ``number``, ``[H]``, of ``W_dec`` ``[features, H]`` from a safetensors file."""
     if not Path(path).is_file():
         raise InputError(path, "cannot be read: no such file")
     try:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -65,7 +66,7 @@ PRESETS = {
 }  # fmt: skip
 
 
-def settings_from(preset: str | None = None, **changes) -> Settings:
+def settings_from(preset: str | None = None, **changes: Any) -> Settings:
     """Return the preset (default: paper) with the given changes; a change of None keeps the preset's value.
 
     Raises:
@@ -110,7 +111,8 @@ class Totals(Protocol):
     n_universal: int
     n_left_out: dict[int, int]
 
-    def slot(self, number: int) -> SlotSums: ...
+    def slot(self, number: int) -> SlotSums:
+        """The sums of one column or replicate."""
 
 
 def check_size(settings: Settings, n_layers: int, n_neurons: int) -> tuple[int, Tensor]:
@@ -125,7 +127,9 @@ def check_size(settings: Settings, n_layers: int, n_neurons: int) -> tuple[int, 
     return k, skipped
 
 
-def check_counts(settings: Settings, contrasts, counts: dict[str, int], weights: dict[str, float]):
+def check_counts(
+    settings: Settings, contrasts: Sequence[Contrast], counts: dict[str, int], weights: dict[str, float]
+) -> None:
     """Refuse what needs more prompts than a column has.
 
     Args:

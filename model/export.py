@@ -21,7 +21,7 @@ from torch import Tensor
 
 from cna_kernels.checks import InputError
 from cna_kernels.circuit import Circuit
-from cna_kernels.files import make_directory, write_bytes, write_text
+from cna_kernels.files import FilePath, make_directory, write_bytes, write_text
 from cna_kernels.steering import check_multiplier
 
 from .config import DTYPES, ModelConfig
@@ -49,7 +49,7 @@ def to_lora(
     checkpoint: Checkpoint,
     config: ModelConfig,
     factors: Factors,
-    out,
+    out: FilePath,
     *,
     base_model: str = "",
     max_rank: int | None = None,
@@ -134,7 +134,7 @@ def _write_adapter(checkpoint, config, part, out: Path, base_model, uniform, dty
     write_text(out / "adapter_config.json", json.dumps(record, indent=2) + "\n")
 
 
-def to_checkpoint(directory, checkpoint: Checkpoint, factors: Factors, out):
+def to_checkpoint(directory: FilePath, checkpoint: Checkpoint, factors: Factors, out: FilePath) -> None:
     """Write a copy of a checkpoint whose ``down_proj`` columns are scaled; all other tensors stay byte for byte.
 
     Files are copied one by one, and columns changed layer by layer. The directory appears when it is whole.
@@ -175,7 +175,7 @@ def _scale_columns(entry: TensorEntry, directory: Path, found: dict[int, float])
 
 
 def read_tensor(entry: TensorEntry) -> Tensor:
-    """Read one tensor of a checkpoint."""
+    """Read one tensor of a checkpoint, of the shape that its header gives."""
     with open(entry.path, "rb") as file:
         file.seek(entry.start)
         content = bytearray(file.read(entry.end - entry.start))
@@ -184,7 +184,7 @@ def read_tensor(entry: TensorEntry) -> Tensor:
     return torch.frombuffer(content, dtype=entry.dtype).view(entry.shape)
 
 
-def to_ref_code(circuit: Circuit, out):
+def to_ref_code(circuit: Circuit, out: FilePath) -> None:
     """Write the JSON of the public CNA code: "layer,position,index" with position -1, the last prompt token."""
     record = {
         "neurons": {f"{layer},-1,{index}": contrast for layer, index, contrast in circuit.neurons},

@@ -111,7 +111,7 @@ def generate(
             )[:, 0]
 
 
-def pad(ids: Sequence[list[int]], device) -> tuple[Tensor, Tensor]:
+def pad(ids: Sequence[list[int]], device: torch.device | str) -> tuple[Tensor, Tensor]:
     """Return input_ids ``[B, S]`` padded on the right with 0, and lengths ``[B]``."""
     lengths = torch.tensor([len(row) for row in ids])
     input_ids = torch.zeros(len(ids), int(lengths.max()), dtype=torch.int64)

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from tempfile import TemporaryFile
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -14,6 +15,7 @@ from torch import Tensor
 from cna_kernels import backends
 from cna_kernels.checks import InputError
 from cna_kernels.circuit import Circuit, check_fits, made_elsewhere
+from cna_kernels.files import FilePath
 from cna_kernels.steering import SteeringTable
 
 from .config import DTYPES, read_config
@@ -30,16 +32,27 @@ from .text import Tokenizer, stop_ids
 from .transformer import Steer, Transformer
 from .weights import config_sha256, load_transformer, open_checkpoint
 
+if TYPE_CHECKING:
+    from torch.distributed.device_mesh import DeviceMesh
+
 GENERATE_ROWS = 64  # prompts decoded together
 
 
-def load(directory, **options) -> LanguageModel:
-    """Load a checkpoint directory in Hugging Face layout. Options are those of :class:`LanguageModel`.
+def load(
+    directory: FilePath,
+    *,
+    device: torch.device | str = "cpu",
+    dtype: str | None = None,
+    stream_layers: bool = False,
+    spill: FilePath | None = None,
+    mesh: DeviceMesh | None = None,
+) -> LanguageModel:
+    """Load a checkpoint directory in Hugging Face layout. The options are those of :class:`LanguageModel`.
 
     Raises:
         InputError: the directory, a file or a tensor in it cannot be used; names it.
     """
-    return LanguageModel(directory, **options)
+    return LanguageModel(directory, device=device, dtype=dtype, stream_layers=stream_layers, spill=spill, mesh=mesh)
 
 
 class LanguageModel:
@@ -54,8 +67,15 @@ class LanguageModel:
     """
 
     def __init__(
-        self, directory, *, device="cpu", dtype: str | None = None, stream_layers: bool = False, spill=None, mesh=None
-    ):
+        self,
+        directory: FilePath,
+        *,
+        device: torch.device | str = "cpu",
+        dtype: str | None = None,
+        stream_layers: bool = False,
+        spill: FilePath | None = None,
+        mesh: DeviceMesh | None = None,
+    ) -> None:
         """
         Args:
             device: "cpu", "cuda", "cuda:1", ...
@@ -110,7 +130,7 @@ class LanguageModel:
             }
         return dict(self._identity)
 
-    def encode(self, prompts: PromptSet, *, chat: bool | None = None, double_bos=False) -> list[TokenPrompt]:
+    def encode(self, prompts: PromptSet, *, chat: bool | None = None, double_bos: bool = False) -> list[TokenPrompt]:
         """Tokenise the prompts, as the user's message of a chat or as plain text.
 
         Args:
@@ -123,7 +143,7 @@ class LanguageModel:
         return [TokenPrompt(row, place) for row, place in zip(ids, prompts.places, strict=True)]
 
     def encode_entries(
-        self, entries: Sequence[Entry], *, position: str = "last", chat: bool | None = None, double_bos=False
+        self, entries: Sequence[Entry], *, position: str = "last", chat: bool | None = None, double_bos: bool = False
     ) -> list[TokenPrompt]:
         """Tokenise entries of a corpus, and say which tokens of each count.
 
@@ -162,7 +182,7 @@ class LanguageModel:
         batch: int | None = None,
         max_tokens: int | None = None,
         progress: Progress | None = None,
-        **settings,
+        **settings: Any,
     ) -> Circuit:
         """Find the neurons whose activation at the last prompt token differs most between two prompt sets.
 
@@ -202,7 +222,7 @@ class LanguageModel:
         *,
         skip_bad: bool = False,
         progress: Progress | None = None,
-        **options,
+        **options: Any,
     ) -> dict[str, Circuit]:
         """Find the circuits of many contrasts in one pass over a corpus, by name.
 
@@ -331,7 +351,7 @@ class LanguageModel:
         texts = [self.tokenizer.decode(ids) for ids in answers]
         return texts[0] if single else texts
 
-    def check_circuit(self, circuit: Circuit, where, *, any_model=False):
+    def check_circuit(self, circuit: Circuit, where: FilePath, *, any_model: bool = False) -> None:
         """Raise InputError naming the field unless the circuit was found in this very checkpoint.
 
         The calls that take a circuit check its shape only; this is for circuits from a file. Those without provenance
@@ -352,6 +372,7 @@ class LanguageModel:
                 raise made_elsewhere(where, field, here[field], got)
 
     def uses_chat(self, chat: bool | None) -> bool:
+        """Whether prompts go through the chat template, where ``chat`` may leave it to the checkpoint."""
         return self.tokenizer.template is not None if chat is None else chat
 
     def _steered_rows(self, circuit, multiplier, n_rows):

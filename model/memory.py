@@ -12,7 +12,7 @@ from cna_kernels.checks import InputError
 DEVICES = ("cpu", "cuda", "mps", "xpu")
 
 
-def memory_of(device) -> int | None:
+def memory_of(device: torch.device | str) -> int | None:
     """Return the bytes a model may use: free memory of a GPU, all memory of this machine; None where unknown."""
     device = torch.device(device)
     if device.type == "cuda":
@@ -44,7 +44,7 @@ def in_halves(run: Callable[[Sequence], list], items: Sequence, device: torch.de
     return [*in_halves(run, items[:half], device), *in_halves(run, items[half:], device)]
 
 
-def usable_device(device) -> torch.device:
+def usable_device(device: torch.device | str) -> torch.device:
     """The device, with its number; InputError for one that this machine does not have."""
     if str(device).split(":")[0] not in DEVICES:
         raise InputError("device", f"expected one of {', '.join(DEVICES)}, got {str(device)!r}")

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from importlib.resources import files
 
 from cna_kernels.checks import InputError
-from cna_kernels.files import read_text
+from cna_kernels.files import FilePath, read_text
 
 NGRAM = 4
 LISTS = ("broad", "strict")  # bundled refusal lists
@@ -41,11 +41,12 @@ class Refusals:
     phrases: tuple[str, ...]
 
     def __call__(self, answer: str) -> bool:
+        """Whether the answer holds one of the phrases."""
         text = _plain(answer)
         return any(text.startswith(p[1:]) if p[0] == "^" else p in text for p in self.phrases)
 
     @classmethod
-    def read(cls, path) -> Refusals:
+    def read(cls, path: FilePath) -> Refusals:
         """Read a list: one phrase a line, lines that begin with # are comments."""
         return cls._parse(read_text(path), path)
 

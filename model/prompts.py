@@ -10,7 +10,7 @@ from importlib.resources import files
 from pathlib import Path
 
 from cna_kernels.checks import InputError
-from cna_kernels.files import open_stream, parse_json, read_text, sha256
+from cna_kernels.files import FilePath, open_stream, parse_json, read_text, sha256
 
 RECORD_FORMATS = (".jsonl", ".csv", ".json")
 LONGEST_LINE = 16 << 20  # bytes
@@ -39,6 +39,7 @@ class PromptSet:
 
     @property
     def sha256(self) -> str:
+        """Of all texts in their order."""
         return sha256(*self.texts)
 
     def __len__(self):
@@ -51,17 +52,18 @@ class PromptSet:
 class BadLines:
     """What happens to a record that is no prompt: an error, or with ``skip`` one more in ``count``."""
 
-    def __init__(self, *, skip: bool = False):
+    def __init__(self, *, skip: bool = False) -> None:
         self.skip, self.count, self.first = skip, 0, None
 
-    def add(self, error: InputError):
+    def add(self, error: InputError) -> None:
+        """Count the error, or raise it."""
         if not self.skip:
             raise error
         self.count += 1
         self.first = self.first or str(error)
 
 
-def read_prompts(path, *, column: str | None = None, limit: int | None = None) -> PromptSet:
+def read_prompts(path: FilePath, *, column: str | None = None, limit: int | None = None) -> PromptSet:
     """Read a prompt file into memory; the ending of its name says the format.
 
     Args:
@@ -76,7 +78,7 @@ def read_prompts(path, *, column: str | None = None, limit: int | None = None) -
 
 
 def iter_prompts(
-    path, *, column: str | None = None, limit: int | None = None, bad: BadLines | None = None
+    path: FilePath, *, column: str | None = None, limit: int | None = None, bad: BadLines | None = None
 ) -> Iterator[tuple[str, str]]:
     """As :func:`read_prompts`, one (text, place) after the other: files of any length need no memory."""
     bad = bad or BadLines()
@@ -85,7 +87,7 @@ def iter_prompts(
     yield from accepted(path, lambda record, place: prompt_of(record, place, column), bad, limit)
 
 
-def accepted(path, parse: Callable, bad: BadLines, limit: int | None) -> Iterator:
+def accepted(path: FilePath, parse: Callable, bad: BadLines, limit: int | None) -> Iterator:
     """What ``parse(record, place)`` makes of the first ``limit`` records that it does not refuse; at least one."""
     found = 0
     for record, place in iter_records(path, bad):
@@ -102,7 +104,7 @@ def accepted(path, parse: Callable, bad: BadLines, limit: int | None) -> Iterato
         raise InputError(path, "holds no prompt" + (f"; {bad.first}" if bad.count else ""))
 
 
-def iter_records(path, bad: BadLines) -> Iterator[tuple[object, str]]:
+def iter_records(path: FilePath, bad: BadLines) -> Iterator[tuple[object, str]]:
     """Each record of a file with its place: text, or an object of fields. What cannot be read goes to ``bad``."""
     path = Path(path)
     kind = path.suffix.lower()
@@ -184,7 +186,8 @@ def _json_records(path):
         yield record, f"{path}[{number}]"
 
 
-def prompt_of(record, place, column) -> tuple[str, str]:
+def prompt_of(record: object, place: str, column: str | None) -> tuple[str, str]:
+    """The prompt in a record, and its place: the record's own, or its column's."""
     if isinstance(record, dict):
         name = column or ("prompt" if "prompt" in record or len(record) != 1 else next(iter(record)))
         if name not in record:
@@ -195,7 +198,8 @@ def prompt_of(record, place, column) -> tuple[str, str]:
     return record, place
 
 
-def require_text(text, place):
+def require_text(text: object, place: str) -> None:
+    """Raise InputError naming the place unless this is text with something in it."""
     if not isinstance(text, str) or not text.strip():
         raise InputError(place, f"expected a prompt, got {text!r}")
     if any("\ud800" <= character <= "\udfff" for character in text):

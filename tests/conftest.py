@@ -11,7 +11,10 @@ if not torch.cuda.is_available():
 from tiny import VARIANTS, write_checkpoint
 
 # The files that take longest, so that they start first: workers get whole files (--dist loadfile), the last one alone.
-FIRST = ("test_triton", "test_demo", "test_cpu", "test_packing", "test_run_directory", "test_evaluation_command")
+FIRST = (
+    "test_triton", "test_documents", "test_demo", "test_cpu", "test_packing", "test_run_directory",
+    "test_evaluation_command",
+)  # fmt: skip
 
 
 def pytest_collection_modifyitems(items):

@@ -45,6 +45,14 @@ def test_products_need_wgmma_on_sm_90():
     assert compile_gate.failures(PRODUCT | dict(HGMMA=0, HMMA=64), 80) == []
 
 
+def test_weights_must_be_fetched_ahead():
+    few = PRODUCT | dict(kernel="gate_up_flat_kernel", op="gate_up_decode", shared=98_304)
+    assert compile_gate.failures(few, 90) == []
+    assert compile_gate.failures(few | dict(shared=49_152), 90) == [
+        "weights are not fetched ahead: 49152 bytes of shared memory"
+    ]
+
+
 SASS = """
 .text._kernel:
         /*0000*/                   MOV R1, c[0x0][0x28] ;

@@ -520,6 +520,18 @@ def test_selection_is_that_of_the_command_line(tmp_path):
     assert engine.select(sums, fraction=0.05).k == round(0.05 * engine.n_layers * engine.n_neurons)
 
 
+def test_universal_neurons():
+    """Of four prompts, each a column: those among the top two in three or more."""
+    model = make("llama")
+    engine = attach(model)
+    sums = engine.new_sums(4)
+    for column, largest in enumerate([(5, 9), (5, 9), (5, 7), (8, 9)]):
+        sums.total[1, column] = torch.arange(48) / 100
+        sums.total[1, column, list(largest)] = torch.tensor([-6.0, 5.0], dtype=torch.float64)
+    assert engine.universal(sums, fraction=2 / 144, threshold=0.75) == [(1, 5), (1, 9)]
+    assert engine.universal(sums, fraction=2 / 144, threshold=0.8) == []
+
+
 def test_selection_counts_only_neurons_that_are_there():
     """In a mixture with a dense layer of fewer neurons, the fraction is of those that exist."""
     model, ids = make("qwen3-moe-mixed"), ids_of(2, 6)
@@ -810,6 +822,17 @@ def test_detaching_in_another_order():
     assert logits(model, ids) is not None and attached(model) is None
 
 
+def test_a_detached_engine_says_so():
+    model = make("llama")
+    old = attach(model)
+    old.detach()
+    new = attach(model)
+    for call in (old.detach, lambda: old.rows(None), lambda: old.collect(torch.eye(2)).__enter__()):
+        with pytest.raises(InputError, match="engine: was detached from its model"):
+            call()
+    assert attached(model) is new
+
+
 def test_attach_to_the_decoder_or_a_compiled_model():
     model, ids = make("llama"), ids_of(1, 5)
     engine = attach(model.model)
@@ -838,6 +861,7 @@ def test_refusals():
         "phase: expected one of both, prompt, answer, got 'prefill'": lambda: engine.rows(None, phase="prefill"),
         "start: expected one position, or one for each of 2 rows": lambda: engine.rows([-1, -1], start=[1, 2, 3]),
         "rows: the batch has 4, attached with max_rows=3": lambda: logits(model, ids_of(4, 5)),
+        "exclude: (0, 48) is no neuron": lambda: engine.select(engine.new_sums(2), exclude=[(0, 48)]),
         "max_rows: expected 1 to": lambda: attach(make("qwen2"), max_rows=0),
         "backend: expected one of": lambda: attach(make("qwen2"), backend="cuda"),
     }.items():

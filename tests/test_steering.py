@@ -3,6 +3,7 @@
 import random
 import threading
 
+import numpy as np
 import pytest
 import torch
 
@@ -79,6 +80,14 @@ def test_refusals():
         SteeringTable([FIRST, SECOND], [0.0], L, N)
     with pytest.raises(InputError, match="row_circuit: row 1: expected -1 or one of 0, got 1"):
         SteeringTable([FIRST], [0.0], L, N).rows([0, 1])
+
+
+@pytest.mark.parametrize("number", [np.float32(0.5), np.int64(2), torch.tensor(0.5), True])
+def test_numbers_of_other_libraries(number):
+    table = SteeringTable([FIRST], [number], L, N)
+    table.replace(0, FIRST, number)
+    table.set_multiplier(0, number)
+    assert dense_scale(table.layer(0), N)[0, 3] == float(number)
 
 
 def live(**sizes):

@@ -6,7 +6,8 @@
     act[t, n]           *= scale[row_circuit[t], n]
 
 A program owns BLOCK_N neurons for all tokens: it streams their 2 * BLOCK_N weight rows once, finishes act in registers
-and is the only writer of act[:, n] and act_sum[:, n]. No workspace, no atomics.
+and is the only writer of act[:, n] and act_sum[:, n]. No workspace, no atomics. Rows of w_up lie ``up_offset`` elements
+from those of w_gate, in one tensor or in two; a choice between two pointers would end the prefetch of weights.
 
 Two kernels. For one token, and for fp32, plain multiply-adds (``_gate_up_gemv_kernel``). Above that the matrix
 units (``_gate_up_flat_kernel``) with the weights as the left factor, so that tokens are the short side: gate and up
@@ -33,8 +34,7 @@ from .tiles import dot, silu_mul
 @triton.jit(do_not_specialize=["n_circuits"], do_not_specialize_on_alignment=ANY_ALIGNMENT)
 def _gate_up_gemv_kernel(
     x_ptr,
-    w_gate_ptr,
-    w_up_ptr,
+    w_ptr,
     act_ptr,
     weight_ptr,
     sum_ptr,
@@ -45,6 +45,7 @@ def _gate_up_gemv_kernel(
     value_ptr,
     stride_x_t,
     stride_w_n,
+    up_offset,
     stride_weight_t,
     stride_sum_c,
     stride_sumsq_c,
@@ -67,7 +68,7 @@ def _gate_up_gemv_kernel(
     n_first = tl.program_id(0) * BLOCK_N
     n = n_first + tl.arange(0, BLOCK_N)
     n_mask = n < N
-    w_row = n.to(tl.int64)[:, None] * stride_w_n
+    w_row = w_ptr + n.to(tl.int64)[:, None] * stride_w_n
     gates = (tl.zeros([BLOCK_N, BLOCK_K], tl.float32),) * T
     ups = (tl.zeros([BLOCK_N, BLOCK_K], tl.float32),) * T
     if PDL:
@@ -75,8 +76,8 @@ def _gate_up_gemv_kernel(
     for k_first in tl.range(0, H, BLOCK_K, num_stages=STAGES):
         k = k_first + tl.arange(0, BLOCK_K)
         mask = n_mask[:, None] & (k < H)[None, :]
-        w_gate = tl.load(w_gate_ptr + w_row + k[None, :], mask=mask, other=0.0).to(tl.float32)
-        w_up = tl.load(w_up_ptr + w_row + k[None, :], mask=mask, other=0.0).to(tl.float32)
+        w_gate = tl.load(w_row + k[None, :], mask=mask, other=0.0).to(tl.float32)
+        w_up = tl.load(w_row + up_offset + k[None, :], mask=mask, other=0.0).to(tl.float32)
         new_gates, new_ups = (), ()
         for t in tl.static_range(T):
             x = tl.load(x_ptr + t * tl.cast(stride_x_t, tl.int64) + k, mask=k < H, other=0.0).to(tl.float32)[None, :]
@@ -120,8 +121,7 @@ def _gate_up_gemv_kernel(
 @triton.jit(do_not_specialize=["T", "n_circuits"], do_not_specialize_on_alignment=ANY_ALIGNMENT)
 def _gate_up_flat_kernel(
     x_ptr,
-    w_gate_ptr,
-    w_up_ptr,
+    w_ptr,
     act_ptr,
     weight_ptr,
     sum_ptr,
@@ -133,6 +133,7 @@ def _gate_up_flat_kernel(
     T,
     stride_x_t,
     stride_w_n,
+    up_offset,
     stride_weight_t,
     stride_sum_c,
     stride_sumsq_c,
@@ -154,7 +155,7 @@ def _gate_up_flat_kernel(
     r = tl.arange(0, 2 * BLOCK_N)  # rows of the weight tile: BLOCK_N of gate, then BLOCK_N of up
     w_n = n_first + r % BLOCK_N
     w_mask = w_n < N
-    w_row = tl.where(r < BLOCK_N, w_gate_ptr, w_up_ptr)[:, None] + w_n.to(tl.int64)[:, None] * stride_w_n
+    w_row = w_ptr + (w_n.to(tl.int64) * stride_w_n + (r // BLOCK_N).to(tl.int64) * up_offset)[:, None]
     t = tl.arange(0, BLOCK_T)
     t_mask = t < T
     x_row = x_ptr + t.to(tl.int64)[None, :] * stride_x_t
@@ -249,10 +250,15 @@ def cost(T: int, N: int, H: int, itemsize: int = 2) -> Cost:
 
 def gate_up_decode(x, w_gate_up, *, weight=None, act_sum=None, act_sumsq=None, scale=None, row_circuit=None):
     """x ``[T, H]``, w_gate_up ``[2N, H]`` or a pair -> act ``[T, N]`` summed and scaled, for 1 <= T <= 64."""
-    w_gate, w_up = w_gate_up if isinstance(w_gate_up, tuple) else w_gate_up.chunk(2)
-    if w_gate.stride(0) != w_up.stride(0):
-        w_gate, w_up = w_gate.contiguous(), w_up.contiguous()
-    (T, H), N = x.shape, w_gate.shape[0]
+    T, H = x.shape
+    if isinstance(w_gate_up, tuple):
+        w_gate, w_up = w_gate_up
+        if w_gate.stride(0) != w_up.stride(0):
+            w_gate, w_up = w_gate.contiguous(), w_up.contiguous()
+        N, up_offset = w_gate.shape[0], (w_up.data_ptr() - w_gate.data_ptr()) // w_gate.element_size()
+    else:
+        w_gate, N = w_gate_up, w_gate_up.shape[0] // 2
+        up_offset = N * w_gate.stride(0)
     act = torch.empty(T, N, dtype=x.dtype, device=x.device)
     config = _launch_config(T, x.element_size())
     sums, steer = Sums(weight, act_sum, act_sumsq, 1, N), Steer(scale, row_circuit)
@@ -262,13 +268,13 @@ def gate_up_decode(x, w_gate_up, *, weight=None, act_sum=None, act_sumsq=None, s
         (triton.cdiv(N, config.BLOCK_N),),
         x,
         w_gate,
-        w_up,
         act,
         *sums.pointers(),
         *steer.pointers(),
         *(() if gemv else (T,)),
         x.stride(0),
         w_gate.stride(0),
+        up_offset,
         *sums.strides(),
         *steer.sizes(),
         N=N,

@@ -17,7 +17,7 @@ from torch import Tensor
 import cna_kernels
 from cna_kernels.checks import InputError
 from cna_kernels.circuit import Circuit
-from cna_kernels.files import sha256, write_text
+from cna_kernels.files import FilePath, sha256, write_text
 
 from .. import directions
 from ..collect import check_length
@@ -48,7 +48,9 @@ class Evaluation:
         samples: one record for each answer.
     """
 
-    def __init__(self, model: LanguageModel, circuit: Circuit, plan: Plan, store: Store, say: Say = lambda text: None):
+    def __init__(
+        self, model: LanguageModel, circuit: Circuit, plan: Plan, store: Store, say: Say = lambda text: None
+    ) -> None:
         self.model, self.circuit, self.plan, self.store, self.say = model, circuit, plan, store, say
         self.results: dict = {"facts": store.facts, "environment": environment(model), "chosen": {}, "notes": []}
         self.samples: list[dict] = []
@@ -377,7 +379,14 @@ def run_facts(model: LanguageModel, circuit: Circuit, plan: Plan) -> dict:
     }
 
 
-def evaluate(model: LanguageModel, circuit: Circuit, plan: Plan, *, out=None, say: Say = lambda text: None) -> dict:
+def evaluate(
+    model: LanguageModel,
+    circuit: Circuit,
+    plan: Plan,
+    *,
+    out: FilePath | None = None,
+    say: Say = lambda text: None,
+) -> dict:
     """Run a plan; with ``out`` into a directory that holds finished parts, results.json and samples.jsonl.
 
     Raises:
