@@ -16,8 +16,8 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test docs lint canaries sanitize compile-gate gpu gpu-tune bench bench-attribution bench-eval bench-embedding \
-        train-demo clean
+.PHONY: demo test docs lint canaries sanitize compile-gate gpu gpu-tune bench bench-attribution bench-eval \
+        bench-embedding train-demo clean
 
 demo: .venv/.installed
 	$(BIN)/cna demo --out demo-out

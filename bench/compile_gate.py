@@ -115,8 +115,8 @@ def launchers(model):
     }
 
 
-# Kernels for few tokens fetch weights ahead through shared memory, 64 KiB or more. Where the compiler gives that up they
-# hold little of it and wait for every load.
+# Kernels for few tokens fetch weights ahead through shared memory, 64 KiB or more. Where the compiler gives that up
+# they hold little of it, and wait for every load.
 FETCH_AHEAD, AHEAD = {"gate_up_flat_kernel", "down_split_kernel"}, 1 << 16
 MATRIX = {"gate_up_flat_kernel", "down_split_kernel", "down_proj_kernel", "gate_up_kernel"}
 
