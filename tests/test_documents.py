@@ -158,6 +158,8 @@ def names_for(document):
     n_tokens, n_hidden, n_neurons = 4, 8, 16
     return {
         "input_ids": torch.arange(6).view(2, 3),
+        "batch": {"input_ids": torch.arange(20, 44).view(4, 6)},
+        "other": Circuit(((3, 435, -3.6), (6, 956, 2.2)), 8, 1024),
         "n_layers": 2,
         "n_neurons": n_neurons,
         "l": 1,

@@ -895,3 +895,34 @@ def test_the_package_gives_attach_whatever_was_imported_first():
     import cna_kernels.engine
 
     assert callable(cna_kernels.attach) and cna_kernels.attach is attach
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_cuda_graph_follows_the_table():
+    """A captured decoding step: another multiplier, circuit or row changes what a replay gives."""
+    model, ids = make("llama", torch.bfloat16).cuda(), ids_of(2, 9).cuda()
+    engine = attach(model)
+    engine.set([random_circuit(engine, 0), random_circuit(engine, 1)], [-2.0, 4.0])
+    engine.rows([0, 1])
+    with torch.inference_mode():
+        stream = torch.cuda.Stream()
+        with torch.cuda.stream(stream):
+            for _ in range(3):
+                model(ids, use_cache=False)
+        torch.cuda.current_stream().wait_stream(stream)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            out = model(ids, use_cache=False).logits
+    seen = []
+    for change in (
+        lambda: None,
+        lambda: engine.table.set_multiplier(0, 0.0),
+        lambda: engine.table.replace(1, random_circuit(engine, 2), -2.0),
+        lambda: engine.rows([1, 0]),
+    ):
+        change()
+        graph.replay()
+        got = out.float().clone()
+        assert torch.allclose(got, logits(model, ids, use_cache=False).float(), atol=0.05)
+        assert not seen or (got - seen[-1]).abs().max() > 0.1
+        seen.append(got)
