@@ -26,7 +26,6 @@ neurons are (layer, expert, index), in a circuit (layer, expert * own + index), 
 
 from __future__ import annotations
 
-import itertools
 import math
 import types
 import warnings
@@ -594,7 +593,8 @@ class _Site:
         place = getattr(hook, "execution_device", None)
         if place is not None:
             return torch.device("cuda", place) if isinstance(place, int) else torch.device(place)
-        return next(itertools.chain(mlp.down_proj.parameters(), mlp.down_proj.buffers())).device
+        tensors = (x.device for part in (mlp.down_proj, mlp) for x in (*part.parameters(), *part.buffers()))
+        return next(tensors, torch.device("cpu"))  # packed out of sight, by PyTorch's own quantisation for CPUs
 
     def reason(self) -> str | None:
         """Why the MLP is not one op, or None."""

@@ -178,10 +178,10 @@ def test_experts_under_each_implementation(name, how):
         logits(model, ids)
 
 
-@pytest.mark.parametrize("name", ["llama", "gemma", "phi3", "qwen3-moe-mixed"])
+@pytest.mark.parametrize("name", MODELS)
 def test_generate_with_padding_and_mixed_rows(name):
     """Left-padded prompts, a circuit a row, greedy: token for token each prompt alone with scaled weights."""
-    model = make(name)
+    model = make(name, tie_word_embeddings=False)  # tied and random, a model repeats its last token
     untouched = copy.deepcopy(model)
     lengths, ids = (5, 9, 7), ids_of(3, 9)
     mask = torch.stack([torch.arange(9) >= 9 - n for n in lengths]).long()
@@ -293,7 +293,7 @@ def test_rows_by_token():
 # Compiled.
 
 
-@pytest.mark.parametrize("name", ["llama", "gemma", "phi3", "qwen3-moe-mixed", "mixtral"])
+@pytest.mark.parametrize("name", MODELS)
 def test_compiled_follows_the_table_without_recompiling(name):
     model, ids = make(name), ids_of(2, 9)
     engine = quietly(model)
@@ -630,6 +630,48 @@ def test_quantised_layers(model_name, names):
     engine.rows(0)
     assert_steered(logits(model, ids), hooked(model_of(model), circuit, -2.0, lambda m: logits(m, ids)), plain)
     assert all(torch.equal(x, before[name]) for name, x in model.state_dict().items())
+
+
+@pytest.mark.parametrize("bits", [8, 4])
+def test_bitsandbytes(bits):
+    bnb = pytest.importorskip("bitsandbytes")
+    model, ids = make("llama", hidden_size=64, intermediate_size=128), ids_of(2, 9)
+    for layer in model.model.layers:
+        for name in ("gate_proj", "up_proj", "down_proj"):
+            linear = getattr(layer.mlp, name)
+            sizes, weight = (linear.in_features, linear.out_features), linear.weight.data.clone()
+            if bits == 8:
+                ours = bnb.nn.Linear8bitLt(*sizes, bias=False, has_fp16_weights=False)
+                ours.weight = bnb.nn.Int8Params(weight, requires_grad=False, has_fp16_weights=False)
+            else:
+                ours = bnb.nn.Linear4bit(*sizes, bias=False, quant_type="nf4")
+                ours.weight = bnb.nn.Params4bit(weight, requires_grad=False, quant_type="nf4")
+            setattr(layer.mlp, name, ours.to("cpu"))
+    plain = logits(model, ids)
+    with pytest.warns(UserWarning, match=r"layers 0-2: .*down_proj is bitsandbytes\.Linear"):
+        engine = attach(model)
+    assert torch.allclose(logits(model, ids), plain, atol=1e-4)
+    circuit = random_circuit(engine, 0)
+    engine.set([circuit], [-2.0])
+    engine.rows(0)
+    got = logits(model, ids)
+    engine.detach()
+    assert_steered(got, hooked(model, circuit, -2.0, lambda m: logits(m, ids)), plain)
+
+
+def test_layers_without_parameters():
+    """PyTorch's own dynamic quantisation packs weights out of sight."""
+    model, ids = make("llama"), ids_of(2, 9)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        model = torch.ao.quantization.quantize_dynamic(model, {nn.Linear}, dtype=torch.qint8)
+    plain, engine = logits(model, ids), quietly(model)
+    circuit = random_circuit(engine, 0)
+    engine.set([circuit], [-2.0])
+    engine.rows(0)
+    got = logits(model, ids)
+    engine.detach()
+    assert_steered(got, hooked(model, circuit, -2.0, lambda m: logits(m, ids)), plain, tolerance=0.02)
 
 
 def model_of(model):
