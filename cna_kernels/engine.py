@@ -7,47 +7,44 @@
     engine.rows([0, -1])                                              which row of the batch uses which
     model.generate(**batch)
 
-Two kinds of ``forward`` are replaced, as attributes of the modules themselves: that of every MLP, and that of the
-decoder, which learns from its arguments which token belongs to which row and at what position. Everything else stays
-the model's: attention, caches, ``generate``, hooks, adapters. No hook is registered, so nothing is lost when
+Two kinds of ``forward`` are replaced, as attributes of the modules themselves: that of every MLP (``sites.py``), and
+that of the decoder, which learns from its arguments which token belongs to which row and at what position. Everything
+else stays the model's: attention, caches, ``generate``, hooks, adapters. No hook is registered, so nothing is lost when
 ``torch.compile`` or a CUDA graph takes over.
-
-What an MLP runs is decided at each call by what its parts are then (``_Site``), the first that holds:
-
-1. backend ``reference``: the model's own modules; sums and steering on the input of ``down_proj``. Unsteered rows are
-   the plain model's to the bit.
-2. plain Linear layers without bias and SiLU: ``ops.gated_mlp``, all of the MLP in one op.
-3. SiLU, but a quantised, adapted, hooked, offloaded or biased layer: its modules, with ``ops.swiglu`` between them.
-4. another activation: the same with ``ops.down_proj`` where that layer is plain, else ``ops.steer_act``.
-
-A mixture of experts keeps the model's own grouped products; ``ops.swiglu`` serves the (token, expert) pairs. Its
-neurons are (layer, expert, index), in a circuit (layer, expert * own + index), see ``SteeringTable``.
 """
 
 from __future__ import annotations
 
-import math
-import types
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from . import backends, ops, select
+from . import backends, select
 from .checks import InputError, check_tensor
 from .circuit import Circuit
+from .sites import (
+    ForwardPass,
+    Site,
+    call_plain,
+    find_decoder,
+    find_mlp,
+    is_replaced,
+    mlp_forward,
+    replace_forward,
+    restore_forward,
+)
 from .steering import SteeringTable
 from .sums import ActivationSums
 
 __all__ = ["Engine", "attach", "attached"]
 
-SUPPORTED = "Llama, Qwen2, Qwen3, Mistral, Gemma 1 to 3, Phi-3, Qwen3-MoE, Mixtral, and models whose MLPs are the same"
 PHASES = ("both", "prompt", "answer")
-ENGINE, SITE, BEFORE = "_cna_engine", "_cna_site", "_cna_before"  # attributes that an attached module carries
+ENGINE = "_cna_engine"  # the attribute of an attached decoder
+FARTHEST = 2**31 - 1  # no position is beyond
 
 
 def attach(
@@ -73,14 +70,16 @@ def attach(
     Raises:
         InputError: the architecture is not known, or the model is attached already.
     """
-    decoder = _decoder_of(model)
+    decoder = find_decoder(model)
     if attached(model) is not None:
         raise InputError("model", "an engine is attached already; see cna_kernels.attached(model)")
-    found = [_find_mlp(layer, f"layers[{number}]") for number, layer in enumerate(decoder.layers)]
-    for number, (mlp, _) in enumerate(found):
-        _check_free(mlp, f"layers[{number}]'s MLP")
-    _check_free(decoder, "the decoder")
-    engine = Engine(decoder, found, backend, max_circuits, max_entries, max_rows)
+    found = [find_mlp(layer, f"layers[{number}]") for number, layer in enumerate(decoder.layers)]
+    mlps = [layer.get_submodule(name) for layer, (name, _) in zip(decoder.layers, found, strict=True)]
+    if len(set(map(id, mlps))) < len(mlps):
+        raise InputError("model", "two of its layers share an MLP, which cannot be steered apart")
+    for module, name in [*((mlp, f"layers[{n}]'s MLP") for n, mlp in enumerate(mlps)), (decoder, "the decoder")]:
+        _check_free(module, name)
+    engine = Engine(decoder, mlps, found, backend, max_circuits, max_entries, max_rows)
     engine._put_on()
     if left := engine.not_fused():
         warnings.warn("cna_kernels: exact, but not fused: " + "; ".join(left), stacklevel=2)
@@ -89,7 +88,7 @@ def attach(
 
 def attached(model: nn.Module) -> Engine | None:
     """Return the engine on the model, or None."""
-    return getattr(_decoder_of(model), ENGINE, None)
+    return getattr(find_decoder(model), ENGINE, None)
 
 
 class Engine:
@@ -104,7 +103,8 @@ class Engine:
     def __init__(
         self,
         decoder: nn.Module,
-        found: Sequence[tuple[nn.Module, type[_Site]]],
+        mlps: Sequence[nn.Module],
+        found: Sequence[tuple[str, type[Site]]],
         backend: str | None,
         max_circuits: int,
         max_entries: int | None,
@@ -113,30 +113,34 @@ class Engine:
         for name, value in (("max_circuits", max_circuits), ("max_rows", max_rows)):
             if not 1 <= value <= 1 << 20:
                 raise InputError(name, f"expected 1 to {1 << 20}, got {value}")
-        self.widths = [describe.width(mlp) for mlp, describe in found]
-        self.n_experts = [describe.n_experts(mlp) for mlp, describe in found]
+        kinds = [kind for _, kind in found]
+        self.widths = [kind.width(mlp) for kind, mlp in zip(kinds, mlps, strict=True)]
+        self.n_experts = [kind.n_experts(mlp) for kind, mlp in zip(kinds, mlps, strict=True)]
         self.n_layers, self.n_neurons = len(found), max(self.widths)
-        devices = [describe.device(mlp) for mlp, describe in found]
+        devices = [kind.device(mlp) for kind, mlp in zip(kinds, mlps, strict=True)]
         for device in dict.fromkeys(devices):
             backends.name_for(device, backend)  # raises where it cannot run
         self.table = SteeringTable(
             [], [], self.n_layers, self.n_neurons, devices, max_circuits=max_circuits, max_entries=max_entries,
             n_experts=self.n_experts, widths=self.widths,
         )  # fmt: skip
+        self._now = ForwardPass()
+        self._sites = [kind(mlps[layer], layer, backend, self._now) for layer, kind in enumerate(kinds)]
+        for site in self._sites:
+            site.scale = self.table.layer(site.layer)
         self._decoder, self._devices, self._max_rows = decoder, devices, max_rows
-        self._sites = [site(self, mlp, layer, backend) for layer, (mlp, site) in enumerate(found)]
-        self._phase = "both"
-        self._windowed = False
-        self._shape: tuple[int, ...] = ()  # of the rows that were given: () for any batch, (B,) or (B, S)
+        self._paths = [
+            link for layer, (name, _) in zip(decoder.layers, found, strict=True) for link in _links(layer, name)
+        ]
         with torch.inference_mode(False):
             blank = torch.full((3, max_rows), -1, dtype=torch.int32, device=devices[0])
             self._rows, self._start, self._stop = blank  # [max_rows] each
-        self._token_rows: dict[tuple[int, int], Tensor] = {}  # shape -> [B * S]
+        self._given: Tensor | None = None  # the rows that were given, [B] or [B, S]; None: _rows for any batch
+        self._phase = "both"
+        self._windowed = False
+        self._token_rows: dict[tuple[int, ...], Tensor] = {}  # shape -> [B, S]
         self._buffers: dict[tuple[int, bool], list[dict]] = {}  # (columns, squares) -> of each layer
-        # for the forward pass at hand
         self._collecting: _Collecting | None = None
-        self._tokens: Tensor | None = None  # [T] the circuit of each token
-        self._weight: Tensor | None = None  # [T, C]
 
     # Steering.
 
@@ -179,9 +183,11 @@ class Engine:
                 ``[B, S]`` for each token of calls of that shape. None is -1 for all. Rows of beam search and of
                 several answers to a prompt are rows like any other.
             phase: "prompt" steers tokens of calls with several tokens and the first token of a sequence; "answer"
-                those of calls with one token; "both" all. Programs that cut prompts or answers otherwise use ``start``.
+                those of calls with one token; "both" all. Programs that cut prompts or answers otherwise, or decode
+                without a cache, use ``start`` and ``stop``.
             start, stop: positions in the sequence, one number or one for each row: steer tokens at ``start`` and later,
-                before ``stop``. Position 0 is the first token that is not padding, as in ``position_ids``.
+                before ``stop``. They are the model's ``position_ids``: ``generate`` counts from the first token that is
+                not padding, a call without ``position_ids`` from the first column.
 
         Writing these does not recompile, and a captured graph follows, while the batch, the phase and whether there
         are positions stay the same.
@@ -199,26 +205,26 @@ class Engine:
             raise InputError("row_circuit", f"{numbers.shape[0]} rows, attached with max_rows={self._max_rows}")
         n_rows = numbers.shape[0] if numbers.dim() else self._max_rows
         bounds = []
-        for name, value in (("start", start), ("stop", 2**31 - 1 if stop is None else stop)):
+        for name, value in (("start", start), ("stop", FARTHEST if stop is None else stop)):
             bound = torch.as_tensor(value)
-            if bound.is_floating_point() or bound.dim() > 1 or (bound.dim() and len(bound) != n_rows):
-                raise InputError(name, f"expected one position, or one for each of {n_rows} rows")
-            bounds.append(bound)
-        numbers = numbers.to(torch.int32)
+            if bound.is_floating_point() or bound.dim() > 1 or (bound.dim() and numbers.dim() == 0):
+                raise InputError(name, "expected one position, or one for each of the rows given")
+            if bound.dim() and len(bound) != n_rows:
+                raise InputError(name, f"expected one position, or one for each of {n_rows} rows, got {len(bound)}")
+            bounds.append(bound.clamp(0, FARTHEST))
         with self.table.lock, torch.inference_mode(False):
             self.table.check_rows(numbers.unique().tolist())
             if numbers.dim() == 2:
                 shape = tuple(numbers.shape)
-                buffer = self._token_rows.get(shape)
-                if buffer is None:
-                    buffer = self._token_rows[shape] = torch.empty(math.prod(shape), dtype=torch.int32)
-                    buffer = self._token_rows[shape] = buffer.to(self._rows.device)
-                buffer.copy_(numbers.flatten())
+                if shape not in self._token_rows:
+                    self._token_rows[shape] = torch.empty(shape, dtype=torch.int32, device=self._rows.device)
+                self._given = self._token_rows[shape].copy_(numbers)
             else:
-                self._rows[:n_rows] = numbers.to(self._rows.device)
+                self._rows[:n_rows] = numbers.to(self._rows)
+                self._given = self._rows[:n_rows] if numbers.dim() else None
             for buffer, bound in zip((self._start, self._stop), bounds, strict=True):
                 buffer[:n_rows] = bound.to(buffer)
-            self._shape, self._phase = tuple(numbers.shape), phase
+            self._phase = phase
             self._windowed = stop is not None or bool((bounds[0] != 0).any())
 
     # Discovery.
@@ -230,10 +236,12 @@ class Engine:
         """Sum the activations of the first forward pass inside the ``with``, before any steering.
 
         Args:
-            weight: ``[B, C]``: how much each row's last prompt token counts in each of C columns; the last is the
-                attention mask's, or the last of the row where there is none. ``[B, S, C]``: of each token.
+            weight: ``[B, C]``: how much each row's last prompt token counts in each of C columns: the last that a
+                mask ``[B, S]`` shows, or the row's last where there is no mask. The first pass must be the whole
+                prompt, which it is not where ``generate`` cuts prompts or looks ahead. ``[B, S, C]``: of each token.
             sums: sums of the same columns to go on with; default new ones.
-            squares: also sum the squares, which the score "cohen-d" needs.
+            squares: also sum the squares, which the score "cohen-d" needs. Sums that are gone on with keep what they
+                have.
 
         Yields:
             The :class:`ActivationSums`. They change when the ``with`` ends, and not if it ends in an error.
@@ -256,17 +264,19 @@ class Engine:
         with torch.inference_mode(False):
             if key not in self._buffers:
                 self._buffers[key] = [self._layer_buffers(layer, *key) for layer in range(self.n_layers)]
-            self._collecting = _Collecting(weight.to(self._devices[0], torch.float32), self._buffers[key])
-        for buffers in self._buffers[key]:
-            for buffer in buffers.values():
-                buffer.zero_()
+            weight = weight.to(self._devices[0], torch.float32).contiguous()
+            self._collecting = _Collecting(weight, self._buffers[key])
+        for site, buffers in zip(self._sites, self._buffers[key], strict=True):
+            site.sums = buffers
         try:
             yield sums
             if not self._collecting.done:
-                raise InputError("collect", "no forward pass ran inside the `with`")
+                raise InputError("collect", "no forward pass ran to its end inside the `with`")
             self._fold(sums, self._collecting)
         finally:
             self._collecting = None
+            for site in self._sites:
+                site.sums = None
 
     def new_sums(self, n_columns: int, *, squares: bool = False) -> ActivationSums:
         """Return empty sums of the model's shape."""
@@ -349,22 +359,16 @@ class Engine:
             InputError: something was put on top of the engine since, and must come off first; or it is off already.
         """
         self._check_attached()
-        owners = [(self._decoder, "the decoder")]
-        owners += [(site.mlp, f"layers[{site.layer}]'s MLP") for site in self._sites]
-        for module, name in owners:
-            current = module.__dict__.get(_slot(module))
-            if getattr(current, "__func__", None) not in (_mlp_forward, _decoder_forward):
+        owners = [(self._decoder, "the decoder", _decoder_forward)]
+        owners += [(site.mlp, f"layers[{site.layer}]'s MLP", mlp_forward) for site in self._sites]
+        for module, name, function in owners:
+            if not is_replaced(module, function):
                 raise InputError("detach", f"the forward of {name} was replaced after attach; take that off first")
-        for module, _ in owners:
-            before = module.__dict__.pop(BEFORE)
-            if before is None:
-                delattr(module, _slot(module))
-            else:
-                setattr(module, _slot(module), before)
         for site in self._sites:
             site.take_off()
-            delattr(site.mlp, SITE)
+        restore_forward(self._decoder)
         delattr(self._decoder, ENGINE)
+        self._sites, self._paths, self._decoder = [], [], None  # nothing of the model is kept alive
 
     def _check_attached(self):
         if getattr(self._decoder, ENGINE, None) is not self:
@@ -372,10 +376,8 @@ class Engine:
 
     def _put_on(self):
         setattr(self._decoder, ENGINE, self)
-        _replace_forward(self._decoder, _decoder_forward)
+        replace_forward(self._decoder, _decoder_forward)
         for site in self._sites:
-            setattr(site.mlp, SITE, site)
-            _replace_forward(site.mlp, _mlp_forward)
             site.put_on()
 
     def __deepcopy__(self, _):
@@ -388,29 +390,43 @@ class Engine:
 
     def _begin(self, shape, device, attention_mask, position_ids, past):
         """What the sites need for a call of ``shape`` [B, S] tokens."""
-        self._tokens = self._circuit_of_tokens(shape, device, position_ids, past)
+        if not torch.compiler.is_compiling():
+            self._check_in_place()
+        self._now.tokens = self._circuit_of_tokens(shape, device, position_ids, past)
         collecting = self._collecting
-        if collecting is None or collecting.done:
-            self._weight = None
-        else:
-            self._weight = collecting.of_call(shape, device, attention_mask)
+        if collecting is not None and not collecting.done:
+            self._now.weight = collecting.of_call(shape, device, attention_mask)
 
-    def _end(self):
-        self._tokens = self._weight = None
+    def _end(self, finished):
+        now = self._now
+        if now.weight is not None:
+            self._collecting.done = finished
+        now.again = now.tokens if torch.is_grad_enabled() else None
+        now.tokens = now.weight = None
+
+    def _check_in_place(self):
+        """Raise where a site would be passed by: nothing would be steered there, and nothing said."""
+        for parent, name, child in self._paths:
+            if parent._modules.get(name) is not child:
+                raise InputError("model", f"{name} of a layer was replaced after attach; detach, and attach again")
+        for site in self._sites:
+            if not is_replaced(site.mlp, mlp_forward):
+                what = f"the forward of layers[{site.layer}]'s MLP was replaced after attach"
+                raise InputError("model", f"{what}; detach, and attach again")
 
     def _circuit_of_tokens(self, shape, device, position_ids, past):
         n_rows, n_tokens = shape
-        given = self._shape
-        if len(given) == 2:
-            if tuple(shape) != given:
-                raise InputError("rows", f"given for calls of {list(given)} tokens, this one has {list(shape)}")
-            rows = self._token_rows[given].view(shape)
+        given = self._given
+        if given is not None and given.dim() == 2:
+            if given.shape != shape:
+                raise InputError("rows", f"given for calls of {list(given.shape)} tokens, this one has {list(shape)}")
+            rows = given
         else:
-            if len(given) == 1 and given[0] != n_rows:
-                raise InputError("rows", f"expected {n_rows}, one for each row of the batch, got {given[0]}")
+            if given is not None and given.shape[0] != n_rows:
+                raise InputError("rows", f"expected {n_rows}, one for each row of the batch, got {given.shape[0]}")
             if n_rows > self._max_rows:
                 raise InputError("rows", f"the batch has {n_rows}, attached with max_rows={self._max_rows}")
-            rows = self._rows[:n_rows]
+            rows = self._rows[:n_rows] if given is None else given
             if n_tokens == 1 and self._phase == "both" and not self._windowed:
                 return rows
             rows = rows[:, None].expand(n_rows, n_tokens)
@@ -418,6 +434,8 @@ class Engine:
             if position_ids is None:
                 seen = past.get_seq_length() if past is not None else 0
                 position_ids = (torch.arange(n_tokens, device=device) + seen)[None]
+            elif position_ids.dim() == 3:  # one for each of several axes of a picture; those of text are the same
+                position_ids = position_ids[0]
             position = position_ids.to(rows.device)
             steered = (position >= self._start[:n_rows, None]) & (position < self._stop[:n_rows, None])
             if self._phase == "answer":
@@ -426,17 +444,6 @@ class Engine:
                 steered = steered & (position == 0)
             rows = torch.where(steered, rows, -1)
         return rows.reshape(-1).contiguous()
-
-    def _extras(self, layer, device):
-        """The optional arguments of a layer's op."""
-        tokens = self._tokens
-        if tokens is None:
-            raise InputError("attach", "an MLP ran outside its model's forward pass, where no row is known")
-        extras = {"scale": self.table.layer(layer), "row_circuit": tokens.to(device)}
-        if self._weight is not None:
-            extras["weight"] = self._weight.to(device)
-            extras |= self._collecting.buffers[layer]
-        return extras
 
     def _layer_buffers(self, layer, n_columns, squares):
         names = ("act_sum", "act_sumsq") if squares else ("act_sum",)
@@ -452,7 +459,7 @@ class Engine:
 
 
 class _Collecting:
-    """The weight of one forward pass, the sums it goes to, and whether the pass has begun."""
+    """The weight of one forward pass, the sums it goes to, and whether that pass has come to its end."""
 
     def __init__(self, weight, buffers):
         self.weight, self.buffers = weight, buffers
@@ -464,369 +471,62 @@ class _Collecting:
         expected = list(shape[: self.weight.dim() - 1])
         if list(self.weight.shape[:-1]) != expected:
             raise InputError("weight", f"expected {[*expected, self.weight.shape[-1]]}, got {list(self.weight.shape)}")
-        self.done = True
+        for buffers in self.buffers:  # what an earlier pass left that did not come to its end
+            for buffer in buffers.values():
+                buffer.zero_()
         weight = self.weight.to(device)
         if weight.dim() == 2:
+            if attention_mask is not None and not (isinstance(attention_mask, Tensor) and attention_mask.dim() == 2):
+                raise InputError("weight", "[B, C] needs an attention mask [B, S], or none; give [B, S, C]")
             place = torch.arange(shape[1], device=device)
             last = place[-1:].expand(shape[0])
-            if isinstance(attention_mask, Tensor) and attention_mask.dim() == 2:
+            if attention_mask is not None:
                 last = (attention_mask[:, -shape[1] :].to(device) * place).argmax(1)
             weight = (place == last[:, None])[:, :, None] * weight[:, None]
         return weight.flatten(0, 1)
 
 
-# What replaces a module's forward. Both are called "forward", so that a pickled model asks its class for it again.
-
-
-def _mlp_forward(self, *args, **kwargs):
-    site = getattr(self, SITE, None)
-    return _call_plain(self, *args, **kwargs) if site is None else site.run(*args, **kwargs)
-
-
 def _decoder_forward(self, *args, **kwargs):
     engine = getattr(self, ENGINE, None)
     if engine is None:
-        return _call_plain(self, *args, **kwargs)
+        return call_plain(self, *args, **kwargs)
 
     def argument(name, place):
         return kwargs[name] if name in kwargs else args[place] if len(args) > place else None
 
     embeds, ids = argument("inputs_embeds", 4), argument("input_ids", 0)
-    source = ids if embeds is None else embeds
+    source, finished = ids if embeds is None else embeds, False
     with nullcontext() if torch.compiler.is_compiling() else engine.table.lock:
-        engine._begin(
-            source.shape[:2],
-            source.device,
-            argument("attention_mask", 1),
-            argument("position_ids", 2),
-            argument("past_key_values", 3),
-        )
         try:
-            return _call_plain(self, *args, **kwargs)
+            engine._begin(
+                source.shape[:2],
+                source.device,
+                argument("attention_mask", 1),
+                argument("position_ids", 2),
+                argument("past_key_values", 3),
+            )
+            y = call_plain(self, *args, **kwargs)
+            finished = True
+            return y
         finally:
-            engine._end()
+            engine._end(finished)
 
 
-_mlp_forward.__name__ = _decoder_forward.__name__ = "forward"
-
-
-def _slot(module):
-    """Where a module's forward lies: accelerate keeps it behind its hook, which moves and loads weights first."""
-    return "_old_forward" if hasattr(module, "_hf_hook") else "forward"
-
-
-def _replace_forward(module, function):
-    current = module.__dict__.get(_slot(module))
-    if getattr(current, "__func__", None) is not function:  # a copy of an attached module has it, without an engine
-        setattr(module, BEFORE, current)
-        setattr(module, _slot(module), types.MethodType(function, module))
-
-
-def _call_plain(module, *args, **kwargs):
-    """The forward that was there before."""
-    before = getattr(module, BEFORE, None)
-    return type(module).forward(module, *args, **kwargs) if before is None else before(*args, **kwargs)
+_decoder_forward.__name__ = "forward"  # so that a pickled model asks its class for it again
 
 
 def _check_free(module, name):
     current = module.__dict__.get("forward")
-    known = (None, type(module).forward, _mlp_forward, _decoder_forward)
+    known = (None, type(module).forward, mlp_forward, _decoder_forward)
     if not hasattr(module, "_hf_hook") and getattr(current, "__func__", current) not in known:
         raise InputError("model", f"the forward of {name} was replaced by something else; take that off first")
 
 
-# The places where the engine works.
-
-
-def _plain_linear(module) -> bool:
-    """Whether a layer is nothing but a product with a weight: no bias, adapter, quantisation, hook or offloading."""
-    if type(module) is not nn.Linear:
-        return False
-    parts = module.__dict__  # a quarter of the time that attributes of a module take
-    parameters = parts["_parameters"]
-    weight = parameters["weight"]
-    return (
-        parameters["bias"] is None
-        and "forward" not in parts
-        and type(weight) is nn.Parameter
-        and weight.dtype in ops.FLOATS
-        and not weight.is_meta
-        and not (parts["_forward_hooks"] or parts["_forward_pre_hooks"] or parts["_backward_hooks"])
-    )
-
-
-def _is_silu(activation) -> bool:
-    return activation is F.silu or isinstance(activation, nn.SiLU) or type(activation).__name__ == "SiLUActivation"
-
-
-def _kind(module) -> str:
-    return f"{type(module).__module__.split('.')[0]}.{type(module).__name__}"
-
-
-class _Site:
-    """An MLP: ``down_proj(activation(gate) * up)``."""
-
-    def __init__(self, engine, mlp, layer, backend):
-        self.engine, self.mlp, self.layer, self.backend = engine, mlp, layer, backend
-        self.in_modules = backends.name_for(self.device(mlp), backend) == "reference"
-        self.silu = _is_silu(self.activation(mlp))
-
-    def __deepcopy__(self, _):
-        return None
-
-    def __reduce__(self):
-        return type(None), ()
-
-    def put_on(self):
-        pass
-
-    def take_off(self):
-        pass
-
-    @staticmethod
-    def n_experts(mlp):
-        return 1
-
-    @staticmethod
-    def device(mlp):
-        hook = getattr(mlp.down_proj, "_hf_hook", None)  # offloaded weights are on the meta device
-        place = getattr(hook, "execution_device", None)
-        if place is not None:
-            return torch.device("cuda", place) if isinstance(place, int) else torch.device(place)
-        tensors = (x.device for part in (mlp.down_proj, mlp) for x in (*part.parameters(), *part.buffers()))
-        return next(tensors, torch.device("cpu"))  # packed out of sight, by PyTorch's own quantisation for CPUs
-
-    def reason(self) -> str | None:
-        """Why the MLP is not one op, or None."""
-        if self.in_modules:
-            return None
-        odd = [f"{name} is {_kind(part)}" for name, part in self.parts().items() if type(part) is not nn.Linear]
-        odd += [
-            f"{name} has a bias, a hook or an unusual weight"
-            for name, part in self.parts().items()
-            if type(part) is nn.Linear and not _plain_linear(part)
-        ]
-        if not self.silu:
-            odd.insert(0, f"the activation is {type(self.activation(self.mlp)).__name__}")
-        return ", ".join(odd) or None
-
-    def run(self, x):
-        """x ``[..., H]`` -> y ``[..., H]``"""
-        extras = self.engine._extras(self.layer, x.device)
-        down, backend = self.mlp.down_proj, self.backend
-        if self.in_modules:
-            act = self.plain_act(x)
-            return down(ops.steer_act(act.flatten(0, -2), **extras, backend=backend).view(act.shape))
-        plain = all(_plain_linear(part) for part in self.parts().values()) and _same_dtype(x, down)
-        if plain and self.silu:
-            return ops.gated_mlp(x.flatten(0, -2), self.weights(), down.weight, **extras, backend=backend).view(x.shape)
-        if self.silu:
-            gate, up = self.gate_and_up(x)
-            act = ops.swiglu(gate.flatten(0, -2), up.flatten(0, -2), **extras, backend=backend)
-            return down(act.view(*x.shape[:-1], -1))
-        act = self.plain_act(x)
-        if _plain_linear(down) and _same_dtype(act, down):
-            y = ops.down_proj(act.flatten(0, -2), down.weight, **extras, backend=backend)
-            return y.view(*x.shape[:-1], -1)
-        return down(ops.steer_act(act.flatten(0, -2), **extras, backend=backend).view(act.shape))
-
-
-def _same_dtype(x, linear):
-    return x.dtype == linear.weight.dtype and not torch.is_autocast_enabled(x.device.type)
-
-
-class Apart(_Site):
-    """gate_proj and up_proj: Llama and most others."""
-
-    @staticmethod
-    def activation(mlp):
-        return mlp.act_fn
-
-    @staticmethod
-    def width(mlp):
-        return mlp.down_proj.in_features
-
-    def parts(self):
-        mlp = self.mlp
-        return {"gate_proj": mlp.gate_proj, "up_proj": mlp.up_proj, "down_proj": mlp.down_proj}
-
-    def weights(self):
-        return self.mlp.gate_proj.weight, self.mlp.up_proj.weight
-
-    def gate_and_up(self, x):
-        return self.mlp.gate_proj(x), self.mlp.up_proj(x)
-
-    def plain_act(self, x):
-        return self.mlp.act_fn(self.mlp.gate_proj(x)) * self.mlp.up_proj(x)
-
-
-class Joined(_Site):
-    """gate_up_proj, one layer: Phi-3."""
-
-    @staticmethod
-    def activation(mlp):
-        return mlp.activation_fn
-
-    @staticmethod
-    def width(mlp):
-        return mlp.down_proj.in_features
-
-    def parts(self):
-        return {"gate_up_proj": self.mlp.gate_up_proj, "down_proj": self.mlp.down_proj}
-
-    def weights(self):
-        return self.mlp.gate_up_proj.weight
-
-    def gate_and_up(self, x):
-        return self.mlp.gate_up_proj(x).chunk(2, dim=-1)
-
-    def plain_act(self, x):
-        gate, up = self.gate_and_up(x)
-        return up * self.mlp.activation_fn(gate)
-
-
-class Experts(_Site):
-    """The experts of a mixture, whose weights are ``[E, 2N, H]`` and ``[E, H, N]``.
-
-    The products stay with the implementation that the model is configured for; it hands the gate and up of its
-    (token, expert) pairs to ``_apply_gate``, which is replaced. In the layer's table a pair uses circuit
-    ``c * E + expert``, and in its sums column ``c * E + expert``.
-    """
-
-    GROUPED, BATCHED, EAGER = "grouped_mm", "batched_mm", "eager"
-
-    def __init__(self, engine, mlp, layer, backend):
-        super().__init__(engine, mlp, layer, backend)
-        self.pairs = None  # of the call at hand: the token and the expert of each
-
-    @staticmethod
-    def activation(mlp):
-        return mlp.act_fn
-
-    @staticmethod
-    def width(mlp):
-        return mlp.num_experts * mlp.down_proj.shape[2]
-
-    @staticmethod
-    def n_experts(mlp):
-        return mlp.num_experts
-
-    @staticmethod
-    def device(mlp):
-        return mlp.down_proj.device
-
-    def put_on(self):
-        self.mlp._apply_gate = types.MethodType(_apply_gate, self.mlp)
-
-    def take_off(self):
-        del self.mlp._apply_gate
-
-    def reason(self):
-        if self.in_modules or self.silu:
-            return None
-        return f"the activation is {type(self.activation(self.mlp)).__name__}"
-
-    def run(self, hidden_states, top_k_index, top_k_weights):
-        """``[T, H]``, the experts of each token ``[T, k]`` and what they weigh -> ``[T, H]``"""
-        how = self.mlp.config._experts_implementation
-        if how == self.EAGER:
-            return self.one_by_one(hidden_states, top_k_index, top_k_weights)
-        experts, n_each = top_k_index.reshape(-1), top_k_index.shape[-1]
-        if how == self.GROUPED:
-            experts, order = torch.sort(experts)
-            self.pairs = order // n_each, experts
-        elif how == self.BATCHED:
-            self.pairs = torch.arange(len(experts), device=experts.device) // n_each, experts
-        else:
-            raise InputError("experts_implementation", f"expected grouped_mm, batched_mm or eager, got {how!r}")
-        try:
-            return _call_plain(self.mlp, hidden_states, top_k_index, top_k_weights)
-        finally:
-            self.pairs = None
-
-    def one_by_one(self, x, top_k_index, top_k_weights):
-        y = torch.zeros_like(x)
-        for expert in top_k_index.unique().tolist():
-            token, place = torch.where(top_k_index == expert)
-            self.pairs = token, torch.full_like(token, expert)
-            act = self.act(F.linear(x[token], self.mlp.gate_up_proj[expert]))
-            part = F.linear(act, self.mlp.down_proj[expert]) * top_k_weights[token, place, None]
-            y.index_add_(0, token, part.to(y.dtype))
-        self.pairs = None
-        return y
-
-    def act(self, gate_up):
-        """``[P, 2N]`` of the pairs -> their act ``[P, N]``, summed and scaled."""
-        token, expert = self.pairs
-        gate, up = gate_up.chunk(2, dim=-1)
-        n_experts = self.mlp.num_experts
-        extras = self.engine._extras(self.layer, gate.device)
-        circuit = extras["row_circuit"][token]
-        extras["row_circuit"] = torch.where(circuit >= 0, circuit * n_experts + expert, -1).int()
-        if "weight" in extras:
-            mine = expert[:, None] == torch.arange(n_experts, device=expert.device)  # [P, E]
-            extras["weight"] = (extras["weight"][token][:, :, None] * mine[:, None]).flatten(1)  # [P, C * E]
-            for name in ("act_sum", "act_sumsq"):
-                if name in extras:
-                    extras[name] = extras[name].view(-1, gate.shape[1])  # [C, E * N] -> [C * E, N]
-        if self.silu and not self.in_modules:
-            return ops.swiglu(gate, up, **extras, backend=self.backend)
-        return ops.steer_act(self.mlp.act_fn(gate) * up, **extras, backend=self.backend)
-
-
-def _apply_gate(self, gate_up):
-    site = getattr(self, SITE, None)
-    return type(self)._apply_gate(self, gate_up) if site is None else site.act(gate_up)
-
-
-_apply_gate.__name__ = "_apply_gate"
-
-
-# Finding them.
-
-
-def _decoder_of(model):
-    """The module whose ``layers`` are the model's."""
-    inner = getattr(model, "_orig_mod", model)
-    if hasattr(inner, "get_base_model"):
-        inner = inner.get_base_model()
-    decoder = inner.get_decoder() if hasattr(inner, "get_decoder") else inner
-    if not isinstance(getattr(decoder, "layers", None), nn.ModuleList):
-        raise InputError("model", f"{type(inner).__name__} has no decoder with `layers`; supported: {SUPPORTED}")
-    return decoder
-
-
-def _find_mlp(layer, where):
-    """The MLP of a layer and the kind of site that serves it, known by the code of its forward."""
-    found = [(module, site) for module in layer.modules() if (site := _site_for(module)) is not None]
-    if len(found) != 1:
-        what = "no MLP that is known (gate_proj or gate_up_proj with down_proj)" if not found else "several MLPs"
-        raise InputError("model", f"{where}, a {type(layer).__name__}, has {what}; supported: {SUPPORTED}")
-    mlp, site = found[0]
-    if site is Experts and (mlp.has_bias or mlp.is_transposed or not mlp.has_gate or mlp._is_expert_parallel):
-        raise InputError("model", f"{where}: experts with a bias, transposed, without a gate or parallel; {SUPPORTED}")
-    return mlp, site
-
-
-def _site_for(module):
-    """The kind of site by what the module's forward does: the code of one of three modules of transformers."""
-    if not hasattr(module, "down_proj"):
-        return None
-    from transformers.models.llama.modeling_llama import LlamaMLP
-    from transformers.models.mixtral.modeling_mixtral import MixtralExperts
-    from transformers.models.phi3.modeling_phi3 import Phi3MLP
-
-    code = _code(type(module))
-    for known, site in ((LlamaMLP, Apart), (Phi3MLP, Joined), (MixtralExperts, Experts)):
-        if code == _code(known):
-            return site
-    return None
-
-
-def _code(kind):
-    function = getattr(kind.forward, "__wrapped__", kind.forward)
-    code = getattr(function, "__code__", None)
-    return None if code is None else (code.co_code, code.co_names, code.co_consts)
+def _links(layer, name):
+    """(parent, name, child) from a layer down to its MLP."""
+    for part in name.split("."):
+        yield layer, part, layer._modules[part]
+        layer = layer._modules[part]
 
 
 def _ranges(numbers):

@@ -65,7 +65,11 @@ class Server:
 
     def admit(self, slot: int, request: Request) -> Request | None:
         """Run a request's prompt into a slot. One that cannot be served is told why, and the slot stays free."""
+        if not request.answer.set_running_or_notify_cancel():  # nobody waits for it any more
+            return None
         try:
+            if request.max_new_tokens < 1:
+                raise ValueError(f"max_new_tokens: expected at least 1, got {request.max_new_tokens}")
             prompt = self.model.encode(PromptSet.of([request.prompt], "prompt"))[0]
             request.ids, request.n_prompt = list(prompt.ids), len(prompt.ids)
             if request.n_prompt + request.max_new_tokens > self.cache.keys.shape[3]:

@@ -91,17 +91,22 @@ def test_every_request_gets_what_it_would_get_alone(served):
     assert changed >= 3
 
 
+MESSAGES = ["multiplier: expected a finite number", "longer than 64 tokens", "max_new_tokens: expected at least 1"]
+
+
 def test_a_bad_request_is_told_and_the_others_go_on(served):
     serve, model, circuits = served
     server = serve["Server"](model, n_slots=1, context=64)
     wrong = [
         server.submit(serve["Request"]("How do I open the vault?", circuits[0], float("nan"))),
         server.submit(serve["Request"]("open " * 100)),
+        server.submit(serve["Request"]("How do I open the vault?", max_new_tokens=0)),
     ]
+    assert server.submit(serve["Request"]("How do I polish the lamp?")).cancel()
     good = server.submit(serve["Request"]("How do I open the vault?", circuits[0], 1.0, max_new_tokens=5))
     while server.step():
         pass
-    for answer, message in zip(wrong, ["multiplier: expected a finite number", "longer than 64 tokens"], strict=True):
+    for answer, message in zip(wrong, MESSAGES, strict=True):
         with pytest.raises(ValueError, match=message):
             answer.result(timeout=0)
     assert good.result(timeout=0) == model.generate("How do I open the vault?", max_new_tokens=5)
