@@ -29,7 +29,7 @@ def run(*command, **environment):
 
 
 def make(build, *arguments, **environment):
-    return run("make", "-s", "-j2", "-C", CSRC, f"BUILD={build}", "OPTIMIZE=-O1", *arguments, **environment)
+    return run("make", "-s", "-j2", "-C", CSRC, f"BUILD={build}", "OPTIMIZE=-O0", *arguments, **environment)
 
 
 def has_openmp(compiler, directory, *flags):
