@@ -103,3 +103,13 @@ def assert_steered(got, expected, plain, tolerance=1e-5):
     scale = plain.abs().max()
     assert (got - expected).abs().max() <= tolerance * scale
     assert (expected - plain).abs().max() > 1e-2 * scale
+
+
+def assert_steered_as_hooks(model, engine, ids, plain, tolerance=1e-5):
+    """Steered, the model gives what hooks give once the engine is off again."""
+    circuit = random_circuit(engine, 0)
+    engine.set([circuit], [-2.0])
+    engine.rows(0)
+    got = logits(model, ids)
+    engine.detach()
+    assert_steered(got, hooked(model, circuit, -2.0, lambda m: logits(m, ids)), plain, tolerance)

@@ -12,7 +12,19 @@ import pytest
 import torch
 from torch import nn
 
-from attach_cases import MODELS, L, assert_steered, hooked, ids_of, logits, make, quietly, random_circuit, transformers
+from attach_cases import (
+    MODELS,
+    L,
+    assert_steered,
+    assert_steered_as_hooks,
+    hooked,
+    ids_of,
+    logits,
+    make,
+    quietly,
+    random_circuit,
+    transformers,
+)
 from cna_kernels import Circuit, InputError, attach, attached
 from tiny import SHAPE
 
@@ -100,12 +112,7 @@ def test_bitsandbytes(bits):
     with pytest.warns(UserWarning, match=r"layers 0-2: .*down_proj is bitsandbytes\.Linear"):
         engine = attach(model)
     assert torch.allclose(logits(model, ids), plain, atol=1e-4)
-    circuit = random_circuit(engine, 0)
-    engine.set([circuit], [-2.0])
-    engine.rows(0)
-    got = logits(model, ids)
-    engine.detach()
-    assert_steered(got, hooked(model, circuit, -2.0, lambda m: logits(m, ids)), plain)
+    assert_steered_as_hooks(model, engine, ids, plain)
 
 
 def test_layers_without_parameters():
@@ -115,12 +122,7 @@ def test_layers_without_parameters():
         warnings.simplefilter("ignore")
         model = torch.ao.quantization.quantize_dynamic(model, {nn.Linear}, dtype=torch.qint8)
     plain, engine = logits(model, ids), quietly(model)
-    circuit = random_circuit(engine, 0)
-    engine.set([circuit], [-2.0])
-    engine.rows(0)
-    got = logits(model, ids)
-    engine.detach()
-    assert_steered(got, hooked(model, circuit, -2.0, lambda m: logits(m, ids)), plain, tolerance=0.02)
+    assert_steered_as_hooks(model, engine, ids, plain, tolerance=0.02)
 
 
 def model_of(model):

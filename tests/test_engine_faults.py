@@ -9,7 +9,7 @@ import torch
 from torch import nn
 from torch.nn.utils import prune
 
-from attach_cases import assert_steered, hooked, ids_of, logits, make, quietly, random_circuit, transformers
+from attach_cases import assert_steered_as_hooks, ids_of, logits, make, quietly, random_circuit, transformers
 from cna_kernels import InputError, attach
 from tiny import SHAPE
 
@@ -200,12 +200,7 @@ def test_float64_pruned_and_strided_weights(backend):
         change(model)
         plain, engine = logits(model, ids), quietly(model, backend=backend)
         assert torch.allclose(logits(model, ids), plain, atol=1e-5)
-        circuit = random_circuit(engine, 0)
-        engine.set([circuit], [-2.0])
-        engine.rows(0)
-        got = logits(model, ids)
-        engine.detach()
-        assert_steered(got, hooked(model, circuit, -2.0, lambda m: logits(m, ids)), plain)
+        assert_steered_as_hooks(model, engine, ids, plain)
 
 
 def test_nothing_is_kept_alive():
