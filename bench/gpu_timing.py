@@ -7,7 +7,6 @@ A B A B, between CUDA events. Ratios are ours over theirs: below 1 is faster.
 from __future__ import annotations
 
 import math
-import os
 import statistics
 import time
 import traceback
@@ -17,6 +16,7 @@ import torch
 from torch import Tensor
 
 from cna_kernels import make_scale, ops
+from cna_kernels.plans import use as use_plans
 from cna_kernels.triton import plan as plans
 
 
@@ -212,7 +212,7 @@ def ours(x, plan="", weight=None, steering=None, op="gated_mlp"):
     """The op through the Triton backend; ``plan`` "" leaves the choice to it."""
 
     def run(layer):
-        os.environ["CNA_PLAN"] = plan and f"{op}={plan}"
+        use_plans(plan and f"{op}={plan}")
         sums = {} if weight is None else dict(weight=weight, act_sum=layer.act_sum)
         weights = (layer.w_gate_up, layer.w_down) if op == "gated_mlp" else (layer.w_down,)
         return getattr(ops, op)(x, *weights, **sums, **(steering or {}), backend="triton")

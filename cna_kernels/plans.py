@@ -1,7 +1,11 @@
-"""CNA_PLAN: the user's word on which kernels serve an op, such as ``gated_mlp=fused,down_proj=blas``."""
+"""CNA_PLAN: the user's word on which kernels serve an op, such as ``gated_mlp=fused,down_proj=blas``.
+
+The environment is read once, at the first call. ``use`` changes the plans of a process that runs.
+"""
 
 from __future__ import annotations
 
+import functools
 import os
 from typing import NamedTuple
 
@@ -22,10 +26,39 @@ class Plan(NamedTuple):
     reason: str
 
 
+# What ``ops`` and the backends keep of calls they have seen. ``forget`` empties all of them.
+_KEPT: list[dict] = []
+
+
+def kept() -> dict:
+    """Return a new dictionary for what follows from the shapes of a call, the plans, the backend and the device."""
+    _KEPT.append({})
+    return _KEPT[-1]
+
+
+def forget() -> None:
+    """Decide anew how each call is served: the environment is read again."""
+    asked.cache_clear()
+    for found in _KEPT:
+        found.clear()
+
+
+@functools.cache
+def asked() -> dict[str, str]:
+    """What CNA_PLAN says, read once. Raises InputError."""
+    return read(os.environ.get("CNA_PLAN", ""))
+
+
+def use(text: str | None) -> None:
+    """Set CNA_PLAN for this process, also after the first call of an op; None unsets it. Raises InputError."""
+    if read(text or "") != asked():
+        os.environ["CNA_PLAN"] = text or ""
+        forget()
+
+
 def override(op: str) -> str | None:
     """The plan that CNA_PLAN names for the op, or None. Raises InputError."""
-    text = os.environ.get("CNA_PLAN")
-    return read(text).get(op) if text else None
+    return asked().get(op)
 
 
 def read(text: str) -> dict[str, str]:
