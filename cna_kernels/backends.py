@@ -1,6 +1,7 @@
 """Which implementation runs an op: explicit argument, then CNA_BACKEND, then the device's default.
 
 The choice never falls through: a backend asked for by name that cannot do the job raises and names the alternative.
+It is made once for each device: CNA_BACKEND is read at the first call, and again after ``plans.forget``.
 """
 
 from __future__ import annotations
@@ -8,18 +9,21 @@ from __future__ import annotations
 import functools
 import os
 import warnings
+from collections.abc import Callable
 from importlib import import_module
 from importlib.util import find_spec
-from types import ModuleType
 
 import torch
+import torch.nn.functional as F
 
+from . import plans, reference
 from .checks import InputError
 from .cpu import library
+from .extras import Extras
 
 KNOWN = ("reference", "cpu", "triton")
 
-MODULES = {"reference": "cna_kernels.reference", "cpu": "cna_kernels.cpu.mlp", "triton": "cna_kernels.triton.mlp"}
+MODULES = {"cpu": "cna_kernels.cpu.mlp", "triton": "cna_kernels.triton.mlp"}
 
 
 class BackendUnavailable(InputError):
@@ -55,7 +59,16 @@ def name_for(device: torch.device | str, backend: str | None = None) -> str:
         InputError: the name is not one of KNOWN.
         BackendUnavailable: the backend cannot run on this device.
     """
-    device = torch.device(device)
+    key = torch.device(device), backend
+    if key not in _NAMES:
+        _NAMES[key] = _find_name(*key)
+    return _NAMES[key]
+
+
+_NAMES: dict[tuple, str] = plans.kept()
+
+
+def _find_name(device, backend):
     asked_by, name = ("backend", backend) if backend else ("CNA_BACKEND", os.environ.get("CNA_BACKEND"))
     if not name:
         return _default(device)
@@ -79,6 +92,27 @@ def _default(device: torch.device) -> str:
     return "reference"
 
 
-def implementation(device: torch.device, backend: str | None = None) -> ModuleType:
-    """Return the module that implements ``gated_mlp``, ``swiglu`` and ``down_proj`` for this device."""
-    return import_module(MODULES[name_for(device, backend)])
+def prepare(op: str, inputs: tuple, extras: Extras | tuple, backend: str | None = None) -> Callable:
+    """Return what serves calls of an op with such arguments: a function of the op's tensors and then the extras.
+
+    A backend's module has such a ``prepare``, without the last argument. What it returns may depend on everything that
+    ``ops`` calls the looks of a call: shapes, strides, dtypes and the device, and what is None.
+    """
+    name = name_for(inputs[0].device, backend)
+    return plain(op) if name == "reference" else import_module(MODULES[name]).prepare(op, inputs, extras)
+
+
+def plain(op: str) -> Callable:
+    """The op in plain PyTorch, of its tensors and then the extras."""
+    if op == "linear":
+        return F.linear
+    function, n_extras = getattr(reference, op), len(Extras._fields)
+
+    def run(*tensors):
+        inputs, extras = tensors[:-n_extras], Extras(*tensors[-n_extras:])
+        if op == "gated_mlp":
+            x, w_gate, w_up, w_down = inputs
+            inputs = x, w_gate if w_up is None else (w_gate, w_up), w_down
+        return function(*inputs, **extras.keywords())
+
+    return run

@@ -1,15 +1,18 @@
 """The public ops: check, dispatch. ``reference.py`` is their definition.
 
 ``gated_mlp``, ``swiglu``, ``down_proj`` and ``steer_act`` do three jobs each: their part of the MLP, the streaming sums
-of the activations, and the per-neuron scale. ``linear`` serves a model's other layers. All are registered with
-torch.library (namespace ``cna_kernels``), so ``torch.compile(fullgraph=True)`` sees one node per call. Gradients flow
-through the reference: where an input requires grad, the op runs it directly.
+of the activations, and the per-neuron scale. ``linear`` serves a model's other layers.
+
+The first call with arguments of some shapes, strides and dtypes is checked, and its backend prepares what serves it;
+later calls with such arguments look that up and run it. All ops are registered with torch.library (namespace
+``cna_kernels``) for what looks at operations instead of running them: ``torch.compile(fullgraph=True)`` sees one node
+per call. Gradients flow through the reference: where an input requires grad, the op runs it directly.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from contextlib import nullcontext
-from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -17,29 +20,12 @@ from torch import Tensor
 from torch.autograd import forward_ad
 from torch.autograd.graph import increment_version
 
-from . import backends, reference
+from . import backends, plans
 from .checks import check_tensor
+from .extras import Extras
 from .reference import NEURON_BLOCK, Scale
 
 FLOATS = (torch.bfloat16, torch.float16, torch.float32)
-
-
-class Extras(NamedTuple):
-    """The optional arguments of an op, as torch.library takes them: ``scale`` in its three tensors."""
-
-    weight: Tensor | None
-    act_sum: Tensor | None
-    act_sumsq: Tensor | None
-    scale_offsets: Tensor | None
-    scale_index: Tensor | None
-    scale_value: Tensor | None
-    row_circuit: Tensor | None
-
-    def keywords(self) -> dict:
-        """The keyword arguments of a backend's functions."""
-        weight, act_sum, act_sumsq, *scale, row_circuit = self
-        scale = None if scale[0] is None else Scale(*scale)
-        return dict(weight=weight, act_sum=act_sum, act_sumsq=act_sumsq, scale=scale, row_circuit=row_circuit)
 
 
 def gated_mlp(
@@ -76,23 +62,9 @@ def gated_mlp(
         ValueError: an argument has the wrong shape, dtype, device or stride.
         BackendUnavailable: the backend asked for cannot run here.
     """
-    check_tensor("x", x, shape=(None, None), dtype=FLOATS)
-    n_rows, n_hidden = x.shape
-    check_tensor("w_down", w_down, shape=(n_hidden, None), dtype=x.dtype, device=x.device)
-    n_neurons = w_down.shape[1]
-    if isinstance(w_gate_up, tuple):
-        first, w_up = w_gate_up
-        check_tensor("w_gate", first, shape=(n_neurons, n_hidden), dtype=x.dtype, device=x.device)
-        check_tensor("w_up", w_up, shape=(n_neurons, n_hidden), dtype=x.dtype, device=x.device)
-    else:
-        first, w_up = w_gate_up, None
-        check_tensor("w_gate_up", first, shape=(2 * n_neurons, n_hidden), dtype=x.dtype, device=x.device)
-    extras = _check_extras(n_rows, n_neurons, x.device, weight, act_sum, act_sumsq, scale, row_circuit)
-    if _needs_grad(x, first, w_up, w_down, extras.scale_value):
-        _refuse_backend_with_grad(backend)
-        with _as_given(x):
-            return reference.gated_mlp(x, w_gate_up, w_down, **extras.keywords())
-    return _run("gated_mlp", (x, first, w_up, w_down), extras, backend)
+    w_gate, w_up = w_gate_up if isinstance(w_gate_up, tuple) else (w_gate_up, None)
+    extras = _extras(weight, act_sum, act_sumsq, scale, row_circuit)
+    return _call("gated_mlp", (x, w_gate, w_up, w_down), extras, backend)
 
 
 def swiglu(
@@ -116,14 +88,7 @@ def swiglu(
     Returns:
         act ``[T, N]``, contiguous, the input for ``down_proj``.
     """
-    check_tensor("gate", gate, shape=(None, None), dtype=FLOATS)
-    check_tensor("up", up, shape=tuple(gate.shape), dtype=gate.dtype, device=gate.device)
-    extras = _check_extras(*gate.shape, gate.device, weight, act_sum, act_sumsq, scale, row_circuit)
-    if _needs_grad(gate, up, extras.scale_value):
-        _refuse_backend_with_grad(backend)
-        with _as_given(gate):
-            return reference.swiglu(gate, up, **extras.keywords())
-    return _run("swiglu", (gate, up), extras, backend)
+    return _call("swiglu", (gate, up), _extras(weight, act_sum, act_sumsq, scale, row_circuit), backend)
 
 
 def down_proj(
@@ -147,14 +112,7 @@ def down_proj(
     Returns:
         y ``[T, H]``.
     """
-    check_tensor("act", act, shape=(None, None), dtype=FLOATS)
-    check_tensor("w_down", w_down, shape=(None, act.shape[1]), dtype=act.dtype, device=act.device)
-    extras = _check_extras(*act.shape, act.device, weight, act_sum, act_sumsq, scale, row_circuit)
-    if _needs_grad(act, w_down, extras.scale_value):
-        _refuse_backend_with_grad(backend)
-        with _as_given(act):
-            return reference.down_proj(act, w_down, **extras.keywords())
-    return _run("down_proj", (act, w_down), extras, backend)
+    return _call("down_proj", (act, w_down), _extras(weight, act_sum, act_sumsq, scale, row_circuit), backend)
 
 
 def steer_act(
@@ -176,13 +134,7 @@ def steer_act(
     Returns:
         act ``[T, N]``, a scaled copy.
     """
-    check_tensor("act", act, shape=(None, None), dtype=FLOATS)
-    extras = _check_extras(*act.shape, act.device, weight, act_sum, act_sumsq, scale, row_circuit)
-    if _needs_grad(act, extras.scale_value):
-        _refuse_backend_with_grad(backend)
-        with _as_given(act):
-            return reference.steer_act(act, **extras.keywords())
-    return _run("steer_act", (act,), extras, backend)
+    return _call("steer_act", (act,), _extras(weight, act_sum, act_sumsq, scale, row_circuit), backend)
 
 
 def linear(x: Tensor, w: Tensor, bias: Tensor | None = None, *, backend: str | None = None) -> Tensor:
@@ -199,22 +151,76 @@ def linear(x: Tensor, w: Tensor, bias: Tensor | None = None, *, backend: str | N
     """
     if x.device.type != "cpu":
         return F.linear(x, w, bias)
+    return _call("linear", (x, w, bias), (), backend)
+
+
+def _extras(weight, act_sum, act_sumsq, scale, row_circuit):
+    if scale is None:
+        return Extras(weight, act_sum, act_sumsq, row_circuit=row_circuit)
+    return Extras(weight, act_sum, act_sumsq, *scale, row_circuit)
+
+
+# Checks: once for each kind of call.
+
+
+def _check_gated_mlp(x, w_gate, w_up, w_down):
+    check_tensor("x", x, shape=(None, None), dtype=FLOATS)
+    n_rows, n_hidden = x.shape
+    check_tensor("w_down", w_down, shape=(n_hidden, None), dtype=x.dtype, device=x.device)
+    n_neurons = w_down.shape[1]
+    if w_up is None:
+        check_tensor("w_gate_up", w_gate, shape=(2 * n_neurons, n_hidden), dtype=x.dtype, device=x.device)
+    else:
+        check_tensor("w_gate", w_gate, shape=(n_neurons, n_hidden), dtype=x.dtype, device=x.device)
+        check_tensor("w_up", w_up, shape=(n_neurons, n_hidden), dtype=x.dtype, device=x.device)
+    return n_rows, n_neurons
+
+
+def _check_swiglu(gate, up):
+    check_tensor("gate", gate, shape=(None, None), dtype=FLOATS)
+    check_tensor("up", up, shape=tuple(gate.shape), dtype=gate.dtype, device=gate.device)
+    return gate.shape
+
+
+def _check_down_proj(act, w_down):
+    check_tensor("act", act, shape=(None, None), dtype=FLOATS)
+    check_tensor("w_down", w_down, shape=(None, act.shape[1]), dtype=act.dtype, device=act.device)
+    return act.shape
+
+
+def _check_steer_act(act):
+    check_tensor("act", act, shape=(None, None), dtype=FLOATS)
+    return act.shape
+
+
+def _check_linear(x, w, bias):
     check_tensor("x", x, shape=(None, None), dtype=FLOATS)
     check_tensor("w", w, shape=(None, x.shape[1]), dtype=x.dtype, device=x.device)
     if bias is not None:
         check_tensor("bias", bias, shape=(w.shape[0],), dtype=x.dtype, device=x.device)
-    if _needs_grad(x, w, bias):
-        _refuse_backend_with_grad(backend)
-        with _as_given(x):
-            return F.linear(x, w, bias)
-    return _linear(x, w, bias, backend)
 
 
-def _check_extras(n_rows, n_neurons, device, weight, act_sum, act_sumsq, scale, row_circuit):
-    """Check the arguments that the three ops share; return them with ``scale`` flattened into its tensors."""
+_CHECKS = {
+    "gated_mlp": _check_gated_mlp,
+    "swiglu": _check_swiglu,
+    "down_proj": _check_down_proj,
+    "steer_act": _check_steer_act,
+    "linear": _check_linear,
+}
+
+
+def _check(op, inputs, extras):
+    """Raise ValueError naming the argument that is wrong."""
+    shape = _CHECKS[op](*inputs)
+    if extras:
+        _check_extras(*shape, inputs[0].device, extras)
+
+
+def _check_extras(n_rows, n_neurons, device, extras):
+    weight, act_sum, act_sumsq, offsets, index, value, row_circuit = extras
     if (weight is None) != (act_sum is None and act_sumsq is None):
         raise ValueError("weight: expected together with act_sum or act_sumsq, got one without the other")
-    if (scale is None) != (row_circuit is None):
+    if (offsets is None) != (row_circuit is None):
         raise ValueError("scale: expected together with row_circuit, got one without the other")
     if weight is not None:
         check_tensor("weight", weight, shape=(n_rows, None), dtype=torch.float32, device=device)
@@ -223,14 +229,66 @@ def _check_extras(n_rows, n_neurons, device, weight, act_sum, act_sumsq, scale, 
             check_tensor("act_sum", act_sum, shape=sums_shape, dtype=torch.float32, device=device)
         if act_sumsq is not None:
             check_tensor("act_sumsq", act_sumsq, shape=sums_shape, dtype=torch.float32, device=device)
-    if scale is None:
-        return Extras(weight, act_sum, act_sumsq, None, None, None, None)
+    if offsets is None:
+        return
     edges = -(-n_neurons // NEURON_BLOCK) + 1
-    check_tensor("scale.offsets", scale.offsets, shape=(None, edges), dtype=torch.int32, device=device)
-    check_tensor("scale.index", scale.index, shape=(None,), dtype=torch.int32, device=device)
-    check_tensor("scale.value", scale.value, shape=tuple(scale.index.shape), dtype=torch.float32, device=device)
+    check_tensor("scale.offsets", offsets, shape=(None, edges), dtype=torch.int32, device=device)
+    check_tensor("scale.index", index, shape=(None,), dtype=torch.int32, device=device)
+    check_tensor("scale.value", value, shape=tuple(index.shape), dtype=torch.float32, device=device)
     check_tensor("row_circuit", row_circuit, shape=(n_rows,), dtype=torch.int32, device=device)
-    return Extras(weight, act_sum, act_sumsq, *scale, row_circuit)
+
+
+# Dispatch.
+
+# What a call looks like -> what serves it: a function of the op's tensors, then the extras.
+_READY: dict[tuple, Callable] = plans.kept()
+_MOST = 1 << 14  # kinds of calls to keep; a long run over prompts of all lengths meets many
+_KNOWN = (torch.Tensor, torch.nn.Parameter)
+
+
+def _call(op, inputs, extras, backend):
+    if _observed() or _needs_grad(inputs, extras):
+        _check(op, inputs, extras)
+        if _needs_grad(inputs, extras):
+            _refuse_backend_with_grad(backend)
+            with _as_given(inputs[0]):
+                return backends.plain(op)(*inputs, *extras)
+        return _through_library(op, inputs, extras, backend)
+    looks = _looks(op, inputs, extras, backend)
+    run = _READY.get(looks)
+    if run is None:
+        _check(op, inputs, extras)
+        if inputs[0].is_meta or any(type(x) not in _KNOWN for x in (*inputs, *extras) if x is not None):
+            return _through_library(op, inputs, extras, backend)
+        run = _prepare(looks, op, inputs, extras, backend)
+    if extras and extras.weight is not None:
+        _count_change(extras)
+    return run(*inputs, *extras)
+
+
+def _looks(op, inputs, extras, backend):
+    """All that checks, backends and plans look at: two calls that share it differ in the addresses and the values."""
+    tensors = (*inputs, *extras)
+    return op, backend, *[x if x is None else (type(x), x.shape, x.stride(), x.dtype, x.device) for x in tensors]
+
+
+def _prepare(looks, op, inputs, extras, backend):
+    if len(_READY) >= _MOST:
+        _READY.clear()
+    run = _READY[looks] = backends.prepare(op, inputs, extras, backend)
+    return run
+
+
+def _observed():
+    """Whether something looks at operations, or rewrites them, that calls of a kernel would be hidden from."""
+    return (
+        torch.compiler.is_compiling()
+        or torch._C._len_torch_dispatch_stack() > 0
+        or torch._C._functorch.maybe_current_level() is not None
+        or torch._C._is_any_autocast_enabled()
+        or torch.autograd._profiler_enabled()
+        or torch._C._get_tracing_state() is not None
+    )
 
 
 def _as_given(x):
@@ -239,16 +297,19 @@ def _as_given(x):
     return torch.autocast(kind, enabled=False) if torch.is_autocast_enabled(kind) else nullcontext()
 
 
-def _needs_grad(*tensors):
+def _needs_grad(inputs, extras):
     """Whether autograd, or forward-mode AD, may look through the op: then it runs in PyTorch's own operations."""
     if forward_ad._current_level >= 0:
         return True
-    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+    if not torch.is_grad_enabled():
+        return False
+    value = extras.scale_value if extras else None
+    return any(x is not None and x.requires_grad for x in (*inputs, value))
 
 
-def _count_change(*sums):
-    """Tell autograd that these were written to, so that a graph that saved one of them raises."""
-    for tensor in sums:
+def _count_change(extras):
+    """Tell autograd that the sums were written to, so that a graph that saved one of them raises."""
+    for tensor in (extras.act_sum, extras.act_sumsq):
         if tensor is not None:
             increment_version(tensor)
 
@@ -276,6 +337,7 @@ _OPS = {
         "Tensor act, Tensor w_down",
         lambda act, w_down, *_: act.new_empty(act.shape[0], w_down.shape[0]),
     ),
+    "linear": ("Tensor x, Tensor w, Tensor? bias", lambda x, w, *_: x.new_empty(x.shape[0], w.shape[0])),
 }
 
 
@@ -295,16 +357,13 @@ def _implementation(op, n_inputs, with_sums):
     """What runs an op: its own arguments, the extras, and the backend's name."""
 
     def run(*arguments):
-        inputs, backend = arguments[:n_inputs], arguments[-1]
-        no_sums = () if with_sums else (None, None, None)
-        extras = Extras(*no_sums, *arguments[n_inputs:-1])
-        _count_change(extras.act_sum, extras.act_sumsq)
-        if op == "gated_mlp":
-            x, w_gate_up, w_up, w_down = inputs
-            inputs = x, w_gate_up if w_up is None else (w_gate_up, w_up), w_down
-        function = getattr(backends.implementation(inputs[0].device, backend), op)
+        inputs, given, backend = arguments[:n_inputs], arguments[n_inputs:-1], arguments[-1]
+        extras = () if op == "linear" else Extras(*(() if with_sums else (None, None, None)), *given)
+        if with_sums:
+            _count_change(extras)
         with _as_given(inputs[0]):
-            return function(*inputs, **extras.keywords())
+            looks = _looks(op, inputs, extras, backend)
+            return (_READY.get(looks) or _prepare(looks, op, inputs, extras, backend))(*inputs, *extras)
 
     return run
 
@@ -312,32 +371,18 @@ def _implementation(op, n_inputs, with_sums):
 _PLAIN_OP, _SUMS_OP = {}, {}
 for _op, (_inputs, _fake) in _OPS.items():
     _n_inputs = _inputs.count(",") + 1
-    _PLAIN_OP[_op] = _define(
-        _op, f"{_inputs}, {_STEER}, str? backend", _fake, _implementation(_op, _n_inputs, with_sums=False)
-    )
-    _SUMS_OP[_op] = _define(
-        f"{_op}_sums",
-        f"{_inputs}, {_SUMS}, {_STEER}, str? backend",
-        _fake,
-        _implementation(_op, _n_inputs, with_sums=True),
-    )
+    _given = _inputs if _op == "linear" else f"{_inputs}, {_STEER}"
+    _PLAIN_OP[_op] = _define(_op, f"{_given}, str? backend", _fake, _implementation(_op, _n_inputs, with_sums=False))
+    if _op != "linear":
+        _SUMS_OP[_op] = _define(
+            f"{_op}_sums",
+            f"{_inputs}, {_SUMS}, {_STEER}, str? backend",
+            _fake,
+            _implementation(_op, _n_inputs, with_sums=True),
+        )
 
 
-def _run(op, inputs, extras, backend):
-    if extras.weight is None:
+def _through_library(op, inputs, extras, backend):
+    if not extras or extras.weight is None:
         return _PLAIN_OP[op](*inputs, *extras[3:], backend)
     return _SUMS_OP[op](*inputs, *extras, backend)
-
-
-def _run_linear(x, w, bias, backend):
-    run = getattr(backends.implementation(x.device, backend), "linear", F.linear)
-    with _as_given(x):
-        return run(x, w, bias)
-
-
-_linear = _define(
-    "linear",
-    "Tensor x, Tensor w, Tensor? bias, str? backend",
-    lambda x, w, *_: x.new_empty(x.shape[0], w.shape[0]),
-    _run_linear,
-)

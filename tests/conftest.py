@@ -8,6 +8,7 @@ import torch
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # before any kernel is defined: without a GPU they are interpreted
 
+from cna_kernels import plans
 from tiny import VARIANTS, write_checkpoint
 
 # The files that take longest, so that they start first: workers get whole files (--dist loadfile), the last one alone.
@@ -30,6 +31,14 @@ def _uninitialised_memory_is_nan():
     yield
     torch.use_deterministic_algorithms(before[0])
     torch.utils.deterministic.fill_uninitialized_memory = before[1]
+
+
+@pytest.fixture(autouse=True)
+def _nothing_decided():
+    """What an earlier test's environment decided is forgotten; a test that changes it later calls ``plans.forget``."""
+    plans.forget()
+    yield
+    plans.forget()
 
 
 @pytest.fixture(scope="session", params=sorted(VARIANTS))

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from cna_kernels import InputError, backends, make_scale, ops
+from cna_kernels import InputError, backends, make_scale, ops, plans
 from op_cases import DTYPES, OPS, SHAPES, assert_values, exact, make_case
 
 CASES = [(op, shape, dtype) for op in OPS for shape in SHAPES for dtype in DTYPES]
@@ -321,5 +321,6 @@ def test_absent_backend_by_name_never_falls_through(monkeypatch):
     with pytest.raises(backends.BackendUnavailable, match=r"^backend: 'triton' runs on CUDA devices"):
         ops.swiglu(case.gate, case.up, backend="triton")
     monkeypatch.setenv("CNA_BACKEND", "fast")
+    plans.forget()
     with pytest.raises(InputError, match="CNA_BACKEND: expected one of"):
         ops.swiglu(case.gate, case.up)

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from cna_kernels import make_scale, ops
+from cna_kernels import make_scale, ops, plans
 from cna_kernels.triton import plan
 from op_cases import (
     DTYPES,
@@ -73,7 +73,7 @@ def on_device(extras):
 
 def run(monkeypatch, op, name, case, extras):
     """The op through the Triton backend with this plan."""
-    monkeypatch.setenv("CNA_PLAN", f"{op}={name}" if op in plan.PLANS else "")
+    plans.use(f"{op}={name}" if op in plan.PLANS else None)
     return getattr(ops, op)(*(part.to(DEVICE) for part in case.inputs(op)), **extras, backend="triton")
 
 
@@ -202,7 +202,7 @@ def test_any_row_stride_and_nothing_written_outside(monkeypatch, op, name, shape
     extras = on_device(case.extras())
     extras["weight"] = wider(extras["weight"])
     extras["act_sum"], extras["act_sumsq"] = wider(extras["act_sum"]), wider(extras["act_sumsq"])
-    monkeypatch.setenv("CNA_PLAN", f"{op}={name}" if op in plan.PLANS else "")
+    plans.use(f"{op}={name}" if op in plan.PLANS else None)
     inputs = [wider(part.to(DEVICE)) for part in case.inputs(op)]
     assert torch.equal(getattr(ops, op)(*inputs, **extras, backend="triton"), expected)
     for part in ("act_sum", "act_sumsq"):
@@ -240,7 +240,7 @@ def test_gate_and_up_apart(monkeypatch, name, T):
     """Two weights of their own are the same MLP, to the bit where one kernel reads both."""
     case = exact_case((T, 136, 72))
     together, apart = on_device(case.extras()), on_device(case.extras())
-    monkeypatch.setenv("CNA_PLAN", f"gated_mlp={name}")
+    plans.use(f"gated_mlp={name}")
     x, w_gate_up, w_down = (part.to(DEVICE) for part in case.inputs("gated_mlp"))
     expected = ops.gated_mlp(x, w_gate_up, w_down, **together, backend="triton")
     pair = w_gate_up[:136].clone(), w_gate_up[136:].clone()
@@ -290,7 +290,7 @@ def test_cuda_graph_follows_its_buffers(monkeypatch, op, name, shape):
     case = exact_case(shape)
     extras = on_device(case.extras())
     inputs = [part.to(DEVICE) for part in case.inputs(op)]
-    monkeypatch.setenv("CNA_PLAN", f"{op}={name}" if op in plan.PLANS else "")
+    plans.use(f"{op}={name}" if op in plan.PLANS else None)
     call = getattr(ops, op)
     call(*inputs, **extras, backend="triton")  # compiled before the capture
     graph = torch.cuda.CUDAGraph()

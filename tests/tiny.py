@@ -6,6 +6,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from cna_kernels import plans
+
 SHAPE = dict(
     vocab_size=97, hidden_size=32, intermediate_size=48, num_hidden_layers=3, num_attention_heads=4,
     num_key_value_heads=2, max_position_embeddings=64, bos_token_id=1, eos_token_id=2, pad_token_id=0,
@@ -106,6 +108,7 @@ def assert_model_agrees_with_reference(backend, monkeypatch, directory, device="
     found = {}
     for name in ("reference", backend):
         monkeypatch.setenv("CNA_BACKEND", name)
+        plans.forget()
         circuit = model.discover(
             positive=["open it", "why"], negative=["yes", "no no"], top_k=6, universal_prompts=False
         )

@@ -8,8 +8,10 @@ from __future__ import annotations
 import functools
 import os
 import sys
-from ctypes import CDLL, POINTER, Structure, c_char_p, c_int, c_int64, c_void_p
+from ctypes import CDLL, Structure, c_char_p, c_int, c_int64, c_void_p
 from pathlib import Path
+
+from .. import plans
 
 ABI_VERSION = 1
 PATH = Path(__file__).with_name("libcna.dylib" if sys.platform == "darwin" else "libcna.so")
@@ -49,7 +51,7 @@ SIGNATURES = {
 } | {
     f"cna_{op}_{dtype}": (
         c_int,
-        (*[c_void_p] * n_arrays, *[POINTER(Extras)] * has_extras, *[c_int64] * n_sizes, c_int),
+        (*[c_void_p] * n_arrays, *[c_void_p] * has_extras, *[c_int64] * n_sizes, c_int),
     )
     for op, (n_arrays, has_extras, n_sizes) in _OPS.items()
     for dtype in ("bf16", "fp16", "fp32")
@@ -117,6 +119,7 @@ def use_isa(name: str | None) -> None:
     """Use an instruction-set level for all calls from now on; None goes back to the default. Raises ValueError."""
     if load().cna_use_isa(None if name is None else name.encode()):
         raise ValueError(f"isa: expected one of {', '.join(levels())}, got {name!r}")
+    plans.forget()
 
 
 def check(function: str, status: int) -> None:

@@ -1,112 +1,199 @@
-"""The CPU backend's ``gated_mlp``, ``swiglu``, ``down_proj``, ``steer_act`` and ``linear``: the engine of ``csrc``, or
-PyTorch's own products where the plan says so.
+"""The CPU backend: what serves a call of an op, the engine of ``csrc`` or PyTorch's own products, as the plan says.
 
 Arguments are checked by ``cna_kernels.ops``; ``cna_kernels.reference`` is the definition. Where the engine computes
 gate and up they stay in fp32; the reference rounds them as ``linear`` does.
+
+``prepare`` looks at shapes, strides and dtypes once. What it returns hands over addresses and nothing else.
 """
 
 from __future__ import annotations
 
-from ctypes import byref
+import struct
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
 
-from .. import reference
+from .. import backends, reference
+from ..extras import Extras
 from . import library
 from .plan import choose
 
 _SUFFIX = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
+_threads = torch.get_num_threads
 
 
-def gated_mlp(x, w_gate_up, w_down, **extras):
-    """See :func:`cna_kernels.gated_mlp`."""
+def prepare(op: str, inputs: tuple, extras: Extras | tuple) -> Callable:
+    """Return what serves calls with arguments like these; see :func:`cna_kernels.backends.prepare`."""
+    n_inputs, apart = len(inputs), _apart_all(inputs, extras)
+    run = _PREPARE[op](apart[:n_inputs], Extras(*apart[n_inputs:]) if extras else ())
+    if all(a is b for a, b in zip(apart, (*inputs, *extras), strict=True)):
+        return run
+    return lambda *tensors: run(*_apart_all(tensors[:n_inputs], tensors[n_inputs:]))
+
+
+def _gated_mlp(inputs, extras):
+    x, w_gate, w_up, w_down = inputs
     (T, H), N = x.shape, w_down.shape[1]
     if choose("gated_mlp", T, x.dtype).name == "torch":
-        gate, up = reference.gate_and_up(x, w_gate_up)
-        return F.linear(swiglu(gate, up, **extras), w_down)
-    x, w_down = _rows(x), _rows(w_down)
-    w_gate, w_up = w_gate_up if isinstance(w_gate_up, tuple) else w_gate_up.chunk(2)
-    w_gate, w_up = _rows(w_gate), _rows(w_up)
-    if w_gate.stride(0) != w_up.stride(0):
-        w_gate, w_up = w_gate.contiguous(), w_up.contiguous()
-    y = x.new_empty(T, H)
-    arrays = (y.data_ptr(), x.data_ptr(), w_gate.data_ptr(), w_up.data_ptr(), w_down.data_ptr())
-    strides = (y.stride(0), x.stride(0), w_gate.stride(0), w_down.stride(0))
-    _run("gated_mlp", x.dtype, arrays, (T, H, N, *strides), extras)
-    return y
+        return _gated_mlp_by_torch()
+    if w_up is not None and w_gate.stride(0) != w_up.stride(0):
+        return _with_contiguous_weights(inputs, extras)
+    name, function = _function("gated_mlp", x.dtype)
+    sizes = T, H, N, H, x.stride(0), w_gate.stride(0), w_down.stride(0)
+    from_gate_to_up, pack = N * w_gate.stride(0) * w_gate.element_size(), _packer(extras)
+    shape = T, H
+
+    def run(x, w_gate, w_up, w_down, *extras):
+        y, gate = x.new_empty(shape), w_gate.data_ptr()
+        up = gate + from_gate_to_up if w_up is None else w_up.data_ptr()
+        arrays = y.data_ptr(), x.data_ptr(), gate, up, w_down.data_ptr()
+        if status := function(*arrays, pack(*extras), *sizes, _threads()):
+            library.check(name, status)
+        return y
+
+    return run
 
 
-def swiglu(gate, up, **extras):
-    """See :func:`cna_kernels.swiglu`."""
-    gate, up = _rows(gate), _rows(up)
-    act = gate.new_empty(gate.shape)
-    arrays = (act.data_ptr(), gate.data_ptr(), up.data_ptr())
-    _run("swiglu", gate.dtype, arrays, (*gate.shape, act.stride(0), gate.stride(0), up.stride(0)), extras)
-    return act
+def _gated_mlp_by_torch():
+    """Two products of PyTorch with the engine's pass between them."""
+    act_of = None
+
+    def run(x, w_gate, w_up, w_down, *extras):
+        nonlocal act_of
+        gate, up = reference.gate_and_up(x, w_gate if w_up is None else (w_gate, w_up))
+        if act_of is None:  # gate and up are alike in all these calls
+            act_of = prepare("swiglu", (gate, up), Extras(*extras))
+        return F.linear(act_of(gate, up, *extras), w_down)
+
+    return run
 
 
-def down_proj(act, w_down, **extras):
-    """See :func:`cna_kernels.down_proj`."""
+def _with_contiguous_weights(inputs, extras):
+    x, w_gate, w_up, w_down = inputs
+    run = prepare("gated_mlp", (x, w_gate.contiguous(), w_up.contiguous(), w_down), extras)
+    return lambda x, w_gate, w_up, *rest: run(x, w_gate.contiguous(), w_up.contiguous(), *rest)
+
+
+def _swiglu(inputs, extras):
+    gate, up = inputs
+    name, function = _function("swiglu", gate.dtype)
+    shape, sizes, pack = gate.shape, (*gate.shape, gate.shape[1], gate.stride(0), up.stride(0)), _packer(extras)
+
+    def run(gate, up, *extras):
+        act = gate.new_empty(shape)
+        if status := function(act.data_ptr(), gate.data_ptr(), up.data_ptr(), pack(*extras), *sizes, _threads()):
+            library.check(name, status)
+        return act
+
+    return run
+
+
+def _down_proj(inputs, extras):
+    act, w_down = inputs
     (T, N), H = act.shape, w_down.shape[0]
     if choose("down_proj", T, act.dtype).name == "torch":
-        return reference.down_proj(act, w_down, **extras)
-    act, w_down = _rows(act), _rows(w_down)
-    y = act.new_empty(T, H)
-    arrays = (y.data_ptr(), act.data_ptr(), w_down.data_ptr())
-    _run("down_proj", act.dtype, arrays, (T, H, N, y.stride(0), act.stride(0), w_down.stride(0)), extras)
-    return y
+        return backends.plain("down_proj")
+    name, function = _function("down_proj", act.dtype)
+    shape, sizes, pack = (T, H), (T, H, N, H, act.stride(0), w_down.stride(0)), _packer(extras)
+
+    def run(act, w_down, *extras):
+        y = act.new_empty(shape)
+        if status := function(y.data_ptr(), act.data_ptr(), w_down.data_ptr(), pack(*extras), *sizes, _threads()):
+            library.check(name, status)
+        return y
+
+    return run
 
 
-def steer_act(act, **extras):
-    """See :func:`cna_kernels.steer_act`."""
-    act = _rows(act)
-    steered = act.new_empty(act.shape)
-    arrays = (steered.data_ptr(), act.data_ptr())
-    _run("steer_act", act.dtype, arrays, (*act.shape, steered.stride(0), act.stride(0)), extras)
-    return steered
+def _steer_act(inputs, extras):
+    (act,) = inputs
+    name, function = _function("steer_act", act.dtype)
+    shape, sizes, pack = act.shape, (*act.shape, act.shape[1], act.stride(0)), _packer(extras)
+
+    def run(act, *extras):
+        steered = act.new_empty(shape)
+        if status := function(steered.data_ptr(), act.data_ptr(), pack(*extras), *sizes, _threads()):
+            library.check(name, status)
+        return steered
+
+    return run
 
 
-def linear(x, w, bias=None):
-    """See :func:`cna_kernels.ops.linear`."""
+def _linear(inputs, extras):
+    x, w, _ = inputs
     (T, H), O = x.shape, w.shape[0]  # noqa: E741
     if choose("linear", T, x.dtype).name == "torch":
-        return F.linear(x, w, bias)
-    x, w = _rows(x), _rows(w)
-    y = x.new_empty(T, O)
-    arrays = (y.data_ptr(), x.data_ptr(), w.data_ptr(), None if bias is None else bias.data_ptr())
-    _run("linear", x.dtype, arrays, (T, O, H, y.stride(0), x.stride(0), w.stride(0)))
-    return y
+        return F.linear
+    name, function = _function("linear", x.dtype)
+    shape, sizes = (T, O), (T, O, H, O, x.stride(0), w.stride(0))
+
+    def run(x, w, bias):
+        y = x.new_empty(shape)
+        arrays = y.data_ptr(), x.data_ptr(), w.data_ptr(), None if bias is None else bias.data_ptr()
+        if status := function(*arrays, *sizes, _threads()):
+            library.check(name, status)
+        return y
+
+    return run
 
 
-def _run(op, dtype, arrays, sizes, extras=None):
-    function = f"cna_{op}_{_SUFFIX[dtype]}"
-    arguments = arrays if extras is None else (*arrays, _extras(**extras))
-    library.check(function, getattr(library.load(), function)(*arguments, *sizes, torch.get_num_threads()))
+_PREPARE = {
+    "gated_mlp": _gated_mlp,
+    "swiglu": _swiglu,
+    "down_proj": _down_proj,
+    "steer_act": _steer_act,
+    "linear": _linear,
+}
 
 
-def _extras(*, weight=None, act_sum=None, act_sumsq=None, scale=None, row_circuit=None):
-    """The optional arguments as the library takes them, a pointer that keeps its tensors alive, or None."""
-    if weight is None and scale is None:
-        return None
-    extras = library.Extras(version=library.ABI_VERSION)
-    if weight is not None:
-        weight = extras.weight_tensor = _rows(weight)
-        extras.weight, extras.weight_stride, extras.n_columns = weight.data_ptr(), weight.stride(0), weight.shape[1]
-        if act_sum is not None:
-            extras.act_sum, extras.act_sum_stride = act_sum.data_ptr(), act_sum.stride(0)
-        if act_sumsq is not None:
-            extras.act_sumsq, extras.act_sumsq_stride = act_sumsq.data_ptr(), act_sumsq.stride(0)
-    if scale is not None and row_circuit.numel():
-        offsets, index, value = scale
-        offsets = extras.offsets_tensor = _rows(offsets)
-        extras.row_circuit, extras.offsets = row_circuit.data_ptr(), offsets.data_ptr()
-        extras.index, extras.value = index.data_ptr(), value.data_ptr()
-        extras.n_circuits, extras.offsets_stride = offsets.shape[0], offsets.stride(0)
-        extras.n_entries = index.shape[0]
-    return byref(extras)
+def _function(op, dtype):
+    name = f"cna_{op}_{_SUFFIX[dtype]}"
+    return name, getattr(library.load(), name)
 
 
-def _rows(x):
-    """The tensor with rows that follow one another in memory: an expanded one has them on top of each other."""
-    return x if x.shape[0] <= 1 or x.stride(0) >= x.shape[1] else x.contiguous()
+_FIELDS = struct.Struct(f"@{len(library.Extras._fields_)}q")
+
+
+def _packer(like):
+    """A function of the extras that returns ``cna_extras`` as bytes, or None where there is nothing to do.
+
+    ``like``: extras of the calls that it will serve. The bytes hold addresses: the caller keeps the tensors alive.
+    """
+    weight, act_sum, act_sumsq, offsets, index, _, row_circuit = like
+    steer = offsets is not None and row_circuit.numel() > 0
+    if weight is None and not steer:
+        return lambda *_: None
+    columns = [0] * 4 if weight is None else [weight.shape[1], *(_row_stride(x) for x in (weight, act_sum, act_sumsq))]
+    sizes = (offsets.shape[0], index.shape[0], offsets.stride(0)) if steer else (0, 0, 0)
+    pack, version = _FIELDS.pack, library.ABI_VERSION
+
+    def run(weight, act_sum, act_sumsq, offsets, index, value, row_circuit):
+        sums = 0, 0, 0
+        if weight is not None:
+            sums = weight.data_ptr(), _address(act_sum), _address(act_sumsq)
+        steering = 0, 0, 0, 0
+        if steer:
+            steering = row_circuit.data_ptr(), offsets.data_ptr(), index.data_ptr(), value.data_ptr()
+        return pack(version, *sums, *columns, *steering, *sizes)
+
+    return run
+
+
+def _address(x):
+    return 0 if x is None else x.data_ptr()
+
+
+def _row_stride(x):
+    return 0 if x is None else x.stride(0)
+
+
+def _apart_all(inputs, extras):
+    """The tensors, those that are read only copied where their rows lie on top of each other, as expanded ones' do."""
+    weight, sums, steer = extras[:1], extras[1:3], extras[3:]
+    return (*map(_apart, inputs), *map(_apart, weight), *sums, *map(_apart, steer))
+
+
+def _apart(x):
+    overlaps = x is not None and x.dim() == 2 and x.shape[0] > 1 and x.stride(0) < x.shape[1]
+    return x.contiguous() if overlaps else x
