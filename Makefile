@@ -11,13 +11,14 @@
 # make bench-attribution   the same for attribution over many prompts; writes bench/results/attribution.json
 # make bench-eval   the same for a sweep of multipliers; writes bench/results/eval.json
 # make bench-embedding   the same for the engine attached to transformers; writes bench/results/embedding.json
+# make bench-host   the same for the host's time of a call; writes bench/results/host.json
 # make train-demo   train the bundled checkpoints again, into demo-checkpoints/
 
 PYTHON ?= python3
 BIN := .venv/bin
 
 .PHONY: demo test docs lint canaries sanitize compile-gate gpu gpu-tune bench bench-attribution bench-eval \
-        bench-embedding train-demo clean
+        bench-embedding bench-host train-demo clean
 
 demo: .venv/.installed
 	$(BIN)/cna demo --out demo-out
@@ -64,7 +65,7 @@ BENCH = $(BIN)/python -m pytest -s --benchmark-enable --benchmark-columns=min,me
 NO_BF16 = CNA_CPU_ISA=avx512 ONEDNN_MAX_CPU_ISA=AVX512_CORE CNA_BENCH_SETTING="AVX-512 without bf16 products"
 
 bench: .venv/.installed-test
-	$(BENCH) bench $(addprefix --ignore=bench/bench_,attribution.py evaluation.py embedding.py)
+	$(BENCH) bench $(addprefix --ignore=bench/bench_,attribution.py evaluation.py embedding.py host.py)
 	@if $(BIN)/python -c 'from cna_kernels.cpu import library; exit("avx512_bf16" not in library.levels())'; then \
 	  $(NO_BF16) $(BENCH) bench/bench_cpu.py bench/bench_cpu_model.py; fi
 
@@ -76,6 +77,9 @@ bench-eval: .venv/.installed-test
 
 bench-embedding: .venv/.installed-test
 	$(BENCH) bench/bench_embedding.py
+
+bench-host: .venv/.installed-test
+	$(BENCH) bench/bench_host.py
 
 train-demo: .venv/.installed
 	$(BIN)/python -m cna_kernels.model.demo.train --out demo-checkpoints

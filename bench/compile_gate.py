@@ -72,6 +72,12 @@ def extras(T, N, feature):
     return chosen
 
 
+def split(act, w_down, *, scale=None, row_circuit=None, **sums):
+    """What the plan of this name launches."""
+    steered = None if scale is None else swiglu.act_pass(act, scale=scale, row_circuit=row_circuit)
+    return down_split(act, w_down, steered, **sums, dependent=not sums)
+
+
 # op -> (what it is called with, T to compile, features, dtypes). Every kernel, at every setting of its launch table.
 def launchers(model):
     H, N = MODELS[model]
@@ -93,19 +99,14 @@ def launchers(model):
             ("plain",),
         ),
         "down_split": (
-            lambda T, d, x: down_split(blank(T, N, dtype=d), blank(H, N, dtype=d), dependent=x == {}, **x),
+            lambda T, d, x: split(blank(T, N, dtype=d), blank(H, N, dtype=d), **x),
             (1, 32, 64, 200),
-            FEW,
-        ),
-        "gated": (
-            lambda T, d, x: down_split(halves(T, d)[0], blank(H, N, dtype=d), halves(T, d)[1], **x),
-            (16,),
             FEW,
         ),
         "down_proj": (
             lambda T, d, x: down_proj(blank(T, N, dtype=d), blank(H, N, dtype=d), **x),
             (512, 4096),
-            ("plain", "sums", "one circuit", "all", *MATRIX_SUMS),
+            ("plain", "sums", "scale", "all", *MATRIX_SUMS),
         ),
         "gate_up": (
             lambda T, d, x: gate_up(blank(T, H, dtype=d), blank(2 * N, H, dtype=d), **x),

@@ -39,6 +39,14 @@ def embedding():
     return Results("embedding", os.environ.get("CNA_BENCH_DEVICE", "cpu"), cpu_environment())
 
 
+@pytest.fixture(scope="session")
+def host():
+    """Rows for bench/results/host.json."""
+    from results import Results, cpu_environment
+
+    return Results("host", "cpu", cpu_environment())
+
+
 if importlib.util.find_spec("pytest_benchmark") is None:  # a machine with a GPU that is lent as it is
 
     @pytest.fixture

@@ -13,7 +13,7 @@ from .checks import InputError
 
 # Every plan of every backend by op. A plan that another backend has is passed over; an unknown one is an error.
 NAMES = {
-    "gated_mlp": ("gemv", "flat", "gated", "fused", "blas", "engine", "torch"),
+    "gated_mlp": ("gemv", "flat", "fused", "blas", "engine", "torch"),
     "down_proj": ("split", "tma", "blas", "engine", "torch"),
     "linear": ("engine", "torch"),
 }

@@ -49,7 +49,7 @@ class ForwardPass:
 
 def slot(module: nn.Module) -> str:
     """Where a module's forward lies: accelerate keeps it behind its hook, which moves and loads weights first."""
-    return "_old_forward" if hasattr(module, "_hf_hook") else "forward"
+    return "_old_forward" if "_hf_hook" in module.__dict__ else "forward"
 
 
 def replace_forward(module: nn.Module, function: Any) -> None:
@@ -95,22 +95,24 @@ mlp_forward.__name__, apply_gate.__name__ = "forward", "_apply_gate"
 # What a part of an MLP is.
 
 
-def is_plain_linear(module: nn.Module) -> bool:
-    """Whether a layer is nothing but a product with a weight: no bias, adapter, quantisation, hook or offloading."""
+def plain_weight(module: Any) -> Tensor | None:
+    """The weight of a layer that is nothing but a product with it: no bias, adapter, quantisation, hook or offloading."""
     if type(module) is not nn.Linear:
-        return False
-    parts = module.__dict__  # a quarter of the time that attributes of a module take
-    parameters = parts["_parameters"]
+        return None
+    own = module.__dict__  # a quarter of the time that attributes of a module take
+    parameters = own["_parameters"]
     weight = parameters.get("weight")
-    return (
-        parameters.get("bias") is None
-        and "forward" not in parts
-        and type(weight) is nn.Parameter
-        and weight.dtype in ops.FLOATS
-        and weight.stride(1) == 1
-        and not weight.is_meta
-        and not has_hooks(module)
-    )
+    if (
+        type(weight) is not nn.Parameter
+        or parameters.get("bias") is not None
+        or "forward" in own
+        or has_hooks(own)
+        or weight.dtype not in ops.FLOATS
+        or weight.stride(1) != 1
+        or weight.is_meta
+    ):
+        return None
+    return weight
 
 
 def is_plain_silu(activation: Any) -> bool:
@@ -118,17 +120,18 @@ def is_plain_silu(activation: Any) -> bool:
     if activation is F.silu:
         return True
     known = isinstance(activation, nn.SiLU) or type(activation).__name__ == "SiLUActivation"
-    return known and "forward" not in activation.__dict__ and not has_hooks(activation)
+    return known and "forward" not in activation.__dict__ and not has_hooks(activation.__dict__)
 
 
-def has_hooks(module: nn.Module) -> bool:
-    parts = module.__dict__
-    forward = parts["_forward_hooks"] or parts["_forward_pre_hooks"]
-    return bool(forward or parts["_backward_hooks"] or parts["_backward_pre_hooks"])
+def has_hooks(own: dict[str, Any]) -> bool:
+    """Whether a module, of which these are the attributes, has a hook."""
+    return bool(
+        own["_forward_hooks"] or own["_forward_pre_hooks"] or own["_backward_hooks"] or own["_backward_pre_hooks"]
+    )
 
 
-def same_dtype(x: Tensor, linear: nn.Linear) -> bool:
-    return x.dtype == linear.weight.dtype and not torch.is_autocast_enabled(x.device.type)
+def same_dtype(x: Tensor, weight: Tensor) -> bool:
+    return x.dtype == weight.dtype and not torch.is_autocast_enabled(x.device.type)
 
 
 def kind_of(module: Any) -> str:
@@ -142,9 +145,12 @@ class Site:
     """An MLP: ``down_proj(activation(gate) * up)``.
 
     Attributes:
+        LAYERS: the names of its linear layers, ``down_proj`` last.
         scale: the layer's part of the engine's table.
         sums: ``act_sum`` and ``act_sumsq`` of the collection at hand, or None.
     """
+
+    LAYERS: tuple[str, ...] = ()
 
     def __init__(self, mlp: nn.Module, layer: int, backend: str | None, now: ForwardPass) -> None:
         self.mlp, self.layer, self.backend, self.now = mlp, layer, backend, now
@@ -189,10 +195,11 @@ class Site:
         if self.in_modules:
             return None
         found = [self._other_activation()]
-        for name, part in self.parts().items():
+        for name in self.LAYERS:
+            part = getattr(self.mlp, name)
             if type(part) is not nn.Linear:
                 found.append(f"{name} is {kind_of(part)}")
-            elif not is_plain_linear(part):
+            elif plain_weight(part) is None:
                 found.append(f"{name} has a bias, a hook or an unusual weight")
         return ", ".join(filter(None, found)) or None
 
@@ -200,27 +207,31 @@ class Site:
         activation = self.activation(self.mlp)
         if is_plain_silu(activation):
             return None
-        hooked = isinstance(activation, nn.Module) and has_hooks(activation)
+        hooked = isinstance(activation, nn.Module) and has_hooks(activation.__dict__)
         return "the activation has a hook" if hooked else f"the activation is {type(activation).__name__}"
 
     def run(self, x: Tensor) -> Tensor:
         """x ``[..., H]`` -> y ``[..., H]``"""
-        down, backend = self.mlp.down_proj, self.backend
-        silu = is_plain_silu(self.activation(self.mlp))
         if self.in_modules or x.dtype not in ops.FLOATS:
-            return down(self.steer(self.plain_act(x)))
-        if silu and all_plain(x, self.parts()):
-            extras = self.extras(down.weight.shape[1], x.device)
-            return ops.gated_mlp(x.flatten(0, -2), self.weights(), down.weight, **extras, backend=backend).view(x.shape)
+            return self.mlp.down_proj(self.steer(self.plain_act(x)))
+        modules = self.mlp.__dict__["_modules"]
+        silu = is_plain_silu(self.activation(self.mlp))
+        weights = [plain_weight(modules[name]) for name in self.LAYERS]
+        down = modules["down_proj"]
+        if silu and all(weight is not None and same_dtype(x, weight) for weight in weights):
+            *first, w_down = weights
+            w_gate_up = first[0] if len(first) == 1 else tuple(first)
+            extras = self.extras(w_down.shape[1], x.device)
+            return ops.gated_mlp(x.flatten(0, -2), w_gate_up, w_down, **extras, backend=self.backend).view(x.shape)
         if silu:
             gate, up = self.gate_and_up(x)
             extras = self.extras(gate.shape[-1], gate.device)
-            act = ops.swiglu(gate.flatten(0, -2), up.flatten(0, -2), **extras, backend=backend)
+            act = ops.swiglu(gate.flatten(0, -2), up.flatten(0, -2), **extras, backend=self.backend)
             return down(act.view(*x.shape[:-1], -1))
-        act = self.plain_act(x)
-        if is_plain_linear(down) and same_dtype(act, down):
+        act, w_down = self.plain_act(x), weights[-1]
+        if w_down is not None and same_dtype(act, w_down):
             extras = self.extras(act.shape[-1], act.device)
-            y = ops.down_proj(act.flatten(0, -2), down.weight, **extras, backend=backend)
+            y = ops.down_proj(act.flatten(0, -2), w_down, **extras, backend=self.backend)
             return y.view(*x.shape[:-1], -1)
         return down(self.steer(act))
 
@@ -249,13 +260,10 @@ class Site:
         return extras
 
 
-def all_plain(x: Tensor, parts: dict[str, nn.Module]) -> bool:
-    """Whether all layers are plain, and x is what they take."""
-    return all(is_plain_linear(part) and same_dtype(x, part) for part in parts.values())
-
-
 class Apart(Site):
     """gate_proj and up_proj: Llama and most others."""
+
+    LAYERS = ("gate_proj", "up_proj", "down_proj")
 
     @staticmethod
     def activation(mlp: nn.Module) -> Any:
@@ -264,13 +272,6 @@ class Apart(Site):
     @staticmethod
     def width(mlp: nn.Module) -> int:
         return mlp.down_proj.in_features
-
-    def parts(self) -> dict[str, nn.Module]:
-        mlp = self.mlp
-        return {"gate_proj": mlp.gate_proj, "up_proj": mlp.up_proj, "down_proj": mlp.down_proj}
-
-    def weights(self) -> tuple[Tensor, Tensor]:
-        return self.mlp.gate_proj.weight, self.mlp.up_proj.weight
 
     def gate_and_up(self, x: Tensor) -> tuple[Tensor, Tensor]:
         return self.mlp.gate_proj(x), self.mlp.up_proj(x)
@@ -282,6 +283,8 @@ class Apart(Site):
 class Joined(Site):
     """gate_up_proj, one layer: Phi-3."""
 
+    LAYERS = ("gate_up_proj", "down_proj")
+
     @staticmethod
     def activation(mlp: nn.Module) -> Any:
         return mlp.activation_fn
@@ -289,12 +292,6 @@ class Joined(Site):
     @staticmethod
     def width(mlp: nn.Module) -> int:
         return mlp.down_proj.in_features
-
-    def parts(self) -> dict[str, nn.Module]:
-        return {"gate_up_proj": self.mlp.gate_up_proj, "down_proj": self.mlp.down_proj}
-
-    def weights(self) -> Tensor:
-        return self.mlp.gate_up_proj.weight
 
     def gate_and_up(self, x: Tensor) -> tuple[Tensor, Tensor]:
         return self.mlp.gate_up_proj(x).chunk(2, dim=-1)

@@ -25,9 +25,10 @@ def call(op="gated_mlp", T=1, dtype=BF16, arch=90, tma=True):
         (call(T=5, dtype=FP32), "blas"),
         (call(T=1, arch=0), "blas"),
         (call("down_proj", T=64), "split"),
-        (call("down_proj", T=65), "tma"),
-        (call("down_proj", T=65, tma=False), "blas"),
-        (call("down_proj", T=65, arch=80), "blas"),
+        (call("down_proj", T=65), "blas"),
+        (call("down_proj", T=512), "tma"),
+        (call("down_proj", T=512, tma=False), "blas"),
+        (call("down_proj", T=512, arch=80), "blas"),
         (call("down_proj", T=16, dtype=FP32), "split"),
         (call("down_proj", T=17, dtype=FP32), "blas"),
     ],
@@ -68,7 +69,7 @@ def test_override_serves_what_it_can(monkeypatch):
         ("fused", "CNA_PLAN: expected one of gated_mlp, down_proj, linear before '=', got 'fused'"),
         (
             "gated_mlp=fast",
-            "CNA_PLAN: gated_mlp: expected one of gemv, flat, gated, fused, blas, engine, torch, got 'fast'",
+            "CNA_PLAN: gated_mlp: expected one of gemv, flat, fused, blas, engine, torch, got 'fast'",
         ),
     ],
 )
@@ -84,6 +85,8 @@ def test_ranges(monkeypatch):
     monkeypatch.delenv("CNA_PLAN", raising=False)
     ranges = plan.by_tokens("gated_mlp", 14336, 4096, BF16, 90)
     assert [(first, chosen.name) for first, chosen in ranges] == [(1, "gemv"), (2, "flat"), (65, "blas")]
+    ranges = plan.by_tokens("down_proj", 14336, 4096, BF16, 90)
+    assert [(first, chosen.name) for first, chosen in ranges] == [(1, "split"), (65, "blas"), (385, "tma")]
 
 
 def test_predictions_are_near_the_floors():

@@ -1,8 +1,11 @@
 """The down-projection of few tokens: second half of the decode pair, and ``down_proj`` where TMA does not apply.
 
-    act[t, n]           as handed over, or silu(gate[t, n]) * up[t, n] (placement D)
-    act_sum[c, n]      += sum_t weight[t, c] * act[t, n]      act_sumsq likewise, both before scaling
-    y[t, h]             = sum_n act[t, n] * scale[row_circuit[t], n] * w_down[h, n]
+    act_sum[c, n] += sum_t weight[t, c] * act[t, n]      act_sumsq likewise
+    y[t, h]        = sum_n steered[t, n] * w_down[h, n]
+
+``steered`` is act, or a scaled copy of it: that of at most 64 tokens is made in a pass of its own, whose few megabytes
+stay in L2. Scaling inside the product would walk a layer's steered neurons one by one in every program, some 1,000
+clocks each (read off the machine code), and real circuits put 50 into a late layer.
 
 ``_down_gemv_kernel``, one token of finished act (a few in fp32): one program owns 2 to 8 outputs and streams their
 whole weight rows, the first of them while act is still being computed. Nothing is split.
@@ -27,9 +30,8 @@ import triton.language as tl
 from ..reference import NEURON_BLOCK
 from . import launch
 from .cost import Cost, instructions
-from .steer import ANY_ALIGNMENT, Steer, entries, next_steered, steer_tile
 from .sums import Sums, add_tile
-from .tiles import dot, rounded, silu_mul
+from .tiles import dot, rounded
 
 
 @triton.jit
@@ -69,36 +71,28 @@ def _down_gemv_kernel(
         tl.store(y_ptr + t * H + h, rounded(tl.sum(ys[t], axis=1), y_ptr.dtype.element_ty), mask=h_mask)
 
 
-@triton.jit(do_not_specialize=["T", "n_circuits"], do_not_specialize_on_alignment=ANY_ALIGNMENT)
+@triton.jit(do_not_specialize=["T"])
 def _down_split_kernel(
-    act_ptr,
-    up_ptr,
+    steered_ptr,
     w_ptr,
     y_ptr,
+    act_ptr,
     weight_ptr,
     sum_ptr,
     sumsq_ptr,
-    row_circuit_ptr,
-    offsets_ptr,
-    index_ptr,
-    value_ptr,
     T,
-    stride_act_t,
-    stride_up_t,
+    stride_steered_t,
     stride_w_h,
+    stride_act_t,
     stride_weight_t,
     stride_sum_c,
     stride_sumsq_c,
-    n_circuits,
-    stride_offsets_k,
     N: tl.constexpr,
     H: tl.constexpr,
     C: tl.constexpr,
     SUM: tl.constexpr,
     SUMSQ: tl.constexpr,
     SPLIT: tl.constexpr,
-    STEER: tl.constexpr,
-    GATED: tl.constexpr,
     PDL: tl.constexpr,
     PARTS: tl.constexpr,
     SPLIT_N: tl.constexpr,
@@ -106,7 +100,7 @@ def _down_split_kernel(
     BLOCK_H: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
-    """GATED: act_ptr holds gate, and up_ptr up. SPLIT_N neurons go to a program, a multiple of NEURON_BLOCK."""
+    """SPLIT_N neurons go to a program, a multiple of NEURON_BLOCK."""
     run = tl.program_id(2)
     h = tl.program_id(0) * BLOCK_H + tl.arange(0, BLOCK_H)
     h_mask = h < H
@@ -116,9 +110,6 @@ def _down_split_kernel(
     n_begin = tl.program_id(1) * SPLIT_N
     n_end = tl.minimum(n_begin + SPLIT_N, N)
     acc = tl.zeros([BLOCK_H, BLOCK_T], tl.float32)
-    if STEER:
-        entry, end = entries(row_circuit_ptr, offsets_ptr, stride_offsets_k, n_circuits, t, t_mask, n_begin, n_end)
-        steered_n, nearest = next_steered(index_ptr, entry, end)
     if PDL:
         tl.extra.cuda.gdc_wait()
         tl.extra.cuda.gdc_launch_dependents()
@@ -128,16 +119,8 @@ def _down_split_kernel(
         n_mask = n < n_end
         mask = t_mask[:, None] & n_mask[None, :]
         w = tl.load(w_row + n[None, :], mask=h_mask[:, None] & n_mask[None, :], other=0.0)
-        act = tl.load(act_ptr + t[:, None] * stride_act_t + n[None, :], mask=mask, other=0.0)  # [BLOCK_T, BLOCK_N]
-        if GATED:
-            up = tl.load(up_ptr + t[:, None] * stride_up_t + n[None, :], mask=mask, other=0.0)
-            act = silu_mul(act, up, w_ptr.dtype.element_ty)
-        if STEER:
-            if nearest < n_first + BLOCK_N:
-                act, entry, steered_n, nearest = steer_tile(
-                    act, n, n_first + BLOCK_N, index_ptr, value_ptr, entry, end, steered_n, nearest
-                )
-        acc = dot(w, act.T, acc)
+        act = tl.load(steered_ptr + t[:, None] * stride_steered_t + n[None, :], mask=mask, other=0.0)
+        acc = dot(w, act.T, acc)  # [BLOCK_H, BLOCK_T]
 
     if SUM or SUMSQ:
         # After the product, not inside it: a branch there makes ptxas serialise the matrix instructions (C7515).
@@ -146,9 +129,6 @@ def _down_split_kernel(
             n_mask = n < n_end
             mask = t_mask[:, None] & n_mask[None, :]
             act = tl.load(act_ptr + t[:, None] * stride_act_t + n[None, :], mask=mask, other=0.0)
-            if GATED:
-                up = tl.load(up_ptr + t[:, None] * stride_up_t + n[None, :], mask=mask, other=0.0)
-                act = silu_mul(act, up, w_ptr.dtype.element_ty)
             add_tile(
                 act,
                 weight_ptr,
@@ -200,10 +180,6 @@ class Config(NamedTuple):
     num_stages: int
 
 
-# Every program along H computes silu again; beyond this many tokens that takes longer than the weights.
-MAX_GATED_TOKENS = 16
-
-
 def _gemv_config(H: int, itemsize: int, n_sm: int) -> Config:
     """By arithmetic, unmeasured. As in gate_up_decode threads lie along the neurons. About 8 programs a multiprocessor:
     they all run at once (47 and 64 registers for 2 and 4 rows) or, with 8 rows, in just under two full rounds. One row
@@ -249,7 +225,7 @@ def cost(T: int, N: int, H: int, itemsize: int = 2, *, gemv: bool = False, n_sm:
 def down_gemv(act, w_down):
     """act ``[T, N]`` -> y ``[T, H]`` without sums or scaling, for a handful of tokens."""
     (T, N), H = act.shape, w_down.shape[0]
-    y = torch.empty(T, H, dtype=act.dtype, device=act.device)
+    y = launch.empty(T, H, dtype=act.dtype, device=act.device)
     config = _gemv_config(H, act.element_size(), launch.n_multiprocessors(act.device))
     launch.launch(
         _down_gemv_kernel,
@@ -272,40 +248,34 @@ def down_gemv(act, w_down):
     return y
 
 
-def down_split(
-    act, w_down, up=None, *, weight=None, act_sum=None, act_sumsq=None, scale=None, row_circuit=None, dependent=False
-):
-    """act ``[T, N]`` (with ``up``: gate) -> y ``[T, H]``, for T >= 1.
+def down_split(act, w_down, steered=None, *, weight=None, act_sum=None, act_sumsq=None, dependent=False):
+    """act ``[T, N]`` -> y ``[T, H]``, the product of act or of its scaled copy ``steered``, and sums of act; T >= 1.
 
-    dependent: the launch before this one is ours and wrote act; start while it drains.
+    dependent: the launch before this one is ours and wrote what the product reads; start while it drains.
     """
     (T, N), H = act.shape, w_down.shape[0]
-    assert up is None or T <= MAX_GATED_TOKENS, f"{T=}"
-    y = torch.empty(T, H, dtype=act.dtype, device=act.device)
+    steered = act if steered is None else steered
+    y = launch.empty(T, H, dtype=act.dtype, device=act.device)
     config = _split_config(T, N, H, act.element_size(), launch.n_multiprocessors(act.device))
     parts, runs = triton.cdiv(N, config.SPLIT_N), triton.cdiv(T, config.BLOCK_T)
-    part = y if parts == 1 else torch.empty(parts, T, H, dtype=torch.float32, device=act.device)
-    sums, steer = Sums(weight, act_sum, act_sumsq, runs, N), Steer(scale, row_circuit)
+    part = y if parts == 1 else launch.empty(parts, T, H, dtype=torch.float32, device=act.device)
+    sums = Sums(weight, act_sum, act_sumsq, runs, N)
     launch.launch(
         _down_split_kernel,
         (triton.cdiv(H, config.BLOCK_H), parts, runs),
-        act,
-        up,
+        steered,
         w_down,
         part,
+        act,
         *sums.pointers(),
-        *steer.pointers(),
         T,
-        act.stride(0),
-        0 if up is None else up.stride(0),
+        steered.stride(0),
         w_down.stride(0),
+        act.stride(0),
         *sums.strides(),
-        *steer.sizes(),
         N=N,
         H=H,
         **sums.constants(),
-        STEER=steer.on,
-        GATED=up is not None,
         PARTS=parts > 1,
         SPLIT_N=config.SPLIT_N,
         BLOCK_T=config.BLOCK_T,

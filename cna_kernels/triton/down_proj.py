@@ -8,11 +8,13 @@ sum over n = 0 .. N - 1: nothing is split, nothing depends on the order of progr
 GROUP_T along the tokens, so that the weights of a group stay in L2.
 
 Sums: after its product, the program of output tile (i, j) adds up the runs j, j + H / BLOCK_H, ... of SUM_N neurons of
-its tokens, which it has just read. Each run of each token tile is so summed once, into part i of the workspace.
+its tokens, which it has just read. Each run of each token tile is so summed once, into part i of the workspace. Tokens
+that count in no column are not read again: of the last tokens of prompts alone, one block in sixteen is.
 
-Steering: with one circuit loaded, a tile of act with steered neurons is changed in registers on its way to the matrix
-units, and a tile without any costs a comparison (``steer_tile``). With many circuits nearly every tile would wait for
-its entries: then one pass makes a steered copy, and the product of that is a plain one, with the same bits.
+Steering: the steered elements of act are scaled in place, and put back after the product (``steer.patch``): a few
+sectors of memory a token, nothing for tokens without a circuit, and the product stays the plain one that TMA feeds. In
+registers a tile of act would wait for its entries one by one. With sums, which want act as it was, the product is that
+of a scaled copy.
 
 For callers that hand over act. Where we compute act ourselves, ``swiglu`` does sums and scaling on the way, and the
 product after it is a plain one.
@@ -24,14 +26,13 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-import torch
 import triton
 import triton.language as tl
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from . import launch
 from .cost import Cost
-from .steer import ANY_ALIGNMENT, Steer, entries, next_steered, steer_tile
+from .steer import patch, put_back
 from .sums import Sums, columns_at_once, sum_run
 from .swiglu import act_pass
 from .tiles import dot, rounded
@@ -46,7 +47,7 @@ def grouped_tile(tile, tiles_t, tiles_n, GROUP_T: tl.constexpr):
     return first + within % rows, within // rows
 
 
-@triton.jit(do_not_specialize=["T", "n_circuits"], do_not_specialize_on_alignment=ANY_ALIGNMENT)
+@triton.jit(do_not_specialize=["T"])
 def _down_proj_kernel(
     act_desc,
     w_desc,
@@ -55,24 +56,17 @@ def _down_proj_kernel(
     weight_ptr,
     sum_ptr,
     sumsq_ptr,
-    row_circuit_ptr,
-    offsets_ptr,
-    index_ptr,
-    value_ptr,
     T,
     stride_act_t,
     stride_weight_t,
     stride_sum_c,
     stride_sumsq_c,
-    n_circuits,
-    stride_offsets_k,
     N: tl.constexpr,
     H: tl.constexpr,
     C: tl.constexpr,
     SUM: tl.constexpr,
     SUMSQ: tl.constexpr,
     SPLIT: tl.constexpr,
-    STEER: tl.constexpr,
     BLOCK_T: tl.constexpr,
     BLOCK_H: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -90,18 +84,9 @@ def _down_proj_kernel(
         t = t_first + tl.arange(0, BLOCK_T)
         t_mask = t < T
         acc = tl.zeros([BLOCK_T, BLOCK_H], tl.float32)
-        if STEER:
-            entry, end = entries(row_circuit_ptr, offsets_ptr, stride_offsets_k, n_circuits, t, t_mask, 0, N)
-            steered_n, nearest = next_steered(index_ptr, entry, end)
         for n_first in range(0, N, BLOCK_N):
             act = act_desc.load([t_first, n_first])  # [BLOCK_T, BLOCK_N], zeros beyond the edges
             w = w_desc.load([h_first, n_first])  # [BLOCK_H, BLOCK_N]
-            if STEER:
-                if nearest < n_first + BLOCK_N:
-                    n = n_first + tl.arange(0, BLOCK_N)
-                    act, entry, steered_n, nearest = steer_tile(
-                        act, n, n_first + BLOCK_N, index_ptr, value_ptr, entry, end, steered_n, nearest
-                    )
             acc = dot(act, w.T, acc)
 
         h = h_first + tl.arange(0, BLOCK_H)
@@ -137,9 +122,6 @@ def _down_proj_kernel(
                 )
 
 
-MAX_CIRCUITS = 1  # loaded, for steering inside the product
-
-
 class Config(NamedTuple):
     BLOCK_T: int
     BLOCK_H: int
@@ -167,48 +149,56 @@ def cost(T: int, N: int, H: int, C: int = 0, n_sm: int = 132) -> Cost:
     return Cost(moved, 2 * rounds * config.BLOCK_T * config.BLOCK_H * N, 0)
 
 
-def fits_tma(*tensors) -> bool:
-    """Whether TMA can address the tensors: 2-byte elements, rows and base on 16 bytes, rows apart."""
+def waves(T: int, H: int, n_sm: int) -> float:
+    """Programs of the default entry over multiprocessors: below 1 some of them have nothing to do."""
+    config = _launch_config(T, H, n_sm)
+    return triton.cdiv(T, config.BLOCK_T) * triton.cdiv(H, config.BLOCK_H) / n_sm
+
+
+def rows_fit_tma(*tensors) -> bool:
+    """Whether TMA can address the rows, from a base on 16 bytes: 2-byte elements, rows on 16 bytes and apart."""
     return all(
-        x.element_size() == 2
-        and x.stride(1) == 1
-        and x.stride(0) % 8 == 0
-        and x.stride(0) >= x.shape[1]
-        and x.data_ptr() % 16 == 0
+        x.element_size() == 2 and x.stride(1) == 1 and x.stride(0) % 8 == 0 and x.stride(0) >= x.shape[1]
         for x in tensors
     )
 
 
 def down_proj(act, w_down, *, weight=None, act_sum=None, act_sumsq=None, scale=None, row_circuit=None):
-    """act ``[T, N]``, w_down ``[H, N]`` -> y ``[T, H]``; bf16 or fp16 on 16-byte rows, see ``fits_tma``."""
-    product_of = act
-    if scale is not None and scale.offsets.shape[0] > MAX_CIRCUITS:
-        product_of = act_pass(act, scale=scale, row_circuit=row_circuit)
-        scale = row_circuit = None
+    """act ``[T, N]``, w_down ``[H, N]`` -> y ``[T, H]``; bf16 or fp16, where ``rows_fit_tma``, bases on 16 bytes."""
+    if scale is None:
+        return _product(act, act, w_down, weight, act_sum, act_sumsq)
+    if weight is not None:
+        steered = act_pass(act, scale=scale, row_circuit=row_circuit)
+        return _product(steered, act, w_down, weight, act_sum, act_sumsq)
+    saved = patch(act, scale, row_circuit)
+    y = _product(act, act, w_down, None, None, None)
+    put_back(act, saved, scale, row_circuit)
+    return y
+
+
+def _product(steered, act, w_down, weight, act_sum, act_sumsq):
+    """The product of ``steered``, and the sums of ``act``."""
     (T, N), H = act.shape, w_down.shape[0]
-    y = torch.empty(T, H, dtype=act.dtype, device=act.device)
+    y = launch.empty(T, H, dtype=act.dtype, device=act.device)
     n_sm = launch.n_multiprocessors(act.device)
     config = _launch_config(T, H, n_sm)
     tiles_t = triton.cdiv(T, config.BLOCK_T)
-    sums, steer = Sums(weight, act_sum, act_sumsq, tiles_t, N), Steer(scale, row_circuit)
+    sums = Sums(weight, act_sum, act_sumsq, tiles_t, N)
     block_c = columns_at_once(sums.n_columns, 90)
     launch.launch(
         _down_proj_kernel,
         (min(n_sm, tiles_t * triton.cdiv(H, config.BLOCK_H)),),
-        TensorDescriptor.from_tensor(product_of, [config.BLOCK_T, config.BLOCK_N]),
+        TensorDescriptor.from_tensor(steered, [config.BLOCK_T, config.BLOCK_N]),
         TensorDescriptor.from_tensor(w_down, [config.BLOCK_H, config.BLOCK_N]),
         act,
         y,
         *sums.pointers(),
-        *steer.pointers(),
         T,
         act.stride(0),
         *sums.strides(),
-        *steer.sizes(),
         N=N,
         H=H,
         **sums.constants(),
-        STEER=steer.on,
         BLOCK_T=config.BLOCK_T,
         BLOCK_H=config.BLOCK_H,
         BLOCK_N=config.BLOCK_N,

@@ -20,7 +20,6 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-import torch
 import triton
 import triton.language as tl
 from triton.tools.tensor_descriptor import TensorDescriptor
@@ -136,7 +135,7 @@ def cost(T: int, N: int, H: int, C: int = 0, n_sm: int = 132) -> Cost:
 def gate_up(x, w_gate_up, *, weight=None, act_sum=None, act_sumsq=None, scale=None, row_circuit=None):
     """x ``[T, H]``, w_gate_up ``[2N, H]`` -> act ``[T, N]`` summed and scaled; where ``down_proj.fits_tma`` holds."""
     (T, H), N = x.shape, w_gate_up.shape[0] // 2
-    act = torch.empty(T, N, dtype=x.dtype, device=x.device)
+    act = launch.empty(T, N, dtype=x.dtype, device=x.device)
     config = _launch_config()
     tiles_t = triton.cdiv(T, config.BLOCK_T)
     sums, steer = Sums(weight, act_sum, act_sumsq, tiles_t, N), Steer(scale, row_circuit)

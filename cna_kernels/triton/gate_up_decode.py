@@ -20,7 +20,6 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-import torch
 import triton
 import triton.language as tl
 
@@ -255,11 +254,11 @@ def gate_up_decode(x, w_gate_up, *, weight=None, act_sum=None, act_sumsq=None, s
         w_gate, w_up = w_gate_up
         if w_gate.stride(0) != w_up.stride(0):
             w_gate, w_up = w_gate.contiguous(), w_up.contiguous()
-        N, up_offset = w_gate.shape[0], (w_up.data_ptr() - w_gate.data_ptr()) // w_gate.element_size()
+        N, up_offset = w_gate.shape[0], launch.distance(w_gate, w_up)
     else:
         w_gate, N = w_gate_up, w_gate_up.shape[0] // 2
         up_offset = N * w_gate.stride(0)
-    act = torch.empty(T, N, dtype=x.dtype, device=x.device)
+    act = launch.empty(T, N, dtype=x.dtype, device=x.device)
     config = _launch_config(T, x.element_size())
     sums, steer = Sums(weight, act_sum, act_sumsq, 1, N), Steer(scale, row_circuit)
     gemv = config.BLOCK_T == 0

@@ -1,14 +1,22 @@
-"""Launching: one place for what every launch has in common, and for what the host knows about the device."""
+"""Launching: one place for what every launch has in common, and for what the host knows about the device.
+
+A launcher is a function of tensors that allocates with ``empty`` and launches with ``launch``. Both tell the recorder
+of ``repeat.py``, where one listens.
+"""
 
 from __future__ import annotations
 
 import contextlib
 import functools
+import threading
 
 import torch
 import triton
+from torch import Tensor
 
 from .tiles import INTERPRETED
+
+LISTENING = threading.local()  # .recorder: the recorder of this thread's launches
 
 
 def launch(kernel, grid, *args, device, **options):
@@ -17,8 +25,33 @@ def launch(kernel, grid, *args, device, **options):
     Multiply-adds are contracted (``enable_fp_fusion``) whatever the Triton version's default, so that the bits
     depend on the kernel alone.
     """
+    options["enable_fp_fusion"] = True
+    plain = [int(x) if type(x) is Distance else x for x in args]
     with torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext():
-        kernel[grid](*args, enable_fp_fusion=True, **options)
+        compiled = kernel[grid](*plain, **options)
+    if recorder := getattr(LISTENING, "recorder", None):
+        recorder.launched(kernel, compiled, grid, args, options)
+
+
+def empty(*shape: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """A new tensor of a launcher: its result or a workspace."""
+    tensor = torch.empty(shape, dtype=dtype, device=device)
+    if recorder := getattr(LISTENING, "recorder", None):
+        recorder.allocated(tensor)
+    return tensor
+
+
+class Distance(int):
+    """The elements between the starts of two tensors of one dtype: an argument that depends on their addresses."""
+
+    ends: tuple[Tensor, Tensor]
+
+
+def distance(first: Tensor, second: Tensor) -> Distance:
+    """How many elements lie from the start of the first to that of the second, wherever they are."""
+    elements = Distance((second.data_ptr() - first.data_ptr()) // first.element_size())
+    elements.ends = first, second
+    return elements
 
 
 def arch(device: torch.device) -> int:

@@ -1,69 +1,141 @@
-"""The Triton backend's ``gated_mlp``, ``swiglu``, ``steer_act``, ``down_proj``: each goes to the kernels of its plan.
+"""The Triton backend: what serves a call of an op, by the plan for its shapes.
 
 Arguments are checked by ``cna_kernels.ops``; ``cna_kernels.reference`` is the definition. Where gate and up are
 computed here (``gemv``, ``flat``, ``fused``) they stay in fp32; the reference rounds them as ``linear`` does.
+
+``prepare`` chooses once for calls that look alike. What it returns repeats the launches of its first call
+(``repeat.py``), with PyTorch's products between them where the plan has any.
 """
 
 from __future__ import annotations
 
-import torch
+from collections.abc import Callable
+
 import torch.nn.functional as F
 
-from .. import reference
+from .. import backends, reference
+from ..extras import Extras
+from ..reference import Scale
 from . import down_proj as down_proj_kernels
 from . import launch
-from . import swiglu as swiglu_kernels
 from .down_decode import down_gemv, down_split
-from .down_proj import fits_tma
+from .down_proj import rows_fit_tma
 from .gate_up import gate_up
 from .gate_up_decode import gate_up_decode
 from .plan import Call, choose
+from .repeat import Repeat
+from .steer import patch, put_back
+from .swiglu import act_pass, swiglu
 
 
-def gated_mlp(x, w_gate_up, w_down, **extras):
-    """See :func:`cna_kernels.gated_mlp`."""
-    (T, H), N = x.shape, w_down.shape[1]
-    if 0 in (T, H, N):
-        return reference.gated_mlp(x, w_gate_up, w_down, **extras)
+def prepare(op: str, inputs: tuple, extras: Extras | tuple) -> Callable:
+    """Return what serves calls with arguments like these; see :func:`cna_kernels.backends.prepare`."""
+    if op == "linear" or any(x is not None and x.numel() == 0 for x in inputs):
+        return backends.plain(op)
+    return _PREPARE[op](inputs, extras)
+
+
+def call_of(op: str, inputs: tuple) -> Call:
+    """What the choice of a plan may depend on, for gated_mlp and down_proj."""
+    x, w_down = inputs[0], inputs[-1]
     # the kernel with TMA reads gate and up as one box, so they must be one tensor
-    tma = isinstance(w_gate_up, torch.Tensor) and fits_tma(x, w_gate_up)
-    call = Call("gated_mlp", T, N, H, x.dtype, launch.arch(x.device), tma)
-    plan = choose(call).name
+    tma = rows_fit_tma(x, inputs[1]) and (op == "down_proj" or inputs[2] is None)
+    (H, N), device = w_down.shape, x.device
+    return Call(op, x.shape[0], N, H, x.dtype, launch.arch(device), tma, launch.n_multiprocessors(device))
+
+
+def _gated_mlp(inputs, extras):
+    plan = choose(call_of("gated_mlp", inputs)).name
     if plan == "gemv":
-        return down_gemv(gate_up_decode(x, w_gate_up, **extras), w_down)
+        return Repeat(
+            lambda x, w_gate, w_up, w_down, *extras: down_gemv(
+                gate_up_decode(x, _weights(w_gate, w_up), **_keywords(extras)), w_down
+            )
+        )
     if plan == "flat":
-        return down_split(gate_up_decode(x, w_gate_up, **extras), w_down, dependent=True)
-    if plan == "fused":
-        return F.linear(gate_up(x, w_gate_up, **extras), w_down)
-    gate, up = reference.gate_and_up(x, w_gate_up)
-    if plan == "gated":
-        return down_split(gate, w_down, up, **extras)
-    return F.linear(swiglu_kernels.swiglu(gate, up, **extras), w_down)
+        return Repeat(
+            lambda x, w_gate, w_up, w_down, *extras: down_split(
+                gate_up_decode(x, _weights(w_gate, w_up), **_keywords(extras)), w_down, dependent=True
+            )
+        )
+    act_of = _swiglu(None, None)
+
+    def by_blas(x, w_gate, w_up, w_down, *extras):
+        gate, up = reference.gate_and_up(x, _weights(w_gate, w_up))
+        return F.linear(act_of(gate, up, *extras), w_down)
+
+    if plan == "blas":
+        return by_blas
+    act_of_x = Repeat(lambda x, w_gate_up, *extras: gate_up(x, w_gate_up, **_keywords(extras)))
+
+    def fused(x, w_gate, w_up, w_down, *extras):
+        if not _on_16_bytes(x, w_gate):
+            return by_blas(x, w_gate, w_up, w_down, *extras)
+        return F.linear(act_of_x(x, w_gate, *extras), w_down)
+
+    return fused
 
 
-def swiglu(gate, up, **extras):
-    """See :func:`cna_kernels.swiglu`."""
-    if gate.numel() == 0:
-        return reference.swiglu(gate, up, **extras)
-    return swiglu_kernels.swiglu(gate, up, **extras)
+def _swiglu(_, __):
+    return Repeat(lambda gate, up, *extras: swiglu(gate, up, **_keywords(extras)))
 
 
-def steer_act(act, **extras):
-    """See :func:`cna_kernels.steer_act`."""
-    if act.numel() == 0:
-        return reference.steer_act(act, **extras)
-    steered = swiglu_kernels.act_pass(act, **extras)
-    return act.clone() if steered is act else steered
+def _steer_act(_, extras):
+    run = Repeat(lambda act, *extras: act_pass(act, **_keywords(extras)))
+    if extras.scale_offsets is None:
+        return lambda act, *extras: run(act, *extras).clone()
+    return run
 
 
-def down_proj(act, w_down, **extras):
-    """See :func:`cna_kernels.down_proj`."""
-    (T, N), H = act.shape, w_down.shape[0]
-    if 0 in (T, H, N):
-        return reference.down_proj(act, w_down, **extras)
-    plan = choose(Call("down_proj", T, N, H, act.dtype, launch.arch(act.device), fits_tma(act, w_down))).name
+def _down_proj(inputs, extras):
+    plan = choose(call_of("down_proj", inputs)).name
     if plan == "split":
-        return down_split(act, w_down, **extras)
-    if plan == "tma":
-        return down_proj_kernels.down_proj(act, w_down, **extras)
-    return F.linear(swiglu_kernels.act_pass(act, **extras), w_down)
+        return Repeat(_down_split)
+    by_blas = _down_proj_by_blas(inputs, extras)
+    if plan == "blas":
+        return by_blas
+    fused = Repeat(lambda act, w_down, *extras: down_proj_kernels.down_proj(act, w_down, **_keywords(extras)))
+    return lambda act, w_down, *extras: (fused if _on_16_bytes(act, w_down) else by_blas)(act, w_down, *extras)
+
+
+def _down_split(act, w_down, *extras):
+    given = _keywords(extras)
+    steer = dict(scale=given.pop("scale"), row_circuit=given.pop("row_circuit"))
+    if steer["scale"] is None:
+        return down_split(act, w_down, **given)
+    return down_split(act, w_down, act_pass(act, **steer), **given, dependent=True)
+
+
+def _down_proj_by_blas(inputs, extras):
+    act = inputs[0]
+    apart = act.shape[0] == 1 or act.stride(0) >= act.shape[1]
+    if extras.scale_offsets is None or extras.weight is not None or not apart:
+        summed = Repeat(lambda act, *extras: act_pass(act, **_keywords(extras)))
+        return lambda act, w_down, *extras: F.linear(summed(act, *extras), w_down)
+    scale = Repeat(lambda act, *steer: patch(act, Scale(*steer[:3]), steer[3]))
+    unscale = Repeat(lambda act, saved, *steer: put_back(act, saved, Scale(*steer[:3]), steer[3]))
+
+    def run(act, w_down, *extras):
+        steer = extras[3:]
+        saved = scale(act, *steer)
+        y = F.linear(act, w_down)
+        unscale(act, saved, *steer)
+        return y
+
+    return run
+
+
+_PREPARE = {"gated_mlp": _gated_mlp, "swiglu": _swiglu, "steer_act": _steer_act, "down_proj": _down_proj}
+
+
+def _on_16_bytes(a, b):
+    """Whether TMA can start at these addresses. Those of other calls that look alike may differ."""
+    return not (a.data_ptr() | b.data_ptr()) & 15
+
+
+def _weights(w_gate, w_up):
+    return w_gate if w_up is None else (w_gate, w_up)
+
+
+def _keywords(extras):
+    return Extras(*extras).keywords()

@@ -15,7 +15,7 @@ import torch
 
 from .. import plans
 from ..plans import Plan
-from .down_decode import MAX_GATED_TOKENS
+from .down_proj import waves
 from .gate_up_decode import MAX_TOKENS, max_gemv_tokens
 
 # Every plan by op: the kernels it runs, in order. "linear" is torch.nn.functional.linear, cuBLAS on NVIDIA devices.
@@ -23,14 +23,13 @@ PLANS = {
     "gated_mlp": {
         "gemv": "gate_up_gemv, down_gemv",
         "flat": "gate_up_flat, down_split, fold_y",
-        "gated": "linear, down_split on gate and up, fold_y",
         "fused": "gate_up, linear",
         "blas": "linear, swiglu, linear",
     },
     "down_proj": {
-        "split": "down_split, fold_y",
-        "tma": "down_proj",
-        "blas": "act in one pass if it is summed or scaled, linear",
+        "split": "a scaled copy if there is a scale, down_split, fold_y",
+        "tma": "down_proj, between two patches of act if there is a scale",
+        "blas": "linear, after one pass over act if it is summed, between two patches of it if there is a scale alone",
     },
 }
 
@@ -45,6 +44,7 @@ class Call(NamedTuple):
     dtype: torch.dtype
     arch: int  # 10 * major + minor of an NVIDIA device, 0 for any other
     tma: bool  # rows and addresses on 16 bytes, 2-byte elements
+    n_sm: int = 132  # multiprocessors
 
 
 def can_serve(call: Call, name: str) -> bool:
@@ -53,7 +53,6 @@ def can_serve(call: Call, name: str) -> bool:
     return {
         ("gated_mlp", "gemv"): few,
         ("gated_mlp", "flat"): call.T <= MAX_TOKENS and call.dtype.itemsize == 2,
-        ("gated_mlp", "gated"): call.T <= MAX_GATED_TOKENS,
         ("gated_mlp", "fused"): call.tma and call.arch >= 90,
         ("gated_mlp", "blas"): True,
         ("down_proj", "split"): call.T <= 4096,
@@ -77,6 +76,8 @@ def default(call: Call) -> Plan:
         return Plan("blas", "extras ride on a pass of 2 to 9% of the MLP; by arithmetic, unmeasured")
     if call.T <= MAX_TOKENS and not (wide and call.T > 16):
         return Plan("split", "bound by reading the weights once; by arithmetic, unmeasured")
+    if can_serve(call, "tma") and waves(call.T, call.H, call.n_sm) < 0.75:
+        return Plan("blas", "too few tiles for all multiprocessors: cuBLAS, which splits; by arithmetic, unmeasured")
     if can_serve(call, "tma"):
         return Plan("tma", "a pass over act of its own would cost 4 to 9% of the product; by arithmetic, unmeasured")
     return Plan("blas", "no TMA for this device, dtype or stride; by arithmetic, unmeasured")

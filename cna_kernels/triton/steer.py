@@ -1,4 +1,5 @@
-"""Sparse steering on the device: a token's circuit, the entries it has in a block of neurons, and two ways to use them.
+"""Sparse steering on the device: a token's circuit, the entries it has in a block of neurons, and two ways to use them:
+on act that the same program has stored (``steer_stored``), and on act that somebody else has (``patch``).
 
     act[t, n] *= value[e]   for every entry e of circuit row_circuit[t] with index[e] = n
 
@@ -12,6 +13,7 @@ import triton
 import triton.language as tl
 
 from ..reference import NEURON_BLOCK
+from . import launch
 from .tiles import scaled
 
 _NEURON_BLOCK = tl.constexpr(NEURON_BLOCK)
@@ -52,30 +54,81 @@ def steer_stored(act_ptr, stride_act_t, index_ptr, value_ptr, t, start, end, n_f
         tl.store(here, scaled(act, factor, dtype), mask=live)
 
 
-@triton.jit
-def next_steered(index_ptr, entry, end):
-    """The neuron of each token's next entry, beyond all where it has none left ``[BLOCK_T]``, and the nearest."""
-    n = tl.load(index_ptr + entry, mask=entry < end, other=0x7FFFFFFF)
-    return n, tl.min(n)
+@triton.jit(do_not_specialize=["T", "n_circuits"], do_not_specialize_on_alignment=ANY_ALIGNMENT)
+def _patch_kernel(
+    act_ptr,
+    saved_ptr,
+    row_circuit_ptr,
+    offsets_ptr,
+    index_ptr,
+    value_ptr,
+    T,
+    stride_act_t,
+    stride_saved_t,
+    n_circuits,
+    stride_offsets_k,
+    N: tl.constexpr,
+    RESTORE: tl.constexpr,
+    BLOCK_T: tl.constexpr,
+    BLOCK_E: tl.constexpr,
+):
+    """Each program owns the steered neurons of BLOCK_T tokens: it keeps them and scales them, or puts them back."""
+    dtype: tl.constexpr = act_ptr.dtype.element_ty
+    t = tl.program_id(0) * BLOCK_T + tl.arange(0, BLOCK_T)
+    start, end = entries(row_circuit_ptr, offsets_ptr, stride_offsets_k, n_circuits, t, t < T, 0, N)
+    act_row = act_ptr + t.to(tl.int64)[:, None] * stride_act_t
+    saved_row = saved_ptr + t.to(tl.int64)[:, None] * stride_saved_t
+    for first in range(0, tl.max(end - start), BLOCK_E):
+        e = first + tl.arange(0, BLOCK_E)[None, :]  # [BLOCK_T, BLOCK_E]
+        entry = start[:, None] + e
+        live = entry < end[:, None]
+        here = act_row + tl.load(index_ptr + entry, mask=live, other=0)
+        if RESTORE:
+            tl.store(here, tl.load(saved_row + e, mask=live, other=0.0), mask=live)
+        else:
+            act = tl.load(here, mask=live, other=0.0)
+            tl.store(saved_row + e, act, mask=live)
+            tl.store(here, scaled(act, tl.load(value_ptr + entry, mask=live, other=1.0), dtype), mask=live)
 
 
-@triton.jit
-def steer_tile(act, n, n_last, index_ptr, value_ptr, entry, end, steered_n, nearest):
-    """Multiply the steered neurons of a tile act ``[BLOCK_T, BLOCK_N]`` in registers; n ascends to n_last - 1.
+def patch(act, scale, row_circuit):
+    """Scale act ``[T, N]`` in place for the product that comes next; return what ``put_back`` needs after it.
 
-    For kernels that walk the neurons in order: ``entry`` is each token's next entry, ``steered_n`` its neuron. Call
-    it only if ``nearest < n_last``: a tile without steered neurons costs one comparison.
-
-    Returns:
-        act, and entry, steered_n, nearest for the tile after this one.
+    It touches the steered elements alone, where a scaled copy moves all of act: nothing for tokens without a circuit.
+    Rows must not share memory, and nothing else may use act meanwhile, on any stream.
     """
-    dtype: tl.constexpr = act.dtype
-    while nearest < n_last:
-        factor = tl.load(value_ptr + entry, mask=entry < end, other=1.0)
-        act = tl.where(steered_n[:, None] == n[None, :], scaled(act, factor[:, None], dtype), act)
-        entry += (steered_n < n_last).to(tl.int32)
-        steered_n, nearest = next_steered(index_ptr, entry, end)
-    return act, entry, steered_n, nearest
+    T, N = act.shape
+    # a circuit has at most one entry for a neuron; what is not steered is never written here
+    saved = launch.empty(T, max(1, min(N, scale.index.shape[0])), dtype=act.dtype, device=act.device)
+    _patch(act, saved, Steer(scale, row_circuit), restore=False)
+    return saved
+
+
+def put_back(act, saved, scale, row_circuit):
+    """Undo ``patch``. Returns act."""
+    _patch(act, saved, Steer(scale, row_circuit), restore=True)
+    return act
+
+
+def _patch(act, saved, steer, *, restore):
+    T, N = act.shape
+    launch.launch(
+        _patch_kernel,
+        (triton.cdiv(T, 4),),
+        act,
+        saved,
+        *steer.pointers(),
+        T,
+        act.stride(0),
+        saved.stride(0),
+        *steer.sizes(),
+        N=N,
+        RESTORE=restore,
+        BLOCK_T=4,
+        BLOCK_E=32,
+        num_warps=4,
+        device=act.device,
+    )
 
 
 class Steer:

@@ -145,16 +145,20 @@ def sum_run(
     BLOCK_N: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
-    """Read act[t_first:t_last, n] and add its sums, BLOCK_T tokens at a time."""
+    """Read act[t_first:t_last, n] and add its sums, BLOCK_T tokens at a time; a block without weight is not read."""
     sums = no_sums(C * SUM, BLOCK_C, BLOCK_N)
     squares = no_sums(C * SUMSQ, BLOCK_C, BLOCK_N)
     for t_start in tl.range(t_first, t_last, BLOCK_T, num_stages=2):
         t = (t_start + tl.arange(0, BLOCK_T)).to(tl.int64)
         t_mask = t < t_last
-        mask = t_mask[:, None] & n_mask[None, :]
-        act = tl.load(act_ptr + t[:, None] * stride_act_t + n[None, :], mask=mask, other=0.0)
         weight_row = weight_ptr + t * stride_weight_t
-        sums, squares = added(act, weight_row, t_mask, c_first, sums, squares, C, SUM, SUMSQ, BLOCK_C)
+        counted = tl.zeros([BLOCK_T], tl.int32)
+        for c in range(C):
+            counted |= (tl.load(weight_row + c, mask=t_mask, other=0.0) != 0.0).to(tl.int32)
+        if tl.max(counted, axis=0) > 0:
+            mask = t_mask[:, None] & n_mask[None, :]
+            act = tl.load(act_ptr + t[:, None] * stride_act_t + n[None, :], mask=mask, other=0.0)
+            sums, squares = added(act, weight_row, t_mask, c_first, sums, squares, C, SUM, SUMSQ, BLOCK_C)
     put_sums(
         sums,
         squares,
@@ -282,7 +286,7 @@ class Sums:
         self.part = None
         if self.n_columns and runs > 1:
             columns = self.n_columns * ((act_sum is not None) + (act_sumsq is not None))
-            self.part = torch.empty(runs, columns, n_neurons, dtype=torch.float32, device=weight.device)
+            self.part = launch.empty(runs, columns, n_neurons, dtype=torch.float32, device=weight.device)
 
     def pointers(self):
         """weight_ptr, sum_ptr, sumsq_ptr"""

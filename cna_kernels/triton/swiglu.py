@@ -16,7 +16,6 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-import torch
 import triton
 import triton.language as tl
 
@@ -158,14 +157,14 @@ def cost(T: int, N: int, C: int, itemsize: int = 2) -> Cost:
 
 def swiglu(gate, up, *, weight=None, act_sum=None, act_sumsq=None, scale=None, row_circuit=None):
     """gate, up ``[T, N]`` -> act ``[T, N]``, summed and scaled. T and N are not 0."""
-    act = torch.empty(gate.shape, dtype=gate.dtype, device=gate.device)
+    act = launch.empty(*gate.shape, dtype=gate.dtype, device=gate.device)
     _pass(gate, up, act, weight, act_sum, act_sumsq, scale, row_circuit)
     return act
 
 
 def act_pass(act, *, weight=None, act_sum=None, act_sumsq=None, scale=None, row_circuit=None):
     """act ``[T, N]`` as computed elsewhere -> a scaled copy, summed on the way; act itself where there is no scale."""
-    steered = act if scale is None else torch.empty(act.shape, dtype=act.dtype, device=act.device)
+    steered = act if scale is None else launch.empty(*act.shape, dtype=act.dtype, device=act.device)
     if weight is not None or scale is not None:
         _pass(act, None, steered, weight, act_sum, act_sumsq, scale, row_circuit)
     return steered
