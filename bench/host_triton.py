@@ -1,4 +1,4 @@
-"""The host's time for a call of the Triton backend, on a machine without a GPU: a driver that does nothing is launched on.
+"""The host's time for a call of the Triton backend without a GPU: on a driver that does nothing.
 
 ``bench_host.py`` runs this file in a process of its own, with that driver (``stub_cuda.c``) in the place of libcuda; it
 prints rows as JSON. Weights are small, since nothing reads them: kernels, plans and launches are those of an H100.
@@ -15,7 +15,7 @@ from triton.backends.nvidia import driver as nvidia
 
 from cna_kernels import backends, make_scale, ops
 from cna_kernels.extras import Extras
-from cna_kernels.triton import launch, mlp
+from cna_kernels.triton import mlp
 from cna_kernels.triton.down_decode import down_gemv
 from cna_kernels.triton.gate_up_decode import gate_up_decode
 from interleave import compare

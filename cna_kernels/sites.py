@@ -96,7 +96,7 @@ mlp_forward.__name__, apply_gate.__name__ = "forward", "_apply_gate"
 
 
 def plain_weight(module: Any) -> Tensor | None:
-    """The weight of a layer that is nothing but a product with it: no bias, adapter, quantisation, hook or offloading."""
+    """The weight of a layer that is only a product with it: no bias, adapter, quantisation, hook or offloading."""
     if type(module) is not nn.Linear:
         return None
     own = module.__dict__  # a quarter of the time that attributes of a module take

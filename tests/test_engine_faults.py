@@ -7,6 +7,7 @@ import weakref
 import pytest
 import torch
 from torch import nn
+from torch._dynamo import testing
 from torch.nn.utils import prune
 
 from attach_cases import assert_steered_as_hooks, ids_of, logits, make, quietly, random_circuit, transformers
@@ -161,7 +162,7 @@ def test_layers_compiled_one_by_one():
     engine.rows([0, -1])
     steered, plain = logits(model, ids), logits(make("llama", num_hidden_layers=12), ids)
     torch._dynamo.reset()
-    counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
+    counter = testing.CompileCounterWithBackend("aot_eager")
     for layer in model.model.layers:
         layer.compile(fullgraph=True, backend=counter)
     assert torch.allclose(logits(model, ids, use_cache=False), steered, atol=1e-4)
@@ -176,7 +177,7 @@ def test_batches_of_many_sizes_share_a_graph():
     engine = attach(model)
     engine.set([random_circuit(engine, 0)], [-2.0])
     torch._dynamo.reset()
-    counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
+    counter = testing.CompileCounterWithBackend("aot_eager")
     compiled = torch.compile(model, fullgraph=True, backend=counter)
     for n_rows in range(2, 14):
         ids = ids_of(n_rows, 5)
