@@ -15,6 +15,7 @@ else stays the model's: attention, caches, ``generate``, hooks, adapters. No hoo
 
 from __future__ import annotations
 
+import functools
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
@@ -23,7 +24,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from . import backends, select
+from . import backends, ops, select
 from .checks import InputError, check_tensor
 from .circuit import Circuit
 from .sites import (
@@ -39,6 +40,7 @@ from .sites import (
 )
 from .steering import SteeringTable
 from .sums import ActivationSums
+from .warm_up import blank_extras, warm_up
 
 __all__ = ["Engine", "attach", "attached"]
 
@@ -343,6 +345,32 @@ class Engine:
         return [tuple(pair) for pair in (counts >= max(threshold * len(sums.count) - 1e-9, 1)).nonzero().tolist()]
 
     # Life.
+
+    def warm_up(self, longest: int = 4096, *, n_columns: int = 0, squares: bool = False) -> list[int]:
+        """Compile what forward passes of up to so many tokens launch, so that none of them waits for a compiler.
+
+        Args:
+            longest: the most tokens of a pass, batch times sequence.
+            n_columns: also passes inside :meth:`collect` with so many columns, and with squares if they have them.
+
+        Returns:
+            The numbers of tokens that the MLPs were called with; none where nothing is compiled.
+        """
+        self._check_attached()
+        distinct = {}
+        for site in self._sites:
+            if not site.in_modules:
+                op, tensors = site.example(1)
+                distinct.setdefault(ops.looks(op, tensors, (), site.backend), site)
+        called = set()
+        for (op, *_), site in distinct.items():
+            for columns in dict.fromkeys((0, n_columns)):
+                extras_of = functools.partial(
+                    blank_extras, n_neurons=site.own_width, device=site.device(site.mlp), scale=site.scale,
+                    n_columns=columns * self.n_experts[site.layer], squares=squares,
+                )  # fmt: skip
+                called.update(warm_up(op, lambda T, s=site: s.example(T)[1], extras_of, longest, site.backend))
+        return sorted(called)
 
     def not_fused(self) -> list[str]:
         """What does not run in one op, and why: one line for each reason, with its layers."""

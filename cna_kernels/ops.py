@@ -64,7 +64,7 @@ def gated_mlp(
     """
     w_gate, w_up = w_gate_up if isinstance(w_gate_up, tuple) else (w_gate_up, None)
     extras = _extras(weight, act_sum, act_sumsq, scale, row_circuit)
-    return _call("gated_mlp", (x, w_gate, w_up, w_down), extras, backend)
+    return call("gated_mlp", (x, w_gate, w_up, w_down), extras, backend)
 
 
 def swiglu(
@@ -88,7 +88,7 @@ def swiglu(
     Returns:
         act ``[T, N]``, contiguous, the input for ``down_proj``.
     """
-    return _call("swiglu", (gate, up), _extras(weight, act_sum, act_sumsq, scale, row_circuit), backend)
+    return call("swiglu", (gate, up), _extras(weight, act_sum, act_sumsq, scale, row_circuit), backend)
 
 
 def down_proj(
@@ -112,7 +112,7 @@ def down_proj(
     Returns:
         y ``[T, H]``.
     """
-    return _call("down_proj", (act, w_down), _extras(weight, act_sum, act_sumsq, scale, row_circuit), backend)
+    return call("down_proj", (act, w_down), _extras(weight, act_sum, act_sumsq, scale, row_circuit), backend)
 
 
 def steer_act(
@@ -134,7 +134,7 @@ def steer_act(
     Returns:
         act ``[T, N]``, a scaled copy.
     """
-    return _call("steer_act", (act,), _extras(weight, act_sum, act_sumsq, scale, row_circuit), backend)
+    return call("steer_act", (act,), _extras(weight, act_sum, act_sumsq, scale, row_circuit), backend)
 
 
 def linear(x: Tensor, w: Tensor, bias: Tensor | None = None, *, backend: str | None = None) -> Tensor:
@@ -151,7 +151,7 @@ def linear(x: Tensor, w: Tensor, bias: Tensor | None = None, *, backend: str | N
     """
     if x.device.type != "cpu":
         return F.linear(x, w, bias)
-    return _call("linear", (x, w, bias), (), backend)
+    return call("linear", (x, w, bias), (), backend)
 
 
 def _extras(weight, act_sum, act_sumsq, scale, row_circuit):
@@ -246,7 +246,8 @@ _MOST = 1 << 14  # kinds of calls to keep; a long run over prompts of all length
 _KNOWN = (torch.Tensor, torch.nn.Parameter)
 
 
-def _call(op, inputs, extras, backend):
+def call(op: str, inputs: tuple, extras: Extras | tuple, backend: str | None = None) -> Tensor:
+    """Call an op with its tensors as torch.library takes them: ``gated_mlp`` with x, w_gate_up, w_up or None, w_down."""
     if _observed() or _needs_grad(inputs, extras):
         _check(op, inputs, extras)
         if _needs_grad(inputs, extras):
@@ -254,28 +255,28 @@ def _call(op, inputs, extras, backend):
             with _as_given(inputs[0]):
                 return backends.plain(op)(*inputs, *extras)
         return _through_library(op, inputs, extras, backend)
-    looks = _looks(op, inputs, extras, backend)
-    run = _READY.get(looks)
+    key = looks(op, inputs, extras, backend)
+    run = _READY.get(key)
     if run is None:
         _check(op, inputs, extras)
         if inputs[0].is_meta or any(type(x) not in _KNOWN for x in (*inputs, *extras) if x is not None):
             return _through_library(op, inputs, extras, backend)
-        run = _prepare(looks, op, inputs, extras, backend)
+        run = _prepare(key, op, inputs, extras, backend)
     if extras and extras.weight is not None:
         _count_change(extras)
     return run(*inputs, *extras)
 
 
-def _looks(op, inputs, extras, backend):
+def looks(op, inputs, extras, backend):
     """All that checks, backends and plans look at: two calls that share it differ in the addresses and the values."""
     tensors = (*inputs, *extras)
     return op, backend, *[x if x is None else (type(x), x.shape, x.stride(), x.dtype, x.device) for x in tensors]
 
 
-def _prepare(looks, op, inputs, extras, backend):
+def _prepare(key, op, inputs, extras, backend):
     if len(_READY) >= _MOST:
         _READY.clear()
-    run = _READY[looks] = backends.prepare(op, inputs, extras, backend)
+    run = _READY[key] = backends.prepare(op, inputs, extras, backend)
     return run
 
 
@@ -362,8 +363,8 @@ def _implementation(op, n_inputs, with_sums):
         if with_sums:
             _count_change(extras)
         with _as_given(inputs[0]):
-            looks = _looks(op, inputs, extras, backend)
-            return (_READY.get(looks) or _prepare(looks, op, inputs, extras, backend))(*inputs, *extras)
+            key = looks(op, inputs, extras, backend)
+            return (_READY.get(key) or _prepare(key, op, inputs, extras, backend))(*inputs, *extras)
 
     return run
 

@@ -235,6 +235,30 @@ class Site:
             return y.view(*x.shape[:-1], -1)
         return down(self.steer(act))
 
+    def example(self, n_tokens: int) -> tuple[str, tuple]:
+        """The op that serves the MLP as it is now, and tensors of which it could be called with so many tokens."""
+        layers = [getattr(self.mlp, name) for name in self.LAYERS]
+        weights = [plain_weight(layer) for layer in layers]
+        like = next((x for x in self.mlp.parameters() if x.dtype in ops.FLOATS), torch.empty(0, dtype=torch.bfloat16))
+        device = self.device(self.mlp)
+
+        def blank(n):
+            return torch.empty(n_tokens, n, dtype=like.dtype, device=device)
+
+        *first, w_down = weights or [None]
+        silu = is_plain_silu(self.activation(self.mlp))
+        if silu and weights and all(weight is not None for weight in weights):
+            w_gate, w_up = (first[0], None) if len(first) == 1 else first
+            return "gated_mlp", (blank(w_gate.shape[1]), w_gate, w_up, w_down)
+        if silu:
+            halves = blank(self.own_width), blank(self.own_width)
+            return "swiglu", halves if len(first) == 2 else blank(2 * self.own_width).chunk(2, dim=1)
+        return (
+            ("steer_act", (blank(self.own_width),))
+            if w_down is None
+            else ("down_proj", (blank(self.own_width), w_down))
+        )
+
     def steer(self, act: Tensor) -> Tensor:
         """act ``[..., N]``, summed and scaled."""
         extras, flat = self.extras(act.shape[-1], act.device), act.flatten(0, -2)

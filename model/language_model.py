@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
@@ -16,7 +17,9 @@ from cna_kernels import backends
 from cna_kernels.checks import InputError
 from cna_kernels.circuit import Circuit, check_fits, made_elsewhere
 from cna_kernels.files import FilePath
+from cna_kernels.reference import make_scale
 from cna_kernels.steering import SteeringTable
+from cna_kernels.warm_up import blank_extras, warm_up
 
 from .config import DTYPES, read_config
 from .corpus import Contrast, Corpus, Entry, Names, two_sets
@@ -114,6 +117,34 @@ class LanguageModel:
         """Return logits ``[B, S, V]`` for whole sequences ``[B, S]``, steered inside :meth:`steered`."""
         self._require_logits()
         return self.transformer(input_ids, steer=self._steer(input_ids.shape[0]))
+
+    def warm_up(self, longest: int = 4096, *, n_columns: int = 2, squares: bool = False) -> list[int]:
+        """Compile what the MLPs launch for any number of tokens: plain, steered, and summed into so many columns.
+
+        Args:
+            longest: the most tokens of a forward pass.
+            n_columns: of the sums; 2 for discovery.
+            squares: the sums have squares, as the score "cohen-d" needs.
+
+        Returns:
+            The numbers of tokens that the MLP was called with; none where nothing is compiled.
+        """
+        self._require_logits()
+        mlp = self.transformer.layers[0].mlp
+        w_gate_up, w_down = mlp.gate_up_proj.weight, mlp.down_proj.weight
+        n_neurons, device = w_down.shape[1], w_down.device
+        scale = make_scale([{}], n_neurons, device)
+        called = set()
+        for given in (dict(), dict(scale=scale), dict(n_columns=n_columns, squares=squares)):
+            called.update(
+                warm_up(
+                    "gated_mlp",
+                    lambda T: (w_gate_up.new_empty(T, w_gate_up.shape[1]), w_gate_up, None, w_down),
+                    functools.partial(blank_extras, n_neurons=n_neurons, device=device, **given),
+                    longest,
+                )
+            )
+        return sorted(called)
 
     def _require_logits(self):
         if type(self.transformer) is not Transformer:

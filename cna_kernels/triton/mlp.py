@@ -11,9 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-import torch.nn.functional as F
-
-from .. import backends, reference
+from .. import backends
 from ..extras import Extras
 from ..reference import Scale
 from . import down_proj as down_proj_kernels
@@ -61,8 +59,11 @@ def _gated_mlp(inputs, extras):
     act_of = _swiglu(None, None)
 
     def by_blas(x, w_gate, w_up, w_down, *extras):
-        gate, up = reference.gate_and_up(x, _weights(w_gate, w_up))
-        return F.linear(act_of(gate, up, *extras), w_down)
+        if w_up is None:
+            gate, up = launch.linear(x, w_gate).chunk(2, dim=-1)
+        else:
+            gate, up = launch.linear(x, w_gate), launch.linear(x, w_up)
+        return launch.linear(act_of(gate, up, *extras), w_down)
 
     if plan == "blas":
         return by_blas
@@ -71,7 +72,7 @@ def _gated_mlp(inputs, extras):
     def fused(x, w_gate, w_up, w_down, *extras):
         if not _on_16_bytes(x, w_gate):
             return by_blas(x, w_gate, w_up, w_down, *extras)
-        return F.linear(act_of_x(x, w_gate, *extras), w_down)
+        return launch.linear(act_of_x(x, w_gate, *extras), w_down)
 
     return fused
 
@@ -111,14 +112,14 @@ def _down_proj_by_blas(inputs, extras):
     apart = act.shape[0] == 1 or act.stride(0) >= act.shape[1]
     if extras.scale_offsets is None or extras.weight is not None or not apart:
         summed = Repeat(lambda act, *extras: act_pass(act, **_keywords(extras)))
-        return lambda act, w_down, *extras: F.linear(summed(act, *extras), w_down)
+        return lambda act, w_down, *extras: launch.linear(summed(act, *extras), w_down)
     scale = Repeat(lambda act, *steer: patch(act, Scale(*steer[:3]), steer[3]))
     unscale = Repeat(lambda act, saved, *steer: put_back(act, saved, Scale(*steer[:3]), steer[3]))
 
     def run(act, w_down, *extras):
         steer = extras[3:]
         saved = scale(act, *steer)
-        y = F.linear(act, w_down)
+        y = launch.linear(act, w_down)
         unscale(act, saved, *steer)
         return y
 

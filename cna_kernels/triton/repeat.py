@@ -17,7 +17,7 @@ import triton
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from .launch import LISTENING, Distance
+from .launch import LISTENING, Distance, is_listing
 from .tiles import INTERPRETED
 
 
@@ -67,7 +67,8 @@ class Repeat:
 
     def _first(self, tensors):
         given = [id(x) for x in tensors if x is not None]
-        if len(set(given)) < len(given):  # one tensor in two places: which of them is meant, a later call must show
+        one_in_two_places = len(set(given)) < len(given)  # which of them is meant, a later call must show
+        if one_in_two_places or is_listing():
             return self._launcher(*tensors)
         outer, LISTENING.recorder = getattr(LISTENING, "recorder", None), Recorder(tensors)
         try:
@@ -174,6 +175,22 @@ class Recorder:
             if x is not None and x.dtype == tensor.dtype and x.device == tensor.device:
                 return place, tensor.shape, None
         return next(i for i, x in enumerate(given) if x is not None), tensor.shape, tensor.dtype
+
+
+def variant(kernel, args, options) -> tuple:
+    """What Triton compiles a launch for: launches of the same kernel with the same variant share the compiled code."""
+    free = kernel.do_not_specialize if hasattr(kernel, "do_not_specialize") else ()
+    kinds = []
+    for name, x in zip(kernel.arg_names, args, strict=False):
+        if isinstance(x, Tensor):
+            kinds.append(x.dtype)
+        elif isinstance(x, TensorDescriptor):
+            kinds.append((x.base.dtype, *x.block_shape))
+        elif isinstance(x, int):
+            kinds.append("int" if name in (free or ()) else _kind_of_int(x))
+        else:
+            kinds.append(x)
+    return kernel, tuple(kinds), tuple(sorted(options.items()))
 
 
 def _interpret(x, y, z, stream, kernel, options, *rest):

@@ -1,0 +1,80 @@
+"""Warming up: compiling what calls of any number of tokens launch before the first of them waits for a compiler.
+
+Triton compiles a kernel at its first launch, in about a second. As T runs over 1 .. 4096 an op launches some 10 to 17
+different kernels, the first of them at 1, 2, 17, 33, 65, ... tokens: a serving loop would stand still at each.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+
+import torch
+
+from . import backends, ops
+from .extras import Extras
+from .reference import Scale
+
+
+def warm_up(
+    op: str,
+    inputs_of: Callable[[int], tuple],
+    extras_of: Callable[[int], Extras],
+    longest: int = 4096,
+    backend: str | None = None,
+) -> list[int]:
+    """Call an op with every number of tokens at which it launches something new.
+
+    Args:
+        op: "gated_mlp", "swiglu", "down_proj" or "steer_act".
+        inputs_of: the op's tensors for a number of tokens T, with the shapes, strides and dtypes of the calls to come:
+            ``(x, w_gate_up, None, w_down)``, ``(x, w_gate, w_up, w_down)``, ``(gate, up)``, ``(act, w_down)`` or
+            ``(act,)``. What they hold does not matter.
+        extras_of: likewise what is summed and steered. Sums are changed.
+        longest: the largest T.
+        backend: as in :func:`cna_kernels.gated_mlp`.
+
+    Returns:
+        The numbers of tokens that were called, ascending; none with a backend that compiles nothing.
+    """
+    if backends.name_for(inputs_of(1)[0].device, backend) != "triton":
+        return []
+    with torch.inference_mode():
+        called = list(_first_to_launch(op, inputs_of, extras_of, longest))
+        for T in called:
+            ops.call(op, inputs_of(T), extras_of(T), backend)
+    return called
+
+
+def _first_to_launch(op, inputs_of, extras_of, longest) -> Iterator[int]:
+    """Each T that launches what no smaller one does, found by listing launches; nothing runs."""
+    from .triton import launch, mlp, repeat
+
+    seen = set()
+    for T in range(1, longest + 1):
+        inputs, extras = inputs_of(T), extras_of(T)
+        with launch.listing() as listed:
+            mlp.prepare(op, inputs, extras)(*inputs, *extras)
+        new = {repeat.variant(kernel, args, options) for kernel, _, args, options in listed} - seen
+        if new:
+            seen |= new
+            yield T
+
+
+def blank_extras(
+    n_tokens: int,
+    n_neurons: int,
+    device: torch.device,
+    *,
+    scale: Scale | None = None,
+    n_columns: int = 0,
+    squares: bool = False,
+) -> Extras:
+    """Extras with so many columns of sums, or none, and with a scale that no token uses, or none."""
+    sums = [None] * 3
+    if n_columns:
+        fp32 = dict(dtype=torch.float32, device=device)
+        sums = [torch.zeros(n_tokens, n_columns, **fp32), torch.zeros(n_columns, n_neurons, **fp32)]
+        sums.append(torch.zeros(n_columns, n_neurons, **fp32) if squares else None)
+    if scale is None:
+        return Extras(*sums)
+    return Extras(*sums, *scale, torch.full((n_tokens,), -1, dtype=torch.int32, device=device))
