@@ -95,8 +95,8 @@ mlp_forward.__name__, apply_gate.__name__ = "forward", "_apply_gate"
 # What a part of an MLP is.
 
 
-def plain_weight(module: Any) -> Tensor | None:
-    """The weight of a layer that is only a product with it: no bias, adapter, quantisation, hook or offloading."""
+def plain_weight(module: Any, dtype: torch.dtype | None = None) -> Tensor | None:
+    """The weight, of that dtype, of a layer that is only a product with it: no bias, adapter, hook or offloading."""
     if type(module) is not nn.Linear:
         return None
     own = module.__dict__  # a quarter of the time that attributes of a module take
@@ -107,7 +107,7 @@ def plain_weight(module: Any) -> Tensor | None:
         or parameters.get("bias") is not None
         or "forward" in own
         or has_hooks(own)
-        or weight.dtype not in ops.FLOATS
+        or (weight.dtype not in ops.FLOATS if dtype is None else weight.dtype != dtype)
         or weight.stride(1) != 1
         or weight.is_meta
     ):
@@ -128,10 +128,6 @@ def has_hooks(own: dict[str, Any]) -> bool:
     return bool(
         own["_forward_hooks"] or own["_forward_pre_hooks"] or own["_backward_hooks"] or own["_backward_pre_hooks"]
     )
-
-
-def same_dtype(x: Tensor, weight: Tensor) -> bool:
-    return x.dtype == weight.dtype and not torch.is_autocast_enabled(x.device.type)
 
 
 def kind_of(module: Any) -> str:
@@ -216,20 +212,22 @@ class Site:
             return self.mlp.down_proj(self.steer(self.plain_act(x)))
         modules = self.mlp.__dict__["_modules"]
         silu = is_plain_silu(self.activation(self.mlp))
-        weights = [plain_weight(modules[name]) for name in self.LAYERS]
-        down = modules["down_proj"]
-        if silu and all(weight is not None and same_dtype(x, weight) for weight in weights):
-            *first, w_down = weights
+        weights = [plain_weight(modules[name], x.dtype) for name in self.LAYERS]
+        if torch.is_autocast_enabled(x.device.type):
+            weights = [None] * len(weights)  # the layers' own products are in another dtype
+        *first, w_down = weights
+        if silu and all(weight is not None for weight in weights):
             w_gate_up = first[0] if len(first) == 1 else tuple(first)
             extras = self.extras(w_down.shape[1], x.device)
-            return ops.gated_mlp(x.flatten(0, -2), w_gate_up, w_down, **extras, backend=self.backend).view(x.shape)
+            return ops.gated_mlp(x.flatten(0, -2), w_gate_up, w_down, **extras, backend=self.backend).view_as(x)
+        down = modules["down_proj"]
         if silu:
             gate, up = self.gate_and_up(x)
             extras = self.extras(gate.shape[-1], gate.device)
             act = ops.swiglu(gate.flatten(0, -2), up.flatten(0, -2), **extras, backend=self.backend)
             return down(act.view(*x.shape[:-1], -1))
-        act, w_down = self.plain_act(x), weights[-1]
-        if w_down is not None and same_dtype(act, w_down):
+        act = self.plain_act(x)
+        if w_down is not None and act.dtype == x.dtype:
             extras = self.extras(act.shape[-1], act.device)
             y = ops.down_proj(act.flatten(0, -2), w_down, **extras, backend=self.backend)
             return y.view(*x.shape[:-1], -1)
