@@ -18,6 +18,8 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.backends.driver import DriverBase
 
+import register_a
+import sass
 from cna_kernels.triton import launch
 
 SHARED_LIMIT = {80: 166_912, 90: 232_448, 100: 232_448}  # bytes of shared memory that one program may use
@@ -62,6 +64,7 @@ class Compiled:
     notices: list = field(default_factory=list)  # what ptxas said beyond its usual table
     loop: list = field(default_factory=list)  # instructions of the loop that does the work, opcodes in order
     block: dict = field(default_factory=dict)  # the constexpr arguments
+    scan: register_a.Scan = register_a.Scan(0, [])  # matrix instructions with their left factor in registers
 
 
 def compile_launches(arch, call) -> list[Compiled]:
@@ -108,15 +111,16 @@ def _read_cuda(result, log, cubin):
         binary = Path(directory, "kernel.cubin")
         binary.write_bytes(cubin)
         nvdisasm = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "nvdisasm"
-        sass = subprocess.run([nvdisasm, "-c", binary], capture_output=True, text=True, check=True).stdout
+        text = subprocess.run([nvdisasm, "-c", binary], capture_output=True, text=True, check=True).stdout
     result.registers = int(re.search(r"Used (\d+) registers", log)[1])
     result.spills = sum(int(n) for n in re.findall(r"(\d+) bytes spill", log))
     result.notices = re.findall(r"\(?(C\d{4})\)?", log)
-    lines = _instructions(sass)
-    opcodes = [opcode for _, opcode, _ in lines]
+    code = sass.instructions(text)
+    opcodes = [one.opcode for one in code]
     result.counts = {name: sum(bool(re.match(pattern, o)) for o in opcodes) for name, pattern in GROUPS.items()}
     result.counts["all"] = len(opcodes)
-    result.loop = _working_loop(lines)
+    result.loop = sass.working_loop(code)
+    result.scan = register_a.scan(text)
 
 
 GROUPS = {
@@ -129,31 +133,3 @@ GROUPS = {
     "MUFU": r"MUFU",
     "local": r"(STL|LDL)",
 }
-
-
-# "        /*0a30*/              @!P0 LDG.E.128 R4, desc[UR4][R2.64] ;"
-_INSTRUCTION = re.compile(r"\s*(?:/\*\w+\*/\s*)?(?:\{\s*)?(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9_]*(?:\.[A-Z0-9_]+)*)\b(.*);")
-
-
-def _instructions(sass):
-    """(label or None, opcode, operands) of every instruction, in order."""
-    label, found = None, []
-    for line in sass.splitlines():
-        if match := re.match(r"\s*(\.L_\w+):", line):
-            label = match[1]
-        elif match := _INSTRUCTION.match(line):
-            found.append((label, match[1], match[2]))
-            label = None
-    return found
-
-
-def _working_loop(lines):
-    """The opcodes of the innermost loop with the most MUFU, matrix and multiply-add instructions."""
-    at = {label: i for i, (label, _, _) in enumerate(lines) if label}
-    spans = []
-    for i, (_, opcode, operands) in enumerate(lines):
-        if opcode.startswith("BRA") and (match := re.search(r"(\.L_\w+)", operands)) and at.get(match[1], i + 1) <= i:
-            spans.append((at[match[1]], i))
-    inner = [s for s in spans if not any(o != s and s[0] <= o[0] and o[1] <= s[1] for o in spans)]
-    loops = [[opcode for _, opcode, _ in lines[first : last + 1]] for first, last in inner]
-    return max(loops, key=lambda loop: sum(bool(re.match(r"MUFU|\w*MMA|FFMA", o)) for o in loop), default=[])

@@ -4,8 +4,9 @@
 
 Writes DIR/compile_gate_triton_<version>.json and .md, and with them the times that the cost functions predict. A row
 fails on a register spill, on ptxas serialising matrix instructions (notice C75xx), on a bf16 or fp16 product on sm_90
-without wgmma (HGMMA), on more shared memory than a program may use, and on instruction counts that the kernel's
-``cost`` does not foresee. Exit code 1 if any row fails.
+without wgmma (HGMMA), on a left factor in registers that is overwritten while it is read (``register_a.py``), on more
+shared memory than a program may use, and on instruction counts that the kernel's ``cost`` does not foresee. Exit code
+1 if any row fails.
 """
 
 from __future__ import annotations
@@ -174,6 +175,8 @@ def compile_one(job):
             spill_bytes=c.spills,
             shared=c.shared,
             **c.counts,
+            register_a=c.scan.n_instructions,
+            overwritten=c.scan.overwritten,
             per_item=per_item(c),
             notices=c.notices,
             block={k: v for k, v in c.block.items() if k.startswith("BLOCK")},
@@ -228,6 +231,8 @@ def failures(row, target):
         found.append("no wgmma")
     if target == 90 and row["kernel"] in FETCH_AHEAD and row["dtype"] != "fp32" and row["shared"] < AHEAD:
         found.append(f"weights are not fetched ahead: {row['shared']} bytes of shared memory")
+    if row.get("overwritten"):
+        found.append(f"left factor overwritten while it is read: {row['overwritten'][0]}")
     if target == 90 and row["op"] == "swiglu" and row["kernel"] == "swiglu_kernel" and not row["load128"]:
         found.append("no 128-bit loads")
     if target == 90 and row["op"] == "swiglu" and row["feature"] == "both" and (row["per_item"] or 0) > 28:
@@ -240,7 +245,7 @@ def failures(row, target):
 
 PREDICTED = ["model", "T", "kernel", "megabytes", "memory_us", "matrix_us", "issue_us", "bound"]
 COLUMNS = ["kernel", "target", "model", "T", "dtype", "feature", "registers", "spill_bytes", "shared"]
-COLUMNS += ["HGMMA", "UTCMMA", "HMMA", "load128", "tma", "MUFU", "all", "per_item", "notices", "failures"]
+COLUMNS += ["HGMMA", "register_a", "UTCMMA", "HMMA", "load128", "tma", "MUFU", "all", "per_item", "notices", "failures"]
 
 
 def table(rows, columns):

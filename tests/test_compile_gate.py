@@ -7,8 +7,9 @@ import pytest
 
 sys.path.append(str(Path(__file__).resolve().parent.parent / "bench"))
 
-import aot
 import compile_gate
+import register_a
+import sass
 
 GOOD = dict(
     kernel="swiglu_kernel", op="swiglu", T=4096, dtype="bf16", feature="both", registers=96, spill_bytes=0, shared=32832
@@ -68,9 +69,58 @@ SASS = """
 
 
 def test_machine_code_is_read():
-    lines = aot._instructions(SASS)
-    assert [opcode for _, opcode, _ in lines][:4] == ["MOV", "LDG.E.128", "MUFU.EX2", "FFMA"]
-    assert aot._working_loop(lines) == ["LDG.E.128", "MUFU.EX2", "FFMA", "BRA"]
+    code = sass.instructions(SASS)
+    assert [one.opcode for one in code][:4] == ["MOV", "LDG.E.128", "MUFU.EX2", "FFMA"]
+    assert [one.guard for one in code][:4] == [None, None, "!P0", None]
+    assert sass.working_loop(code) == ["LDG.E.128", "MUFU.EX2", "FFMA", "BRA"]
+
+
+# A loop of two groups: the wait lets one run on, so behind it the group of R8 still runs and that of R4 is over.
+PRODUCTS = """
+        LDSM.16.M88.4 R4, [R2] ;
+        LDSM.16.M88.4 R8, [R2+0x800] ;
+.L_x_1:
+        WARPGROUP.ARRIVE ;
+        HGMMA.64x256x16.F32.BF16 R24, R4, gdesc[UR8], R24 ;
+        HGMMA.64x256x16.F32.BF16 R24, gdesc[UR4], R24, gsb0 ;
+        STS [R4], R5 ;
+        ISETP.NE.AND P0, PT, R4, RZ, PT ;
+        WARPGROUP.ARRIVE ;
+        HGMMA.64x256x16.F32.BF16 R24, R8, gdesc[UR8], R24, gsb0 ;
+        WARPGROUP.DEPBAR.LE gsb0, 0x1 ;
+        LDSM.16.M88.4 R4, [R2] ;
+        IADD3 R12, P1, R12, 0x1, RZ ;
+    @P0 BRA `(.L_x_1) ;
+        WARPGROUP.DEPBAR.LE gsb0, 0x0 ;
+        MOV R8, RZ ;
+        EXIT ;
+"""
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "culprit"),
+    [
+        ("IADD3 R12,", "IADD3 R12,", None),
+        ("STS [R4], R5", "MOV R6, R5", "MOV R6, R5"),  # in the group itself, before it is closed
+        ("STS [R4], R5", "MOV R8, R5", "MOV R8, R5"),  # one loop later: the wait let this group run on
+        ("IADD3 R12,", "IADD3 R5,", None),  # the older group is over
+        ("IADD3 R12,", "IADD3 R8,", "IADD3 R8, P1"),  # the younger group still runs
+        ("IADD3 R12,", "IMAD.WIDE R10,", "IMAD.WIDE R10"),  # a pair of registers reaches into A
+        ("LDSM.16.M88.4 R4, [R2] ;\n        IADD3", "LDSM.16.M88.4 R6, [R2] ;\n        IADD3", "M88.4 R6"),
+        ("gsb0, 0x0 ;\n        MOV", "gsb0, 0x1 ;\n        MOV", "MOV R8, RZ"),  # after the loop, waited too little
+        ("STS [R4], R5", "SHFL.BFLY PT, R7, R1, 0x1, 0x1f", "SHFL.BFLY PT, R7"),
+    ],
+)
+def test_left_factors_overwritten_early_are_found(before, after, culprit):
+    assert before in PRODUCTS
+    found = register_a.scan(PRODUCTS.replace(before, after))
+    assert found.n_instructions == 2
+    if culprit is None:
+        assert found.overwritten == []
+    else:
+        assert len(found.overwritten) == 1 and culprit in found.overwritten[0]
+        row = PRODUCT | dict(register_a=2, overwritten=found.overwritten)
+        assert "left factor overwritten" in compile_gate.failures(row, 90)[0]
 
 
 def test_everything_that_ships_is_listed():
