@@ -24,7 +24,7 @@ import triton
 
 import aot
 from cna_kernels.reference import NEURON_BLOCK, Scale
-from cna_kernels.triton import down_decode, gate_up_decode, sums, swiglu
+from cna_kernels.triton import down_decode, gate_up_decode, sums, swiglu, whole_rows
 from cna_kernels.triton.cost import H200
 from cna_kernels.triton.down_decode import down_gemv, down_split
 from cna_kernels.triton.down_proj import cost as down_proj_cost
@@ -114,6 +114,16 @@ def launchers(model):
             (4096,),
             (*FEW, *MATRIX_SUMS),
         ),
+        "gate_up_rows": (
+            lambda T, d, x: whole_rows.gate_up_rows(blank(T, H, dtype=d), blank(2 * N, H, dtype=d), **x),
+            (1,),
+            ("plain", "both", "all", "16 columns"),
+        ),
+        "down_rows": (
+            lambda T, d, x: whole_rows.down_rows(blank(T, N, dtype=d), blank(H, N, dtype=d)),
+            (1,),
+            ("plain",),
+        ),
     }
 
 
@@ -134,6 +144,8 @@ def ships(target, op, T, dtype, feature):
         "down_gemv": gemv,
         "down_proj": target >= 90 and itemsize == 2,
         "gate_up": target >= 90 and itemsize == 2,
+        "gate_up_rows": target >= 90,  # what they are for is the wait, which sm_80 has not
+        "down_rows": target >= 90,
     }.get(op, True)
 
 
@@ -175,9 +187,10 @@ def compile_one(job):
             spill_bytes=c.spills,
             shared=c.shared,
             **c.counts,
-            register_a=c.scan.n_instructions,
-            overwritten=c.scan.overwritten,
-            per_item=per_item(c),
+            register_a=c.register_a,
+            overwritten=c.overwritten,
+            early=c.early,
+            per_item=per_item(c, model),
             notices=c.notices,
             block={k: v for k, v in c.block.items() if k.startswith("BLOCK")},
         )
@@ -186,11 +199,24 @@ def compile_one(job):
     return rows
 
 
-def per_item(c):
+def weights_of_thread(kernel, block, warps, model):
+    """How many weights a thread of a kernel without a loop reads; None for any other kernel."""
+    H, N = MODELS[model]
+    weights = {
+        "gate_up_rows_kernel": lambda: 2 * H * block["BLOCK_N"],
+        "down_rows_kernel": lambda: N * block["BLOCK_H"],
+    }.get(kernel)
+    return weights and weights() / (32 * warps)
+
+
+def per_item(c, model):
     """Instructions of the working loop for each element (swiglu) or weight (the multiply-add kernels).
 
-    None for other kernels, and where ptxas has unrolled the loop away (small N or H).
+    Those of the whole kernel where it has no loop by design; None for other kernels, and where ptxas has unrolled the
+    loop away (small N or H).
     """
+    if weights := weights_of_thread(c.kernel, c.block, c.num_warps, model):
+        return round(c.counts.get("all", 0) / weights, 1)
     tile = {
         "swiglu_kernel": lambda b: b["BLOCK_T"] * b["BLOCK_N"],
         "gate_up_gemv_kernel": lambda b: 2 * b["BLOCK_N"] * b["BLOCK_K"],
@@ -209,6 +235,9 @@ def foreseen(row):
         return None
     if row["op"] == "swiglu" and row["kernel"] == "swiglu_kernel" and columns <= sums.FEW_COLUMNS:
         return swiglu.per_element(columns, act_sum and act_sumsq)
+    weights = weights_of_thread(row["kernel"], row.get("block"), row.get("warps"), row["model"])
+    if weights and row["feature"] == "plain":
+        return whole_rows.per_weight(weights)
     if row["kernel"] == "gate_up_gemv_kernel":
         return gate_up_decode.per_weight(row["T"])
     if row["kernel"] == "down_gemv_kernel":
@@ -231,6 +260,10 @@ def failures(row, target):
         found.append("no wgmma")
     if target == 90 and row["kernel"] in FETCH_AHEAD and row["dtype"] != "fp32" and row["shared"] < AHEAD:
         found.append(f"weights are not fetched ahead: {row['shared']} bytes of shared memory")
+    weights = weights_of_thread(row["kernel"], row.get("block"), row.get("warps"), row["model"])
+    wanted = DTYPES[row["dtype"]].itemsize * (weights or 0) / 16
+    if row.get("early", 0) < wanted:
+        found.append(f"{row['early']} of {wanted:.0f} loads of weights come before the wait")
     if row.get("overwritten"):
         found.append(f"left factor overwritten while it is read: {row['overwritten'][0]}")
     if target == 90 and row["op"] == "swiglu" and row["kernel"] == "swiglu_kernel" and not row["load128"]:

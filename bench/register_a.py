@@ -97,7 +97,7 @@ def _written(one):
 def _width(opcode):
     """How many 32-bit registers an instruction writes; too many where the opcode leaves it open."""
     parts = opcode.split(".")
-    if parts[0] in ("HMMA", "IMMA", "QMMA") or {"128", "M88"} & set(parts) and "2" not in parts:
+    if parts[0] in ("HMMA", "IMMA", "QMMA") or ({"128", "M88"} & set(parts) and "2" not in parts):
         return 4
     if parts[0] == "CS2R":
         return 1 if "32" in parts else 2
