@@ -24,7 +24,7 @@ import triton
 
 import aot
 from cna_kernels.reference import NEURON_BLOCK, Scale
-from cna_kernels.triton import down_decode, gate_up_decode, sums, swiglu, whole_rows
+from cna_kernels.triton import down_decode, down_flat, gate_up_decode, split_last, sums, swiglu, whole_rows
 from cna_kernels.triton.cost import H200
 from cna_kernels.triton.down_decode import down_gemv, down_split
 from cna_kernels.triton.down_proj import cost as down_proj_cost
@@ -119,6 +119,16 @@ def launchers(model):
             (1,),
             ("plain", "both", "all", "16 columns"),
         ),
+        "down_flat": (
+            lambda T, d, x: down_flat.down_flat(blank(T, N, dtype=d), blank(H, N, dtype=d), dependent=True),
+            (16, 32),
+            ("plain",),
+        ),
+        "split_last": (
+            lambda T, d, x: split_last.split_last(blank(T, N, dtype=d), blank(H, N, dtype=d), dependent=True),
+            (16, 32, 64, 200),
+            ("plain",),
+        ),
         "down_rows": (
             lambda T, d, x: whole_rows.down_rows(blank(T, N, dtype=d), blank(H, N, dtype=d)),
             (1,),
@@ -129,8 +139,8 @@ def launchers(model):
 
 # Kernels for few tokens fetch weights ahead through shared memory, 64 KiB or more. Where the compiler gives that up
 # they hold little of it, and wait for every load.
-FETCH_AHEAD, AHEAD = {"gate_up_flat_kernel", "down_split_kernel"}, 1 << 16
-MATRIX = {"gate_up_flat_kernel", "down_split_kernel", "down_proj_kernel", "gate_up_kernel"}
+FETCH_AHEAD, AHEAD = {"gate_up_flat_kernel", "down_split_kernel", "split_last_kernel", "down_flat_kernel"}, 1 << 16
+MATRIX = {"gate_up_flat_kernel", "down_split_kernel", "split_last_kernel", "down_proj_kernel", "gate_up_kernel"}
 
 
 def ships(target, op, T, dtype, feature):
@@ -146,6 +156,7 @@ def ships(target, op, T, dtype, feature):
         "gate_up": target >= 90 and itemsize == 2,
         "gate_up_rows": target >= 90,  # what they are for is the wait, which sm_80 has not
         "down_rows": target >= 90,
+        "down_flat": down_flat.fits(T, itemsize),
     }.get(op, True)
 
 

@@ -4,7 +4,9 @@ import pytest
 import torch
 
 from cna_kernels import make_scale
-from cna_kernels.triton import whole_rows
+from cna_kernels.triton import down_flat, whole_rows
+from cna_kernels.triton.down_decode import down_split
+from cna_kernels.triton.split_last import COUNTERS, split_last
 from op_cases import (
     DTYPES,
     FEATURES,
@@ -114,3 +116,89 @@ def test_pair_fits_the_models():
         assert whole_rows.fits(1, N, H, 2)
         assert not whole_rows.fits(2, N, H, 2)
     assert not whole_rows.fits(1, 32769, 4096, 2) and not whole_rows.fits(1, 14336, 8193, 4)
+
+
+# (T, N, H): T on both sides of its blocks of 16 and 32, rows of 16 and of 32, one neuron, no multiple of any tile
+FLAT = [(2, 1, 5), (16, 130, 72), (17, 520, 72), (31, 300, 200), (32, 256, 64)]
+
+
+@pytest.mark.parametrize("dtype", DTYPES[1:], ids=str)
+@pytest.mark.parametrize("shape", FLAT, ids=names(FLAT))
+def test_down_flat(shape, dtype):
+    T, N, H = shape
+    case = make_case(T, N, dtype, n_hidden=H)
+    extras = with_feature(case, "plain")
+    y = down_flat.down_flat(case.act.to(DEVICE), case.w_down.to(DEVICE))
+    assert_values(case, "down_proj", y, extras)
+    assert y.dtype == dtype and y.is_contiguous()
+    apart = down_flat.down_flat(wider(case.act.to(DEVICE)), wider(case.w_down.to(DEVICE)), dependent=True)
+    assert torch.equal(apart, y)
+
+
+def test_down_flat_fits_few_tokens_of_two_bytes():
+    assert down_flat.fits(2, 2) and down_flat.fits(32, 2)
+    assert not down_flat.fits(33, 2) and not down_flat.fits(16, 4)
+
+
+# (T, N, H): T around the blocks of 16, 32 and 64 and two of these, N in one run and in several, the last one ragged
+SPLIT = [(1, 48, 24), (2, 2100, 72), (16, 1032, 130), (17, 2048, 64), (31, 1025, 5), (70, 1100, 24)]
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("shape", SPLIT, ids=names(SPLIT))
+def test_split_last_has_the_bits_of_down_split(shape, dtype):
+    T, N, H = shape
+    case = make_case(T, N, dtype, n_hidden=H)
+    extras = with_feature(case, "plain")
+    inputs = case.act.to(DEVICE), case.w_down.to(DEVICE)
+    for _ in range(20 if DEVICE == "cuda" else 1):
+        y = split_last(*inputs)
+        assert_values(case, "down_proj", y, extras)
+        assert torch.equal(y, down_split(*inputs))
+        assert torch.equal(split_last(*(wider(part) for part in inputs), dependent=True), y)
+
+
+@pytest.mark.filterwarnings("ignore:invalid value:RuntimeWarning")  # numpy's, about the planted NaN
+@pytest.mark.parametrize("product", [down_flat.down_flat, split_last], ids=["flat16", "split_last"])
+def test_a_token_that_is_not_finite_stays_alone(product):
+    case = exact_case((17, 1100, 72))
+    expected = product(case.act.to(DEVICE), case.w_down.to(DEVICE))
+    case.act[5] = torch.nan
+    y = product(case.act.to(DEVICE), case.w_down.to(DEVICE))
+    assert torch.isnan(y[5]).all()
+    others = [t for t in range(17) if t != 5]
+    assert torch.equal(y[others], expected[others])
+
+
+def test_split_last_leaves_its_counters_at_zero(monkeypatch):
+    kept = []
+    take = COUNTERS.take
+    monkeypatch.setattr(COUNTERS, "take", lambda *args: kept.append(take(*args)) or kept[-1])
+    case = exact_case((70, 2100, 72))
+    split_last(case.act.to(DEVICE), case.w_down.to(DEVICE))
+    assert len(kept) == 1 and (kept[0] == 0).all()
+    monkeypatch.setattr(COUNTERS, "take", lambda *args: kept[0])
+    split_last(case.act.to(DEVICE), case.w_down.to(DEVICE))
+    assert (kept[0] == 0).all()
+
+
+@pytest.mark.skipif(DEVICE == "cpu", reason="needs a GPU")
+def test_split_last_in_graphs_beside_each_other():
+    """Two graphs and eager calls on three streams at once, each with counters of its own."""
+    case = make_case(32, 14336, torch.bfloat16, n_hidden=4096)
+    act, w_down = case.act.to(DEVICE), case.w_down.to(DEVICE)
+    expected = split_last(act, w_down)
+    graphs, ys = [torch.cuda.CUDAGraph() for _ in range(2)], []
+    for graph in graphs:
+        with torch.cuda.graph(graph):
+            ys.append(split_last(act, w_down))
+    streams = [torch.cuda.Stream() for _ in range(3)]
+    torch.cuda.synchronize()
+    for _ in range(50):
+        for graph, stream in zip(graphs, streams[:2], strict=True):
+            with torch.cuda.stream(stream):
+                graph.replay()
+        with torch.cuda.stream(streams[2]):
+            eager = split_last(act, w_down)
+        torch.cuda.synchronize()
+        assert all(torch.equal(y, expected) for y in (*ys, eager))
