@@ -115,7 +115,9 @@ def launchers(model):
             (*FEW, *MATRIX_SUMS),
         ),
         "gate_up_rows": (
-            lambda T, d, x: whole_rows.gate_up_rows(blank(T, H, dtype=d), blank(2 * N, H, dtype=d), **x),
+            lambda T, d, x: whole_rows.gate_up_rows(
+                blank(T, H, dtype=d), blank(2 * N, H, dtype=d), dependent=x != {}, **x
+            ),
             (1,),
             ("plain", "both", "all", "16 columns"),
         ),
@@ -307,7 +309,9 @@ def predictions():
         for T, name, cost in (
             (1, "gate_up_gemv", gate_up_decode.cost(1, N, H)),
             (1, "down_gemv", down_decode.cost(1, N, H, gemv=True)),
+            (1, "pair", whole_rows.cost(N, H)),
             (16, "gate_up_flat", gate_up_decode.cost(16, N, H)),
+            (16, "down_flat", down_flat.cost(16, N, H)),
             (16, "down_split", down_decode.cost(16, N, H)),
             (64, "gate_up_flat", gate_up_decode.cost(64, N, H)),
             (64, "down_split", down_decode.cost(64, N, H)),

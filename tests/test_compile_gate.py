@@ -137,3 +137,4 @@ def test_everything_that_ships_is_listed():
         ops = {op for t, op, *_ in variants if t == target}
         assert ops >= {"swiglu", "act_pass", "gate_up_decode", "down_gemv", "down_split"}
         assert (ops >= {"down_proj", "gate_up"}) == (target >= 90)
+        assert ops >= {"down_flat", "split_last"} and (ops >= {"gate_up_rows", "down_rows"}) == (target >= 90)
