@@ -1,12 +1,16 @@
 """Kernels that no plan runs yet, each called by its launcher, against the definition: on a GPU or interpreted."""
 
+from contextlib import nullcontext
+from itertools import pairwise
+from types import SimpleNamespace
+
 import pytest
 import torch
 
 from cna_kernels import make_scale
 from cna_kernels.triton import down_flat, whole_rows
 from cna_kernels.triton.down_decode import down_split
-from cna_kernels.triton.split_last import COUNTERS, split_last
+from cna_kernels.triton.split_last import COUNTERS, Counters, split_last
 from op_cases import (
     DTYPES,
     FEATURES,
@@ -180,6 +184,37 @@ def test_split_last_leaves_its_counters_at_zero(monkeypatch):
     monkeypatch.setattr(COUNTERS, "take", lambda *args: kept[0])
     split_last(case.act.to(DEVICE), case.w_down.to(DEVICE))
     assert (kept[0] == 0).all()
+
+
+def test_no_two_launches_that_may_run_at_once_share_counters(monkeypatch):
+    """The device is made up: two streams, and captures on one of them."""
+    stream, capturing, zeros = [1], [False], torch.zeros
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: capturing[0])
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda: SimpleNamespace(cuda_stream=stream[0]))
+    monkeypatch.setattr(torch.cuda, "device", lambda device: nullcontext())
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+    monkeypatch.setattr(torch, "zeros", lambda *size, dtype, device: zeros(*size, dtype=dtype))
+    counters, device = Counters(), torch.device("cuda", 0)
+    monkeypatch.setattr(Counters, "POOL", 200)
+
+    def take(n_tiles, on=1, captured=False):
+        stream[0], capturing[0] = on, captured
+        taken = counters.take(device, n_tiles)
+        assert len(taken) >= n_tiles and (taken == 0).all()
+        return taken
+
+    assert take(64).data_ptr() == take(80).data_ptr(), "launches of a stream follow each other"
+    apart = [take(64), take(64, on=2), take(2000, on=2)]
+    apart += [take(64, captured=True) for _ in range(3)]
+    assert len(counters.pool[device]) == 8
+    apart += [take(64, captured=True)]  # the pool is too small: zeroed by the graph itself
+    take(64)
+    assert len(counters.pool[device]) == 200, "filled again outside a capture"
+    apart += [take(64, captured=True) for _ in range(3)]
+    ranges = sorted((taken.data_ptr(), taken.data_ptr() + taken.nbytes) for taken in apart)
+    assert all(stop <= start for (_, stop), (start, _) in pairwise(ranges))
+    held = {taken.data_ptr() for taken in counters.taken}
+    assert len(held) == 6, "held for as long as a graph may run"
 
 
 @pytest.mark.skipif(DEVICE == "cpu", reason="needs a GPU")

@@ -100,6 +100,7 @@ class Counters:
     def __init__(self):
         self.of_stream = {}  # (device, stream) -> zeros
         self.pool = {}  # device -> zeros that no graph has taken
+        self.taken = []  # what graphs count in must outlive them
         self.lock = threading.Lock()
 
     def take(self, device: torch.device, n_tiles: int) -> torch.Tensor:
@@ -112,7 +113,8 @@ class Counters:
                 if len(free) < n_tiles:
                     return torch.zeros(n_tiles, dtype=torch.int32, device=device)
                 self.pool[device] = free[n_tiles:]
-                return free[:n_tiles]
+                self.taken.append(free[:n_tiles])
+                return self.taken[-1]
             if len(self.pool.get(device, ())) < self.POOL // 2:
                 self.pool[device] = torch.zeros(self.POOL, dtype=torch.int32, device=device)
                 torch.cuda.synchronize()  # a graph may run on any stream, and none waits for this one
