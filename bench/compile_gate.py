@@ -95,7 +95,7 @@ def launchers(model):
             ("plain", "both", "all", "16 columns"),
         ),
         "down_gemv": (
-            lambda T, d, x: down_gemv(blank(T, N, dtype=d), blank(H, N, dtype=d)),
+            lambda T, d, x: down_gemv(blank(T, N, dtype=d), blank(H, N, dtype=d), dependent=True),
             (1, 2, 3, 4),
             ("plain",),
         ),
@@ -132,7 +132,7 @@ def launchers(model):
             ("plain",),
         ),
         "down_rows": (
-            lambda T, d, x: whole_rows.down_rows(blank(T, N, dtype=d), blank(H, N, dtype=d)),
+            lambda T, d, x: whole_rows.down_rows(blank(T, N, dtype=d), blank(H, N, dtype=d), dependent=True),
             (1,),
             ("plain",),
         ),

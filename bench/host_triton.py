@@ -70,7 +70,7 @@ def main():
     x, w_gate_up, _, w_down = inputs
 
     def anew(extras):
-        return down_gemv(gate_up_decode(x, w_gate_up, **extras.keywords()), w_down)
+        return down_gemv(gate_up_decode(x, w_gate_up, **extras.keywords()), w_down, dependent=True)
 
     for feature, extras in (("plain", Extras()), ("sums and steering", both)):
         pair = mlp.prepare("gated_mlp", inputs, extras)

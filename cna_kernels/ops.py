@@ -247,7 +247,18 @@ _KNOWN = (torch.Tensor, torch.nn.Parameter)
 
 
 def call(op: str, inputs: tuple, extras: Extras | tuple, backend: str | None = None) -> Tensor:
-    """Call an op with its tensors as torch.library takes them: ``gated_mlp`` with x, w_gate_up, w_up or None, w_down."""
+    """Call an op with its tensors as torch.library takes them.
+
+    Args:
+        op: "gated_mlp", "swiglu", "down_proj", "steer_act" or "linear".
+        inputs: gated_mlp's are x ``[T, H]``, w_gate_up ``[2N, H]`` and None, or w_gate and w_up ``[N, H]``, and w_down
+            ``[H, N]``; any other op's are its own, in order.
+        extras: what is summed and steered; () for linear.
+        backend: as in :func:`gated_mlp`.
+
+    Returns:
+        What the op returns, and raises as it does.
+    """
     if _observed() or _needs_grad(inputs, extras):
         _check(op, inputs, extras)
         if _needs_grad(inputs, extras):
@@ -267,8 +278,8 @@ def call(op: str, inputs: tuple, extras: Extras | tuple, backend: str | None = N
     return run(*inputs, *extras)
 
 
-def looks(op, inputs, extras, backend):
-    """All that checks, backends and plans look at: two calls that share it differ in the addresses and the values."""
+def looks(op: str, inputs: tuple, extras: Extras | tuple, backend: str | None) -> tuple:
+    """All that checks, backends and plans look at: two calls that share it differ in addresses and values alone."""
     tensors = (*inputs, *extras)
     return op, backend, *[x if x is None else (type(x), x.shape, x.stride(), x.dtype, x.device) for x in tensors]
 

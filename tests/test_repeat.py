@@ -67,7 +67,7 @@ def test_a_repeated_call_is_the_call(monkeypatch, op, name, shape, feature):
         first = outcome(op, case_of(shape, seed=0), feature)
         assert not repeated
         second = outcome(op, case_of(shape, seed=1), feature)
-    nothing_to_launch = feature == "plain" and (op == "steer_act" or name == "blas" and op == "down_proj")
+    nothing_to_launch = feature == "plain" and (op == "steer_act" or (name == "blas" and op == "down_proj"))
     assert len(repeated) == (0 if nothing_to_launch else len(made)), "each record was repeated once"
     assert all(record.launches for record in made) or nothing_to_launch
     assert not torch.equal(first[0], second[0])

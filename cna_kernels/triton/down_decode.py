@@ -222,8 +222,8 @@ def cost(T: int, N: int, H: int, itemsize: int = 2, *, gemv: bool = False, n_sm:
     return Cost(moved, 2 * triton.cdiv(T, config.BLOCK_T) * config.BLOCK_T * N * H, 0)
 
 
-def down_gemv(act, w_down):
-    """act ``[T, N]`` -> y ``[T, H]`` without sums or scaling, for a handful of tokens."""
+def down_gemv(act, w_down, *, dependent=False):
+    """act ``[T, N]`` -> y ``[T, H]`` without sums or scaling, for a handful of tokens; see ``down_split``."""
     (T, N), H = act.shape, w_down.shape[0]
     y = launch.empty(T, H, dtype=act.dtype, device=act.device)
     config = _gemv_config(H, act.element_size(), launch.n_multiprocessors(act.device))
@@ -243,7 +243,7 @@ def down_gemv(act, w_down):
         num_warps=config.num_warps,
         num_stages=config.num_stages,
         device=act.device,
-        **launch.dependent(act.device),
+        **(launch.dependent(act.device) if dependent else dict(PDL=False)),
     )
     return y
 

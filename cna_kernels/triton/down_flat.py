@@ -17,7 +17,6 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-import torch
 import triton
 import triton.language as tl
 
@@ -127,7 +126,7 @@ def down_flat(act, w_down, *, dependent=False):
     dependent: the launch before this one is ours and wrote act; start while it drains.
     """
     (T, N), H = act.shape, w_down.shape[0]
-    y = torch.empty(T, H, dtype=act.dtype, device=act.device)
+    y = launch.empty(T, H, dtype=act.dtype, device=act.device)
     config = _launch_config(T, H, launch.n_multiprocessors(act.device))
     options = launch.dependent(act.device) if dependent else dict(PDL=False)
     aligned = w_down.data_ptr() % 16 == 0 and w_down.stride(0) % 8 == 0

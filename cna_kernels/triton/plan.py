@@ -15,6 +15,7 @@ import torch
 
 from .. import plans
 from ..plans import Plan
+from . import down_flat, whole_rows
 from .down_proj import waves
 from .gate_up_decode import MAX_TOKENS, max_gemv_tokens
 
@@ -22,12 +23,17 @@ from .gate_up_decode import MAX_TOKENS, max_gemv_tokens
 PLANS = {
     "gated_mlp": {
         "gemv": "gate_up_gemv, down_gemv",
+        "pair": "gate_up_rows, down_rows",
         "flat": "gate_up_flat, down_split, fold_y",
+        "flat16": "gate_up_flat, down_flat",
+        "split_last": "gate_up_flat, split_last",
         "fused": "gate_up, linear",
         "blas": "linear, swiglu, linear",
     },
     "down_proj": {
         "split": "a scaled copy if there is a scale, down_split, fold_y",
+        "flat16": "one pass over act if it is summed or scaled, down_flat",
+        "split_last": "one pass over act if it is summed or scaled, split_last",
         "tma": "down_proj, between two patches of act if there is a scale",
         "blas": "linear, after one pass over act if it is summed, between two patches of it if there is a scale alone",
     },
@@ -49,13 +55,19 @@ class Call(NamedTuple):
 
 def can_serve(call: Call, name: str) -> bool:
     """Whether the plan is right for the call at all, fast or not."""
-    few = max_gemv_tokens(call.dtype.itemsize) >= call.T
+    itemsize = call.dtype.itemsize
+    flat = call.T <= MAX_TOKENS and itemsize == 2
     return {
-        ("gated_mlp", "gemv"): few,
-        ("gated_mlp", "flat"): call.T <= MAX_TOKENS and call.dtype.itemsize == 2,
+        ("gated_mlp", "gemv"): max_gemv_tokens(itemsize) >= call.T,
+        ("gated_mlp", "pair"): whole_rows.fits(call.T, call.N, call.H, itemsize) and call.arch >= 90,
+        ("gated_mlp", "flat"): flat,
+        ("gated_mlp", "flat16"): flat and down_flat.fits(call.T, itemsize),
+        ("gated_mlp", "split_last"): flat,
         ("gated_mlp", "fused"): call.tma and call.arch >= 90,
         ("gated_mlp", "blas"): True,
         ("down_proj", "split"): call.T <= 4096,
+        ("down_proj", "flat16"): down_flat.fits(call.T, itemsize),
+        ("down_proj", "split_last"): call.T <= 4096,
         ("down_proj", "tma"): call.tma and call.arch >= 90,
         ("down_proj", "blas"): True,
     }[call.op, name]

@@ -140,14 +140,14 @@ def split_last(act, w_down, *, dependent=False):
     dependent: the launch before this one is ours and wrote act; start while it drains.
     """
     (T, N), H = act.shape, w_down.shape[0]
-    y = torch.empty(T, H, dtype=act.dtype, device=act.device)
+    y = launch.empty(T, H, dtype=act.dtype, device=act.device)
     config = _split_config(T, N, H, act.element_size(), launch.n_multiprocessors(act.device))
     parts, runs = triton.cdiv(N, config.SPLIT_N), triton.cdiv(T, config.BLOCK_T)
     tiles_h = triton.cdiv(H, config.BLOCK_H)
     part = counters = None
     if parts > 1:
-        part = torch.empty(parts, T, H, dtype=torch.float32, device=act.device)
-        counters = COUNTERS.take(act.device, tiles_h * runs)
+        part = launch.empty(parts, T, H, dtype=torch.float32, device=act.device)
+        counters = launch.taken(COUNTERS.take, act.device, tiles_h * runs)
     launch.launch(
         _split_last_kernel,
         (tiles_h, parts, runs),

@@ -21,7 +21,6 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-import torch
 import triton
 import triton.language as tl
 
@@ -193,11 +192,11 @@ def gate_up_rows(
         w_gate, w_up = w_gate_up
         if w_gate.stride(0) != w_up.stride(0):
             w_gate, w_up = w_gate.contiguous(), w_up.contiguous()
-        N, up_offset = w_gate.shape[0], (w_up.data_ptr() - w_gate.data_ptr()) // w_gate.element_size()
+        N, up_offset = w_gate.shape[0], launch.distance(w_gate, w_up)
     else:
         w_gate, N = w_gate_up, w_gate_up.shape[0] // 2
         up_offset = N * w_gate.stride(0)
-    act = torch.empty(1, N, dtype=x.dtype, device=x.device)
+    act = launch.empty(1, N, dtype=x.dtype, device=x.device)
     config = _config(2 * H * x.element_size(), x.element_size())
     sums, steer = Sums(weight, act_sum, act_sumsq, 1, N), Steer(scale, row_circuit)
     constants = sums.constants()
@@ -231,10 +230,13 @@ def gate_up_rows(
     return act
 
 
-def down_rows(act, w_down):
-    """act ``[1, N]``, from the launch before this one -> y ``[1, H]``."""
+def down_rows(act, w_down, *, dependent=False):
+    """act ``[1, N]`` -> y ``[1, H]``.
+
+    dependent: the launch before this one is ours and wrote act; start while it drains.
+    """
     N, H = act.shape[1], w_down.shape[0]
-    y = torch.empty(1, H, dtype=act.dtype, device=act.device)
+    y = launch.empty(1, H, dtype=act.dtype, device=act.device)
     config = _config(N * act.element_size(), act.element_size())
     launch.launch(
         _down_rows_kernel,
@@ -249,6 +251,6 @@ def down_rows(act, w_down):
         BLOCK_N=config.BLOCK,
         num_warps=config.num_warps,
         device=act.device,
-        **launch.dependent(act.device),
+        **(launch.dependent(act.device) if dependent else dict(PDL=False)),
     )
     return y
