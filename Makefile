@@ -5,8 +5,10 @@
 # make canaries   plant ten bugs in the kernels and see a test catch each
 # make sanitize   the CPU tests under ASan and UBSan, and five planted bugs that these must catch
 # make compile-gate   compile every kernel for every target without a GPU, and read the machine code: build/compile-gate/
-# make gpu OUT=DIR        on a machine with a GPU: tests and rows, within 9 minutes; no virtual environment, no network
-# make gpu-tune OUT=DIR   sweep the launch tables there and print the entries to commit
+# make gpu WINDOW=1 OUT=DIR   on a machine with a GPU: tests and rows in 330 s, WINDOW=2 in 360 s; nothing is installed
+#                             DRY=1 runs it on a CPU, LIST=1 only prints the jobs; ONLY=REGEX, MODELS=8B,70B
+# make gpu-tune OUT=DIR       sweep the launch tables there
+# make gpu-record OUT=DIR     merge what came back into bench/results/gpu-<device>.json
 # make bench  the benchmarks of bench/ (pytest-benchmark); writes bench/results/cpu.json
 # make bench-attribution   the same for attribution over many prompts; writes bench/results/attribution.json
 # make bench-eval   the same for a sweep of multipliers; writes bench/results/eval.json
@@ -17,7 +19,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test docs lint canaries sanitize compile-gate gpu gpu-tune bench bench-attribution bench-eval \
+.PHONY: demo test docs lint canaries sanitize compile-gate gpu gpu-tune gpu-record bench bench-attribution bench-eval \
         bench-embedding bench-host train-demo clean
 
 demo: .venv/.installed
@@ -53,12 +55,18 @@ compile-gate: .venv/.installed-test
 	    then PYTHONPATH=build/triton-$$version $(GATE); \
 	    else echo "compile-gate: no wheel of triton $$version for this Python; not compiled with it"; fi; fi; done
 
-# No virtual environment: the machine's own torch and triton. Where pip refuses, bench/gpu.py finds the checkout itself.
+# No virtual environment: the machine's own torch and triton. CNA_COMMIT says what is measured where there is no .git.
 OUT ?= build/gpu
+WINDOW ?= 1
+COMMIT = $(or $(CNA_COMMIT),$(shell git describe --always --dirty --abbrev=12 2>/dev/null))
+GPU_FLAGS = --commit '$(COMMIT)' $(if $(DRY),--dry) $(if $(LIST),--list) $(if $(ONLY),--only '$(ONLY)') \
+            $(if $(MODELS),--models '$(MODELS)')
 
 gpu gpu-tune:
-	-$(PYTHON) -m pip install --quiet --no-deps --no-build-isolation -e .
-	$(PYTHON) bench/gpu.py --out $(OUT) $(if $(filter gpu-tune,$@),--tune)
+	$(PYTHON) bench/gpu.py --window $(if $(filter gpu-tune,$@),tune,$(WINDOW)) --out $(OUT) $(GPU_FLAGS)
+
+gpu-record:
+	$(PYTHON) bench/gpu.py --record $(OUT)
 
 # The CPU benches run again with both sides held to AVX-512 without bf16 products, where the CPU has more than that.
 BENCH = $(BIN)/python -m pytest -s --benchmark-enable --benchmark-columns=min,median,iqr,rounds

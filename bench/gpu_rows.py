@@ -1,24 +1,20 @@
-"""The rows of ``bench/gpu.py``: competitors, and one function for each kind of row.
+"""The rows of one MLP: the default plan against what it competes with, and one plan against the default.
 
-A job is ``kind/model/T`` (or ``tune/kernel/model/T``); ``run`` yields its rows as they are known.
+Each is a function of (bench, model, T) that yields rows, dicts, as they are known.
 """
 
 from __future__ import annotations
 
-import contextlib
-import signal
 import time
-import traceback
 from importlib import import_module
 
 import torch
 import torch.nn.functional as F
 
-from cna_kernels import ops, reference
-from cna_kernels.triton import plan as plans
+from cna_kernels import Circuit, SteeringTable, ops, reference
+from cna_kernels.plans import use as use_plans
 from cna_kernels.triton.cost import Cost
-from gpu_timing import Bench, Layer, brief, ours, relative
-from gpu_tune import tune
+from gpu_device import down_work, elementwise_work, late, mlp_work, ours, relative
 
 DECODE_ROWS = {1: "D1", 8: "D2", 16: "D2", 64: "D3"}
 
@@ -58,287 +54,250 @@ def hooks(x, weight, factor):
     return run
 
 
-def predicted(op, name, T, N, H, C=2):
-    """Seconds that the plan's kernels should take by their ``cost``."""
+def pass_and_linear(act, weight, steering):
+    """Sums and steering of act in a pass of its own, then cuBLAS."""
+
+    def run(layer):
+        steered = ops.steer_act(act, weight=weight, act_sum=layer.act_sum, **steering, backend="triton")
+        return F.linear(steered, layer.w_down)
+
+    return run
+
+
+def predicted_us(bench, op, name, T, N, H, C=2) -> dict:
+    """What the plan's kernels should take by their ``cost`` and the ceilings of this run; nothing for a plan whose
+    kernels have no cost yet."""
     kernel = lambda module, *args, **named: import_module(f"cna_kernels.triton.{module}").cost(*args, **named)  # noqa: E731
     linear = lambda n, k: Cost(2 * (n * k + T * (n + k)), 2 * T * n * k, 0)  # noqa: E731
     shape = (T, N, H)
     parts = {
-        "gemv": lambda: (kernel("gate_up_decode", *shape), kernel("down_decode", *shape, gemv=True)),
-        "flat": lambda: (kernel("gate_up_decode", *shape), kernel("down_decode", *shape)),
-        "gated": lambda: (linear(2 * N, H), kernel("down_decode", *shape)),
-        "fused": lambda: (kernel("gate_up", *shape, C), linear(H, N)),
-        "blas": lambda: (linear(2 * N, H), kernel("swiglu", T, N, C), linear(H, N)),
+        "gated_mlp gemv": lambda: (kernel("gate_up_decode", *shape), kernel("down_decode", *shape, gemv=True)),
+        "gated_mlp flat": lambda: (kernel("gate_up_decode", *shape), kernel("down_decode", *shape)),
+        "gated_mlp gated": lambda: (linear(2 * N, H), kernel("down_decode", *shape)),
+        "gated_mlp fused": lambda: (kernel("gate_up", *shape, C), linear(H, N)),
+        "gated_mlp blas": lambda: (linear(2 * N, H), kernel("swiglu", T, N, C), linear(H, N)),
         "down_proj split": lambda: (kernel("down_decode", *shape),),
         "down_proj tma": lambda: (kernel("down_proj", *shape, C),),
         "down_proj blas": lambda: (linear(H, N),),
-    }[name if op == "gated_mlp" else f"{op} {name}"]
-    return sum(max(part.seconds().values()) for part in parts())
+    }.get(f"{op} {name}")
+    if parts is None:
+        return {}
+    return dict(predicted_us=1e6 * sum(max(part.seconds(bench.target).values()) for part in parts()))
 
 
-def plan_row(bench, times, op, model, T, name, theirs, label=None):
-    """What one plan takes with sums and steering, beside what its kernels should take."""
-    H, N = bench.models[model]
-    expected = predicted(op, name, T, N, H) * 1e6
-    default = plans.default(bench.call(op, model, T)).name == name
-    row = times.row("plan", model, T, label or name, theirs, op=op, default=default, predicted_us=expected)
-    note = row.get("note", f"{op}; predicted {expected:.1f} us{'; default' * default}")
-    return dict(row, note=note)
+# Correctness.
 
 
-# Rows. Each is a function of (bench, model, T) that yields dicts.
-
-
-def check(bench, model, T, x):
-    """N2 and N1, for every plan that can serve: error against fp64, and the same bits run after run."""
-    H, N = bench.models[model]
-    layer = bench.layers(model)[0]
+def check(bench, model, T, op="gated_mlp", name=None):
+    """N2 and N1 of one plan, the default unless told otherwise: error against fp64, and the same bits run after run."""
+    H, N = bench.shape(model)
+    layer, default = bench.layers(model)[0], name is None
+    name = name or bench.default(op, model, T)
+    x = bench.random(T, H if op == "gated_mlp" else N)
     weight, steering = bench.weight(T), bench.steering(T, N, 2, torch.arange(T, device=bench.device) % 3 - 1)
     start = layer.act_sum.clone()
-    names = bench.plans("gated_mlp", model, T)
-    if bench.mode == "once":
-        for name in names:
-            ours(x, name, weight, steering)(layer)
+    plan = "" if default else name
+    if bench.once:
+        ours(x, plan, weight, steering, op)(layer)
+        ours(x, plan, op=op)(layer)
         return
     some = torch.arange(0, T, max(1, T // 64), device=bench.device)
     rows = dict(scale=steering["scale"], row_circuit=steering["row_circuit"][some])
-    exact = reference.gated_mlp(x[some].double(), layer.w_gate_up.double(), layer.w_down.double(), **rows)
-    table = reference.dense_scale(steering["scale"], N).to(x.dtype)  # [K + 1, N], the last row all ones
-    torch_y = hooks(x, weight, table[steering["row_circuit"]])(layer)[some]
-    torch_error = relative(torch_y, exact)
-    unit = torch.zeros_like(layer.w_down)  # its product is act[:, N - H:], bit for bit
-    unit[torch.arange(H), torch.arange(N - H, N)] = 1
-    for name in names:
-        results = []
-        for _ in range(2 if bench.mode == "dry" or T > 4096 else 20):
-            fresh = layer._replace(act_sum=start.clone())
-            results.append((ours(x, name, weight, steering)(fresh), fresh.act_sum))
-        (y, act_sum), repeats = results[0], len(results)
-        same = all(torch.equal(a, y) and torch.equal(b, act_sum) for a, b in results)
-        yield dict(row="N1", model=model, T=T, ours=name, ok=same, note=f"{repeats} runs, y and S bit-equal: {same}")
-        act = ours(x, name)(layer._replace(w_down=unit))  # [T, H]
-        exact_sum = start[:, N - H :].double() + weight.t().double() @ act.double()
-        error, sum_error = relative(y[some], exact), relative(act_sum[:, N - H :], exact_sum)
-        yield dict(
-            row="N2",
-            model=model,
-            T=T,
-            ours=name,
-            theirs="error of torch bf16",
-            ratio=error / torch_error,
-            ok=error <= min(4e-3, 1.1 * torch_error) and sum_error <= 1e-5,
-            note=f"y {error:.2e} (torch {torch_error:.2e}), S {sum_error:.2e}",
-        )
+    table = reference.dense_scale(steering["scale"], N).to(x.dtype)[steering["row_circuit"]]  # [T, N]
+    if op == "gated_mlp":
+        exact = reference.gated_mlp(x[some].double(), layer.w_gate_up.double(), layer.w_down.double(), **rows)
+        torch_y = hooks(x, weight, table)(layer)[some]
+        unit = torch.zeros_like(layer.w_down)  # its product is act[:, N - H:], bit for bit
+        unit[torch.arange(H), torch.arange(N - H, N)] = 1
+        act = ours(x, plan)(layer._replace(w_down=unit))  # [T, H]
+    else:
+        exact = reference.down_proj(x[some].double(), layer.w_down.double(), **rows)
+        torch_y = F.linear(x * table, layer.w_down)[some]
+        act = x[:, N - H :]
+    results = []
+    for _ in range(2 if bench.mode == "dry" else 20):
+        fresh = layer._replace(act_sum=start.clone())
+        results.append((ours(x, plan, weight, steering, op)(fresh), fresh.act_sum))
+    (y, act_sum), repeats = results[0], len(results)
+    same = all(torch.equal(a, y) and torch.equal(b, act_sum) for a, b in results)
+    head = dict(model=model, T=T, ours=name, op=op, plan=f"{op}={name}", default=default)
+    yield dict(row="N1", ok=same, note=f"{op}, {repeats} runs, y and S bit-equal: {same}", **head)
+    exact_sum = start[:, N - H :].double() + weight.t().double() @ act.double()
+    torch_error, error, sum_error = (
+        relative(torch_y, exact),
+        relative(y[some], exact),
+        relative(act_sum[:, N - H :], exact_sum),
+    )
+    yield dict(
+        row="N2",
+        theirs="error of torch bf16",
+        ratio=error / torch_error,
+        ok=error <= min(4e-3, 1.1 * torch_error) and sum_error <= 1e-5,
+        note=f"{op}, y {error:.2e} (torch {torch_error:.2e}), S {sum_error:.2e}",
+        **head,
+    )
+
+
+# Time.
 
 
 def decode(bench, model, T):
-    H, N = bench.models[model]
+    """D1 to D5: the whole MLP of few tokens."""
+    H, N = bench.shape(model)
     x, layers = bench.random(T, H), bench.layers(model, T)
-    yield from check(bench, model, T, x)
-    weight, steering = bench.weight(T), bench.steering(T, N, 1)
-    names = bench.plans("gated_mlp", model, T)
+    weight, steering, many = bench.weight(T), bench.steering(T, N, 1), bench.steering(T, N, 1, size=late(N))
     runs = {"ours": ours(x, "", weight, steering), "ours plain": ours(x), "eager": eager(x), "cublas": cublas(x)}
-    times = bench.measure(runs | {name: ours(x, name, weight, steering) for name in names}, layers)
+    times = bench.measure(runs | {"ours, late layer": ours(x, "", weight, many)}, layers, mlp_work(T, N, H))
+    more = of_default(bench, "gated_mlp", model, T, N, H)
     for theirs in ("eager", "cublas"):
-        yield times.row(DECODE_ROWS[T], model, T, "ours", theirs, best=True)
-    yield times.row("D4", model, T, "ours", "ours plain")
-    if "ours" in times.times and "read" in bench.ceilings:
+        yield times.row(DECODE_ROWS[T], model, T, "ours", theirs, best=True, **more)
+    yield times.row("D4", model, T, "ours", "ours plain", **more)
+    yield times.row("D4 late", model, T, "ours, late layer", "ours plain", **more)
+    if "ours" in times.times:
         moved, seconds = 6 * N * H, times.median("ours")
-        ratio = seconds * bench.ceilings["read"] / moved
+        ratio = seconds * bench.target.bytes_per_s / moved
         note = f"{moved / seconds / 1e9:.0f} GB/s of weights"
-        yield dict(row="D5", model=model, T=T, ours="ours", theirs="read ceiling", ratio=ratio, note=note)
-    for name in names:
-        yield plan_row(bench, times, "gated_mlp", model, T, name, "ours")
-    yield from down(bench, model, T)
+        row = dict(row="D5", model=model, T=T, ours="ours", theirs="read ceiling", ratio=ratio, note=note)
+        yield row | dict(ours_us=seconds * 1e6, **times.share("ours"))
 
 
 def prefill(bench, model, T):
-    H, N = bench.models[model]
+    """P1 to P3: the whole MLP of many tokens."""
+    H, N = bench.shape(model)
     x, layers = bench.random(T, H), bench.layers(model, T)
-    yield from check(bench, model, T, x)
-    weight, steering = bench.weight(T), bench.steering(T, N, 1)
+    weight, steering, many = bench.weight(T), bench.steering(T, N, 1), bench.steering(T, N, 1, size=late(N))
     factor = reference.dense_scale(steering["scale"], N)[0].to(x.dtype)
-    names = bench.plans("gated_mlp", model, T)
     runs = {"ours": ours(x, "", weight), "eager": eager(x), "cublas": cublas(x), "hooks": hooks(x, weight, factor)}
-    runs |= {"ours steered": ours(x, "", weight, steering), "fused plain": ours(x, "fused")}
-    times = bench.measure(runs | {name: ours(x, name, weight, steering) for name in names}, layers)
+    runs |= {"ours steered": ours(x, "", weight, steering), "ours, late layer": ours(x, "", weight, many)}
+    times = bench.measure(runs, layers, mlp_work(T, N, H))
+    more = of_default(bench, "gated_mlp", model, T, N, H)
     for theirs in ("eager", "cublas"):
-        yield times.row("P1", model, T, "ours", theirs, best=True)
-    yield times.row("P2", model, T, "ours", "eager")
-    yield times.row("P3", model, T, "ours steered", "hooks")
-    if "fused" in names:
-        yield times.row("P6", model, T, "fused plain", "cublas")
-    for name in names:
-        yield plan_row(bench, times, "gated_mlp", model, T, name, "ours steered")
-    yield from down(bench, model, T)
+        yield times.row("P1", model, T, "ours", theirs, best=True, **more)
+    yield times.row("P2", model, T, "ours", "eager", **more)
+    yield times.row("P3", model, T, "ours steered", "hooks", **more)
+    yield times.row("P3 late", model, T, "ours, late layer", "ours", **more)
+
+
+def of_default(bench, op, model, T, N, H):
+    """What a row of the default plan says of it."""
+    name = bench.default(op, model, T)
+    return dict(op=op, plan=f"{op}={name}", default=True, **predicted_us(bench, op, name, T, N, H))
 
 
 def down(bench, model, T):
-    """P7, and every plan of down_proj with and without features."""
-    _, N = bench.models[model]
+    """P7: down_proj for those who hand over act, plain and with sums and steering."""
+    H, N = bench.shape(model)
     act, layers = bench.random(T, N), bench.layers(model, T)
-    weight, steering = bench.weight(T), bench.steering(T, N, 1)
-    names = bench.plans("down_proj", model, T)
-    runs = {"linear": lambda layer: F.linear(act, layer.w_down)}
-    runs |= {f"{name} plain": ours(act, name, op="down_proj") for name in names if name != "blas"}
-    runs |= {name: ours(act, name, weight, steering, "down_proj") for name in names}
-    times = bench.measure(runs, layers)
-    for name in names:
-        yield plan_row(bench, times, "down_proj", model, T, name, "linear")
-        if name == "tma":
-            off = relative(runs["tma plain"](layers[0]), runs["linear"](layers[0]))
-            yield times.row("P7", model, T, "tma plain", "linear", note=f"differs by {off:.1e}")
-        elif name != "blas":
-            yield plan_row(bench, times, "down_proj", model, T, name, "linear", f"{name} plain")
+    weight, steering, many = bench.weight(T), bench.steering(T, N, 1), bench.steering(T, N, 1, size=late(N))
+    runs = {"ours plain": ours(act, op="down_proj"), "linear": lambda layer: F.linear(act, layer.w_down)}
+    runs["ours"] = ours(act, "", weight, steering, "down_proj")
+    runs["ours, late layer"] = ours(act, "", weight, many, "down_proj")
+    runs["pass and linear"] = pass_and_linear(act, weight, steering)
+    times = bench.measure(runs, layers, down_work(T, N, H))
+    more = of_default(bench, "down_proj", model, T, N, H)
+    off = relative(runs["ours plain"](layers[0]), runs["linear"](layers[0]))
+    yield times.row("P7", model, T, "ours plain", "linear", note=f"differs by {off:.1e}", **more)
+    yield times.row("P7 steered", model, T, "ours", "pass and linear", **more)
+    yield times.row("P7 cost", model, T, "ours", "ours plain", **more)
+    yield times.row("P7 late", model, T, "ours, late layer", "ours plain", **more)
 
 
-def elementwise(bench, model, T):
-    """P4: the sets are gate and up side by side, ``[T, 2N]``."""
-    _, N = bench.models[model]
-    sets = [bench.random(T, 2 * N) for _ in range(1 if bench.mode == "once" else 4)]
+def table(bench, model, T):
+    """down_proj of a layer of a live table with room for 64 circuits, as ``attach`` makes it: 14 and 52 neurons steered
+    (in an 8B model), and no circuit loaded, every row at -1."""
+    H, N = bench.shape(model)
+    act, layers = bench.random(T, N), bench.layers(model, T)
+    runs = {"plain": ours(act, op="down_proj"), "linear": lambda layer: F.linear(act, layer.w_down)}
+    sizes = {"evenly": max(1, N // 1000), "late layer": late(N)}
+    tables = {"nothing loaded": SteeringTable([], [], 1, N, bench.device, max_circuits=64)}
+    for name, size in sizes.items():
+        circuits = [Circuit(tuple((0, n, 1.0) for n in sorted(each)), 1, N) for each in bench.members(N, size, 4)]
+        tables[name] = SteeringTable(circuits, [0.0] * 4, 1, N, bench.device, max_circuits=64, max_entries=64 * size)
+    for name, live in tables.items():
+        nobody = torch.full((T,), -1, dtype=torch.int32, device=bench.device)
+        rows = nobody if name == "nothing loaded" else torch.zeros_like(nobody)
+        runs[name] = ours(act, "", None, dict(scale=live.layer(0), row_circuit=rows), "down_proj")
+    times = bench.measure(runs, layers, down_work(T, N, H))
+    more = of_default(bench, "down_proj", model, T, N, H)
+    yield times.row("table", model, T, "plain", "linear", **more)
+    for name in tables:
+        note = f"{sizes[name]} neurons" if name in sizes else ""
+        yield times.row("table", model, T, name, "plain", note=note, **more)
+    same = torch.equal(runs["nothing loaded"](layers[0]), runs["plain"](layers[0]))
+    yield dict(row="table bits", model=model, T=T, ours="nothing loaded", theirs="plain", ok=same, op="down_proj")
+
+
+def elementwise(bench, model, T, rival=None):
+    """P4: the sets are gate and up side by side, ``[T, 2N]``. rival: (name, function of gate and up)."""
+    _, N = bench.shape(model)
+    sets = [bench.random(T, 2 * N) for _ in range(1 if bench.once or bench.mode == "dry" else 4)]
     weight, steering, act_sum = bench.weight(T), bench.steering(T, N, 1), bench.random(2, N, dtype=torch.float32)
     sums = dict(weight=weight, act_sum=act_sum)
-    backend = "eager" if bench.mode == "dry" else "inductor"
-    product = torch.compile(lambda gate, up: F.silu(gate) * up, backend=backend, dynamic=False, fullgraph=True)
+    name, product = rival or ("eager", lambda gate, up: F.silu(gate) * up)
 
     def swiglu(**extras):
         return lambda both: ops.swiglu(*both.chunk(2, dim=-1), **extras, backend="triton")
 
-    runs = {"torch.compile": lambda both: product(*both.chunk(2, dim=-1)), "plain": swiglu(), "sums": swiglu(**sums)}
-    times = bench.measure(runs | {"sums and scale": swiglu(**sums, **steering)}, sets)
-    moved = 6 * T * N
-    for name in runs | {"sums and scale": None}:
-        if name not in times.times:
-            yield dict(row="P4", model=model, T=T, ours=name, note=times.failures[name])
-            continue
-        rate = moved / times.median(name)
-        if name != "torch.compile" and "torch.compile" in times.times:
-            yield times.row("P4", model, T, name, "torch.compile")
-        if "copy" in bench.ceilings:
-            row = dict(row="P4 copy", model=model, T=T, ours=name, theirs="copy ceiling")
-            row.update(ratio=bench.ceilings["copy"] / rate)
-            yield dict(row, note=f"{rate / 1e9:.0f} GB/s")
+    runs = {name: lambda both: product(*both.chunk(2, dim=-1)), "plain": swiglu(), "sums": swiglu(**sums)}
+    runs["sums and steering"] = swiglu(**sums, **steering)
+    times = bench.measure(runs, sets, elementwise_work(T, N))
+    predicted = {}
+    if bench.mode != "dry":
+        cost = import_module("cna_kernels.triton.swiglu").cost(T, N, 2)
+        predicted = dict(predicted_us=1e6 * max(cost.seconds(bench.target).values()))
+    for ours_name in list(runs)[1:]:
+        yield times.row(
+            "P4" if rival else "P4 eager", model, T, ours_name, name, op="swiglu", plan="swiglu", **predicted
+        )
+        if "copy" in bench.ceilings and ours_name in times.times:
+            rate = elementwise_work(T, N).bytes / times.median(ours_name)
+            row = dict(row="P4 copy", model=model, T=T, ours=ours_name, theirs="copy ceiling", op="swiglu")
+            yield row | dict(ratio=bench.ceilings["copy"] / rate, note=f"{rate / 1e9:.0f} GB/s")
 
 
-def circuits(bench, model, T):
-    """P5: K circuits, a different one for neighbouring tokens, against none; sums on in both."""
-    H, N = bench.models[model]
-    x, weight = bench.random(T, H), bench.weight(T)
-    runs = {"K=0": ours(x, "", weight)}
-    runs |= {f"K={K}": ours(x, "", weight, bench.steering(T, N, K)) for K in (1, 16, 256)}
-    times = bench.measure(runs, bench.layers(model, T))
-    for name in list(runs)[1:]:
-        yield times.row("P5", model, T, name, "K=0")
-
-
-def distinct(bench, model, T):
-    """D6: a circuit for each token against one circuit for all."""
-    H, N = bench.models[model]
-    x, weight = bench.random(T, H), bench.weight(T)
-    runs = {f"{K} circuits": ours(x, "", weight, bench.steering(T, N, K)) for K in (1, T)}
-    times = bench.measure(runs, bench.layers(model, T))
-    yield times.row("D6", model, T, f"{T} circuits", "1 circuits")
-
-
-COMPILE_SECONDS = 60
-
-
-def compiled(bench, model, T):
-    """torch.compile as one more competitor of D1 to D3 and P1; given up for good once it fails or takes too long."""
-    H, N = bench.models[model]
-    x, layers, weight = bench.random(T, H), bench.layers(model, T), bench.weight(T)
-    row = DECODE_ROWS.get(T, "P1")
-    head = dict(row=row, model=model, T=T, ours="ours", theirs="torch.compile")
-    if not bench.compiles:
-        yield dict(head, note="skipped: torch.compile failed before")
-        return
-    how = dict(backend="eager") if bench.mode == "dry" else dict(mode="max-autotune-no-cudagraphs")
-    product = torch.compile(eager_mlp, dynamic=False, fullgraph=True, **how)
-    start = time.perf_counter()
-    try:
-        with alarm(COMPILE_SECONDS):
-            product(x, layers[0].w_gate_up, layers[0].w_down)
-    except Exception as error:
-        traceback.print_exc()
-        bench.compiles = False
-        yield dict(head, note=brief(error))
-        return
-    note = f"compiled in {time.perf_counter() - start:.0f} s"
-    steering = bench.steering(T, N, 1) if row != "P1" else None
-    runs = {"ours": ours(x, "", weight, steering)}
-    times = bench.measure(runs | {"torch.compile": lambda layer: product(x, layer.w_gate_up, layer.w_down)}, layers)
-    yield times.row(row, model, T, "ours", "torch.compile", best=True, note=note)
-
-
-@contextlib.contextmanager
-def alarm(seconds):
-    def stop(*_):
-        raise TimeoutError(f"over {seconds} s")
-
-    before = signal.signal(signal.SIGALRM, stop)
-    signal.alarm(seconds)
-    try:
-        yield
-    finally:
-        signal.alarm(0)
-        signal.signal(signal.SIGALRM, before)
-
-
-def ceilings(bench):
-    """What the device is, and bytes/s of a copy (read plus written) and of reading, FLOP/s of a bf16 product."""
-    import platform
-
-    import triton
-
-    size = 64 if bench.mode == "dry" else 8192
-    wide = [bench.random(size, 32 * size) for _ in range(2)]  # 4 GB each
-    square = [bench.random(size, size) for _ in range(2)]
-    n_bytes = 2 * wide[0].numel()
-    runs = {
-        "copy": (lambda _: wide[1].copy_(wide[0]), 2 * n_bytes),
-        "read, sum": (lambda _: wide[0].sum(dtype=torch.float32), n_bytes),
-        "read, row sums": (lambda _: wide[0].view(-1, size).sum(dim=1, dtype=torch.float32), n_bytes),
-        "read, row maxima": (lambda _: wide[0].view(-1, size).amax(dim=1), n_bytes),
-        "bf16 matmul": (lambda _: square[0] @ square[1], 2 * size**3),
+def host(bench, model, T):
+    """Host time of one call: what Python takes until the launches are queued. Nothing is waited for inside."""
+    H, N = bench.shape(model)
+    x, layer = bench.random(T, H), bench.layers(model, T)[0]
+    sums = dict(weight=bench.weight(T), act_sum=layer.act_sum)
+    both = sums | bench.steering(T, N, 1)
+    weights = layer.w_gate_up, layer.w_down
+    use_plans("")
+    calls = {
+        "plain": lambda: ops.gated_mlp(x, *weights, backend="triton"),
+        "sums and steering": lambda: ops.gated_mlp(x, *weights, **both, backend="triton"),
+        "eager": lambda: eager_mlp(x, *weights),
     }
-    times = bench.measure({name: run for name, (run, _) in runs.items()}, [None])
-    rates = {name: amount / times.median(name) for name, (_, amount) in runs.items() if name in times.times}
-    read = max((rate for name, rate in rates.items() if name != "bf16 matmul"), default=None)
-    device = torch.cuda.get_device_name() if bench.device.type == "cuda" else "CPU, interpreted"
-    yield dict(
-        environment=dict(
-            device=device,
-            python=platform.python_version(),
-            torch=torch.__version__,
-            triton=triton.__version__,
-            cuda=torch.version.cuda,
-        ),
-        ceilings=rates if read is None else rates | {"read": read},
-    )
-    for name, rate in rates.items():
-        yield dict(row="ceiling", ours=name, ours_us=times.median(name) * 1e6, note=f"{rate / 1e12:.3f} T/s")
+    rounds, repeats = (1, 1) if bench.mode == "dry" else (21, 40)  # 40 calls fit the queue of launches
+    took = {name: [] for name in calls}
+    for _ in range(rounds):
+        for name, call in calls.items():
+            call()
+            bench.synchronize()
+            start = time.perf_counter()
+            for _ in range(repeats):
+                call()
+            took[name].append((time.perf_counter() - start) / repeats)
+            bench.synchronize()
+    medians = {name: sorted(each)[rounds // 2] * 1e6 for name, each in took.items()}
+    for name in ("plain", "sums and steering"):
+        row = dict(row="host", model=model, T=T, ours=name, theirs="eager", ratio=medians[name] / medians["eager"])
+        yield row | dict(ours_us=medians[name], theirs_us=medians["eager"], op="gated_mlp")
 
 
-def every_plan(bench):
-    """Each plan and the elementwise kernel once, with sums and steering, on small shapes with ragged tails."""
-    for T, N, H in ((1, 1032, 72), (16, 1032, 72), (130, 264, 136)):
-        layer = Layer(bench.random(2 * N, H), bench.random(H, N), bench.random(2, N, dtype=torch.float32))
-        weight, steering = bench.weight(T), bench.steering(T, N, 2)
-        x, both = bench.random(T, H), bench.random(T, 2 * N)
-        sums = dict(weight=weight, act_sum=layer.act_sum)
-        done = [ops.swiglu(*both.chunk(2, dim=-1), **sums, **steering, backend="triton")]
-        for op, given in (("gated_mlp", x), ("down_proj", both[:, :N])):
-            for name in plans.PLANS[op]:
-                if plans.can_serve(plans.Call(op, T, N, H, torch.bfloat16, bench.arch, True), name):
-                    done += [ours(given, name, *extras, op=op)(layer) for extras in ((), (weight, steering))]
-        assert all(y.isfinite().all() for y in done), f"{T=} {N=} {H=}: not finite"
-    yield dict(row="every plan", ok=True, note="ran once on small shapes")
+# Candidates.
 
 
-KINDS = dict(decode=decode, prefill=prefill, elementwise=elementwise, circuits=circuits, distinct=distinct)
-KINDS |= dict(compiled=compiled, ceilings=ceilings, tune=tune, every_plan=every_plan)
-
-
-def run(job: str, bench: Bench):
-    kind, *names = job.split("/")
-    yield from KINDS[kind](bench, *(int(name) if name.isdigit() else name for name in names))
+def candidate(bench, op, name, model, T):
+    """A plan that is no default: is it right, and is it faster than the default? Both with sums and steering."""
+    if not bench.can_serve(op, name, model, T):
+        yield dict(row="plan", model=model, T=T, ours=name, op=op, note="cannot serve this shape")
+        return
+    H, N = bench.shape(model)
+    yield from check(bench, model, T, op, name)
+    x, layers = bench.random(T, H if op == "gated_mlp" else N), bench.layers(model, T)
+    weight, steering = bench.weight(T), bench.steering(T, N, 1)
+    runs = {"default": ours(x, "", weight, steering, op), name: ours(x, name, weight, steering, op)}
+    times = bench.measure(runs, layers, (mlp_work if op == "gated_mlp" else down_work)(T, N, H))
+    more = dict(op=op, plan=f"{op}={name}", **predicted_us(bench, op, name, T, N, H))
+    yield times.row("plan", model, T, name, "default", note=f"default {bench.default(op, model, T)}", **more)

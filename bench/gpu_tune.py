@@ -1,4 +1,4 @@
-"""Launch tables for ``bench/gpu.py --tune``: what to change in each, and one job that tries it."""
+"""Launch tables for the sweeps of ``bench/gpu.py``: what to change in each, and one job that tries it."""
 
 from __future__ import annotations
 
@@ -7,8 +7,8 @@ from importlib import import_module
 
 import torch
 
-from cna_kernels import ops
-from gpu_timing import brief, ours, relative
+from cna_kernels import ops, plans
+from gpu_device import brief, ours, relative
 
 # Kernel -> module, launch table, op, plan that runs the kernel, and what to change in an entry. The products within a
 # group are tried, the groups one after the other.
@@ -48,12 +48,14 @@ def changes(groups):
             yield dict(zip(group, values, strict=True))
 
 
-def tune(bench, kernel, model, T):
-    """Every change of one launch table against its present entry, through the op that runs the kernel."""
+def tune(bench, kernel, model, T, part=None):
+    """Every change of one launch table against its present entry, through the op that runs the kernel.
+
+    part: 0 to 7, every eighth change alone, to compile them side by side."""
     module, function, op, name, groups = LAUNCH_TABLES[kernel]
     module = import_module(f"cna_kernels.triton.{module}")
     present = getattr(module, function)
-    H, N = bench.models[model]
+    H, N = bench.shape(model)
     weight, steering, layers = bench.weight(T), bench.steering(T, N, 1), bench.layers(model, T)
     if op == "swiglu":
         layers = [bench.random(T, 2 * N) for _ in layers]
@@ -67,10 +69,12 @@ def tune(bench, kernel, model, T):
     def with_table(table):
         def run(layer):
             setattr(module, function, table)
+            plans.forget()  # launch configurations are kept by shape
             try:
                 return call(layer)
             finally:
                 setattr(module, function, present)
+                plans.forget()
 
         return run
 
@@ -78,8 +82,10 @@ def tune(bench, kernel, model, T):
         return with_table(lambda *given, **named: present(*given, **named)._replace(**change))
 
     expected = with_table(lambda *given, **named: entry.append(present(*given, **named)) or entry[-1])(layers[0])
+    assert entry, f"{kernel}: the op did not read {function}"
     runs, failures = {"default": call}, {}
-    for each in itertools.islice(changes(groups), 3 if bench.mode == "dry" else None):
+    tried = list(changes(groups))[: 3 if bench.mode == "dry" else None]
+    for each in tried if part is None else tried[part::8]:
         change = {field: value for field, value in each.items() if getattr(entry[0], field, None) != value}
         label = ", ".join(f"{field}={value}" for field, value in change.items())
         if not change or label in runs or label in failures:

@@ -1,0 +1,85 @@
+"""torch.compile as a rival of ``bench/gpu.py``: slow to compile, so after all that is ours alone, and with a limit."""
+
+from __future__ import annotations
+
+import contextlib
+import signal
+import time
+import traceback
+
+import torch
+import torch.nn.functional as F
+
+from gpu_device import brief, mlp_work, ours
+from gpu_rows import DECODE_ROWS, eager_mlp, elementwise
+
+COMPILE_SECONDS = 45
+
+
+def compiled(bench, model, T):
+    """One more competitor of D1 to D3 and P1: of few tokens ``max-autotune``, which is where Inductor's own reductions
+    beat cuBLAS; of many the default mode, cuBLAS and one elementwise kernel."""
+    H, N = bench.shape(model)
+    x, layers, weight = bench.random(T, H), bench.layers(model, T), bench.weight(T)
+    few = T <= 64
+    row, mode = DECODE_ROWS.get(T, "P1"), "max-autotune-no-cudagraphs" if few else "default"
+    how = dict(backend="eager") if bench.mode == "dry" else dict(mode=mode)
+    head = dict(row=row, model=model, T=T, ours="ours", theirs="torch.compile")
+    product, note = compile_within(bench, eager_mlp, how, (x, layers[0].w_gate_up, layers[0].w_down))
+    if product is None:
+        yield dict(head, note=note)
+        return
+    steering = bench.steering(T, N, 1) if few else None
+    runs = {"ours": ours(x, "", weight, steering)}
+    runs["torch.compile"] = lambda layer: product(x, layer.w_gate_up, layer.w_down)
+    times = bench.measure(runs, layers, mlp_work(T, N, H))
+    yield times.row(row, model, T, "ours", "torch.compile", best=True, note=f"{mode}, {note}", op="gated_mlp")
+
+
+def compiled_swiglu(bench, model, T):
+    """P4: the elementwise kernel against what Inductor makes of silu(gate) * up."""
+    how = dict(backend="eager" if bench.mode == "dry" else "inductor")
+    halves = bench.random(T, 2 * bench.shape(model)[1]).chunk(2, dim=-1)
+    product, note = compile_within(bench, lambda gate, up: F.silu(gate) * up, how, halves)
+    if product is None:
+        yield dict(row="P4", model=model, T=T, ours="sums and steering", theirs="torch.compile", note=note)
+        return
+    yield from elementwise(bench, model, T, ("torch.compile", product))
+
+
+def compile_within(bench, function, how, inputs):
+    """(the compiled function or None, a note)"""
+    product = torch.compile(function, dynamic=False, fullgraph=True, **how)
+    start = time.perf_counter()
+    try:
+        with alarm(COMPILE_SECONDS), choices_forgotten(bench.once):
+            product(*inputs)
+            bench.synchronize()
+    except Exception as error:
+        traceback.print_exc()
+        return None, brief(error)
+    return product, f"compiled in {time.perf_counter() - start:.0f} s"
+
+
+def choices_forgotten(once):
+    """Where others use the device at the same time, what Inductor measures to choose by is wrong: keep the compiled
+    kernels, not the choice."""
+    if not once:
+        return contextlib.nullcontext()
+    from torch._inductor import config
+
+    return config.patch(autotune_local_cache=False, fx_graph_cache=False)
+
+
+@contextlib.contextmanager
+def alarm(seconds):
+    def stop(*_):
+        raise TimeoutError(f"over {seconds} s")
+
+    before = signal.signal(signal.SIGALRM, stop)
+    signal.alarm(seconds)
+    try:
+        yield
+    finally:
+        signal.alarm(0)
+        signal.signal(signal.SIGALRM, before)

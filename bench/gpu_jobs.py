@@ -1,0 +1,205 @@
+"""What ``bench/gpu.py`` runs: the jobs of each window in their order, each with an estimate of its seconds.
+
+A job is ``kind/model/T``; ``gpu_worker`` has a function for each kind. A stage is a list of jobs one after the other,
+or, where it has ``seconds``, a time in which tests run side by side with the jobs to come, each of these once and
+unmeasured, so that their kernels lie compiled in Triton's cache.
+
+No torch here: the parent that reads this imports none. What depends on the plans comes in as the ``catalogue`` that a
+worker hands over: for each ``op/model/T`` the default plan and those that could serve as well.
+"""
+
+from __future__ import annotations
+
+import re
+from typing import NamedTuple
+
+LIMITS = {"1": 330, "2": 360, "tune": 540}  # seconds of each window, from the start of the process
+B8, B1, B70, Q7 = "Llama-3.1-8B", "Llama-3.2-1B", "Llama-3.1-70B", "Qwen2.5-7B"
+
+# Seconds of a job by its kind, once its kernels are compiled: by arithmetic, until a card has been seen. A worker takes
+# 8 to start, which the first job of a window pays.
+ESTIMATES = {
+    "ceilings": 17, "dependent": 3, "host": 2, "check": 2, "decode": 3, "prefill": 3, "down": 3, "elementwise": 2,
+    "replay": 4, "table": 4, "generate": 20, "compiled": 20, "compiled_swiglu": 12, "candidate": 2.5, "tune": 18,
+    "ncu": 40, "memcheck": 45, "racecheck": 40,
+}  # fmt: skip
+ONCE = ("ceilings", "dependent", "host", "replay", "ncu", "memcheck", "racecheck")  # kinds that need no run before
+OUTSIDE = ("ncu", "memcheck", "racecheck")  # kinds that are a process of their own, not a job of the worker
+
+
+class Job(NamedTuple):
+    name: str
+    seconds: float  # estimate
+    plan: str = ""  # "op=plan" without which the job makes no sense
+
+    @property
+    def kind(self):
+        return self.name.partition("/")[0]
+
+    @property
+    def limit(self):
+        """Seconds after which the job is given up."""
+        if self.kind == "candidate":
+            return 20
+        return max(30, 3 * self.seconds) if self.kind in ("compiled", "generate", "tune") else max(30, 6 * self.seconds)
+
+
+class Stage(NamedTuple):
+    title: str
+    jobs: list[Job]
+    seconds: float = 0  # of tests and compilation side by side, before the jobs that come until the next such stage
+    tests: tuple[str, ...] = ()  # pytest -k expressions, each with its file before a colon
+
+    def estimate(self):
+        return self.seconds + sum(job.seconds for job in self.jobs)
+
+
+def job(kind, *names, plan="", seconds=None):
+    return Job("/".join([kind, *map(str, names)]), ESTIMATES[kind] if seconds is None else seconds, plan)
+
+
+def default_plan(catalogue, op, model, T):
+    found = catalogue.get(f"{op}/{model}/{T}")
+    return f"{op}={found['default']}" if found else ""
+
+
+def mlp_jobs(catalogue, model, decode, prefill):
+    """Correctness, then time, of the default plans: the smallest T first, because it matters most."""
+    jobs = []
+    for T in (*decode, *prefill):
+        plan = default_plan(catalogue, "gated_mlp", model, T)
+        jobs += [job("check", model, T, plan=plan), job("decode" if T in decode else "prefill", model, T, plan=plan)]
+    for T in prefill:
+        jobs.append(job("down", model, T, plan=default_plan(catalogue, "down_proj", model, T)))
+    return jobs + [job("elementwise", model, T) for T in reversed(prefill)]
+
+
+def candidates(catalogue, wanted):
+    """A job for each plan that is no default, for each (model, op, T) wanted; the first wanted first."""
+    jobs = []
+    for model, op, T in wanted:
+        for name in catalogue.get(f"{op}/{model}/{T}", {}).get("candidates", ()):
+            jobs.append(job("candidate", op, name, model, T, plan=f"{op}={name}"))
+    return jobs
+
+
+def value_tests(catalogue):
+    """The bf16 values of every default plan; ``-`` ends a plan's name in the ids, so that ``split`` is not
+    ``split_last``."""
+    plans = dict.fromkeys(key.partition("/")[0] + "-" + found["default"] for key, found in catalogue.items())
+    some = "test_values and bfloat16 and (both or circuits)"
+    named = [f"tests/test_triton.py:{some} and {plan}-" for plan in plans]
+    return (*named, f"tests/test_triton.py:{some} and (swiglu or steer_act)")
+
+
+def first_window(catalogue):
+    rows = mlp_jobs(catalogue, B8, (1, 8, 64), (512, 4096))
+    # what only this window can tell comes right after the first row
+    rows[2:2] = [job("host", B8, 1), job("dependent", B8), job("replay", B8)]
+    tried = [(B8, "gated_mlp", T) for T in (1, 64, 8)] + [(B8, "down_proj", 4096), (B8, "gated_mlp", 4096)]
+    tried += [(B8, "down_proj", T) for T in (128, 256, 16)] + [(B8, "gated_mlp", 512), (B1, "gated_mlp", 1)]
+    return [
+        Stage("the card, its ceilings, and the tools", [job("ceilings")]),
+        Stage("values of default plans, tests of launches, compilation", [], 70, (
+            "tests/test_cuda.py:", *value_tests(catalogue),
+        )),
+        Stage("default plans, 8B", rows),
+        Stage("default plans, 1B", mlp_jobs(catalogue, B1, (1, 8, 64), (512, 4096))),
+        Stage("down_proj with a live table of 64 circuits", [
+            job("table", B8, T, plan=default_plan(catalogue, "down_proj", B8, T)) for T in (128, 256)
+        ]),
+        Stage("a transformers model, steered", [job("generate", B8, 1), job("generate", B8, 32, seconds=10)]),
+        Stage("Inductor as rival", [
+            job("compiled", B8, 1), job("compiled", B8, 4096, seconds=12), job("compiled_swiglu", B8, 4096),
+        ]),
+        Stage("compilation of the candidates", [], 15),
+        Stage("candidates", candidates(catalogue, tried)),
+    ]  # fmt: skip
+
+
+def second_window(catalogue, sweep):
+    """sweep: (kernel, T) of the launch tables to try, the one that loses most first."""
+    big = []
+    for model in (B70, Q7):
+        big += mlp_jobs(catalogue, model, (1, 8, 64), (4096,))
+    tried = [(model, op, T) for op, T in (("gated_mlp", 1), ("gated_mlp", 8)) for model in (B70, Q7)]
+    return [
+        Stage("the card and its ceilings", [job("ceilings")]),
+        Stage("compilation", [], 50),
+        Stage("sweep of what loses", [job("tune", kernel, B8, T) for kernel, T in sweep[:2]]),
+        Stage("hardware counters", [job("ncu")]),
+        Stage("default plans, 70B and Qwen", big),
+        Stage("memory checks", [job("memcheck", "defaults")]),
+        Stage("races, for information", [job("racecheck", "defaults", seconds=30)]),
+        Stage("candidates", [*candidates(catalogue, tried), job("memcheck", "candidates")]),
+    ]
+
+
+def tune_window(catalogue, sweep):
+    return [
+        Stage("the card and its ceilings", [job("ceilings")]),
+        Stage("compilation", [], 150),
+        Stage("sweep", [job("tune", kernel, model, T) for model in (B8, B1, B70) for kernel, T in sweep]),
+    ]
+
+
+def window(name, catalogue, sweep=()):
+    if name == "1":
+        return first_window(catalogue)
+    return second_window(catalogue, sweep) if name == "2" else tune_window(catalogue, sweep)
+
+
+# The shapes that a catalogue must know: those of all windows.
+TOKENS = {"gated_mlp": (1, 8, 64, 512, 4096), "down_proj": (16, 128, 256, 512, 4096)}
+MODELS = (B8, B1, B70, Q7)
+
+
+def chosen(stages, only="", models=""):
+    """The stages with the jobs and tests whose names ``only`` finds, of the models named; and the names of the rest."""
+    wanted, left_out = [], []
+    for stage in stages:
+        jobs = []
+        for each in stage.jobs:
+            model = next((name for name in MODELS if name in each.name), None)
+            keep = each.kind == "ceilings" or re.search(only, each.name)
+            keep = keep and not (models and model and not any(m in model for m in models.split(",")))
+            (jobs if keep else left_out).append(each)
+        tests = tuple(test for test in stage.tests if re.search(only, test))
+        wanted.append(stage._replace(jobs=jobs, tests=tests))
+    return wanted, [each.name for each in left_out]
+
+
+def chunks(jobs):
+    """The jobs to run once before they are measured, by what shares kernels: model, and few tokens or many. A candidate
+    plan is alone, because it may take its process with it. A sweep goes to eight processes, a part of it each."""
+    found = {}
+    for each in jobs:
+        kind, *names = each.name.split("/")
+        if kind in ONCE:
+            continue
+        if kind == "tune":
+            for part in range(8):
+                found[each.name, part] = [each._replace(name=f"{each.name}/{part}")]
+        elif kind in ("generate", "compiled", "compiled_swiglu"):
+            found[each.name, ""] = [each]
+        elif kind == "candidate":
+            found.setdefault((each.plan, names[-2], names[-1]), []).append(each)
+        else:
+            found.setdefault((kind, names[-2], int(names[-1]) <= 64), []).append(each)
+    return list(found.values())
+
+
+def within(stages, limit):
+    """(stage, job, estimate so far, whether it still fits) of every job in order; a stage that compiles has job None.
+
+    What the estimate has no room for is run all the same if others take less."""
+    so_far, listed = 0.0, []
+    for stage in stages:
+        if stage.seconds:
+            so_far += stage.seconds
+            listed.append((stage, None, so_far, so_far <= limit))
+        for each in stage.jobs:
+            fits = so_far + each.seconds <= limit
+            so_far += each.seconds if fits else 0
+            listed.append((stage, each, so_far, fits))
+    return listed

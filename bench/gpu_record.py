@@ -1,0 +1,76 @@
+"""Results of ``bench/gpu.py`` as a file to commit: one for each device, with the rows of all its runs.
+
+A row is replaced by a later one of the same name, model, tokens and sides, and names the run that it is from, so that
+the two windows, and later ones, lie in one file.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+
+from gpu_report import markdown, replace
+
+RESULTS = Path(__file__).resolve().parent / "results"
+KEY = ("row", "model", "T", "ours", "theirs", "op", "kernel")
+
+
+def slug(device: str) -> str:
+    """ "NVIDIA H100 80GB HBM3" -> "h100"."""
+    known = re.search(r"\b[A-Z]{1,2}\d{2,4}\b", device)
+    return known[0].lower() if known else re.sub(r"\W+", "-", device.lower()).strip("-")
+
+
+def key(row):
+    return tuple(row.get(name) for name in KEY)
+
+
+def merge(before: dict, new: dict) -> dict:
+    """Both as one: the rows of ``new`` instead of those with the same key, the others as they were."""
+    facts = new["environment"]
+    run = f"window {facts.get('window') or '?'}, {facts.get('date', 'no date')}, {facts.get('commit', 'no commit')}"
+    rows = [row | dict(run=run) for row in new["rows"]]
+    fresh = set(map(key, rows))
+    kept = [row for row in before.get("rows", ()) if key(row) not in fresh]
+    used = {row["run"] for row in kept}
+    runs = [each for each in before.get("runs", ()) if each["run"] in used and each["run"] != run]
+    runs.append(dict(run=run, **facts, ceilings=new["ceilings"]))
+    return dict(environment=facts, runs=runs, rows=kept + rows, left_out=new.get("left_out", []))
+
+
+def record(directory: Path, into: Path = RESULTS) -> Path:
+    """Merge DIR/gpu.json into ``gpu-<device>.json`` among the results, and write that for reading beside it."""
+    new = json.loads((directory / "gpu.json").read_text())
+    path = into / f"gpu-{slug(new['environment'].get('device', 'unknown'))}.json"
+    merged = merge(json.loads(path.read_text()) if path.exists() else {}, new)
+    into.mkdir(parents=True, exist_ok=True)
+    replace(path, json.dumps(merged, indent=1) + "\n")
+    replace(path.with_suffix(".md"), markdown(merged))
+    return path
+
+
+# What to sweep where a plan is furthest from its ceiling: launch tables of ``gpu_tune``.
+TABLES = {
+    "gated_mlp=gemv": ("gate_up_gemv", "down_gemv"),
+    "gated_mlp=flat": ("gate_up_flat", "down_split"),
+    "gated_mlp=fused": ("gate_up",),
+    "down_proj=split": ("down_split",),
+    "down_proj=tma": ("down_proj",),
+    "swiglu": ("swiglu",),
+}
+
+
+def losing(rows, model="Llama-3.1-8B") -> list[tuple[str, int]]:
+    """(launch table, T), of the rows of default plans the one with the smallest share of its ceiling first. Without
+    rows the decode pair, which matters most."""
+    found = [row for row in rows if row.get("share") and row.get("model") == model and row.get("plan") in TABLES]
+    found.sort(key=lambda row: row["share"])
+    named = [(table, row["T"]) for row in found for table in TABLES[row["plan"]]]
+    return list(dict.fromkeys([*named, ("gate_up_gemv", 1), ("down_gemv", 1)]))
+
+
+def last_rows(results: Path | None = None) -> list[dict]:
+    """The rows to choose a sweep by: of the file given, else of all that are committed."""
+    paths = [results] if results else sorted(RESULTS.glob("gpu-*.json"))
+    return [row for path in paths for row in json.loads(path.read_text())["rows"]]

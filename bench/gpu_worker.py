@@ -1,0 +1,179 @@
+"""A process of ``bench/gpu.py`` that measures: jobs from standard input one by one, rows to standard output.
+
+The first line it reads is an order, ``{"mode": ..., "once": ..., "ceilings": ...}``; every line after that names a job.
+It answers with lines of JSON: ``ready`` once, then rows, and ``done`` after each job.
+
+    python bench/gpu_worker.py --every-plan defaults|candidates     small shapes, for compute-sanitizer
+    python bench/gpu_worker.py --profile                            the kernels that ncu looks at
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import time
+import traceback
+
+import torch
+
+import gpu_checks
+import gpu_device
+from cna_kernels import ops
+from cna_kernels.triton import plan as plans
+from gpu_compiled import compiled, compiled_swiglu
+from gpu_device import Bench, Layer, brief, make_call, ours
+from gpu_model import generate
+from gpu_rows import candidate, check, decode, down, elementwise, host, prefill, table
+from gpu_tune import tune
+
+
+def ceilings(bench):
+    """What the device is, and bytes/s of a copy (read plus written) and of reading, FLOP/s of a bf16 product."""
+    import platform
+
+    import triton
+
+    size = 64 if bench.mode == "dry" else 8192
+    wide = [bench.random(size, 32 * size) for _ in range(2)]  # 4 GB each
+    square = [bench.random(size, size) for _ in range(2)]
+    n_bytes = 2 * wide[0].numel()
+    runs = {
+        "copy": (lambda _: wide[1].copy_(wide[0]), 2 * n_bytes),
+        "read, sum": (lambda _: wide[0].sum(dtype=torch.float32), n_bytes),
+        "read, row sums": (lambda _: wide[0].view(-1, size).sum(dim=1, dtype=torch.float32), n_bytes),
+        "read, row maxima": (lambda _: wide[0].view(-1, size).amax(dim=1), n_bytes),
+        "bf16 matmul": (lambda _: square[0] @ square[1], 2 * size**3),
+    }
+    times = bench.measure({name: run for name, (run, _) in runs.items()}, [None])
+    rates = {name: amount / times.median(name) for name, (_, amount) in runs.items() if name in times.times}
+    if reads := [rate for name, rate in rates.items() if name != "bf16 matmul"]:
+        rates["read"] = max(reads)
+    bench.ceilings = rates
+    _, assumed = gpu_device.device_of(bench.name, rates, bench.n_sm)
+    versions = dict(python=platform.python_version(), torch=torch.__version__, triton=triton.__version__)
+    versions |= dict(cuda=torch.version.cuda, multiprocessors=bench.n_sm)
+    yield dict(environment=dict(device=bench.name, **versions), ceilings=rates)
+    for name, rate in rates.items():
+        row = dict(row="ceiling", ours=name, note=f"{rate / 1e12:.3f} T{'FLOP' if 'matmul' in name else 'B'}/s")
+        yield row | (dict(ours_us=times.median(name) * 1e6) if name in times.times else {})
+    if not assumed.endswith(": "):
+        yield dict(row="ceiling", ours="assumed", note=assumed)
+    bench.forget()
+
+
+def catalogue(bench):
+    yield dict(catalogue=gpu_device.catalogue(bench.arch, bench.n_sm))
+
+
+def dependent(bench, model):
+    """The decode pair without anything between its kernels."""
+    H, N = bench.shape(model)
+    repeats = 3 if bench.mode == "dry" else 200
+    for T in (1, 16, 64):
+        T = bench.tokens(T) if bench.mode != "dry" else min(T, 2)
+        yield verdict("PDL", model, T, lambda T=T: gpu_checks.dependent_stress(T, N, H, bench.device, repeats))
+
+
+def replay(bench, model):
+    """Captured graphs against calls, bit for bit, for every op at few and at many tokens."""
+    H, N = bench.shape(model)
+    capture = {} if bench.mode != "dry" else dict(capture=gpu_checks.capture_by_copy)
+    for op in gpu_checks.INPUTS:
+        for T in (1, 64, 128) if bench.mode != "dry" else (2,):
+            body = lambda op=op, T=T: gpu_checks.replays_follow(op, T, N, H, bench.device, **capture)  # noqa: E731
+            yield verdict("graph", model, T, body, ours=op)
+
+
+def verdict(row, model, T, body, **more):
+    head = dict(row=row, model=model, T=T, **more)
+    try:
+        return dict(head, ok=True, note=body())
+    except AssertionError as error:
+        return dict(head, ok=False, note=str(error)[:300])
+
+
+def every_plan(bench, which):
+    """Each plan once, with and without sums and steering, on small shapes with ragged tails: the default plans and the
+    elementwise kernel, or the candidates."""
+    for T, N, H in ((1, 1032, 72), (16, 1032, 72), (130, 264, 136)):
+        layer = Layer(bench.random(2 * N, H), bench.random(H, N), bench.random(2, N, dtype=torch.float32))
+        weight, steering = bench.weight(T), bench.steering(T, N, 2)
+        x, both = bench.random(T, H), bench.random(T, 2 * N)
+        sums, done = dict(weight=weight, act_sum=layer.act_sum), []
+        if which == "defaults":
+            done.append(ops.swiglu(*both.chunk(2, dim=-1), **sums, **steering, backend="triton"))
+            done.append(ops.steer_act(both[:, :N], **sums, **steering, backend="triton"))
+        for op, given in (("gated_mlp", x), ("down_proj", both[:, :N])):
+            call = make_call(op, T, N, H, bench.arch, bench.n_sm)
+            default = plans.default(call).name
+            names = [n for n in plans.PLANS[op] if n != default and plans.can_serve(call, n)]
+            for name in [default] if which == "defaults" else names:
+                print(f"{op} {name} T={T}", file=sys.stderr, flush=True)
+                done += [ours(given, name, *extras, op=op)(layer) for extras in ((), (weight, steering))]
+        bench.synchronize()
+        assert all(y.isfinite().all() for y in done), f"{T=} {N=} {H=}: not finite"
+
+
+def profile(bench, model="Llama-3.1-8B"):
+    """What ncu looks at, on 8B shapes, each twice: gate/up and down of one token, down of 16, the elementwise kernel
+    and down_proj of 4096."""
+    H, N = bench.shape(model)
+    layer = Layer(
+        bench.random(2 * N, H, deviation=H**-0.5), bench.random(H, N, deviation=N**-0.5),
+        bench.random(2, N, dtype=torch.float32),
+    )  # fmt: skip
+    for T, op, width in ((1, "gated_mlp", H), (16, "down_proj", N), (4096, "swiglu", N), (4096, "down_proj", N)):
+        T = bench.tokens(T)
+        x, weight, steering = bench.random(T, width), bench.weight(T), bench.steering(T, N, 1)
+        sums = dict(weight=weight, act_sum=layer.act_sum)
+        for _ in range(2):
+            if op == "swiglu":
+                ops.swiglu(x, bench.random(T, N), **sums, **steering, backend="triton")
+            else:
+                ours(x, "", weight, steering, op)(layer)
+    bench.synchronize()
+
+
+KINDS = dict(ceilings=ceilings, catalogue=catalogue, check=check, decode=decode, prefill=prefill, down=down)
+KINDS |= dict(table=table, elementwise=elementwise, host=host, candidate=candidate, generate=generate, tune=tune)
+KINDS |= dict(compiled=compiled, compiled_swiglu=compiled_swiglu, dependent=dependent, replay=replay)
+
+
+def run(job: str, bench: Bench):
+    kind, *names = job.split("/")
+    if kind == "tune" and len(names) == 4:
+        names[3:] = [f"part {names[3]}"]
+    given = [bench.tokens(int(name)) if name.isdigit() else name for name in names]
+    if kind == "tune" and len(given) == 4:
+        given[3] = int(given[3].removeprefix("part "))
+    yield from KINDS[kind](bench, *given)
+
+
+def main():
+    if "--every-plan" in sys.argv or "--profile" in sys.argv:
+        bench = Bench("dry" if not torch.cuda.is_available() else "time", {}, once=True)
+        with torch.no_grad():
+            profile(bench) if "--profile" in sys.argv else every_plan(bench, sys.argv[-1])
+        return
+    channel = os.fdopen(os.dup(1), "w", buffering=1)
+    os.dup2(2, 1)  # whatever else prints goes to the log
+    order = json.loads(sys.stdin.readline())
+    bench = Bench(order["mode"], order["ceilings"], order["once"])
+    print(json.dumps(dict(ready=True)), file=channel)
+    for line in sys.stdin:
+        job, start = json.loads(line)["job"], time.time()
+        try:
+            with torch.no_grad():
+                for row in run(job, bench):
+                    print(json.dumps(row), file=channel)
+        except Exception as error:
+            traceback.print_exc()
+            print(json.dumps(dict(row="failed", ours=job, note=f"{job}: {brief(error)}")), file=channel)
+        bench.synchronize()  # if it raises, the device is lost to this process: the parent starts another
+        print(f"{job}: {time.time() - start:.1f} s", file=sys.stderr)
+        print(json.dumps(dict(done=job)), file=channel)
+
+
+if __name__ == "__main__":
+    main()
