@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 
 from gpu_device import brief, mlp_work, ours
-from gpu_rows import DECODE_ROWS, eager_mlp, elementwise
+from gpu_rows import DECODE_ROWS, eager_mlp, elementwise, of_default
 
 COMPILE_SECONDS = 45
 
@@ -33,7 +33,16 @@ def compiled(bench, model, T):
     runs = {"ours": ours(x, "", weight, steering)}
     runs["torch.compile"] = lambda layer: product(x, layer.w_gate_up, layer.w_down)
     times = bench.measure(runs, layers, mlp_work(T, N, H))
-    yield times.row(row, model, T, "ours", "torch.compile", best=True, note=f"{mode}, {note}", op="gated_mlp")
+    yield times.row(
+        row,
+        model,
+        T,
+        "ours",
+        "torch.compile",
+        best=True,
+        note=f"{mode}, {note}",
+        **of_default(bench, "gated_mlp", model, T, N, H),
+    )
 
 
 def compiled_swiglu(bench, model, T):

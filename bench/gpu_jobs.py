@@ -19,7 +19,7 @@ B8, B1, B70, Q7 = "Llama-3.1-8B", "Llama-3.2-1B", "Llama-3.1-70B", "Qwen2.5-7B"
 # Seconds of a job by its kind, once its kernels are compiled: by arithmetic, until a card has been seen. A worker takes
 # 8 to start, which the first job of a window pays.
 ESTIMATES = {
-    "ceilings": 17, "dependent": 3, "host": 2, "check": 2, "decode": 3, "prefill": 3, "down": 3, "elementwise": 2,
+    "ceilings": 17, "dependent": 3, "host": 2, "check": 2, "decode": 3, "prefill": 3, "down": 4, "elementwise": 2,
     "replay": 4, "table": 4, "generate": 20, "compiled": 20, "compiled_swiglu": 12, "candidate": 2.5, "tune": 18,
     "ncu": 40, "memcheck": 45, "racecheck": 40,
 }  # fmt: skip
@@ -75,12 +75,15 @@ def mlp_jobs(catalogue, model, decode, prefill):
 
 
 def candidates(catalogue, wanted):
-    """A job for each plan that is no default, for each (model, op, T) wanted; the first wanted first."""
-    jobs = []
+    """A job for each plan that is no default, for each (model, op, T) wanted; the first wanted first, but plans made
+    for many tokens last where there are few."""
+    jobs, unlikely = [], []
     for model, op, T in wanted:
         for name in catalogue.get(f"{op}/{model}/{T}", {}).get("candidates", ()):
-            jobs.append(job("candidate", op, name, model, T, plan=f"{op}={name}"))
-    return jobs
+            made_for_many = T <= 64 and name in ("fused", "blas", "tma")
+            each = job("candidate", op, name, model, T, plan=f"{op}={name}")
+            (unlikely if made_for_many else jobs).append(each)
+    return jobs + unlikely
 
 
 def value_tests(catalogue):
@@ -122,15 +125,16 @@ def second_window(catalogue, sweep):
     big = []
     for model in (B70, Q7):
         big += mlp_jobs(catalogue, model, (1, 8, 64), (4096,))
-    tried = [(model, op, T) for op, T in (("gated_mlp", 1), ("gated_mlp", 8)) for model in (B70, Q7)]
+    tried = [(model, "gated_mlp", T) for T in (1, 8) for model in (B8, B1, B70)]
     return [
         Stage("the card and its ceilings", [job("ceilings")]),
         Stage("compilation", [], 50),
-        Stage("sweep of what loses", [job("tune", kernel, B8, T) for kernel, T in sweep[:2]]),
+        Stage("sweep of what loses", [job("tune", kernel, B8, T) for kernel, T in sweep[:4]]),
         Stage("hardware counters", [job("ncu")]),
         Stage("default plans, 70B and Qwen", big),
         Stage("memory checks", [job("memcheck", "defaults")]),
         Stage("races, for information", [job("racecheck", "defaults", seconds=30)]),
+        Stage("compilation of the candidates", [], 12),
         Stage("candidates", [*candidates(catalogue, tried), job("memcheck", "candidates")]),
     ]
 
@@ -185,7 +189,8 @@ def chunks(jobs):
         elif kind == "candidate":
             found.setdefault((each.plan, names[-2], names[-1]), []).append(each)
         else:
-            found.setdefault((kind, names[-2], int(names[-1]) <= 64), []).append(each)
+            family = "down_proj" if kind in ("down", "table") else "gated_mlp"
+            found.setdefault((family, names[-2], int(names[-1]) <= 64), []).append(each)
     return list(found.values())
 
 

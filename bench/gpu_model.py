@@ -21,7 +21,7 @@ SHAPES = {  # layers, heads, key and value heads, vocabulary
     "Llama-3.1-8B": (32, 32, 8, 128_256),
     "Llama-3.2-1B": (16, 32, 8, 128_256),
 }
-PROMPT, STEPS = 32, 12  # tokens of a prompt; steps of one sample
+PROMPT, STEPS, ROUNDS = 32, 12, 7  # tokens of a prompt; steps of one sample; samples
 CACHE = PROMPT + 64
 
 
@@ -153,7 +153,7 @@ def capture(bench, step):
 
 def compare(bench, model, n_rows, how, runs):
     """runs: name -> (one step, what begins again). Rows of the steered model against each other one."""
-    rounds, steps = (1, 1) if bench.mode == "dry" else (7, STEPS)
+    rounds, steps = (1, 1) if bench.mode == "dry" else (ROUNDS, STEPS)
     took = {name: [] for name in runs}
     for _ in range(rounds):
         for name, (step, rewind) in runs.items():

@@ -11,11 +11,12 @@ from importlib import import_module
 import torch
 import torch.nn.functional as F
 
-from cna_kernels import Circuit, SteeringTable, ops, reference
+from cna_kernels import ops, reference
 from cna_kernels.plans import use as use_plans
 from cna_kernels.triton.cost import Cost
 from gpu_device import down_work, elementwise_work, late, mlp_work, ours, relative
 
+HOST_ROUNDS, HOST_CALLS = 21, 40  # so many calls fit the queue of launches
 DECODE_ROWS = {1: "D1", 8: "D2", 16: "D2", 64: "D3"}
 
 
@@ -50,16 +51,6 @@ def hooks(x, weight, factor):
         act = F.silu(F.linear(x, w_gate)) * F.linear(x, w_up)
         layer.act_sum.addmm_(weight.t(), act.float())
         return F.linear(act * factor, layer.w_down)
-
-    return run
-
-
-def pass_and_linear(act, weight, steering):
-    """Sums and steering of act in a pass of its own, then cuBLAS."""
-
-    def run(layer):
-        steered = ops.steer_act(act, weight=weight, act_sum=layer.act_sum, **steering, backend="triton")
-        return F.linear(steered, layer.w_down)
 
     return run
 
@@ -184,49 +175,6 @@ def of_default(bench, op, model, T, N, H):
     return dict(op=op, plan=f"{op}={name}", default=True, **predicted_us(bench, op, name, T, N, H))
 
 
-def down(bench, model, T):
-    """P7: down_proj for those who hand over act, plain and with sums and steering."""
-    H, N = bench.shape(model)
-    act, layers = bench.random(T, N), bench.layers(model, T)
-    weight, steering, many = bench.weight(T), bench.steering(T, N, 1), bench.steering(T, N, 1, size=late(N))
-    runs = {"ours plain": ours(act, op="down_proj"), "linear": lambda layer: F.linear(act, layer.w_down)}
-    runs["ours"] = ours(act, "", weight, steering, "down_proj")
-    runs["ours, late layer"] = ours(act, "", weight, many, "down_proj")
-    runs["pass and linear"] = pass_and_linear(act, weight, steering)
-    times = bench.measure(runs, layers, down_work(T, N, H))
-    more = of_default(bench, "down_proj", model, T, N, H)
-    off = relative(runs["ours plain"](layers[0]), runs["linear"](layers[0]))
-    yield times.row("P7", model, T, "ours plain", "linear", note=f"differs by {off:.1e}", **more)
-    yield times.row("P7 steered", model, T, "ours", "pass and linear", **more)
-    yield times.row("P7 cost", model, T, "ours", "ours plain", **more)
-    yield times.row("P7 late", model, T, "ours, late layer", "ours plain", **more)
-
-
-def table(bench, model, T):
-    """down_proj of a layer of a live table with room for 64 circuits, as ``attach`` makes it: 14 and 52 neurons steered
-    (in an 8B model), and no circuit loaded, every row at -1."""
-    H, N = bench.shape(model)
-    act, layers = bench.random(T, N), bench.layers(model, T)
-    runs = {"plain": ours(act, op="down_proj"), "linear": lambda layer: F.linear(act, layer.w_down)}
-    sizes = {"evenly": max(1, N // 1000), "late layer": late(N)}
-    tables = {"nothing loaded": SteeringTable([], [], 1, N, bench.device, max_circuits=64)}
-    for name, size in sizes.items():
-        circuits = [Circuit(tuple((0, n, 1.0) for n in sorted(each)), 1, N) for each in bench.members(N, size, 4)]
-        tables[name] = SteeringTable(circuits, [0.0] * 4, 1, N, bench.device, max_circuits=64, max_entries=64 * size)
-    for name, live in tables.items():
-        nobody = torch.full((T,), -1, dtype=torch.int32, device=bench.device)
-        rows = nobody if name == "nothing loaded" else torch.zeros_like(nobody)
-        runs[name] = ours(act, "", None, dict(scale=live.layer(0), row_circuit=rows), "down_proj")
-    times = bench.measure(runs, layers, down_work(T, N, H))
-    more = of_default(bench, "down_proj", model, T, N, H)
-    yield times.row("table", model, T, "plain", "linear", **more)
-    for name in tables:
-        note = f"{sizes[name]} neurons" if name in sizes else ""
-        yield times.row("table", model, T, name, "plain", note=note, **more)
-    same = torch.equal(runs["nothing loaded"](layers[0]), runs["plain"](layers[0]))
-    yield dict(row="table bits", model=model, T=T, ours="nothing loaded", theirs="plain", ok=same, op="down_proj")
-
-
 def elementwise(bench, model, T, rival=None):
     """P4: the sets are gate and up side by side, ``[T, 2N]``. rival: (name, function of gate and up)."""
     _, N = bench.shape(model)
@@ -268,7 +216,7 @@ def host(bench, model, T):
         "sums and steering": lambda: ops.gated_mlp(x, *weights, **both, backend="triton"),
         "eager": lambda: eager_mlp(x, *weights),
     }
-    rounds, repeats = (1, 1) if bench.mode == "dry" else (21, 40)  # 40 calls fit the queue of launches
+    rounds, repeats = (1, 1) if bench.mode == "dry" else (HOST_ROUNDS, HOST_CALLS)
     took = {name: [] for name in calls}
     for _ in range(rounds):
         for name, call in calls.items():

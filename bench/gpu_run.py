@@ -113,15 +113,18 @@ class Crew:
             if why := self._why_not(job):
                 self.record.leave_out(job.name, why)
                 continue
-            start = time.time()
+            start, seconds = time.time(), min(job.limit, self.left())
             try:
                 if self.worker is None:
                     self.worker = self.start_worker("time")
-                for row in self.worker.ask(job.name, min(job.limit, self.left())):
+                for row in self.worker.ask(job.name, seconds):
                     self.record.add(row)
             except Died as died:
                 self.worker = None
-                self._note_death(job, died, only_if_dead=self.left() < 1)
+                if died.hung and seconds < job.limit:
+                    self.record.leave_out(job.name, f"cut off after {seconds:.0f} s, when the window ended")
+                else:
+                    self._note_death(job, died)
             self.record.job(job, time.time() - start)
 
     def once(self, jobs: list[Job], until: float):
@@ -172,9 +175,9 @@ class Crew:
             return f"{max(0, self.left()):.0f} s left, about {job.seconds:.0f} needed"
         return None
 
-    def _note_death(self, job, died, only_if_dead=False):
+    def _note_death(self, job, died):
         self.record.add(dict(row="crashed", ours=job.plan, note=f"{job.name}: {died}"))
-        if job.plan and not (only_if_dead and died.hung):
+        if job.plan:
             self.killed[job.plan] = job.name
 
 

@@ -23,8 +23,9 @@ from cna_kernels import ops
 from cna_kernels.triton import plan as plans
 from gpu_compiled import compiled, compiled_swiglu
 from gpu_device import Bench, Layer, brief, make_call, ours
+from gpu_down import down, table
 from gpu_model import generate
-from gpu_rows import candidate, check, decode, down, elementwise, host, prefill, table
+from gpu_rows import candidate, check, decode, elementwise, host, prefill
 from gpu_tune import tune
 
 

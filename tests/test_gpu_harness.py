@@ -16,11 +16,14 @@ import gpu
 import gpu_device
 import gpu_environment
 import gpu_jobs
+import gpu_model
 import gpu_record
 import gpu_report
+import gpu_rows
 import gpu_run
 import gpu_timing
 import gpu_tools
+import gpu_worker
 
 ROOT = Path(__file__).resolve().parent.parent
 CATALOGUE = gpu_device.catalogue()
@@ -221,6 +224,83 @@ def test_ncu_output_becomes_rows():
     assert len(rows) == 1 and rows[0]["ours"] == "down_gemv_kernel"
     assert rows[0]["note"].startswith("time 12.5 us, moved 117 Mbyte, memory % 85")
     assert list(gpu_tools.ncu_rows("no table here")) == []
+
+
+# The code that only runs with a GPU, on stand-ins for what is CUDA's.
+
+
+class Stream:
+    """A stream, a graph, an event, and a context of each; what is captured runs at once and is not run again."""
+
+    def __init__(self, *_, **__):
+        pass
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        pass
+
+    def wait_stream(self, _):
+        pass
+
+    def replay(self):
+        pass
+
+    def record(self):
+        pass
+
+    def elapsed_time(self, _):
+        return 100.0
+
+
+class OnStandIns(gpu_device.Bench):
+    """A Bench that believes in a GPU, on a CPU with tiny shapes."""
+
+    def __init__(self):
+        super().__init__("dry", dict(read=1e12, copy=1e12))
+        self.mode = "time"
+
+    def shape(self, model):
+        return (64, 96)
+
+    def tokens(self, T):
+        return min(T, 66)
+
+    def layers(self, model, T=1):
+        if self._layers[0] != model:
+            made = gpu_device.Layer(self.random(192, 64), self.random(64, 96), self.random(2, 96, dtype=torch.float32))
+            self._layers = (model, [made])
+        return self._layers[1]
+
+
+@pytest.fixture
+def stand_ins(monkeypatch):
+    for name in ("CUDAGraph", "graph", "Event", "Stream", "stream", "current_stream"):
+        monkeypatch.setattr(torch.cuda, name, Stream)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+    return OnStandIns()
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="for machines without a GPU")
+@pytest.mark.parametrize("kind", ["decode/{}/8", "down/{}/512", "table/{}/128", "host/{}/1", "generate/{}/2"])
+def test_timed_rows_on_stand_ins(stand_ins, monkeypatch, kind):
+    monkeypatch.setitem(gpu_model.SHAPES, "Llama-3.1-8B", (2, 4, 2, 99))
+    for module, name in (
+        (gpu_model, "STEPS"),
+        (gpu_model, "ROUNDS"),
+        (gpu_rows, "HOST_ROUNDS"),
+        (gpu_rows, "HOST_CALLS"),
+    ):
+        monkeypatch.setattr(module, name, 1)
+    with torch.no_grad():
+        rows = list(gpu_worker.run(kind.format("Llama-3.1-8B"), stand_ins))
+    assert rows and not [row for row in rows if "Error" in row.get("note", "")], rows
+    timed = [row for row in rows if "ratio" in row and row["row"] != "N2"]
+    assert timed and all(json.dumps(row) for row in rows)
+    if kind.startswith(("decode", "down")):
+        assert all(row["ratio"] == 1 and row["ours_us"] > 0 and row["bound"] for row in timed if row["row"] != "D5")
+        assert all(row["predicted_us"] > 0 for row in timed if row["row"] in ("D2", "P7"))
 
 
 # What is committed.
