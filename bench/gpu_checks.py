@@ -1,9 +1,10 @@
 """What only a device can show, as functions that ``tests/test_cuda.py`` and ``bench/gpu.py`` share.
 
 ``dependent_stress``: the second kernel of a pair is launched before the first has ended, and waits for it
-(programmatic dependent launch). With PyTorch's NaN fill of new memory, as in the other tests, a kernel lies between the
-two, and there is nothing to wait for. Here there is no fill; the inputs change from call to call, because memory that
-is used again holds the activations of the call before, and those of the same inputs would look right.
+(programmatic dependent launch). With PyTorch's NaN fill of new memory, as in the other tests, a kernel can lie between
+the two, and there is nothing to wait for. Here there is no fill; the inputs change from call to call, because memory
+that is used again holds the activations of the call before, and those of the same inputs would look right. What the
+results are compared with comes from the same kernels, each launched when the one before has ended.
 
 ``replays_follow``: a captured graph gives the same bits as the op called again, after its inputs and multipliers were
 changed in place. ``capture`` stands for ``torch.cuda.graph``, so that the logic runs on a CPU, too.
@@ -14,6 +15,7 @@ from __future__ import annotations
 import contextlib
 
 import torch
+import triton
 
 from cna_kernels import make_scale, ops, reference
 
@@ -31,6 +33,21 @@ def memory_fill(on: bool):
     finally:
         torch.use_deterministic_algorithms(before[0], warn_only=True)
         torch.utils.deterministic.fill_uninitialized_memory = before[1]
+
+
+@contextlib.contextmanager
+def one_kernel_at_a_time():
+    """Every launch waits until the device is idle, so that nothing overlaps. Under a hook ops launch as at first."""
+    hooks = triton.knobs.runtime.launch_enter_hook
+
+    def wait(*_):
+        torch.cuda.synchronize()
+
+    hooks.add(wait)
+    try:
+        yield
+    finally:
+        hooks.remove(wait)
 
 
 def make_inputs(op, T, N, H, device, seed=0) -> tuple[list, dict]:
@@ -81,7 +98,7 @@ def dependent_stress(T, N, H, device, repeats=200, call=None) -> str:
         sums = [part.clone() for part in start]
         return (call(x, *weights, **extras, act_sum=sums[0], act_sumsq=sums[1]), *sums)
 
-    with memory_fill(True):
+    with memory_fill(True), one_kernel_at_a_time():
         expected = [tuple(part.clone() for part in run(x)) for x in inputs]
     some = slice(0, T, max(1, T // 8))
     for x, (y, *_) in zip(inputs, expected, strict=True):

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import triton
 
 sys.path.append(str(Path(__file__).resolve().parent.parent / "bench"))
 
@@ -126,6 +127,19 @@ def test_replays_find_sums_that_are_not_written():
 
     with pytest.raises(AssertionError, match=r"down_proj T=2"):
         gpu_checks.replays_follow("down_proj", 2, 48, 24, "cpu", capture=capture, call=call)
+
+
+def test_answers_to_compare_with_come_from_kernels_that_do_not_overlap():
+    right, hooked = reference_call(), []
+    hooks = triton.knobs.runtime.launch_enter_hook
+
+    def call(*inputs, **extras):
+        hooked.append(len(hooks.calls))
+        return right(*inputs, **extras)
+
+    before = len(hooks.calls)
+    gpu_checks.dependent_stress(2, 48, 24, "cpu", repeats=4, call=call)
+    assert hooked == [before + 1] * 3 + [before] * 4
 
 
 def test_memory_fill_is_put_back():
