@@ -23,7 +23,7 @@ ESTIMATES = {
     "replay": 4, "table": 4, "generate": 20, "compiled": 20, "compiled_swiglu": 12, "candidate": 2.5, "tune": 18,
     "ncu": 40, "memcheck": 45, "racecheck": 40,
 }  # fmt: skip
-ONCE = ("ceilings", "dependent", "host", "replay", "ncu", "memcheck", "racecheck")  # kinds that need no run before
+ONCE = ("ceilings", "dependent", "host", "replay")  # kinds that need no run before
 OUTSIDE = ("ncu", "memcheck", "racecheck")  # kinds that are a process of their own, not a job of the worker
 
 
@@ -41,7 +41,7 @@ class Job(NamedTuple):
         """Seconds after which the job is given up."""
         if self.kind == "candidate":
             return 20
-        return max(30, 3 * self.seconds) if self.kind in ("compiled", "generate", "tune") else max(30, 6 * self.seconds)
+        return max(55, 2.5 * self.seconds) if self.seconds >= 10 else 30
 
 
 class Stage(NamedTuple):
@@ -179,7 +179,9 @@ def chunks(jobs):
     found = {}
     for each in jobs:
         kind, *names = each.name.split("/")
-        if kind in ONCE:
+        if kind in OUTSIDE:
+            found[kind == "ncu", tuple(names)] = [Job("profile" if kind == "ncu" else f"every_plan/{names[0]}", 0)]
+        if kind in ONCE or kind in OUTSIDE:
             continue
         if kind == "tune":
             for part in range(8):

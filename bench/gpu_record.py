@@ -1,7 +1,7 @@
 """Results of ``bench/gpu.py`` as a file to commit: one for each device, with the rows of all its runs.
 
-A row is replaced by a later one of the same name, model, tokens and sides, and names the run that it is from, so that
-the two windows, and later ones, lie in one file.
+A row is replaced by a later one of the same name, model, tokens and sides, or by what its job gave later, and names the
+run that it is from, so that the two windows, and later ones, lie in one file.
 """
 
 from __future__ import annotations
@@ -27,12 +27,12 @@ def key(row):
 
 
 def merge(before: dict, new: dict) -> dict:
-    """Both as one: the rows of ``new`` instead of those with the same key, the others as they were."""
+    """Both as one: rows of ``new`` instead of those with the same key or of the same job, the others as they were."""
     facts = new["environment"]
     run = f"window {facts.get('window') or '?'}, {facts.get('date', 'no date')}, {facts.get('commit', 'no commit')}"
     rows = [row | dict(run=run) for row in new["rows"]]
-    fresh = set(map(key, rows))
-    kept = [row for row in before.get("rows", ()) if key(row) not in fresh]
+    fresh, jobs = set(map(key, rows)), {row["job"] for row in rows if "job" in row}
+    kept = [row for row in before.get("rows", ()) if key(row) not in fresh and row.get("job") not in jobs]
     used = {row["run"] for row in kept}
     runs = [each for each in before.get("runs", ()) if each["run"] in used and each["run"] != run]
     runs.append(dict(run=run, **facts, ceilings=new["ceilings"]))

@@ -101,9 +101,9 @@ def words(row):
 
 def is_wrong(row):
     """A test that fails, wrong numbers, or a job that did not end. A missed target is none of these, nor is what a
-    candidate plan does."""
+    candidate plan or a rival does."""
     if row["row"] in ("failed", "crashed"):
-        return not (row.get("ours") or "").startswith("candidate") and not str(row.get("note")).startswith("candidate")
+        return not str(row.get("job")).startswith(("candidate", "compiled"))
     return row["row"] in CHECKS and row.get("ok") is False and row.get("default", True)
 
 

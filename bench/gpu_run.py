@@ -23,7 +23,7 @@ from gpu_environment import ROOT
 from gpu_jobs import Job, chunks
 
 WORKER = [sys.executable, str(ROOT / "bench" / "gpu_worker.py")]
-START_SECONDS = 60  # a cold import of torch may take 30
+START_SECONDS = 90  # a cold import of torch may take 30
 RESERVE = 4  # seconds kept for ending processes and writing files
 
 
@@ -118,7 +118,7 @@ class Crew:
                 if self.worker is None:
                     self.worker = self.start_worker("time")
                 for row in self.worker.ask(job.name, seconds):
-                    self.record.add(row)
+                    self.record.add(row | dict(job=job.name))
             except Died as died:
                 self.worker = None
                 if died.hung and seconds < job.limit:
@@ -176,7 +176,7 @@ class Crew:
         return None
 
     def _note_death(self, job, died):
-        self.record.add(dict(row="crashed", ours=job.plan, note=f"{job.name}: {died}"))
+        self.record.add(dict(row="crashed", ours=job.plan, job=job.name, note=f"{job.name}: {died}"))
         if job.plan:
             self.killed[job.plan] = job.name
 

@@ -63,7 +63,7 @@ def run_tool(crew, job):
         rows = [dict(row=kind, ours=which, ok=status == 0, note=note)]
     crew.record.keep_output(f"{job.name}: {status}", output)
     for row in rows or [dict(row="failed", ours=job.name, note=f"{job.name}: status {status}, no figures")]:
-        crew.record.add(row)
+        crew.record.add(row | dict(job=job.name))
 
 
 def ncu_rows(output):

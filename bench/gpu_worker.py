@@ -139,6 +139,7 @@ def profile(bench, model="Llama-3.1-8B"):
 KINDS = dict(ceilings=ceilings, catalogue=catalogue, check=check, decode=decode, prefill=prefill, down=down)
 KINDS |= dict(table=table, elementwise=elementwise, host=host, candidate=candidate, generate=generate, tune=tune)
 KINDS |= dict(compiled=compiled, compiled_swiglu=compiled_swiglu, dependent=dependent, replay=replay)
+KINDS |= dict(every_plan=every_plan, profile=profile)
 
 
 def run(job: str, bench: Bench):
@@ -148,7 +149,7 @@ def run(job: str, bench: Bench):
     given = [bench.tokens(int(name)) if name.isdigit() else name for name in names]
     if kind == "tune" and len(given) == 4:
         given[3] = int(given[3].removeprefix("part "))
-    yield from KINDS[kind](bench, *given)
+    yield from KINDS[kind](bench, *given) or ()
 
 
 def main():

@@ -101,7 +101,8 @@ def test_compiling_beside_each_other_takes_every_job_that_needs_it():
     jobs = [job for stage in gpu_jobs.window("2", CATALOGUE, SWEEP) for job in stage.jobs]
     once = {job.name for chunk in gpu_jobs.chunks(jobs) for job in chunk}
     for job in jobs:
-        assert job.kind in gpu_jobs.ONCE or job.name in once or f"{job.name}/7" in once, job
+        assert job.kind in gpu_jobs.ONCE + gpu_jobs.OUTSIDE or job.name in once or f"{job.name}/7" in once, job
+    assert {"profile", "every_plan/defaults", "every_plan/candidates"} <= once
 
 
 def test_the_sweep_is_of_what_loses_most():
@@ -316,8 +317,9 @@ def test_windows_merge_by_row(tmp_path):
         return gpu_record.record(directory, tmp_path / "results")
 
     d1, d2 = (dict(row=row, model="Llama-3.1-8B", T=1, ours="ours", theirs="eager", ratio=0.9) for row in ("D1", "D2"))
-    assert window("1", [d1, d2]).name == "gpu-h100.json"
-    path = window("2", [d1 | dict(ratio=0.8)])
+    crashed = dict(row="crashed", ours="a=x", job="decode/m/1", note="decode/m/1: its process ended")
+    assert window("1", [d1, d2, crashed]).name == "gpu-h100.json"
+    path = window("2", [d1 | dict(ratio=0.8, job="decode/m/1")])
     merged = json.loads(path.read_text())
     assert {row["row"]: (row["ratio"], row["run"][:8]) for row in merged["rows"]} == {
         "D1": (0.8, "window 2"),
@@ -406,10 +408,13 @@ def test_a_worker_that_hangs_is_given_up(tmp_path):
 
 
 def test_a_default_plan_that_dies_fails_the_run():
-    assert gpu_report.is_wrong(dict(row="crashed", ours="gated_mlp=gemv", note="decode/m/1: its process ended"))
+    assert gpu_report.is_wrong(dict(row="crashed", ours="gated_mlp=gemv", job="decode/m/1"))
     assert gpu_report.is_wrong(dict(row="N2", ok=False, default=True))
     assert not gpu_report.is_wrong(dict(row="N2", ok=False, default=False))
-    assert not gpu_report.is_wrong(dict(row="crashed", ours="gated_mlp=fused", note="candidate/gated_mlp/fused/m/1: x"))
+    assert not gpu_report.is_wrong(dict(row="crashed", ours="gated_mlp=fused", job="candidate/gated_mlp/fused/m/1"))
+    assert not gpu_report.is_wrong(dict(row="crashed", ours="", job="compiled/m/1")), (
+        "a rival that compiles for too long"
+    )
 
 
 def test_without_a_gpu_it_says_so(tmp_path, capsys):
