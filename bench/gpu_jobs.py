@@ -24,6 +24,7 @@ ESTIMATES = {
     "ncu": 40, "memcheck": 45, "racecheck": 40,
 }  # fmt: skip
 ONCE = ("ceilings", "dependent", "host", "replay")  # kinds that need no run before
+TUNE_PARTS = 5  # processes that compile a sweep's variants
 OUTSIDE = ("ncu", "memcheck", "racecheck")  # kinds that are a process of their own, not a job of the worker
 
 
@@ -115,7 +116,7 @@ def first_window(catalogue):
         Stage("Inductor as rival", [
             job("compiled", B8, 1), job("compiled", B8, 4096, seconds=12), job("compiled_swiglu", B8, 4096),
         ]),
-        Stage("compilation of the candidates", [], 15),
+        Stage("compilation of the candidates", [], 20),
         Stage("candidates", candidates(catalogue, tried)),
     ]  # fmt: skip
 
@@ -129,12 +130,12 @@ def second_window(catalogue, sweep):
     return [
         Stage("the card and its ceilings", [job("ceilings")]),
         Stage("compilation", [], 50),
-        Stage("sweep of what loses", [job("tune", kernel, B8, T) for kernel, T in sweep[:4]]),
+        Stage("sweep of what loses", [job("tune", kernel, B8, T) for kernel, T in sweep[:3]]),
         Stage("hardware counters", [job("ncu")]),
         Stage("default plans, 70B and Qwen", big),
         Stage("memory checks", [job("memcheck", "defaults")]),
         Stage("races, for information", [job("racecheck", "defaults", seconds=30)]),
-        Stage("compilation of the candidates", [], 12),
+        Stage("compilation of the candidates", [], 20),
         Stage("candidates", [*candidates(catalogue, tried), job("memcheck", "candidates")]),
     ]
 
@@ -175,7 +176,7 @@ def chosen(stages, only="", models=""):
 
 def chunks(jobs):
     """The jobs to run once before they are measured, by what shares kernels: model, and few tokens or many. A candidate
-    plan is alone, because it may take its process with it. A sweep goes to eight processes, a part of it each."""
+    plan is alone, because it may take its process with it. A sweep goes to several processes, a part of it each."""
     found = {}
     for each in jobs:
         kind, *names = each.name.split("/")
@@ -184,12 +185,12 @@ def chunks(jobs):
         if kind in ONCE or kind in OUTSIDE:
             continue
         if kind == "tune":
-            for part in range(8):
+            for part in range(TUNE_PARTS):
                 found[each.name, part] = [each._replace(name=f"{each.name}/{part}")]
         elif kind in ("generate", "compiled", "compiled_swiglu"):
             found[each.name, ""] = [each]
         elif kind == "candidate":
-            found.setdefault((each.plan, names[-2], names[-1]), []).append(each)
+            found.setdefault((each.plan, names[-2]), []).append(each)
         else:
             family = "down_proj" if kind in ("down", "table") else "gated_mlp"
             found.setdefault((family, names[-2], int(names[-1]) <= 64), []).append(each)

@@ -64,7 +64,6 @@ def predicted_us(bench, op, name, T, N, H, C=2) -> dict:
     parts = {
         "gated_mlp gemv": lambda: (kernel("gate_up_decode", *shape), kernel("down_decode", *shape, gemv=True)),
         "gated_mlp flat": lambda: (kernel("gate_up_decode", *shape), kernel("down_decode", *shape)),
-        "gated_mlp gated": lambda: (linear(2 * N, H), kernel("down_decode", *shape)),
         "gated_mlp fused": lambda: (kernel("gate_up", *shape, C), linear(H, N)),
         "gated_mlp blas": lambda: (linear(2 * N, H), kernel("swiglu", T, N, C), linear(H, N)),
         "down_proj split": lambda: (kernel("down_decode", *shape),),

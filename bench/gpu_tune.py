@@ -9,6 +9,7 @@ import torch
 
 from cna_kernels import ops, plans
 from gpu_device import brief, ours, relative
+from gpu_jobs import TUNE_PARTS
 
 # Kernel -> module, launch table, op, plan that runs the kernel, and what to change in an entry. The products within a
 # group are tried, the groups one after the other.
@@ -51,7 +52,7 @@ def changes(groups):
 def tune(bench, kernel, model, T, part=None):
     """Every change of one launch table against its present entry, through the op that runs the kernel.
 
-    part: 0 to 7, every eighth change alone, to compile them side by side."""
+    part: every TUNE_PARTS-th change from there on, to compile them side by side."""
     module, function, op, name, groups = LAUNCH_TABLES[kernel]
     module = import_module(f"cna_kernels.triton.{module}")
     present = getattr(module, function)
@@ -85,7 +86,7 @@ def tune(bench, kernel, model, T, part=None):
     assert entry, f"{kernel}: the op did not read {function}"
     runs, failures = {"default": call}, {}
     tried = list(changes(groups))[: 3 if bench.mode == "dry" else None]
-    for each in tried if part is None else tried[part::8]:
+    for each in tried if part is None else tried[part::TUNE_PARTS]:
         change = {field: value for field, value in each.items() if getattr(entry[0], field, None) != value}
         label = ", ".join(f"{field}={value}" for field, value in change.items())
         if not change or label in runs or label in failures:

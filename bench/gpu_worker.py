@@ -29,12 +29,8 @@ from gpu_rows import candidate, check, decode, elementwise, host, prefill
 from gpu_tune import tune
 
 
-def ceilings(bench):
-    """What the device is, and bytes/s of a copy (read plus written) and of reading, FLOP/s of a bf16 product."""
-    import platform
-
-    import triton
-
+def measure_ceilings(bench):
+    """Bytes/s of a copy (read plus written) and of reading, FLOP/s of a bf16 product; and the times they are from."""
     size = 64 if bench.mode == "dry" else 8192
     wide = [bench.random(size, 32 * size) for _ in range(2)]  # 4 GB each
     square = [bench.random(size, size) for _ in range(2)]
@@ -50,7 +46,18 @@ def ceilings(bench):
     rates = {name: amount / times.median(name) for name, (_, amount) in runs.items() if name in times.times}
     if reads := [rate for name, rate in rates.items() if name != "bf16 matmul"]:
         rates["read"] = max(reads)
+    return rates, times
+
+
+def ceilings(bench):
+    """What the device is, and what it can do at most."""
+    import platform
+
+    import triton
+
+    rates, times = measure_ceilings(bench)
     bench.ceilings = rates
+    bench.forget()
     _, assumed = gpu_device.device_of(bench.name, rates, bench.n_sm)
     versions = dict(python=platform.python_version(), torch=torch.__version__, triton=triton.__version__)
     versions |= dict(cuda=torch.version.cuda, multiprocessors=bench.n_sm)
@@ -60,7 +67,6 @@ def ceilings(bench):
         yield row | (dict(ours_us=times.median(name) * 1e6) if name in times.times else {})
     if not assumed.endswith(": "):
         yield dict(row="ceiling", ours="assumed", note=assumed)
-    bench.forget()
 
 
 def catalogue(bench):

@@ -14,7 +14,7 @@ from tiny import VARIANTS, write_checkpoint
 # The files that take longest, so that they start first: workers get whole files (--dist loadfile), the last one alone.
 FIRST = (
     "test_triton", "test_documents", "test_demo", "test_cpu", "test_engine", "test_packing", "test_run_directory",
-    "test_evaluation_command",
+    "test_evaluation_command", "test_gpu_harness",
 )  # fmt: skip
 
 

@@ -80,7 +80,7 @@ def test_every_candidate_has_a_job_of_its_own():
         wanted = CATALOGUE[f"{op}/Llama-3.1-8B/{T}"]["candidates"]
         assert {f"candidate/{op}/{name}/Llama-3.1-8B/{T}" for name in wanted} <= {job.name for job in jobs}
     chunks = gpu_jobs.chunks(jobs)
-    assert len(chunks) > 10 and all(len({job.plan for job in chunk}) == 1 for chunk in chunks)
+    assert len(chunks) > 5 and all(len({job.plan for job in chunk}) == 1 for chunk in chunks)
 
 
 def test_values_are_tested_of_default_plans_alone():
@@ -101,7 +101,7 @@ def test_compiling_beside_each_other_takes_every_job_that_needs_it():
     jobs = [job for stage in gpu_jobs.window("2", CATALOGUE, SWEEP) for job in stage.jobs]
     once = {job.name for chunk in gpu_jobs.chunks(jobs) for job in chunk}
     for job in jobs:
-        assert job.kind in gpu_jobs.ONCE + gpu_jobs.OUTSIDE or job.name in once or f"{job.name}/7" in once, job
+        assert job.kind in gpu_jobs.ONCE + gpu_jobs.OUTSIDE or job.name in once or f"{job.name}/0" in once, job
     assert {"profile", "every_plan/defaults", "every_plan/candidates"} <= once
 
 
@@ -405,6 +405,17 @@ def test_a_worker_that_hangs_is_given_up(tmp_path):
         crew.measure(jobs)
     assert [row["note"] for row in record.rows] == ["candidate/a/x/m/1: no end after 0 s"]
     assert record.left_out == [dict(job="candidate/a/x/m/8", why="a=x took its worker with it in candidate/a/x/m/1")]
+
+
+def test_what_the_window_has_no_time_for_is_said(tmp_path):
+    script = tmp_path / "worker.py"
+    script.write_text("import time, json; print(json.dumps(dict(ready=1)), flush=True); time.sleep(60)")
+    record = gpu_report.Record(tmp_path, "gpu", time.time() + gpu_run.RESERVE + 2)
+    crew = gpu_run.Crew(record, dry=False, command=[sys.executable, str(script)])
+    crew.measure([gpu_jobs.Job("decode/m/1", 1, "a=x"), gpu_jobs.Job("generate/m/1", 20), gpu_jobs.Job("host/m/1", 2)])
+    reasons = [each["why"] for each in record.left_out]
+    assert reasons[0].startswith("cut off after 2 s") and reasons[1].endswith("0 s left, about 20 needed")
+    assert len(reasons) == 3 and not record.rows and not crew.killed, "the end of the window is no fault of a plan"
 
 
 def test_a_default_plan_that_dies_fails_the_run():
