@@ -1,5 +1,6 @@
 # make demo   install what is needed into .venv and run the demonstration
 # make test   install, then run the tests
+# make test-device-versions   the tests that need no GPU with the GPU machine's versions, in build/device-versions/
 # make docs   the API reference and the documents as HTML, in build/docs
 # make lint   ruff and clang-format
 # make canaries   plant ten bugs in the kernels and see a test catch each
@@ -19,8 +20,8 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test docs lint canaries sanitize compile-gate gpu gpu-tune gpu-record bench bench-attribution bench-eval \
-        bench-embedding bench-host train-demo clean
+.PHONY: demo test test-device-versions docs lint canaries sanitize compile-gate gpu gpu-tune gpu-record bench \
+        bench-attribution bench-eval bench-embedding bench-host train-demo clean
 
 demo: .venv/.installed
 	$(BIN)/cna demo --out demo-out
@@ -28,6 +29,27 @@ demo: .venv/.installed
 # As many workers as cores, each on one thread: threads that wait for each other spin, and would take from the others.
 test: .venv/.installed-test
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --maxprocesses 8 --dist loadfile
+
+# DEVICE_PYTHON: the first Python 3.12 that starts. Where pyenv has one that is not chosen, its python3.12 does not.
+DEVICE_PYTHON ?= $(shell for python in python3.12 "$$(pyenv root)"/versions/3.12.*/bin/python3; do \
+  "$$python" -c "" && echo "$$python" && break; done 2>/dev/null)
+DEVICE := build/device-versions
+DEVICE_TEST = OMP_NUM_THREADS=1 CUDA_VISIBLE_DEVICES= $(DEVICE)/bin/python -m pytest -n auto --maxprocesses 8 -rs
+
+# Triton 3.6's interpreter fails with the machine's numpy. The tests that skips run afterwards, with an older numpy.
+test-device-versions: $(DEVICE)/.installed-library
+	$(DEVICE_TEST) --dist loadfile
+	PYTHONPATH=$(CURDIR)/$(DEVICE)/numpy-2.3 $(DEVICE_TEST) -m interpreted
+
+$(DEVICE)/.installed: tests/device_environment.py constraints-device.txt pyproject.toml
+	@test -n "$(DEVICE_PYTHON)" || { \
+	  echo "test-device-versions: no Python 3.12 here, which the GPU machine has; give one as DEVICE_PYTHON=..."; exit 2; }
+	$(DEVICE_PYTHON) tests/device_environment.py $(DEVICE)
+	touch $@
+
+$(DEVICE)/.installed-library: $(DEVICE)/.installed setup.py $(wildcard csrc/*.h csrc/*.cpp)
+	$(DEVICE)/bin/python -m pip install --quiet --disable-pip-version-check --no-deps -e .
+	touch $@
 
 docs: .venv/.installed-test
 	$(BIN)/python docs/build.py

@@ -323,6 +323,13 @@ class Joined(Site):
         return up * self.mlp.activation_fn(gate)
 
 
+# What experts must be. No version of transformers has all of these; _is_hooked tells of a model split over devices.
+PLAIN_EXPERTS = dict(
+    has_bias=False, is_transposed=False, has_gate=True, has_post_expert_norm=False, _is_expert_parallel=False,
+    _is_hooked=False,
+)  # fmt: skip
+
+
 class Experts(Site):
     """The experts of a mixture, whose weights are ``[E, 2N, H]`` and ``[E, H, N]``.
 
@@ -343,8 +350,9 @@ class Experts(Site):
 
         gate = mlp.__dict__.get("_apply_gate", type(mlp)._apply_gate)
         gate = getattr(gate, "__func__", gate)
-        if mlp.has_bias or mlp.is_transposed or not mlp.has_gate or mlp._is_expert_parallel:
-            raise InputError("model", f"{where}: experts with a bias, transposed, without a gate or parallel")
+        if any(getattr(mlp, name, plain) != plain for name, plain in PLAIN_EXPERTS.items()):
+            what = "experts with a bias or a norm, transposed, without a gate or split over devices"
+            raise InputError("model", f"{where}: {what}")
         if gate not in (_default_apply_gate, apply_gate):
             raise InputError("model", f"{where}: experts with a gate of their own ({gate.__qualname__})")
 

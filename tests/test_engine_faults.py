@@ -55,6 +55,14 @@ def test_experts_with_a_gate_of_their_own_are_refused():
         attach(model)
 
 
+@pytest.mark.parametrize("change", [dict(has_bias=True), dict(has_gate=False), dict(_is_hooked=True)])
+def test_experts_that_are_not_plain_are_refused(change):
+    model = make("mixtral")
+    vars(model.model.layers[1].mlp.experts).update(change)
+    with pytest.raises(InputError, match=r"layers\[1\]: experts with a bias or a norm, transposed, without a gate or"):
+        attach(model)
+
+
 def test_layers_that_share_an_mlp_are_refused():
     model = make("llama")
     model.model.layers[2].mlp = model.model.layers[0].mlp

@@ -29,6 +29,7 @@ from op_cases import (
 )
 from tiny import assert_model_agrees_with_reference
 
+pytestmark = pytest.mark.interpreted
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 WHERE = "cuda" if DEVICE == "cuda" else "interpreted"
 
