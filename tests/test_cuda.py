@@ -41,11 +41,13 @@ def reference_call(op="gated_mlp"):
     return lambda *inputs, **extras: getattr(ops, op)(*inputs, **extras, backend="reference")
 
 
+@pytest.mark.interpreted
 @pytest.mark.parametrize("T", [1, 2])
 def test_dependent_stress_interpreted(T):
     assert "bit-equal" in gpu_checks.dependent_stress(T, 48, 24, DEVICE, repeats=4)
 
 
+@pytest.mark.interpreted
 @pytest.mark.parametrize("op", gpu_checks.INPUTS)
 def test_replays_interpreted(op):
     assert "bit-equal" in gpu_checks.replays_follow(op, 2, 48, 24, DEVICE, capture=gpu_checks.capture_by_copy)

@@ -14,6 +14,9 @@ from cna_kernels.triton.swiglu import swiglu
 from op_cases import OPS, make_case, with_feature
 from test_triton import DEVICE, on_device, servable
 
+pytestmark = pytest.mark.interpreted
+
+
 # (T, N, H): one token, a few, and many; TMA can address the rows of all
 SHAPES = [(1, 48, 24), (9, 136, 40), (70, 136, 72)]
 PLANS = [("swiglu", None), ("steer_act", None)] + [(op, name) for op, names in plan.PLANS.items() for name in names]

@@ -1,4 +1,4 @@
-"""Kernels that no plan runs yet, each called by its launcher, against the definition: on a GPU or interpreted."""
+"""The candidates' kernels, each called by its launcher, against the definition: on a GPU or interpreted."""
 
 from contextlib import nullcontext
 from itertools import pairwise
@@ -22,6 +22,8 @@ from op_cases import (
     with_feature,
 )
 from test_triton import DEVICE, WHERE, on_device
+
+pytestmark = pytest.mark.interpreted
 
 
 def names(values):

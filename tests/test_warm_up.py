@@ -65,6 +65,7 @@ def test_the_cpu_engine_compiles_nothing():
     assert warm_up("down_proj", lambda T: (torch.empty(T, 48), torch.empty(24, 48)), blank_extras) == []
 
 
+@pytest.mark.interpreted
 @pytest.mark.parametrize("name", ["llama", "gemma", "phi3"])
 def test_an_engine_is_ready_after_it(monkeypatch, name):
     """Forward passes of any length, steered and summed, launch nothing that warm_up did not."""
