@@ -19,6 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd import forward_ad
 from torch.autograd.graph import increment_version
+from torch.utils._device import DeviceContext
 
 from . import backends, plans
 from .checks import check_tensor
@@ -270,10 +271,13 @@ def call(op: str, inputs: tuple, extras: Extras | tuple, backend: str | None = N
                 return backends.plain(op)(*inputs, *extras)
         return _through_library(op, inputs, extras, backend)
     key = looks(op, inputs, extras, backend)
-    run = _READY.get(key)
+    try:
+        run = _READY.get(key)
+    except TypeError:  # sizes that are symbols have no hash
+        run = None
     if run is None:
         _check(op, inputs, extras)
-        if inputs[0].is_meta or any(type(x) not in _KNOWN for x in (*inputs, *extras) if x is not None):
+        if inputs[0].is_meta or not all(map(_is_as_stored, (*inputs, *extras))):
             return _through_library(op, inputs, extras, backend)
         run = _prepare(key, op, inputs, extras, backend)
     if extras and extras.weight is not None:
@@ -284,14 +288,31 @@ def call(op: str, inputs: tuple, extras: Extras | tuple, backend: str | None = N
 def looks(op: str, inputs: tuple, extras: Extras | tuple, backend: str | None) -> tuple:
     """All that checks, backends and plans look at: two calls that share it differ in addresses and values alone."""
     tensors = (*inputs, *extras)
-    return op, backend, *[x if x is None else (type(x), x.shape, x.stride(), x.dtype, x.device) for x in tensors]
+    return (
+        op,
+        backend,
+        *[x if x is None else (type(x), x.shape, x.stride(), x.dtype, x.device, x.is_neg()) for x in tensors],
+    )
+
+
+def _is_as_stored(x):
+    """Whether a tensor is what lies at its address: no subclass that means something else by it, no view as -x."""
+    return x is None or (type(x) in _KNOWN and not x.is_neg())
 
 
 def _prepare(key, op, inputs, extras, backend):
-    if len(_READY) >= _MOST:
-        _READY.clear()
-    run = _READY[key] = backends.prepare(op, inputs, extras, backend)
+    """What serves a checked call, kept for those that look alike."""
+    decided = plans.times_forgotten
+    run = backends.prepare(op, inputs, extras, backend)
+    if decided == plans.times_forgotten:
+        if len(_READY) >= _MOST:
+            _READY.clear()
+        _READY[key] = run
     return run
+
+
+def _prepare_once(_, op, inputs, extras, backend):
+    return backends.prepare(op, inputs, extras, backend)
 
 
 def _observed():
@@ -303,7 +324,14 @@ def _observed():
         or torch._C._is_any_autocast_enabled()
         or torch.autograd._profiler_enabled()
         or torch._C._get_tracing_state() is not None
+        or (torch._C._len_torch_function_stack() > 0 and _function_modes())
     )
+
+
+def _function_modes():
+    """Whether a mode wants to see calls: any but that of ``torch.set_default_device``."""
+    n_modes = torch._C._len_torch_function_stack()
+    return any(type(torch._C._get_function_stack_at(i)) is not DeviceContext for i in range(n_modes))
 
 
 def _as_given(x):
@@ -318,8 +346,13 @@ def _needs_grad(inputs, extras):
         return True
     if not torch.is_grad_enabled():
         return False
-    value = extras.scale_value if extras else None
-    return any(x is not None and x.requires_grad for x in (*inputs, value))
+    if not extras:
+        return any(x is not None and x.requires_grad for x in inputs)
+    for name in ("weight", "act_sum", "act_sumsq"):
+        x = getattr(extras, name)
+        if x is not None and x.requires_grad:
+            raise ValueError(f"{name}: no gradient flows through sums; expected a tensor without requires_grad")
+    return any(x is not None and x.requires_grad for x in (*inputs, extras.scale_value))
 
 
 def _count_change(extras):
@@ -378,7 +411,12 @@ def _implementation(op, n_inputs, with_sums):
             _count_change(extras)
         with _as_given(inputs[0]):
             key = looks(op, inputs, extras, backend)
-            return (_READY.get(key) or _prepare(key, op, inputs, extras, backend))(*inputs, *extras)
+            serve = _READY.get(key)
+            if serve is None:
+                _check(op, inputs, extras)  # a call of torch.ops may come from anywhere
+                known = all(map(_is_as_stored, (*inputs, *extras)))
+                serve = (_prepare if known else _prepare_once)(key, op, inputs, extras, backend)
+            return serve(*inputs, *extras)
 
     return run
 

@@ -28,6 +28,7 @@ class Plan(NamedTuple):
 
 # What ``ops`` and the backends keep of calls they have seen. ``forget`` empties all of them.
 _KEPT: list[dict] = []
+times_forgotten = 0  # what was found before a change of this number is not to be kept
 
 
 def kept() -> dict:
@@ -38,6 +39,8 @@ def kept() -> dict:
 
 def forget() -> None:
     """Decide anew how each call is served: the environment is read again."""
+    global times_forgotten
+    times_forgotten += 1
     asked.cache_clear()
     for found in _KEPT:
         found.clear()

@@ -14,6 +14,7 @@ neurons are (layer, expert, index), in a circuit (layer, expert * own + index), 
 
 from __future__ import annotations
 
+import functools
 import types
 from typing import Any
 
@@ -119,8 +120,15 @@ def is_plain_silu(activation: Any) -> bool:
     """SiLU as a function, or as a module that nobody has hooked."""
     if activation is F.silu:
         return True
-    known = isinstance(activation, nn.SiLU) or type(activation).__name__ == "SiLUActivation"
-    return known and "forward" not in activation.__dict__ and not has_hooks(activation.__dict__)
+    if not _computes_silu(type(activation)):
+        return False
+    own = activation.__dict__
+    return "forward" not in own and not has_hooks(own)
+
+
+@functools.cache
+def _computes_silu(kind: type) -> bool:
+    return issubclass(kind, nn.SiLU) or kind.__name__ == "SiLUActivation"
 
 
 def has_hooks(own: dict[str, Any]) -> bool:
@@ -141,12 +149,13 @@ class Site:
     """An MLP: ``down_proj(activation(gate) * up)``.
 
     Attributes:
-        LAYERS: the names of its linear layers, ``down_proj`` last.
+        LAYERS: the names of its linear layers, ``down_proj`` last. ACTIVATION: of its activation.
         scale: the layer's part of the engine's table.
         sums: ``act_sum`` and ``act_sumsq`` of the collection at hand, or None.
     """
 
     LAYERS: tuple[str, ...] = ()
+    ACTIVATION = ""
 
     def __init__(self, mlp: nn.Module, layer: int, backend: str | None, now: ForwardPass) -> None:
         self.mlp, self.layer, self.backend, self.now = mlp, layer, backend, now
@@ -199,8 +208,11 @@ class Site:
                 found.append(f"{name} has a bias, a hook or an unusual weight")
         return ", ".join(filter(None, found)) or None
 
+    def activation(self) -> Any:
+        return getattr(self.mlp, self.ACTIVATION)
+
     def _other_activation(self):
-        activation = self.activation(self.mlp)
+        activation = self.activation()
         if is_plain_silu(activation):
             return None
         hooked = isinstance(activation, nn.Module) and has_hooks(activation.__dict__)
@@ -211,9 +223,9 @@ class Site:
         if self.in_modules or x.dtype not in ops.FLOATS:
             return self.mlp.down_proj(self.steer(self.plain_act(x)))
         modules = self.mlp.__dict__["_modules"]
-        silu = is_plain_silu(self.activation(self.mlp))
+        silu = is_plain_silu(modules.get(self.ACTIVATION) or self.activation())
         weights = [plain_weight(modules[name], x.dtype) for name in self.LAYERS]
-        if torch.is_autocast_enabled(x.device.type):
+        if torch._C._is_any_autocast_enabled() and torch.is_autocast_enabled(x.device.type):
             weights = [None] * len(weights)  # the layers' own products are in another dtype
         *first, w_down = weights
         if silu and all(weight is not None for weight in weights):
@@ -244,7 +256,7 @@ class Site:
             return torch.empty(n_tokens, n, dtype=like.dtype, device=device)
 
         *first, w_down = weights or [None]
-        silu = is_plain_silu(self.activation(self.mlp))
+        silu = is_plain_silu(self.activation())
         if silu and weights and all(weight is not None for weight in weights):
             w_gate, w_up = (first[0], None) if len(first) == 1 else first
             return "gated_mlp", (blank(w_gate.shape[1]), w_gate, w_up, w_down)
@@ -286,10 +298,7 @@ class Apart(Site):
     """gate_proj and up_proj: Llama and most others."""
 
     LAYERS = ("gate_proj", "up_proj", "down_proj")
-
-    @staticmethod
-    def activation(mlp: nn.Module) -> Any:
-        return mlp.act_fn
+    ACTIVATION = "act_fn"
 
     @staticmethod
     def width(mlp: nn.Module) -> int:
@@ -306,10 +315,7 @@ class Joined(Site):
     """gate_up_proj, one layer: Phi-3."""
 
     LAYERS = ("gate_up_proj", "down_proj")
-
-    @staticmethod
-    def activation(mlp: nn.Module) -> Any:
-        return mlp.activation_fn
+    ACTIVATION = "activation_fn"
 
     @staticmethod
     def width(mlp: nn.Module) -> int:
@@ -338,6 +344,7 @@ class Experts(Site):
     ``c * E + expert``, and in its sums column ``c * E + expert``.
     """
 
+    ACTIVATION = "act_fn"
     GROUPED, BATCHED, EAGER = "grouped_mm", "batched_mm", "eager"
 
     def __init__(self, mlp: nn.Module, layer: int, backend: str | None, now: ForwardPass) -> None:
@@ -355,10 +362,6 @@ class Experts(Site):
             raise InputError("model", f"{where}: {what}")
         if gate not in (_default_apply_gate, apply_gate):
             raise InputError("model", f"{where}: experts with a gate of their own ({gate.__qualname__})")
-
-    @staticmethod
-    def activation(mlp: nn.Module) -> Any:
-        return mlp.act_fn
 
     @staticmethod
     def width(mlp: nn.Module) -> int:

@@ -324,3 +324,95 @@ def test_absent_backend_by_name_never_falls_through(monkeypatch):
     plans.forget()
     with pytest.raises(InputError, match="CNA_BACKEND: expected one of"):
         ops.swiglu(case.gate, case.up)
+
+
+# Calls that look alike are checked and prepared once: what must not be kept, and what must see every call.
+
+
+class Doubled(torch.Tensor):
+    """A tensor that doubles what any function makes of it."""
+
+    @classmethod
+    def __torch_function__(cls, function, types, args=(), kwargs=None):
+        y = super().__torch_function__(function, types, args, kwargs or {})
+        return 2 * y.as_subclass(torch.Tensor) if function is torch.ops.cna_kernels.steer_act.default else y
+
+
+def test_a_subclass_sees_every_call():
+    act = make_case(5, 48, torch.float32).act.contiguous()
+    for _ in range(3):
+        assert torch.equal(ops.steer_act(act.as_subclass(Doubled)), 2 * act)
+        assert torch.equal(ops.steer_act(act), act)
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_views_of_the_negative(op):
+    """They share memory with what they are the negative of, as `z.conj().imag` does with z."""
+    inputs = list(make_case(5, 48, torch.float32).inputs(op))
+    expected = getattr(ops, op)(*inputs)
+    inputs[0] = torch._neg_view(-inputs[0])
+    for _ in range(2):
+        assert torch.equal(getattr(ops, op)(*inputs), expected)
+    column, w_down = torch.randn(5, 1, dtype=torch.complex64).conj().imag, torch.randn(3, 1)
+    assert torch.equal(ops.down_proj(column, w_down), ops.down_proj(column.clone(), w_down))
+
+
+def test_calls_of_torch_ops_are_checked_too():
+    case = make_case(3, 48, torch.float32)
+    wrong = torch.zeros(2, dtype=torch.int32)
+    for _ in range(2):
+        with pytest.raises(ValueError, match=r"row_circuit: expected shape \[3\], got \[2\]"):
+            torch.ops.cna_kernels.steer_act(case.act, *case.scale, wrong, None)
+        with pytest.raises(ValueError, match=r"row_circuit: expected shape \[3\], got \[2\]"):
+            ops.steer_act(case.act, scale=case.scale, row_circuit=wrong)
+
+
+def test_fake_tensors_outside_their_mode():
+    from torch._subclasses.fake_tensor import FakeTensorMode
+    from torch.fx.experimental.symbolic_shapes import ShapeEnv
+
+    mode = FakeTensorMode(shape_env=ShapeEnv())
+    act, w_down = (mode.from_tensor(x) for x in (torch.randn(5, 48), torch.randn(24, 48)))
+    assert ops.down_proj(act, w_down).shape == (5, 24)
+
+
+def test_function_modes_see_every_call():
+    from torch.overrides import TorchFunctionMode
+
+    seen = []
+
+    class Look(TorchFunctionMode):
+        def __torch_function__(self, function, types, args=(), kwargs=None):
+            seen.append(str(function))
+            return function(*args, **(kwargs or {}))
+
+    act = torch.randn(5, 48)
+    ops.steer_act(act)
+    with Look():
+        ops.steer_act(act)
+    assert any("cna_kernels.steer_act" in name for name in seen)
+
+
+@pytest.mark.parametrize("name", ["weight", "act_sum"])
+def test_no_gradient_flows_through_sums(name):
+    case = make_case(5, 48, torch.float32)
+    sums = dict(weight=case.weight, act_sum=case.act_sum)
+    sums[name] = sums[name].clone().requires_grad_()
+    with pytest.raises(ValueError, match=f"^{name}: no gradient flows through sums"):
+        ops.steer_act(case.act, **sums)
+    with torch.no_grad():
+        ops.steer_act(case.act, **sums)
+
+
+def test_what_was_decided_before_a_change_is_not_kept(monkeypatch):
+    act, prepare, prepared = torch.randn(5, 48), backends.prepare, []
+
+    def slow(*given):
+        prepared.append(given)
+        plans.forget()  # as another thread may meanwhile
+        return prepare(*given)
+
+    monkeypatch.setattr(backends, "prepare", slow)
+    for _ in range(2):
+        ops.steer_act(act)
+    assert len(prepared) == 2

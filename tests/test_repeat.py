@@ -7,7 +7,8 @@ import torch
 
 from cna_kernels import ops, plans
 from cna_kernels.extras import Extras
-from cna_kernels.triton import launch, mlp, plan, repeat
+from cna_kernels.reference import Scale
+from cna_kernels.triton import down_proj, launch, mlp, plan, repeat
 from cna_kernels.triton.down_decode import down_split
 from cna_kernels.triton.gate_up_decode import gate_up_decode
 from cna_kernels.triton.swiglu import swiglu
@@ -234,3 +235,58 @@ def test_rows_in_one_place_are_copied_before_they_are_scaled():
 def test_empty_calls_launch_nothing():
     y = mlp.prepare("down_proj", (torch.empty(0, 48), torch.randn(24, 48)), Extras())
     assert y(torch.empty(0, 48), torch.randn(24, 48), *Extras()).shape == (0, 24)
+
+
+@pytest.mark.parametrize("name", ["tma", "blas"])
+def test_act_is_put_back_where_the_product_fails(monkeypatch, name):
+    plans.use(f"down_proj={name}")
+    case = case_of((70, 136, 72))
+    act, w_down = case.act.to(DEVICE), case.w_down.to(DEVICE)
+    extras, before = on_device(dict(scale=case.scale, row_circuit=case.row_circuit)), act.clone()
+
+    def out_of_memory(*_):
+        raise torch.OutOfMemoryError("planted")
+
+    monkeypatch.setattr(launch, "linear", out_of_memory)
+    monkeypatch.setattr(down_proj, "_product", out_of_memory)
+    for _ in range(2):
+        with pytest.raises(torch.OutOfMemoryError, match="planted"):
+            ops.down_proj(act, w_down, **extras, backend="triton")
+        assert torch.equal(act, before)
+
+
+@pytest.mark.parametrize("name", ["tma", "blas"])
+def test_weights_in_the_memory_of_act_are_not_scaled(name):
+    plans.use(f"down_proj={name}")
+    case = case_of((70, 136, 72))
+    act, extras = case.act.to(DEVICE), on_device(dict(scale=case.scale, row_circuit=case.row_circuit))
+    for w_down in (act, act[8:48], case.w_down.to(DEVICE)):
+        got = ops.down_proj(act, w_down, **extras, backend="triton")
+        assert torch.equal(got, ops.down_proj(act, w_down.clone(), **extras, backend="triton"))
+
+
+@pytest.mark.parametrize("name", ["tma", "blas"])
+def test_a_scale_of_another_model_touches_no_other_row(name):
+    """Indices beyond N, and more entries than a row has neurons: what `Scale` forbids stays within its row."""
+    plans.use(f"down_proj={name}")
+    case = case_of((70, 136, 72))
+    act, w_down = case.act.to(DEVICE), case.w_down.to(DEVICE)
+    before, plain = act.clone(), ops.down_proj(act, w_down, backend="triton")
+    index = torch.arange(100, 340, dtype=torch.int32, device=DEVICE)
+    scale = Scale(torch.tensor([[0, 240]], dtype=torch.int32, device=DEVICE), index, torch.zeros_like(index).float())
+    rows = torch.full((70,), -1, dtype=torch.int32, device=DEVICE)
+    rows[3] = 0
+    y = ops.down_proj(act, w_down, scale=scale, row_circuit=rows, backend="triton")
+    others = torch.arange(70) != 3
+    assert torch.equal(act, before) and torch.equal(y[others], plain[others]) and not torch.equal(y[3], plain[3])
+
+
+@pytest.mark.parametrize("kind", ["none", "function"])
+def test_what_may_stand_in_the_place_of_launch_hooks(monkeypatch, recorded, kind):
+    seen = []
+    hook = None if kind == "none" else seen.append
+    monkeypatch.setattr(repeat.triton.knobs.runtime, "launch_enter_hook", hook)
+    gate, up = halves()
+    if DEVICE == "cpu" or kind == "none":
+        assert torch.equal(recorded(gate, up, *Extras()), swiglu(gate, up))
+    assert swiglu_of.calls == (1 if kind == "none" else 2)

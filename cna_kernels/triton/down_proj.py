@@ -171,9 +171,10 @@ def down_proj(act, w_down, *, weight=None, act_sum=None, act_sumsq=None, scale=N
         steered = act_pass(act, scale=scale, row_circuit=row_circuit)
         return _product(steered, act, w_down, weight, act_sum, act_sumsq)
     saved = patch(act, scale, row_circuit)
-    y = _product(act, act, w_down, None, None, None)
-    put_back(act, saved, scale, row_circuit)
-    return y
+    try:
+        return _product(act, act, w_down, None, None, None)
+    finally:  # out of memory, or of registers: act is the caller's
+        put_back(act, saved, scale, row_circuit)
 
 
 def _product(steered, act, w_down, weight, act_sum, act_sumsq):

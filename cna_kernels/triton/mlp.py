@@ -107,7 +107,12 @@ def _down_proj(inputs, extras):
     if plan == "blas":
         return by_blas
     fused = Repeat(lambda act, w_down, *extras: down_proj_kernels.down_proj(act, w_down, **_keywords(extras)))
-    return lambda act, w_down, *extras: (fused if _on_16_bytes(act, w_down) else by_blas)(act, w_down, *extras)
+
+    def run(act, w_down, *extras):
+        fits = _on_16_bytes(act, w_down) and not (extras[-1] is not None and _share_memory(act, w_down))
+        return (fused if fits else by_blas)(act, w_down, *extras)
+
+    return run
 
 
 def _down_split(act, w_down, *extras):
@@ -128,18 +133,25 @@ def _plain_product(product, act, w_down, *extras):
 def _down_proj_by_blas(inputs, extras):
     act = inputs[0]
     apart = act.shape[0] == 1 or act.stride(0) >= act.shape[1]
+    through_act = Repeat(lambda act, *extras: act_pass(act, **_keywords(extras)))
+
+    def copied(act, w_down, *extras):
+        return launch.linear(through_act(act, *extras), w_down)
+
     if extras.scale_offsets is None or extras.weight is not None or not apart:
-        summed = Repeat(lambda act, *extras: act_pass(act, **_keywords(extras)))
-        return lambda act, w_down, *extras: launch.linear(summed(act, *extras), w_down)
+        return copied
     scale = Repeat(lambda act, *steer: patch(act, Scale(*steer[:3]), steer[3]))
     unscale = Repeat(lambda act, saved, *steer: put_back(act, saved, Scale(*steer[:3]), steer[3]))
 
     def run(act, w_down, *extras):
+        if _share_memory(act, w_down):
+            return copied(act, w_down, *extras)
         steer = extras[3:]
         saved = scale(act, *steer)
-        y = launch.linear(act, w_down)
-        unscale(act, saved, *steer)
-        return y
+        try:
+            return launch.linear(act, w_down)
+        finally:  # out of memory: act is the caller's
+            unscale(act, saved, *steer)
 
     return run
 
@@ -150,6 +162,11 @@ _PREPARE = {"gated_mlp": _gated_mlp, "swiglu": _swiglu, "steer_act": _steer_act,
 def _on_16_bytes(a, b):
     """Whether TMA can start at these addresses. Those of other calls that look alike may differ."""
     return not (a.data_ptr() | b.data_ptr()) & 15
+
+
+def _share_memory(a, b):
+    """Whether they may: then what scales one in place would change the other."""
+    return a.untyped_storage().data_ptr() == b.untyped_storage().data_ptr()
 
 
 def _weights(w_gate, w_up):

@@ -40,7 +40,7 @@ class Repeat:
         if record is None:
             return self._first(tensors)
         hooks = triton.knobs.runtime
-        if not record.launches or hooks.launch_enter_hook.calls or hooks.launch_exit_hook.calls:
+        if not record.launches or _is_set(hooks.launch_enter_hook) or _is_set(hooks.launch_exit_hook):
             return self._launcher(*tensors)
         for place in record.aligned:
             if tensors[place].data_ptr() & 15:
@@ -48,7 +48,7 @@ class Repeat:
         slots = [*tensors]
         for like, shape, dtype in record.memory:
             new = slots[like].new_empty
-            slots.append(new(shape) if dtype is None else new(shape, dtype=dtype))
+            slots.append(new(*shape) if dtype is None else new(shape, dtype=dtype))
         for take, args in record.taken:
             slots.append(take(*args))
         for first, second, itemsize, kind in record.distances:
@@ -181,8 +181,8 @@ class Recorder:
         """A given tensor of the same dtype, if there is one: naming another costs the host half a microsecond more."""
         for place, x in enumerate(given):
             if x is not None and x.dtype == tensor.dtype and x.device == tensor.device:
-                return place, tensor.shape, None
-        return next(i for i, x in enumerate(given) if x is not None), tensor.shape, tensor.dtype
+                return place, tuple(tensor.shape), None
+        return next(i for i, x in enumerate(given) if x is not None), tuple(tensor.shape), tensor.dtype
 
 
 def variant(kernel, args, options) -> tuple:
@@ -207,6 +207,11 @@ def _interpret(x, y, z, stream, kernel, options, *rest):
 
 def _no_stream(_):
     return 0
+
+
+def _is_set(hook):
+    """Whether a launch hook is one: a chain with calls in it, or a function in its place."""
+    return hook is not None and bool(getattr(hook, "calls", True))
 
 
 def _kind_of_int(value):

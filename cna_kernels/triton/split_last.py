@@ -104,7 +104,8 @@ class Counters:
         self.lock = threading.Lock()
 
     def take(self, device: torch.device, n_tiles: int) -> torch.Tensor:
-        """n_tiles zeros for a launch on the device's current stream."""
+        """n_tiles zeros, or up to three more, for a launch on the device's current stream."""
+        n_tiles = triton.cdiv(n_tiles, 4) * 4  # so that all lie on 16 bytes, as the compiled launch may rely on
         if device.type != "cuda":
             return torch.zeros(n_tiles, dtype=torch.int32, device=device)
         with self.lock, torch.cuda.device(device):

@@ -81,8 +81,10 @@ def _patch_kernel(
     for first in range(0, tl.max(end - start), BLOCK_E):
         e = first + tl.arange(0, BLOCK_E)[None, :]  # [BLOCK_T, BLOCK_E]
         entry = start[:, None] + e
-        live = entry < end[:, None]
-        here = act_row + tl.load(index_ptr + entry, mask=live, other=0)
+        live = (entry < end[:, None]) & (e < stride_saved_t)
+        n = tl.load(index_ptr + entry, mask=live, other=0)
+        live = live & (n >= 0) & (n < N)
+        here = act_row + n
         if RESTORE:
             tl.store(here, tl.load(saved_row + e, mask=live, other=0.0), mask=live)
         else:
@@ -95,7 +97,8 @@ def patch(act, scale, row_circuit):
     """Scale act ``[T, N]`` in place for the product that comes next; return what ``put_back`` needs after it.
 
     It touches the steered elements alone, where a scaled copy moves all of act: nothing for tokens without a circuit.
-    Rows must not share memory, and nothing else may use act meanwhile, on any stream.
+    Rows must not share memory, with each other or with what the product reads besides. Nothing else may use act
+    meanwhile, on any stream, and the scale must not change.
     """
     T, N = act.shape
     # a circuit has at most one entry for a neuron; what is not steered is never written here
