@@ -3,7 +3,7 @@
 # make test-device-versions   the tests that need no GPU with the GPU machine's versions, in build/device-versions/
 # make docs   the API reference and the documents as HTML, in build/docs
 # make lint   ruff and clang-format
-# make canaries   plant ten bugs in the kernels and see a test catch each
+# make canaries   plant thirteen bugs in the kernels and see a test catch each
 # make sanitize   the CPU tests under ASan and UBSan, and five planted bugs that these must catch
 # make compile-gate   compile every kernel for every target without a GPU, and read the machine code: build/compile-gate/
 # make gpu WINDOW=1 OUT=DIR   on a machine with a GPU: tests and rows in 330 s, WINDOW=2 in 360 s; nothing is installed

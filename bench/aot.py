@@ -71,19 +71,10 @@ class Compiled:
 
 def compile_launches(arch, call) -> list[Compiled]:
     """Return every kernel that ``call()`` would launch on ``arch`` (80, 90, 100, or "gfx942"), compiled."""
-    launches = []
-
-    def record(kernel, grid, *args, device, **options):
-        options["enable_fp_fusion"] = True
-        launches.append((kernel, grid, args, options))
-
-    keep, launch.launch = launch.launch, record
     triton.runtime.driver.set_active(Target(arch))
     triton.knobs.nvidia.dump_ptxas_log = triton.knobs.compilation.always_compile = True
-    try:
+    with launch.listing() as launches:
         call()
-    finally:
-        launch.launch = keep
     return [_compile(arch, *each) for each in launches]
 
 

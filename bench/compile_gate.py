@@ -24,7 +24,7 @@ import triton
 
 import aot
 from cna_kernels.reference import NEURON_BLOCK, Scale
-from cna_kernels.triton import down_decode, down_flat, gate_up_decode, split_last, sums, swiglu, whole_rows
+from cna_kernels.triton import down_decode, down_flat, gate_up_decode, split_last, steer, sums, swiglu, whole_rows
 from cna_kernels.triton.cost import H200
 from cna_kernels.triton.down_decode import down_gemv, down_split
 from cna_kernels.triton.down_proj import cost as down_proj_cost
@@ -104,6 +104,11 @@ def launchers(model):
             (1, 32, 64, 200),
             FEW,
         ),
+        "patch": (
+            lambda T, d, x: steer.patch(blank(T, N, dtype=d), x["scale"], x["row_circuit"]),
+            (4096,),
+            ("scale",),
+        ),
         "down_proj": (
             lambda T, d, x: down_proj(blank(T, N, dtype=d), blank(H, N, dtype=d), **x),
             (512, 4096),
@@ -150,7 +155,7 @@ def ships(target, op, T, dtype, feature):
     itemsize = DTYPES[dtype].itemsize
     gemv = gate_up_decode.max_gemv_tokens(itemsize) >= T
     if not isinstance(target, int):  # AMD: elementwise only, no tf32x3
-        return op in ("swiglu", "act_pass") and feature not in ("16 columns", "100 columns")
+        return op in ("swiglu", "act_pass", "patch") and feature not in ("16 columns", "100 columns")
     return {
         "gate_up_decode": gemv if itemsize == 4 else T not in (2, 3, 4),
         "down_gemv": gemv,

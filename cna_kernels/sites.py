@@ -14,7 +14,6 @@ neurons are (layer, expert, index), in a circuit (layer, expert * own + index), 
 
 from __future__ import annotations
 
-import functools
 import types
 from typing import Any
 
@@ -120,15 +119,10 @@ def is_plain_silu(activation: Any) -> bool:
     """SiLU as a function, or as a module that nobody has hooked."""
     if activation is F.silu:
         return True
-    if not _computes_silu(type(activation)):
+    if not (isinstance(activation, nn.SiLU) or type(activation).__name__ == "SiLUActivation"):
         return False
     own = activation.__dict__
     return "forward" not in own and not has_hooks(own)
-
-
-@functools.cache
-def _computes_silu(kind: type) -> bool:
-    return issubclass(kind, nn.SiLU) or kind.__name__ == "SiLUActivation"
 
 
 def has_hooks(own: dict[str, Any]) -> bool:

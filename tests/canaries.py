@@ -1,4 +1,4 @@
-"""Plant ten bugs in the Triton kernels, one at a time, and see that a test catches each.
+"""Plant thirteen bugs in the Triton kernels, one at a time, and see that a test catches each.
 
     python tests/canaries.py
 
@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 ROOT = Path(__file__).resolve().parent.parent
+FILES = ["tests/test_triton.py", "tests/test_repeat.py"]
 
 
 class Canary(NamedTuple):
@@ -71,9 +72,10 @@ CANARIES = [
     Canary(
         "scale before the sum",
         "mlp.py",
-        "return F.linear(swiglu_kernels.act_pass(act, **extras), w_down)",
-        "steer = {k: extras.pop(k) for k in ('scale', 'row_circuit') if k in extras}\n"
-        "    return F.linear(swiglu_kernels.act_pass(swiglu_kernels.act_pass(act, **steer), **extras), w_down)",
+        "return launch.linear(through_act(act, *extras), w_down)",
+        "given = _keywords(extras)\n"
+        "        steer = {name: given[name] for name in ('scale', 'row_circuit')}\n"
+        "        return launch.linear(through_act(act_pass(act, **steer), *extras[:3], *[None] * 4), w_down)",
         "test_sums_come_before_scaling and down_proj-blas",
     ),
     Canary(
@@ -97,6 +99,27 @@ CANARIES = [
         "w = tl.load(w_row + k[None, :], mask=w_mask[:, None] & (k < H - 1)[None, :], other=0.0)",
         "test_values and flat and 16x136x200-bfloat16-plain",
     ),
+    Canary(
+        "summed block skipped",
+        "sums.py",
+        "if any_counts(weight_row, t_mask, c_first, C, BLOCK_C) > 0:",
+        "if any_counts(weight_row, t_mask, c_first, C, BLOCK_C) > 1:",
+        "test_values and tma and 130x1032x72-bfloat16-sums",
+    ),
+    Canary(
+        "act left scaled",
+        "steer.py",
+        "_patch(act, saved, Steer(scale, row_circuit), restore=True)",
+        "_patch(act, saved, Steer(scale, row_circuit), restore=False)",
+        "test_down_proj_leaves_act_as_it_was and tma",
+    ),
+    Canary(
+        "repeat off 16 bytes",
+        "repeat.py",
+        "if tensors[place].data_ptr() & 15:",
+        "if tensors[place].data_ptr() & 0:",
+        "test_addresses_that_the_code_was_not_compiled_for",
+    ),
 ]
 
 
@@ -105,7 +128,7 @@ def run_tests(directory, test):
     code = (
         "import sys, importlib, cna_kernels, pytest;"
         f"assert cna_kernels.__file__.startswith({str(directory)!r}), cna_kernels.__file__;"
-        f"sys.exit(pytest.main(['-x', '-q', '-p', 'no:cacheprovider', 'tests/test_triton.py', '-k', {test!r}]))"
+        f"sys.exit(pytest.main(['-x', '-q', '-p', 'no:cacheprovider', *{FILES!r}, '-k', {test!r}]))"
     )
     environment = {**os.environ, "PYTHONPATH": str(directory), "PYTHONDONTWRITEBYTECODE": "1"}
     done = subprocess.run([sys.executable, "-c", code], cwd=directory, env=environment, capture_output=True, text=True)

@@ -243,7 +243,7 @@ def down_gemv(act, w_down, *, dependent=False):
         num_warps=config.num_warps,
         num_stages=config.num_stages,
         device=act.device,
-        **(launch.dependent(act.device) if dependent else dict(PDL=False)),
+        **launch.dependent(act.device, dependent),
     )
     return y
 
@@ -285,7 +285,7 @@ def down_split(act, w_down, steered=None, *, weight=None, act_sum=None, act_sums
         num_stages=config.num_stages,
         device=act.device,
         **launch.registers(act.device),
-        **(launch.dependent(act.device) if dependent else dict(PDL=False)),
+        **launch.dependent(act.device, dependent),
     )
     if parts > 1:
         launch.launch(
@@ -298,7 +298,7 @@ def down_split(act, w_down, steered=None, *, weight=None, act_sum=None, act_sums
             BLOCK=512,
             num_warps=4,
             device=act.device,
-            **(launch.dependent(act.device) if dependent else dict(PDL=False)),
+            **launch.dependent(act.device, dependent),
         )
     sums.fold()
     return y

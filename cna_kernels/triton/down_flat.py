@@ -128,7 +128,7 @@ def down_flat(act, w_down, *, dependent=False):
     (T, N), H = act.shape, w_down.shape[0]
     y = launch.empty(T, H, dtype=act.dtype, device=act.device)
     config = _launch_config(T, H, launch.n_multiprocessors(act.device))
-    options = launch.dependent(act.device) if dependent else dict(PDL=False)
+    options = launch.dependent(act.device, dependent)
     aligned = w_down.data_ptr() % 16 == 0 and w_down.stride(0) % 8 == 0
     launch.launch(
         _down_flat_kernel,

@@ -27,9 +27,10 @@ def launch(kernel, grid, *args, device, **options):
     depend on the kernel alone.
     """
     options["enable_fp_fusion"] = True
-    if is_listing():
-        return LISTENING.listed.append((kernel, grid, args, options))
     plain = [int(x) if type(x) is Distance else x for x in args]
+    if is_listing():
+        LISTENING.listed.append((kernel, grid, plain, options))
+        return
     with torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext():
         compiled = kernel[grid](*plain, **options)
     if recorder := getattr(LISTENING, "recorder", None):
@@ -105,10 +106,10 @@ def has_pdl(device: torch.device) -> bool:
     return not INTERPRETED and arch(device) >= 90
 
 
-def dependent(device: torch.device) -> dict:
-    """Options of a launch right after another of ours: it may start early, and waits before it reads (``gdc_wait``)."""
-    pdl = has_pdl(device)
-    return dict(PDL=True, launch_pdl=True) if pdl else dict(PDL=False)
+def dependent(device: torch.device, follows: bool = True) -> dict:
+    """Options of a launch that ``follows`` another of ours: it may start early, and waits before it reads
+    (``gdc_wait``)."""
+    return dict(PDL=True, launch_pdl=True) if follows and has_pdl(device) else dict(PDL=False)
 
 
 def registers(device: torch.device) -> dict:

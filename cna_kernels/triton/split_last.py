@@ -171,6 +171,6 @@ def split_last(act, w_down, *, dependent=False):
         num_stages=config.num_stages,
         device=act.device,
         **launch.registers(act.device),
-        **(launch.dependent(act.device) if dependent else dict(PDL=False)),
+        **launch.dependent(act.device, dependent),
     )
     return y

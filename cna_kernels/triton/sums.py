@@ -83,6 +83,21 @@ def added(
 
 
 @triton.jit
+def any_counts(weight_row, t_mask, c_first, C: tl.constexpr, BLOCK_C: tl.constexpr):
+    """1 if a token of the block counts in a column that ``added`` is about to add, else 0."""
+    if BLOCK_C == 0:
+        counted = t_mask != t_mask
+        for c in tl.static_range(C):
+            counted = counted | (tl.load(weight_row + c, mask=t_mask, other=0.0) != 0.0)
+        return tl.max(counted.to(tl.int32), axis=0)
+    else:
+        c = c_first + tl.arange(0, BLOCK_C)
+        mask = (c < C)[:, None] & t_mask[None, :]
+        weight = tl.load(weight_row[None, :] + c[:, None], mask=mask, other=0.0)  # [BLOCK_C, BLOCK_T]
+        return tl.max(tl.max((weight != 0.0).to(tl.int32), axis=0), axis=0)
+
+
+@triton.jit
 def put_sums(
     sums,
     squares,
@@ -152,10 +167,7 @@ def sum_run(
         t = (t_start + tl.arange(0, BLOCK_T)).to(tl.int64)
         t_mask = t < t_last
         weight_row = weight_ptr + t * stride_weight_t
-        counted = tl.zeros([BLOCK_T], tl.int32)
-        for c in range(C):
-            counted |= (tl.load(weight_row + c, mask=t_mask, other=0.0) != 0.0).to(tl.int32)
-        if tl.max(counted, axis=0) > 0:
+        if any_counts(weight_row, t_mask, c_first, C, BLOCK_C) > 0:
             mask = t_mask[:, None] & n_mask[None, :]
             act = tl.load(act_ptr + t[:, None] * stride_act_t + n[None, :], mask=mask, other=0.0)
             sums, squares = added(act, weight_row, t_mask, c_first, sums, squares, C, SUM, SUMSQ, BLOCK_C)

@@ -251,6 +251,6 @@ def down_rows(act, w_down, *, dependent=False):
         BLOCK_N=config.BLOCK,
         num_warps=config.num_warps,
         device=act.device,
-        **(launch.dependent(act.device) if dependent else dict(PDL=False)),
+        **launch.dependent(act.device, dependent),
     )
     return y
