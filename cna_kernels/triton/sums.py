@@ -91,10 +91,13 @@ def any_counts(weight_row, t_mask, c_first, C: tl.constexpr, BLOCK_C: tl.constex
             counted = counted | (tl.load(weight_row + c, mask=t_mask, other=0.0) != 0.0)
         return tl.max(counted.to(tl.int32), axis=0)
     else:
-        c = c_first + tl.arange(0, BLOCK_C)
-        mask = (c < C)[:, None] & t_mask[None, :]
-        weight = tl.load(weight_row[None, :] + c[:, None], mask=mask, other=0.0)  # [BLOCK_C, BLOCK_T]
-        return tl.max(tl.max((weight != 0.0).to(tl.int32), axis=0), axis=0)
+        counted = 0
+        for first in range(c_first, tl.minimum(c_first + BLOCK_C, C), 16):  # not all at once: registers are full
+            c = first + tl.arange(0, 16)
+            mask = (c < C)[:, None] & t_mask[None, :]
+            weight = tl.load(weight_row[None, :] + c[:, None], mask=mask, other=0.0)  # [16, BLOCK_T]
+            counted = counted | tl.max(tl.max((weight != 0.0).to(tl.int32), axis=0), axis=0)
+        return counted
 
 
 @triton.jit
