@@ -65,7 +65,7 @@ def _gated_mlp(inputs, extras):
                 first(x, _weights(w_gate, w_up), **_keywords(extras)), w_down, dependent=True
             )
         )
-    act_of = _swiglu(None, None)
+    act_of = _swiglu()
 
     def by_blas(x, w_gate, w_up, w_down, *extras):
         if w_up is None:
@@ -86,7 +86,7 @@ def _gated_mlp(inputs, extras):
     return fused
 
 
-def _swiglu(_, __):
+def _swiglu(*_):
     return Repeat(lambda gate, up, *extras: swiglu(gate, up, **_keywords(extras)))
 
 
