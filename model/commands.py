@@ -149,11 +149,12 @@ def _kernel_plans(cuda):
     from cna_kernels.triton import launch, plan
 
     facts = {}
-    arch = launch.arch(torch.device("cuda")) if cuda else 90
+    device = torch.device("cuda" if cuda else "meta")
+    arch = launch.arch(device) if cuda else 90
     where = torch.cuda.get_device_name() if cuda else "an sm_90 device"
     for op in plan.PLANS:
         try:
-            ranges = plan.by_tokens(op, 14336, 4096, torch.bfloat16, arch)
+            ranges = plan.by_tokens(op, 14336, 4096, torch.bfloat16, arch, n_sm=launch.n_multiprocessors(device))
         except InputError as error:
             return facts | {"kernels": str(error)}
         for first, (name, reason) in ranges:

@@ -107,12 +107,14 @@ def choose(call: Call) -> Plan:
     return default(call)
 
 
-def by_tokens(op: str, N: int, H: int, dtype: torch.dtype, arch: int, longest: int = 4096) -> list[tuple[int, Plan]]:
+def by_tokens(
+    op: str, N: int, H: int, dtype: torch.dtype, arch: int, longest: int = 4096, n_sm: int = 132
+) -> list[tuple[int, Plan]]:
     """(first T, plan) of each range of T = 1 .. longest on which one plan serves calls with aligned rows."""
     tma = dtype.itemsize == 2 and N % 8 == 0 and H % 8 == 0
     ranges = []
     for T in range(1, longest + 1):
-        plan = choose(Call(op, T, N, H, dtype, arch, tma))
+        plan = choose(Call(op, T, N, H, dtype, arch, tma, n_sm))
         if not ranges or ranges[-1][1] != plan:
             ranges.append((T, plan))
     return ranges
