@@ -84,8 +84,9 @@ COMMIT = $(or $(CNA_COMMIT),$(shell git describe --always --dirty --abbrev=12 2>
 GPU_FLAGS = --commit '$(COMMIT)' $(if $(DRY),--dry) $(if $(LIST),--list) $(if $(ONLY),--only '$(ONLY)') \
             $(if $(MODELS),--models '$(MODELS)')
 
-gpu gpu-tune:
-	$(PYTHON) bench/gpu.py --window $(if $(filter gpu-tune,$@),tune,$(WINDOW)) --out $(OUT) $(GPU_FLAGS)
+# The machine with the GPU has torch, and nothing is installed there. A dry run is one on a machine that may not have it.
+gpu gpu-tune: $(if $(DRY)$(LIST),.venv/.installed-test)
+	$(if $(DRY)$(LIST),$(BIN)/python,$(PYTHON)) bench/gpu.py --window $(if $(filter gpu-tune,$@),tune,$(WINDOW)) --out $(OUT) $(GPU_FLAGS)
 
 gpu-record:
 	$(PYTHON) bench/gpu.py --record $(OUT)
