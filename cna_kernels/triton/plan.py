@@ -65,9 +65,9 @@ def can_serve(call: Call, name: str) -> bool:
         ("gated_mlp", "split_last"): flat,
         ("gated_mlp", "fused"): call.tma and call.arch >= 90,
         ("gated_mlp", "blas"): True,
-        ("down_proj", "split"): call.T <= 4096,
+        ("down_proj", "split"): call.T <= 512,  # beyond, the product is not bound by the weights
         ("down_proj", "flat16"): down_flat.fits(call.T, itemsize),
-        ("down_proj", "split_last"): call.T <= 4096,
+        ("down_proj", "split_last"): call.T <= 512,
         ("down_proj", "tma"): call.tma and call.arch >= 90,
         ("down_proj", "blas"): True,
     }[call.op, name]
