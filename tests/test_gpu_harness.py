@@ -283,6 +283,7 @@ def stand_ins(monkeypatch):
     return OnStandIns()
 
 
+@pytest.mark.interpreted
 @pytest.mark.skipif(torch.cuda.is_available(), reason="for machines without a GPU")
 @pytest.mark.parametrize("kind", ["decode/{}/8", "down/{}/512", "table/{}/128", "host/{}/1", "generate/{}/2"])
 def test_timed_rows_on_stand_ins(stand_ins, monkeypatch, kind):
@@ -370,6 +371,7 @@ def rows_of(found, **wanted):
     return [row for row in found["rows"] if all(row.get(name) == value for name, value in wanted.items())]
 
 
+@pytest.mark.interpreted
 def test_a_candidate_that_raises_loses_only_its_rows(planted):
     _, found = planted
     assert len(rows_of(found, row="failed")) == 2  # once at each T: a shape that fails is no reason not to try another
@@ -379,6 +381,7 @@ def test_a_candidate_that_raises_loses_only_its_rows(planted):
     assert rows_of(found, row="D1") and rows_of(found, row="plan", ours="flat") and rows_of(found, row="D5")
 
 
+@pytest.mark.interpreted
 def test_a_candidate_that_kills_its_worker_is_not_tried_again(planted):
     _, found = planted
     crashed = rows_of(found, row="crashed")
@@ -388,6 +391,7 @@ def test_a_candidate_that_kills_its_worker_is_not_tried_again(planted):
     assert not rows_of(found, row="plan", ours="fused")
 
 
+@pytest.mark.interpreted
 def test_a_failing_candidate_does_not_fail_the_run(planted):
     status, found = planted
     assert status == 0
