@@ -9,10 +9,9 @@ import json
 
 import torch
 import triton
-from triton.backends.compiler import GPUTarget
-from triton.backends.driver import DriverBase
 from triton.backends.nvidia import driver as nvidia
 
+from aot import Target
 from cna_kernels import backends, make_scale, ops
 from cna_kernels.extras import Extras
 from cna_kernels.triton import mlp
@@ -23,29 +22,15 @@ from interleave import compare
 CALLS, ROUNDS = 500, 15
 
 
-class Stub(DriverBase):
+class Stub(Target):
     """What Triton asks of a driver before a launch."""
 
     def __init__(self):
+        super().__init__(90)
         self.utils, self.launcher_cls = nvidia.CudaUtils(), nvidia.CudaLauncher
-        self._target = GPUTarget("cuda", 90, 32)
-
-    def get_current_device(self):
-        return 0
-
-    def get_current_stream(self, device):
-        return 0
-
-    def get_current_target(self):
-        return self._target
-
-    def is_active(self):
-        return True
 
     def allocate_default_profile_scratch(self, *_):
         return None
-
-    map_python_to_cpp_type = get_active_torch_device = get_benchmarker = None
 
 
 def many(call):
