@@ -60,9 +60,10 @@ def name_for(device: torch.device | str, backend: str | None = None) -> str:
         BackendUnavailable: the backend cannot run on this device.
     """
     key = torch.device(device), backend
-    if key not in _NAMES:
-        _NAMES[key] = _find_name(*key)
-    return _NAMES[key]
+    name = _NAMES.get(key)
+    if name is None:
+        name = _NAMES[key] = _find_name(*key)
+    return name
 
 
 _NAMES: dict[tuple, str] = plans.kept()

@@ -350,7 +350,7 @@ class Engine:
         """Compile what forward passes of up to so many tokens launch, so that none of them waits for a compiler.
 
         Args:
-            longest: the most tokens of a pass, batch times sequence.
+            longest: the most tokens of a pass, batch times sequence; of a mixture the most (token, expert) pairs.
             n_columns: also passes inside :meth:`collect` with so many columns, and with squares if they have them.
 
         Returns:
