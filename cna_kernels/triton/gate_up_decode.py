@@ -247,17 +247,21 @@ def cost(T: int, N: int, H: int, itemsize: int = 2) -> Cost:
     return Cost(moved, 2 * max(16, triton.next_power_of_2(T)) * weights, 0)
 
 
+def weight_rows(w_gate_up):
+    """Gate's rows, how many they are, and the elements from each of them to its row of up, in one tensor or in two."""
+    if not isinstance(w_gate_up, tuple):
+        N = w_gate_up.shape[0] // 2
+        return w_gate_up, N, N * w_gate_up.stride(0)
+    w_gate, w_up = w_gate_up
+    if w_gate.stride(0) != w_up.stride(0):
+        w_gate, w_up = w_gate.contiguous(), w_up.contiguous()
+    return w_gate, w_gate.shape[0], launch.distance(w_gate, w_up)
+
+
 def gate_up_decode(x, w_gate_up, *, weight=None, act_sum=None, act_sumsq=None, scale=None, row_circuit=None):
     """x ``[T, H]``, w_gate_up ``[2N, H]`` or a pair -> act ``[T, N]`` summed and scaled, for 1 <= T <= 64."""
     T, H = x.shape
-    if isinstance(w_gate_up, tuple):
-        w_gate, w_up = w_gate_up
-        if w_gate.stride(0) != w_up.stride(0):
-            w_gate, w_up = w_gate.contiguous(), w_up.contiguous()
-        N, up_offset = w_gate.shape[0], launch.distance(w_gate, w_up)
-    else:
-        w_gate, N = w_gate_up, w_gate_up.shape[0] // 2
-        up_offset = N * w_gate.stride(0)
+    w_gate, N, up_offset = weight_rows(w_gate_up)
     act = launch.empty(T, N, dtype=x.dtype, device=x.device)
     config = _launch_config(T, x.element_size())
     sums, steer = Sums(weight, act_sum, act_sumsq, 1, N), Steer(scale, row_circuit)

@@ -26,6 +26,7 @@ import triton.language as tl
 
 from . import launch
 from .cost import Cost, instructions
+from .gate_up_decode import weight_rows
 from .steer import ANY_ALIGNMENT, Steer, entries, steer_stored
 from .sums import Sums, add_row
 from .tiles import rounded, silu_mul
@@ -188,14 +189,7 @@ def gate_up_rows(
     dependent: nothing writes the weights in the launch before this one; start while that drains.
     """
     H = x.shape[1]
-    if isinstance(w_gate_up, tuple):
-        w_gate, w_up = w_gate_up
-        if w_gate.stride(0) != w_up.stride(0):
-            w_gate, w_up = w_gate.contiguous(), w_up.contiguous()
-        N, up_offset = w_gate.shape[0], launch.distance(w_gate, w_up)
-    else:
-        w_gate, N = w_gate_up, w_gate_up.shape[0] // 2
-        up_offset = N * w_gate.stride(0)
+    w_gate, N, up_offset = weight_rows(w_gate_up)
     act = launch.empty(1, N, dtype=x.dtype, device=x.device)
     config = _config(2 * H * x.element_size(), x.element_size())
     sums, steer = Sums(weight, act_sum, act_sumsq, 1, N), Steer(scale, row_circuit)
