@@ -93,15 +93,16 @@ def value_tests(catalogue):
     plans = dict.fromkeys(key.partition("/")[0] + "-" + found["default"] for key, found in catalogue.items())
     some = "test_values and bfloat16 and (both or circuits)"
     named = [f"tests/test_triton.py:{some} and {plan}-" for plan in plans]
-    return (*named, f"tests/test_triton.py:{some} and (swiglu or steer_act)")
+    return (*named, f"tests/test_triton.py:{some} and (swiglu or steer_act)", "tests/test_triton.py:gated_mlp-fused")
 
 
 def first_window(catalogue):
     rows = mlp_jobs(catalogue, B8, (1, 8, 64), (512, 4096))
     # what only this window can tell comes right after the first row
     rows[2:2] = [job("host", B8, 1), job("dependent", B8), job("replay", B8)]
-    tried = [(B8, "gated_mlp", T) for T in (1, 64, 8)] + [(B8, "down_proj", 4096), (B8, "gated_mlp", 4096)]
-    tried += [(B8, "down_proj", T) for T in (128, 256, 16)] + [(B8, "gated_mlp", 512), (B1, "gated_mlp", 1)]
+    tried = [(model, "gated_mlp", T) for T in (512, 1024, 256, 4096, 128) for model in (B8, B1, Q7, B70)]
+    tried += [(B8, "gated_mlp", T) for T in (1, 64, 8)] + [(B8, "down_proj", 4096)]
+    tried += [(B8, "down_proj", T) for T in (16, 128)] + [(B1, "gated_mlp", 1)]
     return [
         Stage("the card, its ceilings, and the tools", [job("ceilings")]),
         Stage("values of default plans, tests of launches, compilation", [], 70, (
@@ -155,7 +156,7 @@ def window(name, catalogue, sweep=()):
 
 
 # The shapes that a catalogue must know: those of all windows.
-TOKENS = {"gated_mlp": (1, 8, 64, 512, 4096), "down_proj": (16, 128, 256, 512, 4096)}
+TOKENS = {"gated_mlp": (1, 8, 64, 128, 256, 512, 1024, 4096), "down_proj": (16, 128, 256, 512, 4096)}
 MODELS = (B8, B1, B70, Q7)
 
 

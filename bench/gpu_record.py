@@ -54,10 +54,9 @@ def record(directory: Path, into: Path = RESULTS) -> Path:
 TABLES = {
     "gated_mlp=gemv": ("gate_up_gemv", "down_gemv"),
     "gated_mlp=flat": ("gate_up_flat", "down_split"),
-    "gated_mlp=fused": ("gate_up",),
     "down_proj=split": ("down_split",),
     "down_proj=tma": ("down_proj",),
-    "swiglu": ("swiglu",),
+    "swiglu": ("swiglu", "swiglu_plain"),
 }
 
 

@@ -40,6 +40,8 @@ WORDS = {
     "D2": "decode MLP, {T} tokens, sums and steering",
     "D3": "decode MLP, {T} tokens, sums and steering",
     "D4": "decode MLP, {T} tokens, what sums and steering cost",
+    "D4 sums": "decode MLP, {T} tokens, what sums cost",
+    "D4 steered": "decode MLP, {T} tokens, what steering costs",
     "D4 late": "decode MLP, {T} tokens, what sums and steering of a late layer cost",
     "D5": "decode MLP, {T} tokens, weights at the read ceiling",
     "N1": "same bits run after run, {T} tokens",

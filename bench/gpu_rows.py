@@ -142,11 +142,14 @@ def decode(bench, model, T):
     x, layers = bench.random(T, H), bench.layers(model, T)
     weight, steering, many = bench.weight(T), bench.steering(T, N, 1), bench.steering(T, N, 1, size=late(N))
     runs = {"ours": ours(x, "", weight, steering), "ours plain": ours(x), "eager": eager(x), "cublas": cublas(x)}
+    runs |= {"ours, sums": ours(x, "", weight), "ours, steered": ours(x, "", None, steering)}
     times = bench.measure(runs | {"ours, late layer": ours(x, "", weight, many)}, layers, mlp_work(T, N, H))
     more = of_default(bench, "gated_mlp", model, T, N, H)
     for theirs in ("eager", "cublas"):
         yield times.row(DECODE_ROWS[T], model, T, "ours", theirs, best=True, **more)
     yield times.row("D4", model, T, "ours", "ours plain", **more)
+    yield times.row("D4 sums", model, T, "ours, sums", "ours plain", **more)
+    yield times.row("D4 steered", model, T, "ours, steered", "ours plain", **more)
     yield times.row("D4 late", model, T, "ours, late layer", "ours plain", **more)
     if "ours" in times.times:
         moved, seconds = 6 * N * H, times.median("ours")

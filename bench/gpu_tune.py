@@ -15,8 +15,8 @@ from gpu_jobs import TUNE_PARTS
 # group are tried, the groups one after the other.
 LAUNCH_TABLES = {
     "gate_up_gemv": ("gate_up_decode", "_launch_config", "gated_mlp", "gemv", [
-        dict(BLOCK_N=(2, 4, 8), num_stages=(2, 3, 4)), dict(BLOCK_K=(512, 2048), BLOCK_N=(4, 8)),
-        dict(num_warps=(2, 8)),
+        dict(BLOCK_N=(2, 4), BLOCK_K=(512, 1024, 2048), num_stages=(2, 3, 4)), dict(BLOCK_N=(8,), BLOCK_K=(512,)),
+        dict(num_warps=(8,), BLOCK_N=(4, 8)), dict(num_warps=(2,), BLOCK_N=(2, 4), BLOCK_K=(512,)),
     ]),
     "down_gemv": ("down_decode", "_gemv_config", "gated_mlp", "gemv", [
         dict(BLOCK_H=(2, 4, 8, 16), BLOCK_N=(512, 1024, 2048)), dict(num_warps=(2, 8), BLOCK_N=(1024, 2048)),
@@ -33,12 +33,14 @@ LAUNCH_TABLES = {
         dict(BLOCK_T=(128,), BLOCK_H=(128, 256), GROUP_T=(4, 8, 16), num_stages=(3, 4)),
         dict(BLOCK_T=(64,), BLOCK_H=(256,)), dict(BLOCK_H=(128,), num_warps=(4,), num_stages=(4,)),
     ]),
-    "gate_up": ("gate_up", "_launch_config", "gated_mlp", "fused", [
-        dict(GROUP_T=(4, 8, 16), num_stages=(3, 4)), dict(BLOCK_N=(64,), num_stages=(4, 5)), dict(BLOCK_T=(64,)),
-    ]),
     "swiglu": ("swiglu", "_launch_config", "swiglu", "", [
-        dict(BLOCK_T=(2, 4, 8), stages=(2, 3, 4)), dict(rows=(16, 32, 64, 128, 256, 512)),
-        dict(BLOCK_N=(512, 2048), BLOCK_T=(4, 8)), dict(num_warps=(8,), BLOCK_T=(4, 8)),
+        dict(BLOCK_T=(2, 4, 8), stages=(1, 2, 3, 4)), dict(rows=(8, 16, 32, 64, 128, 256, 512)),
+        dict(BLOCK_N=(512,), BLOCK_T=(4, 8), rows=(64, 128, 256), num_warps=(2, 4)),
+        dict(BLOCK_N=(2048,), BLOCK_T=(2, 4), num_warps=(8,)), dict(num_warps=(8,), BLOCK_T=(4, 8), stages=(2, 3)),
+    ]),
+    "swiglu_plain": ("swiglu", "_launch_config", "swiglu", "", [
+        dict(BLOCK_T=(1, 2, 4, 8), rows=(1, 2, 4, 8, 16)), dict(BLOCK_N=(512, 2048), BLOCK_T=(1, 2), rows=(2, 4)),
+        dict(num_warps=(8,), BLOCK_T=(2, 4), rows=(4,)), dict(rows=(32, 64), stages=(2, 3)),
     ]),
 }  # fmt: skip
 
@@ -61,6 +63,7 @@ def tune(bench, kernel, model, T, part=None):
     if op == "swiglu":
         layers = [bench.random(T, 2 * N) for _ in layers]
         sums = dict(weight=weight, act_sum=bench.random(2, N, dtype=torch.float32), **steering)
+        sums = {} if kernel.endswith("plain") else sums
         call = lambda both: ops.swiglu(*both.chunk(2, dim=-1), **sums, backend="triton")  # noqa: E731
     else:
         x = bench.random(T, H if op == "gated_mlp" else N)
@@ -88,6 +91,8 @@ def tune(bench, kernel, model, T, part=None):
     tried = list(changes(groups))[: 3 if bench.mode == "dry" else None]
     for each in tried if part is None else tried[part::TUNE_PARTS]:
         change = {field: value for field, value in each.items() if getattr(entry[0], field, None) != value}
+        if each.get("rows", 0) % max(1, each.get("BLOCK_T", getattr(entry[0], "BLOCK_T", 1))):
+            continue  # a program walks whole tiles
         label = ", ".join(f"{field}={value}" for field, value in change.items())
         if not change or label in runs or label in failures:
             continue

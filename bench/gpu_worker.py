@@ -33,19 +33,22 @@ def measure_ceilings(bench):
     """Bytes/s of a copy (read plus written) and of reading, FLOP/s of a bf16 product; and the times they are from."""
     size = 64 if bench.mode == "dry" else 8192
     wide = [bench.random(size, 32 * size) for _ in range(2)]  # 4 GB each
+    part = [each[: size // 8] for each in wide]  # 0.5 GB
     square = [bench.random(size, size) for _ in range(2)]
-    n_bytes = 2 * wide[0].numel()
+    n_bytes, n_part = 2 * wide[0].numel(), 2 * part[0].numel()
     runs = {
-        "copy": (lambda _: wide[1].copy_(wide[0]), 2 * n_bytes),
+        "copy, 4 GB": (lambda _: wide[1].copy_(wide[0]), 2 * n_bytes),
+        "copy, 0.5 GB": (lambda _: part[1].copy_(part[0]), 2 * n_part),
         "read, sum": (lambda _: wide[0].sum(dtype=torch.float32), n_bytes),
+        "read, sum of 0.5 GB": (lambda _: part[0].sum(dtype=torch.float32), n_part),
         "read, row sums": (lambda _: wide[0].view(-1, size).sum(dim=1, dtype=torch.float32), n_bytes),
-        "read, row maxima": (lambda _: wide[0].view(-1, size).amax(dim=1), n_bytes),
         "bf16 matmul": (lambda _: square[0] @ square[1], 2 * size**3),
     }
     times = bench.measure({name: run for name, (run, _) in runs.items()}, [None])
     rates = {name: amount / times.median(name) for name, (_, amount) in runs.items() if name in times.times}
-    if reads := [rate for name, rate in rates.items() if name != "bf16 matmul"]:
-        rates["read"] = max(reads)
+    for kind, names in (("copy", ("copy",)), ("read", ("copy", "read"))):
+        if found := [rate for name, rate in rates.items() if name.startswith(names)]:
+            rates[kind] = max(found)
     return rates, times
 
 

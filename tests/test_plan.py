@@ -26,7 +26,7 @@ def call(op="gated_mlp", T=1, dtype=BF16, arch=90, tma=True):
         (call(T=1, arch=0), "blas"),
         (call("down_proj", T=64), "split"),
         (call("down_proj", T=65), "blas"),
-        (call("down_proj", T=512), "tma"),
+        (call("down_proj", T=512), "blas"),
         (call("down_proj", T=512, tma=False), "blas"),
         (call("down_proj", T=512, arch=80), "blas"),
         (call("down_proj", T=16, dtype=FP32), "split"),
@@ -87,7 +87,7 @@ def test_ranges(monkeypatch):
     ranges = plan.by_tokens("gated_mlp", 14336, 4096, BF16, 90)
     assert [(first, chosen.name) for first, chosen in ranges] == [(1, "gemv"), (2, "flat"), (65, "blas")]
     ranges = plan.by_tokens("down_proj", 14336, 4096, BF16, 90)
-    assert [(first, chosen.name) for first, chosen in ranges] == [(1, "split"), (65, "blas"), (385, "tma")]
+    assert [(first, chosen.name) for first, chosen in ranges] == [(1, "split"), (65, "blas")]
 
 
 def test_predictions_are_near_the_floors():

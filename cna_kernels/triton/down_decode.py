@@ -180,30 +180,27 @@ class Config(NamedTuple):
     num_stages: int
 
 
-def _gemv_config(H: int, itemsize: int, n_sm: int) -> Config:
-    """By arithmetic, unmeasured. As in gate_up_decode threads lie along the neurons. About 8 programs a multiprocessor:
-    they all run at once (47 and 64 registers for 2 and 4 rows) or, with 8 rows, in just under two full rounds. One row
-    more and a few programs would be left for a round of their own, as long as the first.
-    """
-    block_h = min(8, max(2, triton.next_power_of_2(triton.cdiv(H, 8 * n_sm))))
-    return Config(1, block_h, 2048 // itemsize, 0, 4, 1)
+def _gemv_config(itemsize: int) -> Config:
+    """As measured on an H100: as in gate_up_decode threads lie along the neurons, here with 32 bytes each, and 2 rows to
+    a program are at most 2% ahead of 4 or 8. fp32 by arithmetic, unmeasured."""
+    return Config(1, 2, 4096 // itemsize, 0, 4, 1)
 
 
 def _split_config(T: int, N: int, H: int, itemsize: int, n_sm: int) -> Config:
-    """By arithmetic, unmeasured. 64 x 128 bf16 weights (with 64 tokens 128 x 64) are 16 KB a stage, two programs fit a
-    multiprocessor. As many parts as two programs a multiprocessor make, but at most 4 for a full block of tokens: 8
-    parts of 64 tokens would move as many bytes as a seventh of an 8B model's weights.
+    """As measured on an H100; fp32 and 17 to 32 tokens by arithmetic, unmeasured. 64 x 128 bf16 weights (with 64 tokens
+    64 x 64) are 16 KB a stage or 8. Of 16 tokens a program a multiprocessor is enough, of more two; but at most 4 parts
+    for a full block of tokens: 8 would move as many bytes as a seventh of an 8B model's weights.
     """
     block_t = min(64, max(16, triton.next_power_of_2(T)))
-    block_h = 128 if block_t == 64 and itemsize == 2 else 64
-    programs = triton.cdiv(H, block_h) * triton.cdiv(T, block_t)
+    programs = triton.cdiv(H, 64) * triton.cdiv(T, block_t)
     blocks = triton.cdiv(N, NEURON_BLOCK)
-    parts = max(1, min(blocks, 256 // block_t, 2 * n_sm // programs))
+    rounds = 1 if block_t == 16 and itemsize == 2 else 2
+    parts = max(1, min(blocks, 256 // block_t, rounds * n_sm // programs))
     split = triton.cdiv(blocks, parts) * NEURON_BLOCK
     if itemsize == 4:  # no matrix unit; wider tiles spill when steered
         return Config(block_t, 64, 32, split, 8, 4)
-    block_n, num_stages = {16: (128, 5), 32: (128, 4), 64: (64, 4)}[block_t]
-    return Config(block_t, block_h, block_n, split, 4, num_stages)
+    block_n, num_stages = {16: (128, 5), 32: (128, 4), 64: (64, 5)}[block_t]
+    return Config(block_t, 64, block_n, split, 4, num_stages)
 
 
 def per_weight(T: int) -> float:
@@ -226,7 +223,7 @@ def down_gemv(act, w_down, *, dependent=False):
     """act ``[T, N]`` -> y ``[T, H]`` without sums or scaling, for a handful of tokens; see ``down_split``."""
     (T, N), H = act.shape, w_down.shape[0]
     y = launch.empty(T, H, dtype=act.dtype, device=act.device)
-    config = _gemv_config(H, act.element_size(), launch.n_multiprocessors(act.device))
+    config = _gemv_config(act.element_size())
     launch.launch(
         _down_gemv_kernel,
         (triton.cdiv(H, config.BLOCK_H),),

@@ -25,9 +25,22 @@ import triton.language as tl
 
 from . import launch
 from .cost import Cost, instructions
-from .steer import ANY_ALIGNMENT, Steer, entries, steer_stored
-from .sums import Sums, add_row, add_tile
+from .steer import ANY_ALIGNMENT, Steer, circuits, entries, first_entries, steer_held, steer_stored
+from .sums import FEW_COLUMNS, Sums, add_row, add_tile
 from .tiles import dot, silu_mul
+
+
+_FEW_COLUMNS = tl.constexpr(FEW_COLUMNS)
+
+
+@triton.jit
+def _column(weights, counted, T: tl.constexpr):
+    """sum_t weight[t] * act[t], and over act**2: two [BLOCK_N]."""
+    total, squares = weights[0] * counted[0], weights[0] * counted[0] * counted[0]
+    for t in tl.static_range(1, T):
+        weighted = weights[t] * counted[t]
+        total, squares = total + weighted, squares + weighted * counted[t]
+    return total, squares
 
 
 @triton.jit(do_not_specialize=["n_circuits"], do_not_specialize_on_alignment=ANY_ALIGNMENT)
@@ -63,10 +76,27 @@ def _gate_up_gemv_kernel(
     BLOCK_K: tl.constexpr,
     STAGES: tl.constexpr,
 ):
+    """What sums and steering read is asked for before the weights: each round trip to memory that is left for the end
+    of the last programs costs every call half a microsecond."""
     dtype: tl.constexpr = act_ptr.dtype.element_ty
+    FEW: tl.constexpr = min(C, _FEW_COLUMNS)
     n_first = tl.program_id(0) * BLOCK_N
     n = n_first + tl.arange(0, BLOCK_N)
     n_mask = n < N
+    weights, sum_before, sumsq_before, circuit = (), (), (), ()
+    for c in tl.static_range(FEW):
+        of_tokens = ()
+        for t in tl.static_range(T):
+            of_tokens = of_tokens + (tl.load(weight_ptr + t * stride_weight_t + c),)
+        weights = weights + (of_tokens,)
+        row = tl.cast(c, tl.int64)
+        if SUM:
+            sum_before = sum_before + (tl.load(sum_ptr + row * stride_sum_c + n, mask=n_mask, other=0.0),)
+        if SUMSQ:
+            sumsq_before = sumsq_before + (tl.load(sumsq_ptr + row * stride_sumsq_c + n, mask=n_mask, other=0.0),)
+    if STEER:
+        for t in tl.static_range(T):
+            circuit = circuit + (circuits(row_circuit_ptr, t, True),)
     w_row = w_ptr + n.to(tl.int64)[:, None] * stride_w_n
     gates = (tl.zeros([BLOCK_N, BLOCK_K], tl.float32),) * T
     ups = (tl.zeros([BLOCK_N, BLOCK_K], tl.float32),) * T
@@ -84,37 +114,53 @@ def _gate_up_gemv_kernel(
             new_ups = new_ups + (ups[t] + w_up * x,)
         gates, ups = new_gates, new_ups
 
+    starts, ends = (), ()
+    if STEER:
+        n_last = tl.minimum(n_first + BLOCK_N, N)
+        for t in tl.static_range(T):
+            start, end = entries(circuit[t], offsets_ptr, stride_offsets_k, n_circuits, n_first, n_last)
+            starts, ends = starts + (start,), ends + (end,)
     acts = ()
     for t in tl.static_range(T):
         acts = acts + (silu_mul(tl.sum(gates[t], axis=1), tl.sum(ups[t], axis=1), dtype),)
-        tl.store(act_ptr + t * N + n, acts[t], mask=n_mask)
+    indices, factors = (), ()
+    if STEER:
+        for t in tl.static_range(T):
+            index, factor = first_entries(index_ptr, value_ptr, starts[t], ends[t], 32)
+            indices, factors = indices + (index,), factors + (factor,)
 
     if SUM or SUMSQ:
         counted = ()
         for t in tl.static_range(T):
             any_column = 0
-            for c in range(C):
+            for c in tl.static_range(FEW):
+                any_column = any_column | (weights[c][t] != 0.0).to(tl.int32)
+            for c in range(FEW, C):
                 any_column = any_column | (tl.load(weight_ptr + t * stride_weight_t + c) != 0.0).to(tl.int32)
             counted = counted + (tl.where(any_column != 0, acts[t].to(tl.float32), 0.0),)
-        for c in range(C):
-            total = tl.zeros([BLOCK_N], tl.float32)
-            squares = tl.zeros([BLOCK_N], tl.float32)
+        for c in tl.static_range(FEW):
+            total, squares = _column(weights[c], counted, T)
+            row = tl.cast(c, tl.int64)
+            if SUM:
+                tl.store(sum_ptr + row * stride_sum_c + n, sum_before[c] + total, mask=n_mask)
+            if SUMSQ:
+                tl.store(sumsq_ptr + row * stride_sumsq_c + n, sumsq_before[c] + squares, mask=n_mask)
+        for c in range(FEW, C):
+            of_tokens = ()
             for t in tl.static_range(T):
-                weighted = tl.load(weight_ptr + t * stride_weight_t + c) * counted[t]
-                total += weighted
-                squares += weighted * counted[t]
+                of_tokens = of_tokens + (tl.load(weight_ptr + t * stride_weight_t + c),)
+            total, squares = _column(of_tokens, counted, T)
             row = tl.cast(c, tl.int64)
             if SUM:
                 add_row(sum_ptr, 0, row * stride_sum_c, n, n_mask, total, False)
             if SUMSQ:
                 add_row(sumsq_ptr, 0, row * stride_sumsq_c, n, n_mask, squares, False)
 
-    if STEER:
-        tl.debug_barrier()
-        n_last = tl.minimum(n_first + BLOCK_N, N)
-        t = tl.arange(0, 4)
-        start, end = entries(row_circuit_ptr, offsets_ptr, stride_offsets_k, n_circuits, t, t < T, n_first, n_last)
-        steer_stored(act_ptr, N, index_ptr, value_ptr, t, start, end, n_first, n_last, 32)
+    for t in tl.static_range(T):
+        act = acts[t]
+        if STEER:
+            act = steer_held(act, n, index_ptr, value_ptr, starts[t], ends[t], indices[t], factors[t], 32)
+        tl.store(act_ptr + t * N + n, act, mask=n_mask)
 
 
 @triton.jit(do_not_specialize=["T", "n_circuits"], do_not_specialize_on_alignment=ANY_ALIGNMENT)
@@ -158,6 +204,8 @@ def _gate_up_flat_kernel(
     t = tl.arange(0, BLOCK_T)
     t_mask = t < T
     x_row = x_ptr + t.to(tl.int64)[None, :] * stride_x_t
+    if STEER:
+        circuit = circuits(row_circuit_ptr, t, t_mask)
     if PDL:
         tl.extra.cuda.gdc_launch_dependents()
     acc = tl.zeros([2 * BLOCK_N, BLOCK_T], tl.float32)
@@ -166,6 +214,9 @@ def _gate_up_flat_kernel(
         w = tl.load(w_row + k[None, :], mask=w_mask[:, None] & (k < H)[None, :], other=0.0)
         x = tl.load(x_row + k[:, None], mask=t_mask[None, :] & (k < H)[:, None], other=0.0)
         acc = dot(w, x, acc)
+    if STEER:  # on their way while act is finished and summed
+        n_last = tl.minimum(n_first + BLOCK_N, N)
+        start, end = entries(circuit, offsets_ptr, stride_offsets_k, n_circuits, n_first, n_last)
     gate, up = acc.reshape(2, BLOCK_N, BLOCK_T).permute(1, 2, 0).split()  # [BLOCK_N, BLOCK_T]
     act = silu_mul(gate, up, act_ptr.dtype.element_ty)
 
@@ -196,8 +247,6 @@ def _gate_up_flat_kernel(
         )
     if STEER:
         tl.debug_barrier()
-        n_last = tl.minimum(n_first + BLOCK_N, N)
-        start, end = entries(row_circuit_ptr, offsets_ptr, stride_offsets_k, n_circuits, t, t_mask, n_first, n_last)
         steer_stored(act_ptr, N, index_ptr, value_ptr, t, start, end, n_first, n_last, 4)
 
 
@@ -217,19 +266,20 @@ def max_gemv_tokens(itemsize: int) -> int:
     return 4 if itemsize == 4 else 1
 
 
-def _launch_config(T: int, itemsize: int) -> Config:
-    """By arithmetic, unmeasured.
+def _launch_config(T: int, N: int, itemsize: int, n_sm: int) -> Config:
+    """As measured on an H100; fp32 by arithmetic, unmeasured.
 
     Multiply-adds: the 128 threads of a program lie along k with 16 bytes each, so that x needs no exchange between
-    them; 4 rows of gate and up are 16 KB, fetched 2 steps ahead through shared memory (ptxas breaks up loads that go
-    to registers). Matrix units: 64 rows of 256 bytes are 16 KB a stage, and the stages leave room for two programs on
-    a multiprocessor (228 KB). With 64 tokens 128 rows, or the tokens would be read as often as the weights.
+    them; 2 rows of gate and up are 8 KB, fetched 2 steps ahead through shared memory (ptxas breaks up loads that go to
+    registers). 4 rows are as fast without sums and steering, and run short of registers with them. Matrix units: 64
+    rows of 256 bytes are 16 KB a stage, and the stages leave room for two programs on a multiprocessor (228 KB). With
+    64 tokens and more neurons than one round of programs takes, three stages of twice the depth.
     """
     if max_gemv_tokens(itemsize) >= T:
-        return Config(0, 4 if T <= 2 else 2, 2048 // itemsize, 4, 3)
+        return Config(0, 2 if itemsize == 2 or T > 2 else 4, 2048 // itemsize, 4, 3)
     block_t = max(16, triton.next_power_of_2(T))
     if block_t == 64:
-        return Config(64, 64, 64, 4, 4)
+        return Config(64, 32, 128, 4, 3) if N > 64 * n_sm else Config(64, 64, 64, 4, 5)
     return Config(block_t, 32, 128, 4, 5 if block_t == 16 else 4)
 
 
@@ -263,7 +313,7 @@ def gate_up_decode(x, w_gate_up, *, weight=None, act_sum=None, act_sumsq=None, s
     T, H = x.shape
     w_gate, N, up_offset = weight_rows(w_gate_up)
     act = launch.empty(T, N, dtype=x.dtype, device=x.device)
-    config = _launch_config(T, x.element_size())
+    config = _launch_config(T, N, x.element_size(), launch.n_multiprocessors(x.device))
     sums, steer = Sums(weight, act_sum, act_sumsq, 1, N), Steer(scale, row_circuit)
     gemv = config.BLOCK_T == 0
     launch.launch(

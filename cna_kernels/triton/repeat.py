@@ -15,10 +15,14 @@ from typing import NamedTuple
 import torch
 import triton
 from torch import Tensor
+from triton.experimental.gluon.nvidia.hopper import TensorDescriptor as GluonDescriptor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from .launch import LISTENING, Distance, is_listing
 from .tiles import INTERPRETED
+
+
+DESCRIPTORS = (TensorDescriptor, GluonDescriptor)
 
 
 class Repeat:
@@ -141,7 +145,7 @@ class Recorder:
         place = {id(x): i for i, x in enumerate([*given, *memory, *taken]) if x is not None}
         all_arguments = [x for *_, arguments, _ in self.calls for x in arguments]
         distances = [x for x in all_arguments if isinstance(x, Distance)]
-        descriptors = [x for x in all_arguments if isinstance(x, TensorDescriptor)]
+        descriptors = [x for x in all_arguments if isinstance(x, DESCRIPTORS)]
         used = [x for x in all_arguments if isinstance(x, Tensor)]
         used += [result, *(x.base for x in descriptors), *(end for x in distances for end in x.ends)]
         if any(id(x) not in place for x in used):
@@ -151,7 +155,7 @@ class Recorder:
         constants = []
 
         def find(argument):
-            if isinstance(argument, (Tensor, Distance, TensorDescriptor)):
+            if isinstance(argument, (Tensor, Distance, *DESCRIPTORS)):
                 return place[id(argument)]
             constants.append(argument)
             return len(apart) + len(constants) - 1
@@ -192,7 +196,7 @@ def variant(kernel, args, options) -> tuple:
     for name, x in zip(kernel.arg_names, args, strict=False):
         if isinstance(x, Tensor):
             kinds.append(x.dtype)
-        elif isinstance(x, TensorDescriptor):
+        elif isinstance(x, DESCRIPTORS):
             kinds.append((x.base.dtype, *x.block_shape))
         elif isinstance(x, int):
             kinds.append("int" if name in (free or ()) else _kind_of_int(x))

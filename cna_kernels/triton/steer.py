@@ -1,5 +1,6 @@
-"""Sparse steering on the device: a token's circuit, the entries it has in a block of neurons, and two ways to use them:
-on act that the same program has stored (``steer_stored``), and on act that somebody else has (``patch``).
+"""Sparse steering on the device: a token's circuit, the entries it has in a block of neurons, and three ways to use them:
+on act in registers (``steer_held``), on act that the same program has stored (``steer_stored``), and on act in
+memory, for good (``scale_in_place``) or until a product is done (``patch``).
 
     act[t, n] *= value[e]   for every entry e of circuit row_circuit[t] with index[e] = n
 
@@ -24,14 +25,41 @@ ANY_ALIGNMENT = ["row_circuit_ptr", "offsets_ptr", "index_ptr", "value_ptr"]
 
 
 @triton.jit
-def entries(row_circuit_ptr, offsets_ptr, stride_offsets_k, n_circuits, t, t_mask, n_first, n_last):
+def circuits(row_circuit_ptr, t, t_mask):
+    """Each token's circuit; -1, for none, where t_mask is not set."""
+    return tl.load(row_circuit_ptr + t, mask=t_mask, other=-1)
+
+
+@triton.jit
+def entries(circuit, offsets_ptr, stride_offsets_k, n_circuits, n_first, n_last):
     """Each token's first entry, and one past its last, in the NEURON_BLOCKs of neurons n_first .. n_last - 1."""
-    circuit = tl.load(row_circuit_ptr + t, mask=t_mask, other=-1)
     steered = (circuit >= 0) & (circuit < n_circuits)
     row = offsets_ptr + circuit.to(tl.int64) * stride_offsets_k
     start = tl.load(row + n_first // _NEURON_BLOCK, mask=steered, other=0)
     end = tl.load(row + (n_last + _NEURON_BLOCK - 1) // _NEURON_BLOCK, mask=steered, other=0)
     return start, end
+
+
+@triton.jit
+def first_entries(index_ptr, value_ptr, start, end, BLOCK_E: tl.constexpr):
+    """Neuron and factor of one token's entries start .. start + BLOCK_E - 1; neuron -1 from ``end`` on."""
+    entry = start + tl.arange(0, BLOCK_E)
+    live = entry < end
+    return tl.load(index_ptr + entry, mask=live, other=-1), tl.load(value_ptr + entry, mask=live, other=1.0)
+
+
+@triton.jit
+def steer_held(act, n, index_ptr, value_ptr, start, end, index, factor, BLOCK_E: tl.constexpr):
+    """act ``[BLOCK_N]`` of neurons n of one token, scaled, before it is stored; for few neurons, each of which meets
+    every entry of its NEURON_BLOCK. index, factor: what ``first_entries`` gave."""
+    dtype: tl.constexpr = act.dtype
+    for first in range(start, end, BLOCK_E):
+        same = index[None, :] == n[:, None]  # [BLOCK_N, BLOCK_E], one entry of a circuit at most for a neuron
+        found = tl.max(same.to(tl.int32), axis=1) > 0
+        multiplier = tl.sum(tl.where(same, factor[None, :], 0.0), axis=1)
+        act = tl.where(found, scaled(act, multiplier, dtype), act)
+        index, factor = first_entries(index_ptr, value_ptr, first + BLOCK_E, end, BLOCK_E)
+    return act
 
 
 @triton.jit
@@ -68,20 +96,25 @@ def _patch_kernel(
     n_circuits,
     stride_offsets_k,
     N: tl.constexpr,
+    SAVE: tl.constexpr,
     RESTORE: tl.constexpr,
     BLOCK_T: tl.constexpr,
     BLOCK_E: tl.constexpr,
 ):
-    """Each program owns the steered neurons of BLOCK_T tokens: it keeps them and scales them, or puts them back."""
+    """Each program owns the steered neurons of BLOCK_T tokens: it scales them, and may keep what they were, or puts them
+    back."""
     dtype: tl.constexpr = act_ptr.dtype.element_ty
     t = tl.program_id(0) * BLOCK_T + tl.arange(0, BLOCK_T)
-    start, end = entries(row_circuit_ptr, offsets_ptr, stride_offsets_k, n_circuits, t, t < T, 0, N)
+    circuit = circuits(row_circuit_ptr, t, t < T)
+    start, end = entries(circuit, offsets_ptr, stride_offsets_k, n_circuits, 0, N)
     act_row = act_ptr + t.to(tl.int64)[:, None] * stride_act_t
-    saved_row = saved_ptr + t.to(tl.int64)[:, None] * stride_saved_t
+    saved_row = saved_ptr + t.to(tl.int64)[:, None] * stride_saved_t if SAVE or RESTORE else act_row
     for first in range(0, tl.max(end - start), BLOCK_E):
         e = first + tl.arange(0, BLOCK_E)[None, :]  # [BLOCK_T, BLOCK_E]
         entry = start[:, None] + e
-        live = (entry < end[:, None]) & (e < stride_saved_t)
+        live = entry < end[:, None]
+        if SAVE or RESTORE:
+            live = live & (e < stride_saved_t)
         n = tl.load(index_ptr + entry, mask=live, other=0)
         live = live & (n >= 0) & (n < N)
         here = act_row + n
@@ -89,8 +122,15 @@ def _patch_kernel(
             tl.store(here, tl.load(saved_row + e, mask=live, other=0.0), mask=live)
         else:
             act = tl.load(here, mask=live, other=0.0)
-            tl.store(saved_row + e, act, mask=live)
+            if SAVE:
+                tl.store(saved_row + e, act, mask=live)
             tl.store(here, scaled(act, tl.load(value_ptr + entry, mask=live, other=1.0), dtype), mask=live)
+
+
+def scale_in_place(act, scale, row_circuit):
+    """Scale act ``[T, N]``, rows apart from each other, and nothing but its steered elements. Returns act."""
+    _patch(act, None, Steer(scale, row_circuit))
+    return act
 
 
 def patch(act, scale, row_circuit):
@@ -103,7 +143,7 @@ def patch(act, scale, row_circuit):
     T, N = act.shape
     # a circuit has at most one entry for a neuron; what is not steered is never written here
     saved = launch.empty(T, max(1, min(N, scale.index.shape[0])), dtype=act.dtype, device=act.device)
-    _patch(act, saved, Steer(scale, row_circuit), restore=False)
+    _patch(act, saved, Steer(scale, row_circuit))
     return saved
 
 
@@ -113,7 +153,7 @@ def put_back(act, saved, scale, row_circuit):
     return act
 
 
-def _patch(act, saved, steer, *, restore):
+def _patch(act, saved, steer, *, restore=False):
     T, N = act.shape
     launch.launch(
         _patch_kernel,
@@ -123,9 +163,10 @@ def _patch(act, saved, steer, *, restore):
         *steer.pointers(),
         T,
         act.stride(0),
-        saved.stride(0),
+        0 if saved is None else saved.stride(0),
         *steer.sizes(),
         N=N,
+        SAVE=saved is not None and not restore,
         RESTORE=restore,
         BLOCK_T=4,
         BLOCK_E=32,

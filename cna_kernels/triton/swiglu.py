@@ -21,7 +21,7 @@ import triton.language as tl
 
 from . import launch
 from .cost import Cost, instructions
-from .steer import ANY_ALIGNMENT, Steer, entries, steer_stored
+from .steer import ANY_ALIGNMENT, Steer, circuits, entries, steer_stored
 from .sums import Sums, added, columns_at_once, no_sums, put_sums
 from .tiles import silu_mul
 
@@ -112,9 +112,8 @@ def _swiglu_kernel(
         n_last = tl.minimum(n_first + BLOCK_N, N)
         for t_start in range(t_first, t_last, STEER_T):
             t = t_start + tl.arange(0, STEER_T)
-            start, end = entries(
-                row_circuit_ptr, offsets_ptr, stride_offsets_k, n_circuits, t, t < t_last, n_first, n_last
-            )
+            circuit = circuits(row_circuit_ptr, t, t < t_last)
+            start, end = entries(circuit, offsets_ptr, stride_offsets_k, n_circuits, n_first, n_last)
             steer_stored(act_ptr, N, index_ptr, value_ptr, t, start, end, n_first, n_last, 4)
 
 
@@ -128,20 +127,22 @@ class Config(NamedTuple):
 
 
 def _launch_config(T: int, N: int, columns: int, n_sm: int, arch: int) -> Config:
-    """By arithmetic, unmeasured. 1024 neurons for 4 warps are one 16-byte load a thread.
+    """As measured on an H100; more columns than FEW_COLUMNS by arithmetic, unmeasured. 1024 neurons for 4 warps are one
+    16-byte load a thread.
 
     Without sums many short programs hide each other's waits. With sums about 2 long ones a multiprocessor, because
-    parts of the workspace grow with the programs: they fetch 2 tiles ahead, 16 KB each of gate and up (23 KB in
-    flight cover a multiprocessor's share of the bandwidth).
+    parts of the workspace grow with the programs: they fetch 3 tiles ahead, 4 KB each of gate and up (23 KB in flight
+    cover a multiprocessor's share of the bandwidth).
     """
     block_c = columns_at_once(columns, arch)
     if block_c:  # with 4 warps some numbers of columns spill
         block_t, block_n, num_warps = 32, 64, 8
     else:
-        block_t, block_n, num_warps = 4, min(1024, max(16, triton.next_power_of_2(N))), 4
+        block_t, block_n, num_warps = 2 if columns else 1, min(1024, max(16, triton.next_power_of_2(N))), 4
     runs = max(1, 2 * n_sm // triton.cdiv(N, block_n))
-    rows = max(triton.cdiv(T, runs), block_t) if columns else 4 * block_t
-    return Config(block_t, block_n, block_c, triton.cdiv(rows, block_t) * block_t, num_warps, 3 if columns else 1)
+    rows = max(triton.cdiv(T, runs), block_t) if columns else 2
+    stages = (3 if block_c else 4) if columns else 1
+    return Config(block_t, block_n, block_c, triton.cdiv(rows, block_t) * block_t, num_warps, stages)
 
 
 def per_element(C: int, both: bool = False) -> float:

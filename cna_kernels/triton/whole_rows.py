@@ -27,7 +27,7 @@ import triton.language as tl
 from . import launch
 from .cost import Cost, instructions
 from .gate_up_decode import weight_rows
-from .steer import ANY_ALIGNMENT, Steer, entries, steer_stored
+from .steer import ANY_ALIGNMENT, Steer, circuits, entries, steer_stored
 from .sums import Sums, add_row
 from .tiles import rounded, silu_mul
 
@@ -106,7 +106,8 @@ def _gate_up_rows_kernel(
         tl.debug_barrier()
         n_last = tl.minimum(n_first + BLOCK_N, N)
         t = tl.arange(0, 2)  # the one token, and none
-        start, end = entries(row_circuit_ptr, offsets_ptr, stride_offsets_k, n_circuits, t, t < 1, n_first, n_last)
+        circuit = circuits(row_circuit_ptr, t, t < 1)
+        start, end = entries(circuit, offsets_ptr, stride_offsets_k, n_circuits, n_first, n_last)
         steer_stored(act_ptr, N, index_ptr, value_ptr, t, start, end, n_first, n_last, 32)
 
 
