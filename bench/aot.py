@@ -62,7 +62,6 @@ class Compiled:
     shared: int = 0  # bytes
     counts: dict = field(default_factory=dict)  # instructions by group, whole kernel
     notices: list = field(default_factory=list)  # what ptxas said beyond its usual table
-    early: int = 0  # 128-bit loads before the kernel waits for the launch before it, or lets the next one start
     loop: list = field(default_factory=list)  # instructions of the loop that does the work, opcodes in order
     block: dict = field(default_factory=dict)  # the constexpr arguments
     register_a: int = 0  # matrix instructions with their left factor in registers
@@ -112,8 +111,6 @@ def _read_cuda(result, log, cubin):
     opcodes = [one.opcode for one in code]
     result.counts = {name: sum(bool(re.match(pattern, o)) for o in opcodes) for name, pattern in GROUPS.items()}
     result.counts["all"] = len(opcodes)
-    first = next((i for i, o in enumerate(opcodes) if o in ("ACQBULK", "PREEXIT")), 0)
-    result.early = sum(bool(re.match(GROUPS["load128"], o)) for o in opcodes[:first])
     result.loop = sass.working_loop(code)
     result.register_a, result.overwritten = register_a.scan(text)
 

@@ -24,7 +24,7 @@ import triton
 
 import aot
 from cna_kernels.reference import NEURON_BLOCK, Scale
-from cna_kernels.triton import down_decode, down_flat, gate_up_decode, split_last, steer, sums, swiglu, whole_rows
+from cna_kernels.triton import down_decode, gate_up_decode, steer, sums, swiglu
 from cna_kernels.triton.cost import H200
 from cna_kernels.triton.down_decode import down_gemv, down_split
 from cna_kernels.triton.down_proj import cost as down_proj_cost
@@ -119,35 +119,13 @@ def launchers(model):
             (4096,),
             (*FEW, *MATRIX_SUMS),
         ),
-        "gate_up_rows": (
-            lambda T, d, x: whole_rows.gate_up_rows(
-                blank(T, H, dtype=d), blank(2 * N, H, dtype=d), dependent=x != {}, **x
-            ),
-            (1,),
-            ("plain", "both", "all", "16 columns"),
-        ),
-        "down_flat": (
-            lambda T, d, x: down_flat.down_flat(blank(T, N, dtype=d), blank(H, N, dtype=d), dependent=True),
-            (16, 32),
-            ("plain",),
-        ),
-        "split_last": (
-            lambda T, d, x: split_last.split_last(blank(T, N, dtype=d), blank(H, N, dtype=d), dependent=True),
-            (16, 32, 64, 200),
-            ("plain",),
-        ),
-        "down_rows": (
-            lambda T, d, x: whole_rows.down_rows(blank(T, N, dtype=d), blank(H, N, dtype=d), dependent=True),
-            (1,),
-            ("plain",),
-        ),
     }
 
 
 # Kernels for few tokens fetch weights ahead through shared memory, 64 KiB or more. Where the compiler gives that up
 # they hold little of it, and wait for every load.
-FETCH_AHEAD, AHEAD = {"gate_up_flat_kernel", "down_split_kernel", "split_last_kernel", "down_flat_kernel"}, 1 << 16
-MATRIX = {"gate_up_flat_kernel", "down_split_kernel", "split_last_kernel", "down_proj_kernel", "gate_up_kernel"}
+FETCH_AHEAD, AHEAD = {"gate_up_flat_kernel", "down_split_kernel"}, 1 << 16
+MATRIX = {"gate_up_flat_kernel", "down_split_kernel", "down_proj_kernel", "gate_up_kernel"}
 
 
 def ships(target, op, T, dtype, feature):
@@ -160,10 +138,7 @@ def ships(target, op, T, dtype, feature):
         "gate_up_decode": gemv if itemsize == 4 else T not in (2, 3, 4),
         "down_gemv": gemv,
         "down_proj": target >= 90 and itemsize == 2,
-        "gate_up": target >= 90 and itemsize == 2,
-        "gate_up_rows": target >= 90,  # what they are for is the wait, which sm_80 has not
-        "down_rows": target >= 90,
-        "down_flat": down_flat.fits(T, itemsize),
+        "gate_up": target == 90 and itemsize == 2,
     }.get(op, True)
 
 
@@ -207,8 +182,7 @@ def compile_one(job):
             **c.counts,
             register_a=c.register_a,
             overwritten=c.overwritten,
-            early=c.early,
-            per_item=per_item(c, model),
+            per_item=per_item(c),
             notices=c.notices,
             block={k: v for k, v in c.block.items() if k.startswith("BLOCK")},
         )
@@ -217,24 +191,11 @@ def compile_one(job):
     return rows
 
 
-def weights_of_thread(kernel, block, warps, model):
-    """How many weights a thread of a kernel without a loop reads; None for any other kernel."""
-    H, N = MODELS[model]
-    weights = {
-        "gate_up_rows_kernel": lambda: 2 * H * block["BLOCK_N"],
-        "down_rows_kernel": lambda: N * block["BLOCK_H"],
-    }.get(kernel)
-    return weights and weights() / (32 * warps)
-
-
-def per_item(c, model):
+def per_item(c):
     """Instructions of the working loop for each element (swiglu) or weight (the multiply-add kernels).
 
-    Those of the whole kernel where it has no loop by design; None for other kernels, and where ptxas has unrolled the
-    loop away (small N or H).
+    None for other kernels, and where ptxas has unrolled the loop away (small N or H).
     """
-    if weights := weights_of_thread(c.kernel, c.block, c.num_warps, model):
-        return round(c.counts.get("all", 0) / weights, 1)
     tile = {
         "swiglu_kernel": lambda b: b["BLOCK_T"] * b["BLOCK_N"],
         "gate_up_gemv_kernel": lambda b: 2 * b["BLOCK_N"] * b["BLOCK_K"],
@@ -253,9 +214,6 @@ def foreseen(row):
         return None
     if row["op"] == "swiglu" and row["kernel"] == "swiglu_kernel" and columns <= sums.FEW_COLUMNS:
         return swiglu.per_element(columns, act_sum and act_sumsq)
-    weights = weights_of_thread(row["kernel"], row.get("block"), row.get("warps"), row["model"])
-    if weights and row["feature"] == "plain":
-        return whole_rows.per_weight(weights)
     if row["kernel"] == "gate_up_gemv_kernel":
         return gate_up_decode.per_weight(row["T"])
     if row["kernel"] == "down_gemv_kernel":
@@ -278,10 +236,6 @@ def failures(row, target):
         found.append("no wgmma")
     if target == 90 and row["kernel"] in FETCH_AHEAD and row["dtype"] != "fp32" and row["shared"] < AHEAD:
         found.append(f"weights are not fetched ahead: {row['shared']} bytes of shared memory")
-    weights = weights_of_thread(row["kernel"], row.get("block"), row.get("warps"), row["model"])
-    wanted = DTYPES[row["dtype"]].itemsize * (weights or 0) / 16
-    if row.get("early", 0) < wanted:
-        found.append(f"{row['early']} of {wanted:.0f} loads of weights come before the wait")
     if row.get("overwritten"):
         found.append(f"left factor overwritten while it is read: {row['overwritten'][0]}")
     if target == 90 and row["op"] == "swiglu" and row["kernel"] == "swiglu_kernel" and not row["load128"]:
@@ -314,9 +268,7 @@ def predictions():
         for T, name, cost in (
             (1, "gate_up_gemv", gate_up_decode.cost(1, N, H)),
             (1, "down_gemv", down_decode.cost(1, N, H, gemv=True)),
-            (1, "pair", whole_rows.cost(N, H)),
             (16, "gate_up_flat", gate_up_decode.cost(16, N, H)),
-            (16, "down_flat", down_flat.cost(16, N, H)),
             (16, "down_split", down_decode.cost(16, N, H)),
             (64, "gate_up_flat", gate_up_decode.cost(64, N, H)),
             (64, "down_split", down_decode.cost(64, N, H)),

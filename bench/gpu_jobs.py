@@ -106,7 +106,7 @@ def first_window(catalogue):
     return [
         Stage("the card, its ceilings, and the tools", [job("ceilings")]),
         Stage("values of default plans, tests of launches, compilation", [], 70, (
-            "tests/test_cuda.py:", *value_tests(catalogue),
+            "tests/test_cuda.py:", *value_tests(catalogue), "tests/test_cuda_model.py:",
         )),
         Stage("default plans, 8B", rows),
         Stage("default plans, 1B", mlp_jobs(catalogue, B1, (1, 8, 64), (512, 4096))),

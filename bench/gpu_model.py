@@ -21,7 +21,7 @@ SHAPES = {  # layers, heads, key and value heads, vocabulary
     "Llama-3.1-8B": (32, 32, 8, 128_256),
     "Llama-3.2-1B": (16, 32, 8, 128_256),
 }
-PROMPT, STEPS, ROUNDS = 32, 4, 21  # tokens of a prompt; steps of one sample; samples
+PROMPT, STEPS, ROUNDS = 32, 3, 15  # tokens of a prompt; steps of one sample; samples
 CACHE = PROMPT + 64
 
 

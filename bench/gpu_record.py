@@ -64,6 +64,7 @@ def losing(rows, model="Llama-3.1-8B") -> list[tuple[str, int]]:
     """(launch table, T), of the rows of default plans the one with the smallest share of its ceiling first. Without
     rows the decode pair, which matters most."""
     found = [row for row in rows if row.get("share") and row.get("model") == model and row.get("plan") in TABLES]
+    found = [row for row in found if row.get("row") != "plan"]  # no candidates
     found.sort(key=lambda row: row["share"])
     named = [(table, row["T"]) for row in found for table in TABLES[row["plan"]]]
     return list(dict.fromkeys([*named, ("gate_up_gemv", 1), ("down_gemv", 1)]))

@@ -64,14 +64,9 @@ def predicted_us(bench, op, name, T, N, H, C=2) -> dict:
     parts = {
         "gated_mlp gemv": lambda: (kernel("gate_up_decode", *shape), kernel("down_decode", *shape, gemv=True)),
         "gated_mlp flat": lambda: (kernel("gate_up_decode", *shape), kernel("down_decode", *shape)),
-        "gated_mlp pair": lambda: (kernel("whole_rows", N, H),),
-        "gated_mlp flat16": lambda: (kernel("gate_up_decode", *shape), kernel("down_flat", *shape)),
-        "gated_mlp split_last": lambda: (kernel("gate_up_decode", *shape), kernel("split_last", *shape)),
         "gated_mlp fused": lambda: (kernel("gate_up", *shape, C), linear(H, N)),
         "gated_mlp blas": lambda: (linear(2 * N, H), kernel("swiglu", T, N, C), linear(H, N)),
         "down_proj split": lambda: (kernel("down_decode", *shape),),
-        "down_proj flat16": lambda: (kernel("down_flat", *shape),),
-        "down_proj split_last": lambda: (kernel("split_last", *shape),),
         "down_proj tma": lambda: (kernel("down_proj", *shape, C),),
         "down_proj blas": lambda: (linear(H, N),),
     }.get(f"{op} {name}")

@@ -13,8 +13,8 @@ from .checks import InputError
 
 # Every plan of every backend by op. A plan that another backend has is passed over; an unknown one is an error.
 NAMES = {
-    "gated_mlp": ("gemv", "pair", "flat", "flat16", "split_last", "fused", "blas", "engine", "torch"),
-    "down_proj": ("split", "flat16", "split_last", "tma", "blas", "engine", "torch"),
+    "gated_mlp": ("gemv", "flat", "fused", "blas", "engine", "torch"),
+    "down_proj": ("split", "tma", "blas", "engine", "torch"),
     "linear": ("engine", "torch"),
 }
 

@@ -54,14 +54,6 @@ def test_weights_must_be_fetched_ahead():
     ]
 
 
-def test_whole_rows_must_be_loaded_before_the_wait():
-    rows = GOOD | dict(kernel="down_rows_kernel", op="down_rows", feature="plain", load128=28, per_item=5.3)
-    rows |= dict(block=dict(BLOCK_H=1, BLOCK_N=1024), warps=4, early=14)
-    assert compile_gate.failures(rows, 90) == []
-    assert compile_gate.failures(rows | dict(early=13), 90) == ["13 of 14 loads of weights come before the wait"]
-    assert "8.0 instructions an item" in compile_gate.failures(rows | dict(per_item=8.0), 90)[0]
-
-
 SASS = """
 .text._kernel:
         /*0000*/                   MOV R1, c[0x0][0x28] ;
@@ -136,5 +128,4 @@ def test_everything_that_ships_is_listed():
     for target in (80, 90, 100):
         ops = {op for t, op, *_ in variants if t == target}
         assert ops >= {"swiglu", "act_pass", "gate_up_decode", "down_gemv", "down_split"}
-        assert (ops >= {"down_proj", "gate_up"}) == (target >= 90)
-        assert ops >= {"down_flat", "split_last"} and (ops >= {"gate_up_rows", "down_rows"}) == (target >= 90)
+        assert ("down_proj" in ops) == (target >= 90) and ("gate_up" in ops) == (target == 90)

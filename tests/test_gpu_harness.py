@@ -84,8 +84,8 @@ def test_every_candidate_has_a_job_of_its_own():
 
 
 def test_values_are_tested_of_default_plans_alone():
-    tests = gpu_jobs.value_tests({"down_proj/m/1": dict(default="split", candidates=["split_last"])})
-    assert tests[0].endswith("and down_proj-split-") and "split_last" not in " ".join(tests)
+    tests = gpu_jobs.value_tests({"down_proj/m/1": dict(default="split", candidates=["blas"])})
+    assert tests[0].endswith("and down_proj-split-") and "down_proj-blas" not in " ".join(tests)
 
 
 def test_only_and_models():

@@ -181,8 +181,8 @@ class Config(NamedTuple):
 
 
 def _gemv_config(itemsize: int) -> Config:
-    """As measured on an H100: as in gate_up_decode threads lie along the neurons, here with 32 bytes each, and 2 rows to
-    a program are at most 2% ahead of 4 or 8. fp32 by arithmetic, unmeasured."""
+    """As measured on an H100: as in gate_up_decode threads lie along the neurons, here with 32 bytes each, and 2 rows
+    to a program are at most 2% ahead of 4 or 8. fp32 by arithmetic, unmeasured."""
     return Config(1, 2, 4096 // itemsize, 0, 4, 1)
 
 

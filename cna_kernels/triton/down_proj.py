@@ -149,12 +149,6 @@ def cost(T: int, N: int, H: int, C: int = 0, n_sm: int = 132) -> Cost:
     return Cost(moved, 2 * rounds * config.BLOCK_T * config.BLOCK_H * N, 0)
 
 
-def waves(T: int, H: int, n_sm: int) -> float:
-    """Programs of the default entry over multiprocessors: below 1 some of them have nothing to do."""
-    config = _launch_config(T, H, n_sm)
-    return triton.cdiv(T, config.BLOCK_T) * triton.cdiv(H, config.BLOCK_H) / n_sm
-
-
 def rows_fit_tma(*tensors) -> bool:
     """Whether TMA can address the rows, from a base on 16 bytes: 2-byte elements, rows on 16 bytes and apart."""
     return all(

@@ -213,11 +213,12 @@ def _gate_up_kernel(
     # fmt: off
     gl.warp_specialize(
         [
-            (_consume, (0, act_desc, out.index(0), xs, ws, full, empty, tiles_t, T, weight_ptr, part_ptr, stride_weight_t,
-                        N, C, SUM, SUMSQ, TILES_N, STEPS, STAGES, GROUP_T)),
-            (_consume, (1, act_desc, out.index(1), xs, ws, full, empty, tiles_t, T, weight_ptr, part_ptr, stride_weight_t,
-                        N, C, SUM, SUMSQ, TILES_N, STEPS, STAGES, GROUP_T)),
-            (_produce, (x_desc, gate_desc, up_desc, up_row, xs, ws, full, empty, tiles_t, TILES_N, STEPS, STAGES, GROUP_T)),
+            (_consume, (0, act_desc, out.index(0), xs, ws, full, empty, tiles_t, T, weight_ptr, part_ptr,
+                        stride_weight_t, N, C, SUM, SUMSQ, TILES_N, STEPS, STAGES, GROUP_T)),
+            (_consume, (1, act_desc, out.index(1), xs, ws, full, empty, tiles_t, T, weight_ptr, part_ptr,
+                        stride_weight_t, N, C, SUM, SUMSQ, TILES_N, STEPS, STAGES, GROUP_T)),
+            (_produce, (x_desc, gate_desc, up_desc, up_row, xs, ws, full, empty, tiles_t,
+                        TILES_N, STEPS, STAGES, GROUP_T)),
         ],
         [4, 1],
         [240, 24],
@@ -228,6 +229,12 @@ def _gate_up_kernel(
 def fits(arch: int) -> bool:
     """Whether the kernel can be compiled: wgmma is Hopper's alone, and Gluon has no interpreter."""
     return arch == 90 and not launch.INTERPRETED
+
+
+def busy(T: int, N: int, n_sm: int) -> float:
+    """What part of the multiprocessors' time in whole rounds of tiles is spent on a tile."""
+    tiles = triton.cdiv(T, BLOCK_T) * triton.cdiv(N, BLOCK_N)
+    return tiles / (triton.cdiv(tiles, n_sm) * n_sm)
 
 
 def cost(T: int, N: int, H: int, C: int = 0, n_sm: int = 132) -> Cost:

@@ -29,7 +29,6 @@ from .steer import ANY_ALIGNMENT, Steer, circuits, entries, first_entries, steer
 from .sums import FEW_COLUMNS, Sums, add_row, add_tile
 from .tiles import dot, silu_mul
 
-
 _FEW_COLUMNS = tl.constexpr(FEW_COLUMNS)
 
 
@@ -279,7 +278,7 @@ def _launch_config(T: int, N: int, itemsize: int, n_sm: int) -> Config:
         return Config(0, 2 if itemsize == 2 or T > 2 else 4, 2048 // itemsize, 4, 3)
     block_t = max(16, triton.next_power_of_2(T))
     if block_t == 64:
-        return Config(64, 32, 128, 4, 3) if N > 64 * n_sm else Config(64, 64, 64, 4, 5)
+        return Config(64, 32, 128, 4, 3) if 64 * n_sm < N else Config(64, 64, 64, 4, 5)
     return Config(block_t, 32, 128, 4, 5 if block_t == 16 else 4)
 
 

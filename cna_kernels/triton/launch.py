@@ -64,14 +64,6 @@ def empty(*shape: int, dtype: torch.dtype, device: torch.device) -> Tensor:
     return tensor
 
 
-def taken(take, *args) -> Tensor:
-    """``take(*args)``: a tensor that every call must ask for anew, because it depends on the stream, say."""
-    tensor = take(*args)
-    if recorder := getattr(LISTENING, "recorder", None):
-        recorder.taken(tensor, take, args)
-    return tensor
-
-
 class Distance(int):
     """The elements between the starts of two tensors of one dtype: an argument that depends on their addresses."""
 

@@ -9,7 +9,6 @@ computed here (``gemv``, ``flat``, ``fused``) they stay in fp32; the reference r
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable
 
 from .. import backends
@@ -18,16 +17,13 @@ from ..reference import Scale
 from . import down_proj as down_proj_kernels
 from . import launch
 from .down_decode import down_gemv, down_split
-from .down_flat import down_flat
 from .down_proj import rows_fit_tma
 from .gate_up import gate_up
 from .gate_up_decode import gate_up_decode
 from .plan import Call, choose
 from .repeat import Repeat
-from .split_last import split_last
 from .steer import patch, put_back
 from .swiglu import act_pass, swiglu
-from .whole_rows import down_rows, gate_up_rows
 
 
 def prepare(op: str, inputs: tuple, extras: Extras | tuple) -> Callable:
@@ -46,23 +42,17 @@ def call_of(op: str, inputs: tuple) -> Call:
     return Call(op, x.shape[0], N, H, x.dtype, launch.arch(device), tma, launch.n_multiprocessors(device))
 
 
-# Plans of few tokens: what computes act, and the product of it, a dependent of the launch before.
-_FEW = {
-    "gemv": (gate_up_decode, down_gemv),
-    "pair": (gate_up_rows, down_rows),
-    "flat": (gate_up_decode, down_split),
-    "flat16": (gate_up_decode, down_flat),
-    "split_last": (gate_up_decode, split_last),
-}
+# Plans of few tokens: the product of act, a dependent of the launch that computes it.
+_FEW = {"gemv": down_gemv, "flat": down_split}
 
 
 def _gated_mlp(inputs, extras):
     plan = choose(call_of("gated_mlp", inputs)).name
     if plan in _FEW:
-        first, second = _FEW[plan]
+        second = _FEW[plan]
         return Repeat(
             lambda x, w_gate, w_up, w_down, *extras: second(
-                first(x, _weights(w_gate, w_up), **_keywords(extras)), w_down, dependent=True
+                gate_up_decode(x, _weights(w_gate, w_up), **_keywords(extras)), w_down, dependent=True
             )
         )
     act_of = _swiglu()
@@ -101,8 +91,6 @@ def _down_proj(inputs, extras):
     plan = choose(call_of("down_proj", inputs)).name
     if plan == "split":
         return Repeat(_down_split)
-    if plan in ("flat16", "split_last"):
-        return Repeat(functools.partial(_plain_product, _FEW[plan][1]))
     by_blas = _down_proj_by_blas(inputs, extras)
     if plan == "blas":
         return by_blas
@@ -123,15 +111,8 @@ def _down_split(act, w_down, *extras):
     return down_split(act, w_down, act_pass(act, **steer), **given, dependent=True)
 
 
-def _plain_product(product, act, w_down, *extras):
-    """A product that neither sums nor steers, after a pass that does."""
-    given = _keywords(extras)
-    launched = given["weight"] is not None or given["scale"] is not None
-    return product(act_pass(act, **given), w_down, dependent=launched)
-
-
-# Elements of act from which reading it for the sums, and patching it, is faster than a scaled copy: measured on an H100,
-# where a copy of 512 tokens of an 8B model takes 15 us, and one of 4,096 takes 94.
+# Elements of act from which reading it for the sums, and patching it, is faster than a scaled copy: measured on an
+# H100, where a copy of 512 tokens of an 8B model takes 15 us, and one of 4,096 takes 94.
 _PATCH_FROM = 1 << 24
 
 

@@ -3,8 +3,8 @@
 What a call asks for (sums, scaling, how many circuits) does not enter. Rows that no circuit touches must come out
 bit for bit as in a call without features, and two different kernels round differently.
 
-The reasons are arithmetic until a GPU has measured them, and say so. ``cna doctor`` prints the choice for a shape, and
-``CNA_PLAN=gated_mlp=fused,down_proj=blas`` overrides it for the calls that the named plan can serve.
+A reason is a measurement (``bench/results/gpu-h100.md``), or arithmetic and says so. ``cna doctor`` prints the choice
+for a shape, and ``CNA_PLAN=gated_mlp=fused,down_proj=blas`` overrides it for the calls that the named plan can serve.
 """
 
 from __future__ import annotations
@@ -15,24 +15,19 @@ import torch
 
 from .. import plans
 from ..plans import Plan
-from . import down_flat, gate_up, whole_rows
+from . import gate_up
 from .gate_up_decode import MAX_TOKENS, max_gemv_tokens
 
 # Every plan by op: the kernels it runs, in order. "linear" is torch.nn.functional.linear, cuBLAS on NVIDIA devices.
 PLANS = {
     "gated_mlp": {
         "gemv": "gate_up_gemv, down_gemv",
-        "pair": "gate_up_rows, down_rows",
         "flat": "gate_up_flat, down_split, fold_y",
-        "flat16": "gate_up_flat, down_flat",
-        "split_last": "gate_up_flat, split_last",
         "fused": "gate_up, linear",
         "blas": "linear, swiglu, linear",
     },
     "down_proj": {
         "split": "a scaled copy if there is a scale, down_split, fold_y",
-        "flat16": "one pass over act if it is summed or scaled, down_flat",
-        "split_last": "one pass over act if it is summed or scaled, split_last",
         "tma": "down_proj, between two patches of act if there is a scale",
         "blas": "linear, after one pass over act if it is summed, between two patches of it if there is a scale alone",
     },
@@ -58,15 +53,10 @@ def can_serve(call: Call, name: str) -> bool:
     flat = call.T <= MAX_TOKENS and itemsize == 2
     return {
         ("gated_mlp", "gemv"): max_gemv_tokens(itemsize) >= call.T,
-        ("gated_mlp", "pair"): whole_rows.fits(call.T, call.N, call.H, itemsize) and call.arch >= 90,
         ("gated_mlp", "flat"): flat,
-        ("gated_mlp", "flat16"): flat and down_flat.fits(call.T, itemsize),
-        ("gated_mlp", "split_last"): flat,
         ("gated_mlp", "fused"): call.tma and gate_up.fits(call.arch),
         ("gated_mlp", "blas"): True,
         ("down_proj", "split"): call.T <= 512,  # beyond, the product is not bound by the weights
-        ("down_proj", "flat16"): down_flat.fits(call.T, itemsize),
-        ("down_proj", "split_last"): call.T <= 512,
         ("down_proj", "tma"): call.tma and call.arch >= 90,
         ("down_proj", "blas"): True,
     }[call.op, name]
@@ -74,20 +64,27 @@ def can_serve(call: Call, name: str) -> bool:
 
 def default(call: Call) -> Plan:
     """The plan for a call where nothing overrides it."""
-    wide = call.dtype.itemsize == 4
+    few = can_serve(call, "gemv" if call.op == "gated_mlp" else "split")
     if call.arch == 0:
         return Plan("blas", "not an NVIDIA device: only the elementwise kernel is used; unmeasured")
-    if call.op == "gated_mlp":
-        if can_serve(call, "gemv"):
-            return Plan("gemv", "2 launches, each weight read once; by arithmetic, unmeasured")
-        if can_serve(call, "flat"):
-            return Plan("flat", "3 launches, each weight read once; by arithmetic, unmeasured")
-        if wide:
-            return Plan("blas", "fp32 has no exact matrix unit: cuBLAS; by arithmetic, unmeasured")
-        return Plan("blas", "extras ride on a pass of 2 to 9% of the MLP; by arithmetic, unmeasured")
-    if call.T <= MAX_TOKENS and not (wide and call.T > 16):
-        return Plan("split", "bound by reading the weights once; by arithmetic, unmeasured")
-    return Plan("blas", "with sums or steering 0.6 to 0.7 of the time of tma, without 0.99; measured on an H100")
+    if call.dtype.itemsize == 4:
+        if call.op == "gated_mlp":
+            if few:
+                return Plan("gemv", "2 launches, each weight read once; by arithmetic, unmeasured")
+        elif call.T <= 16:
+            return Plan("split", "bound by reading the weights once; by arithmetic, unmeasured")
+        return Plan("blas", "fp32 has no exact matrix unit: cuBLAS; by arithmetic, unmeasured")
+    if call.op == "down_proj":
+        if call.T <= MAX_TOKENS:
+            return Plan("split", "0.95 of the time of blas at 16 tokens; measured on an H100")
+        return Plan("blas", "0.5 to 0.9 of the time of split, 0.5 to 0.7 of that of tma; measured on an H100")
+    if few:
+        return Plan("gemv", "each weight read once, at 93 to 98% of what memory gives; measured on an H100")
+    if can_serve(call, "flat"):
+        return Plan("flat", "each weight read once, 0.94 to 0.99 of the time of blas; measured on an H100")
+    if can_serve(call, "fused") and gate_up.busy(call.T, call.N, call.n_sm) >= 0.93:
+        return Plan("fused", "gate and up never leave the chip, 0.92 to 0.98 of the time of blas; measured on an H100")
+    return Plan("blas", "tiles of fused would leave multiprocessors idle, or it cannot serve; measured on an H100")
 
 
 def choose(call: Call) -> Plan:

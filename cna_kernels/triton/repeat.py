@@ -21,7 +21,6 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 from .launch import LISTENING, Distance, is_listing
 from .tiles import INTERPRETED
 
-
 DESCRIPTORS = (TensorDescriptor, GluonDescriptor)
 
 
@@ -53,8 +52,6 @@ class Repeat:
         for like, shape, dtype in record.memory:
             new = slots[like].new_empty
             slots.append(new(*shape) if dtype is None else new(shape, dtype=dtype))
-        for take, args in record.taken:
-            slots.append(take(*args))
         for first, second, itemsize, kind in record.distances:
             elements = (slots[second].data_ptr() - slots[first].data_ptr()) // itemsize
             if _kind_of_int(elements) != kind:
@@ -88,13 +85,11 @@ class Repeat:
 class Record(NamedTuple):
     """What a launcher does, its tensors and numbers by their places in a list of slots.
 
-    The slots are, in this order: the tensors given, the memory, what is taken, the distances, the descriptors, the
-    constants.
+    The slots are, in this order: the tensors given, the memory, the distances, the descriptors, the constants.
     """
 
     launches: list[tuple]  # run, grid x, y, z, function, metadata, and a function that picks its arguments
     memory: list[tuple]  # place of a tensor on the same device, shape, and the dtype if it is another
-    taken: list[tuple]  # a function that returns a tensor, and its arguments
     distances: list[tuple]  # places of the two ends, bytes of an element, kind of the number
     descriptors: list[tuple]  # place of the base, and a descriptor of another base
     constants: list
@@ -110,20 +105,17 @@ def _launch_all(record, slots):
         run(x, y, z, stream, function, metadata, None, None, None, *pick(slots))
 
 
-INCOMPLETE = Record([], [], [], [], [], [], [], 0, None, lambda _: 0)
+INCOMPLETE = Record([], [], [], [], [], [], 0, None, lambda _: 0)
 
 
 class Recorder:
     """Hears of the launcher's allocations and launches."""
 
     def __init__(self, tensors):
-        self.tensors, self.memory, self.takes, self.calls = tensors, [], [], []
+        self.tensors, self.memory, self.calls = tensors, [], []
 
     def allocated(self, tensor: Tensor) -> None:
         self.memory.append(tensor)
-
-    def taken(self, tensor: Tensor, take: Callable, args: tuple) -> None:
-        self.takes.append((tensor, (take, args)))
 
     def launched(self, kernel, compiled, grid, args, options) -> None:
         names = kernel.arg_names
@@ -141,8 +133,8 @@ class Recorder:
 
     def record(self, result: Tensor) -> Record:
         """The record of all that was heard; INCOMPLETE if it uses tensors of which nothing was heard."""
-        given, memory, taken = list(self.tensors), self.memory, [tensor for tensor, _ in self.takes]
-        place = {id(x): i for i, x in enumerate([*given, *memory, *taken]) if x is not None}
+        given, memory = list(self.tensors), self.memory
+        place = {id(x): i for i, x in enumerate([*given, *memory]) if x is not None}
         all_arguments = [x for *_, arguments, _ in self.calls for x in arguments]
         distances = [x for x in all_arguments if isinstance(x, Distance)]
         descriptors = [x for x in all_arguments if isinstance(x, DESCRIPTORS)]
@@ -150,7 +142,7 @@ class Recorder:
         used += [result, *(x.base for x in descriptors), *(end for x in distances for end in x.ends)]
         if any(id(x) not in place for x in used):
             return INCOMPLETE
-        apart = [*given, *memory, *taken, *distances, *descriptors]
+        apart = [*given, *memory, *distances, *descriptors]
         place |= {id(x): i for i, x in enumerate(apart) if x is not None}
         constants = []
 
@@ -170,7 +162,6 @@ class Recorder:
         return Record(
             launches,
             [self._memory(x, given) for x in memory],
-            [how for _, how in self.takes],
             [(*(place[id(end)] for end in x.ends), x.ends[0].element_size(), _kind_of_int(x)) for x in distances],
             [(place[id(x.base)], _of_other_base(x, None)) for x in descriptors],
             constants,

@@ -1,5 +1,5 @@
-"""Sparse steering on the device: a token's circuit, the entries it has in a block of neurons, and three ways to use them:
-on act in registers (``steer_held``), on act that the same program has stored (``steer_stored``), and on act in
+"""Sparse steering on the device: a token's circuit, the entries it has in a block of neurons, and three ways to use
+them: on act in registers (``steer_held``), on act that the same program has stored (``steer_stored``), and on act in
 memory, for good (``scale_in_place``) or until a product is done (``patch``).
 
     act[t, n] *= value[e]   for every entry e of circuit row_circuit[t] with index[e] = n
@@ -101,8 +101,8 @@ def _patch_kernel(
     BLOCK_T: tl.constexpr,
     BLOCK_E: tl.constexpr,
 ):
-    """Each program owns the steered neurons of BLOCK_T tokens: it scales them, and may keep what they were, or puts them
-    back."""
+    """Each program owns the steered neurons of BLOCK_T tokens: it scales them, and may keep what they were, or puts
+    them back."""
     dtype: tl.constexpr = act_ptr.dtype.element_ty
     t = tl.program_id(0) * BLOCK_T + tl.arange(0, BLOCK_T)
     circuit = circuits(row_circuit_ptr, t, t < T)
