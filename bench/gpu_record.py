@@ -10,6 +10,7 @@ import json
 import re
 from pathlib import Path
 
+from cna_kernels import plans
 from gpu_report import markdown, replace
 
 RESULTS = Path(__file__).resolve().parent / "results"
@@ -24,6 +25,12 @@ def slug(device: str) -> str:
 
 def key(row):
     return tuple(row.get(name) for name in KEY)
+
+
+def is_gone(row, plans) -> bool:
+    """Whether the row is of a plan that the backend no longer has. plans: op -> names."""
+    op, _, name = row.get("plan", "").partition("=")
+    return bool(name) and name not in plans.get(op, (name,))
 
 
 def merge(before: dict, new: dict) -> dict:
@@ -44,6 +51,7 @@ def record(directory: Path, into: Path = RESULTS) -> Path:
     new = json.loads((directory / "gpu.json").read_text())
     path = into / f"gpu-{slug(new['environment'].get('device', 'unknown'))}.json"
     merged = merge(json.loads(path.read_text()) if path.exists() else {}, new)
+    merged["rows"] = [row for row in merged["rows"] if not is_gone(row, plans.NAMES)]
     into.mkdir(parents=True, exist_ok=True)
     replace(path, json.dumps(merged, indent=1) + "\n")
     replace(path.with_suffix(".md"), markdown(merged))

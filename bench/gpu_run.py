@@ -205,7 +205,8 @@ def run_test(crew: Crew, test: str, until: float):
     file, _, expression = test.partition(":")
     command = [sys.executable, "-m", "pytest", str(ROOT / file), "-q", "--maxfail=3", "-o", "addopts="]
     command += ["-p", "no:cacheprovider", "--tb=short"] + (["-k", expression] if expression else [])
-    status, output = run_command(command, until - time.time(), crew.cwd)
+    # a thread each: many run at once
+    status, output = run_command(command, until - time.time(), crew.cwd, dict(OMP_NUM_THREADS="1"))
     if status == "no time left":
         crew.record.leave_out(f"{file} -k '{expression}'", status)
         return

@@ -1,4 +1,4 @@
-"""Plant thirteen bugs in the Triton kernels, one at a time, and see that a test catches each.
+"""Plant fourteen bugs in the Triton kernels, one at a time, and see that a test catches each.
 
     python tests/canaries.py
 
@@ -72,10 +72,10 @@ CANARIES = [
     Canary(
         "scale before the sum",
         "mlp.py",
-        "return launch.linear(through_act(act, *extras), w_down)",
+        "return launch.linear(pass_over(act, *extras), w_down)",
         "given = _keywords(extras)\n"
         "        steer = {name: given[name] for name in ('scale', 'row_circuit')}\n"
-        "        return launch.linear(through_act(act_pass(act, **steer), *extras[:3], *[None] * 4), w_down)",
+        "        return launch.linear(pass_over(act_pass(act, **steer), *extras[:3], *[None] * 4), w_down)",
         "test_sums_come_before_scaling and down_proj-blas",
     ),
     Canary(
@@ -112,6 +112,13 @@ CANARIES = [
         "_patch(act, saved, Steer(scale, row_circuit), restore=True)",
         "_patch(act, saved, Steer(scale, row_circuit), restore=False)",
         "test_down_proj_leaves_act_as_it_was and tma",
+    ),
+    Canary(
+        "held act of the wrong neuron",
+        "steer.py",
+        "same = index[None, :] == n[:, None]",
+        "same = index[None, :] == n[:, None] + 1",
+        "test_values and gemv and 1x48x24-bfloat16-circuits",
     ),
     Canary(
         "repeat off 16 bytes",

@@ -342,7 +342,7 @@ from cna_kernels import plans
 def use(text):
     if text == "gated_mlp=blas":
         raise RuntimeError("out of resource: planted")
-    if text == "gated_mlp=fused":
+    if text == "down_proj=tma":
         os.kill(os.getpid(), signal.SIGKILL)
     plans.use(text)
 
@@ -357,7 +357,7 @@ def planted(tmp_path_factory):
     directory = tmp_path_factory.mktemp("planted")
     script = directory / "worker.py"
     script.write_text(PLANTED.format(bench=str(ROOT / "bench")))
-    only = "decode/Llama-3.1-8B/1|candidate/gated_mlp/(flat|blas|fused)/Llama-3.1-8B/(1|8)$|none"
+    only = "decode/Llama-3.1-8B/1|candidate/gated_mlp/(flat|blas)/Llama-3.1-8B/(1|8)$|candidate/down_proj/tma/|none"
     arguments = ["--window", "1", "--dry", "--only", only, "--out", str(directory / "out"), "--models", "8B"]
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(gpu_run, "WORKER", [sys.executable, str(script)])
@@ -385,10 +385,10 @@ def test_a_candidate_that_raises_loses_only_its_rows(planted):
 def test_a_candidate_that_kills_its_worker_is_not_tried_again(planted):
     _, found = planted
     crashed = rows_of(found, row="crashed")
-    assert len(crashed) == 1 and crashed[0]["ours"] == "gated_mlp=fused" and "status -9" in crashed[0]["note"]
-    skipped = [each for each in found["left_out"] if "fused" in each["job"]]
+    assert len(crashed) == 1 and crashed[0]["ours"] == "down_proj=tma" and "status -9" in crashed[0]["note"]
+    skipped = [each for each in found["left_out"] if "tma" in each["job"]]
     assert len(skipped) >= 1 and all("took its worker with it" in each["why"] for each in skipped)
-    assert not rows_of(found, row="plan", ours="fused")
+    assert not rows_of(found, row="plan", ours="tma")
 
 
 @pytest.mark.interpreted
