@@ -1,4 +1,4 @@
-"""Compiles csrc/ into the package; everything else is in pyproject.toml.
+"""Compiles csrc/ into the package and finds its folders; everything else is in pyproject.toml.
 
 The library is plain C behind ctypes, so the wheel is py3-none-<platform>. Without a working C++ compiler the package is
 installed without the CPU engine, and says so when it is used.
@@ -7,7 +7,7 @@ installed without the CPU engine, and says so when it is used.
 import sys
 from pathlib import Path
 
-from setuptools import Extension, setup
+from setuptools import Extension, find_packages, setup
 from setuptools.command.bdist_wheel import bdist_wheel
 from setuptools.command.build_ext import build_ext
 
@@ -45,9 +45,12 @@ class PlainWheel(bdist_wheel):
         return "py3", "none", super().get_tag()[2]
 
 
+packages = ["cna_kernels", *(f"cna_kernels.{name}" for name in find_packages("cna_kernels"))]
+packages += ["cna_kernels.model", *(f"cna_kernels.model.{name}" for name in find_packages("model"))]
 sources = sorted(str(path) for path in Path("csrc").glob("*.cpp"))
 headers = sorted(str(path) for path in Path("csrc").glob("*.h"))
 setup(
+    packages=sorted({*packages}),
     ext_modules=[Extension("cna_kernels.cpu.libcna", sources, depends=headers, language="c++", optional=True)],
     cmdclass={"build_ext": BuildLibrary, "bdist_wheel": PlainWheel},
 )

@@ -22,12 +22,13 @@ import torch.nn.functional as F
 
 from cna_kernels import ActivationSums, select
 from cna_kernels.cpu import library
+from cna_kernels.model.checkpoint.config import read_config
+from cna_kernels.model.checkpoint.load import load_transformer
+from cna_kernels.model.checkpoint.safetensors_file import open_checkpoint
 from cna_kernels.model.collect import collect, default_tokens
 from cna_kernels.model.columns import Columns
-from cna_kernels.model.config import read_config
 from cna_kernels.model.corpus import Contrast, Entry
 from cna_kernels.model.packing import TokenPrompt, group_by_prefix, packs_of
-from cna_kernels.model.weights import load_transformer, open_checkpoint
 from interleave import compare, compare_all
 
 transformers = pytest.importorskip("transformers")
@@ -311,7 +312,7 @@ def write_large(directory):
     from safetensors.torch import save_file
 
     from cna_kernels.model import demo_checkpoint
-    from cna_kernels.model.weights import expected_shapes
+    from cna_kernels.model.checkpoint.load import expected_shapes
 
     config = {"model_type": "llama", "architectures": ["LlamaForCausalLM"], **LARGE}
     (directory / "config.json").write_text(json.dumps(config))

@@ -17,7 +17,7 @@ ROOT = Path(__file__).resolve().parent.parent
 MODULES = [
     *("cna_kernels", "cna_kernels.model"),
     *(f"cna_kernels.{name}" for name in "ops reference sums select circuit steering engine backends checks".split()),
-    *(f"cna_kernels.model.{name}" for name in "language_model prompts discover generate export metrics".split()),
+    *(f"cna_kernels.model.{name}" for name in "language_model prompts discover generate checkpoint.export metrics".split()),
     *(f"cna_kernels.model.{name}" for name in "directions evaluation.plan evaluation.evaluate".split()),
 ]
 DOCUMENTS = {"README": "README.md"} | {f"docs.{path.stem}": path for path in sorted(ROOT.glob("docs/*.md"))}

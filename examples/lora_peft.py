@@ -12,8 +12,8 @@ from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
 from cna_kernels.model import demo_checkpoint, load
+from cna_kernels.model.checkpoint.export import factors_of, to_lora
 from cna_kernels.model.demo import world
-from cna_kernels.model.export import factors_of, to_lora
 
 directory = demo_checkpoint("instruct")
 ours = load(directory, dtype="float32")

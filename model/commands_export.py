@@ -6,7 +6,7 @@ from pathlib import Path
 
 from cna_kernels.checks import InputError
 
-from . import export
+from .checkpoint import export
 from .console import directory_of, load_circuit, multipliers_of, stdout
 from .language_model import load
 

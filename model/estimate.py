@@ -12,8 +12,10 @@ import torch
 from cna_kernels import ActivationSums
 from cna_kernels.checks import InputError
 
+from .checkpoint.config import DTYPES, read_config
+from .checkpoint.load import check_entries, expected_shapes, layer_size
+from .checkpoint.safetensors_file import open_checkpoint
 from .collect import default_tokens, pack_prompts
-from .config import DTYPES, read_config
 from .corpus import STREAMED_UNITS, UNIT_BYTES, UNIT_PROMPTS
 from .memory import usable_device
 from .packed import run_layer
@@ -22,7 +24,6 @@ from .rope import RotaryEmbedding
 from .stream import HIDDEN_BYTES
 from .text import Tokenizer
 from .transformer import Layer
-from .weights import check_entries, expected_shapes, layer_size, open_checkpoint
 
 SAMPLE = 1000  # prompts that are tokenised
 PROBE_BYTES = 256 << 20  # of the checkpoint that are read

@@ -21,7 +21,9 @@ from cna_kernels.reference import make_scale
 from cna_kernels.steering import SteeringTable
 from cna_kernels.warm_up import blank_extras, warm_up
 
-from .config import DTYPES, read_config
+from .checkpoint.config import DTYPES, config_sha256, read_config
+from .checkpoint.load import load_transformer
+from .checkpoint.safetensors_file import open_checkpoint
 from .corpus import Contrast, Corpus, Entry, Names, two_sets
 from .discover import Settings, settings_from
 from .generate import Sampling, generate
@@ -33,7 +35,6 @@ from .prompts import PromptSet, neutral_prompts
 from .stream import StreamedTransformer
 from .text import Tokenizer, stop_ids
 from .transformer import Steer, Transformer
-from .weights import config_sha256, load_transformer, open_checkpoint
 
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh

@@ -31,13 +31,14 @@ from cna_kernels.checks import InputError
 from cna_kernels.files import sha256
 from cna_kernels.sums import ActivationSums, NonFiniteActivation
 
+from .checkpoint.config import DTYPES, ModelConfig
+from .checkpoint.load import check_entries, check_memory, expected_shapes
+from .checkpoint.safetensors_file import Checkpoint, TensorEntry
 from .collect import Progress, check_length, default_tokens, forward, pack_prefix, pack_prompts, shared_prefixes
-from .config import DTYPES, ModelConfig
 from .memory import is_out_of_memory
 from .packed import Packed, Past
 from .packing import TokenPrompt, packs_of
 from .transformer import Transformer
-from .weights import Checkpoint, TensorEntry, check_entries, check_memory, expected_shapes
 
 BACKENDS = {"cpu": "gloo", "cuda": "nccl"}
 TIMEOUT = timedelta(minutes=5)  # of a rank for the others; they differ by what reading and compiling take
@@ -132,7 +133,7 @@ def _load(directory, config, checkpoint, mesh, dtype, device) -> ParallelTransfo
         module.to(dtype).to_empty(device=device)
     transformer.rotary.to(device)
     for name, shape in expected_shapes(part).items():
-        _place_of(transformer, name).copy_(_read_part(checkpoint.entries[name], name, shape, rank))
+        _place_of(transformer, name).copy_(_read_part(checkpoint.entries[name], shape, rank))
     if config.o_bias and rank > 0:  # the first rank's summand brings the bias
         for layer in transformer.layers:
             layer.self_attn.o_proj.bias.zero_()
@@ -148,24 +149,13 @@ def _place_of(transformer: Transformer, name: str) -> Tensor:
     return transformer.get_parameter(path)
 
 
-def _read_part(entry: TensorEntry, name: str, shape: tuple[int, ...], rank: int) -> Tensor:
-    """Read a rank's share of the rows or of the columns, where ``shape`` has fewer than the tensor, or all of it.
-
-    Row by row from the file: ``get_slice`` of safetensors 0.8 reads the whole tensor where it does not map the file.
-    """
+def _read_part(entry: TensorEntry, shape: tuple[int, ...], rank: int) -> Tensor:
+    """Read a rank's share of the rows or of the columns, where ``shape`` has fewer than the tensor, or all of it."""
     rows, columns = (1, *shape)[-2:]
     all_rows, all_columns = (1, *entry.shape)[-2:]
-    first = rank * (rows * all_columns if rows < all_rows else columns if columns < all_columns else 0)
-    part = torch.empty(rows, columns, dtype=entry.dtype)
-    try:
-        with open(entry.path, "rb", buffering=0) as file:
-            for number, row in enumerate(part.view(torch.uint8).numpy()):
-                start = entry.start + (first + number * all_columns) * entry.dtype.itemsize
-                if os.preadv(file.fileno(), [row], start) != len(row):
-                    raise InputError(f"{entry.path}: {name!r}", "was truncated while it was read")
-    except OSError as error:
-        raise InputError(f"{entry.path}: {name!r}", error.strerror) from None
-    return part.view(shape)
+    row = rank * rows if rows < all_rows else 0
+    column = rank * columns if columns < all_columns else 0
+    return entry.read_rows(range(row, row + rows), range(column, column + columns)).view(shape)
 
 
 class OwnSums(ActivationSums):

@@ -7,7 +7,7 @@ import math
 import torch
 from torch import Tensor, nn
 
-from .config import ModelConfig, Rope
+from .checkpoint.config import ModelConfig, Rope
 
 
 class RotaryEmbedding(nn.Module):

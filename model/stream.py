@@ -18,14 +18,15 @@ from torch import Tensor
 from cna_kernels.checks import InputError
 from cna_kernels.sums import ActivationSums, NonFiniteActivation
 
+from .checkpoint.config import DTYPES, ModelConfig
+from .checkpoint.load import check_entries, load_layer
+from .checkpoint.safetensors_file import Checkpoint
 from .collect import Progress, check_length, default_tokens, pack_prefix, pack_prompts, shared_prefixes
-from .config import DTYPES, ModelConfig
 from .memory import is_out_of_memory
 from .packed import Packed, run_layer
 from .packing import TokenPrompt, packs_of
 from .rope import RotaryEmbedding
 from .transformer import Layer
-from .weights import Checkpoint, check_entries, load_layer
 
 HIDDEN_BYTES = 1 << 30  # hidden states that stay in memory; more go to a file
 
@@ -49,12 +50,7 @@ class StreamedTransformer:
         """Rows of the embedding, ``[T]`` -> ``[T, H]``, straight from the file."""
         entry = self._checkpoint.entries["model.embed_tokens.weight"]
         wanted, place = ids.cpu().unique(return_inverse=True)
-        rows = torch.empty(len(wanted), entry.shape[1], dtype=entry.dtype)
-        size = entry.shape[1] * entry.dtype.itemsize
-        with open(entry.path, "rb", buffering=0) as file:
-            for row, number in zip(_bytes(rows), wanted.tolist(), strict=True):
-                if os.preadv(file.fileno(), [row], entry.start + number * size) != size:
-                    raise InputError(entry.path, "was truncated while it was read")
+        rows = entry.read_rows(wanted.tolist())
         return rows[place].to(device=self.device, dtype=self.dtype)
 
     def layers(self) -> Iterator[tuple[int, Layer]]:

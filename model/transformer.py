@@ -17,7 +17,7 @@ from cna_kernels import ops
 from cna_kernels.steering import SteeringTable
 from cna_kernels.sums import ActivationSums
 
-from .config import ModelConfig
+from .checkpoint.config import ModelConfig
 from .rope import RotaryEmbedding, rotate
 
 

@@ -5,7 +5,7 @@ import json
 import pytest
 
 from cna_kernels import InputError
-from cna_kernels.model.config import Rope, read_config
+from cna_kernels.model.checkpoint.config import Rope, read_config
 
 BASE = dict(
     model_type="llama", architectures=["LlamaForCausalLM"], vocab_size=100, hidden_size=32, intermediate_size=48,

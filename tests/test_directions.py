@@ -7,14 +7,15 @@ import torch
 
 from cna_kernels import InputError
 from cna_kernels.model import directions
-from cna_kernels.model.config import read_config
+from cna_kernels.model.checkpoint.config import read_config
+from cna_kernels.model.checkpoint.load import load_transformer
+from cna_kernels.model.checkpoint.safetensors_file import open_checkpoint
 from cna_kernels.model.directions import Direction, DirectionTable
 from cna_kernels.model.generate import generate
 from cna_kernels.model.gradient import relevance
 from cna_kernels.model.packing import TokenPrompt
 from cna_kernels.model.prompts import PromptSet
 from cna_kernels.model.transformer import Steer
-from cna_kernels.model.weights import load_transformer, open_checkpoint
 from tiny import SHAPE, write_checkpoint
 
 pytest.importorskip("transformers")

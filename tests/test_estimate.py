@@ -5,9 +5,10 @@ import json
 import pytest
 import torch
 
+from cna_kernels.model.checkpoint.config import read_config
+from cna_kernels.model.checkpoint.load import layer_size, load_layer
+from cna_kernels.model.checkpoint.safetensors_file import open_checkpoint
 from cna_kernels.model.cli import main
-from cna_kernels.model.config import read_config
-from cna_kernels.model.weights import layer_size, load_layer, open_checkpoint
 from tiny import write_language_model
 
 pytest.importorskip("transformers")

@@ -7,7 +7,8 @@ import torch
 from safetensors import safe_open
 
 from cna_kernels import Circuit, InputError
-from cna_kernels.model import export, load
+from cna_kernels.model import load
+from cna_kernels.model.checkpoint import export
 from cna_kernels.model.cli import main
 from tiny import TEXT_VOCABULARY, write_checkpoint, write_text_files
 

@@ -7,10 +7,11 @@ import torch
 
 from cna_kernels import ActivationSums, ops
 from cna_kernels.model import collect, packed
-from cna_kernels.model.config import read_config
+from cna_kernels.model.checkpoint.config import read_config
+from cna_kernels.model.checkpoint.load import load_transformer
+from cna_kernels.model.checkpoint.safetensors_file import open_checkpoint
 from cna_kernels.model.packing import GROUP_COST, Span, TokenPrompt, group_by_prefix, plan_packs, spans_of
 from cna_kernels.model.transformer import Tap
-from cna_kernels.model.weights import load_transformer, open_checkpoint
 from tiny import VARIANTS, write_checkpoint
 
 pytest.importorskip("transformers")

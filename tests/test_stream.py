@@ -11,10 +11,11 @@ from safetensors.torch import load_file, save_file
 
 from cna_kernels import ActivationSums, InputError
 from cna_kernels.model import collect, load, stream
-from cna_kernels.model.config import read_config
+from cna_kernels.model.checkpoint.config import read_config
+from cna_kernels.model.checkpoint.load import load_transformer
+from cna_kernels.model.checkpoint.safetensors_file import open_checkpoint
 from cna_kernels.model.packing import TokenPrompt
 from cna_kernels.model.stream import StreamedTransformer
-from cna_kernels.model.weights import load_transformer, open_checkpoint
 from test_packing import ragged
 from tiny import VARIANTS, write_checkpoint, write_language_model
 

@@ -3,10 +3,11 @@
 import pytest
 import torch
 
-from cna_kernels.model.config import read_config
+from cna_kernels.model.checkpoint.config import read_config
+from cna_kernels.model.checkpoint.load import load_transformer
+from cna_kernels.model.checkpoint.safetensors_file import open_checkpoint
 from cna_kernels.model.generate import generate
 from cna_kernels.model.packing import TokenPrompt
-from cna_kernels.model.weights import load_transformer, open_checkpoint
 from tiny import write_checkpoint
 
 pytest.importorskip("transformers")

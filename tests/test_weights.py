@@ -8,8 +8,9 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from cna_kernels import InputError
-from cna_kernels.model.config import read_config
-from cna_kernels.model.weights import load_transformer, open_checkpoint, save_transformer
+from cna_kernels.model.checkpoint.config import read_config
+from cna_kernels.model.checkpoint.load import load_transformer, save_transformer
+from cna_kernels.model.checkpoint.safetensors_file import open_checkpoint
 from tiny import write_checkpoint
 
 pytest.importorskip("transformers")
@@ -204,8 +205,9 @@ def test_loading_holds_no_second_copy(tmp_path):
     program = (
         "import sys, resource\n"
         "import torch, safetensors.torch, cna_kernels.ops\n"
-        "from cna_kernels.model.config import read_config\n"
-        "from cna_kernels.model.weights import load_transformer, open_checkpoint\n"
+        "from cna_kernels.model.checkpoint.config import read_config\n"
+        "from cna_kernels.model.checkpoint.load import load_transformer\n"
+        "from cna_kernels.model.checkpoint.safetensors_file import open_checkpoint\n"
         "peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024\n"
         "before = peak()\n"
         "d = sys.argv[1]\n"

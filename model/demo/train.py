@@ -27,9 +27,10 @@ from torch import Tensor
 
 from cna_kernels.files import write_text
 
-from ..config import read_config
+from ..checkpoint.config import read_config
+from ..checkpoint.load import load_transformer, save_transformer
+from ..checkpoint.safetensors_file import open_checkpoint
 from ..transformer import Transformer
-from ..weights import load_transformer, open_checkpoint, save_transformer
 from . import world
 
 SPECIAL = ("<|begin_of_text|>", "<|user|>", "<|assistant|>", "<|end|>")

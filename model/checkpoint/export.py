@@ -17,7 +17,6 @@ from pathlib import Path
 
 import torch
 from safetensors.torch import save
-from torch import Tensor
 
 from cna_kernels.checks import InputError
 from cna_kernels.circuit import Circuit
@@ -25,7 +24,7 @@ from cna_kernels.files import FilePath, make_directory, write_bytes, write_text
 from cna_kernels.steering import check_multiplier
 
 from .config import DTYPES, ModelConfig
-from .weights import Checkpoint, TensorEntry
+from .safetensors_file import Checkpoint
 
 DOWN = "model.layers.{}.mlp.down_proj.weight"
 Factors = dict[int, dict[int, float]]  # layer -> neuron -> what its activation is multiplied by
@@ -109,7 +108,7 @@ def _write_adapter(checkpoint, config, part, out: Path, base_model, uniform, dty
         if pairs:
             neurons, scales = zip(*pairs, strict=True)
             a[range(len(pairs)), neurons] = 1
-            columns = read_tensor(checkpoint.entries[DOWN.format(layer)])[:, list(neurons)]
+            columns = checkpoint.read(DOWN.format(layer))[:, list(neurons)]
             b[:, : len(pairs)] = (columns.double() * (torch.tensor(scales, dtype=torch.float64) - 1)).float()
         name = f"base_model.model.{DOWN.format(layer).removesuffix('.weight')}"
         tensors |= {f"{name}.lora_A.weight": a.to(dtype), f"{name}.lora_B.weight": b.to(dtype)}
@@ -153,7 +152,7 @@ def to_checkpoint(directory: FilePath, checkpoint: Checkpoint, factors: Factors,
                 if path.is_file() and path.suffix not in (".bin", ".pt", ".pth"):  # pickles, which nothing here reads
                     shutil.copyfile(path, partial / path.name)
             for layer, found in factors.items():
-                _scale_columns(checkpoint.entries[DOWN.format(layer)], partial, found)
+                _scale_columns(checkpoint, DOWN.format(layer), partial, found)
             os.rename(partial, out)
         except BaseException:
             shutil.rmtree(partial, ignore_errors=True)
@@ -162,9 +161,9 @@ def to_checkpoint(directory: FilePath, checkpoint: Checkpoint, factors: Factors,
         raise InputError(out, f"cannot be written: {error.strerror or error}") from None
 
 
-def _scale_columns(entry: TensorEntry, directory: Path, found: dict[int, float]):
+def _scale_columns(checkpoint: Checkpoint, name: str, directory: Path, found: dict[int, float]):
     """Scale columns of one tensor in the copy of its file."""
-    weight = read_tensor(entry)
+    entry, weight = checkpoint.entries[name], checkpoint.read(name)
     columns = weight[:, list(found)].double() * torch.tensor(list(found.values()), dtype=torch.float64)
     weight[:, list(found)] = columns.to(entry.dtype)
     with open(directory / entry.path.name, "r+b") as file:
@@ -172,16 +171,6 @@ def _scale_columns(entry: TensorEntry, directory: Path, found: dict[int, float])
         file.write(weight.contiguous().view(torch.uint8).numpy().tobytes())
         file.flush()
         os.fsync(file.fileno())
-
-
-def read_tensor(entry: TensorEntry) -> Tensor:
-    """Read one tensor of a checkpoint, of the shape that its header gives."""
-    with open(entry.path, "rb") as file:
-        file.seek(entry.start)
-        content = bytearray(file.read(entry.end - entry.start))
-    if len(content) != entry.end - entry.start:
-        raise InputError(entry.path, "was truncated while it was read")
-    return torch.frombuffer(content, dtype=entry.dtype).view(entry.shape)
 
 
 def to_ref_code(circuit: Circuit, out: FilePath) -> None:

@@ -5,13 +5,14 @@ Nothing in the file selects code: ``auto_map``, custom attention and quantizatio
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
 from cna_kernels.checks import InputError
-from cna_kernels.files import read_json
+from cna_kernels.files import read_json, sha256
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 
@@ -241,3 +242,8 @@ def _read_windows(fields: _Fields, model_type, n_layers, defaults) -> tuple[int 
     if window is None and "sliding_attention" in kinds:
         raise fields.error("layer_types", "asks for sliding_attention, but the sliding window is off")
     return tuple(window if kind == "sliding_attention" else None for kind in kinds)
+
+
+def config_sha256(directory) -> str:
+    """Hash the meaning of config.json: key order and white space do not count."""
+    return sha256(json.dumps(read_json(Path(directory) / "config.json"), sort_keys=True))
