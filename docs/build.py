@@ -14,12 +14,11 @@ import pdoc.doc
 import pdoc.render
 
 ROOT = Path(__file__).resolve().parent.parent
-MODULES = [
-    *("cna_kernels", "cna_kernels.model"),
-    *(f"cna_kernels.{name}" for name in "ops reference sums select circuit steering engine backends checks".split()),
-    *(f"cna_kernels.model.{name}" for name in "language_model prompts discover generate checkpoint.export metrics".split()),
-    *(f"cna_kernels.model.{name}" for name in "directions evaluation.plan evaluation.evaluate".split()),
-]
+CORE = "ops reference sums select circuit steering engine backends checks"
+MODEL = "language_model prompts discover generate checkpoint.export metrics directions"
+MODEL += " evaluation.plan evaluation.evaluate"
+MODULES = ["cna_kernels", "cna_kernels.model"]
+MODULES += [f"cna_kernels.{name}" for name in CORE.split()] + [f"cna_kernels.model.{name}" for name in MODEL.split()]
 DOCUMENTS = {"README": "README.md"} | {f"docs.{path.stem}": path for path in sorted(ROOT.glob("docs/*.md"))}
 
 

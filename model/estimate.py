@@ -22,7 +22,7 @@ from .packed import run_layer
 from .packing import TokenPrompt, group_by_prefix, plan_packs
 from .rope import RotaryEmbedding
 from .stream import HIDDEN_BYTES
-from .text import Tokenizer
+from .text.tokenizer import Tokenizer
 from .transformer import Layer
 
 SAMPLE = 1000  # prompts that are tokenised

@@ -33,7 +33,7 @@ from .memory import usable_device
 from .packing import TokenPrompt
 from .prompts import PromptSet, neutral_prompts
 from .stream import StreamedTransformer
-from .text import Tokenizer, stop_ids
+from .text.tokenizer import Tokenizer, stop_ids
 from .transformer import Steer, Transformer
 
 if TYPE_CHECKING:

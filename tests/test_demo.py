@@ -35,7 +35,7 @@ def test_training_and_the_chat_template_lay_out_prompts_alike():
     from tokenizers import Tokenizer as Backend
 
     from cna_kernels.model.demo.train import Batches
-    from cna_kernels.model.text import Tokenizer
+    from cna_kernels.model.text.tokenizer import Tokenizer
 
     directory = demo_checkpoint("instruct")
     batches = Batches(Backend.from_file(str(directory / "tokenizer.json")), seed=0)

@@ -5,8 +5,8 @@ import json
 import pytest
 
 from cna_kernels import InputError
-from cna_kernels.model import chat_template
-from cna_kernels.model.text import Tokenizer, stop_ids
+from cna_kernels.model.text import chat_template
+from cna_kernels.model.text.tokenizer import Tokenizer, stop_ids
 from tiny import SPECIAL, TEMPLATE, TEXT_VOCABULARY, write_text_files
 
 BOS, USER, ASSISTANT, END = (SPECIAL.index(token) for token in ("<s>", "<user>", "<assistant>", "<end>"))
