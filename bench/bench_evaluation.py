@@ -20,7 +20,7 @@ from cna_kernels.model.evaluation.answers import answer_all, auto_rows
 from cna_kernels.model.evaluation.interventions import UNSTEERED, Interventions, Method, Setting
 from cna_kernels.model.evaluation.plan import MULTIPLIERS
 from cna_kernels.model.evaluation.store import Store
-from cna_kernels.model.prompts import PromptSet
+from cna_kernels.model.prompts.files import PromptSet
 from interleave import compare
 
 transformers = pytest.importorskip("transformers")

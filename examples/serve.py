@@ -18,7 +18,7 @@ import torch
 from cna_kernels import Circuit, SteeringTable
 from cna_kernels.model import demo_checkpoint, load
 from cna_kernels.model.demo import world
-from cna_kernels.model.prompts import PromptSet
+from cna_kernels.model.prompts.files import PromptSet
 from cna_kernels.model.transformer import KVCache, Steer
 
 

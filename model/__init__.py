@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 _HOME = {
     "load": "language_model",
     "LanguageModel": "language_model",
-    "read_prompts": "prompts",
+    "read_prompts": "prompts.files",
     "demo_checkpoint": "demo.checkpoint",
 }
 
@@ -20,7 +20,7 @@ if TYPE_CHECKING:  # as in cna_kernels/__init__.py
     from .demo.checkpoint import demo_checkpoint as demo_checkpoint
     from .language_model import LanguageModel as LanguageModel
     from .language_model import load as load
-    from .prompts import read_prompts as read_prompts
+    from .prompts.files import read_prompts as read_prompts
 else:
 
     def __getattr__(name):

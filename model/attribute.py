@@ -16,9 +16,9 @@ from cna_kernels.files import write_bytes
 from cna_kernels.sums import ActivationSums, slot_variance
 
 from .collect import check_length, collect
-from .columns import Columns
-from .corpus import Entry
 from .packing import TokenPrompt
+from .prompts.columns import Columns
+from .prompts.corpus import Entry
 from .stream import StreamedTransformer
 from .transformer import Transformer
 

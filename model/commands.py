@@ -28,7 +28,7 @@ from .console import (
     show_circuit,
     stdout,
 )
-from .prompts import PromptSet, read_prompts
+from .prompts.files import PromptSet, read_prompts
 
 
 def run_demo(args):

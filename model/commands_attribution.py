@@ -29,7 +29,11 @@ from .console import (
     show_circuit,
     stdout,
 )
-from .corpus import (
+from .discover import settings_from
+from .job import Job
+from .memory import usable_device
+from .meter import metered
+from .prompts.corpus import (
     NEGATIVE,
     POSITIVE,
     UNIVERSAL,
@@ -42,11 +46,7 @@ from .corpus import (
     two_sets,
     with_answers,
 )
-from .discover import settings_from
-from .job import Job
-from .memory import usable_device
-from .meter import metered
-from .prompts import BadLines, iter_prompts, neutral_prompts
+from .prompts.files import BadLines, iter_prompts, neutral_prompts
 from .run_directory import RunDirectory
 
 

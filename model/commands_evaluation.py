@@ -27,7 +27,7 @@ from .evaluation.multiple_choice import read_exam
 from .evaluation.plan import METHODS, Plan
 from .language_model import load
 from .metrics import Refusals
-from .prompts import PromptSet, neutral_prompts, read_prompts
+from .prompts.files import PromptSet, neutral_prompts, read_prompts
 
 
 def run_eval(args):

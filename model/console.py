@@ -16,7 +16,7 @@ from cna_kernels.steering import check_multiplier
 
 from .demo.checkpoint import demo_checkpoint
 from .language_model import LanguageModel, load
-from .prompts import RECORD_FORMATS
+from .prompts.files import RECORD_FORMATS
 
 
 def load_model(args, **options) -> LanguageModel:

@@ -16,8 +16,8 @@ from cna_kernels.circuit import Circuit
 from cna_kernels.sums import ActivationSums
 
 from .attribute import POSITIONS, UNIVERSAL_FRACTION, SlotSums
-from .columns import Columns
-from .corpus import Contrast
+from .prompts.columns import Columns
+from .prompts.corpus import Contrast
 
 POSITION_TEXT = {"last": "last prompt token", "all": "all prompt tokens but the BOS", "answer": "all answer tokens"}
 

@@ -16,10 +16,10 @@ from .checkpoint.config import DTYPES, read_config
 from .checkpoint.load import check_entries, expected_shapes, layer_size
 from .checkpoint.safetensors_file import open_checkpoint
 from .collect import default_tokens, pack_prompts
-from .corpus import STREAMED_UNITS, UNIT_BYTES, UNIT_PROMPTS
 from .memory import usable_device
 from .packed import run_layer
 from .packing import TokenPrompt, group_by_prefix, plan_packs
+from .prompts.corpus import STREAMED_UNITS, UNIT_BYTES, UNIT_PROMPTS
 from .rope import RotaryEmbedding
 from .stream import HIDDEN_BYTES
 from .text.tokenizer import Tokenizer

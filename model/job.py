@@ -19,10 +19,10 @@ from cna_kernels.cpu import library
 from . import stream
 from .attribute import UNIVERSAL_FRACTION, Part, Pass, encode_ahead, run_unit
 from .collect import collect, measure_tokens
-from .columns import Columns
-from .corpus import UNIVERSAL, Contrast, Corpus
 from .discover import Settings, Totals, check_counts, check_size, find_universal, select_circuit
 from .memory import memory_of
+from .prompts.columns import Columns
+from .prompts.corpus import UNIVERSAL, Contrast, Corpus
 from .run_directory import RunDirectory, Worker
 from .stream import StreamedTransformer
 

@@ -24,14 +24,14 @@ from cna_kernels.warm_up import blank_extras, warm_up
 from .checkpoint.config import DTYPES, config_sha256, read_config
 from .checkpoint.load import load_transformer
 from .checkpoint.safetensors_file import open_checkpoint
-from .corpus import Contrast, Corpus, Entry, Names, two_sets
 from .discover import Settings, settings_from
 from .generate import Sampling, generate
 from .gradient import relevance
 from .job import Job, Progress
 from .memory import usable_device
 from .packing import TokenPrompt
-from .prompts import PromptSet, neutral_prompts
+from .prompts.corpus import Contrast, Corpus, Entry, Names, two_sets
+from .prompts.files import PromptSet, neutral_prompts
 from .stream import StreamedTransformer
 from .text.tokenizer import Tokenizer, stop_ids
 from .transformer import Steer, Transformer

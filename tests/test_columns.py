@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 import torch
 
-from cna_kernels.model.columns import Columns
-from cna_kernels.model.corpus import Contrast, Entry
+from cna_kernels.model.prompts.columns import Columns
+from cna_kernels.model.prompts.corpus import Contrast, Entry
 
 
 def entries(n, first_turn=0):

@@ -11,7 +11,7 @@ from cna_kernels.model import load
 from cna_kernels.model.cli import main
 from cna_kernels.model.evaluation.compare import alike, compare, spearman
 from cna_kernels.model.evaluation.plan import Plan
-from cna_kernels.model.prompts import PromptSet
+from cna_kernels.model.prompts.files import PromptSet
 from tiny import write_language_model
 
 pytest.importorskip("transformers")

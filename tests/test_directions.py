@@ -14,7 +14,7 @@ from cna_kernels.model.directions import Direction, DirectionTable
 from cna_kernels.model.generate import generate
 from cna_kernels.model.gradient import relevance
 from cna_kernels.model.packing import TokenPrompt
-from cna_kernels.model.prompts import PromptSet
+from cna_kernels.model.prompts.files import PromptSet
 from cna_kernels.model.transformer import Steer
 from tiny import SHAPE, write_checkpoint
 

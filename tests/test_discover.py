@@ -267,6 +267,6 @@ def test_units_do_not_change_the_circuit(checkpoint, monkeypatch):
     one = model.discover(POSITIVE, NEGATIVE, **options)
     assert one.universal["excluded"], "the case must have a universal neuron"
     for name in ("UNIT_UNIVERSAL", "UNIT_BYTES"):
-        monkeypatch.setattr(f"cna_kernels.model.corpus.{name}", 2 if name == "UNIT_UNIVERSAL" else 150)
+        monkeypatch.setattr(f"cna_kernels.model.prompts.corpus.{name}", 2 if name == "UNIT_UNIVERSAL" else 150)
         other = model.discover(POSITIVE, NEGATIVE, **options)
         assert other.pairs == one.pairs and other.universal == one.universal

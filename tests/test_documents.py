@@ -23,8 +23,8 @@ import torch
 from cna_kernels import Circuit
 from cna_kernels.model import demo_checkpoint
 from cna_kernels.model.cli import main
-from cna_kernels.model.corpus import Names, read_contrasts
 from cna_kernels.model.demo import world
+from cna_kernels.model.prompts.corpus import Names, read_contrasts
 
 ROOT = Path(__file__).resolve().parent.parent
 DOCUMENTS = ["README.md", *sorted(f"docs/{path.name}" for path in ROOT.glob("docs/*.md"))]

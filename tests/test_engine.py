@@ -409,7 +409,7 @@ def test_collect_in_generate_counts_the_prompt_alone():
 def test_selection_is_that_of_the_command_line(tmp_path):
     """The same circuit as load(...).discover(...) from the same tokens."""
     from cna_kernels.model import load
-    from cna_kernels.model.prompts import PromptSet
+    from cna_kernels.model.prompts.files import PromptSet
     from tiny import write_language_model
 
     write_language_model(tmp_path)

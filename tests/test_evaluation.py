@@ -17,7 +17,7 @@ from cna_kernels.model.evaluation.plan import Plan
 from cna_kernels.model.evaluation.store import Store
 from cna_kernels.model.generate import generate
 from cna_kernels.model.metrics import Refusals
-from cna_kernels.model.prompts import PromptSet
+from cna_kernels.model.prompts.files import PromptSet
 from test_multiple_choice import write_mmlu
 from tiny import write_language_model
 

@@ -25,9 +25,9 @@ from cna_kernels.model.attribute import Pass, run_unit
 from cna_kernels.model.checkpoint.config import read_config
 from cna_kernels.model.checkpoint.load import load_transformer
 from cna_kernels.model.checkpoint.safetensors_file import open_checkpoint
-from cna_kernels.model.columns import Columns
-from cna_kernels.model.corpus import Contrast, Corpus, Names, two_sets
 from cna_kernels.model.packing import TokenPrompt
+from cna_kernels.model.prompts.columns import Columns
+from cna_kernels.model.prompts.corpus import Contrast, Corpus, Names, two_sets
 from tiny import VARIANTS, write_checkpoint
 
 # on how many ranks each variant runs

@@ -6,7 +6,14 @@ import threading
 import pytest
 
 from cna_kernels import InputError
-from cna_kernels.model.prompts import LONGEST_LINE, BadLines, PromptSet, iter_prompts, neutral_prompts, read_prompts
+from cna_kernels.model.prompts.files import (
+    LONGEST_LINE,
+    BadLines,
+    PromptSet,
+    iter_prompts,
+    neutral_prompts,
+    read_prompts,
+)
 
 
 def write(tmp_path, name, content):

@@ -23,7 +23,7 @@ from ..evaluation.evaluate import evaluate
 from ..evaluation.plan import METHODS, Plan
 from ..language_model import LanguageModel, load
 from ..metrics import Refusals, share_equal, summarise
-from ..prompts import PromptSet
+from ..prompts.files import PromptSet
 from . import world
 from .checkpoint import demo_checkpoint
 

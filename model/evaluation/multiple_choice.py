@@ -22,7 +22,7 @@ from cna_kernels.checks import InputError
 from cna_kernels.files import read_text, sha256
 
 from ..language_model import LanguageModel
-from ..prompts import PromptSet
+from ..prompts.files import PromptSet
 from .interventions import Interventions
 from .likelihood import each_logits
 

@@ -12,7 +12,7 @@ from typing import BinaryIO, NamedTuple
 from cna_kernels.checks import InputError
 from cna_kernels.files import Digest, open_regular, replaced, sha256
 
-from .prompts import BadLines, accepted, prompt_of, require_text
+from .files import BadLines, accepted, prompt_of, require_text
 
 UNIT_PROMPTS, UNIT_BYTES, UNIT_UNIVERSAL = 1024, 4 << 20, 32  # what a unit holds at most: prompts, and their text
 STREAMED_UNITS = 64  # times as much where every unit reads the whole checkpoint

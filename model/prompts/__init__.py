@@ -1,0 +1,1 @@
+"""Prompts: files of them, a run's prompts on file, and the columns that count them."""
