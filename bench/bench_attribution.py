@@ -25,8 +25,8 @@ from cna_kernels.cpu import library
 from cna_kernels.model.checkpoint.config import read_config
 from cna_kernels.model.checkpoint.load import load_transformer
 from cna_kernels.model.checkpoint.safetensors_file import open_checkpoint
-from cna_kernels.model.collect import collect, default_tokens
-from cna_kernels.model.packing import TokenPrompt, group_by_prefix, packs_of
+from cna_kernels.model.discovery.collect import collect, default_tokens
+from cna_kernels.model.discovery.packing import TokenPrompt, group_by_prefix, packs_of
 from cna_kernels.model.prompts.columns import Columns
 from cna_kernels.model.prompts.corpus import Contrast, Entry
 from interleave import compare, compare_all

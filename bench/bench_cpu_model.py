@@ -15,9 +15,9 @@ from cna_kernels.cpu import library
 from cna_kernels.model.checkpoint.config import read_config
 from cna_kernels.model.checkpoint.load import load_transformer
 from cna_kernels.model.checkpoint.safetensors_file import open_checkpoint
-from cna_kernels.model.collect import collect
+from cna_kernels.model.discovery.collect import collect
+from cna_kernels.model.discovery.packing import TokenPrompt
 from cna_kernels.model.generate import generate
-from cna_kernels.model.packing import TokenPrompt
 from cna_kernels.model.transformer import Steer
 from interleave import compare
 

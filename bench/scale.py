@@ -95,8 +95,8 @@ def layer_times():
     """One layer of the 125M shape of bench_attribution.py: time by tokens a prompt, and by layers."""
     from cna_kernels import ActivationSums
     from cna_kernels.model.checkpoint.config import read_config
-    from cna_kernels.model.collect import collect
-    from cna_kernels.model.packing import TokenPrompt
+    from cna_kernels.model.discovery.collect import collect
+    from cna_kernels.model.discovery.packing import TokenPrompt
     from cna_kernels.model.transformer import Transformer
 
     shape = dict(

@@ -15,7 +15,7 @@ import pdoc.render
 
 ROOT = Path(__file__).resolve().parent.parent
 CORE = "ops reference sums select circuit steering engine backends checks"
-MODEL = "language_model prompts.files discover generate checkpoint.export metrics directions"
+MODEL = "language_model prompts.files discovery.settings generate checkpoint.export metrics directions"
 MODEL += " evaluation.plan evaluation.evaluate"
 MODULES = ["cna_kernels", "cna_kernels.model"]
 MODULES += [f"cna_kernels.{name}" for name in CORE.split()] + [f"cna_kernels.model.{name}" for name in MODEL.split()]

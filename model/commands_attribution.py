@@ -17,7 +17,6 @@ from cna_kernels.checks import InputError, one_line
 from cna_kernels.circuit import Circuit
 from cna_kernels.files import check_writable, make_directory
 
-from .attribute import save_columns
 from .console import (
     cell,
     check_column,
@@ -29,8 +28,10 @@ from .console import (
     show_circuit,
     stdout,
 )
-from .discover import settings_from
-from .job import Job
+from .discovery.job import Job
+from .discovery.run_directory import RunDirectory
+from .discovery.settings import settings_from
+from .discovery.units import save_columns
 from .memory import usable_device
 from .meter import metered
 from .prompts.corpus import (
@@ -47,7 +48,6 @@ from .prompts.corpus import (
     with_answers,
 )
 from .prompts.files import BadLines, iter_prompts, neutral_prompts
-from .run_directory import RunDirectory
 
 
 def run_discover(args):
@@ -94,7 +94,7 @@ def run_discover(args):
             raise InputError(args.universal_contrasts, f"holds no pair of columns NAME{POSITIVE}, NAME{NEGATIVE}")
         options = dict(stream_layers=args.stream_layers, spill=args.spill or args.run_dir)
         if args.tensor_parallel:
-            from .parallel import open_mesh
+            from .discovery.tensor_parallel import open_mesh
 
             options = dict(mesh=open_mesh(usable_device(device_of(args))))
         model = load_model(args, **options)
@@ -215,7 +215,7 @@ def _all_entries(args, settings, names, bad):
 
 
 def run_estimate(args):
-    from .estimate import estimate
+    from .discovery.estimate import estimate
 
     check_column(args.column, args.prompts)
     found = estimate(

@@ -20,8 +20,8 @@ from torch import Tensor
 from cna_kernels.checks import InputError
 from cna_kernels.files import FilePath
 
+from .discovery.packing import TokenPrompt
 from .generate import pad
-from .packing import TokenPrompt
 from .transformer import Edit, Steer, Transformer
 
 SITES = ("residual", "mlp", "writes")

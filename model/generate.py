@@ -10,9 +10,9 @@ from torch import Tensor
 
 from cna_kernels.checks import InputError
 
-from .collect import check_length
+from .discovery.collect import check_length
+from .discovery.packing import TokenPrompt
 from .memory import DoesNotFit, memory_of
-from .packing import TokenPrompt
 from .transformer import KVCache, Steer, Transformer
 
 

@@ -17,8 +17,8 @@ from torch import Tensor, nn
 
 from cna_kernels.checks import InputError
 
+from .discovery.packing import TokenPrompt
 from .generate import pad
-from .packing import TokenPrompt
 from .transformer import MLP, Edit, RMSNorm, Steer, Transformer
 
 BATCH = 16  # prompts whose activations are kept at once

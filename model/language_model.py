@@ -24,15 +24,15 @@ from cna_kernels.warm_up import blank_extras, warm_up
 from .checkpoint.config import DTYPES, config_sha256, read_config
 from .checkpoint.load import load_transformer
 from .checkpoint.safetensors_file import open_checkpoint
-from .discover import Settings, settings_from
+from .discovery.job import Job, Progress
+from .discovery.packing import TokenPrompt
+from .discovery.settings import Settings, settings_from
+from .discovery.streamed import StreamedTransformer
 from .generate import Sampling, generate
 from .gradient import relevance
-from .job import Job, Progress
 from .memory import usable_device
-from .packing import TokenPrompt
 from .prompts.corpus import Contrast, Corpus, Entry, Names, two_sets
 from .prompts.files import PromptSet, neutral_prompts
-from .stream import StreamedTransformer
 from .text.tokenizer import Tokenizer, stop_ids
 from .transformer import Steer, Transformer
 
@@ -86,8 +86,8 @@ class LanguageModel:
             dtype: "bfloat16", "float16" or "float32"; None keeps the checkpoint's own.
             stream_layers: read a layer when its turn comes, for models larger than memory. Finds circuits, and
                 nothing else. ``spill`` is a directory for hidden states that memory does not hold.
-            mesh: share the layers with the other processes of this mesh, see ``parallel.open_mesh``. All of them make
-                the same calls; the model finds circuits, and nothing else.
+            mesh: share the layers with the other processes of this mesh, see ``tensor_parallel.open_mesh``. All of them
+                make the same calls; the model finds circuits, and nothing else.
         """
         self.directory = Path(directory)
         if not os.path.isdir(directory):
@@ -104,7 +104,7 @@ class LanguageModel:
         self.checkpoint = open_checkpoint(directory)
         options = dict(dtype=DTYPES.get(dtype), device=self.device)
         if mesh is not None:
-            from .parallel import load_parallel
+            from .discovery.tensor_parallel import load_parallel
 
             self.transformer = load_parallel(directory, self.config, self.checkpoint, mesh=mesh, **options)
         elif stream_layers:
@@ -226,7 +226,8 @@ class LanguageModel:
             batch: prompts a forward pass. max_tokens: tokens a forward pass instead; None chooses by device.
             progress: called with (prompts done, prompts in all, tokens done).
             settings: ``fraction``, ``top_k``, ``score``, ``universal_threshold``, ``skip_layers``, ``position``,
-                ``bootstrap``, ``folds``, ``seed``, ``preset``; see :class:`cna_kernels.model.discover.Settings`.
+                ``bootstrap``, ``folds``, ``seed``, ``preset``; see
+                :class:`cna_kernels.model.discovery.settings.Settings`.
 
         Raises:
             InputError: an argument or a prompt cannot be used; names it.

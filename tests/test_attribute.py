@@ -9,10 +9,11 @@ import torch
 from safetensors.torch import load_file
 
 from cna_kernels import Circuit, InputError
-from cna_kernels.model import collect, load
+from cna_kernels.model import load
 from cna_kernels.model.cli import main
-from cna_kernels.model.discover import settings_from
-from cna_kernels.model.job import Job
+from cna_kernels.model.discovery import collect
+from cna_kernels.model.discovery.job import Job
+from cna_kernels.model.discovery.settings import settings_from
 from cna_kernels.model.prompts.corpus import Contrast, Corpus, Entry, Names, contrasts_of, read_contrasts, two_sets
 from tiny import write_language_model
 

@@ -191,7 +191,7 @@ def test_interrupt_leaves_nothing(checkpoint, files, capsys, monkeypatch):
     def interrupt(*_, **__):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("cna_kernels.model.collect.forward", interrupt)
+    monkeypatch.setattr("cna_kernels.model.discovery.collect.forward", interrupt)
     assert discover(checkpoint, files) == 130
     assert "interrupted" in capsys.readouterr().err and not (files / "c.json").exists()
 

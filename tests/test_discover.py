@@ -7,8 +7,9 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from cna_kernels import InputError, select
-from cna_kernels.model import collect, load
-from cna_kernels.model.discover import settings_from
+from cna_kernels.model import load
+from cna_kernels.model.discovery import collect
+from cna_kernels.model.discovery.settings import settings_from
 from tiny import TEXT_VOCABULARY, write_checkpoint, write_text_files
 
 transformers = pytest.importorskip("transformers")

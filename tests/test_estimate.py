@@ -46,7 +46,7 @@ def test_streamed_sizes(case, capsys, monkeypatch):
     found = estimate(case, capsys, "--stream-layers")
     assert found["memory_bytes"]["weights"] == 2 * layer_size(config) * 4 and found["units"] == 1
     assert found["spilled_bytes"] == 0 and found["memory_bytes"]["hidden_states"] > 0
-    monkeypatch.setattr("cna_kernels.model.estimate.HIDDEN_BYTES", 1000)
+    monkeypatch.setattr("cna_kernels.model.discovery.estimate.HIDDEN_BYTES", 1000)
     found = estimate(case, capsys, "--stream-layers")
     assert found["memory_bytes"]["hidden_states"] == 1000 and found["spilled_bytes"] == found["tokens_run"] * 32 * 4
 

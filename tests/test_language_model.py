@@ -7,8 +7,8 @@ import torch
 
 from cna_kernels import Circuit, InputError, SteeringTable
 from cna_kernels.model import load
+from cna_kernels.model.discovery.packing import TokenPrompt
 from cna_kernels.model.generate import Sampling, choose, generate
-from cna_kernels.model.packing import TokenPrompt
 from cna_kernels.model.transformer import Steer
 from tiny import TEXT_VOCABULARY, write_checkpoint, write_language_model, write_text_files
 

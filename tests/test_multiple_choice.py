@@ -8,12 +8,12 @@ import torch
 from cna_kernels import InputError
 from cna_kernels.circuit import Circuit
 from cna_kernels.model import load
+from cna_kernels.model.discovery.packing import TokenPrompt
 from cna_kernels.model.evaluation import multiple_choice
 from cna_kernels.model.evaluation.answers import answer_all
 from cna_kernels.model.evaluation.interventions import UNSTEERED, Interventions, Method, Setting
 from cna_kernels.model.evaluation.multiple_choice import by_likelihood, generation_prompts, parse_letter, read_exam
 from cna_kernels.model.evaluation.store import Store
-from cna_kernels.model.packing import TokenPrompt
 from tiny import write_language_model
 
 pytest.importorskip("transformers")

@@ -6,11 +6,11 @@ import pytest
 import torch
 
 from cna_kernels import ActivationSums, ops
-from cna_kernels.model import collect, packed
 from cna_kernels.model.checkpoint.config import read_config
 from cna_kernels.model.checkpoint.load import load_transformer
 from cna_kernels.model.checkpoint.safetensors_file import open_checkpoint
-from cna_kernels.model.packing import GROUP_COST, Span, TokenPrompt, group_by_prefix, plan_packs, spans_of
+from cna_kernels.model.discovery import collect, packed
+from cna_kernels.model.discovery.packing import GROUP_COST, Span, TokenPrompt, group_by_prefix, plan_packs, spans_of
 from cna_kernels.model.transformer import Tap
 from tiny import VARIANTS, write_checkpoint
 

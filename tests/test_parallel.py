@@ -20,12 +20,12 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from cna_kernels import ActivationSums, InputError
-from cna_kernels.model import collect, parallel
-from cna_kernels.model.attribute import Pass, run_unit
 from cna_kernels.model.checkpoint.config import read_config
 from cna_kernels.model.checkpoint.load import load_transformer
 from cna_kernels.model.checkpoint.safetensors_file import open_checkpoint
-from cna_kernels.model.packing import TokenPrompt
+from cna_kernels.model.discovery import collect, tensor_parallel
+from cna_kernels.model.discovery.packing import TokenPrompt
+from cna_kernels.model.discovery.units import Pass, run_unit
 from cna_kernels.model.prompts.columns import Columns
 from cna_kernels.model.prompts.corpus import Contrast, Corpus, Names, two_sets
 from tiny import VARIANTS, write_checkpoint
@@ -75,40 +75,40 @@ def slots_of(transformer, run):
 
 
 def run_rank(directory: Path):
-    mesh = parallel.open_mesh("cpu", timeout=timedelta(seconds=20))
+    mesh = tensor_parallel.open_mesh("cpu", timeout=timedelta(seconds=20))
     rank, n_ranks = mesh.get_local_rank(), mesh.size()
     found = {"own shapes": [], "variants": {}}
-    add_to = parallel.OwnSums.add_to
+    add_to = tensor_parallel.OwnSums.add_to
 
     def noted(self, whole):
         found["own shapes"].append(list(self.act_sum.shape))
         add_to(self, whole)
 
-    parallel.OwnSums.add_to = noted
+    tensor_parallel.OwnSums.add_to = noted
     for variant in RANKS[n_ranks]:
         transformer = load_part(directory / variant, mesh)
         layers = {f"layers.{name}": x for name, x in transformer.layers.named_parameters()}
         found["variants"][variant] = {
-            "sums": sums_of(transformer, parallel.collect),
+            "sums": sums_of(transformer, tensor_parallel.collect),
             "shapes": {name: list(x.shape) for name, x in layers.items()},
             "bytes": sum(x.untyped_storage().nbytes() for x in layers.values()),
         }
     llama = load_part(directory / "llama", mesh)
-    found["batch"] = sums_of(llama, parallel.collect, batch=1)
-    found["slots"] = slots_of(llama, parallel.collect)
-    found["bfloat16"] = sums_of(load_part(directory / "qwen3", mesh, dtype=torch.bfloat16), parallel.collect)
+    found["batch"] = sums_of(llama, tensor_parallel.collect, batch=1)
+    found["slots"] = slots_of(llama, tensor_parallel.collect)
+    found["bfloat16"] = sums_of(load_part(directory / "qwen3", mesh, dtype=torch.bfloat16), tensor_parallel.collect)
     found["logits"] = message(lambda: llama(torch.tensor([[1]])))
-    found["nan"] = message(lambda: sums_of(load_part(directory / "nan", mesh), parallel.collect))
+    found["nan"] = message(lambda: sums_of(load_part(directory / "nan", mesh), tensor_parallel.collect))
     for field, changes in INDIVISIBLE.items():
         config = replace(read_config(directory / "llama"), **changes)
-        found[field] = message(lambda config=config: parallel.load_parallel("nowhere", config, None, mesh=mesh))
+        found[field] = message(lambda config=config: tensor_parallel.load_parallel("nowhere", config, None, mesh=mesh))
     found["other checkpoint"] = message(lambda: load_part(directory / ("seed" if rank else "llama"), mesh))
     found["missing"] = message(lambda: load_part(directory / ("missing" if rank else "llama"), mesh))
-    found["other prompts"] = message(lambda: sums_of(llama, parallel.collect, batch=1 + rank))
+    found["other prompts"] = message(lambda: sums_of(llama, tensor_parallel.collect, batch=1 + rank))
     if sys.platform == "linux":
         found["large"] = load_large(directory / "large", mesh)
 
-    whole = parallel.forward
+    whole = tensor_parallel.forward
 
     def infinite_on_the_last_rank(transformer, packed, past, sums, **options):
         after = whole(transformer, packed, past, sums, **options)
@@ -116,16 +116,18 @@ def run_rank(directory: Path):
             sums.act_sum[1, 0, 5] = torch.inf
         return after
 
-    parallel.forward = infinite_on_the_last_rank
-    found["infinite"] = message(lambda: sums_of(llama, parallel.collect))
+    tensor_parallel.forward = infinite_on_the_last_rank
+    found["infinite"] = message(lambda: sums_of(llama, tensor_parallel.collect))
 
     def out_of_memory_on_the_last_rank(transformer, packed, past, sums, **options):
         if rank == n_ranks - 1 and past is not None:
             raise torch.OutOfMemoryError("CUDA out of memory")
         return whole(transformer, packed, past, sums, **options)
 
-    parallel.forward = out_of_memory_on_the_last_rank
-    found["out of memory"] = message(lambda: sums_of(llama, parallel.collect))  # the others know when this one ends
+    tensor_parallel.forward = out_of_memory_on_the_last_rank
+    found["out of memory"] = message(
+        lambda: sums_of(llama, tensor_parallel.collect)
+    )  # the others know when this one ends
     torch.save(found, directory / f"{n_ranks}-{rank}.pt")
 
 
@@ -137,7 +139,9 @@ INDIVISIBLE = {
 
 
 def load_part(directory, mesh, **options):
-    return parallel.load_parallel(directory, read_config(directory), open_checkpoint(directory), mesh=mesh, **options)
+    return tensor_parallel.load_parallel(
+        directory, read_config(directory), open_checkpoint(directory), mesh=mesh, **options
+    )
 
 
 def message(call):
@@ -153,7 +157,7 @@ def load_large(directory, mesh):
     config, checkpoint = read_config(directory), open_checkpoint(directory)
     Path("/proc/self/clear_refs").write_text("5")  # the peak starts again from here
     before = usage()
-    parallel._load(directory, config, checkpoint, mesh, torch.float32, "cpu")
+    tensor_parallel._load(directory, config, checkpoint, mesh, torch.float32, "cpu")
     return {name: after - before[name] for name, after in usage().items()}
 
 
@@ -321,9 +325,9 @@ def test_out_of_memory_of_one_rank_ends_all(ranks):
 def test_the_mesh_is_torchruns(monkeypatch):
     monkeypatch.delenv("RANK", raising=False)
     with pytest.raises(InputError, match="RANK: is not set: tensor parallelism is started with torchrun"):
-        parallel.open_mesh("cpu")
+        tensor_parallel.open_mesh("cpu")
     with pytest.raises(InputError, match="device: tensor parallelism runs on cpu and cuda, got mps"):
-        parallel.open_mesh("mps")
+        tensor_parallel.open_mesh("mps")
 
 
 if __name__ == "__main__":

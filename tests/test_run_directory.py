@@ -15,9 +15,9 @@ import pytest
 import torch
 
 from cna_kernels import InputError
-from cna_kernels.model import run_directory
 from cna_kernels.model.cli import main
-from cna_kernels.model.run_directory import RunDirectory, Worker
+from cna_kernels.model.discovery import run_directory
+from cna_kernels.model.discovery.run_directory import RunDirectory, Worker
 from tiny import write_language_model
 
 pytest.importorskip("transformers")
@@ -73,7 +73,7 @@ def test_a_run_gives_the_circuit_of_a_plain_discovery(files, finished, tmp_path,
 def test_merging_again_changes_nothing_and_other_settings_need_no_new_pass(files, finished, tmp_path, monkeypatch):
     run = tmp_path / "run"
     shutil.copytree(finished[0], run)
-    monkeypatch.setattr("cna_kernels.model.collect.forward", None)  # nothing may run
+    monkeypatch.setattr("cna_kernels.model.discovery.collect.forward", None)  # nothing may run
     assert main(command(files, tmp_path / "again.json", "--run-dir", run)) == 0
     assert (tmp_path / "again.json").read_bytes() == finished[1]
     assert (
@@ -218,7 +218,7 @@ def test_foreign_parts_are_refused_before_the_work(files, finished, tmp_path, ca
     parts = sorted((run / "parts").iterdir())
     parts[4].unlink()
     parts[7].write_bytes(b"")
-    monkeypatch.setattr("cna_kernels.model.collect.forward", None)  # nothing may run
+    monkeypatch.setattr("cna_kernels.model.discovery.collect.forward", None)  # nothing may run
     assert main(command(files, tmp_path / "c.json", "--run-dir", run)) == 2
     assert "000007.safetensors: is no part of a run" in capsys.readouterr().err
 
@@ -461,7 +461,7 @@ def test_torchrun_needs_a_run_directory(files, tmp_path, capsys, monkeypatch):
 
 def test_sigterm_ends_like_ctrl_c(files, tmp_path):
     program = (
-        "import sys, time, cna_kernels.model.collect as collect\n"
+        "import sys, time, cna_kernels.model.discovery.collect as collect\n"
         "from cna_kernels.model.cli import main\n"
         "whole = collect.forward\n"
         "def slow(*a, **k):\n    print('running', flush=True); time.sleep(0.2); return whole(*a, **k)\n"

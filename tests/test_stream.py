@@ -10,12 +10,14 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from cna_kernels import ActivationSums, InputError
-from cna_kernels.model import collect, load, stream
+from cna_kernels.model import load
 from cna_kernels.model.checkpoint.config import read_config
 from cna_kernels.model.checkpoint.load import load_transformer
 from cna_kernels.model.checkpoint.safetensors_file import open_checkpoint
-from cna_kernels.model.packing import TokenPrompt
-from cna_kernels.model.stream import StreamedTransformer
+from cna_kernels.model.discovery import collect
+from cna_kernels.model.discovery import streamed as module
+from cna_kernels.model.discovery.packing import TokenPrompt
+from cna_kernels.model.discovery.streamed import StreamedTransformer
 from test_packing import ragged
 from tiny import VARIANTS, write_checkpoint, write_language_model
 
@@ -31,11 +33,11 @@ def test_streamed_sums_are_the_resident_ones(variant, spilled, tmp_path, monkeyp
     resident = load_transformer(tmp_path, config, checkpoint)
     streamed = StreamedTransformer(tmp_path, config, checkpoint, spill=tmp_path)
     if spilled:
-        monkeypatch.setattr(stream, "HIDDEN_BYTES", 0)
+        monkeypatch.setattr(module, "HIDDEN_BYTES", 0)
     prompts = [TokenPrompt(ids, "p", 1 + len(ids) % 3) for ids in ragged(30, list(range(5, 17)))]
     weights = torch.rand(30, 4, generator=torch.Generator().manual_seed(1))
     found = []
-    for transformer, run in ((resident, collect.collect), (streamed, stream.collect)):
+    for transformer, run in ((resident, collect.collect), (streamed, module.collect)):
         sums = ActivationSums(3, 48, 4, squares=True)
         seen = []
         run(transformer, prompts, weights, sums, max_tokens=50, progress=lambda *counts, seen=seen: seen.append(counts))
@@ -73,7 +75,7 @@ def test_non_finite_activations_name_the_prompt(tmp_path):
 
 
 def test_a_disk_without_room_is_named(tmp_path, monkeypatch):
-    monkeypatch.setattr(stream, "HIDDEN_BYTES", 0)
+    monkeypatch.setattr(module, "HIDDEN_BYTES", 0)
 
     def full(*_):
         raise OSError(28, "No space left on device")

@@ -6,8 +6,8 @@ import torch
 from cna_kernels.model.checkpoint.config import read_config
 from cna_kernels.model.checkpoint.load import load_transformer
 from cna_kernels.model.checkpoint.safetensors_file import open_checkpoint
+from cna_kernels.model.discovery.packing import TokenPrompt
 from cna_kernels.model.generate import generate
-from cna_kernels.model.packing import TokenPrompt
 from tiny import write_checkpoint
 
 pytest.importorskip("transformers")

@@ -9,9 +9,9 @@ from torch import Tensor
 
 from cna_kernels.circuit import Circuit
 
+from ..discovery.packing import TokenPrompt
 from ..language_model import LanguageModel
 from ..metrics import KINDS, Refusals, kind_of, share
-from ..packing import TokenPrompt
 from . import rivals
 from .answers import answer_all
 from .interventions import UNSTEERED, Interventions, Method, Setting

@@ -7,10 +7,10 @@ from dataclasses import dataclass
 
 from cna_kernels.checks import InputError
 
+from ..discovery.packing import TokenPrompt
 from ..generate import generate
 from ..language_model import LanguageModel
 from ..memory import in_halves, memory_of
-from ..packing import TokenPrompt
 from .interventions import Interventions
 from .store import Store
 

@@ -20,10 +20,10 @@ from cna_kernels.circuit import Circuit
 from cna_kernels.files import FilePath, sha256, write_text
 
 from .. import directions
-from ..collect import check_length
+from ..discovery.collect import check_length
+from ..discovery.packing import TokenPrompt
 from ..language_model import LanguageModel
 from ..metrics import KINDS, kind_of, mean, ngram_quality, share
-from ..packing import TokenPrompt
 from . import alternatives, rivals
 from .answers import Answer, answer_all
 from .interventions import UNSTEERED, Interventions, Method, Setting

@@ -18,9 +18,9 @@ from tqdm import tqdm
 from cna_kernels.checks import InputError
 
 from ..console import load_circuit
+from ..discovery.packing import TokenPrompt
 from ..generate import Sampling, generate
 from ..language_model import load
-from ..packing import TokenPrompt
 from .interventions import UNSTEERED, Interventions, Method, Setting
 from .likelihood import each_logits
 

@@ -19,12 +19,12 @@ from cna_kernels.circuit import Circuit
 from cna_kernels.sums import ActivationSums
 
 from .. import directions
-from ..collect import collect
 from ..directions import Direction
+from ..discovery.collect import collect
+from ..discovery.packing import TokenPrompt
 from ..gradient import relevance
 from ..language_model import LanguageModel
 from ..metrics import Refusals, kind_of
-from ..packing import TokenPrompt
 from .answers import answer_all
 from .interventions import UNSTEERED, Interventions, Method, Setting
 from .likelihood import each_logits

@@ -15,7 +15,7 @@ from pathlib import Path
 from cna_kernels.checks import InputError
 from cna_kernels.files import make_directory, read_json, write_text
 
-from ..run_directory import first_difference
+from ..discovery.run_directory import first_difference
 
 try:
     import fcntl

@@ -12,10 +12,10 @@ from torch import Tensor
 from cna_kernels.checks import InputError
 from cna_kernels.sums import ActivationSums, NonFiniteActivation
 
-from .memory import is_out_of_memory
+from ..memory import is_out_of_memory
+from ..transformer import Transformer
 from .packed import Packed, Past, run_layer
 from .packing import Group, TokenPrompt, group_by_prefix, packs_of
-from .transformer import Transformer
 
 Progress = Callable[[int, int], None]  # prompts and tokens of a pack that is done
 DEFAULT_TOKENS = {"cpu": 512, "cuda": 32768}  # of one pack, by device

@@ -31,14 +31,14 @@ from cna_kernels.checks import InputError
 from cna_kernels.files import sha256
 from cna_kernels.sums import ActivationSums, NonFiniteActivation
 
-from .checkpoint.config import DTYPES, ModelConfig
-from .checkpoint.load import check_entries, check_memory, expected_shapes
-from .checkpoint.safetensors_file import Checkpoint, TensorEntry
+from ..checkpoint.config import DTYPES, ModelConfig
+from ..checkpoint.load import check_entries, check_memory, expected_shapes
+from ..checkpoint.safetensors_file import Checkpoint, TensorEntry
+from ..memory import is_out_of_memory
+from ..transformer import Transformer
 from .collect import Progress, check_length, default_tokens, forward, pack_prefix, pack_prompts, shared_prefixes
-from .memory import is_out_of_memory
 from .packed import Packed, Past
 from .packing import TokenPrompt, packs_of
-from .transformer import Transformer
 
 BACKENDS = {"cpu": "gloo", "cuda": "nccl"}
 TIMEOUT = timedelta(minutes=5)  # of a rank for the others; they differ by what reading and compiling take

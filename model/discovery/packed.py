@@ -16,9 +16,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..rope import RotaryEmbedding
+from ..transformer import Layer
 from .packing import spans_of
-from .rope import RotaryEmbedding
-from .transformer import Layer
 
 Past = tuple[Tensor, Tensor]  # keys and values of a prefix in one layer, [1, KV heads, P, D]
 KEY_BYTES, VARLEN_BYTES = 32 << 20, 1 << 30  # of keys and values, prefixes included, that one attention call gets

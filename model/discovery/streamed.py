@@ -18,15 +18,15 @@ from torch import Tensor
 from cna_kernels.checks import InputError
 from cna_kernels.sums import ActivationSums, NonFiniteActivation
 
-from .checkpoint.config import DTYPES, ModelConfig
-from .checkpoint.load import check_entries, load_layer
-from .checkpoint.safetensors_file import Checkpoint
+from ..checkpoint.config import DTYPES, ModelConfig
+from ..checkpoint.load import check_entries, load_layer
+from ..checkpoint.safetensors_file import Checkpoint
+from ..memory import is_out_of_memory
+from ..rope import RotaryEmbedding
+from ..transformer import Layer
 from .collect import Progress, check_length, default_tokens, pack_prefix, pack_prompts, shared_prefixes
-from .memory import is_out_of_memory
 from .packed import Packed, run_layer
 from .packing import TokenPrompt, packs_of
-from .rope import RotaryEmbedding
-from .transformer import Layer
 
 HIDDEN_BYTES = 1 << 30  # hidden states that stay in memory; more go to a file
 

@@ -16,18 +16,19 @@ from cna_kernels.checks import InputError, one_line
 from cna_kernels.circuit import Circuit
 from cna_kernels.cpu import library
 
-from . import stream
-from .attribute import UNIVERSAL_FRACTION, Part, Pass, encode_ahead, run_unit
+from ..memory import memory_of
+from ..prompts.columns import Columns
+from ..prompts.corpus import UNIVERSAL, Contrast, Corpus
+from . import streamed
+from .circuits import Totals, check_counts, check_size, find_universal, select_circuit
 from .collect import collect, measure_tokens
-from .discover import Settings, Totals, check_counts, check_size, find_universal, select_circuit
-from .memory import memory_of
-from .prompts.columns import Columns
-from .prompts.corpus import UNIVERSAL, Contrast, Corpus
 from .run_directory import RunDirectory, Worker
-from .stream import StreamedTransformer
+from .settings import Settings
+from .streamed import StreamedTransformer
+from .units import UNIVERSAL_FRACTION, Part, Pass, encode_ahead, run_unit
 
 if TYPE_CHECKING:
-    from .language_model import LanguageModel
+    from ..language_model import LanguageModel
 
 Progress = Callable[[int, int, int], None]  # prompts done, prompts in all, tokens done
 
@@ -222,11 +223,11 @@ class Job:
     def _collect(self):
         """The forward passes for this kind of model."""
         if isinstance(self.model.transformer, StreamedTransformer):
-            return stream.collect
+            return streamed.collect
         if hasattr(self.model.transformer, "mesh"):
-            from . import parallel
+            from . import tensor_parallel
 
-            return parallel.collect
+            return tensor_parallel.collect
         return collect
 
     def _encode(self, entries):

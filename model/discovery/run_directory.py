@@ -29,8 +29,8 @@ from safetensors.torch import save
 from cna_kernels.checks import InputError
 from cna_kernels.files import Digest, make_directory, read_json, replaced, sha256
 
-from .attribute import Part, SlotSums
-from .prompts.corpus import Corpus, Unit
+from ..prompts.corpus import Corpus, Unit
+from .units import Part, SlotSums
 
 FORMAT = 1
 HEARTBEAT, STALE = 5.0, 60.0  # seconds between two touches of a claim, and after which silence another takes the unit

@@ -1,11 +1,10 @@
-"""Discovery: sums -> circuits. Settings, the universal filter, selection, and how stable a selection is."""
+"""Sums -> circuits: the universal filter, selection, and how stable a selection is."""
 
 from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass, fields, replace
-from typing import Any, Protocol
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -15,93 +14,10 @@ from cna_kernels.checks import InputError
 from cna_kernels.circuit import Circuit
 from cna_kernels.sums import ActivationSums
 
-from .attribute import POSITIONS, UNIVERSAL_FRACTION, SlotSums
-from .prompts.columns import Columns
-from .prompts.corpus import Contrast
-
-POSITION_TEXT = {"last": "last prompt token", "all": "all prompt tokens but the BOS", "answer": "all answer tokens"}
-
-
-@dataclass(frozen=True)
-class Settings:
-    """How to select. ``preset`` names where the values came from.
-
-    Attributes:
-        fraction: of all layers' neurons; ``top_k``, where given, wins.
-        score: one of select.SCORES.
-        skip_layers: layers whose neurons are not candidates.
-        universal: whether the universal filter runs.
-        universal_threshold: a neuron is universal when it is among the top 0.1% on this share of the neutral prompts.
-        double_bos: tokenise the rendered chat once more, which puts a second BOS in front for Llama.
-        round_means: round both means to the model's dtype before subtracting.
-        position: which tokens count: "last" of the prompt, "all" of the prompt but the BOS, or those of the "answer".
-            Every prompt counts the same: its tokens share its weight.
-        bootstrap: replicates for the stability of the selection; ``seed`` draws them.
-        folds: parts for cross-validation.
-    """
-
-    fraction: float | None = 0.001
-    top_k: int | None = None
-    score: str = "abs-delta"
-    skip_layers: tuple[int, ...] = ()
-    universal: bool = True
-    universal_threshold: float = 0.8
-    double_bos: bool = False
-    round_means: bool = False
-    position: str = "last"
-    bootstrap: int = 0
-    folds: int = 0
-    seed: int = 0
-    preset: str | None = None
-
-
-PRESETS = {
-    # arXiv 2605.12290: 0.1% of all neurons by abs(delta), universal neurons left out
-    "paper": Settings(preset="paper"),
-    # the authors' public code, API default: 200 neurons, no filter, no neurons of layers 0 and 1
-    "ref-code": Settings(
-        fraction=None, top_k=200, skip_layers=(0, 1), universal=False, double_bos=True, round_means=True,
-        preset="ref-code",
-    ),
-}  # fmt: skip
-
-
-def settings_from(preset: str | None = None, **changes: Any) -> Settings:
-    """Return the preset (default: paper) with the given changes; a change of None keeps the preset's value.
-
-    Raises:
-        InputError: a value is out of range.
-    """
-    if preset is not None and preset not in PRESETS:
-        raise InputError("preset", f"expected one of {', '.join(PRESETS)}, got {preset!r}")
-    changes = {name: value for name, value in changes.items() if value is not None}
-    unknown = set(changes) - {field.name for field in fields(Settings)}
-    if unknown:
-        raise TypeError(f"unknown settings: {', '.join(sorted(unknown))}")
-    if "skip_layers" in changes:
-        changes["skip_layers"] = tuple(changes["skip_layers"])
-    if "fraction" in changes and "top_k" not in changes:
-        changes["top_k"] = None
-    settings = replace(PRESETS[preset or "paper"], **changes)
-    if changes:
-        settings = replace(settings, preset=f"{preset} (changed)" if preset else None)
-    elif preset is None:
-        settings = replace(settings, preset="paper")
-    if settings.score not in select.SCORES:
-        raise InputError("score", f"expected one of {', '.join(select.SCORES)}, got {settings.score!r}")
-    if not 0 < settings.universal_threshold <= 1:
-        raise InputError("universal_threshold", f"expected above 0 and at most 1, got {settings.universal_threshold}")
-    if settings.position not in POSITIONS:
-        raise InputError("position", f"expected one of {', '.join(POSITIONS)}, got {settings.position!r}")
-    if settings.bootstrap == 1 or not 0 <= settings.bootstrap <= 10_000:
-        raise InputError("bootstrap", f"expected 2 to 10000 replicates, or 0 for none, got {settings.bootstrap}")
-    if settings.score == "cohen-d" and settings.position != "last":
-        raise InputError("score", "cohen-d compares prompts, and is for position 'last' only")
-    if settings.folds and not 2 <= settings.folds <= 1000:
-        raise InputError("folds", f"expected 2 to 1000, got {settings.folds}")
-    if not 0 <= settings.seed < 1 << 63:
-        raise InputError("seed", f"expected 0 to 2**63 - 1, got {settings.seed}")
-    return settings
+from ..prompts.columns import Columns
+from ..prompts.corpus import Contrast
+from .settings import POSITION_TEXT, Settings
+from .units import UNIVERSAL_FRACTION, SlotSums
 
 
 class Totals(Protocol):

@@ -15,12 +15,12 @@ from cna_kernels.checks import InputError
 from cna_kernels.files import write_bytes
 from cna_kernels.sums import ActivationSums, slot_variance
 
+from ..prompts.columns import Columns
+from ..prompts.corpus import Entry
+from ..transformer import Transformer
 from .collect import check_length, collect
 from .packing import TokenPrompt
-from .prompts.columns import Columns
-from .prompts.corpus import Entry
-from .stream import StreamedTransformer
-from .transformer import Transformer
+from .streamed import StreamedTransformer
 
 UNIVERSAL_FRACTION = 0.001  # of all neurons, by magnitude, on one prompt
 POSITIONS = ("last", "all", "answer")
@@ -151,7 +151,7 @@ def run_unit(
         first: the number of the first entry in the corpus.
         skip_bad: leave out prompts that are too long for the model, instead of an error.
         progress: called with the (prompts, tokens) of every pack.
-        collect: the forward passes; ``stream.collect`` reads the model layer by layer.
+        collect: the forward passes; ``streamed.collect`` reads the model layer by layer.
     """
     config = transformer.config
     n_layers, n_neurons = config.num_hidden_layers, config.intermediate_size

@@ -12,18 +12,18 @@ import torch
 from cna_kernels import ActivationSums
 from cna_kernels.checks import InputError
 
-from .checkpoint.config import DTYPES, read_config
-from .checkpoint.load import check_entries, expected_shapes, layer_size
-from .checkpoint.safetensors_file import open_checkpoint
+from ..checkpoint.config import DTYPES, read_config
+from ..checkpoint.load import check_entries, expected_shapes, layer_size
+from ..checkpoint.safetensors_file import open_checkpoint
+from ..memory import usable_device
+from ..prompts.corpus import STREAMED_UNITS, UNIT_BYTES, UNIT_PROMPTS
+from ..rope import RotaryEmbedding
+from ..text.tokenizer import Tokenizer
+from ..transformer import Layer
 from .collect import default_tokens, pack_prompts
-from .memory import usable_device
 from .packed import run_layer
 from .packing import TokenPrompt, group_by_prefix, plan_packs
-from .prompts.corpus import STREAMED_UNITS, UNIT_BYTES, UNIT_PROMPTS
-from .rope import RotaryEmbedding
-from .stream import HIDDEN_BYTES
-from .text.tokenizer import Tokenizer
-from .transformer import Layer
+from .streamed import HIDDEN_BYTES
 
 SAMPLE = 1000  # prompts that are tokenised
 PROBE_BYTES = 256 << 20  # of the checkpoint that are read

@@ -1,0 +1,1 @@
+"""Discovery: prompts in packs through the layers, sums that stream, runs that survive, circuits."""
