@@ -15,8 +15,8 @@ import pdoc.render
 
 ROOT = Path(__file__).resolve().parent.parent
 CORE = "ops reference sums select circuit steering engine backends checks"
-MODEL = "language_model prompts.files discovery.settings generate checkpoint.export metrics directions"
-MODEL += " evaluation.plan evaluation.evaluate"
+MODEL = "language_model prompts.files discovery.settings generate checkpoint.export"
+MODEL += " evaluation.plan evaluation.evaluate evaluation.metrics evaluation.directions"
 MODULES = ["cna_kernels", "cna_kernels.model"]
 MODULES += [f"cna_kernels.{name}" for name in CORE.split()] + [f"cna_kernels.model.{name}" for name in MODEL.split()]
 DOCUMENTS = {"README": "README.md"} | {f"docs.{path.stem}": path for path in sorted(ROOT.glob("docs/*.md"))}

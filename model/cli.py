@@ -240,7 +240,7 @@ def _evaluation(commands, name):
     """The flags of cna eval; cna sweep has those that need no more than two prompt files."""
     whole = name == "eval"
     if whole:
-        summary = "refusal, quality, likelihood and multiple choice at several strengths, beside controls and rivals"
+        summary = "refusal, quality, likelihood and multiple choice at several strengths, beside controls and baselines"
         examples = (
             "cna eval path/to/model -c circuit.json --harmful harmful.csv --benign benign.csv --column Goal \\\n"
             "      --positive refused.txt --negative answered.txt --mmlu mmlu/ --methods all -o results/"
@@ -287,8 +287,8 @@ def _evaluation_flags(parser, *, needs_output):
 
 def _rivals(parser):
     """The flags of cna eval alone."""
-    parser.add_argument("--positive", metavar="FILE", help="discovery prompts, for the rivals")
-    parser.add_argument("--negative", metavar="FILE", help="discovery prompts, for the rivals")
+    parser.add_argument("--positive", metavar="FILE", help="discovery prompts, for the baselines")
+    parser.add_argument("--negative", metavar="FILE", help="discovery prompts, for the baselines")
     parser.add_argument(
         "--methods",
         metavar="A,B",

@@ -23,10 +23,10 @@ from .console import (
     stdout,
 )
 from .evaluation import compare, evaluate, report
+from .evaluation.metrics import Refusals
 from .evaluation.multiple_choice import read_exam
 from .evaluation.plan import METHODS, Plan
 from .language_model import load
-from .metrics import Refusals
 from .prompts.files import PromptSet, neutral_prompts, read_prompts
 
 

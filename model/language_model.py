@@ -28,8 +28,8 @@ from .discovery.job import Job, Progress
 from .discovery.packing import TokenPrompt
 from .discovery.settings import Settings, settings_from
 from .discovery.streamed import StreamedTransformer
+from .evaluation.relp import relevance
 from .generate import Sampling, generate
-from .gradient import relevance
 from .memory import usable_device
 from .prompts.corpus import Contrast, Corpus, Entry, Names, two_sets
 from .prompts.files import PromptSet, neutral_prompts

@@ -102,8 +102,8 @@ def test_controls_and_competitors(demo):
     assert refused["unsteered", 1.0]["share"] == report["baseline"]["refusal"]
     assert refused["circuit", 0.0]["share"] == report["best"]["refusal"]
     # the circuit's interval lies below that of any random draw, of the best single neuron and of CAA as released
-    for rival in ("random 1", "random 2", "random 3", "single neuron", "caa-released"):
-        assert refused["circuit", 0.0]["high"] < refused[rival, 0.0]["low"]
+    for baseline in ("random 1", "random 2", "random 3", "single neuron", "caa-released"):
+        assert refused["circuit", 0.0]["high"] < refused[baseline, 0.0]["low"]
     assert refused["caa-released", 2.0]["share"] < 0.1, "with the right sign it is strong"
     assert rows["circuit", 0.0]["kl"]["mean"] < rows["caa", 0.0]["kl"]["mean"] / 10
     points = {(point["score"], point["k"]): point for point in report["evaluation"]["alternatives"]}

@@ -6,14 +6,14 @@ import pytest
 import torch
 
 from cna_kernels import InputError
-from cna_kernels.model import directions
 from cna_kernels.model.checkpoint.config import read_config
 from cna_kernels.model.checkpoint.load import load_transformer
 from cna_kernels.model.checkpoint.safetensors_file import open_checkpoint
-from cna_kernels.model.directions import Direction, DirectionTable
 from cna_kernels.model.discovery.packing import TokenPrompt
+from cna_kernels.model.evaluation import directions
+from cna_kernels.model.evaluation.directions import Direction, DirectionTable
+from cna_kernels.model.evaluation.relp import relevance
 from cna_kernels.model.generate import generate
-from cna_kernels.model.gradient import relevance
 from cna_kernels.model.prompts.files import PromptSet
 from cna_kernels.model.transformer import Steer
 from tiny import SHAPE, write_checkpoint

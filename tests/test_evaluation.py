@@ -13,10 +13,10 @@ from cna_kernels.model.evaluation.evaluate import Evaluation, evaluate, run_fact
 from cna_kernels.model.evaluation.interventions import UNSTEERED, Interventions, Method, Setting
 from cna_kernels.model.evaluation.judge import judge
 from cna_kernels.model.evaluation.likelihood import divergences, perplexities, perplexity, windows_of
+from cna_kernels.model.evaluation.metrics import Refusals
 from cna_kernels.model.evaluation.plan import Plan
 from cna_kernels.model.evaluation.store import Store
 from cna_kernels.model.generate import generate
-from cna_kernels.model.metrics import Refusals
 from cna_kernels.model.prompts.files import PromptSet
 from test_multiple_choice import write_mmlu
 from tiny import write_language_model
@@ -275,31 +275,30 @@ def test_alternatives_and_curves(model):
 
 def test_writing_all_neurons_is_the_released_caa(model):
     """Sufficiency ends where CAA as released begins: both add W_down @ delta to every layer."""
-    from cna_kernels.model import directions
-    from cna_kernels.model.evaluation import rivals
+    from cna_kernels.model.evaluation import baselines, directions
 
-    sides = rivals.Sides.split(model.encode(POSITIVE), model.encode(NEGATIVE))
-    found = rivals.Discovery.of(model, sides, torch.zeros(3, 48, dtype=torch.bool))
-    every = rivals.top_circuit("abs-delta", found.delta.abs(), found, found.delta.numel())
+    sides = baselines.Sides.split(model.encode(POSITIVE), model.encode(NEGATIVE))
+    found = baselines.Discovery.of(model, sides, torch.zeros(3, 48, dtype=torch.bool))
+    every = baselines.top_circuit("abs-delta", found.delta.abs(), found, found.delta.numel())
     released = directions.caa_as_released(found.difference)
-    written = rivals.written(model, every, found.delta)
+    written = baselines.written(model, every, found.delta)
     assert written.vectors.abs().max() > 0.05
     assert (written.vectors - released.vectors).abs().max() <= 1e-5
 
 
 def test_norms_and_first_tokens(model):
-    from cna_kernels.model.evaluation import rivals
+    from cna_kernels.model.evaluation import baselines
 
-    norms = rivals.down_norms(model)
+    norms = baselines.down_norms(model)
     weight = model.transformer.layers[1].mlp.down_proj.weight
     assert norms[1, 5] == pytest.approx(weight[:, 5].norm().item(), rel=1e-5)
-    sides = rivals.Sides.split(model.encode(POSITIVE), model.encode(NEGATIVE))
+    sides = baselines.Sides.split(model.encode(POSITIVE), model.encode(NEGATIVE))
     firsts = [
         [model(torch.tensor([prompt.ids]))[0, -1].argmax().item() for prompt in prompts]
         for prompts in (sides.positive, sides.negative)
     ]
     try:
-        targets, counterfactuals = rivals.first_tokens(model, sides)
+        targets, counterfactuals = baselines.first_tokens(model, sides)
     except InputError:
         assert sorted(set(firsts[0])) == sorted(set(firsts[1]))
         return

@@ -5,7 +5,7 @@ import statistics
 import pytest
 
 from cna_kernels import InputError
-from cna_kernels.model.metrics import Refusals, kind_of, mean, ngram_quality, share, share_equal, summarise
+from cna_kernels.model.evaluation.metrics import Refusals, kind_of, mean, ngram_quality, share, share_equal, summarise
 
 
 def test_quality_of_known_texts():

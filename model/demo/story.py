@@ -20,9 +20,9 @@ from cna_kernels.files import make_directory, write_text
 
 from ..evaluation import report as evaluation_report
 from ..evaluation.evaluate import evaluate
+from ..evaluation.metrics import Refusals, share_equal, summarise
 from ..evaluation.plan import METHODS, Plan
 from ..language_model import LanguageModel, load
-from ..metrics import Refusals, share_equal, summarise
 from ..prompts.files import PromptSet
 from . import world
 from .checkpoint import demo_checkpoint
@@ -197,7 +197,8 @@ class Story:
             curves=True,
             **{name: PromptSet.of(prompts, name) for name, prompts in sets.items()},
         )
-        self.report["evaluation"] = evaluate(self.instruct, circuit, plan, say=lambda text: self.say(f"rivals: {text}"))
+        say = lambda text: self.say(f"baselines: {text}")  # noqa: E731
+        self.report["evaluation"] = evaluate(self.instruct, circuit, plan, say=say)
 
     def _base_against_instruct(self):
         """The same rule on the base model: how far the circuits overlap, and what steering does to it."""

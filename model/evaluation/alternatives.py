@@ -11,10 +11,10 @@ from cna_kernels.circuit import Circuit
 
 from ..discovery.packing import TokenPrompt
 from ..language_model import LanguageModel
-from ..metrics import KINDS, Refusals, kind_of, share
-from . import rivals
+from . import baselines
 from .answers import answer_all
 from .interventions import UNSTEERED, Interventions, Method, Setting
+from .metrics import KINDS, Refusals, kind_of, share
 from .store import Store
 
 SCORES = ("abs-delta", "magnitude", "cohen-d", "norm-weighted", "relp")
@@ -32,7 +32,7 @@ def alternatives(
     model: LanguageModel,
     circuit: Circuit,
     ranked: dict[str, Tensor],
-    discovery: rivals.Discovery,
+    discovery: baselines.Discovery,
     prompts: dict[str, Sequence[TokenPrompt]],
     *,
     curves: bool,
@@ -45,7 +45,7 @@ def alternatives(
 
     Args:
         circuit: the one evaluated: its size, and what the others overlap with.
-        ranked: what each score ranks by, see ``rivals.rankings``.
+        ranked: what each score ranks by, see ``baselines.rankings``.
         prompts: "harmful" ones, for necessity: refusals with the neurons ablated. "benign" ones, for sufficiency:
             refusals with the neurons' contrast written to the residual stream.
         curves: at seven sizes, an eighth to eight times of the circuit's.
@@ -57,10 +57,10 @@ def alternatives(
     methods, points = [], []
     for name, score in ranked.items():
         for k in sizes:
-            other = rivals.top_circuit(name, score, discovery, k)
+            other = baselines.top_circuit(name, score, discovery, k)
             overlap = len(set(other.pairs) & set(circuit.pairs)) / max(min(k, circuit.k), 1)
             points.append({"score": name, "k": k, "overlap": overlap, "per_layer": other.per_layer()})
-            written = rivals.written(model, other, discovery.delta)
+            written = baselines.written(model, other, discovery.delta)
             methods += [Method(f"{name} {k}", "", other), Method(f"{name} {k} written", "", written, 1)]
     interventions = Interventions(model, [UNSTEERED, *(Setting(method, 0.0) for method in methods)])
     for name, first, what in (("harmful", 1, "necessity"), ("benign", 2, "sufficiency")):

@@ -16,7 +16,7 @@ from cna_kernels.circuit import Circuit
 from cna_kernels.files import make_directory, write_text
 
 from ..language_model import LanguageModel
-from . import report, rivals
+from . import baselines, report
 from .evaluate import evaluate
 from .plan import Plan
 
@@ -35,7 +35,7 @@ def compare(
 
     Args:
         models: two, by the names they have in the results.
-        plan: prompts and multipliers; its methods and rivals are not used.
+        plan: prompts and multipliers; its methods and baselines are not used.
         out: a directory for both evaluations, compare.json and compare.md; finished parts stay there.
         settings: of the discovery, as for ``LanguageModel.discover``.
 
@@ -77,7 +77,7 @@ def compare(
 
 def _contrast(model: LanguageModel, plan: Plan) -> Tensor:
     positive, negative = (model.encode(prompts, chat=plan.chat) for prompts in (plan.positive, plan.negative))
-    return select.contrast(rivals.contrast_sums(model, rivals.Sides(positive, negative, (), ())))
+    return select.contrast(baselines.contrast_sums(model, baselines.Sides(positive, negative, (), ())))
 
 
 def _where(circuit: Circuit) -> dict:

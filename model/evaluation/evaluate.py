@@ -19,16 +19,15 @@ from cna_kernels.checks import InputError
 from cna_kernels.circuit import Circuit
 from cna_kernels.files import FilePath, sha256, write_text
 
-from .. import directions
 from ..discovery.collect import check_length
 from ..discovery.packing import TokenPrompt
 from ..language_model import LanguageModel
-from ..metrics import KINDS, kind_of, mean, ngram_quality, share
-from . import alternatives, rivals
+from . import alternatives, baselines, directions
 from .answers import Answer, answer_all
 from .interventions import UNSTEERED, Interventions, Method, Setting
 from .judge import judge
 from .likelihood import divergences, perplexities, perplexity, windows_of
+from .metrics import KINDS, kind_of, mean, ngram_quality, share
 from .multiple_choice import by_likelihood, generation_prompts, likelihood_prompts, parse_letter
 from .plan import Plan
 from .store import Store
@@ -79,18 +78,18 @@ class Evaluation:
         self._discovery = None
         if "positive" in self._prompts and "negative" in self._prompts:
             say("discovery prompts")
-            sides = rivals.Sides.split(self._prompts["positive"], self._prompts["negative"])
-            self._discovery = rivals.Discovery.of(model, sides, self._universal())
+            sides = baselines.Sides.split(self._prompts["positive"], self._prompts["negative"])
+            self._discovery = baselines.Discovery.of(model, sides, self._universal())
         self._ranked = {}
         for name in alternatives.SCORES if plan.alternatives or plan.curves else ():
             with self._or_note(name):
-                self._ranked |= rivals.rankings(model, self._discovery, (name,))
+                self._ranked |= baselines.rankings(model, self._discovery, (name,))
         self.methods = [method for name in plan.methods for method in self._methods(name)]
         self.methods += [Method(name, f"{other.k} neurons", other) for name, other in plan.others.items()]
 
     @contextmanager
     def _or_note(self, name: str):
-        """Leave out a rival that these prompts do not allow, and say why in the results."""
+        """Leave out a baseline that these prompts do not allow, and say why in the results."""
         try:
             yield
         except InputError as error:
@@ -166,8 +165,8 @@ class Evaluation:
             return [Method(f"random {number}", about, draw) for number, draw in enumerate(draws, 1)]
         self.say(f"preparing {name}")
         if name == "activation":
-            score = rivals.rankings(model, found, (name,))[name]
-            top = rivals.top_circuit(name, score, found, circuit.k)
+            score = baselines.rankings(model, found, (name,))[name]
+            top = baselines.top_circuit(name, score, found, circuit.k)
             return [Method("top activation", "as many neurons, those that fire most", top)]
         if name == "caa-released":
             about = "mean difference of every layer's MLP output, added with sign +1 as published"
@@ -181,16 +180,16 @@ class Evaluation:
             return [Method(name, about, directions.feature(found.difference, layer, row))]
         if name == "neuron":
             with self._or_note("the single neuron"):
-                method, self.results["chosen"][name] = rivals.best_neuron(model, found, self.store)
+                method, self.results["chosen"][name] = baselines.best_neuron(model, found, self.store)
                 return [method]
             return []
-        method, self.results["chosen"][name] = rivals.best_direction(
+        method, self.results["chosen"][name] = baselines.best_direction(
             model, name, found, self._refuses, plan.rows, self.store
         )
         return [method]
 
     def _universal(self) -> Tensor:
-        """``[L, N]`` bool: what the circuit's discovery left out, so that rivals leave it out, too."""
+        """``[L, N]`` bool: what the circuit's discovery left out, so that baselines leave it out, too."""
         config = self.model.config
         excluded = torch.zeros(config.num_hidden_layers, config.intermediate_size, dtype=torch.bool)
         for layer, index in (self.circuit.universal or {}).get("excluded", []):

@@ -12,9 +12,9 @@ from dataclasses import dataclass
 from cna_kernels.circuit import Circuit
 from cna_kernels.steering import SteeringTable
 
-from ..directions import Direction, DirectionTable
 from ..language_model import LanguageModel
 from ..transformer import Steer
+from .directions import Direction, DirectionTable
 
 
 @dataclass(frozen=True)

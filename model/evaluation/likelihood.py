@@ -14,8 +14,8 @@ from cna_kernels.checks import InputError
 from ..generate import pad
 from ..language_model import LanguageModel
 from ..memory import in_halves
-from ..metrics import Z
 from .interventions import Interventions
+from .metrics import Z
 
 NUMBERS = 1 << 26  # logits that one forward pass may hold: 256 MiB of fp32
 TOKENS = 4096, 65536  # that one forward pass may have, on CPUs and on GPUs

@@ -10,8 +10,8 @@ from cna_kernels.circuit import Circuit
 from cna_kernels.files import sha256
 from cna_kernels.steering import check_multiplier
 
-from ..metrics import Refusals
 from ..prompts.files import PromptSet
+from .metrics import Refusals
 from .multiple_choice import Exam
 
 MULTIPLIERS = (1.0, 0.75, 0.5, 0.25, 0.0, 2.0)

@@ -18,16 +18,16 @@ from cna_kernels.checks import InputError
 from cna_kernels.circuit import Circuit
 from cna_kernels.sums import ActivationSums
 
-from .. import directions
-from ..directions import Direction
 from ..discovery.collect import collect
 from ..discovery.packing import TokenPrompt
-from ..gradient import relevance
 from ..language_model import LanguageModel
-from ..metrics import Refusals, kind_of
+from . import directions
 from .answers import answer_all
+from .directions import Direction
 from .interventions import UNSTEERED, Interventions, Method, Setting
 from .likelihood import each_logits
+from .metrics import Refusals, kind_of
+from .relp import relevance
 from .store import Store
 
 VALIDATION = 16  # prompts of each side set apart to choose with
@@ -72,7 +72,7 @@ class Discovery:
     Attributes:
         sums: activations of both sides, with squares, positive in column 0.
         delta: their contrast, fp64 ``[L, N]``.
-        excluded: ``[L, N]`` bool, neurons that no rival may choose either.
+        excluded: ``[L, N]`` bool, neurons that no baseline may choose either.
         difference: of the residual stream and of the MLPs' outputs, see ``directions.differences``.
     """
 

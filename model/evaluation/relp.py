@@ -17,9 +17,9 @@ from torch import Tensor, nn
 
 from cna_kernels.checks import InputError
 
-from .discovery.packing import TokenPrompt
-from .generate import pad
-from .transformer import MLP, Edit, RMSNorm, Steer, Transformer
+from ..discovery.packing import TokenPrompt
+from ..generate import pad
+from ..transformer import MLP, Edit, RMSNorm, Steer, Transformer
 
 BATCH = 16  # prompts whose activations are kept at once
 

@@ -20,9 +20,9 @@ from torch import Tensor
 from cna_kernels.checks import InputError
 from cna_kernels.files import FilePath
 
-from .discovery.packing import TokenPrompt
-from .generate import pad
-from .transformer import Edit, Steer, Transformer
+from ..discovery.packing import TokenPrompt
+from ..generate import pad
+from ..transformer import Edit, Steer, Transformer
 
 SITES = ("residual", "mlp", "writes")
 BATCH = 64  # prompts whose means are taken together
