@@ -19,7 +19,8 @@ MODEL = "language_model prompts.files discovery.settings generate checkpoint.exp
 MODEL += " evaluation.plan evaluation.evaluate evaluation.metrics evaluation.directions"
 MODULES = ["cna_kernels", "cna_kernels.model"]
 MODULES += [f"cna_kernels.{name}" for name in CORE.split()] + [f"cna_kernels.model.{name}" for name in MODEL.split()]
-DOCUMENTS = {"README": "README.md"} | {f"docs.{path.stem}": path for path in sorted(ROOT.glob("docs/*.md"))}
+DOCUMENTS = {name: f"{name}.md" for name in ("README", "CONTRIBUTING", "CHANGELOG")}
+DOCUMENTS |= {f"docs.{path.stem}": path for path in sorted(ROOT.glob("docs/*.md"))}
 
 
 def path_of(name: str) -> str:

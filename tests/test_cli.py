@@ -125,7 +125,7 @@ def test_text_from_a_circuit_file_is_no_markup(checkpoint, files, capsys):
 @pytest.mark.skipif(not os.path.exists("/dev/full"), reason="the system has no full device")
 def test_a_full_stdout_is_one_line(checkpoint):
     with open("/dev/full", "w") as full:
-        command = [sys.executable, "-m", "cna_kernels.model.cli", "doctor"]
+        command = [sys.executable, "-m", "cna_kernels.model", "doctor"]
         result = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True)
     assert result.returncode == 2 and result.stderr.count("\n") == 1 and "No space left" in result.stderr
 

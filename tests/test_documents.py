@@ -225,7 +225,7 @@ def test_blocks_run(document, place):
 
 # Blocks that show something instead.
 
-LAYOUT, ANSWERS, RECORDS = "cna_kernels/        the engine", "prompt: ", '{"prompt": '
+LAYOUT, ANSWERS, RECORDS = "cna_kernels/   the engine", "prompt: ", '{"prompt": '
 SHOWN = {
     block.text: block
     for document in DOCUMENTS
@@ -239,13 +239,17 @@ def shown(start):
     return text
 
 
-def test_layout_names_files_that_are_there():
-    named = re.findall(r"[\w*]+\.(?:py|h|cpp|c|f32|md)\b", shown(LAYOUT))
-    assert len(named) > 80
-    tops = [path for path in ROOT.iterdir() if path.is_dir() and not path.name.startswith((".", "build"))]
-    here = [*ROOT.glob("*.*"), *(path for top in tops for path in top.rglob("*.*"))]
-    missing = [name for name in set(named) if not any(path.match(name) for path in here)]
-    assert not missing
+def test_layout_names_folders_that_are_there():
+    lines = [re.match(r"( *)((?:[\w/]+/ *)+)", line) for line in shown(LAYOUT).splitlines()]
+    folders, parent = [], ""
+    for indent, names in (line.groups() for line in lines):
+        parent = parent if indent else names.split()[0]
+        folders += [parent + name if indent else name for name in names.split()]
+    assert len(folders) == 9 and all((ROOT / folder).is_dir() for folder in folders), folders
+
+
+def test_readme_is_short():
+    assert (ROOT / "README.md").read_text().count("\n") <= 180
 
 
 def test_answers_of_the_demonstration_are_the_right_ones():

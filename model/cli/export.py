@@ -6,9 +6,9 @@ from pathlib import Path
 
 from cna_kernels.checks import InputError
 
-from .checkpoint import export
+from ..checkpoint import export
+from ..language_model import load
 from .console import directory_of, load_circuit, multipliers_of, stdout
-from .language_model import load
 
 
 def run_export(args):

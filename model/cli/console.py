@@ -14,9 +14,9 @@ from cna_kernels.checks import InputError, one_line
 from cna_kernels.circuit import Circuit
 from cna_kernels.steering import check_multiplier
 
-from .demo.checkpoint import demo_checkpoint
-from .language_model import LanguageModel, load
-from .prompts.files import RECORD_FORMATS
+from ..demo.checkpoint import demo_checkpoint
+from ..language_model import LanguageModel, load
+from ..prompts.files import RECORD_FORMATS
 
 
 def load_model(args, **options) -> LanguageModel:

@@ -376,7 +376,7 @@ def main(argv: list[str] | None = None) -> int:
     if hasattr(sys.stdout, "reconfigure"):
         sys.stdout.reconfigure(errors="backslashreplace")  # an answer may hold what the terminal's encoding lacks
     try:
-        import_module("cna_kernels.model.commands").COMMANDS[args.command](args)
+        import_module("cna_kernels.model.cli.commands").COMMANDS[args.command](args)
         sys.stdout.flush()
         return 0
     except InputError as error:
@@ -404,7 +404,3 @@ def _with_signs(argv: list[str]) -> list[str]:
         else:
             joined.append(word)
     return joined
-
-
-if __name__ == "__main__":
-    sys.exit(main())

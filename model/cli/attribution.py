@@ -17,24 +17,12 @@ from cna_kernels.checks import InputError, one_line
 from cna_kernels.circuit import Circuit
 from cna_kernels.files import check_writable, make_directory
 
-from .console import (
-    cell,
-    check_column,
-    column_of,
-    device_of,
-    directory_of,
-    load_model,
-    print_json,
-    show_circuit,
-    stdout,
-)
-from .discovery.job import Job
-from .discovery.run_directory import RunDirectory
-from .discovery.settings import settings_from
-from .discovery.units import save_columns
-from .memory import usable_device
-from .meter import metered
-from .prompts.corpus import (
+from ..discovery.job import Job
+from ..discovery.run_directory import RunDirectory
+from ..discovery.settings import settings_from
+from ..discovery.units import save_columns
+from ..memory import usable_device
+from ..prompts.corpus import (
     NEGATIVE,
     POSITIVE,
     UNIVERSAL,
@@ -47,7 +35,19 @@ from .prompts.corpus import (
     two_sets,
     with_answers,
 )
-from .prompts.files import BadLines, iter_prompts, neutral_prompts
+from ..prompts.files import BadLines, iter_prompts, neutral_prompts
+from .console import (
+    cell,
+    check_column,
+    column_of,
+    device_of,
+    directory_of,
+    load_model,
+    print_json,
+    show_circuit,
+    stdout,
+)
+from .progress import metered
 
 
 def run_discover(args):
@@ -94,7 +94,7 @@ def run_discover(args):
             raise InputError(args.universal_contrasts, f"holds no pair of columns NAME{POSITIVE}, NAME{NEGATIVE}")
         options = dict(stream_layers=args.stream_layers, spill=args.spill or args.run_dir)
         if args.tensor_parallel:
-            from .discovery.tensor_parallel import open_mesh
+            from ..discovery.tensor_parallel import open_mesh
 
             options = dict(mesh=open_mesh(usable_device(device_of(args))))
         model = load_model(args, **options)
@@ -215,7 +215,7 @@ def _all_entries(args, settings, names, bad):
 
 
 def run_estimate(args):
-    from .discovery.estimate import estimate
+    from ..discovery.estimate import estimate
 
     check_column(args.column, args.prompts)
     found = estimate(

@@ -14,9 +14,8 @@ from cna_kernels import backends
 from cna_kernels.checks import InputError
 from cna_kernels.circuit import Circuit
 
-from .commands_attribution import run_discover, run_estimate, run_status
-from .commands_evaluation import run_compare, run_eval, run_lm_eval
-from .commands_export import run_export
+from ..prompts.files import PromptSet, read_prompts
+from .attribution import run_discover, run_estimate, run_status
 from .console import (
     cell,
     check_column,
@@ -28,11 +27,12 @@ from .console import (
     show_circuit,
     stdout,
 )
-from .prompts.files import PromptSet, read_prompts
+from .evaluation import run_compare, run_eval, run_lm_eval
+from .export import run_export
 
 
 def run_demo(args):
-    from .demo.story import tell
+    from ..demo.story import tell
 
     tell(args.out, stdout())
 

@@ -11,6 +11,12 @@ from rich.table import Table
 from cna_kernels.checks import InputError
 from cna_kernels.files import make_directory, read_text
 
+from ..evaluation import compare, evaluate, report
+from ..evaluation.metrics import Refusals
+from ..evaluation.multiple_choice import read_exam
+from ..evaluation.plan import METHODS, Plan
+from ..language_model import load
+from ..prompts.files import PromptSet, neutral_prompts, read_prompts
 from .console import (
     check_column,
     column_of,
@@ -22,12 +28,6 @@ from .console import (
     print_json,
     stdout,
 )
-from .evaluation import compare, evaluate, report
-from .evaluation.metrics import Refusals
-from .evaluation.multiple_choice import read_exam
-from .evaluation.plan import METHODS, Plan
-from .language_model import load
-from .prompts.files import PromptSet, neutral_prompts, read_prompts
 
 
 def run_eval(args):
@@ -80,7 +80,7 @@ def run_compare(args):
 
 def run_lm_eval(args):
     try:
-        from .evaluation.lm_eval_model import register
+        from ..evaluation.lm_eval_model import register
     except ImportError as error:
         if (error.name or "").split(".")[0] not in ("lm_eval", "tqdm"):
             raise

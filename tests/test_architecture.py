@@ -1,0 +1,103 @@
+"""docs/architecture.md against the repository: every file has its line, imports go one way, files stay short."""
+
+import ast
+import re
+import subprocess
+import sys
+from graphlib import CycleError, TopologicalSorter
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+PAGE = (ROOT / "docs" / "architecture.md").read_text()
+NOT_LISTED = re.compile(r"/\.|__init__\.py$|/data/|/checkpoints/|^bench/results/|py\.typed$")
+LONGEST = 400  # lines of a file of the package, but for those that are yet to be split
+TO_SPLIT = {
+    "cna_kernels/engine.py": 569,
+    "cna_kernels/sites.py": 493,
+    "cna_kernels/ops.py": 441,
+    "model/language_model.py": 468,
+    "model/discovery/run_directory.py": 468,
+    "model/evaluation/evaluate.py": 402,
+    "model/cli/parser.py": 406,
+}
+
+
+def tracked():
+    done = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=False)
+    if done.returncode:
+        pytest.skip("not a git checkout")
+    return [path for path in done.stdout.split() if (ROOT / path).exists()]
+
+
+def listed():
+    """The files that the page names, with their folders: "### model/text/" and the first cells of the table below."""
+    for section in re.split(r"^### ", PAGE, flags=re.MULTILINE)[1:]:
+        folder, _, table = section.partition("\n")
+        for cell in re.findall(r"^\| (`.*?) \|", table, flags=re.MULTILINE):
+            yield from (folder.strip() + name for name in re.findall(r"`([^`]+)`", cell))
+
+
+def test_every_file_has_its_line():
+    folders = ("cna_kernels/", "csrc/", "model/", "bench/")
+    here = sorted(path for path in tracked() if path.startswith(folders) and not NOT_LISTED.search(path))
+    assert sorted(listed()) == here
+
+
+def module_of(path):
+    name = path.removesuffix(".py").replace("/", ".").removesuffix(".__init__")
+    return "cna_kernels." + name if path.startswith("model") else name
+
+
+def imports_of(path, modules):
+    """The modules of the package that a file imports, wherever in the file; but for type checkers alone."""
+    own, tree = module_of(path), ast.parse((ROOT / path).read_text())
+    guarded = [node for node in ast.walk(tree) if isinstance(node, ast.If) and "TYPE_CHECKING" in ast.dump(node.test)]
+    skipped = {id(inner) for node in guarded for statement in node.body for inner in ast.walk(statement)}
+    for node in ast.walk(tree):
+        if id(node) in skipped:
+            continue
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names if alias.name in modules)
+        elif isinstance(node, ast.ImportFrom):
+            base = own if path.endswith("__init__.py") else own.rpartition(".")[0]
+            for _ in range(node.level - 1):
+                base = base.rpartition(".")[0]
+            base = ".".join(filter(None, [base if node.level else "", node.module]))
+            for alias in node.names:
+                name = f"{base}.{alias.name}"
+                if name in modules or base in modules:
+                    yield name if name in modules else base
+
+
+def graph():
+    paths = [path for path in tracked() if path.startswith(("cna_kernels/", "model/")) and path.endswith(".py")]
+    modules = {module_of(path) for path in paths}
+    return {module_of(path): {*imports_of(path, modules)} - {module_of(path)} for path in paths}
+
+
+def test_imports_go_one_way():
+    imports = graph()
+    assert len(imports) > 80 and "cna_kernels.checks" in imports["cna_kernels.model.checkpoint.load"]
+    try:
+        TopologicalSorter(imports).prepare()
+    except CycleError as error:
+        pytest.fail(f"a circle: {' <- '.join(error.args[1])}")
+    for name, used in imports.items():
+        if not name.startswith("cna_kernels.model"):
+            assert not [other for other in used if other.startswith("cna_kernels.model")], name
+
+
+def test_the_engine_alone_is_light():
+    """``import cna_kernels`` loads neither torch nor triton, and nothing of the model."""
+    code = "import sys, cna_kernels; print(*sorted({name.partition('.')[0] for name in sys.modules}))"
+    loaded = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split()
+    assert not {"torch", "triton", "numpy", "transformers", "jinja2", "rich", "matplotlib"} & {*loaded}
+
+
+def test_files_stay_short():
+    paths = [path for path in tracked() if path.startswith(("cna_kernels/", "model/")) and path.endswith(".py")]
+    lines = {path: len((ROOT / path).read_text().splitlines()) for path in paths}
+    assert {path: n for path, n in lines.items() if n > TO_SPLIT.get(path, LONGEST)} == {}
+    assert not [path for path in TO_SPLIT if lines.get(path, 0) <= LONGEST], "split: take it off the list"
