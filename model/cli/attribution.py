@@ -36,17 +36,8 @@ from ..prompts.corpus import (
     with_answers,
 )
 from ..prompts.files import BadLines, iter_prompts, neutral_prompts
-from .console import (
-    cell,
-    check_column,
-    column_of,
-    device_of,
-    directory_of,
-    load_model,
-    print_json,
-    show_circuit,
-    stdout,
-)
+from .arguments import check_column, column_of, device_of, directory_of, load_model
+from .console import cell, print_json, show_circuit, stdout
 from .progress import metered
 
 

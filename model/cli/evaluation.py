@@ -17,17 +17,8 @@ from ..evaluation.multiple_choice import read_exam
 from ..evaluation.plan import METHODS, Plan
 from ..language_model import load
 from ..prompts.files import PromptSet, neutral_prompts, read_prompts
-from .console import (
-    check_column,
-    column_of,
-    device_of,
-    directory_of,
-    load_circuit,
-    load_model,
-    multipliers_of,
-    print_json,
-    stdout,
-)
+from .arguments import check_column, column_of, device_of, directory_of, load_circuit, load_model, multipliers_of
+from .console import print_json, stdout
 
 
 def run_eval(args):
@@ -46,6 +37,9 @@ def run_eval(args):
     if args.output:
         names = "results.json, samples.jsonl, report.md and pictures"
         stdout().print(f"wrote {names} to {args.output}/", markup=False)
+
+
+run_sweep = run_eval  # its flags are a few of those
 
 
 def run_compare(args):

@@ -8,7 +8,8 @@ from cna_kernels.checks import InputError
 
 from ..checkpoint import export
 from ..language_model import load
-from .console import directory_of, load_circuit, multipliers_of, stdout
+from .arguments import directory_of, load_circuit, multipliers_of
+from .console import stdout
 
 
 def run_export(args):

@@ -1,4 +1,4 @@
-"""The command line. Parsing only: heavy imports live in commands.py, so that --help answers at once."""
+"""The command line. Parsing only: a command's module is imported on use, so that --help answers at once."""
 
 from __future__ import annotations
 
@@ -10,6 +10,10 @@ from importlib import import_module
 import cna_kernels
 from cna_kernels.checks import InputError, one_line
 
+# Where run_COMMAND is.
+MODULES = dict(demo="demo", show="show", run="run", export="export", doctor="doctor")
+MODULES |= dict.fromkeys(("discover", "estimate", "status"), "attribution")
+MODULES |= dict.fromkeys(("eval", "sweep", "compare", "lm-eval"), "evaluation")
 DTYPES = ["bfloat16", "float16", "float32"]
 MODEL_HELP = "checkpoint directory in Hugging Face layout; demo:instruct or demo:base for the bundled pair"
 
@@ -376,7 +380,8 @@ def main(argv: list[str] | None = None) -> int:
     if hasattr(sys.stdout, "reconfigure"):
         sys.stdout.reconfigure(errors="backslashreplace")  # an answer may hold what the terminal's encoding lacks
     try:
-        import_module("cna_kernels.model.cli.commands").COMMANDS[args.command](args)
+        run = f"run_{args.command.replace('-', '_')}"
+        getattr(import_module(f".{MODULES[args.command]}", __package__), run)(args)
         sys.stdout.flush()
         return 0
     except InputError as error:

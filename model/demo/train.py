@@ -266,7 +266,7 @@ def main(argv=None):
     train_base(out / "base", tokenizer, args.seed)
     train_instruct(out / "base", out / "instruct", tokenizer, args.seed, args.penalty)
 
-    from ..cli.commands import stdout
+    from ..cli.console import stdout
     from ..language_model import load
     from .report import print_report
     from .story import Story

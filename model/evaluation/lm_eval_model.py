@@ -17,7 +17,7 @@ from tqdm import tqdm
 
 from cna_kernels.checks import InputError
 
-from ..cli.console import load_circuit
+from ..cli.arguments import load_circuit
 from ..discovery.packing import TokenPrompt
 from ..generate import Sampling, generate
 from ..language_model import load

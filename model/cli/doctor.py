@@ -1,4 +1,4 @@
-"""What each command of the command line does. Results go to stdout, progress to stderr."""
+"""What `cna doctor` does: versions, devices, backends, and which kernels serve how many tokens."""
 
 from __future__ import annotations
 
@@ -12,79 +12,8 @@ from rich.table import Table
 import cna_kernels
 from cna_kernels import backends
 from cna_kernels.checks import InputError
-from cna_kernels.circuit import Circuit
 
-from ..prompts.files import PromptSet, read_prompts
-from .attribution import run_discover, run_estimate, run_status
-from .console import (
-    cell,
-    check_column,
-    column_of,
-    load_circuit,
-    load_model,
-    multipliers_of,
-    print_json,
-    show_circuit,
-    stdout,
-)
-from .evaluation import run_compare, run_eval, run_lm_eval
-from .export import run_export
-
-
-def run_demo(args):
-    from ..demo.story import tell
-
-    tell(args.out, stdout())
-
-
-def run_show(args):
-    show_circuit(Circuit.load(args.circuit), as_json=args.json)
-
-
-def run_run(args):
-    texts = list(args.prompt or [])
-    prompts = PromptSet.of(texts, "--prompt") if texts else None
-    if args.prompts:
-        check_column(args.column, args.prompts)
-        prompts = read_prompts(args.prompts, column=column_of(args, args.prompts), limit=args.limit)
-    if prompts is None or (texts and args.prompts):
-        raise InputError("prompts", "give either -p TEXT or --prompts FILE")
-    multipliers = multipliers_of(args.multiplier, "--multiplier")
-    model = load_model(args)
-    circuit = load_circuit(args.circuit, model, any_model=args.any_model) if args.circuit else None
-    # Every prompt once unsteered and once at each multiplier, all rows of the same batches.
-    columns = [None] if circuit is None else [None, *multipliers]
-    n_prompts = len(prompts)
-    rows = PromptSet(prompts.texts * len(columns), prompts.places * len(columns))
-    answers = model.generate(
-        rows,
-        circuit=None if circuit is None else [m if m is None else circuit for m in columns for _ in range(n_prompts)],
-        multiplier=0.0 if circuit is None else [m or 0.0 for m in columns for _ in range(n_prompts)],
-        max_new_tokens=args.max_new_tokens,
-        temperature=args.temperature,
-        top_k=args.sample_top_k,
-        top_p=args.top_p,
-        seed=[args.seed + number for _ in columns for number in range(n_prompts)],
-        chat=False if args.no_template else None,
-        batch=None if args.batch == "auto" else args.batch,
-    )
-    results = [
-        {
-            "prompt": text,
-            "answers": [{"multiplier": m, "text": answers[c * n_prompts + n]} for c, m in enumerate(columns)],
-        }
-        for n, text in enumerate(prompts.texts)
-    ]
-    if args.json:
-        print_json(results)
-        return
-    table = Table(show_lines=True)
-    table.add_column("prompt")
-    for m in columns:
-        table.add_column("unsteered" if m is None else f"m = {m:g}")
-    for result in results:
-        table.add_row(*[cell(text) for text in (result["prompt"], *(a["text"] for a in result["answers"]))])
-    stdout().print(table)
+from .console import print_json, stdout
 
 
 def run_doctor(args):
@@ -160,22 +89,6 @@ def _kernel_plans(cuda):
         for first, (name, reason) in ranges:
             facts[f"{op} on {where}, T >= {first}"] = f"{name}: {plan.PLANS[op][name]} ({reason})"
     return facts
-
-
-COMMANDS = {
-    "demo": run_demo,
-    "discover": run_discover,
-    "show": run_show,
-    "run": run_run,
-    "estimate": run_estimate,
-    "status": run_status,
-    "eval": run_eval,
-    "sweep": run_eval,
-    "compare": run_compare,
-    "export": run_export,
-    "lm-eval": run_lm_eval,
-    "doctor": run_doctor,
-}
 
 
 def _version(package):

@@ -1,0 +1,62 @@
+"""Arguments that mean the same to every command: a model, a circuit, multipliers, a column."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import torch
+
+from cna_kernels.checks import InputError
+from cna_kernels.circuit import Circuit
+from cna_kernels.steering import check_multiplier
+
+from ..demo.checkpoint import demo_checkpoint
+from ..language_model import LanguageModel, load
+from ..prompts.files import RECORD_FORMATS
+
+
+def load_model(args, **options) -> LanguageModel:
+    return load(directory_of(args.model), device=device_of(args), dtype=args.dtype, **options)
+
+
+def directory_of(model):
+    """The directory of MODEL; demo:NAME is a bundled one."""
+    if model.startswith("demo:") and not Path(model).exists():
+        return demo_checkpoint(model.removeprefix("demo:"))
+    return model
+
+
+def device_of(args) -> str:
+    """The device asked for; by default a GPU where there is one, under torchrun one for each worker."""
+    if args.device is not None:
+        return args.device
+    return f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if torch.cuda.is_available() else "cpu"
+
+
+def load_circuit(path, model: LanguageModel, *, any_model: bool) -> Circuit:
+    """The circuit of a file, checked against the model in hand."""
+    circuit = Circuit.load(path, n_layers=model.config.num_hidden_layers, n_neurons=model.config.intermediate_size)
+    model.check_circuit(circuit, path, any_model=any_model)
+    return circuit
+
+
+def multipliers_of(text: str, flag: str) -> list[float]:
+    """The numbers of "0,0.5,2"."""
+    try:
+        values = [float(part) for part in text.split(",")]
+    except ValueError:
+        raise InputError(flag, f"expected numbers such as 0,0.5,2, got {text!r}") from None
+    for value in values:
+        check_multiplier(value)
+    return values
+
+
+def column_of(args, path):
+    """--column is for the files that have columns; plain text beside them has none."""
+    return args.column if Path(path).suffix.lower() in RECORD_FORMATS else None
+
+
+def check_column(column, *paths):
+    if column is not None and not any(path and Path(path).suffix.lower() in RECORD_FORMATS for path in paths):
+        raise InputError("--column", f"is for {', '.join(RECORD_FORMATS)} files, and none is given")
