@@ -336,13 +336,16 @@ class Engine:
         Args:
             sums: one column for each of some unrelated prompts, as ``collect(torch.eye(n_prompts))`` gives.
             fraction: of the model's neurons, which are the largest.
-            threshold: the share of the columns that is most.
+            threshold: the share of the columns that is most. A column that counts nothing has no vote.
 
         Source: the universal filter of arXiv 2605.12290.
         """
         k = select.k_from_fraction(fraction, 1, sum(self.widths))
-        counts = select.count_top(sums.total.abs().cpu(), k)
-        return [tuple(pair) for pair in (counts >= max(threshold * len(sums.count) - 1e-9, 1)).nonzero().tolist()]
+        votes = (sums.count != 0).cpu()
+        if not votes.any():
+            raise InputError("sums", "no column counts a token, so there is nothing to find universal neurons in")
+        counts = select.count_top(sums.total.abs().cpu()[:, votes], k)
+        return [tuple(pair) for pair in (counts >= select.votes_needed(threshold, int(votes.sum()))).nonzero().tolist()]
 
     # Life.
 

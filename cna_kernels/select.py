@@ -75,9 +75,11 @@ def top_neurons(score: Tensor, k: int, excluded: Tensor | None = None) -> list[t
     if not 1 <= k <= available:
         raise InputError("top_k", f"expected 1 to {available}, the neurons that may be chosen, got {k}")
     flat = score.masked_fill(~candidates, -math.inf).flatten()
-    order = torch.sort(flat, descending=True, stable=True).indices[:k]
+    kth = torch.topk(flat, k, sorted=False).values.min()
+    enough = (flat >= kth).nonzero()[:, 0]  # k of them, or more where some are equal; in their order
+    order = torch.sort(flat[enough], descending=True, stable=True).indices[:k]
     n_neurons = score.shape[1]
-    return [divmod(place, n_neurons) for place in order.tolist()]
+    return [divmod(place, n_neurons) for place in enough[order].tolist()]
 
 
 def count_top(magnitude: Tensor, k: int) -> Tensor:
@@ -91,6 +93,11 @@ def count_top(magnitude: Tensor, k: int) -> Tensor:
         for layer, index in top_neurons(column, k):
             counts[layer, index] += 1
     return counts
+
+
+def votes_needed(threshold: float, n_votes: int) -> float:
+    """How many of ``n_votes`` a neuron needs to be universal: 0.8 of 35 is 28, in floating point a little more."""
+    return max(threshold * n_votes - 1e-9, 1)
 
 
 def mask_layers(n_layers: int, n_neurons: int, layers: Iterable[int]) -> Tensor:

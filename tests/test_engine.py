@@ -437,11 +437,17 @@ def test_universal_neurons():
     model = make("llama")
     engine = attach(model)
     sums = engine.new_sums(4)
+    sums.count[:] = 1
     for column, largest in enumerate([(5, 9), (5, 9), (5, 7), (8, 9)]):
         sums.total[1, column] = torch.arange(48) / 100
         sums.total[1, column, list(largest)] = torch.tensor([-6.0, 5.0], dtype=torch.float64)
     assert engine.universal(sums, fraction=2 / 144, threshold=0.75) == [(1, 5), (1, 9)]
     assert engine.universal(sums, fraction=2 / 144, threshold=0.8) == []
+    more = engine.new_sums(7)
+    more.total[:, [0, 2, 3, 6]], more.count[[0, 2, 3, 6]] = sums.total, 1
+    assert engine.universal(more, fraction=2 / 144, threshold=0.75) == [(1, 5), (1, 9)], "empty columns do not vote"
+    with pytest.raises(InputError, match="sums: no column counts a token"):
+        engine.universal(engine.new_sums(3))
 
 
 def test_selection_counts_only_neurons_that_are_there():

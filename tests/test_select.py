@@ -95,6 +95,17 @@ def test_ties_go_to_the_lowest_layer_then_index():
     assert select.top_neurons(score, 7) == expected
 
 
+@pytest.mark.parametrize("k", [1, 7, 60, 90])
+@pytest.mark.parametrize("distinct", [1, 5, 1000])
+def test_ranking_equals_a_stable_sort_of_everything(distinct, k):
+    generator = torch.Generator().manual_seed(k)
+    score = torch.randint(0, distinct, (4, 25), generator=generator).double() - distinct // 2
+    excluded = torch.rand(4, 25, generator=generator) < 0.05
+    free = [(-score[place].item(), place) for place in ((i, j) for i in range(4) for j in range(25))]
+    expected = [place for _, place in sorted(each for each in free if not excluded[each[1]])][:k]
+    assert select.top_neurons(score, k, excluded) == expected
+
+
 def test_excluded_neurons_are_filtered_before_k_is_taken():
     score = torch.arange(20.0).double().view(2, 10)
     excluded = torch.zeros(2, 10, dtype=torch.bool)

@@ -76,8 +76,7 @@ def find_universal(
         delta = select.contrast(_pair(totals.slot(contrast.positive), totals.slot(contrast.negative)))
         counts += select.count_top(delta.abs()[:, None], k)
         n_votes += 1
-    # 0.8 of 35 prompts is 28, in floating point a little more
-    return counts >= max(threshold * n_votes - 1e-9, 1), n_votes
+    return counts >= select.votes_needed(threshold, n_votes), n_votes
 
 
 def select_circuit(
