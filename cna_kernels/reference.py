@@ -6,7 +6,7 @@
     y              = (act * scale[row_circuit[t]]) @ w_down^T
 
 Three rounding points are part of the definition. Sums read ``act`` as ``down_proj`` reads it, so they equal what
-a hook on the input of ``down_proj`` would collect, and the three ops agree on them. The product with a scale is
+a hook on the input of ``down_proj`` would collect, and all ops agree on them. The product with a scale is
 computed in fp32 from the rounded ``act`` and rounded again, as a hook that multiplies would do. Hugging Face eager
 rounds silu(gate) before the product with up; here it stays in fp32.
 

@@ -1,4 +1,4 @@
-// The four operations from the vectors (vec_*.h) and the FEW_* constants of a level. Included inside its namespace.
+// The operations of cna.h from the vectors (vec_*.h) and the FEW_* constants of a level. Included inside its namespace.
 #include "act.h"
 
 #include "dot.h"

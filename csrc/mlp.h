@@ -1,4 +1,4 @@
-// The five operations, put together from dot.h (few tokens), panel.h (many tokens) and act.h.
+// The operations of cna.h, put together from dot.h (few tokens), panel.h (many tokens) and act.h.
 // Included inside a level's namespace.
 
 constexpr int64_t CHUNK = 256;      // tokens that go through the whole MLP together, so that act stays in cache

@@ -21,7 +21,7 @@ from .units import UNIVERSAL_FRACTION, SlotSums
 
 
 class Totals(Protocol):
-    """The merged sums of a run: an ``attribute.Part``, or a run directory's ``MergedParts``."""
+    """The merged sums of a run: a ``units.Part``, or a run directory's ``MergedParts``."""
 
     universal: Tensor | None
     n_universal: int

@@ -1,7 +1,7 @@
 """The forward pass of a pack: tokens of many prompts in one row, each prompt looking at itself and at a shared prefix.
 
 Everything but attention works on ``[1, T, H]``, whatever the lengths. Attention uses PyTorch's flash kernel for
-sequences of varying length where the device has it (untried: no GPU was at hand). Elsewhere it goes span by span:
+sequences of varying length where the device has it (not run yet: ``tests/test_cuda_model.py`` needs a GPU). Elsewhere it goes span by span:
 prompts of one length are one batch without padding, views of the packed tensors.
 """
 
@@ -31,7 +31,6 @@ class Packed:
         ids: ``[T]`` int64, the own tokens of each prompt, without the prefix.
         rows: ``[R]`` int64, the tokens that sums count.
         weight: ``[R, C]`` fp32, how much each of those counts in each column.
-        last: the tap of the last layer, where only ``rows`` go through attention output and MLP.
     """
 
     def __init__(self, ids: Sequence[list[int]], counted: Sequence[int], weight: Tensor, *, prefix: int, device):
