@@ -106,13 +106,14 @@ def first_window(catalogue):
     return [
         Stage("the card, its ceilings, and the tools", [job("ceilings")]),
         Stage("values of default plans, tests of launches, compilation", [], 70, (
-            "tests/test_cuda.py:", *value_tests(catalogue), "tests/test_cuda_model.py:",
+            "tests/test_cuda.py:", *value_tests(catalogue),
         )),
         Stage("default plans, 8B", rows),
         Stage("default plans, 1B", mlp_jobs(catalogue, B1, (1, 8, 64), (512, 4096))),
         Stage("down_proj with a live table of 64 circuits", [
             job("table", B8, T, plan=default_plan(catalogue, "down_proj", B8, T)) for T in (128, 256)
         ]),
+        Stage("the package's own model", [], 35, ("tests/test_cuda_model.py:",)),
         Stage("a transformers model, steered", [job("generate", B8, 1), job("generate", B8, 32, seconds=12)]),
         Stage("Inductor as rival", [
             job("compiled", B8, 1), job("compiled", B8, 4096), job("compiled_swiglu", B8, 4096),

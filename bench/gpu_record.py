@@ -43,7 +43,8 @@ def merge(before: dict, new: dict) -> dict:
     used = {row["run"] for row in kept}
     runs = [each for each in before.get("runs", ()) if each["run"] in used and each["run"] != run]
     runs.append(dict(run=run, **facts, ceilings=new["ceilings"]))
-    return dict(environment=facts, runs=runs, rows=kept + rows, left_out=new.get("left_out", []))
+    left_out = new.get("left_out", [])
+    return dict(environment=facts, runs=runs, rows=kept + rows, left_out=left_out, gone=before.get("gone", []))
 
 
 def record(directory: Path, into: Path = RESULTS) -> Path:
@@ -51,7 +52,9 @@ def record(directory: Path, into: Path = RESULTS) -> Path:
     new = json.loads((directory / "gpu.json").read_text())
     path = into / f"gpu-{slug(new['environment'].get('device', 'unknown'))}.json"
     merged = merge(json.loads(path.read_text()) if path.exists() else {}, new)
-    merged["rows"] = [row for row in merged["rows"] if not is_gone(row, plans.NAMES)]
+    gone = [row for row in merged["rows"] if is_gone(row, plans.NAMES)]  # kept apart, for what was tried
+    merged["rows"] = [row for row in merged["rows"] if row not in gone]
+    merged["gone"] = merged.get("gone", []) + gone
     into.mkdir(parents=True, exist_ok=True)
     replace(path, json.dumps(merged, indent=1) + "\n")
     replace(path.with_suffix(".md"), markdown(merged))

@@ -196,6 +196,8 @@ def markdown(found) -> str:
         parts.append("## Candidate plans against the default\n\n" + table(plans))
     if tuned := [row for row in rows if row["row"] == "tune"]:
         parts.append("## Best entry of each launch table, against the present one\n\n" + table(tuned))
+    if gone := [row for row in found.get("gone", ()) if row["row"] == "plan"]:
+        parts.append("## Plans that are gone, against the default of their run\n\n" + table(gone))
     if left := found.get("left_out"):
         parts.append("## Left out\n\n" + "".join(f"- {each['job']}: {each['why']}\n" for each in left))
     if jobs := found.get("jobs"):
@@ -205,11 +207,14 @@ def markdown(found) -> str:
 
 
 def plain_best(rows):
-    """The row against the fastest competitor, for each row, model and T that has several."""
+    """The row against the fastest competitor, for each row, model and T that has several: those of the last run."""
     best = {}
     for row in rows:
+        if not (row.get("best") and "ratio" in row):
+            continue
         key = row["row"], row.get("model"), row.get("T")
-        if row.get("best") and "ratio" in row and row["ratio"] >= best.get(key, row)["ratio"]:
+        before = best.get(key, row)
+        if row.get("run") != before.get("run") or row["ratio"] >= before["ratio"]:  # later runs come later
             best[key] = row
     return list(best.values())
 

@@ -118,7 +118,9 @@ def every_plan(bench, which):
             call = make_call(op, T, N, H, bench.arch, bench.n_sm)
             default = plans.default(call).name
             names = [n for n in plans.PLANS[op] if n != default and plans.can_serve(call, n)]
-            for name in [default] if which == "defaults" else names:
+            if which == "defaults":
+                names = [default, *(n for n in names if n == "fused" and T > 64)]  # the default of more tokens
+            for name in names:
                 print(f"{op} {name} T={T}", file=sys.stderr, flush=True)
                 done += [ours(given, name, *extras, op=op)(layer) for extras in ((), (weight, steering))]
         bench.synchronize()

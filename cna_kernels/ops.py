@@ -106,7 +106,8 @@ def down_proj(
     """The down-projection, for stacks that hand over ``act``: ``y = (act * scale) @ w_down^T``.
 
     On a GPU ``act`` of more than 64 tokens is scaled in place for the product and put back after it, bit for bit: while
-    the call runs, nothing on another stream may use it. With sums, a scaled copy is made instead.
+    the call runs, nothing on another stream may use it. With sums and fewer than 2**24 elements, a scaled copy is made
+    instead.
 
     Args:
         act: ``[T, N]`` bf16, fp16 or fp32.

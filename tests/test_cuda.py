@@ -14,7 +14,9 @@ import triton
 sys.path.append(str(Path(__file__).resolve().parent.parent / "bench"))
 
 import gpu_checks
-from cna_kernels import ops
+from cna_kernels import ops, plans
+from op_cases import FEATURES, assert_values, make_case, with_feature
+from test_triton import on_device
 
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -32,6 +34,17 @@ def test_dependent_launch_waits(T):
 @pytest.mark.parametrize("op", gpu_checks.INPUTS)
 def test_graph_replays_follow_calls(op, T):
     gpu_checks.replays_follow(op, T, N_8B, H_8B, "cuda")
+
+
+@needs_gpu
+@pytest.mark.parametrize("feature", FEATURES)
+def test_fused_with_a_ring_that_wraps_and_programs_with_several_tiles(feature):
+    """156 tiles on 132 multiprocessors, 12 steps through 4 stages; the shapes of test_triton.py have fewer of both."""
+    case = make_case(1500, 1544, torch.bfloat16, n_hidden=712)
+    extras = on_device(with_feature(case, feature))
+    plans.use("gated_mlp=fused")
+    y = ops.gated_mlp(*(part.to(DEVICE) for part in case.inputs("gated_mlp")), **extras, backend="triton")
+    assert_values(case, "gated_mlp", y, extras)
 
 
 # The same bodies where there is no GPU.

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from cna_kernels import reference
-from cna_kernels.triton import gate_up, launch, plan
+from cna_kernels.triton import gate_up, launch, mlp, plan
 from op_cases import exact_case
 
 pytestmark = pytest.mark.interpreted
@@ -74,3 +74,15 @@ def test_the_plan_is_for_hopper_and_for_tiles_that_fill_it(monkeypatch):
     assert {plan.default(call(4096, arch)).name for arch in (80, 100)} == {"blas"}
     assert plan.default(call(4096, tma=False)).name == "blas"
     assert plan.default(call(64)).name == "flat"
+    assert plan.default(call(769)).name == "blas", "a tile of one token is as long as one of 128"
+    monkeypatch.setattr(plan, "gate_up", None)  # a Triton without Gluon
+    assert plan.default(call(4096)).name == "blas"
+
+
+@pytest.mark.parametrize("N", [14336, 14340])
+@pytest.mark.parametrize("apart", [False, True], ids=["one weight", "two weights"])
+def test_rows_of_act_must_suit_tma_as_well(N, apart):
+    x, w_down = torch.empty(1024, 64, dtype=torch.bfloat16), torch.empty(64, N, dtype=torch.bfloat16)
+    gate = torch.empty(N, 64, dtype=torch.bfloat16)
+    weights = (gate, torch.empty_like(gate)) if apart else (torch.empty(2 * N, 64, dtype=torch.bfloat16), None)
+    assert mlp.call_of("gated_mlp", (x, *weights, w_down)).tma == (N % 8 == 0)

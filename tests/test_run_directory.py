@@ -355,7 +355,7 @@ class TestClaims:
 SCHEDULES = """
 import hashlib, os, pathlib, random, signal, sys, time
 from cna_kernels.model.cli import main
-import cna_kernels.model.commands
+import cna_kernels.model.cli.attribution
 words, out, n_schedules, kills = sys.argv[5:], pathlib.Path(sys.argv[1]), int(sys.argv[2]), sys.argv[3] == "kill"
 def fork(run):
     child = os.fork()

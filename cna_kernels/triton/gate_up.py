@@ -232,9 +232,9 @@ def fits(arch: int) -> bool:
 
 
 def busy(T: int, N: int, n_sm: int) -> float:
-    """What part of the multiprocessors' time in whole rounds of tiles is spent on a tile."""
+    """What part of the multiprocessors' time in whole rounds of tiles is spent on tokens and neurons that exist."""
     tiles = triton.cdiv(T, BLOCK_T) * triton.cdiv(N, BLOCK_N)
-    return tiles / (triton.cdiv(tiles, n_sm) * n_sm)
+    return T * N / (triton.cdiv(tiles, n_sm) * n_sm * BLOCK_T * BLOCK_N)
 
 
 def cost(T: int, N: int, H: int, C: int = 0, n_sm: int = 132) -> Cost:
@@ -246,8 +246,8 @@ def cost(T: int, N: int, H: int, C: int = 0, n_sm: int = 132) -> Cost:
 
 
 def gate_up(x, w_gate_up, *, weight=None, act_sum=None, act_sumsq=None, scale=None, row_circuit=None):
-    """x ``[T, H]``, w_gate_up ``[2N, H]`` or a pair -> act ``[T, N]`` summed and scaled; where ``fits`` and
-    ``down_proj.rows_fit_tma`` hold, from bases on 16 bytes."""
+    """x ``[T, H]``, w_gate_up ``[2N, H]`` or a pair -> act ``[T, N]`` summed and scaled; where ``fits``, for
+    rows that TMA can address (``down_proj.rows_fit_tma``; those of act, too: N % 8 is 0), from bases on 16 bytes."""
     T = x.shape[0]
     if not isinstance(w_gate_up, tuple):
         w_gate = w_up = w_gate_up

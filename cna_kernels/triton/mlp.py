@@ -18,7 +18,6 @@ from . import down_proj as down_proj_kernels
 from . import launch
 from .down_decode import down_gemv, down_split
 from .down_proj import rows_fit_tma
-from .gate_up import gate_up
 from .gate_up_decode import gate_up_decode
 from .plan import Call, choose
 from .repeat import Repeat
@@ -36,9 +35,9 @@ def prepare(op: str, inputs: tuple, extras: Extras | tuple) -> Callable:
 def call_of(op: str, inputs: tuple) -> Call:
     """What the choice of a plan may depend on, for gated_mlp and down_proj."""
     x, w_down = inputs[0], inputs[-1]
-    read = inputs if op == "down_proj" else inputs[:-1]  # by the kernel with TMA
-    tma = rows_fit_tma(*(each for each in read if each is not None))
     (H, N), device = w_down.shape, x.device
+    read = inputs if op == "down_proj" else inputs[:-1]  # by the kernel with TMA; gated_mlp's writes act [T, N], too
+    tma = rows_fit_tma(*(each for each in read if each is not None)) and (op == "down_proj" or N % 8 == 0)
     return Call(op, x.shape[0], N, H, x.dtype, launch.arch(device), tma, launch.n_multiprocessors(device))
 
 
@@ -66,6 +65,8 @@ def _gated_mlp(inputs, extras):
 
     if plan == "blas":
         return by_blas
+    from .gate_up import gate_up  # where the plan chose it, it can be imported
+
     act_of_x = Repeat(lambda x, w_gate, w_up, *extras: gate_up(x, _weights(w_gate, w_up), **_keywords(extras)))
 
     def fused(x, w_gate, w_up, w_down, *extras):
@@ -125,7 +126,8 @@ def _down_proj_by_blas(inputs, extras):
         return launch.linear(pass_over(act, *extras), w_down)
 
     summed = extras.weight is not None
-    if extras.scale_offsets is None or not apart or (summed and act.numel() < _PATCH_FROM):
+    small = summed and act.numel() < _PATCH_FROM and act.is_contiguous()  # else a copy may be multiplied otherwise
+    if extras.scale_offsets is None or not apart or small:
         return copied
     only_summed = Repeat(lambda act, *sums: act_pass(act, **_keywords(sums)))
     scale = Repeat(lambda act, *steer: patch(act, Scale(*steer[:3]), steer[3]))

@@ -15,13 +15,17 @@ from typing import NamedTuple
 import torch
 import triton
 from torch import Tensor
-from triton.experimental.gluon.nvidia.hopper import TensorDescriptor as GluonDescriptor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from .launch import LISTENING, Distance, is_listing
 from .tiles import INTERPRETED
 
-DESCRIPTORS = (TensorDescriptor, GluonDescriptor)
+try:
+    from triton.experimental.gluon.nvidia.hopper import TensorDescriptor as GluonDescriptor
+
+    DESCRIPTORS = (TensorDescriptor, GluonDescriptor)
+except ImportError:
+    DESCRIPTORS = (TensorDescriptor,)
 
 
 class Repeat:
