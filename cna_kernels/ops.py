@@ -51,7 +51,7 @@ def gated_mlp(
         w_down: ``[H, N]``.
         weight: ``[T, C]`` fp32, how much each token counts in each column.
         act_sum: ``[C, N]`` fp32, added to in place. Needs ``weight``.
-        act_sumsq: ``[C, N]`` fp32, the same sum over ``act**2``. Needs ``weight``.
+        act_sumsq: ``[C, N]`` fp32, the same sum over ``act**2``, in memory of its own. Needs ``weight``.
         scale: the layer's factors for K circuits. Needs ``row_circuit``.
         row_circuit: ``[T]`` int32, the circuit of each token; -1 (or anything outside 0..K-1) leaves the token alone.
         backend: ``"reference"``, ``"cpu"`` or ``"triton"``; default by CNA_BACKEND, then by device.
@@ -106,8 +106,7 @@ def down_proj(
     """The down-projection, for stacks that hand over ``act``: ``y = (act * scale) @ w_down^T``.
 
     On a GPU ``act`` of more than 64 tokens is scaled in place for the product and put back after it, bit for bit: while
-    the call runs, nothing on another stream may use it. With sums and fewer than 2**24 elements, a scaled copy is made
-    instead.
+    the call runs, nothing on another stream may use it. With sums, a copy of up to 2**24 elements is scaled.
 
     Args:
         act: ``[T, N]`` bf16, fp16 or fp32.
@@ -229,11 +228,11 @@ def _check_extras(n_rows, n_neurons, device, extras):
         raise ValueError("scale: expected together with row_circuit, got one without the other")
     if weight is not None:
         check_tensor("weight", weight, shape=(n_rows, None), dtype=torch.float32, device=device)
-        sums_shape = (weight.shape[1], n_neurons)
-        if act_sum is not None:
-            check_tensor("act_sum", act_sum, shape=sums_shape, dtype=torch.float32, device=device)
-        if act_sumsq is not None:
-            check_tensor("act_sumsq", act_sumsq, shape=sums_shape, dtype=torch.float32, device=device)
+        for name, sums in (("act_sum", act_sum), ("act_sumsq", act_sumsq)):
+            if sums is not None:
+                check_tensor(name, sums, shape=(weight.shape[1], n_neurons), dtype=torch.float32, device=device)
+        if act_sum is act_sumsq:
+            raise ValueError("act_sumsq: expected a tensor of its own, got act_sum")
     if offsets is None:
         return
     edges = -(-n_neurons // NEURON_BLOCK) + 1
@@ -292,6 +291,7 @@ def looks(op: str, inputs: tuple, extras: Extras | tuple, backend: str | None) -
     return (
         op,
         backend,
+        extras != () and extras[1] is extras[2],
         *[x if x is None else (type(x), x.shape, x.stride(), x.dtype, x.device, x.is_neg()) for x in tensors],
     )
 

@@ -288,6 +288,10 @@ REFUSALS = {
     "weight: expected together with act_sum or act_sumsq, got one without the other": lambda c: ops.swiglu(
         c.gate, c.up, act_sum=c.act_sum
     ),
+    "act_sumsq: expected a tensor of its own, got act_sum": lambda c: [
+        ops.swiglu(c.gate, c.up, weight=c.weight, act_sum=c.act_sum, act_sumsq=sums)  # the second looks like the first
+        for sums in (c.act_sumsq, c.act_sum)
+    ],
     "act_sum: expected shape [3, 20], got [2, 20]": lambda c: ops.swiglu(
         c.gate, c.up, weight=c.weight, act_sum=c.act_sum[:2]
     ),

@@ -39,7 +39,7 @@ from .steer import scale_in_place
 from .sums import Sums
 from .swiglu import act_pass
 
-# TODO: drop the names of 3.6 once we require triton>=3.9
+# Triton 3.6 has other names for these.
 _tma_load = getattr(tma, "async_load", None) or tma.async_copy_global_to_shared
 _tma_store = getattr(tma, "async_store", None) or tma.async_copy_shared_to_global
 

@@ -113,7 +113,7 @@ def _down_split(act, w_down, *extras):
 
 
 # Elements of act from which reading it for the sums, and patching it, is faster than a scaled copy: measured on an
-# H100, where a copy of 512 tokens of an 8B model takes 15 us, and one of 4,096 takes 94.
+# H100, where a pass that copies 512 tokens of an 8B model takes 16 us, and one of 4,096 takes 100.
 _PATCH_FROM = 1 << 24
 
 
