@@ -6,7 +6,7 @@
 # make canaries   plant thirteen bugs in the kernels and see a test catch each
 # make sanitize   the CPU tests under ASan and UBSan, and five planted bugs that these must catch
 # make compile-gate   compile every kernel for every target without a GPU, and read the machine code: build/compile-gate/
-# make gpu WINDOW=1 OUT=DIR   on a machine with a GPU: tests and rows in 330 s, WINDOW=2 in 360 s; nothing is installed
+# make gpu WINDOW=1 OUT=DIR   on a machine with a GPU: tests and rows in 330 s, WINDOW=2 and 3 in 360; nothing is installed
 #                             DRY=1 runs it on a CPU, LIST=1 only prints the jobs; ONLY=REGEX, MODELS=8B,70B
 # make gpu-tune OUT=DIR       sweep the launch tables there
 # make gpu-record OUT=DIR     merge what came back into bench/results/gpu-<device>.json

@@ -2,6 +2,7 @@
 
     python bench/gpu.py --window 1 --out DIR       default plans, a steered model, rivals, candidates: 330 s
     python bench/gpu.py --window 2 --out DIR       sweep of what loses, hardware counters, 70B, memory checks: 360 s
+    python bench/gpu.py --window 3 --out DIR       other numbers of tokens, Inductor, races: 300 s
     python bench/gpu.py --window tune --out DIR    all launch tables
     python bench/gpu.py --window 1 --list          every job in its order, with an estimate of its seconds
     python bench/gpu.py --window 1 --out DIR --dry the same jobs on a CPU: tiny shapes, Triton interpreted
@@ -34,10 +35,12 @@ DRY_SECONDS = 900
 
 def parse(arguments):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--window", choices=gpu_jobs.LIMITS, default="1", help="1, 2 or tune (1)")
+    parser.add_argument("--window", choices=gpu_jobs.LIMITS, default="1", help="1, 2, 3 or tune (1)")
     parser.add_argument("--out", type=Path, help="directory for the results")
     parser.add_argument("--seconds", type=float, help="time limit, default that of the window")
-    parser.add_argument("--only", default="", metavar="REGEX", help="only jobs and tests whose name it finds")
+    parser.add_argument(
+        "--only", default="", metavar="REGEX", help="only jobs and tests whose name it finds"
+    )
     parser.add_argument("--models", default="", help="only jobs of these models, e.g. 8B,70B")
     parser.add_argument("--results", type=Path, help="gpu.json to choose the sweep by (bench/results/gpu-*.json)")
     parser.add_argument("--commit", default="", help="what is measured, where there is no .git (CNA_COMMIT)")

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 
 from gpu_device import brief, mlp_work, ours
-from gpu_rows import DECODE_ROWS, eager_mlp, elementwise, of_default
+from gpu_rows import eager_mlp, elementwise, mlp_row, of_default
 
 COMPILE_SECONDS = 45
 
@@ -22,7 +22,7 @@ def compiled(bench, model, T):
     H, N = bench.shape(model)
     x, layers, weight = bench.random(T, H), bench.layers(model, T), bench.weight(T)
     few = T <= 64
-    row, mode = DECODE_ROWS.get(T, "P1"), "max-autotune-no-cudagraphs" if few else "default"
+    row, mode = mlp_row(T), "max-autotune-no-cudagraphs" if few else "default"
     how = dict(backend="eager") if bench.mode == "dry" else dict(mode=mode)
     head = dict(row=row, model=model, T=T, ours="ours", theirs="torch.compile")
     product, note = compile_within(bench, eager_mlp, how, (x, layers[0].w_gate_up, layers[0].w_down))

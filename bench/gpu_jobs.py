@@ -13,7 +13,7 @@ from __future__ import annotations
 import re
 from typing import NamedTuple
 
-LIMITS = {"1": 330, "2": 360, "tune": 540}  # seconds of each window, from the start of the process
+LIMITS = {"1": 330, "2": 360, "3": 300, "tune": 540}  # seconds of each window, from the start of the process
 B8, B1, B70, Q7 = "Llama-3.1-8B", "Llama-3.2-1B", "Llama-3.1-70B", "Qwen2.5-7B"
 
 # Seconds of a job by its kind, once its kernels are compiled: the most that an H100 took. A worker takes 8 to start,
@@ -21,7 +21,7 @@ B8, B1, B70, Q7 = "Llama-3.1-8B", "Llama-3.2-1B", "Llama-3.1-70B", "Qwen2.5-7B"
 ESTIMATES = {
     "ceilings": 9, "dependent": 6, "host": 1, "check": 1.5, "decode": 1, "prefill": 2.5, "down": 2, "elementwise": 1.5,
     "replay": 1, "table": 1, "generate": 17, "compiled": 7, "compiled_swiglu": 1, "candidate": 2.5, "tune": 14,
-    "ncu": 12, "memcheck": 7, "racecheck": 10,
+    "ncu": 12, "memcheck": 7, "racecheck": 20,
 }  # fmt: skip
 ONCE = ("ceilings", "dependent", "host", "replay")  # kinds that need no run before
 TUNE_PARTS = 5  # processes that compile a sweep's variants
@@ -142,6 +142,22 @@ def second_window(catalogue, sweep):
     ]
 
 
+def third_window(catalogue):
+    """What the first two leave out: numbers of tokens between the usual ones, most of them no multiple of any tile;
+    Inductor against more of the default plans; races of every default plan, the widest one's too."""
+    between = []
+    for model in (B8, B1):
+        between += mlp_jobs(catalogue, model, (2, 4, 16, 32), BETWEEN)
+    return [
+        Stage("the card and its ceilings", [job("ceilings")]),
+        Stage("tests, compilation", [], 75, ("tests/test_cuda_model.py:", "tests/test_cuda.py:")),
+        Stage("a transformers model, steered", [job("generate", B8, 1), job("generate", B8, 32, seconds=12)]),
+        Stage("Inductor as rival", [job("compiled", model, T) for T in (1, 4096) for model in (B8, B1)]),
+        Stage("races", [job("racecheck", "defaults")]),
+        Stage("default plans between the usual numbers of tokens", between),
+    ]
+
+
 def tune_window(catalogue, sweep):
     return [
         Stage("the card and its ceilings", [job("ceilings")]),
@@ -151,13 +167,17 @@ def tune_window(catalogue, sweep):
 
 
 def window(name, catalogue, sweep=()):
-    if name == "1":
-        return first_window(catalogue)
+    if name in ("1", "3"):
+        return first_window(catalogue) if name == "1" else third_window(catalogue)
     return second_window(catalogue, sweep) if name == "2" else tune_window(catalogue, sweep)
 
 
 # The shapes that a catalogue must know: those of all windows.
-TOKENS = {"gated_mlp": (1, 8, 64, 128, 256, 512, 1024, 4096), "down_proj": (16, 128, 256, 512, 4096)}
+BETWEEN = (65, 129, 256, 513, 769, 2048)
+TOKENS = {
+    "gated_mlp": (1, 2, 4, 8, 16, 32, 64, 128, 512, 1024, 4096, *BETWEEN),
+    "down_proj": (16, 128, 512, 4096, *BETWEEN),
+}
 MODELS = (B8, B1, B70, Q7)
 
 

@@ -17,7 +17,11 @@ from cna_kernels.triton.cost import Cost
 from gpu_device import down_work, elementwise_work, late, mlp_work, ours, relative
 
 HOST_ROUNDS, HOST_CALLS = 21, 40  # so many calls fit the queue of launches
-DECODE_ROWS = {1: "D1", 8: "D2", 16: "D2", 64: "D3"}
+
+
+def mlp_row(T):
+    """The name of the rows of a whole MLP of T tokens."""
+    return "D1" if T == 1 else "D2" if T < 64 else "D3" if T == 64 else "P1"
 
 
 # Competitors: each returns a function of one Layer.
@@ -141,7 +145,7 @@ def decode(bench, model, T):
     times = bench.measure(runs | {"ours, late layer": ours(x, "", weight, many)}, layers, mlp_work(T, N, H))
     more = of_default(bench, "gated_mlp", model, T, N, H)
     for theirs in ("eager", "cublas"):
-        yield times.row(DECODE_ROWS[T], model, T, "ours", theirs, best=True, **more)
+        yield times.row(mlp_row(T), model, T, "ours", theirs, best=True, **more)
     yield times.row("D4", model, T, "ours", "ours plain", **more)
     yield times.row("D4 sums", model, T, "ours, sums", "ours plain", **more)
     yield times.row("D4 steered", model, T, "ours, steered", "ours plain", **more)

@@ -37,7 +37,7 @@ def names(stages):
 # What is run, and when.
 
 
-@pytest.mark.parametrize("window", ["1", "2"])
+@pytest.mark.parametrize("window", ["1", "2", "3"])
 def test_the_estimates_fit_the_window(window):
     limit = gpu_jobs.LIMITS[window] - gpu.RESERVE
     listed = gpu_jobs.within(gpu_jobs.window(window, CATALOGUE, SWEEP), limit)
