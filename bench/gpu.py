@@ -38,9 +38,7 @@ def parse(arguments):
     parser.add_argument("--window", choices=gpu_jobs.LIMITS, default="1", help="1, 2, 3 or tune (1)")
     parser.add_argument("--out", type=Path, help="directory for the results")
     parser.add_argument("--seconds", type=float, help="time limit, default that of the window")
-    parser.add_argument(
-        "--only", default="", metavar="REGEX", help="only jobs and tests whose name it finds"
-    )
+    parser.add_argument("--only", default="", metavar="REGEX", help="only jobs and tests whose name it finds")
     parser.add_argument("--models", default="", help="only jobs of these models, e.g. 8B,70B")
     parser.add_argument("--results", type=Path, help="gpu.json to choose the sweep by (bench/results/gpu-*.json)")
     parser.add_argument("--commit", default="", help="what is measured, where there is no .git (CNA_COMMIT)")

@@ -8,12 +8,14 @@ from __future__ import annotations
 
 import json
 import re
+import sys
+from importlib import import_module
 from pathlib import Path
 
-from cna_kernels import plans
 from gpu_report import markdown, replace
 
-RESULTS = Path(__file__).resolve().parent / "results"
+ROOT = Path(__file__).resolve().parent.parent
+RESULTS = ROOT / "bench" / "results"
 KEY = ("row", "model", "T", "ours", "theirs", "op", "kernel")
 
 
@@ -25,6 +27,15 @@ def slug(device: str) -> str:
 
 def key(row):
     return tuple(row.get(name) for name in KEY)
+
+
+def plan_names() -> dict:
+    """op -> the plans there are, of the checkout: the package is installed nowhere that this may run."""
+    sys.path.insert(0, str(ROOT))
+    try:
+        return import_module("cna_kernels.plans").NAMES
+    finally:
+        sys.path.remove(str(ROOT))
 
 
 def is_gone(row, plans) -> bool:
@@ -52,7 +63,7 @@ def record(directory: Path, into: Path = RESULTS) -> Path:
     new = json.loads((directory / "gpu.json").read_text())
     path = into / f"gpu-{slug(new['environment'].get('device', 'unknown'))}.json"
     merged = merge(json.loads(path.read_text()) if path.exists() else {}, new)
-    gone = [row for row in merged["rows"] if is_gone(row, plans.NAMES)]  # kept apart, for what was tried
+    gone = [row for row in merged["rows"] if is_gone(row, plan_names())]  # kept apart, for what was tried
     merged["rows"] = [row for row in merged["rows"] if row not in gone]
     merged["gone"] = merged.get("gone", []) + gone
     into.mkdir(parents=True, exist_ok=True)

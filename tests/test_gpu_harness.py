@@ -34,6 +34,13 @@ def names(stages):
     return [job.name for stage in stages for job in stage.jobs]
 
 
+def test_the_parent_needs_nothing_installed(tmp_path):
+    """The machine with the GPU has no package of this project, and the parent imports no torch."""
+    listing = [sys.executable, "-S", "-s", ROOT / "bench" / "gpu.py", "--help"]
+    found = subprocess.run(listing, capture_output=True, text=True, env={}, cwd=tmp_path)
+    assert found.returncode == 0 and "--record" in found.stdout, found.stderr
+
+
 # What is run, and when.
 
 
