@@ -59,7 +59,8 @@ def run_tool(crew, job):
         # without PyTorch's pools an access beyond a tensor is one beyond its allocation
         status, output = run_command(command, seconds, crew.cwd, {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"})
         last = re.findall(r"(?:ERROR|RACECHECK) SUMMARY.*", output) or output.strip().splitlines()[-1:] or [""]
-        note = f"status {status}; {last[-1][:150]}"
+        places = sorted(set(re.findall(r"(?:access at|at) (\w+\+0x\w+ in \S+)", output)))
+        note = "; ".join([f"status {status}", last[-1][:150], *places[:8]])
         rows = [dict(row=kind, ours=which, ok=status == 0, note=note)]
     crew.record.keep_output(f"{job.name}: {status}", output)
     for row in rows or [dict(row="failed", ours=job.name, note=f"{job.name}: status {status}, no figures")]:

@@ -37,6 +37,9 @@ LAUNCH_TABLES = {
         dict(BLOCK_T=(2, 4, 8), stages=(1, 2, 3, 4)), dict(rows=(8, 16, 32, 64, 128, 256, 512)),
         dict(BLOCK_N=(512,), BLOCK_T=(4, 8), rows=(64, 128, 256), num_warps=(2, 4)),
         dict(BLOCK_N=(2048,), BLOCK_T=(2, 4), num_warps=(8,)), dict(num_warps=(8,), BLOCK_T=(4, 8), stages=(2, 3)),
+        dict(BLOCK_N=(128, 256), BLOCK_T=(4, 8), rows=(16, 32, 64, 128), num_warps=(2, 4)),
+        dict(BLOCK_N=(64,), BLOCK_T=(8, 16), rows=(32, 64, 128), num_warps=(1, 2)),
+        dict(BLOCK_N=(512,), BLOCK_T=(2, 4), rows=(8, 16, 32), num_warps=(2, 4)),
     ]),
     "swiglu_plain": ("swiglu", "_launch_config", "swiglu", "", [
         dict(BLOCK_T=(1, 2, 4, 8), rows=(1, 2, 4, 8, 16)), dict(BLOCK_N=(512, 2048), BLOCK_T=(1, 2), rows=(2, 4)),
