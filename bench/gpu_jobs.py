@@ -113,7 +113,7 @@ def first_window(catalogue):
         Stage("down_proj with a live table of 64 circuits", [
             job("table", B8, T, plan=default_plan(catalogue, "down_proj", B8, T)) for T in (128, 256)
         ]),
-        Stage("the package's own model", [], 35, ("tests/test_cuda_model.py:",)),
+        Stage("the package's own model", [], 60, ("tests/test_cuda_model.py:",)),
         Stage("a transformers model, steered", [job("generate", B8, 1), job("generate", B8, 32, seconds=12)]),
         Stage("Inductor as rival", [
             job("compiled", B8, 1), job("compiled", B8, 4096), job("compiled_swiglu", B8, 4096),
