@@ -56,22 +56,22 @@ CHANGES = {
     "n_layers: expected a whole number from 1 to 10000, got 'three'": {"n_layers": "three"},
     "n_layers: expected a whole number from 1 to 10000, got 0": {"n_layers": 0},
     "n_neurons: expected a whole number from 1 to 10000000, got True": {"n_neurons": True},
-    "site: expected 'mlp.down_proj.input', got 'residual'": {"site": "residual"},
+    "site: expected mlp.down_proj.input, got 'residual'": {"site": "residual"},
     "fraction: expected a number above 0 and at most 1, got 1.5": {"fraction": 1.5},
     "k: expected 3, the length of neurons, got 4": {"k": 4},
-    "skipped_layers: expected layers below 3, got 3": {"skipped_layers": [3]},
+    "skipped_layers[0]: expected layers below 3, got 3": {"skipped_layers": [3]},
     "neurons[0]: expected [layer, index, contrast], got [1, 2]": {"neurons": [[1, 2]], "k": 1},
     "neurons[1]: expected [layer, index, contrast], got [1, 2.0, 3]": {"neurons": [[1, 2, 3], [1, 2.0, 3]], "k": 2},
     "neurons: (3, 0) is outside 3 layers of 10 neurons": {"neurons": [[3, 0, 1]], "k": 1},
     "neurons: (0, -1) is outside 3 layers of 10 neurons": {"neurons": [[0, -1, 1]], "k": 1},
     "neurons: (0, 1) appears twice": {"neurons": [[0, 1, 1], [0, 1, 2]], "k": 2},
-    "universal: expected an object, got []": {"universal": []},
-    "universal.prompts: expected a whole number, got None": {"universal": {}},
-    "universal.fraction: expected 0 to 1, got 7": {
+    "universal: expected a JSON object, got []": {"universal": []},
+    "universal.prompts: is missing": {"universal": {}},
+    "universal.fraction: expected a number from 0 to 1, got 7": {
         "universal": {"prompts": 1, "prompts_sha256": "x", "fraction": 7, "threshold": 1, "excluded": []}
     },
     "model.name: expected text, got 3": {"model": {"name": 3}},
-    "prompts.positive.count: expected a whole number, got None": {"prompts": {"positive": 5}},
+    "prompts.positive: expected a JSON object, got 5": {"prompts": {"positive": 5}},
     "prompts.other: not a field of a circuit file": {
         "prompts": {
             "positive": {"count": 1, "sha256": "x"},

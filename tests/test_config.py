@@ -76,11 +76,11 @@ REFUSALS = {
     "rms_norm_eps: expected a number from 0 to 1, got '1e-5'": dict(rms_norm_eps="1e-5"),
     "tie_word_embeddings: expected true or false, got 'yes'": dict(tie_word_embeddings="yes"),
     "torch_dtype: expected bfloat16 or float16 or float32, got 'int8'": dict(torch_dtype="int8"),
-    "rope_scaling: rope_type: expected default or dynamic or linear or llama3, got 'yarn'": dict(
+    "rope_scaling.rope_type: expected default or dynamic or linear or llama3, got 'yarn'": dict(
         rope_scaling=dict(rope_type="yarn", factor=2)
     ),
-    "rope_scaling: factor: is missing": dict(rope_scaling=dict(type="linear")),
-    "rope_scaling: high_freq_factor: expected above low_freq_factor 4, got 1": dict(
+    "rope_scaling.factor: is missing": dict(rope_scaling=dict(type="linear")),
+    "rope_scaling.high_freq_factor: expected above low_freq_factor 4, got 1": dict(
         rope_scaling=dict(rope_type="llama3", factor=8, low_freq_factor=4, high_freq_factor=1)
     ),
     "rope_parameters: different parameters for different layers are not supported": dict(

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import torch
 
-from cna_kernels.checks import InputError
+from cna_kernels.fields import REQUIRED, Fields
 from cna_kernels.files import read_json, sha256
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
@@ -72,64 +72,6 @@ _ARCHITECTURES = {
     "qwen3": "Qwen3ForCausalLM",
 }
 _INT, _BIG = (1, 1 << 20), (1, 1 << 30)
-_REQUIRED = object()
-
-
-class _Fields:
-    """Reads fields of one JSON object; an error names the file and the field."""
-
-    def __init__(self, record, where):
-        if not isinstance(record, dict):
-            raise InputError(where, "expected a JSON object")
-        self.record, self.where = record, where
-
-    def error(self, name, what):
-        return InputError(f"{self.where}: {name}", what)
-
-    def _get(self, name, default):
-        value = self.record.get(name)
-        if value is not None:
-            return value
-        if default is _REQUIRED:
-            raise self.error(name, "is missing")
-        return None
-
-    def integer(self, name, bounds, default=_REQUIRED):
-        value = self._get(name, default)
-        if value is None:
-            return default
-        if not isinstance(value, int) or isinstance(value, bool) or not bounds[0] <= value <= bounds[1]:
-            raise self.error(name, f"expected a whole number from {bounds[0]} to {bounds[1]}, got {value!r}")
-        return value
-
-    def number(self, name, bounds, default=_REQUIRED):
-        value = self._get(name, default)
-        if value is None:
-            return default
-        if not isinstance(value, (int, float)) or isinstance(value, bool) or not bounds[0] <= value <= bounds[1]:
-            raise self.error(name, f"expected a number from {bounds[0]:g} to {bounds[1]:g}, got {value!r}")
-        return float(value)
-
-    def boolean(self, name, default):
-        value = self._get(name, default)
-        if value is None:
-            return default
-        if not isinstance(value, bool):
-            raise self.error(name, f"expected true or false, got {value!r}")
-        return value
-
-    def one_of(self, name, allowed, default=_REQUIRED):
-        value = self._get(name, default)
-        if value is None:
-            return default
-        if not isinstance(value, str) or value not in allowed:
-            raise self.error(name, f"expected {' or '.join(sorted(allowed))}, got {value!r}")
-        return value
-
-    def refuse(self, name, accepted=(None,)):
-        value = self.record.get(name)
-        if value not in accepted:
-            raise self.error(name, f"is not supported, got {value!r}")
 
 
 def read_config(directory) -> ModelConfig:
@@ -139,7 +81,7 @@ def read_config(directory) -> ModelConfig:
         InputError: naming the file and the field that is missing, out of range or not supported.
     """
     path = Path(directory) / "config.json"
-    fields = _Fields(read_json(path, limit=1 << 20), path)
+    fields = Fields(read_json(path, limit=1 << 20), path)
     model_type = fields.one_of("model_type", _ARCHITECTURES)
     architectures = fields.record.get("architectures")
     if architectures not in (None, [_ARCHITECTURES[model_type]]):
@@ -170,7 +112,7 @@ def read_config(directory) -> ModelConfig:
     if head_dim % 2:
         raise fields.error("head_dim", f"expected an even number, got {head_dim}")
     n_layers = fields.integer("num_hidden_layers", (1, 1024))
-    max_position = fields.integer("max_position_embeddings", _BIG, 2048 if model_type == "llama" else _REQUIRED)
+    max_position = fields.integer("max_position_embeddings", _BIG, 2048 if model_type == "llama" else REQUIRED)
     attention_bias = fields.boolean("attention_bias", False)
     return ModelConfig(
         model_type=model_type,
@@ -193,7 +135,7 @@ def read_config(directory) -> ModelConfig:
     )
 
 
-def _read_rope(fields: _Fields, max_position: int) -> Rope:
+def _read_rope(fields: Fields, max_position: int) -> Rope:
     """Both spellings: ``rope_parameters`` (newer), or ``rope_theta`` beside ``rope_scaling`` (older, may be null)."""
     theta_bounds = (1.0, 1e12)
     name = "rope_parameters" if fields.record.get("rope_parameters") is not None else "rope_scaling"
@@ -201,7 +143,7 @@ def _read_rope(fields: _Fields, max_position: int) -> Rope:
     theta = fields.number("rope_theta", theta_bounds, 10_000.0)
     if record is None:
         return Rope(theta=theta)
-    rope = _Fields(record, f"{fields.where}: {name}")
+    rope = fields.object(name)
     if any(isinstance(value, dict) for value in record.values()):
         raise fields.error(name, "different parameters for different layers are not supported")
     kinds = ("default", "linear", "dynamic", "llama3")
@@ -220,7 +162,7 @@ def _read_rope(fields: _Fields, max_position: int) -> Rope:
     return Rope(kind, theta, factor, low, high, rope.integer("original_max_position_embeddings", _BIG, max_position))
 
 
-def _read_windows(fields: _Fields, model_type, n_layers, defaults) -> tuple[int | None, ...]:
+def _read_windows(fields: Fields, model_type, n_layers, defaults) -> tuple[int | None, ...]:
     """The sliding window of each layer. An explicit null in the file means full attention."""
     if model_type == "llama":
         return (None,) * n_layers

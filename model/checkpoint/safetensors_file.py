@@ -12,6 +12,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from cna_kernels.checks import InputError
+from cna_kernels.fields import REQUIRED, Fields, is_whole
 from cna_kernels.files import open_regular, parse_json, read_json, sha256
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
@@ -139,10 +140,9 @@ def open_checkpoint(directory) -> Checkpoint:
 
 def _read_index(path) -> tuple[dict[str, str], list[str]]:
     """Return tensor name -> shard name, and the shards. Only plain file names beside the index are accepted."""
-    index = read_json(path)
-    weight_map = index.get("weight_map") if isinstance(index, dict) else None
-    if not isinstance(weight_map, dict) or not weight_map:
-        raise InputError(f"{path}: weight_map", "expected an object of tensor name to file name")
+    fields = Fields(read_json(path), path)
+    expected = "an object of tensor name to file name"
+    weight_map = fields.read("weight_map", REQUIRED, expected, lambda x: isinstance(x, dict) and len(x) > 0)
     for name, shard in weight_map.items():
         plain = isinstance(shard, str) and shard.endswith(".safetensors") and not set("/\\\0") & set(shard)
         if not plain:
@@ -185,7 +185,7 @@ def _tensor_entry(record, path, name, start_of_data) -> TensorEntry:
         dtype, shape, (start, end) = record["dtype"], tuple(record["shape"]), record["data_offsets"]
     except (TypeError, KeyError, ValueError):
         raise InputError(where, "expected dtype, shape and data_offsets") from None
-    if not all(isinstance(n, int) and not isinstance(n, bool) and 0 <= n < 1 << 48 for n in (*shape, start, end)):
+    if not all(is_whole(n) and 0 <= n < 1 << 48 for n in (*shape, start, end)):
         raise InputError(where, "expected whole numbers in shape and data_offsets")
     if not isinstance(dtype, str) or dtype not in _DTYPE_NAMES:
         raise InputError(where, f"expected dtype {', '.join(_DTYPE_NAMES)}, got {dtype!r}")

@@ -13,6 +13,7 @@ import subprocess
 from collections.abc import Sequence
 
 from cna_kernels.checks import InputError
+from cna_kernels.fields import is_number, is_whole
 from cna_kernels.files import parse_json
 
 TIMEOUT = 3600.0  # seconds
@@ -60,7 +61,7 @@ def _scores(output: str, n: int, where: str) -> list[float]:
         record = parse_json(line, place)
         fields = (record.get("id"), record.get("score")) if isinstance(record, dict) else (None, None)
         identifier, score = fields
-        if type(identifier) is not int or isinstance(score, bool) or not isinstance(score, (int, float)):
+        if not is_whole(identifier) or not is_number(score):
             raise InputError(place, f'expected {{"id": N, "score": X}}, got {line[:60]!r}')
         if not 0 <= identifier < n or identifier in scores:
             raise InputError(place, f"id {identifier} " + ("comes twice" if identifier in scores else "was not asked"))

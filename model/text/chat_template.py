@@ -18,6 +18,7 @@ import weakref
 from pathlib import Path
 
 from cna_kernels.checks import InputError
+from cna_kernels.fields import Fields, short
 from cna_kernels.files import read_json, read_text
 
 MAX_TEMPLATE = 64 << 10  # bytes of template
@@ -119,13 +120,13 @@ def find_chat_template(directory, special_tokens: dict[str, str]) -> ChatTemplat
     path = directory / "tokenizer_config.json"
     if not os.path.lexists(path):
         return None
-    record = read_json(path, limit=64 << 20)
-    source = record.get("chat_template") if isinstance(record, dict) else None
+    fields = Fields(read_json(path, limit=64 << 20), path)
+    source = fields.record.get("chat_template")
     if isinstance(source, list):  # several named templates; "default" is the one for plain chat
         default = [entry for entry in source if isinstance(entry, dict) and entry.get("name") == "default"]
         source = default[0].get("template") if default else None
     if source is None:
         return None
     if not isinstance(source, str):
-        raise InputError(f"{path}: chat_template", f"expected text, got {type(source).__name__}")
+        raise fields.error("chat_template", f"expected text, got {short(source)}")
     return ChatTemplate(source, special_tokens, path)

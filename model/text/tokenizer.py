@@ -6,6 +6,7 @@ import os
 from pathlib import Path
 
 from cna_kernels.checks import InputError
+from cna_kernels.fields import Fields, is_whole, short
 from cna_kernels.files import parse_json, read_json, read_text, sha256
 
 from .chat_template import ChatTemplate, find_chat_template
@@ -99,28 +100,23 @@ class Tokenizer:
 
 def _refuse_dropout(content, path):
     """A tokenizer with dropout encodes the same text differently every time: no run could be repeated."""
-    record = parse_json(content, path)
-    model = record.get("model") if isinstance(record, dict) else None
-    if isinstance(model, dict) and model.get("dropout"):
-        raise InputError(f"{path}: model.dropout", f"expected none, got {model['dropout']!r}")
+    model = Fields(parse_json(content, path), path).object("model", None)
+    if model is not None and model.record.get("dropout"):
+        raise model.error("dropout", f"expected none, got {short(model.record['dropout'])}")
 
 
 def _special_tokens(path) -> dict[str, str]:
     """Return bos_token, eos_token and their like as text; each is stored as text or as ``{"content": text}``."""
     if not os.path.lexists(path):
         return {}
-    record = read_json(path, limit=64 << 20)
-    if not isinstance(record, dict):
-        raise InputError(path, "expected a JSON object")
-    tokens = {}
+    fields, tokens = Fields(read_json(path, limit=64 << 20), path), {}
     for name in ("bos_token", "eos_token", "pad_token", "unk_token"):
-        value = record.get(name)
-        value = value.get("content") if isinstance(value, dict) else value
-        if value is not None and not isinstance(value, str):
-            raise InputError(f"{path}: {name}", "expected text")
-        if value is not None:
-            tokens[name] = value
-    return tokens
+        stored = fields.record.get(name)
+        if isinstance(stored, dict):
+            tokens[name] = fields.object(name).text("content", None)
+        else:
+            tokens[name] = fields.text(name, None)
+    return {name: text for name, text in tokens.items() if text is not None}
 
 
 def stop_ids(directory, tokenizer: Tokenizer, vocab_size: int) -> frozenset[int]:
@@ -129,13 +125,13 @@ def stop_ids(directory, tokenizer: Tokenizer, vocab_size: int) -> frozenset[int]
         path = Path(directory) / name
         if not os.path.lexists(path):
             continue
-        record = read_json(path, limit=1 << 20)
-        value = record.get("eos_token_id") if isinstance(record, dict) else None
+        fields = Fields(read_json(path, limit=1 << 20), path)
+        value = fields.record.get("eos_token_id")
         if value is None:
             continue
         ids = value if isinstance(value, list) else [value]
         for number in ids:
-            if not isinstance(number, int) or isinstance(number, bool) or not 0 <= number < vocab_size:
-                raise InputError(f"{path}: eos_token_id", f"expected ids below {vocab_size}, got {number!r}")
+            if not is_whole(number) or not 0 <= number < vocab_size:
+                raise fields.error("eos_token_id", f"expected ids below {vocab_size}, got {short(number)}")
         return frozenset(ids)
     return frozenset() if tokenizer.eos_id is None else frozenset([tokenizer.eos_id])

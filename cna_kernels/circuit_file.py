@@ -1,0 +1,178 @@
+"""The JSON file of a circuit: what is written, and every field checked when one is read. Also the public CNA code's."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from typing import Any
+
+from .checks import InputError
+from .fields import Fields, is_number, is_whole, short
+from .files import FilePath, read_json
+
+SCHEMA_VERSION = 1
+SITE = "mlp.down_proj.input"
+_KIND = "a circuit file"
+_MOST_LAYERS, _MOST_NEURONS, _MOST = 10_000, 10_000_000, 1 << 62
+_SHARE = (0, 1)  # bounds
+# fields of a circuit that are texts, or lists and objects with a check of their own below
+_TEXTS = ("score", "k_rule", "position", "tokenizer_sha256", "chat_template_sha256", "dtype", "preset")
+_HASHES = ("config_sha256", "headers_sha256", "weights_sha256", "neurons_sha256")
+
+
+def to_json(circuit: Any) -> str:
+    """The text of a circuit's file, a line for each neuron."""
+    record = {"schema_version": SCHEMA_VERSION, "site": SITE, "k": circuit.k}
+    record |= {field.name: getattr(circuit, field.name) for field in dataclasses.fields(circuit)}
+    neurons = record.pop("neurons")
+    lines = ",\n".join("    " + json.dumps(neuron, allow_nan=False) for neuron in neurons)
+    head = json.dumps(record, indent=2, allow_nan=False)
+    return head[: head.rindex("\n")] + ',\n  "neurons": [\n' + lines + "\n  ]\n}\n"
+
+
+def read(path: FilePath, n_layers: int | None = None, n_neurons: int | None = None) -> dict[str, Any]:
+    """The fields of a Circuit from its file, or from the JSON of the public CNA code.
+
+    That holds no model shape: it is the one given, or the smallest that fits.
+    """
+    record = read_json(path)
+    fields = Fields(record, path)
+    if "schema_version" not in record and isinstance(record.get("neurons"), dict):
+        return _from_public_code(record["neurons"], path, n_layers, n_neurons)
+    return _from_record(fields)
+
+
+def _from_record(fields: Fields) -> dict[str, Any]:
+    version = fields.record.get("schema_version")
+    if version != SCHEMA_VERSION:
+        raise fields.error("schema_version", f"expected {SCHEMA_VERSION}, got {short(version)}")
+    shape = fields.integer("n_layers", (1, _MOST_LAYERS)), fields.integer("n_neurons", (1, _MOST_NEURONS))
+    known: dict[str, Any] = dict(n_layers=shape[0], n_neurons=shape[1])
+    fields.one_of("site", (SITE,))
+    known |= {name: fields.text(name, None) for name in _TEXTS}
+    known["fraction"] = fields.read(
+        "fraction", None, "a number above 0 and at most 1", lambda x: is_number(x) and 0 < x <= 1
+    )
+    known["skipped_layers"] = tuple(
+        fields.items("skipped_layers", lambda x: is_whole(x) and 0 <= x < shape[0], f"layers below {shape[0]}", [])
+    )
+    neurons = fields.items(
+        "neurons",
+        lambda x: isinstance(x, list) and len(x) == 3 and all(map(is_whole, x[:2])) and is_number(x[2]),
+        "[layer, index, contrast]",
+    )
+    known["neurons"] = tuple(
+        (layer, index, _contrast(value, f"{fields.where}: neurons[{place}]"))
+        for place, (layer, index, value) in enumerate(neurons)
+    )
+    k = fields.integer("k", (0, _MOST))
+    if k != len(neurons):
+        raise fields.error("k", f"expected {len(neurons)}, the length of neurons, got {k}")
+    for name, check in _OBJECTS.items():
+        inside = fields.object(name, None)
+        if inside is not None:
+            check(inside, shape, k)
+        known[name] = None if inside is None else inside.record
+    excluded = _pairs(fields, "excluded", shape, [])
+    known["excluded"] = tuple((layer, index) for layer, index in excluded)
+    fields.only((*known, "schema_version", "site", "k"), _KIND)
+    return known
+
+
+# The objects inside: each a function of the object, the model's shape, and k.
+
+
+def _check_universal(fields: Fields, shape, k) -> None:
+    fields.integer("prompts", (0, _MOST))
+    fields.text("prompts_sha256", None)
+    fields.number("fraction", _SHARE)
+    fields.number("threshold", _SHARE)
+    _pairs(fields, "excluded", shape)
+    fields.only(("prompts", "prompts_sha256", "fraction", "threshold", "excluded"), _KIND)
+
+
+def _check_model(fields: Fields, shape, k) -> None:
+    fields.text("name")
+    for name in _HASHES:
+        fields.text(name, None)
+    fields.only(("name", *_HASHES), _KIND)
+
+
+def _check_prompts(fields: Fields, shape, k) -> None:
+    for side in ("positive", "negative"):
+        inside = fields.object(side)
+        inside.integer("count", (0, _MOST))
+        inside.text("sha256")
+        inside.only(("count", "sha256"), _KIND)
+    fields.only(("positive", "negative"), _KIND)
+
+
+def _check_bootstrap(fields: Fields, shape, k) -> None:
+    fields.integer("replicates", (0, _MOST))
+    fields.integer("seed", (0, _MOST))
+    fields.number("overlap", _SHARE)
+    fields.number("pairwise_overlap", _SHARE)
+    _numbers(fields, "frequency", k, "one for each neuron")
+    fields.items(
+        "others",
+        lambda x: isinstance(x, list) and len(x) == 3 and all(map(is_number, x)),
+        "[layer, index, frequency]",
+    )
+    fields.only(("replicates", "seed", "overlap", "pairwise_overlap", "frequency", "others"), _KIND)
+
+
+def _check_folds(fields: Fields, shape, k) -> None:
+    n = fields.integer("n", (1, _MOST))
+    for name in ("overlap", "retained"):
+        _numbers(fields, name, n, "one for each fold")
+    fields.only(("n", "overlap", "retained"), _KIND)
+
+
+def _check_versions(fields: Fields, shape, k) -> None:
+    """Any."""
+
+
+_OBJECTS = {
+    "universal": _check_universal, "model": _check_model, "prompts": _check_prompts, "versions": _check_versions,
+    "bootstrap": _check_bootstrap, "folds": _check_folds,
+}  # fmt: skip
+
+
+def _pairs(fields: Fields, name: str, shape: tuple[int, int], *default: Any) -> Any:
+    def inside(pair):
+        whole = isinstance(pair, list) and len(pair) == 2 and all(map(is_whole, pair))
+        return whole and all(0 <= value < size for value, size in zip(pair, shape, strict=True))
+
+    return fields.items(name, inside, "[layer, index] in the model's shape", *default)
+
+
+def _numbers(fields: Fields, name: str, n: int, what: str) -> None:
+    values = fields.items(name, is_number, f"{n} numbers, {what}")
+    if len(values) != n:
+        raise fields.error(name, f"expected {n} numbers, {what}, got {len(values)}")
+
+
+def _from_public_code(found: dict, path: FilePath, n_layers: int | None, n_neurons: int | None) -> dict[str, Any]:
+    """``{"layer,position,index": delta, ...}``, strongest first; the position is not kept."""
+    neurons = []
+    for key, value in found.items():
+        parts = key.split(",")
+        if len(parts) != 3 or not all(part.strip().lstrip("-").isdecimal() for part in parts):
+            raise InputError(f"{path}: neurons", f"expected keys 'layer,position,index', got {short(key)}")
+        if not is_number(value):
+            raise InputError(f"{path}: neurons[{key}]", f"expected a number, got {short(value)}")
+        neurons.append((int(parts[0]), int(parts[2]), _contrast(value, f"{path}: neurons[{key}]")))
+    for layer, index, _ in neurons:
+        if not (0 <= layer < _MOST_LAYERS and 0 <= index < _MOST_NEURONS):
+            raise InputError(f"{path}: neurons", f"({layer}, {index}) is no layer and neuron of a model")
+    neurons.sort(key=lambda neuron: (-abs(neuron[2]), neuron[0], neuron[1]))
+    n_layers = n_layers or 1 + max((layer for layer, _, _ in neurons), default=0)
+    n_neurons = n_neurons or 1 + max((index for _, index, _ in neurons), default=0)
+    return dict(neurons=tuple(neurons), n_layers=n_layers, n_neurons=n_neurons, score="abs-delta", preset="imported")
+
+
+def _contrast(value: float, where: str) -> float:
+    try:
+        return float(value)
+    except OverflowError:  # a whole number of hundreds of digits
+        raise InputError(where, f"expected a number that a double holds, got {short(value)}") from None
