@@ -129,6 +129,21 @@ def made_elsewhere(path: FilePath, field: str, expected: object, got: object) ->
     return InputError(f"{path}: {field}", f"made for another model: expected {expected}, got {got}")
 
 
+def check_found_in(circuit: Circuit, here: dict[str, Any], where: FilePath = "circuit") -> None:
+    """Raise InputError naming the field unless the circuit was found in the model in hand, as far as both say.
+
+    Args:
+        here: what the model in hand is: ``tokenizer_sha256``, ``model.weights_sha256`` and others. Names are not
+            compared.
+    """
+    found_in = {f"model.{name}": value for name, value in (circuit.model or {}).items() if name != "name"}
+    found_in |= {name: getattr(circuit, name) for name in ("tokenizer_sha256", "chat_template_sha256")}
+    for field, got in found_in.items():
+        expected = here.get(field)
+        if None not in (got, expected) and got != expected:
+            raise made_elsewhere(where, field, expected, got)
+
+
 def check_fits(circuit: Circuit, n_layers: int, n_neurons: int, where: FilePath = "circuit") -> None:
     """Raise InputError naming the field unless the circuit has the shape of the model in hand."""
     for field, expected in (("n_layers", n_layers), ("n_neurons", n_neurons)):

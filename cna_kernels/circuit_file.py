@@ -147,7 +147,7 @@ def _pairs(fields: Fields, name: str, shape: tuple[int, int], *default: Any) -> 
 
 
 def _numbers(fields: Fields, name: str, n: int, what: str) -> None:
-    values = fields.items(name, is_number, f"{n} numbers, {what}")
+    values = fields.items(name, is_number, "a number")
     if len(values) != n:
         raise fields.error(name, f"expected {n} numbers, {what}, got {len(values)}")
 

@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import functools
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 
 import numpy as np
@@ -26,7 +26,10 @@ from torch import Tensor, nn
 
 from . import backends, ops, select
 from .checks import InputError, check_tensor
-from .circuit import Circuit
+from .circuit import Circuit, check_fits, check_found_in
+from .files import FilePath
+from .fingerprint import neurons_sha256, sampled_rows
+from .select import UniversalNeurons
 from .sites import (
     ForwardPass,
     Site,
@@ -291,7 +294,8 @@ class Engine:
         fraction: float = 0.001,
         top_k: int | None = None,
         score: str = "abs-delta",
-        exclude: Sequence[tuple[int, int]] = (),
+        universal: UniversalNeurons | None = None,
+        exclude: Iterable[tuple[int, int]] = (),
         skip_layers: Sequence[int] = (),
         position: str | None = None,
     ) -> Circuit:
@@ -301,37 +305,23 @@ class Engine:
             sums: of two columns.
             fraction: of the model's neurons to take; ``top_k``, where given, wins.
             score: one of ``select.SCORES``.
-            exclude: (layer, index) of neurons to leave out, such as what :meth:`universal` returns.
+            universal: what :meth:`universal` returned, to leave out.
+            exclude: (layer, index) of other neurons to leave out.
             skip_layers: layers to leave out.
-            position: what the counted tokens are, such as "last prompt token"; the circuit's file will say it.
-        """
-        width = torch.tensor(self.widths)[:, None]
-        excluded = select.mask_layers(self.n_layers, self.n_neurons, skip_layers)
-        excluded |= torch.arange(self.n_neurons) >= width
-        for layer, index in exclude:
-            if not (0 <= layer < self.n_layers and 0 <= index < self.widths[layer]):
-                raise InputError("exclude", f"({layer}, {index}) is no neuron of this model")
-            excluded[layer, index] = True
-        k = top_k
-        if k is None:  # of the neurons that there are: rows of `excluded` may be wider than their layer
-            k = select.k_from_fraction(fraction, 1, int(width.sum()))
-        delta = select.contrast(sums).cpu()
-        chosen = select.top_neurons(select.scores(score, sums, delta.to(sums.total.device)).cpu(), k, excluded)
-        return Circuit(
-            neurons=tuple((layer, index, delta[layer, index].item()) for layer, index in chosen),
-            n_layers=self.n_layers,
-            n_neurons=self.n_neurons,
-            score=score,
-            fraction=fraction if top_k is None else None,
-            k_rule=select.K_RULE if top_k is None else "given",
-            position=position,
-            skipped_layers=tuple(skip_layers),
-        )
+            position: what the counted tokens are, such as "last prompt token".
 
-    def universal(
-        self, sums: ActivationSums, *, fraction: float = 0.001, threshold: float = 0.8
-    ) -> list[tuple[int, int]]:
-        """Return the (layer, index) that are among the largest by magnitude in most columns: neurons that fire anyway.
+        The circuit's file will say all of this, and what model it was.
+        """
+        if isinstance(exclude, UniversalNeurons):  # as before there was `universal`
+            universal, exclude = exclude, ()
+        selection = select.Selection(
+            self.widths, fraction=fraction, top_k=top_k, score=score, skip_layers=skip_layers, universal=universal,
+            exclude=exclude,
+        )  # fmt: skip
+        return selection.circuit(sums, position=position, model=self.identity(), dtype=self._dtype())
+
+    def universal(self, sums: ActivationSums, *, fraction: float = 0.001, threshold: float = 0.8) -> UniversalNeurons:
+        """Find the neurons that are among the largest by magnitude in most columns: they fire anyway.
 
         Args:
             sums: one column for each of some unrelated prompts, as ``collect(torch.eye(n_prompts))`` gives.
@@ -345,7 +335,32 @@ class Engine:
         if not votes.any():
             raise InputError("sums", "no column counts a token, so there is nothing to find universal neurons in")
         counts = select.count_top(sums.total.abs().cpu()[:, votes], k)
-        return [tuple(pair) for pair in (counts >= select.votes_needed(threshold, int(votes.sum()))).nonzero().tolist()]
+        return UniversalNeurons.of(counts, int(votes.sum()), fraction=fraction, threshold=threshold)
+
+    def identity(self) -> dict[str, str]:
+        """What tells the model from others: its name, and a hash of sampled MLP weights where these lie open.
+
+        ``load`` gives a checkpoint on file the same hash, so a circuit found here is known there, and the other way.
+        """
+        name = getattr(getattr(self._decoder, "config", None), "_name_or_path", "") or type(self._decoder).__name__
+        weights = [site.plain_down() for site in self._sites]
+        if any(weight is None for weight in weights):
+            return {"name": name}
+        rows = ([weight.flatten(0, -2)[row] for row in sampled_rows(weight.shape[:-1].numel())] for weight in weights)
+        return {"name": name, "neurons_sha256": neurons_sha256(rows)}
+
+    def check_circuit(self, circuit: Circuit, where: FilePath = "circuit", *, any_model: bool = False) -> None:
+        """Raise InputError naming the field unless the circuit was found in this model, as far as both say.
+
+        ``any_model`` holds it to the shape alone, as :meth:`set` does.
+        """
+        check_fits(circuit, self.n_layers, self.n_neurons, where)
+        if not any_model:
+            check_found_in(circuit, {f"model.{name}": value for name, value in self.identity().items()}, where)
+
+    def _dtype(self):
+        dtype = getattr(self._decoder, "dtype", None)
+        return None if dtype is None else str(dtype).removeprefix("torch.")
 
     # Life.
 

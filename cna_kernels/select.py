@@ -1,4 +1,4 @@
-"""From sums to neurons: contrast, score, universal filter, one global ranking.
+"""From sums to circuits: contrast, score, universal filter, one ranking. ``attach`` and ``load`` both select here.
 
 Source of the method: "Targeted Neuron Modulation via Contrastive Pair Search", arXiv 2605.12290.
 Everything here is fp64 ``[L, N]``.
@@ -7,12 +7,16 @@ Everything here is fp64 ``[L, N]``.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from . import __version__
 from .checks import InputError
+from .circuit import Circuit
 from .sums import ActivationSums
 
 POSITIVE, NEGATIVE = 0, 1  # the two columns of a contrast
@@ -93,6 +97,120 @@ def count_top(magnitude: Tensor, k: int) -> Tensor:
         for layer, index in top_neurons(column, k):
             counts[layer, index] += 1
     return counts
+
+
+@dataclass(frozen=True)
+class UniversalNeurons:
+    """Neurons that are among the largest by magnitude in most of some unrelated columns: they fire anyway.
+
+    Attributes:
+        neurons: (layer, index), in order.
+        fraction: of the model's neurons, which were the largest of a column.
+        threshold: the share of the votes that is most.
+        n_votes: columns that counted a token.
+        prompts_sha256: hash of the prompts behind them, where it is known.
+    """
+
+    neurons: tuple[tuple[int, int], ...]
+    fraction: float
+    threshold: float
+    n_votes: int
+    prompts_sha256: str | None = None
+
+    @classmethod
+    def of(
+        cls, counts: Tensor, n_votes: int, *, fraction: float, threshold: float, prompts_sha256: str | None = None
+    ) -> UniversalNeurons:
+        """From ``counts`` ``[L, N]``, in how many of ``n_votes`` columns a neuron was among the largest."""
+        found = (counts >= votes_needed(threshold, n_votes)).nonzero().tolist()
+        return cls(tuple((layer, index) for layer, index in found), fraction, threshold, n_votes, prompts_sha256)
+
+    def __iter__(self) -> Iterator[tuple[int, int]]:
+        return iter(self.neurons)
+
+    def __len__(self) -> int:
+        return len(self.neurons)
+
+    def record(self) -> dict[str, Any]:
+        """What a circuit's file says of the filter."""
+        return {
+            "prompts": self.n_votes, "prompts_sha256": self.prompts_sha256, "fraction": self.fraction,
+            "threshold": self.threshold, "excluded": [list(neuron) for neuron in self.neurons],
+        }  # fmt: skip
+
+
+class Selection:
+    """Which neurons may be chosen, how many, and by what score. All of it is checked before any forward pass.
+
+    Args:
+        widths: the neurons of each layer.
+        fraction: of all neurons to take; ``top_k``, where given, wins.
+        score: one of SCORES.
+        skip_layers: layers to leave out.
+        universal: neurons to leave out because they fire anyway.
+        exclude: (layer, index) of others to leave out.
+        rounded_to: see :func:`contrast`.
+
+    Raises:
+        InputError: naming the argument: fewer neurons are left than are asked for, or one of them does not exist.
+    """
+
+    def __init__(
+        self,
+        widths: Sequence[int],
+        *,
+        fraction: float | None = 0.001,
+        top_k: int | None = None,
+        score: str = "abs-delta",
+        skip_layers: Sequence[int] = (),
+        universal: UniversalNeurons | None = None,
+        exclude: Iterable[tuple[int, int]] = (),
+        rounded_to: torch.dtype | None = None,
+    ) -> None:
+        self.n_layers, self.n_neurons = len(widths), max(widths)
+        self.score, self.rounded_to = score, rounded_to
+        self.skip_layers, self.universal, self.exclude = tuple(skip_layers), universal, tuple(exclude)
+        self.fraction = None if top_k is not None else fraction
+        self.k_rule = K_RULE if top_k is None else "given"
+        width = torch.tensor(widths)[:, None]
+        self.excluded = mask_layers(self.n_layers, self.n_neurons, self.skip_layers)  # [L, N] bool
+        self.excluded |= torch.arange(self.n_neurons) >= width
+        for layer, index in (*self.exclude, *(universal or ())):
+            if not (0 <= layer < self.n_layers and 0 <= index < widths[layer]):
+                raise InputError("exclude", f"({layer}, {index}) is no neuron of this model")
+            self.excluded[layer, index] = True
+        self.k = k_from_fraction(fraction, 1, sum(widths)) if top_k is None else top_k  # type: ignore[arg-type]
+        available = int((~self.excluded).sum())
+        if not 1 <= self.k <= available:
+            raise InputError("top_k", f"expected 1 to {available}, the neurons that may be chosen, got {self.k}")
+
+    def rank(self, sums: ActivationSums) -> tuple[Tensor, list[tuple[int, int]]]:
+        """Return the contrast ``[L, N]`` of sums of two columns, and the chosen (layer, index), best first."""
+        delta = contrast(sums, self.rounded_to)
+        score = scores(self.score, sums, delta).cpu()
+        return delta.cpu(), top_neurons(score, self.k, self.excluded)
+
+    def circuit(self, sums: ActivationSums, **provenance: Any) -> Circuit:
+        """Select a circuit. ``provenance``: what else its file says, fields of :class:`Circuit`."""
+        delta, chosen = self.rank(sums)
+        return Circuit(
+            neurons=tuple((layer, index, delta[layer, index].item()) for layer, index in chosen),
+            n_layers=self.n_layers,
+            n_neurons=self.n_neurons,
+            score=self.score,
+            fraction=self.fraction,
+            k_rule=self.k_rule,
+            skipped_layers=self.skip_layers,
+            universal=None if self.universal is None else self.universal.record(),
+            excluded=self.exclude,
+            versions=versions(),
+            **provenance,
+        )
+
+
+def versions() -> dict[str, str]:
+    """The versions that a circuit's file names."""
+    return {"cna_kernels": __version__, "torch": torch.__version__}
 
 
 def votes_needed(threshold: float, n_votes: int) -> float:

@@ -189,6 +189,12 @@ class Site:
         tensors = (x.device for part in (mlp.down_proj, mlp) for x in (*part.parameters(), *part.buffers()))
         return next(tensors, torch.device("cpu"))  # packed out of sight, by PyTorch's own quantisation for CPUs
 
+    def plain_down(self) -> Tensor | None:
+        """The weight of ``down_proj``, ``[H, N]`` or ``[E, H, N]``, if nothing is put on top of it and it lies open."""
+        down = self.mlp.down_proj
+        weight = down.weight if type(down) is nn.Linear else down if isinstance(down, nn.Parameter) else None
+        return None if weight is None or weight.is_meta or weight.dtype not in ops.FLOATS else weight
+
     def reason(self) -> str | None:
         """Why the MLP is not one op, or None."""
         if self.in_modules:

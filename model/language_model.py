@@ -15,14 +15,14 @@ from torch import Tensor
 
 from cna_kernels import backends
 from cna_kernels.checks import InputError
-from cna_kernels.circuit import Circuit, check_fits, made_elsewhere
+from cna_kernels.circuit import Circuit, check_fits, check_found_in
 from cna_kernels.files import FilePath
 from cna_kernels.reference import make_scale
 from cna_kernels.steering import SteeringTable
 from cna_kernels.warm_up import blank_extras, warm_up
 
-from .checkpoint.config import DTYPES, config_sha256, read_config
-from .checkpoint.load import load_transformer
+from .checkpoint.config import DTYPES, read_config
+from .checkpoint.load import identity_of, load_transformer
 from .checkpoint.safetensors_file import open_checkpoint
 from .discovery.job import Job, Progress
 from .discovery.packing import TokenPrompt
@@ -154,12 +154,7 @@ class LanguageModel:
     def identity(self) -> dict[str, str]:
         """Return what tells this checkpoint from others: its name and hashes of config, headers and sampled weights."""
         if self._identity is None:
-            self._identity = {
-                "name": self.directory.resolve().name,
-                "config_sha256": config_sha256(self.directory),
-                "headers_sha256": self.checkpoint.headers_sha256,
-                "weights_sha256": self.checkpoint.weights_sha256(),
-            }
+            self._identity = identity_of(self.directory, self.checkpoint, self.config)
         return dict(self._identity)
 
     def encode(self, prompts: PromptSet, *, chat: bool | None = None, double_bos: bool = False) -> list[TokenPrompt]:
@@ -393,16 +388,9 @@ class LanguageModel:
         check_fits(circuit, self.config.num_hidden_layers, self.config.intermediate_size, where)
         if any_model:
             return
-        found_in = {f"model.{name}": value for name, value in (circuit.model or {}).items() if name != "name"}
-        found_in |= {name: getattr(circuit, name) for name in ("tokenizer_sha256", "chat_template_sha256")}
         here = {f"model.{name}": value for name, value in self.identity().items()}
-        here |= {
-            "tokenizer_sha256": self.tokenizer.sha256,
-            "chat_template_sha256": self.tokenizer.template_sha256,
-        }
-        for field, got in found_in.items():
-            if got is not None and got != here[field]:
-                raise made_elsewhere(where, field, here[field], got)
+        here |= dict(tokenizer_sha256=self.tokenizer.sha256, chat_template_sha256=self.tokenizer.template_sha256)
+        check_found_in(circuit, here, where)
 
     def uses_chat(self, chat: bool | None) -> bool:
         """Whether prompts go through the chat template, where ``chat`` may leave it to the checkpoint."""

@@ -20,7 +20,7 @@ from attach_cases import (
     transformers,
     with_scaled_columns,
 )
-from cna_kernels import InputError, attach
+from cna_kernels import Circuit, InputError, attach
 from cna_kernels.sums import NonFiniteActivation
 
 # Values.
@@ -441,13 +441,59 @@ def test_universal_neurons():
     for column, largest in enumerate([(5, 9), (5, 9), (5, 7), (8, 9)]):
         sums.total[1, column] = torch.arange(48) / 100
         sums.total[1, column, list(largest)] = torch.tensor([-6.0, 5.0], dtype=torch.float64)
-    assert engine.universal(sums, fraction=2 / 144, threshold=0.75) == [(1, 5), (1, 9)]
-    assert engine.universal(sums, fraction=2 / 144, threshold=0.8) == []
+    assert engine.universal(sums, fraction=2 / 144, threshold=0.75).neurons == ((1, 5), (1, 9))
+    assert len(engine.universal(sums, fraction=2 / 144, threshold=0.8)) == 0
     more = engine.new_sums(7)
     more.total[:, [0, 2, 3, 6]], more.count[[0, 2, 3, 6]] = sums.total, 1
-    assert engine.universal(more, fraction=2 / 144, threshold=0.75) == [(1, 5), (1, 9)], "empty columns do not vote"
+    assert engine.universal(more, fraction=2 / 144, threshold=0.75).neurons == ((1, 5), (1, 9)), (
+        "empty columns do not vote"
+    )
     with pytest.raises(InputError, match="sums: no column counts a token"):
         engine.universal(engine.new_sums(3))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_circuit_says_where_it_came_from(tmp_path, dtype):
+    """The filter, the neurons left out by name, the model: known again by the checkpoint that it was loaded from, in
+    whatever dtype, and refused by another."""
+    from cna_kernels.model import load
+    from tiny import write_language_model
+
+    write_language_model(tmp_path / "a")
+    write_language_model(tmp_path / "b", seed=1)
+    engine = attach(transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "a", dtype=dtype).eval())
+    sums, ids = engine.new_sums(2), torch.tensor([[3, 4, 5], [6, 7, 8]])
+    with torch.inference_mode(), engine.collect(torch.eye(2), sums):
+        engine._decoder(ids)
+    universal = engine.universal(sums, fraction=0.1, threshold=0.5)
+    circuit = engine.select(sums, top_k=5, universal=universal, exclude=[(0, 1)], position="last")
+    circuit.save(tmp_path / "c.json")
+    assert (found := Circuit.load(tmp_path / "c.json")) == circuit
+    assert found.universal["excluded"] == [list(pair) for pair in universal] != [] and found.universal["prompts"] == 2
+    assert found.excluded == ((0, 1),) and found.dtype == str(dtype).removeprefix("torch.")
+    assert found.versions["torch"] == torch.__version__ and found.model["name"] == str(tmp_path / "a")
+    assert engine.select(sums, top_k=5, exclude=universal).universal == found.universal, "as before"
+    for place in ("a", "b"):
+        ours = load(tmp_path / place)
+        theirs = attach(transformers.AutoModelForCausalLM.from_pretrained(tmp_path / place, dtype=torch.float32))
+        for check in (ours.check_circuit, theirs.check_circuit):
+            if place == "a":
+                check(found, "c.json")
+                continue
+            with pytest.raises(InputError, match=r"c.json: model.neurons_sha256: made for another model"):
+                check(found, "c.json")
+            check(found, "c.json", any_model=True)
+
+
+def test_weights_out_of_sight_have_no_hash():
+    """An adapter on an MLP makes another model of it: the circuit names none, rather than the base model's hash."""
+    peft = pytest.importorskip("peft")
+    model = make("llama")
+    known = attach(model)
+    assert set(known.identity()) == {"name", "neurons_sha256"}
+    known.detach()
+    adapted = peft.get_peft_model(model, peft.LoraConfig(target_modules=["down_proj"], r=2))
+    assert set(attach(adapted).identity()) == {"name"}
 
 
 def test_selection_counts_only_neurons_that_are_there():

@@ -24,9 +24,9 @@ from cna_kernels.files import FilePath, make_directory, write_bytes, write_text
 from cna_kernels.steering import check_multiplier
 
 from .config import DTYPES, ModelConfig
+from .load import DOWN
 from .safetensors_file import Checkpoint
 
-DOWN = "model.layers.{}.mlp.down_proj.weight"
 Factors = dict[int, dict[int, float]]  # layer -> neuron -> what its activation is multiplied by
 
 

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
-from typing import Protocol
+from dataclasses import replace
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -12,11 +13,12 @@ from torch import Tensor
 from cna_kernels import select
 from cna_kernels.checks import InputError
 from cna_kernels.circuit import Circuit
+from cna_kernels.select import Selection, UniversalNeurons
 from cna_kernels.sums import ActivationSums
 
 from ..prompts.columns import Columns
 from ..prompts.corpus import Contrast
-from .settings import POSITION_TEXT, Settings
+from .settings import Settings
 from .units import UNIVERSAL_FRACTION, SlotSums
 
 
@@ -31,16 +33,23 @@ class Totals(Protocol):
         """The sums of one column or replicate."""
 
 
-def check_size(settings: Settings, n_layers: int, n_neurons: int) -> tuple[int, Tensor]:
-    """Return k and the mask ``[L, N]`` of skipped layers, before any forward pass."""
-    skipped = select.mask_layers(n_layers, n_neurons, settings.skip_layers)
-    available = int((~skipped).sum())
-    k = settings.top_k
-    if k is None:
-        k = select.k_from_fraction(settings.fraction, n_layers, n_neurons)
-    if not 1 <= k <= available:
-        raise InputError("top_k", f"expected 1 to {available}, the neurons that may be chosen, got {k}")
-    return k, skipped
+def selection_of(
+    settings: Settings,
+    shape: tuple[int, int],
+    universal: UniversalNeurons | None = None,
+    dtype: torch.dtype | None = None,
+) -> Selection:
+    """The selection that the settings ask for in a model of shape (L, N), computed in ``dtype``."""
+    n_layers, n_neurons = shape
+    return Selection(
+        [n_neurons] * n_layers,
+        fraction=settings.fraction,
+        top_k=settings.top_k,
+        score=settings.score,
+        skip_layers=settings.skip_layers,
+        universal=universal,
+        rounded_to=dtype if settings.round_means else None,
+    )
 
 
 def check_counts(
@@ -64,10 +73,11 @@ def check_counts(
 
 
 def find_universal(
-    totals: Totals, diverse: list[Contrast], threshold: float, n_layers: int, n_neurons: int
-) -> tuple[Tensor, int]:
-    """Return ``[L, N]`` bool and the number of votes: neurons among the top 0.1% by magnitude on at least
-    ``threshold`` of the universal prompts, or of the diverse contrasts."""
+    totals: Totals, diverse: Sequence[Contrast], threshold: float, shape: tuple[int, int], prompts_sha256: str
+) -> UniversalNeurons:
+    """The neurons among the top 0.1% by magnitude on at least ``threshold`` of the universal prompts, or of the diverse
+    contrasts, in a model of shape (L, N)."""
+    n_layers, n_neurons = shape
     k = select.k_from_fraction(UNIVERSAL_FRACTION, n_layers, n_neurons)
     counts, n_votes = torch.zeros(n_layers, n_neurons, dtype=torch.int64), totals.n_universal
     if totals.universal is not None:
@@ -76,45 +86,28 @@ def find_universal(
         delta = select.contrast(_pair(totals.slot(contrast.positive), totals.slot(contrast.negative)))
         counts += select.count_top(delta.abs()[:, None], k)
         n_votes += 1
-    return counts >= select.votes_needed(threshold, n_votes), n_votes
+    return UniversalNeurons.of(
+        counts, n_votes, fraction=UNIVERSAL_FRACTION, threshold=threshold, prompts_sha256=prompts_sha256
+    )
 
 
 def select_circuit(
-    totals: Totals, columns: Columns, contrast: Contrast, settings: Settings, universal: Tensor, dtype: torch.dtype
+    totals: Totals, columns: Columns, contrast: Contrast, selection: Selection, **provenance: Any
 ) -> Circuit:
-    """Select the circuit of one contrast; provenance that only the caller knows is added by it.
+    """Select the circuit of one contrast, and say how stable the selection is.
 
     Args:
-        universal: ``[L, N]`` bool, neurons to leave out.
-        dtype: what activations were computed in.
+        provenance: what only the caller knows; fields of :class:`Circuit`.
     """
-    n_layers, n_neurons = universal.shape
-    k, skipped = check_size(settings, n_layers, n_neurons)
-    excluded = skipped | universal
-    rounded_to = dtype if settings.round_means else None
-
-    def ranked(sums: ActivationSums) -> tuple[Tensor, list[tuple[int, int]]]:
-        delta = select.contrast(sums, rounded_to=rounded_to)
-        return delta, select.top_neurons(select.scores(settings.score, sums, delta), k, excluded)
-
-    least = 1 if settings.score == "cohen-d" else 0
+    least = 1 if selection.score == "cohen-d" else 0
     halves = [totals.slot(column) for column in contrast[1:]]
-    delta, chosen = ranked(_pair(*halves))
     derived = [columns.derived(column) for column in contrast[1:]]
     pairs = [[totals.slot(slot) for slot in slots] for slots in zip(*derived, strict=True)]
-    return Circuit(
-        neurons=tuple((layer, index, delta[layer, index].item()) for layer, index in chosen),
-        n_layers=n_layers,
-        n_neurons=n_neurons,
-        score=settings.score,
-        fraction=settings.fraction if settings.top_k is None else None,
-        k_rule=select.K_RULE if settings.top_k is None else "given",
-        position=POSITION_TEXT[settings.position],
-        skipped_layers=tuple(settings.skip_layers),
-        dtype=str(dtype).removeprefix("torch."),
-        preset=settings.preset,
-        folds=_cross_validate(ranked, halves, pairs[: columns.folds], chosen),
-        bootstrap=_bootstrap(ranked, pairs[columns.folds :], chosen, columns.seed, least),
+    circuit = selection.circuit(_pair(*halves), **provenance)
+    return replace(
+        circuit,
+        folds=_cross_validate(selection, halves, pairs[: columns.folds], circuit.pairs),
+        bootstrap=_bootstrap(selection, pairs[columns.folds :], circuit.pairs, columns.seed, least),
     )
 
 
@@ -134,13 +127,13 @@ def _without(whole: SlotSums, part: SlotSums) -> SlotSums:
     return SlotSums(whole.total - part.total, squares, whole.count - part.count)
 
 
-def _cross_validate(ranked, halves, folds, chosen) -> dict | None:
+def _cross_validate(selection, halves, folds, chosen) -> dict | None:
     """Select without each fold in turn: how alike the circuits are, and the contrast on the prompts left out."""
     if not folds:
         return None
     overlaps, retained = [], []
     for pair in folds:
-        delta, neurons = ranked(_pair(*(_without(half, part) for half, part in zip(halves, pair, strict=True))))
+        delta, neurons = selection.rank(_pair(*(_without(half, part) for half, part in zip(halves, pair, strict=True))))
         held_out = select.contrast(_pair(*pair))
         where = tuple(torch.tensor(neurons).T)
         size = delta[where].abs().sum().item()
@@ -149,7 +142,7 @@ def _cross_validate(ranked, halves, folds, chosen) -> dict | None:
     return {"n": len(folds), "overlap": overlaps, "retained": retained}
 
 
-def _bootstrap(ranked, replicates, chosen, seed, least) -> dict | None:
+def _bootstrap(selection, replicates, chosen, seed, least) -> dict | None:
     """How often each neuron is selected when the prompts are drawn again.
 
     Of a handful of prompts a replicate may draw none; those whose sides do not count more than ``least`` are left out.
@@ -159,7 +152,7 @@ def _bootstrap(ranked, replicates, chosen, seed, least) -> dict | None:
     n = 0
     for pair in replicates:
         if min(slot.count for slot in pair) > least:
-            counts.update(ranked(_pair(*pair))[1])
+            counts.update(selection.rank(_pair(*pair))[1])
             n += 1
     if n < 2:
         return None

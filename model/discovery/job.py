@@ -11,21 +11,22 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from cna_kernels import __version__, backends
+from cna_kernels import backends
 from cna_kernels.checks import InputError, one_line
 from cna_kernels.circuit import Circuit
 from cna_kernels.cpu import library
+from cna_kernels.select import versions
 
 from ..memory import memory_of
 from ..prompts.columns import Columns
 from ..prompts.corpus import UNIVERSAL, Contrast, Corpus
 from . import streamed
-from .circuits import Totals, check_counts, check_size, find_universal, select_circuit
+from .circuits import Totals, check_counts, find_universal, select_circuit, selection_of
 from .collect import collect, measure_tokens
 from .run_directory import RunDirectory, Worker
-from .settings import Settings
+from .settings import POSITION_TEXT, Settings
 from .streamed import StreamedTransformer
-from .units import UNIVERSAL_FRACTION, Part, Pass, encode_ahead, run_unit
+from .units import Part, Pass, encode_ahead, run_unit
 
 if TYPE_CHECKING:
     from ..language_model import LanguageModel
@@ -63,7 +64,7 @@ class Job:
         """
         self.model, self.corpus, self.contrasts, self.settings = model, corpus, tuple(contrasts), settings
         self.diverse, self.chat = tuple(diverse), chat
-        check_size(settings, *self.shape)
+        selection_of(settings, self.shape)  # raises where too few neurons are left
         check_counts(settings, self.contrasts, corpus.count, corpus.weight)
         columns = Columns(
             len(corpus.columns), self.contrasts, folds=settings.folds, bootstrap=settings.bootstrap, seed=settings.seed
@@ -211,7 +212,7 @@ class Job:
             "squares": [how.squares, how.derived_squares],
             "batch": how.batch,
             "batch_tokens": how.max_tokens,
-            "versions": _versions(),
+            "versions": versions(),
         }
 
     def _dtype(self) -> str:
@@ -242,35 +243,26 @@ class Job:
         counts = {key: n - totals.n_left_out.get(int(key), 0) for key, n in corpus.count.items() if key != UNIVERSAL}
         weights = {key: totals.slot(int(key)).count for key in counts}
         check_counts(settings, self.contrasts, counts, weights)
-        n_layers, n_neurons = self.shape
-        excluded, votes, record = torch.zeros(n_layers, n_neurons, dtype=torch.bool), 0, None
+        universal = None
         if settings.universal:
-            excluded, votes = find_universal(totals, self.diverse, settings.universal_threshold, n_layers, n_neurons)
-            record = {
-                "prompts": votes,
-                "prompts_sha256": corpus.digests.get(UNIVERSAL, corpus.sha256),
-                "fraction": UNIVERSAL_FRACTION,
-                "threshold": settings.universal_threshold,
-                "excluded": excluded.nonzero().tolist(),
-            }
-        dtype = model.transformer.dtype
+            prompts_sha256 = corpus.digests.get(UNIVERSAL, corpus.sha256)
+            universal = find_universal(totals, self.diverse, settings.universal_threshold, self.shape, prompts_sha256)
+        selection = selection_of(settings, self.shape, universal, model.transformer.dtype)
         shared = dict(
-            universal=record,
             model=model.identity(),
             tokenizer_sha256=model.tokenizer.sha256,
             chat_template_sha256=self._template_sha256(),
-            versions=_versions(),
+            dtype=self._dtype(),
+            position=POSITION_TEXT[settings.position],
+            preset=settings.preset,
         )
         found = {}
         for contrast in self.contrasts:
-            circuit = select_circuit(totals, self.how.columns, contrast, settings, excluded, dtype)
             sides = zip(("positive", "negative"), contrast[1:], strict=True)
             prompts = {
                 side: {"count": counts[str(column)], "sha256": corpus.digests[str(column)]} for side, column in sides
             }
-            found[contrast.name] = replace(circuit, prompts=prompts, **shared)
+            found[contrast.name] = select_circuit(
+                totals, self.how.columns, contrast, selection, prompts=prompts, **shared
+            )
         return found
-
-
-def _versions() -> dict[str, str]:
-    return {"cna_kernels": __version__, "torch": torch.__version__}

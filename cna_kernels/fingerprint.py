@@ -1,0 +1,28 @@
+"""What tells the neurons of one model from those of another, alike for a checkpoint on file and a model in memory."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor
+
+from .files import Digest
+
+ROWS = 4  # of each layer's down_proj
+
+
+def sampled_rows(n_rows: int) -> list[int]:
+    """The rows of a layer's ``w_down`` ``[H, N]``, or ``[E * H, N]``, that the hash looks at: evenly spaced."""
+    n = min(ROWS, n_rows)
+    return [number * (n_rows - 1) // max(n - 1, 1) for number in range(n)]
+
+
+def neurons_sha256(layers: Iterable[Iterable[Tensor]]) -> str:
+    """Hash the sampled rows ``[N]`` of every layer, rounded to bf16: a model that was loaded in another dtype, of no
+    less precision than bf16, has the same hash."""
+    digest = Digest()
+    for rows in layers:
+        for row in rows:
+            digest.add(row.detach().to("cpu", torch.bfloat16).view(torch.uint8).numpy().tobytes())
+    return str(digest)
