@@ -468,7 +468,8 @@ def test_a_circuit_says_where_it_came_from(tmp_path, dtype):
     universal = engine.universal(sums, fraction=0.1, threshold=0.5)
     circuit = engine.select(sums, top_k=5, universal=universal, exclude=[(0, 1)], position="last")
     circuit.save(tmp_path / "c.json")
-    assert (found := Circuit.load(tmp_path / "c.json")) == circuit
+    found = Circuit.load(tmp_path / "c.json")
+    assert found == circuit
     assert found.universal["excluded"] == [list(pair) for pair in universal] != [] and found.universal["prompts"] == 2
     assert found.excluded == ((0, 1),) and found.dtype == str(dtype).removeprefix("torch.")
     assert found.versions["torch"] == torch.__version__ and found.model["name"] == str(tmp_path / "a")
