@@ -1,4 +1,4 @@
-"""The MLPs of a transformers model as places where the engine works, and how their ``forward`` is replaced.
+"""The MLPs of a transformers model as places where the engine works.
 
 What an MLP runs is decided at each call by what its parts are then, the first that holds:
 
@@ -14,19 +14,16 @@ neurons are (layer, expert, index), in a circuit (layer, expert * own + index), 
 
 from __future__ import annotations
 
-import types
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from . import backends, ops, reference
-from .checks import InputError
-from .reference import Scale
-
-SUPPORTED = "Llama, Qwen2, Qwen3, Mistral, Gemma 1 to 3, Phi-3, Qwen3-MoE, Mixtral, and models whose MLPs are the same"
-SITE, BEFORE = "_cna_site", "_cna_before"  # attributes of a module whose forward was replaced
+from .. import backends, ops, reference
+from ..checks import InputError
+from ..reference import Scale
+from .patch import SITE, mlp_forward, replace_forward, restore_forward
 
 
 class ForwardPass:
@@ -42,54 +39,6 @@ class ForwardPass:
         self.tokens: Tensor | None = None
         self.weight: Tensor | None = None
         self.again: Tensor | None = None
-
-
-# Replacing a module's forward. What replaces it is called "forward", so that a pickled model asks its class for it.
-
-
-def slot(module: nn.Module) -> str:
-    """Where a module's forward lies: accelerate keeps it behind its hook, which moves and loads weights first."""
-    return "_old_forward" if "_hf_hook" in module.__dict__ else "forward"
-
-
-def replace_forward(module: nn.Module, function: Any) -> None:
-    current = module.__dict__.get(slot(module))
-    if getattr(current, "__func__", None) is not function:  # a copy of an attached module has it, without an engine
-        setattr(module, BEFORE, current)
-        setattr(module, slot(module), types.MethodType(function, module))
-
-
-def is_replaced(module: nn.Module, function: Any) -> bool:
-    return getattr(module.__dict__.get(slot(module)), "__func__", None) is function
-
-
-def restore_forward(module: nn.Module) -> None:
-    before, place = module.__dict__.pop(BEFORE), slot(module)
-    if before is None and place == "_old_forward":  # accelerate's hook came later, and asks for it
-        before = types.MethodType(type(module).forward, module)
-    if before is None:
-        delattr(module, place)
-    else:
-        setattr(module, place, before)
-
-
-def call_plain(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
-    """Call the forward that was there before."""
-    before = getattr(module, BEFORE, None)
-    return type(module).forward(module, *args, **kwargs) if before is None else before(*args, **kwargs)
-
-
-def mlp_forward(self, *args, **kwargs):
-    site = getattr(self, SITE, None)
-    return call_plain(self, *args, **kwargs) if site is None else site.run(*args, **kwargs)
-
-
-def apply_gate(self, gate_up):
-    site = getattr(self, SITE, None)
-    return type(self)._apply_gate(self, gate_up) if site is None else site.act(gate_up)
-
-
-mlp_forward.__name__, apply_gate.__name__ = "forward", "_apply_gate"
 
 
 # What a part of an MLP is.
@@ -327,173 +276,3 @@ class Joined(Site):
     def plain_act(self, x: Tensor) -> Tensor:
         gate, up = self.gate_and_up(x)
         return up * self.mlp.activation_fn(gate)
-
-
-# What experts must be. No version of transformers has all of these; _is_hooked tells of a model split over devices.
-PLAIN_EXPERTS = dict(
-    has_bias=False, is_transposed=False, has_gate=True, has_post_expert_norm=False, _is_expert_parallel=False,
-    _is_hooked=False,
-)  # fmt: skip
-
-
-class Experts(Site):
-    """The experts of a mixture, whose weights are ``[E, 2N, H]`` and ``[E, H, N]``.
-
-    The products stay with the implementation that the model is configured for; it hands the gate and up of its
-    (token, expert) pairs to ``_apply_gate``, which is replaced. In the layer's table a pair uses circuit
-    ``c * E + expert``, and in its sums column ``c * E + expert``.
-    """
-
-    ACTIVATION = "act_fn"
-    GROUPED, BATCHED, EAGER = "grouped_mm", "batched_mm", "eager"
-
-    def __init__(self, mlp: nn.Module, layer: int, backend: str | None, now: ForwardPass) -> None:
-        super().__init__(mlp, layer, backend, now)
-        self.pairs: tuple[Tensor, Tensor] | None = None  # of the call at hand: the token and the expert of each
-
-    @staticmethod
-    def check(mlp: nn.Module, where: str) -> None:
-        from transformers.integrations.moe import _default_apply_gate
-
-        gate = mlp.__dict__.get("_apply_gate", type(mlp)._apply_gate)
-        gate = getattr(gate, "__func__", gate)
-        if any(getattr(mlp, name, plain) != plain for name, plain in PLAIN_EXPERTS.items()):
-            what = "experts with a bias or a norm, transposed, without a gate or split over devices"
-            raise InputError("model", f"{where}: {what}")
-        if gate not in (_default_apply_gate, apply_gate):
-            raise InputError("model", f"{where}: experts with a gate of their own ({gate.__qualname__})")
-
-    @staticmethod
-    def width(mlp: nn.Module) -> int:
-        return mlp.num_experts * mlp.down_proj.shape[2]
-
-    @staticmethod
-    def n_experts(mlp: nn.Module) -> int:
-        return mlp.num_experts
-
-    @staticmethod
-    def device(mlp: nn.Module) -> torch.device:
-        return mlp.down_proj.device
-
-    def put_on(self) -> None:
-        super().put_on()
-        self.mlp._apply_gate = types.MethodType(apply_gate, self.mlp)
-
-    def take_off(self) -> None:
-        super().take_off()
-        del self.mlp._apply_gate
-
-    def reason(self) -> str | None:
-        return None if self.in_modules else self._other_activation()
-
-    def run(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
-        """``[T, H]``, the experts of each token ``[T, k]`` and what they weigh -> ``[T, H]``"""
-        how = self.mlp.config._experts_implementation
-        if how == self.EAGER:
-            return self.one_by_one(hidden_states, top_k_index, top_k_weights)
-        experts, n_each = top_k_index.reshape(-1), top_k_index.shape[-1]
-        if how == self.GROUPED:
-            experts, order = torch.sort(experts)
-            self.pairs = order // n_each, experts
-        elif how == self.BATCHED:
-            self.pairs = torch.arange(len(experts), device=experts.device) // n_each, experts
-        else:
-            raise InputError("experts_implementation", f"expected grouped_mm, batched_mm or eager, got {how!r}")
-        try:
-            return call_plain(self.mlp, hidden_states, top_k_index, top_k_weights)
-        finally:
-            self.pairs = None
-
-    def one_by_one(self, x: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
-        y = torch.zeros_like(x)
-        for expert in top_k_index.unique().tolist():
-            token, place = torch.where(top_k_index == expert)
-            self.pairs = token, torch.full_like(token, expert)
-            act = self.act(F.linear(x[token], self.mlp.gate_up_proj[expert]))
-            part = F.linear(act, self.mlp.down_proj[expert]) * top_k_weights[token, place, None]
-            y.index_add_(0, token, part.to(y.dtype))
-        self.pairs = None
-        return y
-
-    def act(self, gate_up: Tensor) -> Tensor:
-        """``[P, 2N]`` of the pairs -> their act ``[P, N]``, summed and scaled."""
-        gate, up = gate_up.chunk(2, dim=-1)
-        if self.in_modules or gate.dtype not in ops.FLOATS or not is_plain_silu(self.mlp.act_fn):
-            return self.steer(self.mlp.act_fn(gate) * up)
-        return ops.swiglu(gate, up, **self.extras(gate.shape[1], gate.device), backend=self.backend)
-
-    def extras(self, width: int, device: torch.device) -> dict[str, Any]:
-        """The same of the pairs instead of the tokens."""
-        extras = super().extras(width, device)
-        token, expert = self.pairs
-        n_experts = self.mlp.num_experts
-        circuit = extras["row_circuit"][token]
-        extras["row_circuit"] = torch.where(circuit >= 0, circuit * n_experts + expert, -1).int()
-        if "weight" in extras:
-            mine = expert[:, None] == torch.arange(n_experts, device=expert.device)  # [P, E]
-            extras["weight"] = (extras["weight"][token][:, :, None] * mine[:, None]).flatten(1)  # [P, C * E]
-            for name in self.sums:
-                extras[name] = self.sums[name].view(-1, width)  # [C, E * N] -> [C * E, N]
-        return extras
-
-
-# Finding them.
-
-
-def find_decoder(model: nn.Module) -> nn.Module:
-    """The module whose ``layers`` are the model's."""
-    inner = getattr(model, "_orig_mod", model)
-    if hasattr(inner, "get_base_model"):
-        inner = inner.get_base_model()
-    decoder = inner.get_decoder() if hasattr(inner, "get_decoder") else inner
-    if not isinstance(getattr(decoder, "layers", None), nn.ModuleList):
-        raise InputError("model", f"{type(inner).__name__} has no decoder with `layers`; supported: {SUPPORTED}")
-    return decoder
-
-
-def find_mlp(layer: nn.Module, where: str) -> tuple[str, type[Site]]:
-    """The name of the MLP in a layer and the kind of site that serves it, known by the code of its forward.
-
-    Raises:
-        InputError: there is none, or something beside it looks like another.
-    """
-    named = dict(layer.named_modules())
-    found = {name: kind for name, module in named.items() if (kind := _kind_for(module)) is not None}
-    what = f"{where}, a {type(layer).__name__}, has"
-    if len(found) != 1:
-        known = "several MLPs" if found else "no MLP that is known (gate_proj or gate_up_proj with down_proj)"
-        raise InputError("model", f"{what} {known}; supported: {SUPPORTED}")
-    ((name, kind),) = found.items()
-    for other, module in named.items():
-        related = other.startswith(f"{name}.") or f"{name}.".startswith(f"{other}.") or not other
-        if not related and _looks_like_an_mlp(module):
-            raise InputError("model", f"{what} {other} beside {name}; supported: {SUPPORTED}")
-    kind.check(named[name], where)
-    return name, kind
-
-
-def _kind_for(module):
-    """The kind of site by what the module's forward does: the code of one of three modules of transformers."""
-    if not hasattr(module, "down_proj"):
-        return None
-    from transformers.models.llama.modeling_llama import LlamaMLP
-    from transformers.models.mixtral.modeling_mixtral import MixtralExperts
-    from transformers.models.phi3.modeling_phi3 import Phi3MLP
-
-    code = _code(type(module))
-    for known, kind in ((LlamaMLP, Apart), (Phi3MLP, Joined), (MixtralExperts, Experts)):
-        if code == _code(known):
-            return kind
-    return None
-
-
-def _code(kind):
-    function = getattr(kind.forward, "__wrapped__", kind.forward)
-    code = getattr(function, "__code__", None)
-    return None if code is None else (code.co_code, code.co_names, code.co_consts)
-
-
-def _looks_like_an_mlp(module):
-    words = type(module).__name__.lower()
-    stacked = any(parameter.dim() == 3 for parameter in module.parameters(recurse=False))
-    return stacked or any(word in words for word in ("mlp", "expert", "feedforward", "ffn"))

@@ -1,99 +1,29 @@
-"""attach: put the engine on a transformers model, in place, and take it off again without a trace.
-
-    engine = attach(model)                                            the weights are the model's own
-    with torch.inference_mode(), engine.collect(weight) as sums:      sums of the activations of a forward pass
-        model(**batch)
-    engine.set([engine.select(sums)], [0.0])                          circuits at their multipliers, and
-    engine.rows([0, -1])                                              which row of the batch uses which
-    model.generate(**batch)
-
-Two kinds of ``forward`` are replaced, as attributes of the modules themselves: that of every MLP (``sites.py``), and
-that of the decoder, which learns from its arguments which token belongs to which row and at what position. Everything
-else stays the model's: attention, caches, ``generate``, hooks, adapters. No hook is registered, so nothing is lost when
-``torch.compile`` or a CUDA graph takes over.
-"""
+"""The engine on a model: circuits and rows in, sums and circuits out, and off again."""
 
 from __future__ import annotations
 
 import functools
-import warnings
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-from . import backends, ops, select
-from .checks import InputError, check_tensor
-from .circuit import Circuit, check_fits, check_found_in
-from .files import FilePath
-from .fingerprint import neurons_sha256, sampled_rows
-from .select import UniversalNeurons
-from .sites import (
-    ForwardPass,
-    Site,
-    call_plain,
-    find_decoder,
-    find_mlp,
-    is_replaced,
-    mlp_forward,
-    replace_forward,
-    restore_forward,
-)
-from .steering import SteeringTable
-from .sums import ActivationSums
-from .warm_up import blank_extras, warm_up
-
-__all__ = ["Engine", "attach", "attached"]
-
-PHASES = ("both", "prompt", "answer")
-ENGINE = "_cna_engine"  # the attribute of an attached decoder
-FARTHEST = 2**31 - 1  # no position is beyond
-
-
-def attach(
-    model: nn.Module,
-    *,
-    backend: str | None = None,
-    max_circuits: int = 64,
-    max_entries: int | None = None,
-    max_rows: int = 1024,
-) -> Engine:
-    """Put the engine on a transformers causal LM (or a PEFT model, or a compiled one, around it), in place.
-
-    Args:
-        model: the model, with its weights where they will run. Weights are shared, not copied.
-        backend: as in :func:`cna_kernels.gated_mlp`; "reference" keeps unsteered rows the plain model's to the bit.
-        max_circuits: how many circuits it can hold at a time; it takes buffers for as many.
-        max_entries: the neurons of all of them together; default 0.1% of the model's neurons for each, at least 256.
-        max_rows: the largest batch.
-
-    Returns:
-        The :class:`Engine`. What it cannot fuse it says once, in a warning, and computes exactly all the same.
-
-    Raises:
-        InputError: the architecture is not known, or the model is attached already.
-    """
-    decoder = find_decoder(model)
-    if attached(model) is not None:
-        raise InputError("model", "an engine is attached already; see cna_kernels.attached(model)")
-    found = [find_mlp(layer, f"layers[{number}]") for number, layer in enumerate(decoder.layers)]
-    mlps = [layer.get_submodule(name) for layer, (name, _) in zip(decoder.layers, found, strict=True)]
-    if len(set(map(id, mlps))) < len(mlps):
-        raise InputError("model", "two of its layers share an MLP, which cannot be steered apart")
-    for module, name in [*((mlp, f"layers[{n}]'s MLP") for n, mlp in enumerate(mlps)), (decoder, "the decoder")]:
-        _check_free(module, name)
-    engine = Engine(decoder, mlps, found, backend, max_circuits, max_entries, max_rows)
-    engine._put_on()
-    if left := engine.not_fused():
-        warnings.warn("cna_kernels: exact, but not fused: " + "; ".join(left), stacklevel=2)
-    return engine
-
-
-def attached(model: nn.Module) -> Engine | None:
-    """Return the engine on the model, or None."""
-    return getattr(find_decoder(model), ENGINE, None)
+from .. import backends, ops, select
+from ..checks import InputError, check_tensor
+from ..circuit import Circuit, check_fits, check_found_in
+from ..files import FilePath
+from ..fingerprint import neurons_sha256, sampled_rows
+from ..select import UniversalNeurons
+from ..steering import SteeringTable
+from ..sums import ActivationSums
+from ..warm_up import blank_extras, warm_up
+from .collecting import Collecting
+from .decoder import ENGINE, decoder_forward
+from .mlps import ForwardPass, Site
+from .patch import is_replaced, mlp_forward, replace_forward, restore_forward
+from .rows import Rows
 
 
 class Engine:
@@ -133,19 +63,13 @@ class Engine:
         self._sites = [kind(mlps[layer], layer, backend, self._now) for layer, kind in enumerate(kinds)]
         for site in self._sites:
             site.scale = self.table.layer(site.layer)
-        self._decoder, self._devices, self._max_rows = decoder, devices, max_rows
+        self._decoder, self._devices = decoder, devices
         self._paths = [
             link for layer, (name, _) in zip(decoder.layers, found, strict=True) for link in _links(layer, name)
         ]
-        with torch.inference_mode(False):
-            blank = torch.full((3, max_rows), -1, dtype=torch.int32, device=devices[0])
-            self._rows, self._start, self._stop = blank  # [max_rows] each
-        self._given: Tensor | None = None  # the rows that were given, [B] or [B, S]; None: _rows for any batch
-        self._phase = "both"
-        self._windowed = False
-        self._token_rows: dict[tuple[int, ...], Tensor] = {}  # shape -> [B, S]
+        self._rows = Rows(max_rows, devices[0])
         self._buffers: dict[tuple[int, bool], list[dict]] = {}  # (columns, squares) -> of each layer
-        self._collecting: _Collecting | None = None
+        self._collecting: Collecting | None = None
 
     # Steering.
 
@@ -201,36 +125,7 @@ class Engine:
             InputError: a row names no circuit of the table, or there are more rows than ``max_rows``.
         """
         self._check_attached()
-        if phase not in PHASES:
-            raise InputError("phase", f"expected one of {', '.join(PHASES)}, got {phase!r}")
-        numbers = torch.as_tensor(-1 if circuit_of_row is None else circuit_of_row)
-        if numbers.dim() > 2 or numbers.is_floating_point():
-            raise InputError("row_circuit", f"expected whole numbers [B] or [B, S], got {list(numbers.shape)}")
-        if numbers.dim() and numbers.shape[0] > self._max_rows:
-            raise InputError("row_circuit", f"{numbers.shape[0]} rows, attached with max_rows={self._max_rows}")
-        n_rows = numbers.shape[0] if numbers.dim() else self._max_rows
-        bounds = []
-        for name, value in (("start", start), ("stop", FARTHEST if stop is None else stop)):
-            bound = torch.as_tensor(value)
-            if bound.is_floating_point() or bound.dim() > 1 or (bound.dim() and numbers.dim() == 0):
-                raise InputError(name, "expected one position, or one for each of the rows given")
-            if bound.dim() and len(bound) != n_rows:
-                raise InputError(name, f"expected one position, or one for each of {n_rows} rows, got {len(bound)}")
-            bounds.append(bound.clamp(0, FARTHEST))
-        with self.table.lock, torch.inference_mode(False):
-            self.table.check_rows(numbers.unique().tolist())
-            if numbers.dim() == 2:
-                shape = tuple(numbers.shape)
-                if shape not in self._token_rows:
-                    self._token_rows[shape] = torch.empty(shape, dtype=torch.int32, device=self._rows.device)
-                self._given = self._token_rows[shape].copy_(numbers)
-            else:
-                self._rows[:n_rows] = numbers.to(self._rows)
-                self._given = self._rows[:n_rows] if numbers.dim() else None
-            for buffer, bound in zip((self._start, self._stop), bounds, strict=True):
-                buffer[:n_rows] = bound.to(buffer)
-            self._phase = phase
-            self._windowed = stop is not None or bool((bounds[0] != 0).any())
+        self._rows.give(self.table, circuit_of_row, phase, start, stop)
 
     # Discovery.
 
@@ -270,7 +165,7 @@ class Engine:
             if key not in self._buffers:
                 self._buffers[key] = [self._layer_buffers(layer, *key) for layer in range(self.n_layers)]
             weight = weight.to(self._devices[0], torch.float32).contiguous()
-            self._collecting = _Collecting(weight, self._buffers[key])
+            self._collecting = Collecting(weight, self._buffers[key])
         for site, buffers in zip(self._sites, self._buffers[key], strict=True):
             site.sums = buffers
         try:
@@ -405,7 +300,7 @@ class Engine:
             InputError: something was put on top of the engine since, and must come off first; or it is off already.
         """
         self._check_attached()
-        owners = [(self._decoder, "the decoder", _decoder_forward)]
+        owners = [(self._decoder, "the decoder", decoder_forward)]
         owners += [(site.mlp, f"layers[{site.layer}]'s MLP", mlp_forward) for site in self._sites]
         for module, name, function in owners:
             if not is_replaced(module, function):
@@ -422,7 +317,7 @@ class Engine:
 
     def _put_on(self):
         setattr(self._decoder, ENGINE, self)
-        replace_forward(self._decoder, _decoder_forward)
+        replace_forward(self._decoder, decoder_forward)
         for site in self._sites:
             site.put_on()
 
@@ -438,7 +333,7 @@ class Engine:
         """What the sites need for a call of ``shape`` [B, S] tokens."""
         if not torch.compiler.is_compiling():
             self._check_in_place()
-        self._now.tokens = self._circuit_of_tokens(shape, device, position_ids, past)
+        self._now.tokens = self._rows.of_tokens(shape, device, position_ids, past)
         collecting = self._collecting
         if collecting is not None and not collecting.done:
             self._now.weight = collecting.of_call(shape, device, attention_mask)
@@ -460,37 +355,6 @@ class Engine:
                 what = f"the forward of layers[{site.layer}]'s MLP was replaced after attach"
                 raise InputError("model", f"{what}; detach, and attach again")
 
-    def _circuit_of_tokens(self, shape, device, position_ids, past):
-        n_rows, n_tokens = shape
-        given = self._given
-        if given is not None and given.dim() == 2:
-            if given.shape != shape:
-                raise InputError("rows", f"given for calls of {list(given.shape)} tokens, this one has {list(shape)}")
-            rows = given
-        else:
-            if given is not None and given.shape[0] != n_rows:
-                raise InputError("rows", f"expected {n_rows}, one for each row of the batch, got {given.shape[0]}")
-            if n_rows > self._max_rows:
-                raise InputError("rows", f"the batch has {n_rows}, attached with max_rows={self._max_rows}")
-            rows = self._rows[:n_rows] if given is None else given
-            if n_tokens == 1 and self._phase == "both" and not self._windowed:
-                return rows
-            rows = rows[:, None].expand(n_rows, n_tokens)
-        if self._phase != "both" or self._windowed:
-            if position_ids is None:
-                seen = past.get_seq_length() if past is not None else 0
-                position_ids = (torch.arange(n_tokens, device=device) + seen)[None]
-            elif position_ids.dim() == 3:  # one for each of several axes of a picture; those of text are the same
-                position_ids = position_ids[0]
-            position = position_ids.to(rows.device)
-            steered = (position >= self._start[:n_rows, None]) & (position < self._stop[:n_rows, None])
-            if self._phase == "answer":
-                steered = steered & (position > 0) if n_tokens == 1 else torch.zeros_like(steered)
-            elif self._phase == "prompt" and n_tokens == 1:
-                steered = steered & (position == 0)
-            rows = torch.where(steered, rows, -1)
-        return rows.reshape(-1).contiguous()
-
     def _layer_buffers(self, layer, n_columns, squares):
         names = ("act_sum", "act_sumsq") if squares else ("act_sum",)
         shape = n_columns, self.widths[layer]
@@ -502,70 +366,6 @@ class Engine:
             for name, buffer in buffers.items():
                 getattr(sums, name)[layer, :, : self.widths[layer]] = buffer.to(sums.act_sum.device)
         sums.fold(collecting.counted)
-
-
-class _Collecting:
-    """The weight of one forward pass, the sums it goes to, and whether that pass has come to its end."""
-
-    def __init__(self, weight, buffers):
-        self.weight, self.buffers = weight, buffers
-        self.counted = weight if weight.dim() == 2 else weight.flatten(0, 1)  # [any, C] what is counted in all
-        self.done = False
-
-    def of_call(self, shape, device, attention_mask):
-        """``[T, C]``"""
-        expected = list(shape[: self.weight.dim() - 1])
-        if list(self.weight.shape[:-1]) != expected:
-            raise InputError("weight", f"expected {[*expected, self.weight.shape[-1]]}, got {list(self.weight.shape)}")
-        for buffers in self.buffers:  # what an earlier pass left that did not come to its end
-            for buffer in buffers.values():
-                buffer.zero_()
-        weight = self.weight.to(device)
-        if weight.dim() == 2:
-            if attention_mask is not None and not (isinstance(attention_mask, Tensor) and attention_mask.dim() == 2):
-                raise InputError("weight", "[B, C] needs an attention mask [B, S], or none; give [B, S, C]")
-            place = torch.arange(shape[1], device=device)
-            last = place[-1:].expand(shape[0])
-            if attention_mask is not None:
-                last = (attention_mask[:, -shape[1] :].to(device) * place).argmax(1)
-            weight = (place == last[:, None])[:, :, None] * weight[:, None]
-        return weight.flatten(0, 1)
-
-
-def _decoder_forward(self, *args, **kwargs):
-    engine = getattr(self, ENGINE, None)
-    if engine is None:
-        return call_plain(self, *args, **kwargs)
-
-    def argument(name, place):
-        return kwargs[name] if name in kwargs else args[place] if len(args) > place else None
-
-    embeds, ids = argument("inputs_embeds", 4), argument("input_ids", 0)
-    source, finished = ids if embeds is None else embeds, False
-    with nullcontext() if torch.compiler.is_compiling() else engine.table.lock:
-        try:
-            engine._begin(
-                source.shape[:2],
-                source.device,
-                argument("attention_mask", 1),
-                argument("position_ids", 2),
-                argument("past_key_values", 3),
-            )
-            y = call_plain(self, *args, **kwargs)
-            finished = True
-            return y
-        finally:
-            engine._end(finished)
-
-
-_decoder_forward.__name__ = "forward"  # so that a pickled model asks its class for it again
-
-
-def _check_free(module, name):
-    current = module.__dict__.get("forward")
-    known = (None, type(module).forward, mlp_forward, _decoder_forward)
-    if not hasattr(module, "_hf_hook") and getattr(current, "__func__", current) not in known:
-        raise InputError("model", f"the forward of {name} was replaced by something else; take that off first")
 
 
 def _links(layer, name):

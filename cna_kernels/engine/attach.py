@@ -1,0 +1,77 @@
+"""attach: put the engine on a transformers model, in place, and take it off again without a trace.
+
+    engine = attach(model)                                            the weights are the model's own
+    with torch.inference_mode(), engine.collect(weight) as sums:      sums of the activations of a forward pass
+        model(**batch)
+    engine.set([engine.select(sums)], [0.0])                          circuits at their multipliers, and
+    engine.rows([0, -1])                                              which row of the batch uses which
+    model.generate(**batch)
+
+Two kinds of ``forward`` are replaced, as attributes of the modules themselves: that of every MLP (``mlps.py``), and
+that of the decoder, which learns from its arguments which token belongs to which row and at what position. Everything
+else stays the model's: attention, caches, ``generate``, hooks, adapters. No hook is registered, so nothing is lost when
+``torch.compile`` or a CUDA graph takes over.
+"""
+
+from __future__ import annotations
+
+import warnings
+
+from torch import nn
+
+from ..checks import InputError
+from .decoder import ENGINE, decoder_forward
+from .engine import Engine
+from .find import find_decoder, find_mlp
+from .patch import mlp_forward
+
+
+def attach(
+    model: nn.Module,
+    *,
+    backend: str | None = None,
+    max_circuits: int = 64,
+    max_entries: int | None = None,
+    max_rows: int = 1024,
+) -> Engine:
+    """Put the engine on a transformers causal LM (or a PEFT model, or a compiled one, around it), in place.
+
+    Args:
+        model: the model, with its weights where they will run. Weights are shared, not copied.
+        backend: as in :func:`cna_kernels.gated_mlp`; "reference" keeps unsteered rows the plain model's to the bit.
+        max_circuits: how many circuits it can hold at a time; it takes buffers for as many.
+        max_entries: the neurons of all of them together; default 0.1% of the model's neurons for each, at least 256.
+        max_rows: the largest batch.
+
+    Returns:
+        The :class:`Engine`. What it cannot fuse it says once, in a warning, and computes exactly all the same.
+
+    Raises:
+        InputError: the architecture is not known, or the model is attached already.
+    """
+    decoder = find_decoder(model)
+    if attached(model) is not None:
+        raise InputError("model", "an engine is attached already; see cna_kernels.attached(model)")
+    found = [find_mlp(layer, f"layers[{number}]") for number, layer in enumerate(decoder.layers)]
+    mlps = [layer.get_submodule(name) for layer, (name, _) in zip(decoder.layers, found, strict=True)]
+    if len(set(map(id, mlps))) < len(mlps):
+        raise InputError("model", "two of its layers share an MLP, which cannot be steered apart")
+    for module, name in [*((mlp, f"layers[{n}]'s MLP") for n, mlp in enumerate(mlps)), (decoder, "the decoder")]:
+        _check_free(module, name)
+    engine = Engine(decoder, mlps, found, backend, max_circuits, max_entries, max_rows)
+    engine._put_on()
+    if left := engine.not_fused():
+        warnings.warn("cna_kernels: exact, but not fused: " + "; ".join(left), stacklevel=2)
+    return engine
+
+
+def attached(model: nn.Module) -> Engine | None:
+    """Return the engine on the model, or None."""
+    return getattr(find_decoder(model), ENGINE, None)
+
+
+def _check_free(module, name):
+    current = module.__dict__.get("forward")
+    known = (None, type(module).forward, mlp_forward, decoder_forward)
+    if not hasattr(module, "_hf_hook") and getattr(current, "__func__", current) not in known:
+        raise InputError("model", f"the forward of {name} was replaced by something else; take that off first")

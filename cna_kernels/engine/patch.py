@@ -1,0 +1,58 @@
+"""Replacing a module's ``forward``, and putting it back.
+
+What replaces it is called "forward", so that a pickled model asks its class for it.
+"""
+
+from __future__ import annotations
+
+import types
+from typing import Any
+
+from torch import nn
+
+SITE, BEFORE = "_cna_site", "_cna_before"  # attributes of a module whose forward was replaced
+
+
+def slot(module: nn.Module) -> str:
+    """Where a module's forward lies: accelerate keeps it behind its hook, which moves and loads weights first."""
+    return "_old_forward" if "_hf_hook" in module.__dict__ else "forward"
+
+
+def replace_forward(module: nn.Module, function: Any) -> None:
+    current = module.__dict__.get(slot(module))
+    if getattr(current, "__func__", None) is not function:  # a copy of an attached module has it, without an engine
+        setattr(module, BEFORE, current)
+        setattr(module, slot(module), types.MethodType(function, module))
+
+
+def is_replaced(module: nn.Module, function: Any) -> bool:
+    return getattr(module.__dict__.get(slot(module)), "__func__", None) is function
+
+
+def restore_forward(module: nn.Module) -> None:
+    before, place = module.__dict__.pop(BEFORE), slot(module)
+    if before is None and place == "_old_forward":  # accelerate's hook came later, and asks for it
+        before = types.MethodType(type(module).forward, module)
+    if before is None:
+        delattr(module, place)
+    else:
+        setattr(module, place, before)
+
+
+def call_plain(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+    """Call the forward that was there before."""
+    before = getattr(module, BEFORE, None)
+    return type(module).forward(module, *args, **kwargs) if before is None else before(*args, **kwargs)
+
+
+def mlp_forward(self, *args, **kwargs):
+    site = getattr(self, SITE, None)
+    return call_plain(self, *args, **kwargs) if site is None else site.run(*args, **kwargs)
+
+
+def apply_gate(self, gate_up):
+    site = getattr(self, SITE, None)
+    return type(self)._apply_gate(self, gate_up) if site is None else site.act(gate_up)
+
+
+mlp_forward.__name__, apply_gate.__name__ = "forward", "_apply_gate"

@@ -1,0 +1,105 @@
+"""Which circuit each row of a batch uses, and from which position to which: buffers that a captured graph reads."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..checks import InputError
+from ..steering import SteeringTable
+
+PHASES = ("both", "prompt", "answer")
+FARTHEST = 2**31 - 1  # no position is beyond
+
+
+class Rows:
+    """What ``Engine.rows`` said last.
+
+    Attributes:
+        circuit, start, stop: ``[max_rows]`` int32: the circuit of each row, and the positions between which it steers.
+        given: the rows that were given, ``[B]`` or ``[B, S]``; None: ``circuit`` for any batch.
+        of_shape: the buffers ``[B, S]`` for rows given by token.
+        windowed: whether ``start`` and ``stop`` leave anything out.
+    """
+
+    def __init__(self, max_rows: int, device: torch.device) -> None:
+        with torch.inference_mode(False):
+            self.circuit, self.start, self.stop = torch.full((3, max_rows), -1, dtype=torch.int32, device=device)
+        self.max_rows, self.phase, self.windowed = max_rows, "both", False
+        self.given: Tensor | None = None
+        self.of_shape: dict[tuple[int, ...], Tensor] = {}
+
+    def give(
+        self,
+        table: SteeringTable,
+        circuit_of_row: int | Sequence[int] | Tensor | None,
+        phase: str,
+        start: int | Sequence[int],
+        stop: int | Sequence[int] | None,
+    ) -> None:
+        """See ``Engine.rows``."""
+        if phase not in PHASES:
+            raise InputError("phase", f"expected one of {', '.join(PHASES)}, got {phase!r}")
+        numbers = torch.as_tensor(-1 if circuit_of_row is None else circuit_of_row)
+        if numbers.dim() > 2 or numbers.is_floating_point():
+            raise InputError("row_circuit", f"expected whole numbers [B] or [B, S], got {list(numbers.shape)}")
+        if numbers.dim() and numbers.shape[0] > self.max_rows:
+            raise InputError("row_circuit", f"{numbers.shape[0]} rows, attached with max_rows={self.max_rows}")
+        n_rows = numbers.shape[0] if numbers.dim() else self.max_rows
+        bounds = []
+        for name, value in (("start", start), ("stop", FARTHEST if stop is None else stop)):
+            bound = torch.as_tensor(value)
+            if bound.is_floating_point() or bound.dim() > 1 or (bound.dim() and numbers.dim() == 0):
+                raise InputError(name, "expected one position, or one for each of the rows given")
+            if bound.dim() and len(bound) != n_rows:
+                raise InputError(name, f"expected one position, or one for each of {n_rows} rows, got {len(bound)}")
+            bounds.append(bound.clamp(0, FARTHEST))
+        with table.lock, torch.inference_mode(False):
+            table.check_rows(numbers.unique().tolist())
+            if numbers.dim() == 2:
+                shape = tuple(numbers.shape)
+                if shape not in self.of_shape:
+                    self.of_shape[shape] = torch.empty(shape, dtype=torch.int32, device=self.circuit.device)
+                self.given = self.of_shape[shape].copy_(numbers)
+            else:
+                self.circuit[:n_rows] = numbers.to(self.circuit)
+                self.given = self.circuit[:n_rows] if numbers.dim() else None
+            for buffer, bound in zip((self.start, self.stop), bounds, strict=True):
+                buffer[:n_rows] = bound.to(buffer)
+            self.phase = phase
+            self.windowed = stop is not None or bool((bounds[0] != 0).any())
+
+    def of_tokens(self, shape: tuple[int, int], device: torch.device, position_ids: Tensor | None, past: Any) -> Tensor:
+        """The circuit of each token of a call of ``shape`` [B, S]: ``[B * S]`` int32, -1 for none."""
+        n_rows, n_tokens = shape
+        given = self.given
+        if given is not None and given.dim() == 2:
+            if given.shape != shape:
+                raise InputError("rows", f"given for calls of {list(given.shape)} tokens, this one has {list(shape)}")
+            rows = given
+        else:
+            if given is not None and given.shape[0] != n_rows:
+                raise InputError("rows", f"expected {n_rows}, one for each row of the batch, got {given.shape[0]}")
+            if n_rows > self.max_rows:
+                raise InputError("rows", f"the batch has {n_rows}, attached with max_rows={self.max_rows}")
+            rows = self.circuit[:n_rows] if given is None else given
+            if n_tokens == 1 and self.phase == "both" and not self.windowed:
+                return rows
+            rows = rows[:, None].expand(n_rows, n_tokens)
+        if self.phase != "both" or self.windowed:
+            if position_ids is None:
+                seen = past.get_seq_length() if past is not None else 0
+                position_ids = (torch.arange(n_tokens, device=device) + seen)[None]
+            elif position_ids.dim() == 3:  # one for each of several axes of a picture; those of text are the same
+                position_ids = position_ids[0]
+            position = position_ids.to(rows.device)
+            steered = (position >= self.start[:n_rows, None]) & (position < self.stop[:n_rows, None])
+            if self.phase == "answer":
+                steered = steered & (position > 0) if n_tokens == 1 else torch.zeros_like(steered)
+            elif self.phase == "prompt" and n_tokens == 1:
+                steered = steered & (position == 0)
+            rows = torch.where(steered, rows, -1)
+        return rows.reshape(-1).contiguous()
