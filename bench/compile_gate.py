@@ -23,7 +23,7 @@ import torch
 import triton
 
 import aot
-from cna_kernels.reference import NEURON_BLOCK, Scale
+from cna_kernels.scale import NEURON_BLOCK, Scale
 from cna_kernels.triton import down_decode, gate_up_decode, steer, sums, swiglu
 from cna_kernels.triton.cost import H200
 from cna_kernels.triton.down_decode import down_gemv, down_split

@@ -13,6 +13,7 @@ import torch.nn.functional as F
 
 from cna_kernels import ops, reference
 from cna_kernels.plans import use as use_plans
+from cna_kernels.scale import dense_scale
 from cna_kernels.triton.cost import Cost
 from gpu_device import down_work, elementwise_work, late, mlp_work, ours, relative
 
@@ -97,7 +98,7 @@ def check(bench, model, T, op="gated_mlp", name=None):
         return
     some = torch.arange(0, T, max(1, T // 64), device=bench.device)
     rows = dict(scale=steering["scale"], row_circuit=steering["row_circuit"][some])
-    table = reference.dense_scale(steering["scale"], N).to(x.dtype)[steering["row_circuit"]]  # [T, N]
+    table = dense_scale(steering["scale"], N).to(x.dtype)[steering["row_circuit"]]  # [T, N]
     if op == "gated_mlp":
         exact = reference.gated_mlp(x[some].double(), layer.w_gate_up.double(), layer.w_down.double(), **rows)
         torch_y = hooks(x, weight, table)(layer)[some]
@@ -163,7 +164,7 @@ def prefill(bench, model, T):
     H, N = bench.shape(model)
     x, layers = bench.random(T, H), bench.layers(model, T)
     weight, steering, many = bench.weight(T), bench.steering(T, N, 1), bench.steering(T, N, 1, size=late(N))
-    factor = reference.dense_scale(steering["scale"], N)[0].to(x.dtype)
+    factor = dense_scale(steering["scale"], N)[0].to(x.dtype)
     runs = {"ours": ours(x, "", weight), "eager": eager(x), "cublas": cublas(x), "hooks": hooks(x, weight, factor)}
     runs |= {"ours steered": ours(x, "", weight, steering), "ours, late layer": ours(x, "", weight, many)}
     times = bench.measure(runs, layers, mlp_work(T, N, H))

@@ -14,7 +14,7 @@ from triton.backends.nvidia import driver as nvidia
 from aot import Target
 from cna_kernels import backends, make_scale, ops
 from cna_kernels.extras import Extras
-from cna_kernels.triton import mlp
+from cna_kernels.triton import ops as triton_ops
 from cna_kernels.triton.down_decode import down_gemv
 from cna_kernels.triton.gate_up_decode import gate_up_decode
 from interleave import compare
@@ -58,7 +58,7 @@ def main():
         return down_gemv(gate_up_decode(x, w_gate_up, **extras.keywords()), w_down, dependent=True)
 
     for feature, extras in (("plain", Extras()), ("sums and steering", both)):
-        pair = mlp.prepare("gated_mlp", inputs, extras)
+        pair = triton_ops.prepare("gated_mlp", inputs, extras)
         given = extras.keywords()
         op = lambda given=given: ops.gated_mlp(x, w_gate_up, w_down, backend="triton", **given)  # noqa: E731
         below = lambda pair=pair, extras=extras: pair(*inputs, *extras)  # noqa: E731

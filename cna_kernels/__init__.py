@@ -14,8 +14,8 @@ _HOME = {
     "swiglu": "ops",
     "down_proj": "ops",
     "steer_act": "ops",
-    "Scale": "reference",
-    "make_scale": "reference",
+    "Scale": "scale",
+    "make_scale": "scale",
     "ActivationSums": "sums",
     "Circuit": "circuit",
     "SteeringTable": "steering",
@@ -38,8 +38,8 @@ if TYPE_CHECKING:  # what a type checker reads instead of ``__getattr__``; tests
     from .ops import gated_mlp as gated_mlp
     from .ops import steer_act as steer_act
     from .ops import swiglu as swiglu
-    from .reference import Scale as Scale
-    from .reference import make_scale as make_scale
+    from .scale import Scale as Scale
+    from .scale import make_scale as make_scale
     from .steering import SteeringTable as SteeringTable
     from .sums import ActivationSums as ActivationSums
 else:

@@ -23,7 +23,7 @@ from .extras import Extras
 
 KNOWN = ("reference", "cpu", "triton")
 
-MODULES = {"cpu": "cna_kernels.cpu.mlp", "triton": "cna_kernels.triton.mlp"}
+MODULES = {"cpu": "cna_kernels.cpu.ops", "triton": "cna_kernels.triton.ops"}
 
 
 class BackendUnavailable(InputError):

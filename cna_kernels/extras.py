@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-from .reference import Scale
+from .scale import Scale
 
 
 class Extras(NamedTuple):

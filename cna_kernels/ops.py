@@ -11,22 +11,18 @@ per call. Gradients flow through the reference: where an input requires grad, th
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from contextlib import nullcontext
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd import forward_ad
-from torch.autograd.graph import increment_version
 from torch.utils._device import DeviceContext
 
-from . import backends, plans
-from .checks import check_tensor
+from . import backends, library
 from .extras import Extras
-from .reference import NEURON_BLOCK, Scale
-
-FLOATS = (torch.bfloat16, torch.float16, torch.float32)
+from .op_checks import FLOATS as FLOATS
+from .op_checks import check
+from .scale import Scale
+from .serve import READY, as_given, count_change, is_as_stored, looks, prepare
 
 
 def gated_mlp(
@@ -164,92 +160,6 @@ def _extras(weight, act_sum, act_sumsq, scale, row_circuit):
     return Extras(weight, act_sum, act_sumsq, *scale, row_circuit)
 
 
-# Checks: once for each kind of call.
-
-
-def _check_gated_mlp(x, w_gate, w_up, w_down):
-    check_tensor("x", x, shape=(None, None), dtype=FLOATS)
-    n_rows, n_hidden = x.shape
-    check_tensor("w_down", w_down, shape=(n_hidden, None), dtype=x.dtype, device=x.device)
-    n_neurons = w_down.shape[1]
-    if w_up is None:
-        check_tensor("w_gate_up", w_gate, shape=(2 * n_neurons, n_hidden), dtype=x.dtype, device=x.device)
-    else:
-        check_tensor("w_gate", w_gate, shape=(n_neurons, n_hidden), dtype=x.dtype, device=x.device)
-        check_tensor("w_up", w_up, shape=(n_neurons, n_hidden), dtype=x.dtype, device=x.device)
-    return n_rows, n_neurons
-
-
-def _check_swiglu(gate, up):
-    check_tensor("gate", gate, shape=(None, None), dtype=FLOATS)
-    check_tensor("up", up, shape=tuple(gate.shape), dtype=gate.dtype, device=gate.device)
-    return gate.shape
-
-
-def _check_down_proj(act, w_down):
-    check_tensor("act", act, shape=(None, None), dtype=FLOATS)
-    check_tensor("w_down", w_down, shape=(None, act.shape[1]), dtype=act.dtype, device=act.device)
-    return act.shape
-
-
-def _check_steer_act(act):
-    check_tensor("act", act, shape=(None, None), dtype=FLOATS)
-    return act.shape
-
-
-def _check_linear(x, w, bias):
-    check_tensor("x", x, shape=(None, None), dtype=FLOATS)
-    check_tensor("w", w, shape=(None, x.shape[1]), dtype=x.dtype, device=x.device)
-    if bias is not None:
-        check_tensor("bias", bias, shape=(w.shape[0],), dtype=x.dtype, device=x.device)
-
-
-_CHECKS = {
-    "gated_mlp": _check_gated_mlp,
-    "swiglu": _check_swiglu,
-    "down_proj": _check_down_proj,
-    "steer_act": _check_steer_act,
-    "linear": _check_linear,
-}
-
-
-def _check(op, inputs, extras):
-    """Raise ValueError naming the argument that is wrong."""
-    shape = _CHECKS[op](*inputs)
-    if extras:
-        _check_extras(*shape, inputs[0].device, extras)
-
-
-def _check_extras(n_rows, n_neurons, device, extras):
-    weight, act_sum, act_sumsq, offsets, index, value, row_circuit = extras
-    if (weight is None) != (act_sum is None and act_sumsq is None):
-        raise ValueError("weight: expected together with act_sum or act_sumsq, got one without the other")
-    if (offsets is None) != (row_circuit is None):
-        raise ValueError("scale: expected together with row_circuit, got one without the other")
-    if weight is not None:
-        check_tensor("weight", weight, shape=(n_rows, None), dtype=torch.float32, device=device)
-        for name, sums in (("act_sum", act_sum), ("act_sumsq", act_sumsq)):
-            if sums is not None:
-                check_tensor(name, sums, shape=(weight.shape[1], n_neurons), dtype=torch.float32, device=device)
-        if act_sum is act_sumsq:
-            raise ValueError("act_sumsq: expected a tensor of its own, got act_sum")
-    if offsets is None:
-        return
-    edges = -(-n_neurons // NEURON_BLOCK) + 1
-    check_tensor("scale.offsets", offsets, shape=(None, edges), dtype=torch.int32, device=device)
-    check_tensor("scale.index", index, shape=(None,), dtype=torch.int32, device=device)
-    check_tensor("scale.value", value, shape=tuple(index.shape), dtype=torch.float32, device=device)
-    check_tensor("row_circuit", row_circuit, shape=(n_rows,), dtype=torch.int32, device=device)
-
-
-# Dispatch.
-
-# What a call looks like -> what serves it: a function of the op's tensors, then the extras.
-_READY: dict[tuple, Callable] = plans.kept()
-_MOST = 1 << 14  # kinds of calls to keep; a long run over prompts of all lengths meets many
-_KNOWN = (torch.Tensor, torch.nn.Parameter)
-
-
 def call(op: str, inputs: tuple, extras: Extras | tuple, backend: str | None = None) -> Tensor:
     """Call an op with its tensors as torch.library takes them.
 
@@ -264,56 +174,25 @@ def call(op: str, inputs: tuple, extras: Extras | tuple, backend: str | None = N
         What the op returns, and raises as it does.
     """
     if _observed() or _needs_grad(inputs, extras):
-        _check(op, inputs, extras)
+        check(op, inputs, extras)
         if _needs_grad(inputs, extras):
             _refuse_backend_with_grad(backend)
-            with _as_given(inputs[0]):
+            with as_given(inputs[0]):
                 return backends.plain(op)(*inputs, *extras)
-        return _through_library(op, inputs, extras, backend)
+        return library.through(op, inputs, extras, backend)
     key = looks(op, inputs, extras, backend)
     try:
-        run = _READY.get(key)
+        run = READY.get(key)
     except TypeError:  # sizes that are symbols have no hash
         run = None
     if run is None:
-        _check(op, inputs, extras)
-        if inputs[0].is_meta or not all(map(_is_as_stored, (*inputs, *extras))):
-            return _through_library(op, inputs, extras, backend)
-        run = _prepare(key, op, inputs, extras, backend)
+        check(op, inputs, extras)
+        if inputs[0].is_meta or not all(map(is_as_stored, (*inputs, *extras))):
+            return library.through(op, inputs, extras, backend)
+        run = prepare(key, op, inputs, extras, backend)
     if extras and extras.weight is not None:
-        _count_change(extras)
+        count_change(extras)
     return run(*inputs, *extras)
-
-
-def looks(op: str, inputs: tuple, extras: Extras | tuple, backend: str | None) -> tuple:
-    """All that checks, backends and plans look at: two calls that share it differ in addresses and values alone."""
-    tensors = (*inputs, *extras)
-    return (
-        op,
-        backend,
-        extras != () and extras[1] is extras[2],
-        *[x if x is None else (type(x), x.shape, x.stride(), x.dtype, x.device, x.is_neg()) for x in tensors],
-    )
-
-
-def _is_as_stored(x):
-    """Whether a tensor is what lies at its address: no subclass that means something else by it, no view as -x."""
-    return x is None or (type(x) in _KNOWN and not x.is_neg())
-
-
-def _prepare(key, op, inputs, extras, backend):
-    """What serves a checked call, kept for those that look alike."""
-    decided = plans.times_forgotten
-    run = backends.prepare(op, inputs, extras, backend)
-    if decided == plans.times_forgotten:
-        if len(_READY) >= _MOST:
-            _READY.clear()
-        _READY[key] = run
-    return run
-
-
-def _prepare_once(_, op, inputs, extras, backend):
-    return backends.prepare(op, inputs, extras, backend)
 
 
 def _observed():
@@ -335,12 +214,6 @@ def _function_modes():
     return any(type(torch._C._get_function_stack_at(i)) is not DeviceContext for i in range(n_modes))
 
 
-def _as_given(x):
-    """Autocast off: an op computes in the dtypes it is given, and its sums in fp32."""
-    kind = x.device.type
-    return torch.autocast(kind, enabled=False) if torch.is_autocast_enabled(kind) else nullcontext()
-
-
 def _needs_grad(inputs, extras):
     """Whether autograd, or forward-mode AD, may look through the op: then it runs in PyTorch's own operations."""
     if forward_ad._current_level >= 0:
@@ -356,87 +229,6 @@ def _needs_grad(inputs, extras):
     return any(x is not None and x.requires_grad for x in (*inputs, extras.scale_value))
 
 
-def _count_change(extras):
-    """Tell autograd that the sums were written to, so that a graph that saved one of them raises."""
-    for tensor in (extras.act_sum, extras.act_sumsq):
-        if tensor is not None:
-            increment_version(tensor)
-
-
 def _refuse_backend_with_grad(backend):
     if backend not in (None, "reference"):
         raise ValueError(f"backend: {backend!r} has no gradient; use 'reference' or torch.no_grad()")
-
-
-# The ops of torch.library. Each comes twice, with sums and without: only the one with sums changes its arguments, and
-# PyTorch's inductor (2.13) cannot compile an op that may change an argument and is given None for all it may change.
-
-_LIBRARY = torch.library.Library("cna_kernels", "DEF")
-_SUMS = "Tensor weight, Tensor(a!)? act_sum, Tensor(b!)? act_sumsq"
-_STEER = "Tensor? scale_offsets, Tensor? scale_index, Tensor? scale_value, Tensor? row_circuit"
-# op: its own arguments, and an empty result. gated_mlp: with w_up, w_gate_up is gate's half alone.
-_OPS = {
-    "gated_mlp": (
-        "Tensor x, Tensor w_gate_up, Tensor? w_up, Tensor w_down",
-        lambda x, w_gate_up, w_up, w_down, *_: x.new_empty(x.shape[0], w_down.shape[0]),
-    ),
-    "swiglu": ("Tensor gate, Tensor up", lambda gate, *_: gate.new_empty(gate.shape)),
-    "steer_act": ("Tensor act", lambda act, *_: act.new_empty(act.shape)),
-    "down_proj": (
-        "Tensor act, Tensor w_down",
-        lambda act, w_down, *_: act.new_empty(act.shape[0], w_down.shape[0]),
-    ),
-    "linear": ("Tensor x, Tensor w, Tensor? bias", lambda x, w, *_: x.new_empty(x.shape[0], w.shape[0])),
-}
-
-
-def _define(name, arguments, fake, function):
-    """Define an op of torch.library, and return it.
-
-    ``torch.library.custom_op`` adds what these ops do not need, in 50 us of Python for each call, which is more than a
-    small MLP takes; this way it is 4 us (2 cores of Zen 4, torch 2.13, 2026-11-21).
-    """
-    _LIBRARY.define(f"{name}({arguments}) -> Tensor")
-    _LIBRARY.impl(name, function, "CompositeExplicitAutograd")
-    torch.library.register_fake(f"cna_kernels::{name}", fake, lib=_LIBRARY)
-    return getattr(torch.ops.cna_kernels, name).default
-
-
-def _implementation(op, n_inputs, with_sums):
-    """What runs an op: its own arguments, the extras, and the backend's name."""
-
-    def run(*arguments):
-        inputs, given, backend = arguments[:n_inputs], arguments[n_inputs:-1], arguments[-1]
-        extras = () if op == "linear" else Extras(*(() if with_sums else (None, None, None)), *given)
-        if with_sums:
-            _count_change(extras)
-        with _as_given(inputs[0]):
-            key = looks(op, inputs, extras, backend)
-            serve = _READY.get(key)
-            if serve is None:
-                _check(op, inputs, extras)  # a call of torch.ops may come from anywhere
-                known = all(map(_is_as_stored, (*inputs, *extras)))
-                serve = (_prepare if known else _prepare_once)(key, op, inputs, extras, backend)
-            return serve(*inputs, *extras)
-
-    return run
-
-
-_PLAIN_OP, _SUMS_OP = {}, {}
-for _op, (_inputs, _fake) in _OPS.items():
-    _n_inputs = _inputs.count(",") + 1
-    _given = _inputs if _op == "linear" else f"{_inputs}, {_STEER}"
-    _PLAIN_OP[_op] = _define(_op, f"{_given}, str? backend", _fake, _implementation(_op, _n_inputs, with_sums=False))
-    if _op != "linear":
-        _SUMS_OP[_op] = _define(
-            f"{_op}_sums",
-            f"{_inputs}, {_SUMS}, {_STEER}, str? backend",
-            _fake,
-            _implementation(_op, _n_inputs, with_sums=True),
-        )
-
-
-def _through_library(op, inputs, extras, backend):
-    if not extras or extras.weight is None:
-        return _PLAIN_OP[op](*inputs, *extras[3:], backend)
-    return _SUMS_OP[op](*inputs, *extras, backend)

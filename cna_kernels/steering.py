@@ -13,7 +13,7 @@ from torch import Tensor
 
 from .checks import InputError
 from .circuit import Circuit, check_fits
-from .reference import NEURON_BLOCK, Scale
+from .scale import NEURON_BLOCK, Scale
 
 
 class Entries(NamedTuple):

@@ -12,7 +12,7 @@ import torch
 
 from . import backends, ops
 from .extras import Extras
-from .reference import Scale
+from .scale import Scale
 
 
 def warm_up(
@@ -47,13 +47,14 @@ def warm_up(
 
 def _first_to_launch(op, inputs_of, extras_of, longest) -> Iterator[int]:
     """Each T that launches what no smaller one does, found by listing launches; nothing runs."""
-    from .triton import launch, mlp, repeat
+    from .triton import launch, repeat
+    from .triton import ops as triton_ops
 
     seen = set()
     for T in range(1, longest + 1):
         inputs, extras = inputs_of(T), extras_of(T)
         with launch.listing() as listed:
-            mlp.prepare(op, inputs, extras)(*inputs, *extras)
+            triton_ops.prepare(op, inputs, extras)(*inputs, *extras)
         new = {repeat.variant(kernel, args, options) for kernel, _, args, options in listed} - seen
         if new:
             seen |= new

@@ -17,7 +17,7 @@ from cna_kernels import backends
 from cna_kernels.checks import InputError
 from cna_kernels.circuit import Circuit, check_fits, check_found_in
 from cna_kernels.files import FilePath
-from cna_kernels.reference import make_scale
+from cna_kernels.scale import make_scale
 from cna_kernels.steering import SteeringTable
 from cna_kernels.warm_up import blank_extras, warm_up
 

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from cna_kernels.reference import Scale, make_scale
+from cna_kernels.scale import Scale, make_scale
 
 # (T, N): decode, one neuron, sizes that are no multiple of a tile, a round one, and an empty call
 SHAPES = [(1, 48), (5, 1), (63, 130), (64, 128), (0, 16)]

@@ -7,7 +7,8 @@ import pytest
 import torch
 
 from cna_kernels import reference
-from cna_kernels.triton import gate_up, launch, mlp, plan
+from cna_kernels.triton import gate_up, launch, plan
+from cna_kernels.triton import ops as triton_ops
 from op_cases import exact_case
 
 pytestmark = pytest.mark.interpreted
@@ -85,4 +86,4 @@ def test_rows_of_act_must_suit_tma_as_well(N, apart):
     x, w_down = torch.empty(1024, 64, dtype=torch.bfloat16), torch.empty(64, N, dtype=torch.bfloat16)
     gate = torch.empty(N, 64, dtype=torch.bfloat16)
     weights = (gate, torch.empty_like(gate)) if apart else (torch.empty(2 * N, 64, dtype=torch.bfloat16), None)
-    assert mlp.call_of("gated_mlp", (x, *weights, w_down)).tma == (N % 8 == 0)
+    assert triton_ops.call_of("gated_mlp", (x, *weights, w_down)).tma == (N % 8 == 0)

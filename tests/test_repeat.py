@@ -7,8 +7,9 @@ import torch
 
 from cna_kernels import ops, plans
 from cna_kernels.extras import Extras
-from cna_kernels.reference import Scale
-from cna_kernels.triton import down_proj, launch, mlp, plan, repeat
+from cna_kernels.scale import Scale
+from cna_kernels.triton import down_proj, launch, plan, repeat
+from cna_kernels.triton import ops as triton_ops
 from cna_kernels.triton.down_decode import down_split
 from cna_kernels.triton.gate_up_decode import gate_up_decode
 from cna_kernels.triton.swiglu import swiglu
@@ -233,7 +234,7 @@ def test_rows_in_one_place_are_copied_before_they_are_scaled():
 
 
 def test_empty_calls_launch_nothing():
-    y = mlp.prepare("down_proj", (torch.empty(0, 48), torch.randn(24, 48)), Extras())
+    y = triton_ops.prepare("down_proj", (torch.empty(0, 48), torch.randn(24, 48)), Extras())
     assert y(torch.empty(0, 48), torch.randn(24, 48), *Extras()).shape == (0, 24)
 
 

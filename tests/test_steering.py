@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from cna_kernels import Circuit, InputError, SteeringTable, ops
-from cna_kernels.reference import dense_scale, make_scale
+from cna_kernels.scale import dense_scale, make_scale
 
 L, N = 3, 10
 FIRST = Circuit(((2, 7, 1.0), (0, 3, 1.0), (2, 1, 1.0)), L, N)

@@ -9,8 +9,9 @@ from attach_cases import make, quietly, random_circuit
 from cna_kernels import ops
 from cna_kernels.extras import Extras
 from cna_kernels.model import load
-from cna_kernels.reference import make_scale
-from cna_kernels.triton import launch, mlp, plan, repeat
+from cna_kernels.scale import make_scale
+from cna_kernels.triton import launch, plan, repeat
+from cna_kernels.triton import ops as triton_ops
 from cna_kernels.warm_up import blank_extras, warm_up
 from tiny import write_language_model
 
@@ -20,7 +21,7 @@ LONGEST = 40
 
 def variants(op, inputs, extras):
     with launch.listing() as listed:
-        mlp.prepare(op, inputs, extras)(*inputs, *extras)
+        triton_ops.prepare(op, inputs, extras)(*inputs, *extras)
     return {repeat.variant(kernel, args, options) for kernel, _, args, options in listed}
 
 
@@ -55,8 +56,8 @@ def test_every_variant_is_launched_and_none_twice(monkeypatch, op, n_columns):
 def test_listing_launches_nothing_and_computes_nothing():
     act = torch.full((70, 136), torch.nan, device=DEVICE)
     with launch.listing() as listed:
-        y = mlp.prepare("down_proj", (act, act), Extras())(act, act, *Extras())
-    assert y.shape == (70, 70) and plan.choose(mlp.call_of("down_proj", (act, act))).name == "blas"
+        y = triton_ops.prepare("down_proj", (act, act), Extras())(act, act, *Extras())
+    assert y.shape == (70, 70) and plan.choose(triton_ops.call_of("down_proj", (act, act))).name == "blas"
     assert not listed
     assert not launch.is_listing()
 
@@ -83,8 +84,12 @@ def test_an_engine_is_ready_after_it(monkeypatch, name):
     engine.set([random_circuit(engine, 0)], [0.0])
     engine.rows(0)
     monkeypatch.setattr(ops, "call", called)
-    monkeypatch.setattr(ops, "_prepare", lambda key, op, inputs, extras, backend: launched.update(
-        variants(op, inputs, extras)) or (lambda *tensors: mlp.prepare(op, inputs, extras)(*tensors)))  # fmt: skip
+
+    def prepare(key, op, inputs, extras, backend):
+        launched.update(variants(op, inputs, extras))
+        return lambda *tensors: triton_ops.prepare(op, inputs, extras)(*tensors)
+
+    monkeypatch.setattr(ops, "prepare", prepare)
     with torch.inference_mode():
         for n_tokens in (1, 3, 9):
             model(torch.ones(1, n_tokens, dtype=torch.long))

@@ -10,12 +10,13 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from .. import backends, ops, select
+from .. import backends, select
 from ..checks import InputError, check_tensor
 from ..circuit import Circuit, check_fits, check_found_in
 from ..files import FilePath
 from ..fingerprint import neurons_sha256, sampled_rows
 from ..select import UniversalNeurons
+from ..serve import looks
 from ..steering import SteeringTable
 from ..sums import ActivationSums
 from ..warm_up import blank_extras, warm_up
@@ -274,7 +275,7 @@ class Engine:
         for site in self._sites:
             if not site.in_modules:
                 op, tensors = site.example(1)
-                distinct.setdefault(ops.looks(op, tensors, (), site.backend), site)
+                distinct.setdefault(looks(op, tensors, (), site.backend), site)
         called = set()
         for (op, *_), site in distinct.items():
             for columns in dict.fromkeys((0, n_columns)):

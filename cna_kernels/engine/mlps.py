@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from .. import backends, ops, reference
 from ..checks import InputError
-from ..reference import Scale
+from ..scale import Scale
 from .patch import SITE, mlp_forward, replace_forward, restore_forward
 
 

@@ -27,7 +27,7 @@ import torch
 import triton
 import triton.language as tl
 
-from ..reference import NEURON_BLOCK
+from ..scale import NEURON_BLOCK
 from . import launch
 from .cost import Cost, instructions
 from .sums import Sums, add_tile

@@ -13,7 +13,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from ..reference import NEURON_BLOCK
+from ..scale import NEURON_BLOCK
 from . import launch
 from .tiles import scaled
 

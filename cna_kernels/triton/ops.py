@@ -13,7 +13,7 @@ from collections.abc import Callable
 
 from .. import backends
 from ..extras import Extras
-from ..reference import Scale
+from ..scale import Scale
 from . import down_proj as down_proj_kernels
 from . import launch
 from .down_decode import down_gemv, down_split

@@ -1,0 +1,86 @@
+"""What an op may be called with: checked once for calls that look alike."""
+
+from __future__ import annotations
+
+import torch
+
+from .checks import check_tensor
+from .extras import Extras
+from .scale import NEURON_BLOCK
+
+FLOATS = (torch.bfloat16, torch.float16, torch.float32)
+
+
+def _check_gated_mlp(x, w_gate, w_up, w_down):
+    check_tensor("x", x, shape=(None, None), dtype=FLOATS)
+    n_rows, n_hidden = x.shape
+    check_tensor("w_down", w_down, shape=(n_hidden, None), dtype=x.dtype, device=x.device)
+    n_neurons = w_down.shape[1]
+    if w_up is None:
+        check_tensor("w_gate_up", w_gate, shape=(2 * n_neurons, n_hidden), dtype=x.dtype, device=x.device)
+    else:
+        check_tensor("w_gate", w_gate, shape=(n_neurons, n_hidden), dtype=x.dtype, device=x.device)
+        check_tensor("w_up", w_up, shape=(n_neurons, n_hidden), dtype=x.dtype, device=x.device)
+    return n_rows, n_neurons
+
+
+def _check_swiglu(gate, up):
+    check_tensor("gate", gate, shape=(None, None), dtype=FLOATS)
+    check_tensor("up", up, shape=tuple(gate.shape), dtype=gate.dtype, device=gate.device)
+    return gate.shape
+
+
+def _check_down_proj(act, w_down):
+    check_tensor("act", act, shape=(None, None), dtype=FLOATS)
+    check_tensor("w_down", w_down, shape=(None, act.shape[1]), dtype=act.dtype, device=act.device)
+    return act.shape
+
+
+def _check_steer_act(act):
+    check_tensor("act", act, shape=(None, None), dtype=FLOATS)
+    return act.shape
+
+
+def _check_linear(x, w, bias):
+    check_tensor("x", x, shape=(None, None), dtype=FLOATS)
+    check_tensor("w", w, shape=(None, x.shape[1]), dtype=x.dtype, device=x.device)
+    if bias is not None:
+        check_tensor("bias", bias, shape=(w.shape[0],), dtype=x.dtype, device=x.device)
+
+
+_CHECKS = {
+    "gated_mlp": _check_gated_mlp,
+    "swiglu": _check_swiglu,
+    "down_proj": _check_down_proj,
+    "steer_act": _check_steer_act,
+    "linear": _check_linear,
+}
+
+
+def check(op: str, inputs: tuple, extras: Extras | tuple) -> None:
+    """Raise ValueError naming the argument that is wrong."""
+    shape = _CHECKS[op](*inputs)
+    if extras:
+        _check_extras(*shape, inputs[0].device, extras)
+
+
+def _check_extras(n_rows, n_neurons, device, extras):
+    weight, act_sum, act_sumsq, offsets, index, value, row_circuit = extras
+    if (weight is None) != (act_sum is None and act_sumsq is None):
+        raise ValueError("weight: expected together with act_sum or act_sumsq, got one without the other")
+    if (offsets is None) != (row_circuit is None):
+        raise ValueError("scale: expected together with row_circuit, got one without the other")
+    if weight is not None:
+        check_tensor("weight", weight, shape=(n_rows, None), dtype=torch.float32, device=device)
+        for name, sums in (("act_sum", act_sum), ("act_sumsq", act_sumsq)):
+            if sums is not None:
+                check_tensor(name, sums, shape=(weight.shape[1], n_neurons), dtype=torch.float32, device=device)
+        if act_sum is act_sumsq:
+            raise ValueError("act_sumsq: expected a tensor of its own, got act_sum")
+    if offsets is None:
+        return
+    edges = -(-n_neurons // NEURON_BLOCK) + 1
+    check_tensor("scale.offsets", offsets, shape=(None, edges), dtype=torch.int32, device=device)
+    check_tensor("scale.index", index, shape=(None,), dtype=torch.int32, device=device)
+    check_tensor("scale.value", value, shape=tuple(index.shape), dtype=torch.float32, device=device)
+    check_tensor("row_circuit", row_circuit, shape=(n_rows,), dtype=torch.int32, device=device)

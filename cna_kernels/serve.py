@@ -1,0 +1,58 @@
+"""What serves a call of an op: looked up by what the call looks like, and prepared by a backend the first time."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+
+import torch
+from torch import Tensor
+from torch.autograd.graph import increment_version
+
+from . import backends, plans
+from .extras import Extras
+
+# What a call looks like -> what serves it: a function of the op's tensors, then the extras.
+READY: dict[tuple, Callable[..., Tensor]] = plans.kept()
+_MOST = 1 << 14  # kinds of calls to keep; a long run over prompts of all lengths meets many
+_KNOWN = (torch.Tensor, torch.nn.Parameter)
+
+
+def looks(op: str, inputs: tuple, extras: Extras | tuple, backend: str | None) -> tuple:
+    """All that checks, backends and plans look at: two calls that share it differ in addresses and values alone."""
+    tensors = (*inputs, *extras)
+    return (
+        op,
+        backend,
+        extras != () and extras[1] is extras[2],
+        *[x if x is None else (type(x), x.shape, x.stride(), x.dtype, x.device, x.is_neg()) for x in tensors],
+    )
+
+
+def is_as_stored(x: Tensor | None) -> bool:
+    """Whether a tensor is what lies at its address: no subclass that means something else by it, no view as -x."""
+    return x is None or (type(x) in _KNOWN and not x.is_neg())
+
+
+def prepare(key: tuple, op: str, inputs: tuple, extras: Extras | tuple, backend: str | None) -> Callable[..., Tensor]:
+    """What serves a checked call, kept for those that look alike."""
+    decided = plans.times_forgotten
+    run = backends.prepare(op, inputs, extras, backend)
+    if decided == plans.times_forgotten:
+        if len(READY) >= _MOST:
+            READY.clear()
+        READY[key] = run
+    return run
+
+
+def as_given(x: Tensor) -> AbstractContextManager:
+    """Autocast off: an op computes in the dtypes it is given, and its sums in fp32."""
+    kind = x.device.type
+    return torch.autocast(kind, enabled=False) if torch.is_autocast_enabled(kind) else nullcontext()
+
+
+def count_change(extras: Extras) -> None:
+    """Tell autograd that the sums were written to, so that a graph that saved one of them raises."""
+    for tensor in (extras.act_sum, extras.act_sumsq):
+        if tensor is not None:
+            increment_version(tensor)
