@@ -41,10 +41,10 @@ test-device-versions: $(DEVICE)/.installed-library
 	$(DEVICE_TEST) --dist loadfile
 	PYTHONPATH=$(CURDIR)/$(DEVICE)/numpy-2.3 $(DEVICE_TEST) -m interpreted
 
-$(DEVICE)/.installed: tests/device_environment.py constraints-device.txt pyproject.toml
+$(DEVICE)/.installed: tests/bench/device_environment.py constraints-device.txt pyproject.toml
 	@test -n "$(DEVICE_PYTHON)" || { \
 	  echo "test-device-versions: no Python 3.12 here, which the GPU machine has; give one as DEVICE_PYTHON=..."; exit 2; }
-	$(DEVICE_PYTHON) tests/device_environment.py $(DEVICE)
+	$(DEVICE_PYTHON) tests/bench/device_environment.py $(DEVICE)
 	touch $@
 
 $(DEVICE)/.installed-library: $(DEVICE)/.installed setup.py $(wildcard csrc/*.h csrc/*.cpp)
@@ -60,10 +60,10 @@ lint: .venv/.installed-test
 	$(BIN)/clang-format --dry-run --Werror csrc/*.cpp csrc/*.h csrc/*.c
 
 canaries: .venv/.installed-test
-	$(BIN)/python tests/canaries.py
+	$(BIN)/python tests/kernels/canaries.py
 
 sanitize: .venv/.installed-test
-	$(BIN)/python tests/sanitize.py $(SANITIZE_FLAGS)
+	$(BIN)/python tests/csrc/sanitize.py $(SANITIZE_FLAGS)
 
 # TRITONS: the versions to compile with. The one in .venv is "installed"; any other is unpacked into build/ from its wheel.
 TRITONS ?= installed 3.6.0

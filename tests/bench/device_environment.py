@@ -13,7 +13,7 @@ import sysconfig
 import venv
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 CONSTRAINTS = ROOT / "constraints-device.txt"
 ALONE = ("torch", "triton", "nvidia-cuda-runtime")
 OLD_NUMPY = "2.3"  # the last that Triton 3.6's interpreter runs with

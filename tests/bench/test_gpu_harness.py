@@ -10,8 +10,6 @@ from pathlib import Path
 import pytest
 import torch
 
-sys.path.append(str(Path(__file__).resolve().parent.parent / "bench"))
-
 import gpu
 import gpu_device
 import gpu_environment
@@ -25,7 +23,7 @@ import gpu_timing
 import gpu_tools
 import gpu_worker
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 CATALOGUE = gpu_device.catalogue()
 SWEEP = [("gate_up_gemv", 1), ("down_gemv", 1)]
 

@@ -1,6 +1,6 @@
 """Run the CPU tests on a library with AddressSanitizer and UndefinedBehaviorSanitizer, then plant five bugs.
 
-    python tests/sanitize.py [--quick]
+    python tests/csrc/sanitize.py [--quick]
 
 The package is copied, and the copy gets the sanitized library. The sanitizers must report nothing on the tests, and
 each planted bug on one of them. Exit code 1 otherwise. --quick: one feature of eight, no bug.
@@ -15,9 +15,9 @@ import tempfile
 from pathlib import Path
 from typing import NamedTuple
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 FLAGS = "-O1 -g -fsanitize=address,undefined -fno-sanitize-recover=all -fno-omit-frame-pointer"
-SUITE = ("tests/test_cpu.py", "tests/test_cpu_process.py", "tests/test_c_api.py")
+SUITE = ("tests/csrc/test_cpu.py", "tests/csrc/test_cpu_process.py", "tests/csrc/test_c_api.py")
 REPORTS = ("ERROR: AddressSanitizer", "runtime error:")
 
 
@@ -141,7 +141,7 @@ def main(quick):
             path.write_text(text.replace(bug.right, bug.wrong))
             build(directory / "csrc", directory / "build", library)
             path.write_text(text)
-            code, output = run_tests(directory, "tests/test_cpu.py", "-k", f"{bug.test} and not amx-emulated")
+            code, output = run_tests(directory, "tests/csrc/test_cpu.py", "-k", f"{bug.test} and not amx-emulated")
             caught = code != 0 and bug.report in output
             failures += not caught
             print(f"{'caught' if caught else 'MISSED'}: {bug.name}", flush=True)

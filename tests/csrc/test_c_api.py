@@ -14,7 +14,7 @@ from cna_kernels.cpu import library
 if reason := library.missing():
     pytest.skip(f"the CPU engine {reason}", allow_module_level=True)
 
-HEADER = Path(__file__).resolve().parent.parent / "csrc" / "cna.h"
+HEADER = Path(__file__).resolve().parents[2] / "csrc" / "cna.h"
 STATUS = {name: int(value) for name, value in re.findall(r"(CNA_(?:OK|ERR_\w+)) = (\d+)", HEADER.read_text())}
 OK, VERSION, NULL, SIZE, STRIDE, ALIGN, OVERLAP, SCALE, THREADS, ISA, MEMORY = range(11)
 T, H, N, C, K = 4, 6, 10, 2, 2

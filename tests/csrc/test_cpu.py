@@ -33,7 +33,7 @@ from op_cases import (
 )
 from tiny import assert_model_agrees_with_reference
 
-CSRC = Path(__file__).resolve().parent.parent / "csrc"
+CSRC = Path(__file__).resolve().parents[2] / "csrc"
 if reason := library.missing():
     pytest.skip(f"the CPU engine {reason}", allow_module_level=True)
 

@@ -17,7 +17,7 @@ from safetensors.torch import save_file
 import cna_kernels
 from cna_kernels.cpu import library
 
-CSRC = Path(__file__).resolve().parent.parent / "csrc"
+CSRC = Path(__file__).resolve().parents[2] / "csrc"
 COMPILERS = {"gcc": ("gcc", "g++"), "clang": ("clang", "clang++")}
 ARM = ("aarch64-linux-gnu-gcc", "aarch64-linux-gnu-g++")
 

@@ -11,7 +11,7 @@ import pytest
 
 from cna_kernels import Circuit
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 PAGE = (ROOT / "docs" / "architecture.md").read_text()
 NOT_LISTED = re.compile(r"/\.|__init__\.py$|/data/|/checkpoints/|^bench/results/|py\.typed$")
 LONGEST = 400  # lines of a file of the package, but for those that are yet to be split

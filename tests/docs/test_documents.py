@@ -26,17 +26,17 @@ from cna_kernels.model.cli import main
 from cna_kernels.model.demo import world
 from cna_kernels.model.prompts.corpus import Names, read_contrasts
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 DOCUMENTS = ["README.md", *sorted(f"docs/{path.name}" for path in ROOT.glob("docs/*.md"))]
 
 # How a command begins that is run here, and one that is not, with the reason.
 RUN = re.compile(r"(\.venv/bin/)?cna |make -C csrc|cc |export |(\w+=\S+ )?build/")
 NOT_RUN = {
-    "make demo": "installs; tests/test_demo.py runs the demonstration",
+    "make demo": "installs; test_demo.py runs the demonstration",
     "make test": "is what runs this",
-    "torchrun --nproc-per-node=8": "tests/test_parallel.py and tests/test_run_directory.py run it with up to 4 ranks",
+    "torchrun --nproc-per-node=8": "test_tensor_parallel.py and test_run_directory.py run it with up to 4 ranks",
     "pip install": "needs a package index",
-    "cna lm-eval": "needs MMLU from the Hugging Face hub; tests/test_lm_eval.py runs a task of its own",
+    "cna lm-eval": "needs MMLU from the Hugging Face hub; test_lm_eval_model.py runs a task of its own",
     "vllm serve": "not run, as its page says",
     "python convert_lora_to_gguf.py": "not run, as its page says",
     "llama-server": "not run, as its page says",
@@ -141,7 +141,7 @@ def place(tmp_path, library, monkeypatch):
         Circuit(neurons, 8, 1024).save(tmp_path / name)
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("PATH", f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}")
-    monkeypatch.setenv("OPTIMIZE", "-O0")  # tests/test_csrc.py builds with more; this takes a third of the time
+    monkeypatch.setenv("OPTIMIZE", "-O0")  # test_csrc.py builds with more; this takes a third of the time
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     return tmp_path
 

@@ -12,7 +12,7 @@ import pytest
 from cna_kernels.model import demo_checkpoint, load
 from cna_kernels.model.demo import world
 
-EXAMPLES = Path(__file__).resolve().parent.parent / "examples"
+EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
 
 
 def run(name):

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 PACKAGES = ("cna_kernels", "cna_kernels.model")
 SHAPE = re.compile(r"`\[(any|[A-Z1-9])")
 ANY_SHAPE = ("check_tensor",)  # functions of tensors of whatever shape

@@ -1,6 +1,6 @@
 """Plant fourteen bugs in the Triton kernels, one at a time, and see that a test catches each.
 
-    python tests/canaries.py
+    python tests/kernels/canaries.py
 
 A canary is a replacement in one source file and the test that must fail with it (and passes without it). The bugs are
 planted in a copy of the repository. Exit code 1 if a test does not notice its bug.
@@ -14,8 +14,8 @@ import tempfile
 from pathlib import Path
 from typing import NamedTuple
 
-ROOT = Path(__file__).resolve().parent.parent
-FILES = ["tests/test_triton.py", "tests/test_repeat.py"]
+ROOT = Path(__file__).resolve().parents[2]
+FILES = ["tests/kernels/test_triton.py", "tests/kernels/test_repeat.py"]
 
 
 class Canary(NamedTuple):

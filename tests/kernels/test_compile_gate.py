@@ -1,11 +1,6 @@
 """The compile gate's rules, on rows made up to break each of them. `make compile-gate` applies them to real ones."""
 
-import sys
-from pathlib import Path
-
 import pytest
-
-sys.path.append(str(Path(__file__).resolve().parent.parent / "bench"))
 
 import compile_gate
 import register_a

@@ -4,19 +4,14 @@ The bodies are in ``bench/gpu_checks.py``. Without a GPU their logic runs all th
 faults that they must find.
 """
 
-import sys
-from pathlib import Path
-
 import pytest
 import torch
 import triton
 
-sys.path.append(str(Path(__file__).resolve().parent.parent / "bench"))
-
 import gpu_checks
 from cna_kernels import ops, plans
 from op_cases import FEATURES, assert_values, make_case, with_feature
-from test_triton import on_device
+from triton_cases import on_device
 
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"

@@ -13,7 +13,7 @@ from cna_kernels.triton.down_decode import down_split
 from cna_kernels.triton.gate_up_decode import gate_up_decode
 from cna_kernels.triton.swiglu import swiglu
 from op_cases import OPS, make_case, with_feature
-from test_triton import DEVICE, on_device, servable
+from triton_cases import DEVICE, on_device, servable
 
 pytestmark = pytest.mark.interpreted
 

@@ -28,20 +28,13 @@ from op_cases import (
     with_feature,
 )
 from tiny import assert_model_agrees_with_reference
+from triton_cases import DEVICE, WHERE, on_device, servable
 
 pytestmark = pytest.mark.interpreted
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-WHERE = "cuda" if DEVICE == "cuda" else "interpreted"
 
 # (T, N, H). Decode, one neuron, no multiple of any tile, all multiples, two blocks of neurons and a tail with several
 # blocks of tokens. N and H that are multiples of 8 are the ones TMA can address.
 SHAPES = [(1, 48, 24), (3, 1, 5), (16, 136, 200), (63, 130, 72), (64, 128, 128), (130, 1032, 72)]
-
-
-def servable(op, name, shape, dtype):
-    T, N, H = shape
-    tma = dtype.itemsize == 2 and N % 8 == 0 and H % 8 == 0
-    return plan.can_serve(plan.Call(op, T, N, H, dtype, 90, tma), name)
 
 
 PLANS = [("swiglu", "-"), ("steer_act", "-")] + [(op, name) for op, names in plan.PLANS.items() for name in names]
@@ -59,17 +52,6 @@ IDS = [f"{WHERE}-{op}-{name}-{'x'.join(map(str, s))}-{str(d)[6:]}-{f}" for op, n
 def features(case, feature, kernel):
     """The case's optional arguments on DEVICE; more columns than one program takes where matrix units add them up."""
     return on_device(with_feature(case, feature, n_columns=70 if kernel in ("-", "blas") else 9))
-
-
-def on_device(extras):
-    moved = {}
-    for name, value in extras.items():
-        if isinstance(value, torch.Tensor):
-            value = value.to(DEVICE)
-        elif value is not None:
-            value = type(value)(*(part.to(DEVICE) for part in value))
-        moved[name] = value
-    return moved
 
 
 def run(monkeypatch, op, name, case, extras):

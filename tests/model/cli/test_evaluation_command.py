@@ -13,7 +13,7 @@ import pytest
 from cna_kernels.model import demo_checkpoint, load
 from cna_kernels.model.cli import main
 from cna_kernels.model.demo import world
-from test_multiple_choice import write_mmlu
+from tiny import write_mmlu
 
 SETS = {
     "harmful": world.heldout_refusable()[:12],

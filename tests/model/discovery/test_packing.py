@@ -12,16 +12,10 @@ from cna_kernels.model.checkpoint.safetensors_file import open_checkpoint
 from cna_kernels.model.discovery import collect, packed
 from cna_kernels.model.discovery.packing import GROUP_COST, Span, TokenPrompt, group_by_prefix, plan_packs, spans_of
 from cna_kernels.model.transformer import Tap
-from tiny import VARIANTS, write_checkpoint
+from tiny import VARIANTS, ragged, write_checkpoint
 
 pytest.importorskip("transformers")
 VOCABULARY = 97
-
-
-def ragged(n, header=(), seed=0, longest=20):
-    """n random prompts of 1 to ``longest`` tokens after a header."""
-    draw = random.Random(seed)
-    return [[*header, *(draw.randrange(3, VOCABULARY) for _ in range(draw.randint(1, longest)))] for _ in range(n)]
 
 
 def load(variant, directory):

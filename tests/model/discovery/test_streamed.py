@@ -18,8 +18,7 @@ from cna_kernels.model.discovery import collect
 from cna_kernels.model.discovery import streamed as module
 from cna_kernels.model.discovery.packing import TokenPrompt
 from cna_kernels.model.discovery.streamed import StreamedTransformer
-from test_packing import ragged
-from tiny import VARIANTS, write_checkpoint, write_language_model
+from tiny import VARIANTS, ragged, write_checkpoint, write_language_model
 
 pytest.importorskip("transformers")
 POSITIVE, NEGATIVE = ["open it", "why not", "a b c"], ["close", "yes", "no no no"]

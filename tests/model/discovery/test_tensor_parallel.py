@@ -207,6 +207,7 @@ def ranks(request, directory):
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     shared = dict(WORLD_SIZE=str(n_ranks), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), OMP_NUM_THREADS="1")
+    shared["PYTHONPATH"] = os.pathsep.join(sys.path)  # with tests/, where tiny.py is
     if sys.platform == "linux":
         shared["GLOO_SOCKET_IFNAME"] = "lo"
     processes = [

@@ -18,8 +18,7 @@ from cna_kernels.model.evaluation.plan import Plan
 from cna_kernels.model.evaluation.store import Store
 from cna_kernels.model.generate import generate
 from cna_kernels.model.prompts.files import PromptSet
-from test_multiple_choice import write_mmlu
-from tiny import write_language_model
+from tiny import write_language_model, write_mmlu
 
 pytest.importorskip("transformers")
 

@@ -1,7 +1,5 @@
 """Multiple choice: files in MMLU's layout, prompts, likelihoods against one forward pass a choice, parsed letters."""
 
-import csv
-
 import pytest
 import torch
 
@@ -14,23 +12,9 @@ from cna_kernels.model.evaluation.answers import answer_all
 from cna_kernels.model.evaluation.interventions import UNSTEERED, Interventions, Method, Setting
 from cna_kernels.model.evaluation.multiple_choice import by_likelihood, generation_prompts, parse_letter, read_exam
 from cna_kernels.model.evaluation.store import Store
-from tiny import write_language_model
+from tiny import write_language_model, write_mmlu
 
 pytest.importorskip("transformers")
-
-
-def write_mmlu(directory, subjects=("abstract_algebra", "virology"), n=6):
-    """Files in the layout of the MMLU distribution: data without a header, answers as letters."""
-    for split in ("test", "dev"):
-        (directory / split).mkdir(parents=True, exist_ok=True)
-        for number, subject in enumerate(subjects):
-            rows = [
-                [f"{subject[:3]} {split} {i}?", *(f"{i + c}, yes" for c in range(4)), "ABCD"[(i + number) % 4]]
-                for i in range(n if split == "test" else 2)
-            ]
-            with open(directory / split / f"{subject}_{split}.csv", "w", newline="") as file:
-                csv.writer(file).writerows(rows)
-    return directory
 
 
 @pytest.fixture(scope="module")
