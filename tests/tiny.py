@@ -124,6 +124,18 @@ def ragged(n, header=(), seed=0, longest=20):
     ]
 
 
+def random_prompts(n, seed):
+    """n random prompts of 2 to 13 tokens."""
+    from cna_kernels.model.discovery.packing import TokenPrompt
+
+    generator = torch.Generator().manual_seed(seed)
+    lengths = torch.randint(2, 14, (n,), generator=generator).tolist()
+    return [
+        TokenPrompt(torch.randint(3, 97, (length,), generator=generator).tolist(), f"prompt {number}")
+        for number, length in enumerate(lengths)
+    ]
+
+
 def assert_model_agrees_with_reference(backend, monkeypatch, directory, device="cpu"):
     """Discovery and steered decoding of a tiny checkpoint: the backend against the definition."""
     pytest.importorskip("transformers")

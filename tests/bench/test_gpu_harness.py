@@ -93,6 +93,33 @@ def test_values_are_tested_of_default_plans_alone():
     assert tests[0].endswith("and down_proj-split-") and "down_proj-blas" not in " ".join(tests)
 
 
+# Prints how many tests each list of arguments selects where there is a GPU.
+SELECT = """
+import json, sys, pytest, torch
+torch.cuda.is_available = lambda: True  # nothing is run
+counts = []
+class Counts:
+    def pytest_collection_finish(self, session):
+        counts.append(len(session.items))
+for arguments in json.loads(sys.argv[1]):
+    pytest.main([*arguments, "--collect-only", "-q"], [Counts()])
+print("selected:", json.dumps(counts))
+"""
+
+
+def test_every_expression_selects_tests():
+    """All values of the plan: the everyday tests are a part of them."""
+    tests = {test for window in gpu_jobs.LIMITS for stage in gpu_jobs.window(window, CATALOGUE) for test in stage.tests}
+    tests = sorted(tests)
+    command = [sys.executable, "-c", SELECT, json.dumps([gpu_run.pytest_arguments(test) for test in tests])]
+    env = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    done = subprocess.run(command, capture_output=True, text=True, env=env)
+    counts = dict(zip(tests, json.loads(done.stdout.rpartition("selected:")[2]), strict=True))
+    assert len(counts) > 8 and all(counts.values()), counts
+    of_values = {test: n for test, n in counts.items() if "test_values and" in test and "swiglu" not in test}
+    assert min(of_values.values()) >= 2, counts
+
+
 def test_only_and_models():
     stages = gpu_jobs.window("1", CATALOGUE)
     some, rest = gpu_jobs.chosen(stages, "decode/|candidate/.*fused", "1B")

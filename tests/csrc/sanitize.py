@@ -102,7 +102,7 @@ def run_tests(directory, *selection):
     code = (
         "import sys, pytest, cna_kernels;"
         f"assert cna_kernels.__file__.startswith({str(directory)!r}), cna_kernels.__file__;"
-        f"sys.exit(pytest.main(['-x', '-s', '-p', 'no:cacheprovider', *{selection!r}]))"
+        f"sys.exit(pytest.main(['-x', '-s', '-p', 'no:cacheprovider', '-m', '', *{selection!r}]))"
     )
     done = subprocess.run(
         [sys.executable, "-c", code], cwd=directory, env=environment, capture_output=True, text=True, errors="replace"

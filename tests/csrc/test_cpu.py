@@ -4,6 +4,7 @@ Where it has bf16 products but no AMX, the AMX level runs, too, with its tile in
 """
 
 import contextlib
+import itertools
 import shutil
 import subprocess
 import threading
@@ -16,6 +17,7 @@ import torch.nn.functional as F
 
 from cna_kernels import make_scale, ops
 from cna_kernels.cpu import library
+from covering import parameters
 from op_cases import (
     DTYPES,
     FEATURES,
@@ -90,12 +92,17 @@ def name_of(value):
 
 
 # steer_act is swiglu's code but for a copy
-VALUES = [(op, shape) for op in OPS for shape in (SHAPES[2::2] if op == "steer_act" else SHAPES)]
+VALUES = [
+    (level, op, shape, dtype, feature)
+    for level, op, shape, dtype, feature in itertools.product(LEVELS, OPS, SHAPES, DTYPES, FEATURES)
+    if op != "steer_act" or shape in SHAPES[2::2]
+]
+IDS = ["-".join(map(name_of, case)) for case in VALUES]
 
 
-@pytest.mark.parametrize("feature", FEATURES)
-@pytest.mark.parametrize("dtype", DTYPES, ids=name_of)
-@pytest.mark.parametrize(("op", "shape"), VALUES, ids=name_of)
+@pytest.mark.parametrize(
+    ("level", "op", "shape", "dtype", "feature"), parameters(VALUES, IDS, strength=3), indirect=["level"]
+)
 def test_values(level, op, shape, dtype, feature):
     T, N, H = shape
     case = make_case(T, N, dtype, n_hidden=H)

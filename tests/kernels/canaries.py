@@ -135,7 +135,7 @@ def run_tests(directory, test):
     code = (
         "import sys, importlib, cna_kernels, pytest;"
         f"assert cna_kernels.__file__.startswith({str(directory)!r}), cna_kernels.__file__;"
-        f"sys.exit(pytest.main(['-x', '-q', '-p', 'no:cacheprovider', *{FILES!r}, '-k', {test!r}]))"
+        f"sys.exit(pytest.main(['-x', '-q', '-p', 'no:cacheprovider', *{FILES!r}, '-m', '', '-k', {test!r}]))"
     )
     environment = {**os.environ, "PYTHONPATH": str(directory), "PYTHONDONTWRITEBYTECODE": "1"}
     done = subprocess.run([sys.executable, "-c", code], cwd=directory, env=environment, capture_output=True, text=True)

@@ -12,6 +12,7 @@ import torch
 
 from cna_kernels import make_scale, ops, plans
 from cna_kernels.triton import plan
+from covering import parameters
 from op_cases import (
     DTYPES,
     FEATURES,
@@ -39,14 +40,14 @@ SHAPES = [(1, 48, 24), (3, 1, 5), (16, 136, 200), (63, 130, 72), (64, 128, 128),
 
 PLANS = [("swiglu", "-"), ("steer_act", "-")] + [(op, name) for op, names in plan.PLANS.items() for name in names]
 CASES = [
-    (op, name, shape, dtype, feature)
+    ((op, name), shape, dtype, feature)
     for op, name in PLANS
     for shape in SHAPES
     for dtype in DTYPES
     for feature in FEATURES
     if (op not in plan.PLANS or servable(op, name, shape, dtype)) and (op != "steer_act" or shape in SHAPES[1::2])
 ]  # steer_act is swiglu's kernel, and that of down_proj by "blas"
-IDS = [f"{WHERE}-{op}-{name}-{'x'.join(map(str, s))}-{str(d)[6:]}-{f}" for op, name, s, d, f in CASES]
+IDS = [f"{WHERE}-{op}-{name}-{'x'.join(map(str, s))}-{str(d)[6:]}-{f}" for (op, name), s, d, f in CASES]
 
 
 def features(case, feature, kernel):
@@ -60,9 +61,9 @@ def run(monkeypatch, op, name, case, extras):
     return getattr(ops, op)(*(part.to(DEVICE) for part in case.inputs(op)), **extras, backend="triton")
 
 
-@pytest.mark.parametrize(("op", "name", "shape", "dtype", "feature"), CASES, ids=IDS)
-def test_values(monkeypatch, op, name, shape, dtype, feature):
-    T, N, H = shape
+@pytest.mark.parametrize(("kernel", "shape", "dtype", "feature"), parameters(CASES, IDS))
+def test_values(monkeypatch, kernel, shape, dtype, feature):
+    (op, name), (T, N, H) = kernel, shape
     case = make_case(T, N, dtype, n_hidden=H)
     extras = features(case, feature, name)
     y = run(monkeypatch, op, name, case, extras)
