@@ -112,6 +112,55 @@ def test_what_needs_no_tensors_is_light(code, absent, tmp_path):
     assert "cna_kernels" in loaded and not absent & loaded
 
 
+# Where the tests of a folder lie, if not in tests/ under the folder's name.
+TEST_FOLDERS = {"cna_kernels": ("ops", "attach"), "cna_kernels/triton": ("kernels",), "cna_kernels/cpu": ("csrc",)}
+# Files without a test file of their name: the test file that has them all, because each shows only with the others.
+TESTED_TOGETHER = {
+    "ops/test_ops.py": "cna_kernels/: backends checks extras reference",
+    "attach/test_engine.py": "cna_kernels/: sites",
+    "kernels/test_triton_plan.py": "cna_kernels/: plans; cna_kernels/triton/: cost plan",
+    "kernels/test_triton.py": (
+        "cna_kernels/triton/: down_decode down_proj gate_up_decode launch mlp steer sums swiglu tiles"
+    ),
+    "csrc/test_cpu.py": "cna_kernels/cpu/: library mlp plan",
+    "csrc/test_csrc.py": "cna_kernels/cpu/: __main__",
+    "model/checkpoint/test_load.py": "model/checkpoint/: safetensors_file",
+    "model/checkpoint/test_export.py": "model/cli/: export",
+    "model/text/test_chat_template.py": "model/text/: template_child",
+    "model/discovery/test_discover.py": "model/discovery/: circuits settings",
+    "model/discovery/test_job.py": "model/discovery/: units; model/cli/: attribution",
+    "model/discovery/test_packing.py": "model/discovery/: packed",
+    "model/evaluation/test_evaluate.py": (
+        "model/evaluation/: alternatives answers baselines interventions judge likelihood plan report store"
+    ),
+    "model/prompts/test_prompt_files.py": "model/prompts/: files",
+    "model/cli/test_cli.py": ("model/: __main__; model/cli/: arguments console doctor parser run show"),
+    "model/cli/test_evaluation_command.py": "model/cli/: evaluation",
+    "model/demo/test_demo.py": "model/cli/: demo; model/demo/: checkpoint report story world",
+}
+UNTESTED = {"model/demo/train.py": "`make train-demo` runs it; test_demo.py tests what it has made"}
+
+
+def test_every_file_has_its_tests():
+    tests = {path.removeprefix("tests/") for path in tracked() if path.startswith("tests/")}
+    assert {*TESTED_TOGETHER} <= tests
+    together = {
+        folder + name + ".py"
+        for groups in TESTED_TOGETHER.values()
+        for folder, _, names in (group.strip().partition(": ") for group in groups.split(";"))
+        for name in names.split()
+    }
+    without = []
+    for path in tracked():
+        folder, _, name = path.rpartition("/")
+        if path.startswith(("cna_kernels/", "model/")) and name.endswith(".py") and name != "__init__.py":
+            places = TEST_FOLDERS.get(folder, (folder,))
+            if not any(f"{place}/test_{name}" in tests for place in places):
+                without.append(path)
+    assert {*without} - together - {*UNTESTED} == set(), "without a test file"
+    assert (together | {*UNTESTED}) - {*without} == set(), "have one, or are gone: take them off the lists"
+
+
 def test_files_stay_short():
     paths = [path for path in tracked() if path.startswith(("cna_kernels/", "model/")) and path.endswith(".py")]
     lines = {path: len((ROOT / path).read_text().splitlines()) for path in paths}

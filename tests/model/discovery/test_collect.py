@@ -130,9 +130,7 @@ def test_the_prompt_that_is_not_finite_is_named(tmp_path):
     save_file(tensors, tmp_path / "model.safetensors")
     prompts = [TokenPrompt([3, 4, 90 if row == 2 else 5, 6], f"f:{row}") for row in range(5)]
     sums = ActivationSums(L, N, 1)
-    with pytest.raises(
-        InputError, match="f:2: causes a non-finite activation in layer 0, neuron 0; nothing was selected"
-    ):
+    with pytest.raises(InputError, match="f:2: causes a non-finite activation in layer 0, neuron 0; nothing was"):
         collect(load(tmp_path), prompts, torch.ones(5, 1), sums)
     assert torch.isfinite(sums.total).all()
 
