@@ -97,6 +97,25 @@ def test_folds_equal_leaving_prompts_out(model):
         )
 
 
+def test_units_in_any_order_are_the_whole(model):
+    """A run that goes on: units by number, each with its own prompts; progress begins with what is done."""
+    with TemporaryFile() as file:
+        names, seen = Names(), []
+        corpus = Corpus(file, two_sets(names, places(POSITIVE, "p"), places(NEGATIVE, "n")), names, unit=4)
+        job = Job(model, corpus, [Contrast("circuit", 0, 1)], settings_from(top_k=15, universal=False, bootstrap=3))
+        parts = dict(job.run([3, 0], progress=lambda *facts: seen.append(facts), done=8))
+        assert list(parts) == [3, 0] and [part.n_prompts for part in parts.values()] == [3, 4]
+        parts |= job.run([2, 1])
+        whole = job.run_all()
+    assert seen[0] == (8, 15, 0) and seen[-1][:2] == (15, 15)
+    assert seen[-1][2] == parts[3].n_tokens + parts[0].n_tokens
+    for slot, sums in whole.slots.items():
+        mine = [part.slots[slot] for part in parts.values() if slot in part.slots]
+        assert sum(part.count for part in mine) == sums.count
+        assert (sum(part.total for part in mine) - sums.total).abs().max() <= 1e-9 * sums.total.abs().max() + 1e-12
+    assert parts[0].slot(0).total.abs().max() > 0 and 1 not in parts[0].slots, "the first four are positive"
+
+
 def test_derived_columns_change_nothing_else(model):
     plain = model.discover(POSITIVE, NEGATIVE, top_k=15)
     with_all = model.discover(POSITIVE, NEGATIVE, top_k=15, bootstrap=20, folds=2)
