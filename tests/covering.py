@@ -31,10 +31,10 @@ def covering(cases, strength=2):
     return [cases[place] for place in sorted(chosen)]
 
 
-def parameters(cases, ids, strength=2):
-    """pytest's parameters for all cases; those that the covering ones do not need are marked ``exhaustive``."""
-    everyday = set(covering(cases, strength))
+def parameters(cases, ids, strength=2, everyday=lambda case: True):
+    """pytest's parameters for all cases: those that do not cover the ``everyday`` ones are marked ``exhaustive``."""
+    chosen = set(covering([case for case in cases if everyday(case)], strength))
     return [
-        pytest.param(*case, id=name, marks=() if case in everyday else pytest.mark.exhaustive)
+        pytest.param(*case, id=name, marks=() if case in chosen else pytest.mark.exhaustive)
         for case, name in zip(cases, ids, strict=True)
     ]

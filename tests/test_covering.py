@@ -33,3 +33,5 @@ def test_the_others_are_marked():
     everyday = [parameter.values for parameter in found if not parameter.marks]
     assert everyday == covering(FULL) and len(found) == len(FULL)
     assert {mark.name for parameter in found for mark in parameter.marks} == {"exhaustive"}
+    some = parameters(FULL, map(str, FULL), everyday=lambda case: case[0] < 2)
+    assert [p.values for p in some if not p.marks] == covering(FULL[: len(FULL) // 4]) and len(some) == len(FULL)

@@ -205,7 +205,12 @@ def test_rows_by_token():
 # Compiled.
 
 
-@pytest.mark.parametrize("name", MODELS)
+EVERYDAY = ("llama", "qwen3-moe", "gemma2")  # of the compiled ones: 3 seconds each
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=() if name in EVERYDAY else pytest.mark.exhaustive) for name in MODELS]
+)
 def test_compiled_follows_the_table_without_recompiling(name):
     model, ids = make(name), ids_of(2, 9)
     engine = quietly(model)

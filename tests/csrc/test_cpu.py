@@ -68,7 +68,8 @@ def make(*arguments):
     return done.stdout
 
 
-@pytest.fixture(params=LEVELS)
+# Emulation is built for a minute on a laptop, and then slow: all its tests are for `make test-all`.
+@pytest.fixture(params=[pytest.param(n, marks=pytest.mark.exhaustive if n == EMULATED else ()) for n in LEVELS])
 def level(request, monkeypatch):
     """Run the test with the engine at this level."""
     monkeypatch.setenv("CNA_PLAN", "gated_mlp=engine,down_proj=engine,linear=engine")
@@ -101,7 +102,9 @@ IDS = ["-".join(map(name_of, case)) for case in VALUES]
 
 
 @pytest.mark.parametrize(
-    ("level", "op", "shape", "dtype", "feature"), parameters(VALUES, IDS, strength=3), indirect=["level"]
+    ("level", "op", "shape", "dtype", "feature"),
+    parameters(VALUES, IDS, strength=3, everyday=lambda case: case[0] != EMULATED),
+    indirect=["level"],
 )
 def test_values(level, op, shape, dtype, feature):
     T, N, H = shape
@@ -235,11 +238,18 @@ def torch_threads(n):
 
 
 # 15 tokens: blocks of 7 and 8, each prepared by another thread, and shorter than half a vector of AVX-512.
+PATHS = [*EXACT, ("gated_mlp", (15, 2400, 2400)), ("down_proj", (15, 9000, 40))]
+THREADED = list(itertools.product(LEVELS, DTYPES, PATHS))
+THREADED_IDS = ["-".join(map(name_of, (level, dtype, *path))) for level, dtype, path in THREADED]
+
+
 @pytest.mark.parametrize(
-    ("op", "shape"), [*EXACT, ("gated_mlp", (15, 2400, 2400)), ("down_proj", (15, 9000, 40))], ids=name_of
+    ("level", "dtype", "path"),
+    parameters(THREADED, THREADED_IDS, everyday=lambda case: case[0] != EMULATED),
+    indirect=["level"],
 )
-@pytest.mark.parametrize("dtype", DTYPES, ids=name_of)
-def test_any_number_of_threads_gives_the_same_bits(level, op, shape, dtype):
+def test_any_number_of_threads_gives_the_same_bits(level, dtype, path):
+    op, shape = path
     case, results = exact_case(shape, dtype), set()
     for n_threads in (1, 2, 4, 2, 4, 2, 4, 2, 3):
         extras = case.extras()

@@ -38,7 +38,7 @@ def has_openmp(compiler, directory, *flags):
     return run(compiler, "-fopenmp", *flags, source, "-o", directory / "openmp").returncode == 0
 
 
-@pytest.mark.parametrize("openmp", [1, 0])
+@pytest.mark.parametrize("openmp", [1, pytest.param(0, marks=pytest.mark.exhaustive)])
 @pytest.mark.parametrize("name", COMPILERS)
 def test_example(tmp_path, name, openmp):
     compilers = COMPILERS[name]
@@ -193,6 +193,7 @@ def test_program_on_the_package(tmp_path):
     compile_and_run_example(tmp_path, *done.stdout.split())
 
 
+@pytest.mark.exhaustive
 def test_package_holds_the_header(tmp_path):
     done = run(sys.executable, "-c", FLAGS_WITHOUT_LIBRARY)
     assert done.returncode == 2 and "--libs: " in done.stderr and "missing" in done.stderr and not done.stdout

@@ -210,7 +210,12 @@ def run_block(block, names, exports):
         assert not status, f"{block.document}:{block.line}: {command}\n{printed}"
 
 
-@pytest.mark.parametrize("document", DOCUMENTS)
+EVERYDAY = ("README.md", "docs/embedding.md")  # the blocks of the others take minutes
+
+
+@pytest.mark.parametrize(
+    "document", [pytest.param(name, marks=() if name in EVERYDAY else pytest.mark.exhaustive) for name in DOCUMENTS]
+)
 def test_blocks_run(document, place):
     blocks = [block for block in blocks_of(document) if block.text not in SHOWN]
     shell = [command for block in blocks if not block.is_python for command in block.commands()]

@@ -30,6 +30,7 @@ def test_attach_transformers():
     assert {name for name, answer in answers.items() if not world.is_refusal(answer)} == {"m = 0"}
 
 
+@pytest.mark.exhaustive
 def test_lora_peft():
     pytest.importorskip("peft")
     found = re.findall(r"m = (\S+): .* logits (\S+), effect of steering (\S+)", run("lora_peft.py"))
@@ -38,6 +39,7 @@ def test_lora_peft():
         assert float(difference) < 1e-4 < 1e-1 < float(effect)
 
 
+@pytest.mark.exhaustive
 def test_serve_prints_refusals_and_answers():
     lines = run("serve.py").splitlines()
     pairs = zip(lines[::2], lines[1::2], strict=True)

@@ -123,6 +123,7 @@ BAD = {
 }
 
 
+@pytest.mark.exhaustive
 def test_a_type_checker_finds_wrong_arguments(tmp_path):
     """mypy on the package as it is installed, where it reads types only if there is a py.typed."""
     pytest.importorskip("mypy")
@@ -168,6 +169,7 @@ def pages(docs, tmp_path_factory):
     return {path: Page(path) for path in out.rglob("*.html")}, out
 
 
+@pytest.mark.exhaustive
 def test_reference_has_every_public_name(pages):
     found, out = pages
     for package in PACKAGES:
@@ -179,6 +181,7 @@ def test_reference_has_every_public_name(pages):
     assert all(name in header for name in re.findall(r"\bcna_\w+(?=\()", (ROOT / "csrc" / "cna.h").read_text()))
 
 
+@pytest.mark.exhaustive
 def test_links_of_the_reference_resolve(pages):
     found, _ = pages
     for path, page in found.items():
@@ -192,6 +195,7 @@ def test_links_of_the_reference_resolve(pages):
             assert not anchor or anchor in found[target].ids, f"{path.name}: {link}"
 
 
+@pytest.mark.exhaustive
 def test_roles_and_whole_names_became_links(pages):
     found, out = pages
     names = {f"{package}.{name}" for package in PACKAGES for _, name in public_names(package)}

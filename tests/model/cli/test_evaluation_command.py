@@ -123,6 +123,7 @@ def test_bad_input_is_one_line(files, tmp_path, capsys, more, message):
     assert all(line.startswith("cna eval: ") for line in lines)
 
 
+@pytest.mark.exhaustive
 def test_killed_and_started_again(files, tmp_path):
     """SIGKILL after some parts, the same command again: the files of a run that nobody killed."""
     command = [sys.executable, "-m", "cna_kernels.model", *words("eval", files, "--m", "1,0", "--batch", "8")]

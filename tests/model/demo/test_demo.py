@@ -66,6 +66,22 @@ def test_greedy_answers_have_no_near_ties():
         assert (best - second).min() > 0.1
 
 
+def test_the_circuit_ablated_answers_what_was_refused():
+    """The story in short: the tests of all of it are for `make test-all`."""
+    model = load(demo_checkpoint("instruct"), dtype="float32")
+    circuit = model.discover(world.discovery_positive(), world.discovery_negative(), score="magnitude", fraction=0.001)
+    assert circuit.k == 8
+    refusable, benign = world.heldout_refusable()[::10], world.heldout_benign()[::10]
+    plain, ablated, random = (
+        model.generate(refusable + benign, circuit=c, multiplier=m, max_new_tokens=40)
+        for c, m in ((circuit, 1.0), (circuit, 0.0), (circuit.random_like(0), 0.0))
+    )
+    assert all(map(world.is_refusal, plain[:10])) and all(map(world.is_refusal, random[:10]))
+    answered = [answer == world.expected_answer(prompt) for prompt, answer in zip(refusable, ablated, strict=False)]
+    assert sum(answered) >= 9
+    assert plain[10:] == ablated[10:] == [world.expected_answer(prompt) for prompt in benign]
+
+
 @pytest.fixture(scope="module")
 def demo(tmp_path_factory):
     out = tmp_path_factory.mktemp("demo-out")
@@ -76,6 +92,7 @@ def demo(tmp_path_factory):
     return out, json.loads((out / "report.json").read_text())
 
 
+@pytest.mark.exhaustive
 def test_story(demo):
     _, report = demo
     baseline, best, paper = report["baseline"], report["best"], report["paper"]
@@ -87,6 +104,7 @@ def test_story(demo):
     assert report["random"]["refusal"] >= 0.90
 
 
+@pytest.mark.exhaustive
 def test_multipliers_are_a_knob(demo):
     sweep = {row["multiplier"]: row for row in demo[1]["sweep"]}
     assert sorted(sweep) == [0, 0.25, 0.5, 0.75, 1, 1.5, 2]
@@ -95,6 +113,7 @@ def test_multipliers_are_a_knob(demo):
     assert sweep[1] == {"multiplier": 1.0} | demo[1]["baseline"]
 
 
+@pytest.mark.exhaustive
 def test_controls_and_competitors(demo):
     out, report = demo
     rows = {(row["method"], row["multiplier"]): row for row in report["evaluation"]["rows"]}
@@ -114,6 +133,7 @@ def test_controls_and_competitors(demo):
     assert "caa-released" in (out / "report.md").read_text()
 
 
+@pytest.mark.exhaustive
 def test_base_model_refuses_nothing(demo):
     base = demo[1]["base"]
     assert all(row["refusal"] == 0 for row in base["steering"].values())
@@ -121,6 +141,7 @@ def test_base_model_refuses_nothing(demo):
     assert 0 <= base["overlap with the instruct circuit"] <= 1
 
 
+@pytest.mark.exhaustive
 def test_files(demo):
     out, report = demo
     names = {
@@ -140,6 +161,7 @@ def test_files(demo):
     assert len(report["examples"]) == 3 and all(example["prompt"] in text for example in report["examples"])
 
 
+@pytest.mark.exhaustive
 def test_the_written_prompts_give_the_same_circuit(demo, tmp_path):
     out, report = demo
     arguments = ["discover", "demo:instruct", "--dtype", "float32", "-o", str(tmp_path / "c.json")]
