@@ -9,6 +9,7 @@ import time
 import pytest
 
 from cna_kernels import Circuit
+from cna_kernels.model import load
 from cna_kernels.model.cli import main
 from tiny import write_language_model
 
@@ -50,6 +51,22 @@ def test_discover_show_run(checkpoint, files, capsys):
     assert [a["multiplier"] for a in results[0]["answers"]] == [None, 0.0, 2.0]
     assert main(["run", checkpoint, "-p", "hi", "--max-new-tokens", "4"]) == 0
     assert "unsteered" in capsys.readouterr().out
+
+
+def test_run_puts_every_answer_where_it_belongs(checkpoint, files, capsys):
+    """Each answer is what the model says to that prompt alone at that multiplier."""
+    model = load(checkpoint)
+    circuit = Circuit(tuple((layer, index, 1.0) for layer in range(3) for index in range(0, 48, 3)), 3, 48)
+    circuit.save(files / "c.json")
+    prompts = ["hi", "you", "what is it"]
+    words = [word for prompt in prompts for word in ("-p", prompt)]
+    run = ["run", checkpoint, "-c", str(files / "c.json"), "-m", "0,4", *words, "--max-new-tokens", "6"]
+    assert main([*run, "--any-model", "--json"]) == 0
+    for result, prompt in zip(json.loads(capsys.readouterr().out), prompts, strict=True):
+        expected = [model.generate(prompt, max_new_tokens=6)]
+        expected += [model.generate(prompt, circuit=circuit, multiplier=m, max_new_tokens=6) for m in (0.0, 4.0)]
+        assert result["prompt"] == prompt and [answer["text"] for answer in result["answers"]] == expected
+        assert len(set(expected)) == 3, "the multipliers must show"
 
 
 def test_json_output_is_the_circuit(checkpoint, files, capsys):
