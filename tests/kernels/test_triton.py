@@ -96,6 +96,7 @@ each_plan = pytest.mark.parametrize(
 )
 
 
+@pytest.mark.exhaustive
 def test_gemv_in_a_second_block_of_neurons(monkeypatch):
     case = exact_case((1, 1032, 24))
     case.scale = make_scale([{3: 0.5, 1025: 2.0, 1031: 0.0}], 1032)

@@ -48,6 +48,7 @@ def words(command, files, *more):
     ]  # fmt: skip
 
 
+@pytest.mark.exhaustive
 def test_eval_writes_everything(files, tmp_path, capsys):
     more = [
         "--positive", f"{files}/positive.txt", "--negative", f"{files}/negative.txt", "--mmlu", f"{files}/mmlu",

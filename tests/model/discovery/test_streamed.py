@@ -93,6 +93,7 @@ print("peak", re.search(r"VmHWM:\\s*(\\d+) kB", open("/proc/self/status").read()
 """
 
 
+@pytest.mark.exhaustive
 @pytest.mark.skipif(sys.platform != "linux", reason="reads the peak from /proc")
 def test_memory_for_two_layers_is_enough(tmp_path):
     """Of 12 layers 2 are kept: streamed, discovery peaks at least 7 layers below the resident one.
