@@ -1,5 +1,6 @@
 # make demo   install what is needed into .venv and run the demonstration
-# make test   install, then run the tests
+# make test   install, then run the everyday tests, in under three minutes of two cores
+# make test-all   the same, then run all tests: full products of parameters, whole demonstrations, kills at any time
 # make test-device-versions   the tests that need no GPU with the GPU machine's versions, in build/device-versions/
 # make docs   the API reference and the documents as HTML, in build/docs
 # make lint   ruff and clang-format
@@ -20,15 +21,20 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test test-device-versions docs lint canaries sanitize compile-gate gpu gpu-tune gpu-record bench \
+.PHONY: demo test test-all test-device-versions docs lint canaries sanitize compile-gate gpu gpu-tune gpu-record bench \
         bench-attribution bench-eval bench-embedding bench-host train-demo clean
 
 demo: .venv/.installed
 	$(BIN)/cna demo --out demo-out
 
 # As many workers as cores, each on one thread: threads that wait for each other spin, and would take from the others.
+TEST = OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --maxprocesses 8 --dist loadfile
+
 test: .venv/.installed-test
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --maxprocesses 8 --dist loadfile
+	$(TEST)
+
+test-all: .venv/.installed-test
+	$(TEST) -m ''
 
 # DEVICE_PYTHON: the first Python 3.12 that starts. Where pyenv has one that is not chosen, its python3.12 does not.
 DEVICE_PYTHON ?= $(shell for python in python3.12 "$$(pyenv root)"/versions/3.12.*/bin/python3; do \
@@ -38,13 +44,13 @@ DEVICE_TEST = OMP_NUM_THREADS=1 CUDA_VISIBLE_DEVICES= $(DEVICE)/bin/python -m py
 
 # Triton 3.6's interpreter fails with the machine's numpy. The tests that skips run afterwards, with an older numpy.
 test-device-versions: $(DEVICE)/.installed-library
-	$(DEVICE_TEST) --dist loadfile
+	$(DEVICE_TEST) --dist loadfile -m ''
 	PYTHONPATH=$(CURDIR)/$(DEVICE)/numpy-2.3 $(DEVICE_TEST) -m interpreted
 
-$(DEVICE)/.installed: tests/device_environment.py constraints-device.txt pyproject.toml
+$(DEVICE)/.installed: tests/bench/device_environment.py constraints-device.txt pyproject.toml
 	@test -n "$(DEVICE_PYTHON)" || { \
 	  echo "test-device-versions: no Python 3.12 here, which the GPU machine has; give one as DEVICE_PYTHON=..."; exit 2; }
-	$(DEVICE_PYTHON) tests/device_environment.py $(DEVICE)
+	$(DEVICE_PYTHON) tests/bench/device_environment.py $(DEVICE)
 	touch $@
 
 $(DEVICE)/.installed-library: $(DEVICE)/.installed setup.py $(wildcard csrc/*.h csrc/*.cpp)
@@ -60,10 +66,10 @@ lint: .venv/.installed-test
 	$(BIN)/clang-format --dry-run --Werror csrc/*.cpp csrc/*.h csrc/*.c
 
 canaries: .venv/.installed-test
-	$(BIN)/python tests/canaries.py
+	$(BIN)/python tests/kernels/canaries.py
 
 sanitize: .venv/.installed-test
-	$(BIN)/python tests/sanitize.py $(SANITIZE_FLAGS)
+	$(BIN)/python tests/csrc/sanitize.py $(SANITIZE_FLAGS)
 
 # TRITONS: the versions to compile with. The one in .venv is "installed"; any other is unpacked into build/ from its wheel.
 TRITONS ?= installed 3.6.0

@@ -91,9 +91,9 @@ def value_tests(catalogue):
     """The bf16 values of every default plan; ``-`` ends a plan's name in the ids, so that ``split`` is not
     ``split_last``."""
     plans = dict.fromkeys(key.partition("/")[0] + "-" + found["default"] for key, found in catalogue.items())
-    some = "test_values and bfloat16 and (both or circuits)"
-    named = [f"tests/test_triton.py:{some} and {plan}-" for plan in plans]
-    return (*named, f"tests/test_triton.py:{some} and (swiglu or steer_act)", "tests/test_triton.py:gated_mlp-fused")
+    file, some = "tests/kernels/test_triton.py", "test_values and bfloat16 and (both or circuits)"
+    named = [f"{file}:{some} and {plan}-" for plan in plans]
+    return (*named, f"{file}:{some} and (swiglu or steer_act)", f"{file}:gated_mlp-fused")
 
 
 def first_window(catalogue):
@@ -106,14 +106,14 @@ def first_window(catalogue):
     return [
         Stage("the card, its ceilings, and the tools", [job("ceilings")]),
         Stage("values of default plans, tests of launches, compilation", [], 70, (
-            "tests/test_cuda.py:", *value_tests(catalogue),
+            "tests/kernels/test_cuda.py:", *value_tests(catalogue),
         )),
         Stage("default plans, 8B", rows),
         Stage("default plans, 1B", mlp_jobs(catalogue, B1, (1, 8, 64), (512, 4096))),
         Stage("down_proj with a live table of 64 circuits", [
             job("table", B8, T, plan=default_plan(catalogue, "down_proj", B8, T)) for T in (128, 256)
         ]),
-        Stage("the package's own model", [], 60, ("tests/test_cuda_model.py:",)),
+        Stage("the package's own model", [], 60, ("tests/model/test_cuda_model.py:",)),
         Stage("a transformers model, steered", [job("generate", B8, 1), job("generate", B8, 32, seconds=12)]),
         Stage("Inductor as rival", [
             job("compiled", B8, 1), job("compiled", B8, 4096), job("compiled_swiglu", B8, 4096),
@@ -150,7 +150,7 @@ def third_window(catalogue):
         between += mlp_jobs(catalogue, model, (2, 4, 16, 32), BETWEEN)
     return [
         Stage("the card and its ceilings", [job("ceilings")]),
-        Stage("tests, compilation", [], 75, ("tests/test_cuda_model.py:", "tests/test_cuda.py:")),
+        Stage("tests, compilation", [], 75, ("tests/model/test_cuda_model.py:", "tests/kernels/test_cuda.py:")),
         Stage("a transformers model, steered", [job("generate", B8, 1), job("generate", B8, 32, seconds=12)]),
         Stage("Inductor as rival", [job("compiled", model, T) for T in (1, 4096) for model in (B8, B1)]),
         Stage("races", [job("racecheck", "defaults")]),

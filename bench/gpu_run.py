@@ -200,11 +200,18 @@ def prepare(crew: Crew, stage, jobs):
     crew.record.job(Job(stage.title, stage.seconds), time.time() - start)
 
 
-def run_test(crew: Crew, test: str, until: float):
-    """One pytest process for the file and expression; addopts of pyproject.toml name a plugin that may be missing."""
+def pytest_arguments(test: str) -> list[str]:
+    """Of a file and an expression, from all tests: addopts of pyproject.toml leave some out, and name a plugin that may
+    be missing."""
     file, _, expression = test.partition(":")
-    command = [sys.executable, "-m", "pytest", str(ROOT / file), "-q", "--maxfail=3", "-o", "addopts="]
-    command += ["-p", "no:cacheprovider", "--tb=short"] + (["-k", expression] if expression else [])
+    arguments = [str(ROOT / file), "-q", "--maxfail=3", "-o", "addopts=", "-p", "no:cacheprovider", "--tb=short"]
+    return arguments + (["-k", expression] if expression else [])
+
+
+def run_test(crew: Crew, test: str, until: float):
+    """One pytest process for the file and expression."""
+    file, _, expression = test.partition(":")
+    command = [sys.executable, "-m", "pytest", *pytest_arguments(test)]
     # a thread each: many run at once
     status, output = run_command(command, until - time.time(), crew.cwd, dict(OMP_NUM_THREADS="1"))
     if status == "no time left":

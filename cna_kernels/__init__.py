@@ -28,7 +28,7 @@ _HOME = {
 __all__ = ["__version__", *_HOME]
 
 
-if TYPE_CHECKING:  # what a type checker reads instead of ``__getattr__``; tests/test_public_api.py compares the two
+if TYPE_CHECKING:  # what a type checker reads instead of ``__getattr__``; test_public_api.py compares the two
     from .checks import InputError as InputError
     from .circuit import Circuit as Circuit
     from .engine import Engine as Engine

@@ -1,6 +1,8 @@
-"""Tiny random checkpoints of every family, written by transformers itself."""
+"""Tiny random checkpoints of every family, written by transformers itself; prompts and exams for them."""
 
+import csv
 import json
+import random
 from pathlib import Path
 
 import pytest
@@ -98,6 +100,40 @@ def write_language_model(directory, variant="llama", **changes):
     write_checkpoint(variant, directory, **({"vocab_size": TEXT_VOCABULARY} | changes))
     write_text_files(directory)
     return directory
+
+
+def write_mmlu(directory, subjects=("abstract_algebra", "virology"), n=6):
+    """Files in the layout of the MMLU distribution: data without a header, answers as letters."""
+    for split in ("test", "dev"):
+        (directory / split).mkdir(parents=True, exist_ok=True)
+        for number, subject in enumerate(subjects):
+            rows = [
+                [f"{subject[:3]} {split} {i}?", *(f"{i + c}, yes" for c in range(4)), "ABCD"[(i + number) % 4]]
+                for i in range(n if split == "test" else 2)
+            ]
+            with open(directory / split / f"{subject}_{split}.csv", "w", newline="") as file:
+                csv.writer(file).writerows(rows)
+    return directory
+
+
+def ragged(n, header=(), seed=0, longest=20):
+    """n random prompts of 1 to ``longest`` tokens after a header."""
+    draw = random.Random(seed)
+    return [
+        [*header, *(draw.randrange(3, SHAPE["vocab_size"]) for _ in range(draw.randint(1, longest)))] for _ in range(n)
+    ]
+
+
+def random_prompts(n, seed):
+    """n random prompts of 2 to 13 tokens."""
+    from cna_kernels.model.discovery.packing import TokenPrompt
+
+    generator = torch.Generator().manual_seed(seed)
+    lengths = torch.randint(2, 14, (n,), generator=generator).tolist()
+    return [
+        TokenPrompt(torch.randint(3, 97, (length,), generator=generator).tolist(), f"prompt {number}")
+        for number, length in enumerate(lengths)
+    ]
 
 
 def assert_model_agrees_with_reference(backend, monkeypatch, directory, device="cpu"):

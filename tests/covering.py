@@ -1,0 +1,40 @@
+"""Fewer cases than all: enough that every pair of parameter values which occurs in any case occurs in one of them.
+
+The everyday tests run these, a covering array of the full product; the other cases carry the marker ``exhaustive``.
+Most faults show with two values together, nearly all with three (D. R. Kuhn et al., IEEE Transactions on Software
+Engineering 30, 2004).
+"""
+
+from itertools import combinations
+
+import pytest
+
+
+def covering(cases, strength=2):
+    """The cases that cover every pair of values, or every ``strength`` of them: chosen greedily, ties to the first.
+
+    Args:
+        cases: tuples of one length with hashable values. What cannot go together is left out of them.
+    """
+    number = {}
+
+    def bits(case):
+        together = combinations(enumerate(case), strength)
+        return sum(1 << number.setdefault(values, len(number)) for values in together)
+
+    covers = [bits(case) for case in cases]
+    chosen, missing = [], (1 << len(number)) - 1
+    while missing:
+        best = max(range(len(cases)), key=lambda place: (covers[place] & missing).bit_count())
+        chosen.append(best)
+        missing &= ~covers[best]
+    return [cases[place] for place in sorted(chosen)]
+
+
+def parameters(cases, ids, strength=2, everyday=lambda case: True):
+    """pytest's parameters for all cases: those that do not cover the ``everyday`` ones are marked ``exhaustive``."""
+    chosen = set(covering([case for case in cases if everyday(case)], strength))
+    return [
+        pytest.param(*case, id=name, marks=() if case in chosen else pytest.mark.exhaustive)
+        for case, name in zip(cases, ids, strict=True)
+    ]

@@ -1,0 +1,482 @@
+"""Runs that survive: resume, many workers, kills at any time; foreign, damaged and missing parts are refused."""
+
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from cna_kernels import InputError
+from cna_kernels.model.cli import main
+from cna_kernels.model.discovery import run_directory
+from cna_kernels.model.discovery.run_directory import RunDirectory, Worker
+from tiny import write_language_model
+
+pytest.importorskip("transformers")
+N_PROMPTS, UNIT = 40, 4
+
+
+@pytest.fixture(autouse=True)
+def threads():
+    """--threads is for a process; here the next test wants its own."""
+    before = torch.get_num_threads()
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory):
+    """A model and two prompt files."""
+    directory = tmp_path_factory.mktemp("model")
+    write_language_model(directory, intermediate_size=200)
+    for name in ("positive", "negative"):
+        lines = [f"{name[: 1 + number % 7]} {number * number}" for number in range(N_PROMPTS // 2)]
+        (directory / f"{name}.txt").write_text("\n".join(lines))
+    return directory
+
+
+def command(files, out, *more):
+    words = ["discover", files, "--positive", files / "positive.txt", "--negative", files / "negative.txt"]
+    words += ["-o", out, "--top-k", "15", "--bootstrap", "5", "--no-universal", "--no-template", "--unit", UNIT]
+    words += ["--threads", 1, *more]
+    return [str(word) for word in words]
+
+
+@pytest.fixture(scope="module")
+def finished(files):
+    """A run that one worker has finished, and its circuit's bytes."""
+    run = files / "finished"
+    assert main(command(files, files / "finished.json", "--run-dir", run)) == 0
+    return run, (files / "finished.json").read_bytes()
+
+
+def test_a_run_gives_the_circuit_of_a_plain_discovery(files, finished, tmp_path, capsys):
+    assert main(command(files, tmp_path / "plain.json")) == 0
+    assert (tmp_path / "plain.json").read_bytes() == finished[1]
+    assert main(["status", str(finished[0]), "--json"]) == 0
+    output = capsys.readouterr().out
+    status = json.loads(output[output.rindex('{\n  "model"') :])
+    assert status["units_done"] == status["units"] == 10 and status["prompts_done"] == N_PROMPTS
+    assert status["workers"] == [] and status["part_bytes"] > 0
+    assert main(["status", str(finished[0])]) == 0
+    assert "10 of 10 done" in capsys.readouterr().out
+
+
+def test_merging_again_changes_nothing_and_other_settings_need_no_new_pass(files, finished, tmp_path, monkeypatch):
+    run = tmp_path / "run"
+    shutil.copytree(finished[0], run)
+    monkeypatch.setattr("cna_kernels.model.discovery.collect.forward", None)  # nothing may run
+    assert main(command(files, tmp_path / "again.json", "--run-dir", run)) == 0
+    assert (tmp_path / "again.json").read_bytes() == finished[1]
+    assert (
+        main([*command(files, tmp_path / "other.json", "--run-dir", run), "--score", "magnitude", "--top-k", "3"]) == 0
+    )
+    assert json.loads((tmp_path / "other.json").read_text())["k"] == 3
+
+
+def test_missing_units_are_run_again(files, finished, tmp_path):
+    run = tmp_path / "run"
+    shutil.copytree(finished[0], run)
+    parts = sorted((run / "parts").iterdir())
+    before = [part.read_bytes() for part in parts]
+    for part in parts[::3]:
+        part.unlink()
+    with pytest.raises(InputError, match="4 of 10 units are not done"):
+        RunDirectory.open(run).merged()
+    assert main(command(files, tmp_path / "c.json", "--run-dir", run)) == 0
+    assert (tmp_path / "c.json").read_bytes() == finished[1]
+    assert [part.read_bytes() for part in parts] == before, "a part has the same bytes, whoever writes it"
+
+
+def test_stream_layers_in_a_run(files, finished, tmp_path):
+    assert main(command(files, tmp_path / "c.json", "--run-dir", tmp_path / "run", "--stream-layers")) == 0
+    assert (tmp_path / "c.json").read_bytes() == finished[1]
+
+
+OTHER_RUNS = [
+    (["--dtype", "bfloat16"], "dtype: belongs to another run: it has 'float32', this one 'bfloat16'"),
+    (["--limit", "10"], "corpus.sha256: belongs to another run"),
+    (["--position", "all"], "position: belongs to another run"),
+    (["--bootstrap", "6"], "bootstrap: belongs to another run: it has 5, this one 6"),
+    (["--seed", "6"], "seed: belongs to another run"),
+    (["--batch", "3"], "batch: belongs to another run: it has None, this one 3"),
+    (["--unit", "5"], "corpus.sha256: belongs to another run"),
+    (["--threads", "2"], "threads: belongs to another run: it has 1, this one 2"),
+]
+
+
+@pytest.mark.parametrize(("more", "message"), OTHER_RUNS, ids=lambda value: str(value[0]).strip("-"))
+def test_two_runs_in_one_directory(files, finished, tmp_path, capsys, more, message):
+    assert main([*command(files, tmp_path / "c.json", "--run-dir", finished[0]), *more]) == 2
+    error = capsys.readouterr().err
+    assert f"manifest.json: {message}" in error and not (tmp_path / "c.json").exists()
+
+
+def test_a_manifest_of_another_model(files, finished, tmp_path, capsys):
+    other = tmp_path / "other"
+    write_language_model(other, intermediate_size=200, seed=7)
+    words = command(files, tmp_path / "c.json", "--run-dir", finished[0])
+    assert main([words[0], str(other), *words[2:]]) == 2
+    assert "manifest.json: model.name: belongs to another run" in capsys.readouterr().err
+
+
+def test_directories_that_are_no_run(files, tmp_path, capsys):
+    for path, content, message in (
+        ("nowhere", None, "is no run directory: it has no manifest.json"),
+        ("empty", "", "is not JSON"),
+        ("old", '{"format": 0}', "manifest.json: format: expected 1, got 0"),
+        ("short", '{"format": 1}', "manifest.json: model: is not as written: None"),
+        ("other", '{"format": 1, "model": {"name": 5}}', "manifest.json: model.name: is not as written: 5"),
+    ):
+        if content is not None:
+            (tmp_path / path).mkdir()
+            (tmp_path / path / "manifest.json").write_text(content)
+        assert main(["status", str(tmp_path / path)]) == 2
+        assert message in capsys.readouterr().err
+    (tmp_path / "file").write_text("")
+    assert main(command(files, tmp_path / "c.json", "--run-dir", tmp_path / "file")) == 2
+    assert "cannot be made a directory: File exists" in capsys.readouterr().err
+
+
+def test_damaged_and_foreign_parts_are_refused(files, finished, tmp_path):
+    def refused(message):
+        with pytest.raises(InputError, match=message):
+            RunDirectory.open(run).merged()
+
+    run = tmp_path / "run"
+    shutil.copytree(finished[0], run)
+    part = run / "parts" / "000003.safetensors"
+    whole = part.read_bytes()
+    for damage, message in (
+        (whole[:-9], "000003.safetensors: is no part of a run"),
+        (
+            whole[:-9] + bytes(9),
+            "000003.safetensors: is damaged.*; delete it, and the same command runs",
+        ),
+        (whole.replace(b'\\"n_tokens\\": ', b'\\"n_tokens\\":1'), "000003.safetensors: is damaged"),
+        ((run / "parts" / "000004.safetensors").read_bytes(), "holds unit 4, its name says 3"),
+        (b"", "000003.safetensors: is no part of a run"),
+    ):
+        assert damage != whole
+        part.write_bytes(damage)
+        refused(message)
+    assert main(command(files, tmp_path / "c.json", "--run-dir", tmp_path / "other", "--bootstrap", "4")) == 0
+    shutil.copy(tmp_path / "other" / "parts" / part.name, part)
+    refused("000003.safetensors: belongs to another run than")
+    part.write_bytes(whole)
+    (run / "parts" / "000010.safetensors").write_bytes(whole)
+    refused("000010.safetensors: is no part of this run")
+    (run / "parts" / "000010.safetensors").rename(run / "parts" / ".cna-0.tmp")  # left by a killed writer
+    RunDirectory.open(run).merged()
+
+
+def test_a_manifest_that_is_not_as_written(finished, tmp_path):
+    run = tmp_path / "run"
+    shutil.copytree(finished[0], run)
+    manifest = json.loads((run / "manifest.json").read_text())
+    corpus = manifest["corpus"]
+    for change in (
+        {"model": "x"},
+        {"threads": "4"},
+        {"threads": 0},
+        {"corpus": []},
+        {"corpus": corpus | {"units": [["a", "b", "c", "d"]]}},
+        {"corpus": corpus | {"units": [[0, -1, 0, "x"]]}},
+        {"corpus": corpus | {"file": "../prompts"}},
+        {"corpus": {name: value for name, value in corpus.items() if name != "columns"}},
+    ):
+        (run / "manifest.json").write_text(json.dumps(manifest | change))
+        with pytest.raises(InputError, match=r"manifest\.json: "):
+            RunDirectory.open(run)
+
+
+def test_damaged_prompts_are_refused(files, finished, tmp_path):
+    run = tmp_path / "run"
+    shutil.copytree(finished[0], run)
+    path = next(run.glob("prompts-*.jsonl"))
+    whole = path.read_bytes()
+    for damage in (whole.replace(b"negati 361", b"negati 362"), whole[:-20]):
+        assert damage != whole
+        path.write_bytes(damage)
+        with pytest.raises(InputError, match=r"prompts-.*\.jsonl: is damaged: unit \d is not as written"):
+            corpus = RunDirectory.open(run).corpus()
+            for unit in range(10):
+                corpus.read(unit)
+
+
+def test_foreign_parts_are_refused_before_the_work(files, finished, tmp_path, capsys, monkeypatch):
+    run = tmp_path / "run"
+    shutil.copytree(finished[0], run)
+    parts = sorted((run / "parts").iterdir())
+    parts[4].unlink()
+    parts[7].write_bytes(b"")
+    monkeypatch.setattr("cna_kernels.model.discovery.collect.forward", None)  # nothing may run
+    assert main(command(files, tmp_path / "c.json", "--run-dir", run)) == 2
+    assert "000007.safetensors: is no part of a run" in capsys.readouterr().err
+
+
+def test_a_full_disk_loses_nothing(files, finished, tmp_path, capsys, monkeypatch):
+    written, whole = [], os.fsync
+
+    def full(descriptor):
+        written.append(descriptor)
+        if len(written) > 12:  # corpus, manifest, four parts, and the directory after each
+            raise OSError(28, "No space left on device")
+        whole(descriptor)
+
+    monkeypatch.setattr(os, "fsync", full)
+    assert main(command(files, tmp_path / "c.json", "--run-dir", tmp_path / "run")) == 2
+    error = capsys.readouterr().err
+    assert "parts/000004.safetensors: cannot be written: No space left on device" in error
+    assert "4 of 10 units are done and kept in" in error
+    monkeypatch.setattr(os, "fsync", whole)
+    assert sorted(os.listdir(tmp_path / "run" / "claims")) == []
+    assert main(command(files, tmp_path / "c.json", "--run-dir", tmp_path / "run")) == 0
+    assert (tmp_path / "c.json").read_bytes() == finished[1]
+
+
+def test_interrupt_says_how_to_go_on(files, finished, tmp_path, capsys, monkeypatch):
+    calls = []
+
+    def interrupted(self, unit, part):
+        calls.append(unit)
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        whole(self, unit, part)
+
+    whole = RunDirectory.write_part
+    monkeypatch.setattr(RunDirectory, "write_part", interrupted)
+    assert main(command(files, tmp_path / "c.json", "--run-dir", tmp_path / "run")) == 130
+    error = capsys.readouterr().err
+    assert (
+        "2 of 10 units are done and kept in" in error
+        and "; the same command goes on from there" in error
+        and "interrupted" in error
+    )
+    monkeypatch.setattr(RunDirectory, "write_part", whole)
+    assert main(command(files, tmp_path / "c.json", "--run-dir", tmp_path / "run")) == 0
+    assert (tmp_path / "c.json").read_bytes() == finished[1]
+
+
+def taken(worker):
+    """All units that a worker takes, as if it finished each at once, and leaves claimed."""
+    found = []
+    for unit in worker.units():
+        found.append(unit)
+        worker._held.clear()
+    return found
+
+
+class TestClaims:
+    @pytest.fixture
+    def run(self, finished, tmp_path):
+        shutil.copytree(finished[0], tmp_path / "run")
+        for part in (tmp_path / "run" / "parts").iterdir():
+            part.unlink()
+        return RunDirectory.open(tmp_path / "run")
+
+    def claim(self, run, unit, *, silent=0.0, **owner):
+        path = run.path / "claims" / f"{unit:06d}"
+        path.write_text(json.dumps({"host": "elsewhere", "pid": 1, **owner}))
+        os.utime(path, (time.time() - silent,) * 2)
+
+    def test_units_that_others_work_on_are_left_to_them(self, run):
+        self.claim(run, 0)
+        self.claim(run, 2)
+        with Worker(run) as worker:
+            assert taken(worker) == [1, 3, 4, 5, 6, 7, 8, 9]
+            with Worker(run, first=5) as other:
+                assert taken(other) == []
+        assert run.status()["workers"][0] == {
+            "unit": 0, "host": "elsewhere", "pid": 1, "silent_s": pytest.approx(0, abs=5), "state": "working"
+        }  # fmt: skip
+
+    def test_workers_start_apart(self, run):
+        with Worker(run, first=7) as worker:
+            assert taken(worker) == [7, 8, 9, 0, 1, 2, 3, 4, 5, 6]
+
+    def test_units_of_dead_and_of_silent_workers_are_taken(self, run):
+        done = subprocess.run([sys.executable, "-c", "import os; print(os.getpid())"], capture_output=True, text=True)
+        import socket
+
+        self.claim(run, 0, host=socket.gethostname(), pid=int(done.stdout))
+        self.claim(run, 1, silent=run_directory.STALE + 5)
+        self.claim(run, 2, silent=run_directory.STALE - 20)
+        (run.path / "claims" / "000003").write_text("")  # a worker that died while it wrote
+        os.utime(run.path / "claims" / "000003", (0, 0))
+        with Worker(run) as worker:
+            assert taken(worker) == [0, 1, 3, 4, 5, 6, 7, 8, 9]
+
+    def test_near_the_end_no_unit_is_taken_ahead(self, run):
+        """A worker with a unit in hand leaves the next one to another that is idle."""
+        with Worker(run) as worker:
+            units = worker.units()
+            assert next(units) == 0
+            waiting = threading.Thread(target=lambda: ahead.append(next(units)))
+            ahead: list[int] = []
+            waiting.start()
+            waiting.join(0.5)
+            assert waiting.is_alive() and not ahead
+            worker.release(0)
+            waiting.join(5)
+            assert ahead == [1]
+
+    def test_a_worker_that_makes_no_progress_falls_silent(self, run, monkeypatch):
+        monkeypatch.setattr(run_directory, "HEARTBEAT", 0.01)
+        for patience, beats in ((60.0, True), (0.0, False)):
+            monkeypatch.setattr(run_directory, "PATIENCE", patience)
+            with Worker(run) as worker:
+                unit = next(worker.units())
+                path = run.path / "claims" / f"{unit:06d}"
+                os.utime(path, (1, 1))
+                time.sleep(0.3)
+                assert (path.stat().st_mtime > 1) == beats
+            assert not path.exists()
+
+    def test_the_first_part_to_arrive_stays(self, run, finished):
+        part = RunDirectory.open(finished[0]).read_part(4)
+        run.write_part(4, part)
+        before = run.part_path(4).stat()
+        part.n_tokens += 1
+        run.write_part(4, part)
+        assert run.part_path(4).stat() == before and run.read_part(4).n_tokens == part.n_tokens - 1
+
+
+# Forks workers of one run, kills some, and so on until the run is done; prints the hash of the circuit. The parent has
+# never used torch's threads, so that its children can.
+SCHEDULES = """
+import hashlib, os, pathlib, random, signal, sys, time
+from cna_kernels.model.cli import main
+import cna_kernels.model.cli.attribution
+words, out, n_schedules, kills = sys.argv[5:], pathlib.Path(sys.argv[1]), int(sys.argv[2]), sys.argv[3] == "kill"
+def fork(run):
+    child = os.fork()
+    if child == 0:
+        signal.alarm(30)
+        sys.stdout = sys.stderr = open(os.devnull, "w")
+        try:
+            code = main([*words, "-o", str(run) + f"-{os.getpid()}.json", "--run-dir", str(run)])
+        finally:
+            os._exit(code)
+    return child
+n_killed = 0
+for schedule in range(n_schedules):
+    random.seed(schedule)
+    run = out / f"run{schedule}"
+    while True:
+        n = random.randint(1, 4) if kills else schedule + 1
+        children = [fork(run) for _ in range(n)]
+        codes = []
+        if kills and random.random() < 0.7:
+            time.sleep(random.uniform(0.0, 0.2))
+            for child in random.sample(children, random.randint(1, n)):
+                os.kill(child, signal.SIGKILL)
+        for child in children:
+            status = os.waitpid(child, 0)[1]
+            n_killed += os.WIFSIGNALED(status)
+            codes.append(status)
+        if 0 in codes:
+            break
+    circuits = {path.read_bytes() for path in out.glob(f"run{schedule}-*.json")}
+    print(*(hashlib.sha256(circuit).hexdigest() for circuit in circuits), flush=True)
+print("killed", n_killed)
+"""
+
+
+def schedules(files, tmp_path, n, how):
+    words = command(files, "unused")
+    del words[words.index("-o") : words.index("-o") + 2]
+    done = subprocess.run(
+        [sys.executable, "-c", SCHEDULES, str(tmp_path), str(n), how, "--", *words],
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=200,
+    )
+    assert done.returncode == 0, done.stderr
+    *hashes, last = done.stdout.split("\n")[:-1]
+    return hashes, int(last.split()[1])
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="forks")
+def test_any_number_of_workers_gives_the_same_bytes(files, finished, tmp_path):
+    import hashlib
+
+    hashes, _ = schedules(files, tmp_path, 4, "whole")
+    assert hashes == [hashlib.sha256(finished[1]).hexdigest()] * 4
+    parts = {tuple(part.read_bytes() for part in sorted((tmp_path / f"run{n}" / "parts").iterdir())) for n in range(4)}
+    assert len(parts) == 1
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="forks")
+@pytest.mark.parametrize("n", [3, pytest.param(20, marks=pytest.mark.exhaustive)])
+def test_kills_at_any_time_change_nothing(files, finished, tmp_path, n):
+    import hashlib
+
+    hashes, n_killed = schedules(files, tmp_path, n, "kill")
+    assert hashes == [hashlib.sha256(finished[1]).hexdigest()] * n
+    assert n_killed >= n // 2
+
+
+@pytest.mark.exhaustive
+def test_torchrun(files, finished, tmp_path):
+    pytest.importorskip("torch.distributed.run")
+    words = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    words += ["-m", "cna_kernels.model", *command(files, tmp_path / "c.json", "--run-dir", tmp_path / "run")]
+    done = subprocess.run(words, capture_output=True, text=True, timeout=100)
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "c.json").read_bytes() == finished[1]
+    assert done.stdout.count("top neurons") == 1, "one worker reports"
+
+
+def test_tensor_parallel(files, finished, tmp_path):
+    """Two ranks share the model: the neurons of one process."""
+    words = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    words += ["-m", "cna_kernels.model", *command(files, tmp_path / "c.json", "--tensor-parallel")]
+    done = subprocess.run(words, capture_output=True, text=True, timeout=100)
+    assert done.returncode == 0, done.stderr
+    got, want = json.loads((tmp_path / "c.json").read_text()), json.loads(finished[1])
+    assert [n[:2] for n in got["neurons"]] == [n[:2] for n in want["neurons"]]
+    assert [n[2] for n in got["neurons"]] == pytest.approx([n[2] for n in want["neurons"]], rel=1e-4)
+    assert got["bootstrap"] == want["bootstrap"] and done.stdout.count("top neurons") == 1
+
+
+def test_torchrun_needs_a_run_directory(files, tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert main(command(files, tmp_path / "c.json")) == 2
+    assert "--run-dir: torchrun's workers need a run directory that all of them see" in capsys.readouterr().err
+    for more in (["--run-dir", tmp_path / "run"], ["--stream-layers"], ["--batch", "auto"]):
+        assert main(command(files, tmp_path / "c.json", "--tensor-parallel", *more)) == 2
+        assert "--tensor-parallel: is not for --run-dir, --stream-layers or --batch auto" in capsys.readouterr().err
+    monkeypatch.setenv("RANK", "x")
+    assert main(command(files, tmp_path / "c.json")) == 2
+    assert "RANK, WORLD_SIZE: expected numbers" in capsys.readouterr().err
+
+
+def test_sigterm_ends_like_ctrl_c(files, tmp_path):
+    program = (
+        "import sys, time, cna_kernels.model.discovery.collect as collect\n"
+        "from cna_kernels.model.cli import main\n"
+        "whole = collect.forward\n"
+        "def slow(*a, **k):\n    print('running', flush=True); time.sleep(0.2); return whole(*a, **k)\n"
+        "collect.forward = slow\n"
+        "sys.exit(main(sys.argv[1:]))\n"
+    )
+    words = [sys.executable, "-c", program, *command(files, tmp_path / "c.json", "--run-dir", tmp_path / "run")]
+    process = subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    for _ in range(3):
+        assert process.stdout.readline() == "running\n"
+    process.send_signal(signal.SIGTERM)
+    _, error = process.communicate(timeout=60)
+    assert process.returncode == 130 and re.search(
+        r"\d of 10 units are done and kept in .*; the same command goes on", error
+    ), error
+    assert list(Path(tmp_path / "run" / "claims").iterdir()) == []

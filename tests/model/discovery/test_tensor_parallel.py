@@ -1,0 +1,335 @@
+"""One model on several ranks: the sums of one process, a share of the weights, and errors that all ranks raise.
+
+Run by pytest, this file starts itself as 2 and as 4 processes, which go through everything once and write what they
+find; the tests look at that.
+"""
+
+import os
+import random
+import socket
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from datetime import timedelta
+from pathlib import Path
+from tempfile import TemporaryFile
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from cna_kernels import ActivationSums, InputError
+from cna_kernels.model.checkpoint.config import read_config
+from cna_kernels.model.checkpoint.load import load_transformer
+from cna_kernels.model.checkpoint.safetensors_file import open_checkpoint
+from cna_kernels.model.discovery import collect, tensor_parallel
+from cna_kernels.model.discovery.packing import TokenPrompt
+from cna_kernels.model.discovery.units import Pass, run_unit
+from cna_kernels.model.prompts.columns import Columns
+from cna_kernels.model.prompts.corpus import Contrast, Corpus, Names, two_sets
+from tiny import VARIANTS, write_checkpoint
+
+# on how many ranks each variant runs
+RANKS = {2: tuple(VARIANTS), 4: ("llama", "llama-bias", "mistral", "qwen2", "qwen3")}
+HEADS = dict(num_attention_heads=8, num_key_value_heads=4)
+# one layer of 12.9 MB, nearly all of it in what ranks share out
+LARGE = dict(hidden_size=256, intermediate_size=4096, num_hidden_layers=6, num_attention_heads=8, num_key_value_heads=8)
+N_LAYERS, N_NEURONS, N_PROMPTS, N_COLUMNS = 3, 48, 30, 4
+CULPRIT, POISON = 17, 96  # a prompt, and a token that only it holds
+LONGEST = 50.0  # seconds; a group that hangs gives up after 20
+PLACES = [f"p{row}" for row in range(N_PROMPTS)]
+
+
+def prompts():
+    """Prompts of 1 to 20 tokens after a common header; the last 1 to 3 tokens count."""
+    draw = random.Random(0)
+    ids = [[*range(5, 17), *(draw.randrange(3, 90) for _ in range(draw.randint(1, 20)))] for _ in PLACES]
+    ids[CULPRIT][-2:] = [7, POISON]
+    return [TokenPrompt(row, place, 1 + len(row) % 3) for row, place in zip(ids, PLACES, strict=True)]
+
+
+def weights():
+    return torch.rand(N_PROMPTS, N_COLUMNS, generator=torch.Generator().manual_seed(1))
+
+
+def sums_of(transformer, run, **options):
+    sums = ActivationSums(N_LAYERS, N_NEURONS, N_COLUMNS, squares=True)
+    sums.total += 1.0  # what is there already stays
+    run(transformer, prompts(), weights(), sums, **({"max_tokens": 50} | options))
+    return {"total": sums.total - 1, "total_sq": sums.total_sq, "count": sums.count}
+
+
+def slots_of(transformer, run):
+    """A unit of two columns with folds and replicates, and three universal prompts."""
+    columns = Columns(2, (Contrast("circuit", 0, 1),), folds=2, bootstrap=3)
+    texts, names = [(place, place) for place in PLACES], Names()
+    with TemporaryFile() as file:
+        entries = Corpus(file, two_sets(names, texts[:14], texts[14:-3], texts[-3:]), names).read(0)
+    part = run_unit(transformer, entries, prompts(), 0, Pass(columns, squares=True), collect=run)
+    totals = torch.stack([part.slots[slot].total for slot in sorted(part.slots)])
+    return {"totals": totals, "universal": part.universal, "n_universal": part.n_universal}
+
+
+# What one rank does.
+
+
+def run_rank(directory: Path):
+    mesh = tensor_parallel.open_mesh("cpu", timeout=timedelta(seconds=20))
+    rank, n_ranks = mesh.get_local_rank(), mesh.size()
+    found = {"own shapes": [], "variants": {}}
+    add_to = tensor_parallel.OwnSums.add_to
+
+    def noted(self, whole):
+        found["own shapes"].append(list(self.act_sum.shape))
+        add_to(self, whole)
+
+    tensor_parallel.OwnSums.add_to = noted
+    for variant in RANKS[n_ranks]:
+        transformer = load_part(directory / variant, mesh)
+        layers = {f"layers.{name}": x for name, x in transformer.layers.named_parameters()}
+        found["variants"][variant] = {
+            "sums": sums_of(transformer, tensor_parallel.collect),
+            "shapes": {name: list(x.shape) for name, x in layers.items()},
+            "bytes": sum(x.untyped_storage().nbytes() for x in layers.values()),
+        }
+    llama = load_part(directory / "llama", mesh)
+    found["batch"] = sums_of(llama, tensor_parallel.collect, batch=1)
+    found["slots"] = slots_of(llama, tensor_parallel.collect)
+    found["bfloat16"] = sums_of(load_part(directory / "qwen3", mesh, dtype=torch.bfloat16), tensor_parallel.collect)
+    found["logits"] = message(lambda: llama(torch.tensor([[1]])))
+    found["nan"] = message(lambda: sums_of(load_part(directory / "nan", mesh), tensor_parallel.collect))
+    for field, changes in INDIVISIBLE.items():
+        config = replace(read_config(directory / "llama"), **changes)
+        found[field] = message(lambda config=config: tensor_parallel.load_parallel("nowhere", config, None, mesh=mesh))
+    found["other checkpoint"] = message(lambda: load_part(directory / ("seed" if rank else "llama"), mesh))
+    found["missing"] = message(lambda: load_part(directory / ("missing" if rank else "llama"), mesh))
+    found["other prompts"] = message(lambda: sums_of(llama, tensor_parallel.collect, batch=1 + rank))
+    if sys.platform == "linux":
+        found["large"] = load_large(directory / "large", mesh)
+
+    whole = tensor_parallel.forward
+
+    def infinite_on_the_last_rank(transformer, packed, past, sums, **options):
+        after = whole(transformer, packed, past, sums, **options)
+        if rank == n_ranks - 1 and POISON in packed.ids:
+            sums.act_sum[1, 0, 5] = torch.inf
+        return after
+
+    tensor_parallel.forward = infinite_on_the_last_rank
+    found["infinite"] = message(lambda: sums_of(llama, tensor_parallel.collect))
+
+    def out_of_memory_on_the_last_rank(transformer, packed, past, sums, **options):
+        if rank == n_ranks - 1 and past is not None:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return whole(transformer, packed, past, sums, **options)
+
+    tensor_parallel.forward = out_of_memory_on_the_last_rank
+    found["out of memory"] = message(
+        lambda: sums_of(llama, tensor_parallel.collect)
+    )  # the others know when this one ends
+    torch.save(found, directory / f"{n_ranks}-{rank}.pt")
+
+
+INDIVISIBLE = {
+    "num_attention_heads": dict(num_attention_heads=9, num_key_value_heads=9),
+    "num_key_value_heads": dict(num_key_value_heads=1),
+    "intermediate_size": dict(intermediate_size=N_NEURONS - 1),
+}
+
+
+def load_part(directory, mesh, **options):
+    return tensor_parallel.load_parallel(
+        directory, read_config(directory), open_checkpoint(directory), mesh=mesh, **options
+    )
+
+
+def message(call):
+    try:
+        call()
+    except InputError as error:
+        return str(error)
+    return "no error"
+
+
+def load_large(directory, mesh):
+    """How many bytes reading the part takes: of memory at the peak, and of the file."""
+    config, checkpoint = read_config(directory), open_checkpoint(directory)
+    Path("/proc/self/clear_refs").write_text("5")  # the peak starts again from here
+    before = usage()
+    tensor_parallel._load(directory, config, checkpoint, mesh, torch.float32, "cpu")
+    return {name: after - before[name] for name, after in usage().items()}
+
+
+def usage():
+    status, io = Path("/proc/self/status").read_text(), Path("/proc/self/io").read_text()
+    fields = dict(line.split(":") for line in (status + io).splitlines())
+    return {"peak": int(fields["VmHWM"].split()[0]) * 1024, "read": int(fields["rchar"])}
+
+
+# What the tests make of it.
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _one_thread():
+    """As the ranks have: on shapes this small, threads mostly wait for each other."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="module")
+def directory(tmp_path_factory):
+    """A checkpoint of every variant, and some that ranks should not get through."""
+    pytest.importorskip("transformers")
+    directory = tmp_path_factory.mktemp("checkpoints")
+    for variant in VARIANTS:
+        write_checkpoint(variant, directory / variant, **HEADS)
+    write_checkpoint("llama", directory / "seed", seed=3, **HEADS)
+    write_checkpoint("llama", directory / "large", **LARGE)
+    for name in ("nan", "missing"):
+        write_checkpoint("llama", directory / name, **HEADS)
+        tensors = load_file(directory / name / "model.safetensors")
+        if name == "nan":
+            tensors["model.embed_tokens.weight"][POISON] = torch.nan
+        else:
+            del tensors["model.layers.1.mlp.up_proj.weight"]
+        save_file(tensors, directory / name / "model.safetensors")
+    return directory
+
+
+@pytest.fixture(scope="module", params=[2, pytest.param(4, marks=pytest.mark.exhaustive)])
+def ranks(request, directory):
+    """What every rank has found."""
+    n_ranks = request.param
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    shared = dict(WORLD_SIZE=str(n_ranks), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), OMP_NUM_THREADS="1")
+    shared["PYTHONPATH"] = os.pathsep.join(sys.path)  # with tests/, where tiny.py is
+    if sys.platform == "linux":
+        shared["GLOO_SOCKET_IFNAME"] = "lo"
+    processes = [
+        subprocess.Popen(
+            [sys.executable, __file__, directory], env=os.environ | shared | {"RANK": str(rank)}, stderr=subprocess.PIPE
+        )
+        for rank in range(n_ranks)
+    ]
+    end = time.monotonic() + LONGEST
+    try:
+        errors = [process.communicate(timeout=end - time.monotonic())[1].decode() for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
+    assert [process.returncode for process in processes] == [0] * n_ranks, "\n".join(errors)
+    return [torch.load(directory / f"{n_ranks}-{rank}.pt") for rank in range(n_ranks)]
+
+
+def load_whole(directory, **options):
+    return load_transformer(directory, read_config(directory), open_checkpoint(directory), **options)
+
+
+def assert_close(found, expected, what=""):
+    assert (found - expected).abs().max() <= 1e-5 * expected.abs().max(), what
+
+
+def test_sums_are_those_of_one_process(ranks, directory):
+    for variant in RANKS[len(ranks)]:
+        expected = sums_of(load_whole(directory / variant), collect.collect)
+        top = expected["total"][:, 0].abs().flatten().topk(20).indices.tolist()
+        for found in ranks:
+            sums = found["variants"][variant]["sums"]
+            for name in expected:
+                assert_close(sums[name], expected[name], variant)
+                assert torch.equal(sums[name], ranks[0]["variants"][variant]["sums"][name]), "the same bits everywhere"
+            assert sums["total"][:, 0].abs().flatten().topk(20).indices.tolist() == top, variant
+
+
+def test_ranks_share_the_layers(ranks, directory):
+    replicated = ("layernorm.weight", "_norm.weight", "o_proj.bias")
+    for variant in RANKS[len(ranks)]:
+        whole = {name: x.numel() for name, x in load_whole(directory / variant).named_parameters()}
+        for found in ranks:
+            shapes = found["variants"][variant]["shapes"]
+            assert set(shapes) == {name for name in whole if name.startswith("layers.")}
+            numel = {name: torch.Size(shape).numel() for name, shape in shapes.items()}
+            for name, own in numel.items():
+                assert own * (1 if name.endswith(replicated) else len(ranks)) == whole[name], f"{variant}: {name}"
+            assert found["variants"][variant]["bytes"] == 4 * sum(numel.values()), "and nothing else is kept alive"
+
+
+def test_each_rank_keeps_the_sums_of_its_own_neurons(ranks):
+    n = len(RANKS[len(ranks)])
+    for found in ranks:
+        assert found["own shapes"][:n] == [[N_LAYERS, N_COLUMNS, N_NEURONS // len(ranks)]] * n
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_a_rank_reads_and_holds_its_part_only(ranks, directory):
+    n_bytes = (directory / "large" / "model.safetensors").stat().st_size
+    tensor = 4 * LARGE["hidden_size"] * LARGE["intermediate_size"]
+    for found in ranks:
+        assert found["large"]["read"] < n_bytes / len(ranks) + 1e6
+        assert found["large"]["peak"] < n_bytes / len(ranks) + tensor + 4e6
+
+
+def test_any_packs_and_whole_units(ranks, directory):
+    llama = load_whole(directory / "llama")
+    expected = sums_of(llama, collect.collect), slots_of(llama, collect.collect)
+    for found in ranks:
+        assert_close(found["batch"]["total"], expected[0]["total"])
+        assert_close(found["slots"]["totals"], expected[1]["totals"])
+        assert torch.equal(found["slots"]["universal"], expected[1]["universal"])
+        assert found["slots"]["n_universal"] == 3
+
+
+def test_bfloat16(ranks, directory):
+    """Rounding of each rank's summand adds to that of one process."""
+    exact = sums_of(load_whole(directory / "qwen3"), collect.collect)["total"]
+    single = sums_of(load_whole(directory / "qwen3", dtype=torch.bfloat16), collect.collect)["total"]
+    for found in ranks:
+        assert (found["bfloat16"]["total"] - exact).norm() <= 2 * (single - exact).norm()
+
+
+def test_a_non_finite_activation_names_the_prompt_on_all_ranks(ranks):
+    own = N_NEURONS // len(ranks)
+    for found in ranks:
+        assert found["nan"] == f"p{CULPRIT}: causes a non-finite activation in layer 0, neuron 0; nothing was selected"
+        index = (len(ranks) - 1) * own + 5
+        assert found["infinite"].startswith(f"p{CULPRIT}: causes a non-finite activation in layer 1, neuron {index};")
+
+
+def test_what_cannot_be_shared_out_is_refused_before_anything_is_read(ranks):
+    for found in ranks:
+        for field, changes in INDIVISIBLE.items():
+            what = f"expected a multiple of the {len(ranks)} ranks, got {changes[field]}"
+            assert found[field] == f"nowhere/config.json: {field}: {what}"
+
+
+def test_ranks_that_differ_are_told_so(ranks):
+    for rank, found in enumerate(ranks):
+        assert found["other checkpoint"] == "rank 1: has another checkpoint than rank 0"
+        assert found["other prompts"] == "rank 1: has another list of prompts than rank 0"
+        assert found["logits"].startswith("ranks: a model that is split over ranks finds circuits")
+        own = "'model.layers.1.mlp.up_proj.weight': is missing from the checkpoint"
+        assert own in found["missing"] if rank else found["missing"].startswith("rank 1: has failed")
+
+
+def test_out_of_memory_of_one_rank_ends_all(ranks):
+    last = len(ranks) - 1
+    for rank, found in enumerate(ranks):
+        expected = f"out of memory on rank {last} with these" if rank == last else f"rank {rank}: has lost another rank"
+        assert expected in found["out of memory"]
+
+
+def test_the_mesh_is_torchruns(monkeypatch):
+    monkeypatch.delenv("RANK", raising=False)
+    with pytest.raises(InputError, match="RANK: is not set: tensor parallelism is started with torchrun"):
+        tensor_parallel.open_mesh("cpu")
+    with pytest.raises(InputError, match="device: tensor parallelism runs on cpu and cuda, got mps"):
+        tensor_parallel.open_mesh("mps")
+
+
+if __name__ == "__main__":
+    run_rank(Path(sys.argv[1]))
