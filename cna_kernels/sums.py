@@ -52,37 +52,44 @@ class ActivationSums:
         squares = None if self.act_sumsq is None else self.act_sumsq[layer]
         return {"act_sum": self.act_sum[layer], "act_sumsq": squares}
 
-    def fold(self, weight: Tensor, *, layer: int | None = None) -> None:
-        """Move what a forward pass added into the totals.
+    def fold(self, weight: Tensor, *, layer: int | slice | None = None) -> None:
+        """Move what a forward pass added into the totals: all of it, or where this raises nothing.
 
         Args:
             weight: ``[any, C]``, the weights to count: those of the tokens, or of the prompts, that were summed.
-            layer: move this layer's sums only, of a pass that has not run the others.
+            layer: move the sums of this layer, or of these, only, of a pass that has not run the others.
 
         Raises:
             NonFiniteActivation: a sum is not finite. The totals stay as they were and the buffers are emptied.
         """
         check_tensor("weight", weight, shape=(None, self.count.shape[0]))
-        layers = slice(None) if layer is None else slice(layer, layer + 1)
+        layers = slice(layer, layer + 1) if isinstance(layer, int) else layer or slice(None)
         try:
             # everything that may run out of memory comes before the first total changes
             count = weight.cpu().double().sum(0)
-            added = []
-            for buffer in (self.act_sum, self.act_sumsq):
-                if buffer is not None:
-                    _require_finite(buffer[layers], layers.start or 0)
-                    added.append(buffer[layers].to(self.total.device))
+            self._require_finite(layers)
+            added = [buffer[layers].to(self.total.device) for buffer in self._buffers()]
             for total, part in zip((self.total, self.total_sq), added, strict=False):
                 total[layers] += part
             self.count += count
         finally:
             self.discard(layers)
 
+    def _buffers(self):
+        return [buffer for buffer in (self.act_sum, self.act_sumsq) if buffer is not None]
+
+    def _require_finite(self, layers):
+        """Raise NonFiniteActivation for the first sum of these layers that is not finite."""
+        for buffer in self._buffers():
+            finite = torch.isfinite(buffer[layers])
+            if not finite.all():
+                layer, _, index = (~finite).nonzero()[0].tolist()
+                raise NonFiniteActivation((layers.start or 0) + layer, index)
+
     def discard(self, layers: slice = slice(None)) -> None:
         """Empty the device buffers without counting them."""
-        self.act_sum[layers].zero_()
-        if self.act_sumsq is not None:
-            self.act_sumsq[layers].zero_()
+        for buffer in self._buffers():
+            buffer[layers].zero_()
 
     def merge(self, other: ActivationSums) -> None:
         """Add the totals of ``other``, a run over different prompts with the same columns."""
@@ -122,10 +129,3 @@ def slot_variance(total: Tensor, total_sq: Tensor, count: float) -> Tensor:
     mean_square = total_sq / count
     biased = mean_square - (total / count).square()
     return torch.maximum(biased, 1e-6 * mean_square) * (count / (count - 1))
-
-
-def _require_finite(buffer, first_layer):
-    finite = torch.isfinite(buffer)
-    if not finite.all():
-        layer, _, index = (~finite).nonzero()[0].tolist()
-        raise NonFiniteActivation(first_layer + layer, index)

@@ -6,6 +6,8 @@ into ``gate_up_proj``. B sequences of S tokens, right-padded: causal attention n
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
 
@@ -187,6 +189,8 @@ class Layer(nn.Module):
 class Transformer(nn.Module):
     """The whole model. ``transformer(input_ids[B, S]) -> logits[B, S, V]`` is the plain call."""
 
+    rank: int | None = None  # of this process among those that share the layers, see ParallelTransformer
+
     def __init__(self, config: ModelConfig):
         super().__init__()
         self.config = config
@@ -204,6 +208,14 @@ class Transformer(nn.Module):
     @property
     def dtype(self) -> torch.dtype:
         return self.embed_tokens.weight.dtype
+
+    def blocks(self) -> Iterator[list[Layer]]:
+        """Yield layers that are in memory together, in their order: here all of them at once."""
+        yield list(self.layers)
+
+    def own_sums(self, sums: ActivationSums, *_):
+        """A context with the sums that passes add to: ``sums`` themselves, as all of the neurons are here."""
+        return nullcontext(sums)
 
     def forward(self, input_ids: Tensor, *, tap: Tap | None = None, steer: Steer | None = None) -> Tensor:
         """Return logits ``[B, S, V]`` for whole sequences."""

@@ -1,10 +1,17 @@
-"""Forward passes over many prompts that keep nothing but streaming sums of activations."""
+"""Forward passes over many prompts that keep nothing but streaming sums of activations.
+
+A transformer says in ``blocks()`` which layers are in memory together. All packs go through one block before the next.
+A model in memory, or a rank's part of a model, is one block: each pack goes through all layers at once. Of a model that
+is read layer by layer every layer is a block: packs wait between two layers as hidden states.
+"""
 
 from __future__ import annotations
 
 import itertools
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -13,13 +20,17 @@ from cna_kernels.checks import InputError
 from cna_kernels.sums import ActivationSums, NonFiniteActivation
 
 from ..memory import is_out_of_memory
-from ..transformer import Transformer
+from ..transformer import Layer, Transformer
 from .packed import Packed, Past, run_layer
 from .packing import Group, TokenPrompt, group_by_prefix, packs_of
+
+if TYPE_CHECKING:
+    from .streamed import StreamedTransformer
 
 Progress = Callable[[int, int], None]  # prompts and tokens of a pack that is done
 DEFAULT_TOKENS = {"cpu": 512, "cuda": 32768}  # of one pack, by device
 AUTO_TOKENS = {"cpu": (256, 512, 1024, 2048, 4096), "cuda": (4096, 8192, 16384, 32768, 65536, 131072)}
+OUT_OF_MEMORY = "out of memory"
 
 
 def default_tokens(device: torch.device) -> int:
@@ -28,7 +39,7 @@ def default_tokens(device: torch.device) -> int:
 
 
 def collect(
-    transformer: Transformer,
+    transformer: Transformer | StreamedTransformer,
     prompts: Sequence[TokenPrompt],
     column_weights: Tensor,
     sums: ActivationSums,
@@ -40,69 +51,186 @@ def collect(
     """Add the activations at every prompt's counted tokens to ``sums``.
 
     Args:
+        transformer: a Transformer, a StreamedTransformer or a ParallelTransformer. All ranks of the last one call this
+            with the same arguments, but for ``progress``, and all get the sums of all neurons.
         column_weights: ``[P, C]`` fp32, how much each prompt counts in each column; its counted tokens share it.
         batch: prompts a forward pass; None fits as many as ``max_tokens`` allows.
         max_tokens: tokens a forward pass; None takes ``default_tokens``.
-        progress: called after every pack.
+        progress: called after every pack; of a pack that has not been through all layers yet with its part, rounded
+            down.
 
     Raises:
-        InputError: a prompt is too long for the model, or an activation it causes is not finite; names the prompt.
+        InputError: a prompt is too long for the model, is too much for the memory, or causes an activation that is not
+            finite; names the prompt. Of a ParallelTransformer also: memory has run out on one rank, the ranks were
+            given different prompts, or one of them is gone.
     """
-    device = transformer.device
-    for prompt in prompts:
-        check_length(prompt, transformer.config.context_length)
-    max_tokens = max_tokens or default_tokens(device)
-    groups = shared_prefixes(transformer, prompts)[::-1]
-    while groups:
-        group = groups.pop()
-        past = None
+    max_tokens = max_tokens or default_tokens(transformer.device)
+    with transformer.own_sums(sums, prompts, column_weights, batch, max_tokens) as own:
+        for prompt in prompts:
+            check_length(prompt, transformer.config.context_length)
+        own.discard()  # what a pass has left that never came to its end
+        passes = _Passes(transformer, prompts, column_weights, own, batch, max_tokens, progress)
+        try:
+            for block in transformer.blocks():
+                passes.run(block)
+        except RuntimeError as error:
+            if not is_out_of_memory(error):
+                raise
+            raise InputError("batch", "out of memory for layers and hidden states; give --batch-tokens less") from None
+        finally:
+            passes.close()
+
+
+@dataclass
+class _Pack:
+    """Prompts that go through the layers together, each without its ``prefix`` first tokens.
+
+    Attributes:
+        rows: the prompts, by number.
+        n_tokens: how many run.
+        start: how many of all that run come before them.
+        is_prefix: whether these are the prefix, of all these prompts.
+        packed: the tokens, from the first layer to the last.
+    """
+
+    rows: list[int]
+    prefix: int
+    n_tokens: int
+    start: int
+    is_prefix: bool = False
+    packed: Packed | None = None
+
+
+@dataclass
+class _Group:
+    """Packs whose prompts share a prefix, a pack of its own, or None."""
+
+    prefix: _Pack | None
+    packs: list[_Pack]
+
+
+class _Passes:
+    """All packs of one call of :func:`collect`, whose arguments these are, through one block of layers after another.
+
+    A pack's sums of a block are folded when all of the block has run, and only then do its hidden states change. So a
+    pack that fails can run again in halves: where memory ran out, and to find whose activation is not finite.
+    """
+
+    def __init__(self, transformer, prompts, column_weights, sums, batch, max_tokens, progress):
+        self.transformer, self.prompts, self.column_weights, self.sums = transformer, prompts, column_weights, sums
+        self.limits, self.progress = dict(max_prompts=batch, max_tokens=max_tokens), progress
+        self.hidden = None  # where blocks follow
+        self.n_tokens = 0
+        self.groups = [self._plan(group) for group in shared_prefixes(transformer, prompts)]
+        self.run_so_far, self.reported = [0, 0], [0, 0]  # prompts and tokens; so far: times layers
+
+    def close(self):
+        if self.hidden is not None:
+            self.hidden.close()
+
+    def _plan(self, group: Group) -> _Group:
+        prefix = None
         if group.prefix:
-            packed = pack_prefix(prompts, group.prompts, group.prefix, column_weights, device)
-            sharing = [prompts[row] for row in group.prompts]
-            past = _run(transformer, packed, None, sums, column_weights[:0], sharing, keep=True)
-            if past is None:  # without sharing
-                groups.append(Group(0, group.prompts))
-                continue
-        pending = packs_of(prompts, group, max_prompts=batch, max_tokens=max_tokens)[::-1]
-        while pending:
-            rows = pending.pop()
-            members = [prompts[row] for row in rows]
-            packed = pack_prompts(prompts, rows, group.prefix, column_weights, device)
-            if _run(transformer, packed, past, sums, column_weights[rows], members) is None:
-                if len(rows) == 1:
-                    what = f"out of memory with this prompt alone ({len(members[0].ids)} tokens)"
-                    raise InputError(members[0].place, what)
-                half = len(rows) // 2
-                pending += [rows[half:], rows[:half]]
-            elif progress is not None:
-                progress(len(rows), sum(len(prompt.ids) for prompt in members))
+            prefix = _Pack(group.prompts, group.prefix, group.prefix, self.n_tokens, is_prefix=True)
+            self.n_tokens += group.prefix
+        packs = []
+        for rows in packs_of(self.prompts, group, **self.limits):
+            packs.append(self._pack(rows, group.prefix, self.n_tokens))
+            self.n_tokens += packs[-1].n_tokens
+        return _Group(prefix, packs)
 
+    def _pack(self, rows, prefix, start) -> _Pack:
+        return _Pack(rows, prefix, sum(len(self.prompts[row].ids) - prefix for row in rows), start)
 
-def _run(
-    transformer, packed: Packed, past, sums: ActivationSums, weights: Tensor, prompts: list[TokenPrompt], *, keep=False
-) -> list[Past] | None:
-    """:func:`forward`, and fold what it adds; None where memory runs out, and nothing has been added.
+    def run(self, block: list[Layer]):
+        """Run all packs through these layers."""
+        if self.hidden is None and not self._is_last(block):
+            self.hidden = self.transformer.hidden_states(self.n_tokens)
+        for group in self.groups:
+            past = None
+            if group.prefix is not None:
+                past, failure = self._attempt(block, group.prefix, None)
+                if failure == OUT_OF_MEMORY and self.hidden is None:  # without sharing
+                    group.packs = self._plan(Group(0, group.prefix.rows)).packs
+                    group.prefix = None
+                elif failure:
+                    raise self._error(group.prefix, failure)
+            pending, group.packs = group.packs[::-1], []
+            while pending:
+                pack = pending.pop()
+                _, failure = self._attempt(block, pack, past)
+                if not failure:
+                    group.packs.append(pack)
+                    self._report(pack, len(block))
+                elif len(pack.rows) > 1:
+                    pending += self._halves(pack)[::-1]
+                else:
+                    raise self._error(pack, failure)
 
-    ``prompts``: those of the pack, or those whose beginning it is.
-    """
-    try:
-        found = forward(transformer, packed, past, sums, keep=keep)
-        sums.fold(weights)
-        return found
-    except NonFiniteActivation as error:
-        raise _blame(transformer, prompts, sums, error) from None
-    except RuntimeError as error:
-        if not is_out_of_memory(error):
-            raise
-    _free(sums)  # outside the except block, whose traceback would keep the tensors alive
-    return None
+    def _attempt(self, block, pack: _Pack, past) -> tuple[list[Past] | None, str | None]:
+        """Run a pack through a block: keys and values of a prefix; or None, and why nothing has been added."""
+        try:
+            return self._pass(block, pack, past), None
+        except NonFiniteActivation as error:
+            failure = f"causes a {error}; nothing was selected"
+        except RuntimeError as error:
+            if not is_out_of_memory(error):
+                raise
+            failure = OUT_OF_MEMORY
+        # outside the except block, whose traceback would keep the tensors alive
+        pack.packed = None
+        self.sums.discard()
+        if self.sums.act_sum.is_cuda:
+            torch.cuda.empty_cache()
+        if failure == OUT_OF_MEMORY and self.transformer.rank is not None:
+            first, last = self.prompts[pack.rows[0]].place, self.prompts[pack.rows[-1]].place
+            what = f"out of memory on rank {self.transformer.rank} with these {pack.n_tokens} tokens"
+            raise InputError(first if first == last else f"{first} .. {last}", f"{what}; ask for smaller packs")
+        return None, failure
 
+    def _pass(self, block, pack: _Pack, past) -> list[Past]:
+        """Run a pack through a block, fold its sums, and keep its hidden states for the next block."""
+        first, last = block[0].number == 0, self._is_last(block)
+        if pack.packed is None:
+            make = pack_prefix if pack.is_prefix else pack_prompts
+            pack.packed = make(self.prompts, pack.rows, pack.prefix, self.column_weights, self.transformer.device)
+        x = None if first else self.hidden.read(pack.start, pack.n_tokens).to(self.transformer.device)
+        x, own = forward(self.transformer, pack.packed, past, self.sums, layers=block, x=x, keep=pack.is_prefix)
+        if not last:
+            x = x.cpu().contiguous()
+        counted = self.column_weights[pack.rows if first and not pack.is_prefix else []]
+        self.sums.fold(counted, layer=slice(block[0].number, block[-1].number + 1))
+        # the sums are in: nothing that follows allocates
+        if last:
+            pack.packed = None
+        else:
+            self.hidden.write(pack.start, x)
+        return own
 
-def _free(sums: ActivationSums):
-    """After an allocation failed: drop what was half done, and what PyTorch keeps for later."""
-    sums.discard()
-    if sums.act_sum.is_cuda:
-        torch.cuda.empty_cache()
+    def _is_last(self, block):
+        return block[-1].number == self.transformer.config.num_hidden_layers - 1
+
+    def _halves(self, pack: _Pack) -> list[_Pack]:
+        half = len(pack.rows) // 2
+        first = self._pack(pack.rows[:half], pack.prefix, pack.start)
+        return [first, self._pack(pack.rows[half:], pack.prefix, pack.start + first.n_tokens)]
+
+    def _error(self, pack: _Pack, failure: str) -> InputError:
+        """The error that names the first, or only, prompt of a pack."""
+        prompt = self.prompts[pack.rows[0]]
+        if failure == OUT_OF_MEMORY:
+            failure += f" with this prompt alone ({len(prompt.ids)} tokens)"
+        return InputError(prompt.place, failure)
+
+    def _report(self, pack: _Pack, n_layers: int):
+        """Call ``progress`` with whole prompts and tokens."""
+        if self.progress is None:
+            return
+        counts = len(pack.rows), sum(len(self.prompts[row].ids) for row in pack.rows)
+        self.run_so_far = [n + n_layers * count for n, count in zip(self.run_so_far, counts, strict=True)]
+        now = [n // self.transformer.config.num_hidden_layers for n in self.run_so_far]
+        self.progress(*(after - before for after, before in zip(now, self.reported, strict=True)))
+        self.reported = now
 
 
 def shared_prefixes(transformer: Transformer, prompts: Sequence[TokenPrompt]) -> list[Group]:
@@ -133,36 +261,41 @@ def pack_prefix(prompts, rows: list[int], n_prefix: int, column_weights: Tensor,
 
 
 def forward(
-    transformer: Transformer,
+    transformer: Transformer | StreamedTransformer,
     packed: Packed,
     past: list[Past] | None,
-    sums: ActivationSums | None,
+    sums: ActivationSums,
     *,
+    layers: Sequence[Layer],
+    x: Tensor | None = None,
     keep: bool = False,
-    n_layers: int | None = None,
-) -> list[Past]:
-    """Run a pack through the layers; with ``keep`` return its keys and values in each, else nothing.
+) -> tuple[Tensor, list[Past]]:
+    """Run a pack through some layers.
 
-    ``n_layers``: run only the first so many, to see how long they take.
+    Args:
+        past: keys and values of the prefix in each of them, or None.
+        x: the hidden states before them, ``[1, T, H]``; None embeds the tokens.
+        keep: return the pack's own keys and values in each, too; else nothing.
     """
-    found = []
+    config, found = transformer.config, []
     with torch.inference_mode():
-        x = transformer.embed_tokens(packed.ids)[None]
+        if x is None:
+            x = transformer.embed_tokens(packed.ids)[None]
         rotation = packed.rotation(transformer.rotary, x.dtype)
-        for number, layer in enumerate(transformer.layers[:n_layers]):
+        for place, layer in enumerate(layers):
             x, own = run_layer(
                 layer,
                 packed,
                 x,
                 rotation,
-                None if past is None else past[number],
-                window=transformer.config.sliding_windows[number],
-                last=number == len(transformer.layers) - 1,
-                **({} if sums is None else sums.layer(number)),
+                None if past is None else past[place],
+                window=config.sliding_windows[layer.number],
+                last=layer.number == config.num_hidden_layers - 1,
+                **sums.layer(layer.number),
             )
             if keep:
                 found.append(own)
-    return found
+    return x, found
 
 
 def check_length(prompt: TokenPrompt, context_length: int):
@@ -198,7 +331,7 @@ def measure_tokens(
             packed, seconds = pack_prompts(rows, list(range(len(rows))), 0, weights, device), []
             for _ in range(3):
                 start = time.perf_counter()
-                forward(transformer, packed, None, sums, n_layers=n_layers)
+                forward(transformer, packed, None, sums, layers=transformer.layers[:n_layers])
                 sums.fold(weights)  # waits for the device
                 seconds.append(time.perf_counter() - start)
         except NonFiniteActivation:
@@ -213,19 +346,3 @@ def measure_tokens(
         raise InputError("batch", "even the smallest forward pass runs out of memory")
     best = max(rates.values())
     return next(size for size, rate in rates.items() if rate >= 0.97 * best), rates
-
-
-def _blame(transformer, members, sums, error) -> InputError:
-    """Run the prompts of a failed pack one at a time to name the one at fault."""
-    n_layers, n_columns, n_neurons = sums.total.shape
-    device = sums.act_sum.device
-    for prompt in members:
-        alone = ActivationSums(n_layers, n_neurons, n_columns, device=device)
-        one = torch.ones(1, n_columns)
-        try:
-            forward(transformer, pack_prompts([prompt], [0], 0, one, device), None, alone)
-            alone.fold(one)
-        except NonFiniteActivation as single:
-            return InputError(prompt.place, f"causes a {single}; nothing was selected")
-    places = f"{members[0].place} .. {members[-1].place}"
-    return InputError(places, f"together cause a {error}, none does alone; nothing was selected")

@@ -20,12 +20,10 @@ from cna_kernels.select import versions
 from ..memory import memory_of
 from ..prompts.columns import Columns
 from ..prompts.corpus import UNIVERSAL, Contrast, Corpus
-from . import streamed
 from .circuits import Totals, check_counts, find_universal, select_circuit, selection_of
-from .collect import collect, measure_tokens
+from .collect import measure_tokens
 from .run_directory import RunDirectory, Worker
 from .settings import POSITION_TEXT, Settings
-from .streamed import StreamedTransformer
 from .units import Part, Pass, encode_ahead, run_unit
 
 if TYPE_CHECKING:
@@ -133,7 +131,6 @@ class Job:
                 self.how,
                 skip_bad=skip_bad,
                 progress=None if progress is None else advance,
-                collect=self._collect(),
             )
             yield numbers.pop(0), part
 
@@ -220,16 +217,6 @@ class Job:
 
     def _template_sha256(self) -> str | None:
         return self.model.tokenizer.template_sha256 if self.model.uses_chat(self.chat) else None
-
-    def _collect(self):
-        """The forward passes for this kind of model."""
-        if isinstance(self.model.transformer, StreamedTransformer):
-            return streamed.collect
-        if hasattr(self.model.transformer, "mesh"):
-            from . import tensor_parallel
-
-            return tensor_parallel.collect
-        return collect
 
     def _encode(self, entries):
         settings = self.settings

@@ -14,7 +14,7 @@ import atexit
 import json
 import os
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from datetime import timedelta
@@ -34,11 +34,7 @@ from cna_kernels.sums import ActivationSums, NonFiniteActivation
 from ..checkpoint.config import DTYPES, ModelConfig
 from ..checkpoint.load import check_entries, check_memory, expected_shapes
 from ..checkpoint.safetensors_file import Checkpoint, TensorEntry
-from ..memory import is_out_of_memory
 from ..transformer import Transformer
-from .collect import Progress, check_length, default_tokens, forward, pack_prefix, pack_prompts, shared_prefixes
-from .packed import Packed, Past
-from .packing import TokenPrompt, packs_of
 
 BACKENDS = {"cpu": "gloo", "cuda": "nccl"}
 TIMEOUT = timedelta(minutes=5)  # of a rank for the others; they differ by what reading and compiling take
@@ -87,8 +83,34 @@ class ParallelTransformer(Transformer):
         self.config, self.mesh = config, mesh
         parallelize_module(self, mesh, PLAN)
 
+    @property
+    def rank(self) -> int:
+        return self.mesh.get_local_rank()
+
     def logits(self, hidden: Tensor) -> Tensor:
         raise InputError("ranks", "a model that is split over ranks finds circuits, and nothing else")
+
+    @contextmanager
+    def own_sums(self, sums: ActivationSums, prompts, column_weights, batch, max_tokens) -> Iterator[OwnSums]:
+        """The sums of this rank's neurons, which are added to ``sums`` on all ranks when the ``with`` ends.
+
+        All ranks enter with the same arguments of ``collect``, else InputError. Packs are not halved where memory runs
+        out on one rank: that is an error, of the others because the connection is lost when this rank's process ends.
+        """
+        n_layers, n_columns, n_neurons = sums.total.shape
+        squares = sums.total_sq is not None
+        with _named_if_lost(self.mesh):
+            try:
+                own = OwnSums(self.mesh, n_layers, n_neurons, n_columns, squares=squares, device=self.device)
+                how = [str(self.dtype), list(sums.total.shape), squares, batch, max_tokens]
+                tokens = [[prompt.ids, prompt.n_counted] for prompt in prompts]
+                digest = sha256(json.dumps([how, tokens]), column_weights.contiguous().numpy().tobytes())
+            except Exception:
+                _meet(self.mesh, None)
+                raise
+            _meet(self.mesh, digest, "list of prompts")
+            yield own
+            own.add_to(sums)
 
 
 def _part_of(config: ModelConfig, n_ranks: int) -> ModelConfig:
@@ -166,12 +188,11 @@ class OwnSums(ActivationSums):
         super().__init__(n_layers, n_neurons // mesh.size(), n_columns, squares=squares, device=device)
         self.mesh, self.n_neurons = mesh, n_neurons
 
-    def fold(self, weight: Tensor, *, layer: int | None = None):
-        """As in ActivationSums; but where the sum of another rank is not finite, this rank's totals have changed."""
+    def _require_finite(self, layers):
         none = len(self.total) * self.n_neurons
         first = none
         try:
-            super().fold(weight, layer=layer)
+            super()._require_finite(layers)
         except NonFiniteActivation as error:
             index = self.mesh.get_local_rank() * self.total.shape[2] + error.index
             first = error.layer * self.n_neurons + index
@@ -188,91 +209,6 @@ class OwnSums(ActivationSums):
                 dist.all_gather(list(parts), part, self.mesh.get_group())
                 layer += parts.transpose(0, 1).flatten(1).to(layer.device)
         whole.count += self.count
-
-
-def collect(
-    transformer: ParallelTransformer,
-    prompts: Sequence[TokenPrompt],
-    column_weights: Tensor,
-    sums: ActivationSums,
-    *,
-    batch: int | None = None,
-    max_tokens: int | None = None,
-    progress: Progress | None = None,
-):
-    """``collect.collect`` for a ParallelTransformer: the same packs, and ``sums`` of all neurons on every rank.
-
-    All ranks call it with the same arguments, but for ``progress``. Packs are not halved where memory runs out on one
-    rank: that is an error, of the others because the connection is lost when this rank's process ends.
-
-    Raises:
-        InputError: as in ``collect.collect``, on all ranks, naming the same prompt; the ranks were given different
-            prompts; memory has run out; or another rank is gone.
-    """
-    mesh, device = transformer.mesh, transformer.device
-    max_tokens = max_tokens or default_tokens(device)
-    n_layers, n_columns, n_neurons = sums.total.shape
-    squares = sums.total_sq is not None
-    with _named_if_lost(mesh):
-        try:
-            for prompt in prompts:
-                check_length(prompt, transformer.config.context_length)
-            own = OwnSums(mesh, n_layers, n_neurons, n_columns, squares=squares, device=device)
-            how = [str(transformer.dtype), list(sums.total.shape), squares, batch, max_tokens]
-            tokens = [[prompt.ids, prompt.n_counted] for prompt in prompts]
-            digest = sha256(json.dumps([how, tokens]), column_weights.contiguous().numpy().tobytes())
-        except Exception:
-            _meet(mesh, None)
-            raise
-        _meet(mesh, digest, "list of prompts")
-        for group in shared_prefixes(transformer, prompts):
-            past = None
-            if group.prefix:
-                packed = pack_prefix(prompts, group.prompts, group.prefix, column_weights, device)
-                sharing = [prompts[row] for row in group.prompts]
-                past = _run(transformer, packed, None, own, column_weights[:0], sharing, keep=True)
-            for rows in packs_of(prompts, group, max_prompts=batch, max_tokens=max_tokens):
-                packed = pack_prompts(prompts, rows, group.prefix, column_weights, device)
-                _run(transformer, packed, past, own, column_weights[rows], [prompts[row] for row in rows])
-                if progress is not None:
-                    progress(len(rows), sum(len(prompts[row].ids) for row in rows))
-        own.add_to(sums)
-
-
-def _run(
-    transformer, packed: Packed, past, own: OwnSums, weights: Tensor, prompts: list[TokenPrompt], *, keep=False
-) -> list[Past]:
-    """``collect.forward``, and fold what it adds. ``prompts``: those of the pack, or those whose beginning it is."""
-    try:
-        past = forward(transformer, packed, past, own, keep=keep)
-        own.fold(weights)
-        return past
-    except NonFiniteActivation as error:
-        raise _blame(transformer, prompts, error) from None
-    except RuntimeError as error:
-        if not is_out_of_memory(error):
-            raise
-    rank = transformer.mesh.get_local_rank()
-    what = f"out of memory on rank {rank} with these {packed.n_tokens} tokens; ask for smaller packs"
-    raise InputError(_places(prompts), what)
-
-
-def _blame(transformer: ParallelTransformer, prompts: list[TokenPrompt], error: NonFiniteActivation) -> InputError:
-    """Run the prompts of a failed pack one at a time, on all ranks, to name the one at fault."""
-    config, device, one = transformer.config, transformer.device, torch.ones(1, 1)
-    shape = (config.num_hidden_layers, config.intermediate_size, 1)
-    for prompt in prompts:
-        alone = OwnSums(transformer.mesh, *shape, squares=False, device=device)
-        try:
-            forward(transformer, pack_prompts([prompt], [0], 0, one, device), None, alone)
-            alone.fold(one)
-        except NonFiniteActivation as single:
-            return InputError(prompt.place, f"causes a {single}; nothing was selected")
-    return InputError(_places(prompts), f"together cause a {error}, none does alone; nothing was selected")
-
-
-def _places(prompts: list[TokenPrompt]) -> str:
-    return prompts[0].place if len(prompts) == 1 else f"{prompts[0].place} .. {prompts[-1].place}"
 
 
 def _meet(mesh: DeviceMesh, digest: str | None, what: str = ""):

@@ -29,7 +29,11 @@ MOST_REASONS = 10  # that a part tells of the prompts it left out
 
 @dataclass
 class SlotSums:
-    """One streaming sum: ``total`` and ``total_sq`` (or None) ``[L, N]`` fp64 on the host, and the weight behind it."""
+    """One streaming sum: ``total`` and ``total_sq`` (or None) ``[L, N]`` fp64 on the host, and the weight behind it.
+
+    Not an ActivationSums, which has all columns in one tensor and the ops' fp32 buffers beside it: a unit has only some
+    columns of a run, and totals would take half as much memory again.
+    """
 
     total: Tensor
     total_sq: Tensor | None
@@ -142,7 +146,6 @@ def run_unit(
     *,
     skip_bad: bool = False,
     progress: Callable[[int, int], None] | None = None,
-    collect=collect,
 ) -> Part:
     """Run the prompts of one unit.
 
@@ -151,7 +154,6 @@ def run_unit(
         first: the number of the first entry in the corpus.
         skip_bad: leave out prompts that are too long for the model, instead of an error.
         progress: called with the (prompts, tokens) of every pack.
-        collect: the forward passes; ``streamed.collect`` reads the model layer by layer.
     """
     config = transformer.config
     n_layers, n_neurons = config.num_hidden_layers, config.intermediate_size

@@ -36,10 +36,12 @@ def test_streamed_sums_are_the_resident_ones(variant, spilled, tmp_path, monkeyp
     prompts = [TokenPrompt(ids, "p", 1 + len(ids) % 3) for ids in ragged(30, list(range(5, 17)))]
     weights = torch.rand(30, 4, generator=torch.Generator().manual_seed(1))
     found = []
-    for transformer, run in ((resident, collect.collect), (streamed, module.collect)):
+    for transformer in (resident, streamed):
         sums = ActivationSums(3, 48, 4, squares=True)
         seen = []
-        run(transformer, prompts, weights, sums, max_tokens=50, progress=lambda *counts, seen=seen: seen.append(counts))
+        collect.collect(
+            transformer, prompts, weights, sums, max_tokens=50, progress=lambda *now, seen=seen: seen.append(now)
+        )
         found.append(sums)
         assert [sum(column) for column in zip(*seen, strict=True)] == [30, sum(len(p.ids) for p in prompts)]
     for name in ("total", "total_sq", "count"):

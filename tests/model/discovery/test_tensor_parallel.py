@@ -53,20 +53,20 @@ def weights():
     return torch.rand(N_PROMPTS, N_COLUMNS, generator=torch.Generator().manual_seed(1))
 
 
-def sums_of(transformer, run, **options):
+def sums_of(transformer, **options):
     sums = ActivationSums(N_LAYERS, N_NEURONS, N_COLUMNS, squares=True)
     sums.total += 1.0  # what is there already stays
-    run(transformer, prompts(), weights(), sums, **({"max_tokens": 50} | options))
+    collect.collect(transformer, prompts(), weights(), sums, **({"max_tokens": 50} | options))
     return {"total": sums.total - 1, "total_sq": sums.total_sq, "count": sums.count}
 
 
-def slots_of(transformer, run):
+def slots_of(transformer):
     """A unit of two columns with folds and replicates, and three universal prompts."""
     columns = Columns(2, (Contrast("circuit", 0, 1),), folds=2, bootstrap=3)
     texts, names = [(place, place) for place in PLACES], Names()
     with TemporaryFile() as file:
         entries = Corpus(file, two_sets(names, texts[:14], texts[14:-3], texts[-3:]), names).read(0)
-    part = run_unit(transformer, entries, prompts(), 0, Pass(columns, squares=True), collect=run)
+    part = run_unit(transformer, entries, prompts(), 0, Pass(columns, squares=True))
     totals = torch.stack([part.slots[slot].total for slot in sorted(part.slots)])
     return {"totals": totals, "universal": part.universal, "n_universal": part.n_universal}
 
@@ -89,26 +89,26 @@ def run_rank(directory: Path):
         transformer = load_part(directory / variant, mesh)
         layers = {f"layers.{name}": x for name, x in transformer.layers.named_parameters()}
         found["variants"][variant] = {
-            "sums": sums_of(transformer, tensor_parallel.collect),
+            "sums": sums_of(transformer),
             "shapes": {name: list(x.shape) for name, x in layers.items()},
             "bytes": sum(x.untyped_storage().nbytes() for x in layers.values()),
         }
     llama = load_part(directory / "llama", mesh)
-    found["batch"] = sums_of(llama, tensor_parallel.collect, batch=1)
-    found["slots"] = slots_of(llama, tensor_parallel.collect)
-    found["bfloat16"] = sums_of(load_part(directory / "qwen3", mesh, dtype=torch.bfloat16), tensor_parallel.collect)
+    found["batch"] = sums_of(llama, batch=1)
+    found["slots"] = slots_of(llama)
+    found["bfloat16"] = sums_of(load_part(directory / "qwen3", mesh, dtype=torch.bfloat16))
     found["logits"] = message(lambda: llama(torch.tensor([[1]])))
-    found["nan"] = message(lambda: sums_of(load_part(directory / "nan", mesh), tensor_parallel.collect))
+    found["nan"] = message(lambda: sums_of(load_part(directory / "nan", mesh)))
     for field, changes in INDIVISIBLE.items():
         config = replace(read_config(directory / "llama"), **changes)
         found[field] = message(lambda config=config: tensor_parallel.load_parallel("nowhere", config, None, mesh=mesh))
     found["other checkpoint"] = message(lambda: load_part(directory / ("seed" if rank else "llama"), mesh))
     found["missing"] = message(lambda: load_part(directory / ("missing" if rank else "llama"), mesh))
-    found["other prompts"] = message(lambda: sums_of(llama, tensor_parallel.collect, batch=1 + rank))
+    found["other prompts"] = message(lambda: sums_of(llama, batch=1 + rank))
     if sys.platform == "linux":
         found["large"] = load_large(directory / "large", mesh)
 
-    whole = tensor_parallel.forward
+    whole = collect.forward
 
     def infinite_on_the_last_rank(transformer, packed, past, sums, **options):
         after = whole(transformer, packed, past, sums, **options)
@@ -116,18 +116,16 @@ def run_rank(directory: Path):
             sums.act_sum[1, 0, 5] = torch.inf
         return after
 
-    tensor_parallel.forward = infinite_on_the_last_rank
-    found["infinite"] = message(lambda: sums_of(llama, tensor_parallel.collect))
+    collect.forward = infinite_on_the_last_rank
+    found["infinite"] = message(lambda: sums_of(llama))
 
     def out_of_memory_on_the_last_rank(transformer, packed, past, sums, **options):
         if rank == n_ranks - 1 and past is not None:
             raise torch.OutOfMemoryError("CUDA out of memory")
         return whole(transformer, packed, past, sums, **options)
 
-    tensor_parallel.forward = out_of_memory_on_the_last_rank
-    found["out of memory"] = message(
-        lambda: sums_of(llama, tensor_parallel.collect)
-    )  # the others know when this one ends
+    collect.forward = out_of_memory_on_the_last_rank
+    found["out of memory"] = message(lambda: sums_of(llama))  # the others know when this one ends
     torch.save(found, directory / f"{n_ranks}-{rank}.pt")
 
 
@@ -236,7 +234,7 @@ def assert_close(found, expected, what=""):
 
 def test_sums_are_those_of_one_process(ranks, directory):
     for variant in RANKS[len(ranks)]:
-        expected = sums_of(load_whole(directory / variant), collect.collect)
+        expected = sums_of(load_whole(directory / variant))
         top = expected["total"][:, 0].abs().flatten().topk(20).indices.tolist()
         for found in ranks:
             sums = found["variants"][variant]["sums"]
@@ -276,7 +274,7 @@ def test_a_rank_reads_and_holds_its_part_only(ranks, directory):
 
 def test_any_packs_and_whole_units(ranks, directory):
     llama = load_whole(directory / "llama")
-    expected = sums_of(llama, collect.collect), slots_of(llama, collect.collect)
+    expected = sums_of(llama), slots_of(llama)
     for found in ranks:
         assert_close(found["batch"]["total"], expected[0]["total"])
         assert_close(found["slots"]["totals"], expected[1]["totals"])
@@ -286,8 +284,8 @@ def test_any_packs_and_whole_units(ranks, directory):
 
 def test_bfloat16(ranks, directory):
     """Rounding of each rank's summand adds to that of one process."""
-    exact = sums_of(load_whole(directory / "qwen3"), collect.collect)["total"]
-    single = sums_of(load_whole(directory / "qwen3", dtype=torch.bfloat16), collect.collect)["total"]
+    exact = sums_of(load_whole(directory / "qwen3"))["total"]
+    single = sums_of(load_whole(directory / "qwen3", dtype=torch.bfloat16))["total"]
     for found in ranks:
         assert (found["bfloat16"]["total"] - exact).norm() <= 2 * (single - exact).norm()
 
