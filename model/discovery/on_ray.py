@@ -1,0 +1,155 @@
+"""A run on Ray: actors, each with a model, run units and write parts. Ray says who runs what, and replaces the dead."""
+
+from __future__ import annotations
+
+import os
+import secrets
+import socket
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import cached_property
+from typing import Any
+
+import torch
+
+from cna_kernels.checks import InputError, one_line
+
+from ..prompts.corpus import Corpus
+from .job import Job, Progress, says_what_is_kept
+from .parts import write_part
+from .run_directory import RunDirectory
+
+MOST_RETRIES = 5  # of a unit whose worker died: a unit that kills every worker is not run for ever
+LEAST_STORE = 80 << 20  # bytes of Ray's object store, the least it takes: parts go through files
+MakeJob = Callable[[Corpus], Job]
+
+
+class UnitActor:
+    """Runs units in a process of its own. Its job is made on first use, so that bad input is an error of a call."""
+
+    def __init__(self, make_job: MakeJob, directory: str, prompts: str, record: dict, threads: int, skip_bad: bool):
+        self._make_job, self._directory, self._prompts, self._record = make_job, directory, prompts, record
+        self._threads, self._skip_bad = threads, skip_bad
+
+    @cached_property
+    def _started(self) -> tuple[Job, RunDirectory]:
+        torch.set_num_threads(self._threads)
+        job = self._make_job(Corpus.open(self._prompts, self._record))
+        return job, job.start(self._directory)
+
+    def start(self):
+        """Load the model, and start or join the run."""
+        _ = self._started
+
+    def run(self, unit: int) -> tuple[int, int]:
+        """Write the part of a unit unless it is there; return the prompts of the unit, and the tokens that ran."""
+        job, run = self._started
+        n_tokens = 0
+        if not run.is_done(unit):
+            for _, part in job.run([unit], skip_bad=self._skip_bad):
+                write_part(run, unit, part)
+                n_tokens = part.n_tokens
+        return run.units[unit].n_prompts, n_tokens
+
+
+def run_on_ray(
+    address: str,
+    directory: str,
+    corpus: Corpus,
+    make_job: MakeJob,
+    *,
+    workers: int | None,
+    threads: int,
+    use_gpus: bool,
+    skip_bad: bool,
+    progress: Progress,
+) -> RunDirectory:
+    """Run what is missing in a run directory on Ray; return when all units are done.
+
+    Args:
+        address: "local" for a Ray of this machine that ends with the call, or HOST:PORT of one.
+        directory: seen by all machines of that Ray under this name, as are the model's files.
+        make_job: called by every worker; it and what it holds are pickled.
+        workers: how many; None takes one for each GPU that is free.
+        threads: of each worker on a CPU, and as many of Ray's CPUs.
+    """
+    prompts = RunDirectory.prepare(directory, corpus)
+    with connected(address, None if workers is None else workers * threads) as ray:
+        gpus, cpus = (ray.cluster_resources().get(name, 0) for name in ("GPU", "CPU"))
+        on_gpus = use_gpus and gpus > 0
+        if workers is None and not on_gpus:
+            raise InputError("--workers", "is needed where no GPUs are: every worker loads the model")
+        most = int(min(gpus, cpus // threads) if on_gpus else cpus // threads)
+        free = ray.available_resources().get("GPU", 0)
+        n_actors = workers or max(1, min(most, int(free)))
+        if n_actors > most:
+            raise InputError("--workers", f"this Ray has room for {most}: {cpus:g} CPUs, {gpus:g} GPUs")
+        resources = dict(num_cpus=threads, num_gpus=int(on_gpus))
+        actor = ray.remote(**resources, max_restarts=-1, max_task_retries=MOST_RETRIES)(UnitActor)
+        arguments = (make_job, str(directory), str(prompts), corpus.record(), threads, skip_bad)
+        actors = [actor.remote(*arguments) for _ in range(n_actors)]
+        with _errors_of(ray):
+            ray.get([actor.start.remote() for actor in actors])
+            run = RunDirectory.open(directory)
+            with says_what_is_kept(run):
+                missing, n_tokens = run.missing(), 0
+                done = corpus.n_prompts - sum(run.units[unit].n_prompts for unit in missing)
+                progress(done, corpus.n_prompts, 0)
+                pool = ray.util.ActorPool(actors)
+                for prompts_run, tokens_run in pool.map_unordered(lambda actor, unit: actor.run.remote(unit), missing):
+                    done, n_tokens = done + prompts_run, n_tokens + tokens_run
+                    progress(done, corpus.n_prompts, n_tokens)
+    return run
+
+
+@contextmanager
+def connected(address: str, n_cpus: int | None) -> Iterator[Any]:
+    """Yield the module ray, connected; ``n_cpus`` is what a local one is to offer at least."""
+    os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
+    if address == "local":
+        # Ray's processes listen on all addresses of this machine, whatever they are told. A token of this run keeps
+        # others out; Ray reads the token when it is imported.
+        os.environ.setdefault("RAY_AUTH_MODE", "token")
+        os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
+    try:
+        import ray
+    except ImportError:
+        raise InputError("--ray", 'needs the package ray: pip install "cna-kernels[ray]"') from None
+    options: dict[str, Any] = {}
+    if address == "local":
+        offered = None if n_cpus is None else max(n_cpus, os.cpu_count() or 1)
+        options = dict(num_cpus=offered, include_dashboard=False, object_store_memory=LEAST_STORE)
+    else:
+        _check_answers(address)
+    try:
+        ray.init(address=address, logging_level="ERROR", **options)
+    except (ConnectionError, ValueError, RuntimeError) as error:
+        raise InputError("--ray", f"{address!r}: {error}") from None
+    try:
+        yield ray
+    finally:
+        ray.shutdown()
+
+
+def _check_answers(address):
+    """Raise InputError where nothing listens: Ray itself would go on trying for minutes."""
+    host, _, port = address.rpartition(":")
+    try:
+        socket.create_connection((host, int(port)), timeout=10).close()
+    except (OSError, ValueError, OverflowError) as error:
+        raise InputError("--ray", f"expected local, or HOST:PORT of a Ray, got {address!r}: {error}") from None
+
+
+@contextmanager
+def _errors_of(ray):
+    """Raise what a worker could not use as it was raised there, and say so where workers died too often."""
+    try:
+        yield
+    except ray.exceptions.RayTaskError as error:
+        if isinstance(error.cause, InputError):
+            raise error.cause from None
+        raise
+    except ray.exceptions.RayActorError as error:
+        raise InputError(
+            "--ray", f"workers died {MOST_RETRIES + 1} times on one unit: {one_line(str(error))}"
+        ) from None
