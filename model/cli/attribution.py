@@ -78,15 +78,14 @@ def run_discover(args):
         notes: dict = {}
         with metered(as_json=args.log_json, notes=notes, rank=rank) as meter:
             options = dict(skip_bad=args.skip_bad, progress=meter)
-            if args.run_dir is None:
-                totals = job.run_all(**options)
-            else:
+            if args.run_dir is not None:
                 signal.signal(signal.SIGTERM, _interrupt)
-                run = (
-                    _run_on_ray(args, corpus, threads, options)
-                    if args.ray
-                    else job.run_in(args.run_dir, ranks=ranks, **options)
-                )
+            if args.ray:
+                run = _run_on_ray(args, corpus, threads, options)
+            elif args.run_dir is not None:
+                run = job.run_in(args.run_dir, ranks=ranks, **options)
+            else:
+                totals = job.run_all(**options)
             if rank:
                 return
             if args.run_dir is not None:

@@ -31,9 +31,7 @@ def build_parser() -> Parser:
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
 
     demo = _command(commands, "demo", "the whole story on the bundled models", "cna demo --out demo-out")
-    demo.add_argument(
-        "--out", metavar="DIR", default="demo-out", help="where report and pictures go (default: %(default)s)"
-    )
+    demo.add_argument("--out", metavar="DIR", default="demo-out", help="for report and pictures (default: %(default)s)")
 
     discover = _command(
         commands,

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import os
 import secrets
+import signal
 import socket
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from functools import cached_property
 from typing import Any
 
 import torch
@@ -25,31 +25,31 @@ MakeJob = Callable[[Corpus], Job]
 
 
 class UnitActor:
-    """Runs units in a process of its own. Its job is made on first use, so that bad input is an error of a call."""
+    """Runs units in a process of its own. Its model is loaded by a call, so that bad input is an error of that call."""
 
-    def __init__(self, make_job: MakeJob, directory: str, prompts: str, record: dict, threads: int, skip_bad: bool):
-        self._make_job, self._directory, self._prompts, self._record = make_job, directory, prompts, record
-        self._threads, self._skip_bad = threads, skip_bad
+    def __init__(self, make_job: MakeJob, directory: str, threads: int, skip_bad: bool):
+        self._make_job, self._directory, self._threads, self._skip_bad = make_job, directory, threads, skip_bad
+        self._job: Job | None = None
 
-    @cached_property
-    def _started(self) -> tuple[Job, RunDirectory]:
-        torch.set_num_threads(self._threads)
-        job = self._make_job(Corpus.open(self._prompts, self._record))
-        return job, job.start(self._directory)
-
-    def start(self):
-        """Load the model, and start or join the run."""
-        _ = self._started
+    def start(self, prompts: str, record: dict):
+        """Load the model, and start or join the run of these prompts."""
+        self._join(Corpus.open(prompts, record))
 
     def run(self, unit: int) -> tuple[int, int]:
         """Write the part of a unit unless it is there; return the prompts of the unit, and the tokens that ran."""
-        job, run = self._started
+        if self._job is None:  # the process has died after its start, and this is a new one
+            self._join(RunDirectory.open(self._directory).corpus())
         n_tokens = 0
-        if not run.is_done(unit):
-            for _, part in job.run([unit], skip_bad=self._skip_bad):
-                write_part(run, unit, part)
+        if not self._run.is_done(unit):
+            for _, part in self._job.run([unit], skip_bad=self._skip_bad):
+                write_part(self._run, unit, part)
                 n_tokens = part.n_tokens
-        return run.units[unit].n_prompts, n_tokens
+        return self._run.units[unit].n_prompts, n_tokens
+
+    def _join(self, corpus):
+        torch.set_num_threads(self._threads)
+        job = self._make_job(corpus)
+        self._run, self._job = job.start(self._directory), job
 
 
 def run_on_ray(
@@ -86,10 +86,10 @@ def run_on_ray(
             raise InputError("--workers", f"this Ray has room for {most}: {cpus:g} CPUs, {gpus:g} GPUs")
         resources = dict(num_cpus=threads, num_gpus=int(on_gpus))
         actor = ray.remote(**resources, max_restarts=-1, max_task_retries=MOST_RETRIES)(UnitActor)
-        arguments = (make_job, str(directory), str(prompts), corpus.record(), threads, skip_bad)
-        actors = [actor.remote(*arguments) for _ in range(n_actors)]
+        actors = [actor.remote(make_job, directory, threads, skip_bad) for _ in range(n_actors)]
         with _errors_of(ray):
-            ray.get([actor.start.remote() for actor in actors])
+            record = ray.put(corpus.record())
+            ray.get([actor.start.remote(str(prompts), record) for actor in actors])
             run = RunDirectory.open(directory)
             with says_what_is_kept(run):
                 missing, n_tokens = run.missing(), 0
@@ -121,10 +121,12 @@ def connected(address: str, n_cpus: int | None) -> Iterator[Any]:
         options = dict(num_cpus=offered, include_dashboard=False, object_store_memory=LEAST_STORE)
     else:
         _check_answers(address)
+    on_sigterm = signal.getsignal(signal.SIGTERM)
     try:
         ray.init(address=address, logging_level="ERROR", **options)
     except (ConnectionError, ValueError, RuntimeError) as error:
         raise InputError("--ray", f"{address!r}: {error}") from None
+    signal.signal(signal.SIGTERM, on_sigterm)  # Ray's own aborts
     try:
         yield ray
     finally:

@@ -62,7 +62,8 @@ class RunDirectory:
         prompts = cls.prepare(path, corpus)
         manifest = {"format": FORMAT, **facts, "corpus": corpus.record() | {"file": prompts.name}}
         manifest = json.loads(json.dumps(manifest))  # as it will be read again
-        write_once(path / "manifest.json", json.dumps(manifest, indent=1).encode() + b"\n")
+        if not os.path.lexists(path / "manifest.json"):
+            write_once(path / "manifest.json", json.dumps(manifest, indent=1).encode() + b"\n")
         run = cls.open(path)
         _refuse_another(path, manifest, run.manifest)
         for left in (path / "parts").glob(".cna-*.tmp"):  # by writers that were killed
