@@ -19,11 +19,11 @@ from tiny import write_language_model
 N_PROMPTS, UNIT = 4000, 20
 
 
-def write_files(directory, n_prompts=N_PROMPTS):
-    """A model, and two prompt files of units that take some hundredths of a second."""
+def write_files(directory):
+    """A model, and two prompt files of units that take a hundredth of a second."""
     write_language_model(directory, hidden_size=64, intermediate_size=800)
     for name in ("positive", "negative"):
-        lines = [f"{name} {number * number} {'and so on ' * (number % 4)}" for number in range(n_prompts // 2)]
+        lines = [f"{name} {number * number} {'and so on ' * (number % 4)}" for number in range(N_PROMPTS // 2)]
         (directory / f"{name}.txt").write_text("\n".join(lines))
     return directory
 
@@ -59,7 +59,7 @@ def actors_of(pid):
     return [child for child, name in names.items() if name.startswith(b"ray::UnitActor") and belongs(child)]
 
 
-def run_with_kills(words, run, n_kills, draw, *, n_units=N_PROMPTS // UNIT):
+def run_with_kills(words, run, n_kills, draw):
     """Run a command until it succeeds, and kill one of its actors ``n_kills`` times; return kills and starts."""
     killed = starts = 0
     n_units = -(-N_PROMPTS // UNIT)
@@ -71,7 +71,7 @@ def run_with_kills(words, run, n_kills, draw, *, n_units=N_PROMPTS // UNIT):
         process = subprocess.Popen(words, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
         while process.poll() is None:
             if killed < n_kills and len(list((run / "parts").glob("*.safetensors"))) >= moments[killed]:
-                time.sleep(draw.uniform(0, 0.5))
+                time.sleep(draw.uniform(0, 0.2))
                 actors = actors_of(process.pid)
                 if actors and process.poll() is None:
                     os.kill(draw.choice(actors), signal.SIGKILL)
