@@ -35,7 +35,7 @@ NOT_RUN = {
     "make demo": "installs; tests/test_demo.py runs the demonstration",
     "make test": "is what runs this",
     "torchrun --nproc-per-node=8": "tests/test_parallel.py and tests/test_run_directory.py run it with up to 4 ranks",
-    "cna discover MODEL ... --run-dir run/ --ray": "tests/test_on_ray.py runs it, where ray is installed",
+    "cna discover --ray": "tests/test_on_ray.py runs it, where ray is installed",
     "pip install": "needs a package index",
     "cna lm-eval": "needs MMLU from the Hugging Face hub; tests/test_lm_eval.py runs a task of its own",
     "vllm serve": "not run, as its page says",

@@ -20,6 +20,7 @@ from .parts import write_part
 from .run_directory import RunDirectory
 
 MOST_RETRIES = 5  # of a unit whose worker died: a unit that kills every worker is not run for ever
+MOST_RESTARTS = 100  # of a worker
 LEAST_STORE = 80 << 20  # bytes of Ray's object store, the least it takes: parts go through files
 MakeJob = Callable[[Corpus], Job]
 
@@ -85,7 +86,7 @@ def run_on_ray(
         if n_actors > most:
             raise InputError("--workers", f"this Ray has room for {most}: {cpus:g} CPUs, {gpus:g} GPUs")
         resources = dict(num_cpus=threads, num_gpus=int(on_gpus))
-        actor = ray.remote(**resources, max_restarts=-1, max_task_retries=MOST_RETRIES)(UnitActor)
+        actor = ray.remote(**resources, max_restarts=MOST_RESTARTS, max_task_retries=MOST_RETRIES)(UnitActor)
         actors = [actor.remote(make_job, directory, threads, skip_bad) for _ in range(n_actors)]
         with _errors_of(ray):
             record = ray.put(corpus.record())
