@@ -1,4 +1,4 @@
-"""cna discover, cna estimate, cna status: attribution over many prompts, what it will need, and how far it is."""
+"""cna discover, cna estimate: attribution over many prompts, and what it will need."""
 
 from __future__ import annotations
 
@@ -6,7 +6,9 @@ import json
 import os
 import signal
 import sys
+from argparse import Namespace
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from tempfile import TemporaryFile
 
@@ -18,8 +20,10 @@ from cna_kernels.circuit import Circuit
 from cna_kernels.files import check_writable, make_directory
 
 from ..discovery.job import Job
+from ..discovery.parts import merged
+from ..discovery.ranks import Ranks
 from ..discovery.run_directory import RunDirectory
-from ..discovery.settings import settings_from
+from ..discovery.settings import Settings, settings_from
 from ..discovery.units import save_columns
 from ..memory import usable_device
 from ..prompts.corpus import (
@@ -54,20 +58,11 @@ def run_discover(args):
     if many:
         make_directory(args.output)
     check_writable(Path(args.output, "columns.safetensors") if many else args.output)
-    settings = settings_from(
-        args.preset,
-        fraction=args.fraction,
-        top_k=args.top_k,
-        score=args.score,
-        universal=False if args.no_universal else True if _universal_file(args) else None,
-        skip_layers=_layers(args.skip_layers),
-        position=args.position,
-        bootstrap=args.bootstrap,
-        folds=args.folds,
-        seed=args.seed,
-    )
-    _set_threads(args)
-    rank, world = _worker(args)
+    settings = _settings(args)
+    threads = _threads(args)
+    if threads is not None:
+        torch.set_num_threads(threads)
+    rank, ranks = _ranks(args)
     bad = BadLines(skip=args.skip_bad)
     with TemporaryFile() as file:
         if rank == 0 or args.tensor_parallel:
@@ -75,39 +70,26 @@ def run_discover(args):
             entries = _entries(args, settings, names, bad)
             corpus = Corpus(file, entries, names, unit=args.unit, streamed=args.stream_layers)
         else:
-            corpus = RunDirectory.wait(args.run_dir).corpus()  # torchrun ends us if the first worker cannot start one
-        found = contrasts_of(corpus.columns, args.contrasts or args.universal_contrasts)
-        diverse = [contrast for contrast in found if contrast.name.startswith(UNIVERSAL)]
-        contrasts = [contrast for contrast in found if contrast not in diverse] if many else [Contrast("circuit", 0, 1)]
-        if not contrasts:
-            raise InputError(args.contrasts, f"holds no pair of columns NAME{POSITIVE}, NAME{NEGATIVE}")
-        if args.universal_contrasts and not diverse:
-            raise InputError(args.universal_contrasts, f"holds no pair of columns NAME{POSITIVE}, NAME{NEGATIVE}")
-        options = dict(stream_layers=args.stream_layers, spill=args.spill or args.run_dir)
-        if args.tensor_parallel:
-            from ..discovery.tensor_parallel import open_mesh
-
-            options = dict(mesh=open_mesh(usable_device(device_of(args))))
-        model = load_model(args, **options)
-        batch, tokens = (None if args.batch == "auto" else args.batch), args.batch_tokens
-        how = dict(chat=False if args.no_template else None, batch=batch, max_tokens=tokens)
-        job = Job(model, corpus, contrasts, settings, diverse=diverse, squares=many or args.run_dir is not None, **how)
+            ranks.wait_for_start()  # torchrun ends us if rank 0 cannot start the run
+            corpus = RunDirectory.open(args.run_dir).corpus()
+        job = _job(args, corpus, on_ray=args.ray is not None)
         if args.batch == "auto":
             _choose_batch(job, args)
         notes: dict = {}
         with metered(as_json=args.log_json, notes=notes, rank=rank) as meter:
             options = dict(skip_bad=args.skip_bad, progress=meter)
-            if args.run_dir is None:
-                totals = job.run_all(**options)
-                if rank:
-                    return
-            else:
+            if args.run_dir is not None:
                 signal.signal(signal.SIGTERM, _interrupt)
-                options |= dict(rank=rank, world=world, adopt_batch=args.batch == "auto")
-                run = job.run_in(args.run_dir, **options)
-                if rank:
-                    return
-                totals = run.merged()
+            if args.ray:
+                run = _run_on_ray(args, corpus, threads, options)
+            elif args.run_dir is not None:
+                run = job.run_in(args.run_dir, ranks=ranks, **options)
+            else:
+                totals = job.run_all(**options)
+            if rank:
+                return
+            if args.run_dir is not None:
+                totals = merged(run)
             notes["skipped"] = bad.count + totals.n_skipped
         circuits = job.circuits(totals)
     first_skipped = bad.first or next(iter(totals.skipped), None)
@@ -125,12 +107,50 @@ def run_discover(args):
     print(f"wrote {len(circuits)} circuits and columns.safetensors to {args.output}", file=sys.stderr)
 
 
+def _settings(args) -> Settings:
+    return settings_from(
+        args.preset,
+        fraction=args.fraction,
+        top_k=args.top_k,
+        score=args.score,
+        universal=False if args.no_universal else True if _universal_file(args) else None,
+        skip_layers=_layers(args.skip_layers),
+        position=args.position,
+        bootstrap=args.bootstrap,
+        folds=args.folds,
+        seed=args.seed,
+    )
+
+
+def _job(args, corpus: Corpus, *, on_ray: bool = False) -> Job:
+    """The job that the options describe. ``on_ray`` loads no more of the model than selecting circuits needs."""
+    many = args.contrasts is not None
+    found = contrasts_of(corpus.columns, args.contrasts or args.universal_contrasts)
+    diverse = [contrast for contrast in found if contrast.name.startswith(UNIVERSAL)]
+    contrasts = [contrast for contrast in found if contrast not in diverse] if many else [Contrast("circuit", 0, 1)]
+    if not contrasts:
+        raise InputError(args.contrasts, f"holds no pair of columns NAME{POSITIVE}, NAME{NEGATIVE}")
+    if args.universal_contrasts and not diverse:
+        raise InputError(args.universal_contrasts, f"holds no pair of columns NAME{POSITIVE}, NAME{NEGATIVE}")
+    options = dict(stream_layers=args.stream_layers or on_ray, spill=args.spill or args.run_dir)
+    if args.tensor_parallel:
+        from ..discovery.tensor_parallel import open_mesh
+
+        options = dict(mesh=open_mesh(usable_device(device_of(args))))
+    if on_ray:
+        args = Namespace(**vars(args) | {"device": None})  # the workers' device need not be here
+    model = load_model(args, **options)
+    how = dict(chat=False if args.no_template else None, batch=None if args.batch == "auto" else args.batch)
+    how |= dict(max_tokens=args.batch_tokens, squares=many or args.run_dir is not None)
+    return Job(model, corpus, contrasts, _settings(args), diverse=diverse, **how)
+
+
 def _universal_file(args):
     return args.universal_prompts or args.universal_contrasts
 
 
-def _worker(args) -> tuple[int, int]:
-    """Which of how many workers torchrun says this is."""
+def _ranks(args) -> tuple[int, Ranks | None]:
+    """Which of torchrun's workers this is; and what the workers of a run directory share the work by."""
     try:
         world = int(os.environ.get("WORLD_SIZE", 1))
         rank = int(os.environ.get("RANK", 0)) if world > 1 else 0
@@ -143,7 +163,36 @@ def _worker(args) -> tuple[int, int]:
             raise InputError("--tensor-parallel", "is for the workers that torchrun starts, 2 or more")
     elif world > 1 and args.run_dir is None:
         raise InputError("--run-dir", "torchrun's workers need a run directory that all of them see")
-    return rank, world
+    if args.ray and (world > 1 or args.run_dir is None):
+        raise InputError("--ray", "needs a run directory that all workers see, and no torchrun")
+    if args.ray and args.batch == "auto":
+        raise InputError("--batch", "auto measures a model of this process; with --ray give --batch-tokens")
+    if args.ray and args.device not in (None, "cpu", "cuda"):
+        raise InputError(
+            "--device", f"with --ray, which hands the devices out, expected cpu or cuda, got {args.device}"
+        )
+    if args.workers is not None and not args.ray:
+        raise InputError("--workers", "is for --ray")
+    return rank, Ranks(rank, world) if world > 1 and not args.tensor_parallel else None
+
+
+def _run_on_ray(args, corpus, threads, options) -> RunDirectory:
+    """The run by Ray's workers, each of which makes the job of these options from paths that it sees as well."""
+    from ..discovery.on_ray import run_on_ray
+
+    paths = {name: os.path.abspath(path) for name, path in vars(args).items() if name in ("run_dir", "spill") and path}
+    model = os.path.abspath(args.model) if os.path.exists(args.model) else args.model
+    theirs = Namespace(**vars(args) | paths | {"model": model})
+    return run_on_ray(
+        args.ray,
+        paths["run_dir"],
+        corpus,
+        partial(_job, theirs),
+        workers=args.workers,
+        threads=threads or 1,
+        use_gpus=args.device != "cpu",
+        **options,
+    )
 
 
 def _interrupt(*_):
@@ -172,14 +221,10 @@ def _manifest(args) -> dict | None:
     return RunDirectory.open(args.run_dir).manifest
 
 
-def _set_threads(args):
+def _threads(args) -> int | None:
     """As many threads as asked for; who joins a run takes those that it was started with."""
-    threads = args.threads
     started = _manifest(args)
-    if threads is None and started is not None:
-        threads = started.get("threads")
-    if threads is not None:
-        torch.set_num_threads(threads)
+    return started.get("threads") if args.threads is None and started is not None else args.threads
 
 
 def _entries(args, settings, names, bad):
@@ -238,22 +283,6 @@ def run_estimate(args):
 
 def _bytes(size) -> str:
     return f"{size / 2**30:,.2f} GiB" if size >= 2**30 else f"{size / 2**20:,.1f} MiB"
-
-
-def run_status(args):
-    status = RunDirectory.open(args.run).status()
-    if args.json:
-        print_json(status)
-        return
-    table = Table(show_header=False)
-    for name in ("units", "prompts"):
-        table.add_row(name, f"{status[f'{name}_done']:,} of {status[name]:,} done")
-    table.add_row("model", cell(status["model"]))
-    table.add_row("parts", f"{status['part_bytes'] / 2**20:,.1f} MiB")
-    for worker in status["workers"]:
-        what = f"{worker['state']}, {worker['host']} process {worker['pid']}, last sign {worker['silent_s']:.0f} s ago"
-        table.add_row(f"unit {worker['unit']}", cell(what))
-    stdout().print(table)
 
 
 def _show_circuits(circuits: dict[str, Circuit], *, as_json: bool):

@@ -11,8 +11,8 @@ import cna_kernels
 from cna_kernels.checks import InputError, one_line
 
 # Where run_COMMAND is.
-MODULES = dict(demo="demo", show="show", run="run", export="export", doctor="doctor")
-MODULES |= dict.fromkeys(("discover", "estimate", "status"), "attribution")
+MODULES = dict(demo="demo", show="show", run="run", export="export", doctor="doctor", status="status")
+MODULES |= dict.fromkeys(("discover", "estimate"), "attribution")
 MODULES |= dict.fromkeys(("eval", "sweep", "compare", "lm-eval"), "evaluation")
 DTYPES = ["bfloat16", "float16", "float32"]
 MODEL_HELP = "checkpoint directory in Hugging Face layout; demo:instruct or demo:base for the bundled pair"
@@ -31,9 +31,7 @@ def build_parser() -> Parser:
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
 
     demo = _command(commands, "demo", "the whole story on the bundled models", "cna demo --out demo-out")
-    demo.add_argument(
-        "--out", metavar="DIR", default="demo-out", help="where report and pictures go (default: %(default)s)"
-    )
+    demo.add_argument("--out", metavar="DIR", default="demo-out", help="for report and pictures (default: %(default)s)")
 
     discover = _command(
         commands,
@@ -97,7 +95,16 @@ def build_parser() -> Parser:
     discover.add_argument(
         "--run-dir",
         metavar="DIR",
-        help="keep finished work here: the same command goes on after a crash, and several at once share the work",
+        help="keep finished work here: the same command goes on after a crash; the workers of torchrun or --ray share "
+        "the work, two commands at once both do all of it",
+    )
+    discover.add_argument(
+        "--ray",
+        metavar="ADDRESS",
+        help="run the units of --run-dir on Ray: local for one of this machine and this command, or HOST:PORT",
+    )
+    discover.add_argument(
+        "--workers", type=_positive, metavar="N", help="with --ray: how many, each with the model (default: one a GPU)"
     )
     discover.add_argument("--unit", type=_positive, metavar="N", help="prompts of a unit of work (default: 1024)")
     discover.add_argument(
@@ -135,13 +142,10 @@ def build_parser() -> Parser:
     estimate.add_argument("--stream-layers", action="store_true", help="as for cna discover")
     estimate.add_argument("--batch-tokens", type=_positive, metavar="N", help="as for cna discover")
     _prompt_flags(estimate)
-    estimate.add_argument(
-        "--device", default=None, metavar="D", help="cpu, cuda, ... (default: cuda where there is one)"
-    )
-    estimate.add_argument("--dtype", choices=DTYPES, help="default: the checkpoint's own")
+    _device_flags(estimate)
     estimate.add_argument("--json", action="store_true", help="print JSON")
 
-    status = _command(commands, "status", "how far a run directory is, and who works on it", "cna status run/")
+    status = _command(commands, "status", "how far a run directory is", "cna status run/")
     status.add_argument("run", metavar="DIR", help="the directory given to cna discover --run-dir")
     status.add_argument("--json", action="store_true", help="print JSON")
 
@@ -347,18 +351,14 @@ BATCH_HELP = "prompts a forward pass (default: by tokens), or auto, which measur
 
 
 def _model_flags(parser, *, batch=BATCH_HELP):
-    parser.add_argument(
-        "--device", default=None, metavar="D", help="cpu, cuda, cuda:1, ... (default: cuda where there is one)"
-    )
-    parser.add_argument("--dtype", choices=DTYPES, help="default: the checkpoint's own")
-    parser.add_argument(
-        "--batch",
-        type=_batch,
-        default=None,
-        metavar="N",
-        help=batch,
-    )
+    _device_flags(parser)
+    parser.add_argument("--batch", type=_batch, default=None, metavar="N", help=batch)
     parser.add_argument("--json", action="store_true", help="print JSON")
+
+
+def _device_flags(parser):
+    parser.add_argument("--device", metavar="D", help="cpu, cuda, cuda:1, ... (default: cuda where there is one)")
+    parser.add_argument("--dtype", choices=DTYPES, help="default: the checkpoint's own")
 
 
 def _positive(text):

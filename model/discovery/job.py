@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import sys
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
@@ -22,7 +22,9 @@ from ..prompts.columns import Columns
 from ..prompts.corpus import UNIVERSAL, Contrast, Corpus
 from .circuits import Totals, check_counts, find_universal, select_circuit, selection_of
 from .collect import measure_tokens
-from .run_directory import RunDirectory, Worker
+from .parts import check_parts, write_part
+from .ranks import Ranks
+from .run_directory import RunDirectory
 from .settings import POSITION_TEXT, Settings
 from .units import Part, Pass, encode_ahead, run_unit
 
@@ -99,30 +101,25 @@ class Job:
         return size, rates
 
     def run(
-        self, units: Iterable[int], *, skip_bad: bool = False, progress: Progress | None = None, done: int = 0
+        self, units: Sequence[int], *, skip_bad: bool = False, progress: Progress | None = None, done: int = 0
     ) -> Iterator[tuple[int, Part]]:
-        """Run units of the corpus, by number, and yield each with its part. The next unit is taken one ahead.
+        """Run units of the corpus, by number, and yield each with its part.
 
         Args:
             done: prompts that are done already, for ``progress``.
         """
-        counts = [done, 0]
+        counts, total = [done, 0], done + sum(self.corpus.units[unit].n_prompts for unit in units)
 
         def advance(prompts, tokens):
             counts[0] += prompts
             counts[1] += tokens
-            progress(counts[0], self.corpus.n_prompts, counts[1])
+            progress(counts[0], total, counts[1])
 
         if progress is not None:
-            progress(done, self.corpus.n_prompts, 0)
-        numbers = []
-
-        def entries():
-            for unit in units:
-                numbers.append(unit)
-                yield self.corpus.units[unit].first, self.corpus.read(unit)
-
-        for first, batch, prompts in encode_ahead(entries(), self._encode):
+            progress(done, total, 0)
+        entries = ((self.corpus.units[unit].first, self.corpus.read(unit)) for unit in units)
+        ahead = encode_ahead(entries, self._encode)
+        for unit, (first, batch, prompts) in zip(units, ahead, strict=True):
             part = run_unit(
                 self.model.transformer,
                 batch,
@@ -132,7 +129,7 @@ class Job:
                 skip_bad=skip_bad,
                 progress=None if progress is None else advance,
             )
-            yield numbers.pop(0), part
+            yield unit, part
 
     def run_all(self, **options) -> Part:
         """Run the whole corpus in this process and add up its parts. Options are those of :meth:`run`."""
@@ -141,48 +138,28 @@ class Job:
             total += part
         return total
 
-    def run_in(
-        self,
-        directory,
-        *,
-        skip_bad: bool = False,
-        progress: Progress | None = None,
-        rank: int = 0,
-        world: int = 1,
-        adopt_batch: bool = False,
-    ) -> RunDirectory:
-        """Run in a run directory, together with whoever else does; return when all units are done.
+    def start(self, directory) -> RunDirectory:
+        """Start a run in a directory, or join the one that is there. Raises InputError if that is another one."""
+        run = RunDirectory.start(directory, self.facts(), self.corpus)
+        check_parts(run)
+        return run
 
-        Args:
-            rank, world: which of how many workers this is, to start apart from the others.
-            adopt_batch: take the batch of a run that has been started meanwhile.
+    def run_in(self, directory, *, ranks: Ranks | None = None, **options) -> RunDirectory:
+        """Run what is missing in a run directory, or this rank's share of it. Rank 0 returns when all units are done.
+
+        Options are those of :meth:`run`.
         """
-        adopt = ("batch", "batch_tokens") if adopt_batch else ()
-        run = RunDirectory.start(directory, self.facts(), self.corpus, adopt=adopt)
-        self.how = replace(self.how, batch=run.manifest["batch"], max_tokens=run.manifest["batch_tokens"])
-        missing = set(run.missing())
-        done = sum(unit.n_prompts for number, unit in enumerate(run.units) if number not in missing)
-
-        def report(prompts, total, tokens):
-            worker.progressed()
-            if progress is not None:
-                progress(prompts, total, tokens)
-
-        try:
-            with Worker(run, first=rank * len(run.units) // world) as worker:
-                while True:
-                    units = self.run(worker.units(), skip_bad=skip_bad, progress=report, done=done)
-                    with contextlib.closing(units):
-                        for unit, part in units:
-                            worker.finish(unit, part)
-                            done += run.units[unit].n_prompts
-                    if worker.wait():
-                        return run
-        except (KeyboardInterrupt, InputError) as error:
-            what = f"{len(run.units) - len(run.missing())} of {len(run.units)} units are done and kept in {directory}"
-            goes_on = "; the same command goes on from there" if isinstance(error, KeyboardInterrupt) else ""
-            print(one_line(what + goes_on), file=sys.stderr)
-            raise
+        run = self.start(directory)
+        with says_what_is_kept(run):
+            missing = run.missing()
+            done = self.corpus.n_prompts - sum(run.units[unit].n_prompts for unit in missing)
+            share = missing if ranks is None else ranks.share(missing)
+            with contextlib.closing(self.run(share, done=done, **options)) as units:
+                for unit, part in units:
+                    write_part(run, unit, part)
+            if ranks is not None:
+                ranks.wait()
+        return run
 
     def facts(self) -> dict:
         """What the sums depend on besides the prompts."""
@@ -253,3 +230,15 @@ class Job:
                 totals, self.how.columns, contrast, selection, prompts=prompts, **shared
             )
         return found
+
+
+@contextlib.contextmanager
+def says_what_is_kept(run: RunDirectory) -> Iterator[None]:
+    """Say on stderr what of a run is done when an interrupt or bad input ends its work."""
+    try:
+        yield
+    except (KeyboardInterrupt, InputError) as error:
+        what = f"{len(run.units) - len(run.missing())} of {len(run.units)} units are done and kept in {run.path}"
+        goes_on = "; the same command goes on from there" if isinstance(error, KeyboardInterrupt) else ""
+        print(one_line(what + goes_on), file=sys.stderr)
+        raise

@@ -10,6 +10,8 @@ from pathlib import Path
 import pytest
 
 from cna_kernels import Circuit
+from cna_kernels.model.discovery.run_directory import RunDirectory
+from cna_kernels.model.prompts.corpus import Corpus, Names
 
 ROOT = Path(__file__).resolve().parents[2]
 PAGE = (ROOT / "docs" / "architecture.md").read_text()
@@ -17,7 +19,6 @@ NOT_LISTED = re.compile(r"/\.|__init__\.py$|/data/|/checkpoints/|^bench/results/
 LONGEST = 400  # lines of a file of the package, but for those that are yet to be split
 TO_SPLIT = {
     "model/language_model.py": 468,
-    "model/discovery/run_directory.py": 468,
     "model/evaluation/evaluate.py": 402,
     "model/cli/parser.py": 411,
 }
@@ -96,14 +97,17 @@ HEAVY = {"torch", "triton", "numpy", "safetensors", "tokenizers", "transformers"
     [
         ("import cna_kernels", HEAVY | {"rich"}),
         ("from cna_kernels.model.cli import main; main(['show', sys.argv[1]])", HEAVY),
+        ("from cna_kernels.model.cli import main; assert main(['status', sys.argv[2]]) == 0", HEAVY),
         ("from cna_kernels.model.cli.parser import build_parser; build_parser().format_help()", HEAVY | {"rich"}),
     ],
-    ids=["import cna_kernels", "cna show", "cna --help"],
+    ids=["import cna_kernels", "cna show", "cna status", "cna --help"],
 )
 def test_what_needs_no_tensors_is_light(code, absent, tmp_path):
     Circuit(((0, 3, 1.0),), 2, 8).save(tmp_path / "circuit.json")
     code = f"import sys\n{code}\nprint('loaded:', *{{name.partition('.')[0] for name in sys.modules}})"
-    command = [sys.executable, "-c", code, str(tmp_path / "circuit.json")]
+    with open(tmp_path / "prompts", "w+b") as file:
+        RunDirectory.start(tmp_path, {"model": {"name": "m"}}, Corpus(file, [], Names()))
+    command = [sys.executable, "-c", code, str(tmp_path / "circuit.json"), str(tmp_path)]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
     loaded = {*done.stdout.rpartition("loaded:")[2].split()}
     assert "cna_kernels" in loaded and not absent & loaded

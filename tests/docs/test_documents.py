@@ -35,6 +35,7 @@ NOT_RUN = {
     "make demo": "installs; test_demo.py runs the demonstration",
     "make test": "is what runs this",
     "torchrun --nproc-per-node=8": "test_tensor_parallel.py and test_run_directory.py run it with up to 4 ranks",
+    "cna discover --ray": "test_on_ray.py runs it, where ray is installed",
     "pip install": "needs a package index",
     "cna lm-eval": "needs MMLU from the Hugging Face hub; test_lm_eval_model.py runs a task of its own",
     "vllm serve": "not run, as its page says",

@@ -1,4 +1,4 @@
-"""Runs that survive: resume, many workers, kills at any time; foreign, damaged and missing parts are refused."""
+"""Runs that survive: resume, torchrun, kills at any time; foreign, damaged and missing parts are refused."""
 
 import json
 import os
@@ -7,17 +7,16 @@ import shutil
 import signal
 import subprocess
 import sys
-import threading
 import time
-from pathlib import Path
 
 import pytest
 import torch
 
 from cna_kernels import InputError
 from cna_kernels.model.cli import main
-from cna_kernels.model.discovery import run_directory
-from cna_kernels.model.discovery.run_directory import RunDirectory, Worker
+from cna_kernels.model.discovery import job
+from cna_kernels.model.discovery.parts import merged, read_part, write_part
+from cna_kernels.model.discovery.run_directory import RunDirectory
 from tiny import write_language_model
 
 pytest.importorskip("transformers")
@@ -65,9 +64,30 @@ def test_a_run_gives_the_circuit_of_a_plain_discovery(files, finished, tmp_path,
     output = capsys.readouterr().out
     status = json.loads(output[output.rindex('{\n  "model"') :])
     assert status["units_done"] == status["units"] == 10 and status["prompts_done"] == N_PROMPTS
-    assert status["workers"] == [] and status["part_bytes"] > 0
+    assert status["part_bytes"] == sum(part.stat().st_size for part in (finished[0] / "parts").iterdir())
     assert main(["status", str(finished[0])]) == 0
     assert "10 of 10 done" in capsys.readouterr().out
+
+
+def test_status_tells_when_parts_came_and_how_fast(finished, tmp_path, capsys):
+    run, now = tmp_path / "run", time.time()
+    shutil.copytree(finished[0], run)
+    parts = sorted((run / "parts").iterdir())
+    for part in parts[4:]:
+        part.unlink()
+    for number, part in enumerate(parts[:4]):  # every 10 seconds, the last 100 seconds ago
+        os.utime(part, (now - 130 + 10 * number,) * 2)
+    status = RunDirectory.open(run).status()
+    assert (status["units_done"], status["prompts_done"], status["prompts"]) == (4, 4 * UNIT, N_PROMPTS)
+    assert status["last_part_s"] == pytest.approx(100, abs=5)
+    assert (status["prompts_per_s"], status["eta_s"]) == (UNIT / 10, (N_PROMPTS - 4 * UNIT) / (UNIT / 10))
+    assert main(["status", str(run)]) == 0
+    shown = capsys.readouterr().out
+    assert "4 of 10 done" in shown and "0.4 prompts/s" in shown and "60 s" in shown
+    for part in parts[:4]:
+        part.unlink()
+    status = RunDirectory.open(run).status()
+    assert (status["units_done"], status["last_part_s"], status["prompts_per_s"], status["eta_s"]) == (0,) + (None,) * 3
 
 
 def test_merging_again_changes_nothing_and_other_settings_need_no_new_pass(files, finished, tmp_path, monkeypatch):
@@ -90,7 +110,7 @@ def test_missing_units_are_run_again(files, finished, tmp_path):
     for part in parts[::3]:
         part.unlink()
     with pytest.raises(InputError, match="4 of 10 units are not done"):
-        RunDirectory.open(run).merged()
+        merged(RunDirectory.open(run))
     assert main(command(files, tmp_path / "c.json", "--run-dir", run)) == 0
     assert (tmp_path / "c.json").read_bytes() == finished[1]
     assert [part.read_bytes() for part in parts] == before, "a part has the same bytes, whoever writes it"
@@ -149,7 +169,7 @@ def test_directories_that_are_no_run(files, tmp_path, capsys):
 def test_damaged_and_foreign_parts_are_refused(files, finished, tmp_path):
     def refused(message):
         with pytest.raises(InputError, match=message):
-            RunDirectory.open(run).merged()
+            merged(RunDirectory.open(run))
 
     run = tmp_path / "run"
     shutil.copytree(finished[0], run)
@@ -175,7 +195,7 @@ def test_damaged_and_foreign_parts_are_refused(files, finished, tmp_path):
     (run / "parts" / "000010.safetensors").write_bytes(whole)
     refused("000010.safetensors: is no part of this run")
     (run / "parts" / "000010.safetensors").rename(run / "parts" / ".cna-0.tmp")  # left by a killed writer
-    RunDirectory.open(run).merged()
+    merged(RunDirectory.open(run))
 
 
 def test_a_manifest_that_is_not_as_written(finished, tmp_path):
@@ -238,7 +258,6 @@ def test_a_full_disk_loses_nothing(files, finished, tmp_path, capsys, monkeypatc
     assert "parts/000004.safetensors: cannot be written: No space left on device" in error
     assert "4 of 10 units are done and kept in" in error
     monkeypatch.setattr(os, "fsync", whole)
-    assert sorted(os.listdir(tmp_path / "run" / "claims")) == []
     assert main(command(files, tmp_path / "c.json", "--run-dir", tmp_path / "run")) == 0
     assert (tmp_path / "c.json").read_bytes() == finished[1]
 
@@ -246,14 +265,13 @@ def test_a_full_disk_loses_nothing(files, finished, tmp_path, capsys, monkeypatc
 def test_interrupt_says_how_to_go_on(files, finished, tmp_path, capsys, monkeypatch):
     calls = []
 
-    def interrupted(self, unit, part):
+    def interrupted(run, unit, part):
         calls.append(unit)
         if len(calls) == 3:
             raise KeyboardInterrupt
-        whole(self, unit, part)
+        write_part(run, unit, part)
 
-    whole = RunDirectory.write_part
-    monkeypatch.setattr(RunDirectory, "write_part", interrupted)
+    monkeypatch.setattr(job, "write_part", interrupted)
     assert main(command(files, tmp_path / "c.json", "--run-dir", tmp_path / "run")) == 130
     error = capsys.readouterr().err
     assert (
@@ -261,97 +279,23 @@ def test_interrupt_says_how_to_go_on(files, finished, tmp_path, capsys, monkeypa
         and "; the same command goes on from there" in error
         and "interrupted" in error
     )
-    monkeypatch.setattr(RunDirectory, "write_part", whole)
+    assert calls == [0, 1, 2], "units run in their order"
+    monkeypatch.setattr(job, "write_part", write_part)
     assert main(command(files, tmp_path / "c.json", "--run-dir", tmp_path / "run")) == 0
     assert (tmp_path / "c.json").read_bytes() == finished[1]
 
 
-def taken(worker):
-    """All units that a worker takes, as if it finished each at once, and leaves claimed."""
-    found = []
-    for unit in worker.units():
-        found.append(unit)
-        worker._held.clear()
-    return found
+def test_the_first_part_to_arrive_stays(finished, tmp_path):
+    shutil.copytree(finished[0], tmp_path / "run")
+    run = RunDirectory.open(tmp_path / "run")
+    part, before = read_part(run, 4), run.part_path(4).stat()
+    part.n_tokens += 1
+    write_part(run, 4, part)
+    assert run.part_path(4).stat() == before and read_part(run, 4).n_tokens == part.n_tokens - 1
 
 
-class TestClaims:
-    @pytest.fixture
-    def run(self, finished, tmp_path):
-        shutil.copytree(finished[0], tmp_path / "run")
-        for part in (tmp_path / "run" / "parts").iterdir():
-            part.unlink()
-        return RunDirectory.open(tmp_path / "run")
-
-    def claim(self, run, unit, *, silent=0.0, **owner):
-        path = run.path / "claims" / f"{unit:06d}"
-        path.write_text(json.dumps({"host": "elsewhere", "pid": 1, **owner}))
-        os.utime(path, (time.time() - silent,) * 2)
-
-    def test_units_that_others_work_on_are_left_to_them(self, run):
-        self.claim(run, 0)
-        self.claim(run, 2)
-        with Worker(run) as worker:
-            assert taken(worker) == [1, 3, 4, 5, 6, 7, 8, 9]
-            with Worker(run, first=5) as other:
-                assert taken(other) == []
-        assert run.status()["workers"][0] == {
-            "unit": 0, "host": "elsewhere", "pid": 1, "silent_s": pytest.approx(0, abs=5), "state": "working"
-        }  # fmt: skip
-
-    def test_workers_start_apart(self, run):
-        with Worker(run, first=7) as worker:
-            assert taken(worker) == [7, 8, 9, 0, 1, 2, 3, 4, 5, 6]
-
-    def test_units_of_dead_and_of_silent_workers_are_taken(self, run):
-        done = subprocess.run([sys.executable, "-c", "import os; print(os.getpid())"], capture_output=True, text=True)
-        import socket
-
-        self.claim(run, 0, host=socket.gethostname(), pid=int(done.stdout))
-        self.claim(run, 1, silent=run_directory.STALE + 5)
-        self.claim(run, 2, silent=run_directory.STALE - 20)
-        (run.path / "claims" / "000003").write_text("")  # a worker that died while it wrote
-        os.utime(run.path / "claims" / "000003", (0, 0))
-        with Worker(run) as worker:
-            assert taken(worker) == [0, 1, 3, 4, 5, 6, 7, 8, 9]
-
-    def test_near_the_end_no_unit_is_taken_ahead(self, run):
-        """A worker with a unit in hand leaves the next one to another that is idle."""
-        with Worker(run) as worker:
-            units = worker.units()
-            assert next(units) == 0
-            waiting = threading.Thread(target=lambda: ahead.append(next(units)))
-            ahead: list[int] = []
-            waiting.start()
-            waiting.join(0.5)
-            assert waiting.is_alive() and not ahead
-            worker.release(0)
-            waiting.join(5)
-            assert ahead == [1]
-
-    def test_a_worker_that_makes_no_progress_falls_silent(self, run, monkeypatch):
-        monkeypatch.setattr(run_directory, "HEARTBEAT", 0.01)
-        for patience, beats in ((60.0, True), (0.0, False)):
-            monkeypatch.setattr(run_directory, "PATIENCE", patience)
-            with Worker(run) as worker:
-                unit = next(worker.units())
-                path = run.path / "claims" / f"{unit:06d}"
-                os.utime(path, (1, 1))
-                time.sleep(0.3)
-                assert (path.stat().st_mtime > 1) == beats
-            assert not path.exists()
-
-    def test_the_first_part_to_arrive_stays(self, run, finished):
-        part = RunDirectory.open(finished[0]).read_part(4)
-        run.write_part(4, part)
-        before = run.part_path(4).stat()
-        part.n_tokens += 1
-        run.write_part(4, part)
-        assert run.part_path(4).stat() == before and run.read_part(4).n_tokens == part.n_tokens - 1
-
-
-# Forks workers of one run, kills some, and so on until the run is done; prints the hash of the circuit. The parent has
-# never used torch's threads, so that its children can.
+# Forks processes that work on one run at once, kills some, and so on until the run is done; prints the hash of the
+# circuit. The parent has never used torch's threads, so that its children can.
 SCHEDULES = """
 import hashlib, os, pathlib, random, signal, sys, time
 from cna_kernels.model.cli import main
@@ -408,6 +352,7 @@ def schedules(files, tmp_path, n, how):
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="forks")
 def test_any_number_of_workers_gives_the_same_bytes(files, finished, tmp_path):
+    """Processes that know nothing of each other may all run every unit."""
     import hashlib
 
     hashes, _ = schedules(files, tmp_path, 4, "whole")
@@ -426,15 +371,57 @@ def test_kills_at_any_time_change_nothing(files, finished, tmp_path, n):
     assert n_killed >= n // 2
 
 
-@pytest.mark.exhaustive
-def test_torchrun(files, finished, tmp_path):
+def torchrun(n, *words):
+    """torchrun with ``n`` ranks, the module and its words."""
     pytest.importorskip("torch.distributed.run")
-    words = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
-    words += ["-m", "cna_kernels.model", *command(files, tmp_path / "c.json", "--run-dir", tmp_path / "run")]
-    done = subprocess.run(words, capture_output=True, text=True, timeout=100)
+    start = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={n}", *words]
+    return subprocess.run(start, capture_output=True, text=True, timeout=100)
+
+
+def parts_of(run):
+    return [(part.name, part.read_bytes()) for part in sorted((run / "parts").iterdir())]
+
+
+@pytest.mark.exhaustive
+@pytest.mark.parametrize("n", [1, 2, 4])
+def test_torchrun(files, finished, tmp_path, n):
+    done = torchrun(n, "-m", "cna_kernels.model", *command(files, tmp_path / "c.json", "--run-dir", tmp_path / "run"))
     assert done.returncode == 0, done.stderr
-    assert (tmp_path / "c.json").read_bytes() == finished[1]
+    assert (tmp_path / "c.json").read_bytes() == finished[1] and parts_of(tmp_path / "run") == parts_of(finished[0])
     assert done.stdout.count("top neurons") == 1, "one worker reports"
+
+
+# A rank that is killed when it would write its second part; all write down what they run.
+DYING = """
+import os, pathlib, signal, sys
+from cna_kernels.model.cli import main
+from cna_kernels.model.discovery import job
+whole, mine, rank = job.write_part, [], os.environ["RANK"]
+def write_part(run, unit, part):
+    if mine and rank == sys.argv[1]:
+        os.kill(os.getpid(), signal.SIGKILL)
+    whole(run, unit, part)
+    mine.append(unit)
+    pathlib.Path(f"{run.path}-{rank}").write_text(repr(mine))
+job.write_part = write_part
+sys.exit(main(sys.argv[2:]))
+"""
+
+
+def test_a_rank_that_dies_ends_torchrun_and_a_rerun_goes_on(files, finished, tmp_path):
+    (tmp_path / "dying.py").write_text(DYING)
+    words = command(files, tmp_path / "c.json", "--run-dir", tmp_path / "run")
+    done = torchrun(2, tmp_path / "dying.py", "1", *words)
+    assert done.returncode and not (tmp_path / "c.json").exists() and "SIGKILL" in done.stderr
+    before = {part.name: part.stat().st_mtime_ns for part in (tmp_path / "run" / "parts").iterdir()}
+    assert "000001.safetensors" in before and "000003.safetensors" not in before
+    missing = RunDirectory.open(tmp_path / "run").missing()
+    done = torchrun(2, tmp_path / "dying.py", "none", *words)
+    assert done.returncode == 0, done.stderr
+    ran = [(tmp_path / f"run-{rank}").read_text() for rank in range(2)]
+    assert ran == [repr(missing[0::2]), repr(missing[1::2])], "shares of what was missing, in its order"
+    assert all((tmp_path / "run" / "parts" / name).stat().st_mtime_ns == time for name, time in before.items())
+    assert (tmp_path / "c.json").read_bytes() == finished[1]
 
 
 def test_tensor_parallel(files, finished, tmp_path):
@@ -479,4 +466,4 @@ def test_sigterm_ends_like_ctrl_c(files, tmp_path):
     assert process.returncode == 130 and re.search(
         r"\d of 10 units are done and kept in .*; the same command goes on", error
     ), error
-    assert list(Path(tmp_path / "run" / "claims").iterdir()) == []
+    assert not list((tmp_path / "run" / "parts").glob(".cna-*"))

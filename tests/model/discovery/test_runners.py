@@ -13,8 +13,7 @@ from cna_kernels.model.checkpoint.load import load_transformer
 from cna_kernels.model.checkpoint.safetensors_file import open_checkpoint
 from cna_kernels.model.discovery import collect, streamed, tensor_parallel
 from cna_kernels.model.discovery.packing import TokenPrompt
-from test_packing import ragged
-from tiny import write_checkpoint
+from tiny import ragged, write_checkpoint
 
 pytest.importorskip("transformers")
 N_PROMPTS, N_COLUMNS, POISON = 14, 3, 2  # POISON: a token whose embedding is NaN, and which no prompt has

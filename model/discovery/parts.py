@@ -1,0 +1,110 @@
+"""Parts: what units of a run add, a file each in its directory. Written, read and checked, and merged."""
+
+from __future__ import annotations
+
+import json
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
+
+from cna_kernels.checks import InputError
+from cna_kernels.files import Digest
+
+from .run_directory import RunDirectory, write_once
+from .units import Part, SlotSums
+
+
+def write_part(run: RunDirectory, unit: int, part: Part):
+    """Write what a unit adds, whole or not at all. A part that is there already stays."""
+    tensors, counts = {}, {}
+    for number, slot in part.slots.items():
+        tensors[f"total.{number}"], counts[str(number)] = slot.total, slot.count
+        if slot.total_sq is not None:
+            tensors[f"total_sq.{number}"] = slot.total_sq
+    if part.universal is not None:
+        tensors["universal"] = part.universal
+    facts = {
+        "unit": unit,
+        "fingerprint": run.fingerprint,
+        "counts": counts,
+        "n_universal": part.n_universal,
+        "n_prompts": part.n_prompts,
+        "n_tokens": part.n_tokens,
+        "n_skipped": part.n_skipped,
+        "skipped": part.skipped,
+        "n_left_out": {str(column): count for column, count in part.n_left_out.items()},
+    }
+    # One entry of metadata: safetensors writes several in any order, and a part has the same bytes every time.
+    record = json.dumps({"facts": facts, "sha256": _hash(facts, tensors)}, sort_keys=True)
+    write_once(run.part_path(unit), save(tensors, metadata={"part": record}))
+
+
+def read_part(run: RunDirectory, unit: int) -> Part:
+    """Read and check the part of a unit. Raises InputError naming the file for one that is torn or foreign."""
+    facts, tensors = _read(run, unit)
+    part = Part(
+        universal=tensors.get("universal"),
+        n_universal=facts["n_universal"],
+        n_prompts=facts["n_prompts"],
+        n_tokens=facts["n_tokens"],
+        n_skipped=facts["n_skipped"],
+        skipped=facts["skipped"],
+        n_left_out={int(column): count for column, count in facts["n_left_out"].items()},
+    )
+    for number, count in facts["counts"].items():
+        squares = tensors.get(f"total_sq.{number}")
+        part.slots[int(number)] = SlotSums(tensors[f"total.{number}"], squares, count)
+    return part
+
+
+def _read(run, unit, *, tensors=True) -> tuple[dict, dict]:
+    """The facts and tensors of a part; without ``tensors`` only the facts are read and checked."""
+    path, found = run.part_path(unit), {}
+    again = "; delete it, and the same command runs its unit again"
+    try:
+        with safe_open(path, framework="pt", backend="pread") as file:
+            record = json.loads((file.metadata() or {})["part"])
+            if tensors:
+                found = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        facts, expected = record["facts"], record["sha256"]
+        fingerprint, number = facts["fingerprint"], facts["unit"]
+    except (SafetensorError, OSError, KeyError, TypeError, ValueError) as error:
+        raise InputError(path, f"is no part of a run: {error}{again}") from None
+    if fingerprint != run.fingerprint:
+        raise InputError(path, f"belongs to another run than {run.path / 'manifest.json'}{again}")
+    if number != unit:
+        raise InputError(path, f"holds unit {number}, its name says {unit}{again}")
+    if tensors and _hash(facts, found) != expected:
+        raise InputError(path, f"is damaged: its contents do not have the hash that it was written with{again}")
+    return facts, found
+
+
+def merged(run: RunDirectory) -> Part:
+    """Add all parts, in the order of their units. Raises InputError if one is missing, damaged or foreign."""
+    missing = run.missing()
+    if missing:
+        raise InputError(run.path, f"{len(missing)} of {len(run.units)} units are not done")
+    run.check_names()
+    total = Part()
+    for unit in range(len(run.units)):
+        total += read_part(run, unit)
+    return total
+
+
+def check_parts(run: RunDirectory):
+    """Refuse damaged and foreign parts before any work; their contents are checked when they are merged."""
+    missing = set(run.missing())
+    run.check_names()
+    for unit in range(len(run.units)):
+        if unit not in missing:
+            _read(run, unit, tensors=False)
+
+
+def _hash(facts: dict, tensors: dict[str, torch.Tensor]) -> str:
+    digest = Digest()
+    digest.add(json.dumps(facts, sort_keys=True))
+    for name in sorted(tensors):
+        digest.add(name)
+        digest.add(tensors[name].contiguous().numpy().tobytes())
+    return str(digest)
