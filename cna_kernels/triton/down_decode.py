@@ -30,7 +30,7 @@ import triton.language as tl
 from ..scale import NEURON_BLOCK
 from . import launch
 from .cost import Cost, instructions
-from .sums import Sums, add_tile
+from .sums import SumArgs, Sums, add_tile
 from .tiles import dot, rounded
 
 
@@ -101,6 +101,7 @@ def _down_split_kernel(
     BLOCK_N: tl.constexpr,
 ):
     """SPLIT_N neurons go to a program, a multiple of NEURON_BLOCK."""
+    sum_args = SumArgs(weight_ptr, sum_ptr, sumsq_ptr, stride_weight_t, stride_sum_c, stride_sumsq_c)
     run = tl.program_id(2)
     h = tl.program_id(0) * BLOCK_H + tl.arange(0, BLOCK_H)
     h_mask = h < H
@@ -129,26 +130,7 @@ def _down_split_kernel(
             n_mask = n < n_end
             mask = t_mask[:, None] & n_mask[None, :]
             act = tl.load(act_ptr + t[:, None] * stride_act_t + n[None, :], mask=mask, other=0.0)
-            add_tile(
-                act,
-                weight_ptr,
-                stride_weight_t,
-                t,
-                t_mask,
-                run,
-                n,
-                n_mask,
-                sum_ptr,
-                sumsq_ptr,
-                stride_sum_c,
-                stride_sumsq_c,
-                N,
-                C,
-                SUM,
-                SUMSQ,
-                SPLIT,
-                TOKEN_AXIS=0,
-            )
+            add_tile(act, t, t_mask, run, n, n_mask, sum_args, N, C, SUM, SUMSQ, SPLIT, TOKEN_AXIS=0)
 
     here = y_ptr + t[None, :] * H + h[:, None]  # t is int64
     mask = h_mask[:, None] & t_mask[None, :]

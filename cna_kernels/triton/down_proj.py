@@ -33,7 +33,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 from . import launch
 from .cost import Cost
 from .steer import patch, put_back
-from .sums import Sums, columns_at_once, sum_run
+from .sums import SumArgs, Sums, columns_at_once, put_sums, sum_run
 from .swiglu import act_pass
 from .tiles import dot, rounded
 
@@ -76,6 +76,7 @@ def _down_proj_kernel(
     BLOCK_C: tl.constexpr,
     COLUMN_RUNS: tl.constexpr,
 ):
+    sum_args = SumArgs(weight_ptr, sum_ptr, sumsq_ptr, stride_weight_t, stride_sum_c, stride_sumsq_c)
     tiles_t = tl.cdiv(T, BLOCK_T)
     tiles_h: tl.constexpr = (H + BLOCK_H - 1) // BLOCK_H
     for tile in range(tl.program_id(0), tiles_t * tiles_h, tl.num_programs(0)):
@@ -95,31 +96,14 @@ def _down_proj_kernel(
 
         if SUM or SUMSQ:
             for item in range(j, tl.cdiv(N, SUM_N) * COLUMN_RUNS, tiles_h):
-                n_sum = item // COLUMN_RUNS * SUM_N + tl.arange(0, SUM_N)
-                sum_run(
-                    act_ptr,
-                    stride_act_t,
-                    weight_ptr,
-                    stride_weight_t,
-                    t_first,
-                    tl.minimum(t_first + BLOCK_T, T),
-                    i,
-                    n_sum,
-                    n_sum < N,
-                    item % COLUMN_RUNS * BLOCK_C,
-                    sum_ptr,
-                    sumsq_ptr,
-                    stride_sum_c,
-                    stride_sumsq_c,
-                    N,
-                    C,
-                    SUM,
-                    SUMSQ,
-                    SPLIT,
-                    SUM_T,
-                    SUM_N,
-                    BLOCK_C,
+                n = item // COLUMN_RUNS * SUM_N + tl.arange(0, SUM_N)
+                t_last = tl.minimum(t_first + BLOCK_T, T)
+                n_mask = n < N
+                c_first = item % COLUMN_RUNS * BLOCK_C
+                sums, squares = sum_run(
+                    act_ptr, stride_act_t, t_first, t_last, n, n_mask, c_first, sum_args, C, SUM, SUMSQ, SUM_T, BLOCK_C
                 )
+                put_sums(sums, squares, i, c_first, n, n_mask, sum_args, N, C, SUM, SUMSQ, SPLIT, BLOCK_C)
 
 
 class Config(NamedTuple):

@@ -25,8 +25,8 @@ import triton.language as tl
 
 from . import launch
 from .cost import Cost, instructions
-from .steer import ANY_ALIGNMENT, Steer, circuits, entries, first_entries, steer_held, steer_stored
-from .sums import FEW_COLUMNS, Sums, add_row, add_tile
+from .steer import ANY_ALIGNMENT, Steer, SteerArgs, circuits, entries, first_entries, steer_held, steer_stored
+from .sums import FEW_COLUMNS, SumArgs, Sums, add_row, add_tile
 from .tiles import dot, silu_mul
 
 _FEW_COLUMNS = tl.constexpr(FEW_COLUMNS)
@@ -77,6 +77,7 @@ def _gate_up_gemv_kernel(
 ):
     """What sums and steering read is asked for before the weights: each round trip to memory that is left for the end
     of the last programs costs every call half a microsecond."""
+    steer_args = SteerArgs(row_circuit_ptr, offsets_ptr, index_ptr, value_ptr, n_circuits, stride_offsets_k)
     dtype: tl.constexpr = act_ptr.dtype.element_ty
     FEW: tl.constexpr = min(C, _FEW_COLUMNS)
     n_first = tl.program_id(0) * BLOCK_N
@@ -95,7 +96,7 @@ def _gate_up_gemv_kernel(
             sumsq_before = sumsq_before + (tl.load(sumsq_ptr + row * stride_sumsq_c + n, mask=n_mask, other=0.0),)
     if STEER:
         for t in tl.static_range(T):
-            circuit = circuit + (circuits(row_circuit_ptr, t, True),)
+            circuit = circuit + (circuits(t, True, steer_args),)
     w_row = w_ptr + n.to(tl.int64)[:, None] * stride_w_n
     gates = (tl.zeros([BLOCK_N, BLOCK_K], tl.float32),) * T
     ups = (tl.zeros([BLOCK_N, BLOCK_K], tl.float32),) * T
@@ -117,7 +118,7 @@ def _gate_up_gemv_kernel(
     if STEER:
         n_last = tl.minimum(n_first + BLOCK_N, N)
         for t in tl.static_range(T):
-            start, end = entries(circuit[t], offsets_ptr, stride_offsets_k, n_circuits, n_first, n_last)
+            start, end = entries(circuit[t], n_first, n_last, steer_args)
             starts, ends = starts + (start,), ends + (end,)
     acts = ()
     for t in tl.static_range(T):
@@ -125,7 +126,7 @@ def _gate_up_gemv_kernel(
     indices, factors = (), ()
     if STEER:
         for t in tl.static_range(T):
-            index, factor = first_entries(index_ptr, value_ptr, starts[t], ends[t], 32)
+            index, factor = first_entries(starts[t], ends[t], steer_args, 32)
             indices, factors = indices + (index,), factors + (factor,)
 
     if SUM or SUMSQ:
@@ -158,7 +159,7 @@ def _gate_up_gemv_kernel(
     for t in tl.static_range(T):
         act = acts[t]
         if STEER:
-            act = steer_held(act, n, index_ptr, value_ptr, starts[t], ends[t], indices[t], factors[t], 32)
+            act = steer_held(act, n, starts[t], ends[t], indices[t], factors[t], steer_args, 32)
         tl.store(act_ptr + t * N + n, act, mask=n_mask)
 
 
@@ -195,6 +196,8 @@ def _gate_up_flat_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
+    sum_args = SumArgs(weight_ptr, sum_ptr, sumsq_ptr, stride_weight_t, stride_sum_c, stride_sumsq_c)
+    steer_args = SteerArgs(row_circuit_ptr, offsets_ptr, index_ptr, value_ptr, n_circuits, stride_offsets_k)
     n_first = tl.program_id(0) * BLOCK_N
     r = tl.arange(0, 2 * BLOCK_N)  # rows of the weight tile: BLOCK_N of gate, then BLOCK_N of up
     w_n = n_first + r % BLOCK_N
@@ -204,7 +207,7 @@ def _gate_up_flat_kernel(
     t_mask = t < T
     x_row = x_ptr + t.to(tl.int64)[None, :] * stride_x_t
     if STEER:
-        circuit = circuits(row_circuit_ptr, t, t_mask)
+        circuit = circuits(t, t_mask, steer_args)
     if PDL:
         tl.extra.cuda.gdc_launch_dependents()
     acc = tl.zeros([2 * BLOCK_N, BLOCK_T], tl.float32)
@@ -215,7 +218,7 @@ def _gate_up_flat_kernel(
         acc = dot(w, x, acc)
     if STEER:  # on their way while act is finished and summed
         n_last = tl.minimum(n_first + BLOCK_N, N)
-        start, end = entries(circuit, offsets_ptr, stride_offsets_k, n_circuits, n_first, n_last)
+        start, end = entries(circuit, n_first, n_last, steer_args)
     gate, up = acc.reshape(2, BLOCK_N, BLOCK_T).permute(1, 2, 0).split()  # [BLOCK_N, BLOCK_T]
     act = silu_mul(gate, up, act_ptr.dtype.element_ty)
 
@@ -224,29 +227,11 @@ def _gate_up_flat_kernel(
     here = act_ptr + t.to(tl.int64)[None, :] * N + n[:, None]
     tl.store(here, act, mask=n_mask[:, None] & t_mask[None, :])
     if SUM or SUMSQ:
-        add_tile(
-            act,
-            weight_ptr,
-            stride_weight_t,
-            t,
-            t_mask,
-            tl.program_id(1),
-            n,
-            n_mask,
-            sum_ptr,
-            sumsq_ptr,
-            stride_sum_c,
-            stride_sumsq_c,
-            N,
-            C,
-            SUM,
-            SUMSQ,
-            SPLIT,
-            TOKEN_AXIS=1,
-        )
+        run = tl.program_id(1)
+        add_tile(act, t, t_mask, run, n, n_mask, sum_args, N, C, SUM, SUMSQ, SPLIT, TOKEN_AXIS=1)
     if STEER:
         tl.debug_barrier()
-        steer_stored(act_ptr, N, index_ptr, value_ptr, t, start, end, n_first, n_last, 4)
+        steer_stored(act_ptr, N, t, start, end, n_first, n_last, steer_args, 4)
 
 
 class Config(NamedTuple):

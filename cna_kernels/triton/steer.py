@@ -10,6 +10,8 @@ Nothing dense is kept: memory and loads grow with the steered neurons. A token o
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import triton
 import triton.language as tl
 
@@ -24,32 +26,44 @@ _NEURON_BLOCK = tl.constexpr(NEURON_BLOCK)
 ANY_ALIGNMENT = ["row_circuit_ptr", "offsets_ptr", "index_ptr", "value_ptr"]
 
 
+class SteerArgs(NamedTuple):
+    """The ``Steer`` of a call as device functions take them, packed in the first lines of a kernel; see ``SumArgs``."""
+
+    row_circuit_ptr: tl.tensor
+    offsets_ptr: tl.tensor
+    index_ptr: tl.tensor
+    value_ptr: tl.tensor
+    n_circuits: tl.tensor
+    stride_offsets_k: tl.tensor
+
+
 @triton.jit
-def circuits(row_circuit_ptr, t, t_mask):
+def circuits(t, t_mask, steer_args):
     """Each token's circuit; -1, for none, where t_mask is not set."""
-    return tl.load(row_circuit_ptr + t, mask=t_mask, other=-1)
+    return tl.load(steer_args.row_circuit_ptr + t, mask=t_mask, other=-1)
 
 
 @triton.jit
-def entries(circuit, offsets_ptr, stride_offsets_k, n_circuits, n_first, n_last):
+def entries(circuit, n_first, n_last, steer_args):
     """Each token's first entry, and one past its last, in the NEURON_BLOCKs of neurons n_first .. n_last - 1."""
-    steered = (circuit >= 0) & (circuit < n_circuits)
-    row = offsets_ptr + circuit.to(tl.int64) * stride_offsets_k
+    steered = (circuit >= 0) & (circuit < steer_args.n_circuits)
+    row = steer_args.offsets_ptr + circuit.to(tl.int64) * steer_args.stride_offsets_k
     start = tl.load(row + n_first // _NEURON_BLOCK, mask=steered, other=0)
     end = tl.load(row + (n_last + _NEURON_BLOCK - 1) // _NEURON_BLOCK, mask=steered, other=0)
     return start, end
 
 
 @triton.jit
-def first_entries(index_ptr, value_ptr, start, end, BLOCK_E: tl.constexpr):
+def first_entries(start, end, steer_args, BLOCK_E: tl.constexpr):
     """Neuron and factor of one token's entries start .. start + BLOCK_E - 1; neuron -1 from ``end`` on."""
     entry = start + tl.arange(0, BLOCK_E)
     live = entry < end
-    return tl.load(index_ptr + entry, mask=live, other=-1), tl.load(value_ptr + entry, mask=live, other=1.0)
+    index = tl.load(steer_args.index_ptr + entry, mask=live, other=-1)
+    return index, tl.load(steer_args.value_ptr + entry, mask=live, other=1.0)
 
 
 @triton.jit
-def steer_held(act, n, index_ptr, value_ptr, start, end, index, factor, BLOCK_E: tl.constexpr):
+def steer_held(act, n, start, end, index, factor, steer_args, BLOCK_E: tl.constexpr):
     """act ``[BLOCK_N]`` of neurons n of one token, scaled, before it is stored; for few neurons, each of which meets
     every entry of its NEURON_BLOCK. index, factor: what ``first_entries`` gave."""
     dtype: tl.constexpr = act.dtype
@@ -58,12 +72,12 @@ def steer_held(act, n, index_ptr, value_ptr, start, end, index, factor, BLOCK_E:
         found = tl.max(same.to(tl.int32), axis=1) > 0
         multiplier = tl.sum(tl.where(same, factor[None, :], 0.0), axis=1)
         act = tl.where(found, scaled(act, multiplier, dtype), act)
-        index, factor = first_entries(index_ptr, value_ptr, first + BLOCK_E, end, BLOCK_E)
+        index, factor = first_entries(first + BLOCK_E, end, steer_args, BLOCK_E)
     return act
 
 
 @triton.jit
-def steer_stored(act_ptr, stride_act_t, index_ptr, value_ptr, t, start, end, n_first, n_last, BLOCK_E: tl.constexpr):
+def steer_stored(act_ptr, stride_act_t, t, start, end, n_first, n_last, steer_args, BLOCK_E: tl.constexpr):
     """Multiply the steered neurons among act[t, n_first:n_last], which this program has stored, in place.
 
     A few loads for each steered neuron, nothing for the others. The caller puts a barrier between its stores and this
@@ -74,9 +88,9 @@ def steer_stored(act_ptr, stride_act_t, index_ptr, value_ptr, t, start, end, n_f
     for first in range(0, tl.max(end - start), BLOCK_E):
         entry = start[:, None] + first + tl.arange(0, BLOCK_E)[None, :]  # [BLOCK_T, BLOCK_E]
         live = entry < end[:, None]
-        n = tl.load(index_ptr + entry, mask=live, other=0)
+        n = tl.load(steer_args.index_ptr + entry, mask=live, other=0)
         live = live & (n >= n_first) & (n < n_last)
-        factor = tl.load(value_ptr + entry, mask=live, other=1.0)
+        factor = tl.load(steer_args.value_ptr + entry, mask=live, other=1.0)
         here = row[:, None] + n
         act = tl.load(here, mask=live, other=0.0)
         tl.store(here, scaled(act, factor, dtype), mask=live)
@@ -103,10 +117,11 @@ def _patch_kernel(
 ):
     """Each program owns the steered neurons of BLOCK_T tokens: it scales them, and may keep what they were, or puts
     them back."""
+    steer_args = SteerArgs(row_circuit_ptr, offsets_ptr, index_ptr, value_ptr, n_circuits, stride_offsets_k)
     dtype: tl.constexpr = act_ptr.dtype.element_ty
     t = tl.program_id(0) * BLOCK_T + tl.arange(0, BLOCK_T)
-    circuit = circuits(row_circuit_ptr, t, t < T)
-    start, end = entries(circuit, offsets_ptr, stride_offsets_k, n_circuits, 0, N)
+    circuit = circuits(t, t < T, steer_args)
+    start, end = entries(circuit, 0, N, steer_args)
     act_row = act_ptr + t.to(tl.int64)[:, None] * stride_act_t
     saved_row = saved_ptr + t.to(tl.int64)[:, None] * stride_saved_t if SAVE or RESTORE else act_row
     for first in range(0, tl.max(end - start), BLOCK_E):

@@ -9,11 +9,28 @@ parts as r = 0, 1, ... Each element has one writer in either case: no atomics, a
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 import triton
 import triton.language as tl
 
 from . import launch
+
+
+class SumArgs(NamedTuple):
+    """The ``Sums`` of a call as device functions take them, packed in the first lines of a kernel.
+
+    A kernel's own parameters are flat, so that Triton specialises each by itself. Constants stay parameters everywhere:
+    in a tuple built on the device a constexpr would become a plain value.
+    """
+
+    weight_ptr: tl.tensor
+    sum_ptr: tl.tensor
+    sumsq_ptr: tl.tensor
+    stride_weight_t: tl.tensor
+    stride_sum_c: tl.tensor
+    stride_sumsq_c: tl.tensor
 
 
 @triton.jit
@@ -108,10 +125,7 @@ def put_sums(
     c_first,
     n,
     n_mask,
-    sum_ptr,
-    sumsq_ptr,
-    stride_sum_c,
-    stride_sumsq_c,
+    sum_args,
     N: tl.constexpr,
     C: tl.constexpr,
     SUM: tl.constexpr,
@@ -121,93 +135,65 @@ def put_sums(
 ):
     """Hand over what ``added`` has gathered for neurons n: to the sums themselves, or as part ``run``."""
     part = tl.cast(run, tl.int64) * ((SUM + SUMSQ) * C * N)
-    step_sum = tl.cast(stride_sum_c, tl.int64)
-    step_sumsq = tl.cast(stride_sumsq_c, tl.int64)
+    step_sum = tl.cast(sum_args.stride_sum_c, tl.int64)
+    step_sumsq = tl.cast(sum_args.stride_sumsq_c, tl.int64)
     if BLOCK_C == 0:
         for c in tl.static_range(C):
             if SUM:
-                add_row(sum_ptr, part + c * N, c * step_sum, n, n_mask, sums[c], SPLIT)
+                add_row(sum_args.sum_ptr, part + c * N, c * step_sum, n, n_mask, sums[c], SPLIT)
             if SUMSQ:
-                add_row(sumsq_ptr, part + (c + SUM * C) * N, c * step_sumsq, n, n_mask, squares[c], SPLIT)
+                here = part + (c + SUM * C) * N
+                add_row(sum_args.sumsq_ptr, here, c * step_sumsq, n, n_mask, squares[c], SPLIT)
     else:
         c = c_first + tl.arange(0, BLOCK_C)[:, None]
         mask = (c < C) & n_mask[None, :]
         if SUM:
-            add_row(sum_ptr, part + c * N, c * step_sum, n[None, :], mask, sums[0], SPLIT)
+            add_row(sum_args.sum_ptr, part + c * N, c * step_sum, n[None, :], mask, sums[0], SPLIT)
         if SUMSQ:
-            add_row(sumsq_ptr, part + (c + SUM * C) * N, c * step_sumsq, n[None, :], mask, squares[0], SPLIT)
+            here = part + (c + SUM * C) * N
+            add_row(sum_args.sumsq_ptr, here, c * step_sumsq, n[None, :], mask, squares[0], SPLIT)
 
 
 @triton.jit
 def sum_run(
     act_ptr,
     stride_act_t,
-    weight_ptr,
-    stride_weight_t,
     t_first,
     t_last,
-    run,
     n,
     n_mask,
     c_first,
-    sum_ptr,
-    sumsq_ptr,
-    stride_sum_c,
-    stride_sumsq_c,
-    N: tl.constexpr,
+    sum_args,
     C: tl.constexpr,
     SUM: tl.constexpr,
     SUMSQ: tl.constexpr,
-    SPLIT: tl.constexpr,
     BLOCK_T: tl.constexpr,
-    BLOCK_N: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
-    """Read act[t_first:t_last, n] and add its sums, BLOCK_T tokens at a time; a block without weight is not read."""
+    """The sums of act[t_first:t_last, n], read BLOCK_T tokens at a time; a block without weight is not read."""
+    BLOCK_N: tl.constexpr = n.shape[0]
     sums = no_sums(C * SUM, BLOCK_C, BLOCK_N)
     squares = no_sums(C * SUMSQ, BLOCK_C, BLOCK_N)
     for t_start in tl.range(t_first, t_last, BLOCK_T, num_stages=2):
         t = (t_start + tl.arange(0, BLOCK_T)).to(tl.int64)
         t_mask = t < t_last
-        weight_row = weight_ptr + t * stride_weight_t
+        weight_row = sum_args.weight_ptr + t * sum_args.stride_weight_t
         if any_counts(weight_row, t_mask, c_first, C, BLOCK_C) > 0:
             mask = t_mask[:, None] & n_mask[None, :]
             act = tl.load(act_ptr + t[:, None] * stride_act_t + n[None, :], mask=mask, other=0.0)
             sums, squares = added(act, weight_row, t_mask, c_first, sums, squares, C, SUM, SUMSQ, BLOCK_C)
-    put_sums(
-        sums,
-        squares,
-        run,
-        c_first,
-        n,
-        n_mask,
-        sum_ptr,
-        sumsq_ptr,
-        stride_sum_c,
-        stride_sumsq_c,
-        N,
-        C,
-        SUM,
-        SUMSQ,
-        SPLIT,
-        BLOCK_C,
-    )
+    return sums, squares
 
 
 @triton.jit
 def add_tile(
     act,
-    weight_ptr,
-    stride_weight_t,
     t,
     t_mask,
     run,
     n,
     n_mask,
-    sum_ptr,
-    sumsq_ptr,
-    stride_sum_c,
-    stride_sumsq_c,
+    sum_args,
     N: tl.constexpr,
     C: tl.constexpr,
     SUM: tl.constexpr,
@@ -218,7 +204,7 @@ def add_tile(
     """Add the sums over all tokens of one finished act tile, however its threads lie; tokens are axis TOKEN_AXIS."""
     neuron_axis: tl.constexpr = 1 - TOKEN_AXIS
     counted = t_mask != t_mask
-    row = weight_ptr + t.to(tl.int64) * stride_weight_t
+    row = sum_args.weight_ptr + t.to(tl.int64) * sum_args.stride_weight_t
     for c in range(C):
         counted = counted | (tl.load(row + c, mask=t_mask, other=0.0) != 0.0)
     act = tl.where(tl.expand_dims(counted, neuron_axis), act.to(tl.float32), 0.0)
@@ -228,11 +214,12 @@ def add_tile(
         weighted = weight * act
         if SUM:
             total = tl.sum(weighted, axis=TOKEN_AXIS)
-            add_row(sum_ptr, part + c * N, tl.cast(c, tl.int64) * stride_sum_c, n, n_mask, total, SPLIT)
+            row_sum = tl.cast(c, tl.int64) * sum_args.stride_sum_c
+            add_row(sum_args.sum_ptr, part + c * N, row_sum, n, n_mask, total, SPLIT)
         if SUMSQ:
             total = tl.sum(weighted * act, axis=TOKEN_AXIS)
-            here = part + (c + SUM * C) * N
-            add_row(sumsq_ptr, here, tl.cast(c, tl.int64) * stride_sumsq_c, n, n_mask, total, SPLIT)
+            row_sumsq = tl.cast(c, tl.int64) * sum_args.stride_sumsq_c
+            add_row(sum_args.sumsq_ptr, part + (c + SUM * C) * N, row_sumsq, n, n_mask, total, SPLIT)
 
 
 @triton.jit(do_not_specialize=["R"])

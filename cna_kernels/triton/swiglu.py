@@ -21,8 +21,8 @@ import triton.language as tl
 
 from . import launch
 from .cost import Cost, instructions
-from .steer import ANY_ALIGNMENT, Steer, circuits, entries, steer_stored
-from .sums import Sums, added, columns_at_once, no_sums, put_sums
+from .steer import ANY_ALIGNMENT, Steer, SteerArgs, circuits, entries, steer_stored
+from .sums import SumArgs, Sums, added, columns_at_once, no_sums, put_sums
 from .tiles import silu_mul
 
 
@@ -62,6 +62,8 @@ def _swiglu_kernel(
     STAGES: tl.constexpr,
 ):
     """Without GATED, gate_ptr holds act as computed elsewhere, which is only summed, copied and scaled."""
+    sum_args = SumArgs(weight_ptr, sum_ptr, sumsq_ptr, stride_weight_t, stride_sum_c, stride_sumsq_c)
+    steer_args = SteerArgs(row_circuit_ptr, offsets_ptr, index_ptr, value_ptr, n_circuits, stride_offsets_k)
     dtype: tl.constexpr = act_ptr.dtype.element_ty
     run = tl.program_id(0)
     n_first = tl.program_id(1) * BLOCK_N
@@ -88,33 +90,16 @@ def _swiglu_kernel(
             sums, squares = added(act, weight_row, t_mask, c_first, sums, squares, C, SUM, SUMSQ, BLOCK_C)
 
     if SUM or SUMSQ:
-        put_sums(
-            sums,
-            squares,
-            run,
-            c_first,
-            n,
-            n_mask,
-            sum_ptr,
-            sumsq_ptr,
-            stride_sum_c,
-            stride_sumsq_c,
-            N,
-            C,
-            SUM,
-            SUMSQ,
-            SPLIT,
-            BLOCK_C,
-        )
+        put_sums(sums, squares, run, c_first, n, n_mask, sum_args, N, C, SUM, SUMSQ, SPLIT, BLOCK_C)
 
     if STEER and tl.program_id(2) == 0:
         tl.debug_barrier()
         n_last = tl.minimum(n_first + BLOCK_N, N)
         for t_start in range(t_first, t_last, STEER_T):
             t = t_start + tl.arange(0, STEER_T)
-            circuit = circuits(row_circuit_ptr, t, t < t_last)
-            start, end = entries(circuit, offsets_ptr, stride_offsets_k, n_circuits, n_first, n_last)
-            steer_stored(act_ptr, N, index_ptr, value_ptr, t, start, end, n_first, n_last, 4)
+            circuit = circuits(t, t < t_last, steer_args)
+            start, end = entries(circuit, n_first, n_last, steer_args)
+            steer_stored(act_ptr, N, t, start, end, n_first, n_last, steer_args, 4)
 
 
 class Config(NamedTuple):

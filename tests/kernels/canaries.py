@@ -65,8 +65,8 @@ CANARIES = [
     Canary(
         "row -1 scaled",
         "steer.py",
-        "steered = (circuit >= 0) & (circuit < n_circuits)",
-        "steered = circuit < n_circuits\n    circuit = tl.maximum(circuit, 0)",
+        "steered = (circuit >= 0) & (circuit < steer_args.n_circuits)",
+        "steered = circuit < steer_args.n_circuits\n    circuit = tl.maximum(circuit, 0)",
         "test_multiplier_one_and_no_circuit and swiglu",
     ),
     Canary(
@@ -81,8 +81,8 @@ CANARIES = [
     Canary(
         "wrong circuit row",
         "steer.py",
-        "row = offsets_ptr + circuit.to(tl.int64) * stride_offsets_k",
-        "row = offsets_ptr + (circuit // 2).to(tl.int64) * stride_offsets_k",
+        "row = steer_args.offsets_ptr + circuit.to(tl.int64) * steer_args.stride_offsets_k",
+        "row = steer_args.offsets_ptr + (circuit // 2).to(tl.int64) * steer_args.stride_offsets_k",
         "test_values and swiglu and 16x136x200-bfloat16-circuits",
     ),
     Canary(
