@@ -430,11 +430,10 @@ def _started(pid: int) -> str | None:
         except OSError:
             return None
     try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return None
-    except OSError:
-        pass
+        if os.name == "posix":  # elsewhere 0 is a signal like others
+            os.kill(pid, 0)
+    except OSError as error:
+        return None if isinstance(error, ProcessLookupError) else "running"
     return "running"
 
 

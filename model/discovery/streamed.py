@@ -94,7 +94,7 @@ class HiddenStates:
         if self._file is None:
             return self._memory[number]
         x = torch.empty(self._sizes[number], dtype=torch.uint8)
-        self._transfer(os.preadv, x.numpy(), self._starts[number])
+        self._transfer(self._file.readinto, x.numpy(), self._starts[number])
         return x.view(self._dtype).view(self._shape)
 
     def __setitem__(self, number: int, x: Tensor):
@@ -102,14 +102,15 @@ class HiddenStates:
         if self._file is None:
             self._memory[number] = x
         else:
-            self._transfer(os.pwritev, _bytes(x).reshape(-1), self._starts[number])
+            self._transfer(self._file.write, _bytes(x).reshape(-1), self._starts[number])
 
-    def _transfer(self, call, memory, place):
+    def _transfer(self, move, memory, place):
         """Read or write all of ``memory``; one call moves at most 2 GiB."""
         done = 0
         try:
+            self._file.seek(place)
             while done < len(memory):
-                moved = call(self._file.fileno(), [memory[done:]], place + done)
+                moved = move(memory[done:])
                 if moved == 0:
                     raise OSError(errno.EIO, "the file has become shorter")
                 done += moved
