@@ -2,6 +2,7 @@
 # make test   install, then run the everyday tests, in under three minutes of two cores
 # make test-all   the same, then run all tests: full products of parameters, whole demonstrations, kills at any time
 # make test-device-versions   the tests that need no GPU with the GPU machine's versions, in build/device-versions/
+# make wheel  the wheels in dist/: their sizes, and that they hold what they must
 # make docs   the API reference and the documents as HTML, in build/docs
 # make lint   ruff and clang-format
 # make canaries   plant thirteen bugs in the kernels and see a test catch each
@@ -21,7 +22,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test test-all test-device-versions docs lint canaries sanitize compile-gate gpu gpu-tune gpu-record bench \
+.PHONY: demo test test-all test-device-versions wheel docs lint canaries sanitize compile-gate gpu gpu-tune gpu-record bench \
         bench-attribution bench-eval bench-embedding bench-host train-demo clean
 
 demo: .venv/.installed
@@ -56,6 +57,9 @@ $(DEVICE)/.installed: tests/bench/device_environment.py constraints-device.txt p
 $(DEVICE)/.installed-library: $(DEVICE)/.installed setup.py $(wildcard csrc/*.h csrc/*.cpp)
 	$(DEVICE)/bin/python -m pip install --quiet --disable-pip-version-check --no-deps -e .
 	touch $@
+
+wheel: $(BIN)/python
+	$(BIN)/python tests/packaging/build_wheel.py dist
 
 docs: .venv/.installed-test
 	$(BIN)/python docs/build.py
@@ -122,13 +126,13 @@ train-demo: .venv/.installed
 	$(BIN)/python -m cna_kernels.model.demo.train --out demo-checkpoints
 
 clean:
-	rm -rf .venv build *.egg-info demo-out demo-checkpoints
+	rm -rf .venv build dist *.egg-info demo-out demo-checkpoints
 
 $(BIN)/python:
 	$(PYTHON) -m venv .venv
 
 .venv/.installed: $(BIN)/python pyproject.toml setup.py constraints.txt $(wildcard csrc/*.h csrc/*.cpp)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e .
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[model,plot]"
 	touch $@
 
 .venv/.installed-test: .venv/.installed

@@ -46,11 +46,13 @@ class PlainWheel(bdist_wheel):
 
 
 packages = ["cna_kernels", *(f"cna_kernels.{name}" for name in find_packages("cna_kernels"))]
-packages += ["cna_kernels.model", *(f"cna_kernels.model.{name}" for name in find_packages("model"))]
+model = find_packages("model", exclude=["demo.checkpoints"])  # a distribution of its own
+packages += ["cna_kernels.model", *(f"cna_kernels.model.{name}" for name in model)]
 sources = sorted(str(path) for path in Path("csrc").glob("*.cpp"))
 headers = sorted(str(path) for path in Path("csrc").glob("*.h"))
+library = Extension("cna_kernels.cpu.libcna", sources, depends=headers, language="c++", optional=True)
 setup(
     packages=sorted({*packages}),
-    ext_modules=[Extension("cna_kernels.cpu.libcna", sources, depends=headers, language="c++", optional=True)],
+    ext_modules=[] if sys.platform == "win32" else [library],  # csrc needs POSIX
     cmdclass={"build_ext": BuildLibrary, "bdist_wheel": PlainWheel},
 )

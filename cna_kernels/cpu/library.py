@@ -16,6 +16,8 @@ from .. import plans
 ABI_VERSION = 1
 PATH = Path(__file__).with_name("libcna.dylib" if sys.platform == "darwin" else "libcna.so")
 BUILD = "with a C++ compiler installed, run 'pip install .' (or 'pip install -e .') in the project's directory again"
+if sys.platform == "win32":
+    BUILD = "it is not built on Windows"
 
 MEMORY = 10  # CNA_ERR_MEMORY
 

@@ -45,7 +45,8 @@ class TensorEntry:
             with open(self.path, "rb", buffering=0) as file:
                 for row, into in zip(rows, read.view(torch.uint8).numpy(), strict=True):
                     start = self.start + (row * width + columns.start) * self.dtype.itemsize
-                    if os.preadv(file.fileno(), [into], start) != len(into):
+                    file.seek(start)
+                    if file.readinto(into) != len(into):
                         raise InputError(f"{self.path}: {self.name!r}", "was truncated while it was read")
         except OSError as error:
             raise InputError(f"{self.path}: {self.name!r}", error.strerror) from None

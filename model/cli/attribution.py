@@ -13,7 +13,6 @@ from pathlib import Path
 from tempfile import TemporaryFile
 
 import torch
-from rich.table import Table
 
 from cna_kernels.checks import InputError, one_line
 from cna_kernels.circuit import Circuit
@@ -41,7 +40,7 @@ from ..prompts.corpus import (
 )
 from ..prompts.files import BadLines, iter_prompts, neutral_prompts
 from .arguments import check_column, column_of, device_of, directory_of, load_model
-from .console import cell, print_json, show_circuit, stdout
+from .console import Table, cell, print_json, show_circuit, stdout
 from .progress import metered
 
 

@@ -4,11 +4,17 @@ from __future__ import annotations
 
 import json
 
-from rich.console import Console
-from rich.table import Table
-
 from cna_kernels.checks import one_line
 from cna_kernels.circuit import Circuit
+
+try:
+    from rich.box import SIMPLE_HEAD
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+except ModuleNotFoundError:
+    from .plain import SIMPLE_HEAD as SIMPLE_HEAD
+    from .plain import Console, Table, Text
 
 
 def show_circuit(circuit: Circuit, *, as_json: bool):
@@ -76,6 +82,4 @@ def print_json(value):
 
 def cell(text):
     """Model output as table text: no markup, no terminal escapes."""
-    from rich.text import Text
-
     return Text("".join(c if c.isprintable() or c == "\n" else "\ufffd" for c in text))

@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import os
 import platform
 
 import torch
-from rich.table import Table
 
 import cna_kernels
 from cna_kernels import backends
 from cna_kernels.checks import InputError
 
-from .console import print_json, stdout
+from ..demo.checkpoint import demo_checkpoint
+from ..packages import EXTRA_OF, missing
+from .console import Table, print_json, stdout
 
 
 def run_doctor(args):
@@ -26,8 +28,12 @@ def run_doctor(args):
         "cuda": torch.cuda.get_device_name() if cuda else "not available",
         "CNA_BACKEND": os.environ.get("CNA_BACKEND") or "not set",
     }
-    for name in ("triton", "safetensors", "tokenizers"):
+    for name in ("numpy", "safetensors", "triton"):
         facts[name] = _version(name)
+    for name in EXTRA_OF:
+        facts[name] = missing(name) or _version(name)
+    with contextlib.suppress(InputError):
+        facts["cna-kernels-demo"] = str(demo_checkpoint().parent)
     devices = [torch.device(name) for name in (("cpu", "cuda") if cuda else ("cpu",))]
     for device in devices:
         try:

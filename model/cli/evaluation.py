@@ -5,9 +5,6 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
-from rich.box import SIMPLE_HEAD
-from rich.table import Table
-
 from cna_kernels.checks import InputError
 from cna_kernels.files import make_directory, read_text
 
@@ -16,14 +13,16 @@ from ..evaluation.metrics import Refusals
 from ..evaluation.multiple_choice import read_exam
 from ..evaluation.plan import METHODS, Plan
 from ..language_model import load
+from ..packages import require
 from ..prompts.files import PromptSet, neutral_prompts, read_prompts
 from .arguments import check_column, column_of, device_of, directory_of, load_circuit, load_model, multipliers_of
-from .console import print_json, stdout
+from .console import SIMPLE_HEAD, Table, print_json, stdout
 
 
 def run_eval(args):
     plan = _plan(args)
     if args.output:
+        require("tokenizers", "jinja2", "matplotlib")  # the pictures come last
         make_directory(args.output)
     model = load_model(args)
     circuit = load_circuit(args.circuit, model, any_model=args.any_model)
@@ -43,6 +42,7 @@ run_sweep = run_eval  # its flags are a few of those
 
 
 def run_compare(args):
+    require("tokenizers", "jinja2", "matplotlib")
     plan = _plan(args)
     settings = {"fraction": args.fraction, "score": args.score}
     if args.universal_prompts:
@@ -73,13 +73,10 @@ def run_compare(args):
 
 
 def run_lm_eval(args):
-    try:
-        from ..evaluation.lm_eval_model import register
-    except ImportError as error:
-        if (error.name or "").split(".")[0] not in ("lm_eval", "tqdm"):
-            raise
-        raise InputError("lm-eval", "the harness is not installed: pip install 'cna-kernels[eval]'") from None
+    require("tokenizers", "jinja2", "lm_eval")
     from lm_eval.__main__ import cli_evaluate
+
+    from ..evaluation.lm_eval_model import register
 
     register()
     sys.argv = ["cna lm-eval", *args.words]

@@ -3,16 +3,23 @@
 from __future__ import annotations
 
 import json
-import resource
 import sys
 import time
 from contextlib import contextmanager
 
 import torch
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-INTERVAL = 1.0  # seconds between JSON lines
+try:
+    import resource
+except ModuleNotFoundError:  # Windows
+    resource = None
+try:
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+except ModuleNotFoundError:  # lines instead of a bar
+    Progress = None
+
+INTERVAL, PLAIN_INTERVAL = 1.0, 10.0  # seconds between JSON lines, and between lines for people
 
 
 class Meter:
@@ -45,10 +52,12 @@ class Meter:
         }
 
 
-def peak_memory() -> int:
-    """The most bytes that this process has held: of GPU memory where one is in use, else resident."""
+def peak_memory() -> int | None:
+    """The most bytes that this process has held: of GPU memory where one is in use, else resident. None on Windows."""
     if torch.cuda.is_available() and torch.cuda.is_initialized():
         return torch.cuda.max_memory_reserved()
+    if resource is None:
+        return None
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024
 
@@ -63,35 +72,54 @@ def metered(*, as_json: bool, notes: dict | None = None, rank: int = 0):
         yield Meter(lambda _: None)
         return
     if as_json:
-        said = [0.0]
-
-        def show(meter):
-            if time.monotonic() - said[0] >= INTERVAL or meter.prompts == meter.total:
-                said[0] = time.monotonic()
-                _log("progress", meter.facts())
-
-        meter = Meter(show)
+        meter = Meter(_every(INTERVAL, lambda meter: _log("progress", meter.facts())))
         yield meter
         _log("done", meter.facts() | (notes or {}))
         return
+    if Progress is None:
+        meter = Meter(_every(PLAIN_INTERVAL, _say))
+        yield meter
+    else:
+        with _bar() as meter:
+            yield meter
+    facts = meter.facts()
+    extra = "".join(f"; {value} {name}" for name, value in (notes or {}).items() if value)
+    print(f"{facts['prompts']:,} prompts in {facts['seconds']:.1f} s: {_rates(facts)}{extra}", file=sys.stderr)
+
+
+@contextmanager
+def _bar():
     columns = (
         TextColumn("prompts"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[rates]}"),
         TimeRemainingColumn(),
     )  # fmt: skip
     with Progress(*columns, console=Console(stderr=True)) as bar:
         task = bar.add_task("prompts", total=None, rates="")
-        meter = Meter(
+        yield Meter(
             lambda meter: bar.update(task, completed=meter.prompts, total=meter.total, rates=_rates(meter.facts()))
         )
-        yield meter
-    facts = meter.facts()
-    extra = "".join(f"; {value} {name}" for name, value in (notes or {}).items() if value)
-    print(f"{facts['prompts']:,} prompts in {facts['seconds']:.1f} s: {_rates(facts)}{extra}", file=sys.stderr)
+
+
+def _every(seconds, report):
+    """Calls ``report`` with the meter at most so often, and when all prompts are done."""
+    said = [0.0]
+
+    def show(meter):
+        if time.monotonic() - said[0] >= seconds or meter.prompts == meter.total:
+            said[0] = time.monotonic()
+            report(meter)
+
+    return show
+
+
+def _say(meter):
+    print(f"{meter.prompts:,} of {meter.total:,} prompts: {_rates(meter.facts())}", file=sys.stderr, flush=True)
 
 
 def _rates(facts) -> str:
-    memory = facts["memory_bytes"] / 2**20
-    return f"{facts['prompts_per_s']:,.1f} prompts/s, {facts['tokens_per_s']:,.0f} tokens/s, {memory:,.0f} MiB"
+    rates = f"{facts['prompts_per_s']:,.1f} prompts/s, {facts['tokens_per_s']:,.0f} tokens/s"
+    memory = facts["memory_bytes"]
+    return rates if memory is None else f"{rates}, {memory / 2**20:,.0f} MiB"
 
 
 def _log(event, facts):

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-from rich.table import Table
-
 from cna_kernels.checks import InputError
 
 from ..prompts.files import PromptSet, read_prompts
 from .arguments import check_column, column_of, load_circuit, load_model, multipliers_of
-from .console import cell, print_json, stdout
+from .console import Table, cell, print_json, stdout
 
 
 def run_run(args):

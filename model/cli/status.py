@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-from rich.table import Table
-
 from ..discovery.run_directory import RunDirectory
-from .console import cell, print_json, stdout
+from .console import Table, cell, print_json, stdout
 
 
 def run_status(args):

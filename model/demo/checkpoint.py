@@ -1,10 +1,13 @@
-"""Where the bundled checkpoints lie."""
+"""Where the bundled checkpoints lie: in a checkout beside this file, else in the distribution cna-kernels-demo."""
 
 from __future__ import annotations
 
+from importlib.util import find_spec
 from pathlib import Path
 
 from cna_kernels.checks import InputError
+
+from ..packages import missing
 
 NAMES = ("instruct", "base")
 
@@ -13,4 +16,9 @@ def demo_checkpoint(name: str = "instruct") -> Path:
     """Return the directory of the bundled ``instruct`` or ``base`` checkpoint."""
     if name not in NAMES:
         raise InputError("demo checkpoint", f"expected one of {', '.join(NAMES)}, got {name!r}")
-    return Path(__file__).parent / "checkpoints" / name
+    here = Path(__file__).parent / "checkpoints" / name
+    if here.is_dir():
+        return here
+    if reason := missing("cna-kernels-demo"):
+        raise InputError("cna-kernels-demo", f"{reason}, or, in a checkout, pip install ./model/demo/checkpoints")
+    return Path(find_spec("cna_kernels_demo").origin).parent / name

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-
-from rich.console import Console
-from rich.table import Table
+from typing import TYPE_CHECKING
 
 from ..evaluation import report as evaluation_report
+
+if TYPE_CHECKING:
+    from rich.console import Console
+    from rich.table import Table
 
 TRAINING = (
     "The two models were trained for this project, from random weights, with seed 0 (`make train-demo`). The base "
@@ -53,6 +55,8 @@ def _percentages(row):
 
 def print_report(report, console: Console):
     """Print the main table and the before/after answers."""
+    from rich.table import Table
+
     table = Table(*COLUMNS, title=_title(report), title_justify="left")
     for row in table_rows(report):
         table.add_row(*row)
@@ -68,6 +72,8 @@ def print_report(report, console: Console):
 
 def _rivals(report) -> Table:
     """The circuit beside controls and competitors at m = 0, with intervals."""
+    from rich.table import Table
+
     evaluation = report["evaluation"]
     rows = evaluation_report.table_rows(evaluation, evaluation_report.brief(evaluation))
     table = Table(*next(rows), title="the same held-out prompts, 95% intervals", title_justify="left")

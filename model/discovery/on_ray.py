@@ -14,6 +14,7 @@ import torch
 
 from cna_kernels.checks import InputError, one_line
 
+from ..packages import require
 from ..prompts.corpus import Corpus
 from .job import Job, Progress, says_what_is_kept
 from .parts import write_part
@@ -112,10 +113,9 @@ def connected(address: str, n_cpus: int | None) -> Iterator[Any]:
         # others out; Ray reads the token when it is imported.
         os.environ.setdefault("RAY_AUTH_MODE", "token")
         os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
-    try:
-        import ray
-    except ImportError:
-        raise InputError("--ray", 'needs the package ray: pip install "cna-kernels[ray]"') from None
+    require("ray")
+    import ray
+
     options: dict[str, Any] = {}
     if address == "local":
         offered = None if n_cpus is None else max(n_cpus, os.cpu_count() or 1)

@@ -101,7 +101,7 @@ class HiddenStates:
         if self._file is None:
             return self._memory[None, start : start + n_tokens]
         x = torch.empty(1, n_tokens, self._hidden_size, dtype=self._dtype)
-        self._transfer(os.preadv, x, start)
+        self._transfer(self._file.readinto, x, start)
         return x
 
     def write(self, start: int, x: Tensor):
@@ -109,14 +109,15 @@ class HiddenStates:
         if self._file is None:
             self._memory[start : start + x.shape[1]] = x[0]
         else:
-            self._transfer(os.pwritev, x, start)
+            self._transfer(self._file.write, x, start)
 
-    def _transfer(self, call, x, start):
+    def _transfer(self, move, x, start):
         """Read or write all of ``x``; one call moves at most 2 GiB."""
         memory, place, done = x.view(torch.uint8).view(-1).numpy(), start * self._row, 0
         try:
+            self._file.seek(place)
             while done < len(memory):
-                moved = call(self._file.fileno(), [memory[done:]], place + done)
+                moved = move(memory[done:])
                 if moved == 0:
                     raise OSError(errno.EIO, "the file has become shorter")
                 done += moved

@@ -8,6 +8,8 @@ from pathlib import Path
 
 from cna_kernels.files import write_text
 
+from ..packages import require
+
 NOTES = (
     "Intervals are 95%: Wilson for shares, 1.96 standard errors for means. They say what other prompts of the same "
     "kind would give, not what another model would.",
@@ -189,6 +191,7 @@ def _alternatives(results) -> Iterator[list[str]]:
 
 def draw(results: dict, out) -> list[str]:
     """Write the pictures that the results allow; return their names."""
+    require("matplotlib")
     os.environ.setdefault("MPLBACKEND", "Agg")
     import matplotlib
 

@@ -9,11 +9,9 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-import selectors
 import subprocess
 import sys
 import threading
-import time
 import weakref
 from pathlib import Path
 
@@ -85,20 +83,19 @@ class ChatTemplate:
         return answer
 
     def _transfer(self, request: bytes) -> bytes:
-        with contextlib.suppress(BrokenPipeError):  # the read below finds the end of its output
+        with contextlib.suppress(OSError):  # a child that has ended: the read below finds the end of its output
             self._child.stdin.write(request)
             self._child.stdin.flush()
-        line, deadline = b"", time.monotonic() + _SECONDS
-        with selectors.DefaultSelector() as selector:
-            selector.register(self._child.stdout, selectors.EVENT_READ)
-            while not line.endswith(b"\n"):
-                if not selector.select(max(0.0, deadline - time.monotonic())):
-                    raise InputError(self.where, f"chat template: rendering took longer than {_SECONDS:g} s")
-                piece = self._child.stdout.read1(1 << 20)
-                if not piece:
-                    raise InputError(self.where, "chat template: rendering used too much memory or crashed")
-                line += piece
-        return line
+        lines: list[bytes] = []
+        output = self._child.stdout
+        reader = threading.Thread(target=lambda: lines.append(output.readline()), daemon=True)
+        reader.start()  # not every system can wait for a pipe with a limit; every one can for a thread
+        reader.join(_SECONDS)
+        if reader.is_alive():
+            raise InputError(self.where, f"chat template: rendering took longer than {_SECONDS:g} s")
+        if not lines[0].endswith(b"\n"):
+            raise InputError(self.where, "chat template: rendering used too much memory or crashed")
+        return lines[0]
 
 
 def _end(child, owner):

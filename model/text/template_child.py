@@ -3,6 +3,7 @@
 First line in: path, template, variables, max_output. Every further line: conversations. Each is answered by one line.
 """
 
+import contextlib
 import json
 import os
 import sys
@@ -81,11 +82,11 @@ def answer(message):
 
 
 def limit_memory():
-    try:
+    # Windows has no such limit, macOS may refuse one; the parent's limit of time still holds.
+    with contextlib.suppress(ImportError, ValueError, OSError):
         import resource
-    except ImportError:  # not a POSIX system; the parent's time limit still holds
-        return
-    resource.setrlimit(resource.RLIMIT_AS, (MEMORY, MEMORY))
+
+        resource.setrlimit(resource.RLIMIT_AS, (MEMORY, MEMORY))
 
 
 def die_with_parent():

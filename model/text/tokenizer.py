@@ -9,6 +9,7 @@ from cna_kernels.checks import InputError
 from cna_kernels.fields import Fields, is_whole, short
 from cna_kernels.files import parse_json, read_json, read_text, sha256
 
+from ..packages import require
 from .chat_template import ChatTemplate, find_chat_template
 
 _PROBE = "A probe: 1 + 2 = 3, naïve."
@@ -25,6 +26,7 @@ class Tokenizer:
     """
 
     def __init__(self, directory, vocab_size: int):
+        require("tokenizers", "jinja2")
         path = Path(directory) / "tokenizer.json"
         content = read_text(path, limit=256 << 20)
         self._path, self._vocab_size = path, vocab_size

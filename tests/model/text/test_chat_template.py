@@ -95,15 +95,15 @@ def test_an_interrupted_answer_is_not_taken_for_the_next(directory, monkeypatch)
     set_field(directory, chat_template="{{ messages[0]['content'] }}")
     template = Tokenizer(directory, TEXT_VOCABULARY).template
     assert template.render([[{"content": "first"}]]) == ["first"]
-    select = chat_template.selectors.DefaultSelector.select
+    join = chat_template.threading.Thread.join
 
     def interrupt(*_):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(chat_template.selectors.DefaultSelector, "select", interrupt)
+    monkeypatch.setattr(chat_template.threading.Thread, "join", interrupt)
     with pytest.raises(KeyboardInterrupt):
         template.render([[{"content": "slow"}]])
-    monkeypatch.setattr(chat_template.selectors.DefaultSelector, "select", select)
+    monkeypatch.setattr(chat_template.threading.Thread, "join", join)
     assert template.render([[{"content": "second"}]]) == ["second"]
 
 
