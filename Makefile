@@ -77,7 +77,7 @@ sanitize: .venv/.installed-test
 
 # TRITONS: the versions to compile with. The one in .venv is "installed"; any other is unpacked into build/ from its wheel.
 TRITONS ?= installed 3.6.0
-GATE = $(BIN)/python bench/compile_gate.py --out build/compile-gate $(GATE_FLAGS)
+GATE = $(BIN)/python bench/gate/compile_gate.py --out build/compile-gate $(GATE_FLAGS)
 
 compile-gate: .venv/.installed-test
 	set -e; for version in $(TRITONS); do \
@@ -96,31 +96,31 @@ GPU_FLAGS = --commit '$(COMMIT)' $(if $(DRY),--dry) $(if $(LIST),--list) $(if $(
 
 # The machine with the GPU has torch, and nothing is installed there. A dry run is one on a machine that may not have it.
 gpu gpu-tune: $(if $(DRY)$(LIST),.venv/.installed-test)
-	$(if $(DRY)$(LIST),$(BIN)/python,$(PYTHON)) bench/gpu.py --window $(if $(filter gpu-tune,$@),tune,$(WINDOW)) --out $(OUT) $(GPU_FLAGS)
+	$(if $(DRY)$(LIST),$(BIN)/python,$(PYTHON)) bench/gpu/gpu.py --window $(if $(filter gpu-tune,$@),tune,$(WINDOW)) --out $(OUT) $(GPU_FLAGS)
 
 gpu-record:
-	$(PYTHON) bench/gpu.py --record $(OUT)
+	$(PYTHON) bench/gpu/gpu.py --record $(OUT)
 
 # The CPU benches run again with both sides held to AVX-512 without bf16 products, where the CPU has more than that.
 BENCH = $(BIN)/python -m pytest -s --benchmark-enable --benchmark-columns=min,median,iqr,rounds
 NO_BF16 = CNA_CPU_ISA=avx512 ONEDNN_MAX_CPU_ISA=AVX512_CORE CNA_BENCH_SETTING="AVX-512 without bf16 products"
 
 bench: .venv/.installed-test
-	$(BENCH) bench $(addprefix --ignore=bench/bench_,attribution.py evaluation.py embedding.py host.py)
+	$(BENCH) bench $(addprefix --ignore=bench/,cpu/bench_host.py $(addprefix model/bench_,attribution.py evaluation.py embedding.py))
 	@if $(BIN)/python -c 'from cna_kernels.cpu import library; exit("avx512_bf16" not in library.levels())'; then \
-	  $(NO_BF16) $(BENCH) bench/bench_cpu.py bench/bench_cpu_model.py; fi
+	  $(NO_BF16) $(BENCH) bench/cpu/bench_cpu.py bench/model/bench_cpu_model.py; fi
 
 bench-attribution: .venv/.installed-test
-	$(BENCH) bench/bench_attribution.py
+	$(BENCH) bench/model/bench_attribution.py
 
 bench-eval: .venv/.installed-test
-	$(BENCH) bench/bench_evaluation.py
+	$(BENCH) bench/model/bench_evaluation.py
 
 bench-embedding: .venv/.installed-test
-	$(BENCH) bench/bench_embedding.py
+	$(BENCH) bench/model/bench_embedding.py
 
 bench-host: .venv/.installed-test
-	$(BENCH) bench/bench_host.py
+	$(BENCH) bench/cpu/bench_host.py
 
 train-demo: .venv/.installed
 	$(BIN)/python -m cna_kernels.model.demo.train --out demo-checkpoints

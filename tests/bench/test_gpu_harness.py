@@ -34,7 +34,7 @@ def names(stages):
 
 def test_the_parent_needs_nothing_installed(tmp_path):
     """The machine with the GPU has no package of this project, and the parent imports no torch."""
-    listing = [sys.executable, "-S", "-s", ROOT / "bench" / "gpu.py", "--help"]
+    listing = [sys.executable, "-S", "-s", ROOT / "bench" / "gpu" / "gpu.py", "--help"]
     found = subprocess.run(listing, capture_output=True, text=True, env={}, cwd=tmp_path)
     assert found.returncode == 0 and "--record" in found.stdout, found.stderr
 
@@ -152,7 +152,7 @@ def test_the_sweep_is_of_what_loses_most():
 
 def test_the_clock_starts_with_the_process():
     code = "import time; time.sleep(0.5); import gpu_environment as e; print(time.time() - e.process_start())"
-    took = float(subprocess.check_output([sys.executable, "-c", code], cwd=ROOT / "bench", text=True))
+    took = float(subprocess.check_output([sys.executable, "-c", code], cwd=ROOT / "bench" / "gpu", text=True))
     assert 0.5 <= took < 30
 
 
@@ -376,7 +376,7 @@ def test_windows_merge_by_row(tmp_path):
 
 PLANTED = """
 import os, signal, sys, time
-sys.path.insert(0, {bench!r})
+sys.path[:0] = {sources!r}
 import gpu_device, gpu_worker
 from cna_kernels import plans
 
@@ -397,7 +397,7 @@ def planted(tmp_path_factory):
     """A dry run in which one candidate raises and one takes its worker with it, each at several T."""
     directory = tmp_path_factory.mktemp("planted")
     script = directory / "worker.py"
-    script.write_text(PLANTED.format(bench=str(ROOT / "bench")))
+    script.write_text(PLANTED.format(sources=gpu_environment.SOURCES))
     only = "decode/Llama-3.1-8B/1|candidate/gated_mlp/(flat|blas)/Llama-3.1-8B/(1|8)$|candidate/down_proj/tma/|none"
     arguments = ["--window", "1", "--dry", "--only", only, "--out", str(directory / "out"), "--models", "8B"]
     with pytest.MonkeyPatch.context() as patch:

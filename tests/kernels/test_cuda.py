@@ -1,6 +1,6 @@
 """What only a GPU shows: dependent launches that overlap, and captured graphs. Skipped without one.
 
-The bodies are in ``bench/gpu_checks.py``. Without a GPU their logic runs all the same, on stand-ins, and on planted
+The bodies are in ``bench/gpu/gpu_checks.py``. Without a GPU their logic runs all the same, on stand-ins, and on planted
 faults that they must find.
 """
 

@@ -1,7 +1,7 @@
 """Every Triton kernel against the definition: on the GPU where there is one, else in Triton's interpreter.
 
 The interpreter runs the same source with numpy, in order, one program after the other. It finds wrong formulas, masks,
-offsets and strides, not races or what a compiler does; ``bench/compile_gate.py`` reads the machine code.
+offsets and strides, not races or what a compiler does; ``bench/gate/compile_gate.py`` reads the machine code.
 """
 
 import dataclasses

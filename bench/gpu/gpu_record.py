@@ -1,4 +1,4 @@
-"""Results of ``bench/gpu.py`` as a file to commit: one for each device, with the rows of all its runs.
+"""Results of ``bench/gpu/gpu.py`` as a file to commit: one for each device, with the rows of all its runs.
 
 A row is replaced by a later one of the same name, model, tokens and sides, or by what its job gave later, and names the
 run that it is from, so that the two windows, and later ones, lie in one file.
@@ -14,7 +14,7 @@ from pathlib import Path
 
 from gpu_report import markdown, replace
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 RESULTS = ROOT / "bench" / "results"
 KEY = ("row", "model", "T", "ours", "theirs", "op", "kernel")
 

@@ -1,6 +1,6 @@
 """How large a circuit of 0.1% is as a LoRA adapter, by arithmetic: the table of docs/serving.md.
 
-python bench/serving.py
+python bench/model/serving.py
 """
 
 from cna_kernels.select import k_from_fraction

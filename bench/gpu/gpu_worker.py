@@ -1,10 +1,10 @@
-"""A process of ``bench/gpu.py`` that measures: jobs from standard input one by one, rows to standard output.
+"""A process of ``bench/gpu/gpu.py`` that measures: jobs from standard input one by one, rows to standard output.
 
 The first line it reads is an order, ``{"mode": ..., "once": ..., "ceilings": ...}``; every line after that names a job.
 It answers with lines of JSON: ``ready`` once, then rows, and ``done`` after each job.
 
-    python bench/gpu_worker.py --every-plan defaults|candidates     small shapes, for compute-sanitizer
-    python bench/gpu_worker.py --profile                            the kernels that ncu looks at
+    python bench/gpu/gpu_worker.py --every-plan defaults|candidates     small shapes, for compute-sanitizer
+    python bench/gpu/gpu_worker.py --profile                            the kernels that ncu looks at
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The device of ``bench/gpu.py``: its random data, its plans, its ceilings, and the least work that a row must do."""
+"""The device of ``gpu.py``: its random data, its plans, its ceilings, and the least work that a row must do."""
 
 from __future__ import annotations
 

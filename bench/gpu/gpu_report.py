@@ -1,4 +1,4 @@
-"""What ``bench/gpu.py`` writes: rows with their targets, as JSON and Markdown, on disk at all times."""
+"""What ``bench/gpu/gpu.py`` writes: rows with their targets, as JSON and Markdown, on disk at all times."""
 
 from __future__ import annotations
 

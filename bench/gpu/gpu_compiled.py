@@ -1,4 +1,4 @@
-"""torch.compile as a rival of ``bench/gpu.py``: slow to compile, so after all that is ours alone, and with a limit."""
+"""torch.compile as a rival of ``gpu.py``: slow to compile, so after all that is ours alone, and with a limit."""
 
 from __future__ import annotations
 

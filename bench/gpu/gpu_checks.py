@@ -1,4 +1,4 @@
-"""What only a device can show, as functions that ``tests/kernels/test_cuda.py`` and ``bench/gpu.py`` share.
+"""What only a device can show, as functions that ``tests/kernels/test_cuda.py`` and ``bench/gpu/gpu.py`` share.
 
 ``dependent_stress``: the second kernel of a pair is launched before the first has ended, and waits for it
 (programmatic dependent launch). With PyTorch's NaN fill of new memory, as in the other tests, a kernel can lie between

@@ -1,7 +1,7 @@
 """How the cost of attribution grows: the tables of docs/scale.md.
 
-    python bench/scale.py            measured on this machine, then calculated for larger ones
-    python bench/scale.py --quick    a tenth of the prompts
+    python bench/model/scale.py            measured on this machine, then calculated for larger ones
+    python bench/model/scale.py --quick    a tenth of the prompts
 
 Times of one machine are for proportions: every row names what it is divided by.
 """
@@ -23,6 +23,7 @@ from typing import NamedTuple
 
 import torch
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from shapes import MODELS
 
 UNIT = 65536  # prompts of a unit when layers are streamed: UNIT_PROMPTS * STREAMED_UNITS of corpus.py

@@ -1,12 +1,12 @@
 """The kernels on one GPU: tests and benchmark rows in windows of a few minutes, most valuable first.
 
-    python bench/gpu.py --window 1 --out DIR       default plans, a steered model, rivals, candidates: 330 s
-    python bench/gpu.py --window 2 --out DIR       sweep of what loses, hardware counters, 70B, memory checks: 360 s
-    python bench/gpu.py --window 3 --out DIR       other numbers of tokens, Inductor, races: 300 s
-    python bench/gpu.py --window tune --out DIR    all launch tables
-    python bench/gpu.py --window 1 --list          every job in its order, with an estimate of its seconds
-    python bench/gpu.py --window 1 --out DIR --dry the same jobs on a CPU: tiny shapes, Triton interpreted
-    python bench/gpu.py --record DIR               merge DIR/gpu.json into bench/results/gpu-<device>.json
+    python bench/gpu/gpu.py --window 1 --out DIR       default plans, a steered model, rivals, candidates: 330 s
+    python bench/gpu/gpu.py --window 2 --out DIR       sweep of what loses, hardware counters, 70B, memory checks: 360 s
+    python bench/gpu/gpu.py --window 3 --out DIR       other numbers of tokens, Inductor, races: 300 s
+    python bench/gpu/gpu.py --window tune --out DIR    all launch tables
+    python bench/gpu/gpu.py --window 1 --list          every job in its order, with an estimate of its seconds
+    python bench/gpu/gpu.py --window 1 --out DIR --dry the same jobs on a CPU: tiny shapes, Triton interpreted
+    python bench/gpu/gpu.py --record DIR               merge DIR/gpu.json into bench/results/gpu-<device>.json
 
 Nothing is installed or built: the package is linked together for PYTHONPATH. DIR/gpu.{json,md,log} are written again
 after every row. This process measures nothing and imports no torch: ``gpu_run`` starts workers, and a kernel that
@@ -22,6 +22,7 @@ import tempfile
 import time
 from pathlib import Path
 
+sys.path.insert(1, str(Path(__file__).resolve().parents[1]))  # shapes.py
 import gpu_environment
 import gpu_jobs
 import gpu_record

@@ -1,4 +1,4 @@
-"""What ``bench/gpu.py`` runs: the jobs of each window in their order, each with an estimate of its seconds.
+"""What ``bench/gpu/gpu.py`` runs: the jobs of each window in their order, each with an estimate of its seconds.
 
 A job is ``kind/model/T``; ``gpu_worker`` has a function for each kind. A stage is a list of jobs one after the other,
 or, where it has ``seconds``, a time in which tests run side by side with the jobs to come, each of these once and

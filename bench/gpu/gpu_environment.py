@@ -1,4 +1,4 @@
-"""The machine that ``bench/gpu.py`` runs on: when this process began, how to import the package, where tools are."""
+"""The machine that ``gpu.py`` runs on: when this process began, how to import the package, where tools are."""
 
 from __future__ import annotations
 
@@ -10,7 +10,8 @@ import subprocess
 import time
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
+SOURCES = [str(ROOT / name) for name in ("bench/gpu", "bench", "tests")]  # folders of modules in no package
 
 
 def process_start() -> float:
@@ -40,7 +41,7 @@ def link_package(directory: Path) -> Path:
 
 def prepare(links: Path, dry: bool):
     """The environment of every process that is started from here, before any of them imports anything."""
-    paths = [str(links), str(ROOT / "bench"), str(ROOT / "tests"), os.environ.get("PYTHONPATH", "")]
+    paths = [str(links), *SOURCES, os.environ.get("PYTHONPATH", "")]
     os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, paths))
     os.environ["PYTHONUNBUFFERED"] = "1"
     if dry:

@@ -1,4 +1,4 @@
-"""Timing for ``bench/gpu.py``: CUDA graphs replayed in turn, and ratios from pairs.
+"""Timing for ``bench/gpu/gpu.py``: CUDA graphs replayed in turn, and ratios from pairs.
 
 Every competitor is captured in a CUDA graph that goes through all weight sets once; the graphs are replayed in turn,
 A B A B, between CUDA events. Ratios are ours over theirs: below 1 is faster.

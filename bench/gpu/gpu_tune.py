@@ -1,4 +1,4 @@
-"""Launch tables for the sweeps of ``bench/gpu.py``: what to change in each, and one job that tries it."""
+"""Launch tables for the sweeps of ``bench/gpu/gpu.py``: what to change in each, and one job that tries it."""
 
 from __future__ import annotations
 

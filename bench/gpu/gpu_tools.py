@@ -1,4 +1,4 @@
-"""The tools of CUDA that ``bench/gpu.py`` runs: ncu for hardware counters, compute-sanitizer for faults."""
+"""The tools of CUDA that ``bench/gpu/gpu.py`` runs: ncu for hardware counters, compute-sanitizer for faults."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import sys
 from gpu_environment import ROOT, find_tool, first_line, tool_folders
 from gpu_run import run_command
 
-SCRIPT = [sys.executable, str(ROOT / "bench" / "gpu_worker.py")]
+SCRIPT = [sys.executable, str(ROOT / "bench" / "gpu" / "gpu_worker.py")]
 TOOLS = ("ncu", "compute-sanitizer", "nvcc", "cuobjdump")
 
 METRICS = {  # of ncu: what a row says of it

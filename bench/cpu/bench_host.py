@@ -82,8 +82,9 @@ def test_launches_of_the_triton_backend(benchmark, host, tmp_path):
     subprocess.run(build, check=True)
     (tmp_path / "libcuda.so").symlink_to(library_path)
     environment = dict(
-        os.environ, TRITON_LIBCUDA_PATH=str(tmp_path), LD_LIBRARY_PATH=str(tmp_path), TRITON_INTERPRET="0"
-    )
+        os.environ, TRITON_LIBCUDA_PATH=str(tmp_path), LD_LIBRARY_PATH=str(tmp_path), TRITON_INTERPRET="0",
+        PYTHONPATH=os.pathsep.join([str(HERE.parent), str(HERE.parent / "gate"), os.environ.get("PYTHONPATH", "")]),
+    )  # fmt: skip
     command = [sys.executable, str(HERE / "host_triton.py")]
     done = subprocess.run(command, env=environment, cwd=HERE, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr[-2000:]

@@ -1,4 +1,4 @@
-"""The processes of ``bench/gpu.py``: workers that measure, tests, and tools, each with a limit of its own.
+"""The processes of ``bench/gpu/gpu.py``: workers that measure, tests, and tools, each with a limit of its own.
 
 A worker takes jobs one by one. What kills it, or hangs it, costs the job it was in: a new worker goes on with the next
 one, and the plan that the job was about is not tried again in this run.
@@ -22,7 +22,7 @@ from pathlib import Path
 from gpu_environment import ROOT
 from gpu_jobs import Job, chunks
 
-WORKER = [sys.executable, str(ROOT / "bench" / "gpu_worker.py")]
+WORKER = [sys.executable, str(ROOT / "bench" / "gpu" / "gpu_worker.py")]
 START_SECONDS = 90  # a cold import of torch may take 30
 RESERVE = 4  # seconds kept for ending processes and writing files
 

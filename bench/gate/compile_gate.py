@@ -1,6 +1,6 @@
 """Compile every kernel that ships, for every target, without a GPU, read the machine code, and fail on what is slow.
 
-    python bench/compile_gate.py --out DIR [--targets 80,90,100,gfx942] [--quick]
+    python bench/gate/compile_gate.py --out DIR [--targets 80,90,100,gfx942] [--quick]
 
 Writes DIR/compile_gate_triton_<version>.json and .md, and with them the times that the cost functions predict. A row
 fails on a register spill, on ptxas serialising matrix instructions (notice C75xx), on a bf16 or fp16 product on sm_90
@@ -31,6 +31,8 @@ from cna_kernels.triton.down_proj import cost as down_proj_cost
 from cna_kernels.triton.down_proj import down_proj
 from cna_kernels.triton.gate_up import cost as gate_up_cost
 from cna_kernels.triton.gate_up import gate_up
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from shapes import MODELS
 
 TARGETS = (80, 90, 100, "gfx942")
