@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from cna_kernels.checks import InputError, one_line
+from cna_kernels.checks import InputError
 
 from ..packages import require
 from ..prompts.corpus import Corpus
@@ -153,6 +153,4 @@ def _errors_of(ray):
             raise error.cause from None
         raise
     except ray.exceptions.RayActorError as error:
-        raise InputError(
-            "--ray", f"workers died {MOST_RETRIES + 1} times on one unit: {one_line(str(error))}"
-        ) from None
+        raise InputError("--ray", f"workers died too often: {error}") from None
