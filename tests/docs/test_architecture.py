@@ -115,15 +115,17 @@ def test_what_needs_no_tensors_is_light(code, absent, tmp_path):
 
 # Where the tests of a folder lie, if not in tests/ under the folder's name.
 TEST_FOLDERS = {"cna_kernels": ("ops", "attach"), "cna_kernels/triton": ("kernels",), "cna_kernels/cpu": ("csrc",)}
+TEST_FOLDERS["cna_kernels/engine"] = ("attach",)
 # Files without a test file of their name: the test file that has them all, because each shows only with the others.
 TESTED_TOGETHER = {
-    "ops/test_ops.py": "cna_kernels/: backends checks extras reference",
-    "attach/test_engine.py": "cna_kernels/: sites",
+    "ops/test_ops.py": "cna_kernels/: backends checks extras library op_checks reference scale serve",
+    "attach/test_engine.py": "cna_kernels/engine/: attach collecting decoder experts find mlps patch rows",
+    "ops/test_circuit.py": "cna_kernels/: circuit_file",
     "kernels/test_triton_plan.py": "cna_kernels/: plans; cna_kernels/triton/: cost plan",
     "kernels/test_triton.py": (
-        "cna_kernels/triton/: down_decode down_proj gate_up_decode launch mlp steer sums swiglu tiles"
+        "cna_kernels/triton/: down_decode down_proj gate_up_decode launch ops steer sums swiglu tiles"
     ),
-    "csrc/test_cpu.py": "cna_kernels/cpu/: library mlp plan",
+    "csrc/test_cpu.py": "cna_kernels/cpu/: library ops plan",
     "csrc/test_csrc.py": "cna_kernels/cpu/: __main__",
     "model/checkpoint/test_load.py": "model/checkpoint/: safetensors_file",
     "model/checkpoint/test_export.py": "model/cli/: export",
@@ -131,11 +133,13 @@ TESTED_TOGETHER = {
     "model/discovery/test_discover.py": "model/discovery/: circuits settings",
     "model/discovery/test_job.py": "model/discovery/: units; model/cli/: attribution",
     "model/discovery/test_packing.py": "model/discovery/: packed",
+    "model/discovery/test_run_directory.py": "model/discovery/: parts",
+    "packaging/test_wheel.py": "model/: packages",
     "model/evaluation/test_evaluate.py": (
         "model/evaluation/: alternatives answers baselines interventions judge likelihood plan report store"
     ),
     "model/prompts/test_prompt_files.py": "model/prompts/: files",
-    "model/cli/test_cli.py": ("model/: __main__; model/cli/: arguments console doctor parser run show"),
+    "model/cli/test_cli.py": ("model/: __main__; model/cli/: arguments console doctor parser run show status"),
     "model/cli/test_evaluation_command.py": "model/cli/: evaluation",
     "model/demo/test_demo.py": "model/cli/: demo; model/demo/: checkpoint report story world",
 }
