@@ -22,18 +22,18 @@ _HOME = {
     "Engine": "engine",
     "attach": "engine",
     "attached": "engine",
-    "InputError": "checks",
+    "InputError": "errors",
 }
 
 __all__ = ["__version__", *_HOME]
 
 
 if TYPE_CHECKING:  # what a type checker reads instead of ``__getattr__``; test_public_api.py compares the two
-    from .checks import InputError as InputError
     from .circuit import Circuit as Circuit
     from .engine import Engine as Engine
     from .engine import attach as attach
     from .engine import attached as attached
+    from .errors import InputError as InputError
     from .ops import down_proj as down_proj
     from .ops import gated_mlp as gated_mlp
     from .ops import steer_act as steer_act

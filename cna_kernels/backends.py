@@ -17,8 +17,8 @@ import torch
 import torch.nn.functional as F
 
 from . import plans, reference
-from .checks import InputError
 from .cpu import library
+from .errors import InputError
 from .extras import Extras
 
 KNOWN = ("reference", "cpu", "triton")

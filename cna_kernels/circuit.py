@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from . import circuit_file
-from .checks import InputError
+from .errors import InputError
 from .files import FilePath, write_text
 
 

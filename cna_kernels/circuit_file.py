@@ -6,7 +6,7 @@ import dataclasses
 import json
 from typing import Any
 
-from .checks import InputError
+from .errors import InputError
 from .fields import Fields, is_number, is_whole, short
 from .files import FilePath, read_json
 

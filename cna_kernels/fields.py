@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Iterable
 from typing import Any
 
-from .checks import InputError
+from .errors import InputError
 from .files import FilePath
 
 REQUIRED: Any = object()  # the default of a field that must be there; of any other, null means its default

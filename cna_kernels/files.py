@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from .checks import InputError
+from .errors import InputError
 
 FilePath = str | os.PathLike[str]
 

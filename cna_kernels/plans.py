@@ -9,7 +9,7 @@ import functools
 import os
 from typing import NamedTuple
 
-from .checks import InputError
+from .errors import InputError
 
 # Every plan of every backend by op. A plan that another backend has is passed over; an unknown one is an error.
 NAMES = {

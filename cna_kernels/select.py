@@ -15,8 +15,8 @@ import torch
 from torch import Tensor
 
 from . import __version__
-from .checks import InputError
 from .circuit import Circuit
+from .errors import InputError
 from .sums import ActivationSums
 
 POSITIVE, NEGATIVE = 0, 1  # the two columns of a contrast

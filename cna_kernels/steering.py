@@ -11,8 +11,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .checks import InputError
 from .circuit import Circuit, check_fits
+from .errors import InputError
 from .scale import NEURON_BLOCK, Scale
 
 

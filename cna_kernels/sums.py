@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .checks import check_tensor
+from .errors import check_tensor
 
 
 class NonFiniteActivation(ValueError):

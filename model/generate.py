@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from cna_kernels.checks import InputError
+from cna_kernels.errors import InputError
 
 from .discovery.collect import check_length
 from .discovery.packing import TokenPrompt

@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 
 from cna_kernels import backends
-from cna_kernels.checks import InputError
 from cna_kernels.circuit import Circuit, check_fits, check_found_in
+from cna_kernels.errors import InputError
 from cna_kernels.files import FilePath
 from cna_kernels.scale import make_scale
 from cna_kernels.steering import SteeringTable

@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 
 import torch
 
-from cna_kernels.checks import InputError
+from cna_kernels.errors import InputError
 
 DEVICES = ("cpu", "cuda", "mps", "xpu")
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from importlib.util import find_spec
 
-from cna_kernels.checks import InputError
+from cna_kernels.errors import InputError
 
 EXTRA_OF = {
     "tokenizers": "model",

@@ -19,7 +19,7 @@ import warnings
 
 from torch import nn
 
-from ..checks import InputError
+from ..errors import InputError
 from .decoder import ENGINE, decoder_forward
 from .engine import Engine
 from .find import find_decoder, find_mlp

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..checks import InputError
+from ..errors import InputError
 
 
 class Collecting:

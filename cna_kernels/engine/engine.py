@@ -11,8 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from .. import backends, select
-from ..checks import InputError, check_tensor
 from ..circuit import Circuit, check_fits, check_found_in
+from ..errors import InputError, check_tensor
 from ..files import FilePath
 from ..fingerprint import neurons_sha256, sampled_rows
 from ..select import UniversalNeurons

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .. import ops
-from ..checks import InputError
+from ..errors import InputError
 from .mlps import ForwardPass, Site, is_plain_silu
 from .patch import apply_gate, call_plain
 

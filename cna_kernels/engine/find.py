@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import nn
 
-from ..checks import InputError
+from ..errors import InputError
 from .experts import Experts
 from .mlps import Apart, Joined, Site
 

@@ -21,7 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .. import backends, ops, reference
-from ..checks import InputError
+from ..errors import InputError
 from ..scale import Scale
 from .patch import SITE, mlp_forward, replace_forward, restore_forward
 

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..checks import InputError
+from ..errors import InputError
 from ..steering import SteeringTable
 
 PHASES = ("both", "prompt", "answer")

@@ -18,8 +18,8 @@ from pathlib import Path
 import torch
 from safetensors.torch import save
 
-from cna_kernels.checks import InputError
 from cna_kernels.circuit import Circuit
+from cna_kernels.errors import InputError
 from cna_kernels.files import FilePath, make_directory, write_bytes, write_text
 from cna_kernels.steering import check_multiplier
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from cna_kernels.checks import InputError
+from cna_kernels.errors import InputError
 from cna_kernels.files import write_bytes
 from cna_kernels.fingerprint import neurons_sha256, sampled_rows
 

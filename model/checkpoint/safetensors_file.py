@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError, safe_open
 
-from cna_kernels.checks import InputError
+from cna_kernels.errors import InputError
 from cna_kernels.fields import REQUIRED, Fields, is_whole
 from cna_kernels.files import open_regular, parse_json, read_json, sha256
 

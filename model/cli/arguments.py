@@ -7,8 +7,8 @@ from pathlib import Path
 
 import torch
 
-from cna_kernels.checks import InputError
 from cna_kernels.circuit import Circuit
+from cna_kernels.errors import InputError
 from cna_kernels.steering import check_multiplier
 
 from ..demo.checkpoint import demo_checkpoint

@@ -14,8 +14,8 @@ from tempfile import TemporaryFile
 
 import torch
 
-from cna_kernels.checks import InputError, one_line
 from cna_kernels.circuit import Circuit
+from cna_kernels.errors import InputError, one_line
 from cna_kernels.files import check_writable, make_directory
 
 from ..discovery.job import Job

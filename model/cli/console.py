@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import json
 
-from cna_kernels.checks import one_line
 from cna_kernels.circuit import Circuit
+from cna_kernels.errors import one_line
 
 try:
     from rich.box import SIMPLE_HEAD

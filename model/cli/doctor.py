@@ -11,7 +11,7 @@ import torch
 
 import cna_kernels
 from cna_kernels import backends
-from cna_kernels.checks import InputError
+from cna_kernels.errors import InputError
 
 from ..demo.checkpoint import demo_checkpoint
 from ..packages import EXTRA_OF, missing

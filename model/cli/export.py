@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from cna_kernels.checks import InputError
+from cna_kernels.errors import InputError
 
 from ..checkpoint import export
 from ..language_model import load

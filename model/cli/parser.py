@@ -8,7 +8,7 @@ import sys
 from importlib import import_module
 
 import cna_kernels
-from cna_kernels.checks import InputError, one_line
+from cna_kernels.errors import InputError, one_line
 
 # Where run_COMMAND is.
 MODULES = dict(demo="demo", show="show", run="run", export="export", doctor="doctor", status="status")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from cna_kernels.checks import InputError
+from cna_kernels.errors import InputError
 
 from ..prompts.files import PromptSet, read_prompts
 from .arguments import check_column, column_of, load_circuit, load_model, multipliers_of

@@ -5,7 +5,7 @@ from __future__ import annotations
 from importlib.util import find_spec
 from pathlib import Path
 
-from cna_kernels.checks import InputError
+from cna_kernels.errors import InputError
 
 from ..packages import missing
 

@@ -14,8 +14,8 @@ from pathlib import Path
 import torch
 
 import cna_kernels
-from cna_kernels.checks import InputError
 from cna_kernels.circuit import Circuit
+from cna_kernels.errors import InputError
 from cna_kernels.files import make_directory, write_text
 
 from ..evaluation import report as evaluation_report

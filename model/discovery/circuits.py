@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from cna_kernels import select
-from cna_kernels.checks import InputError
 from cna_kernels.circuit import Circuit
+from cna_kernels.errors import InputError
 from cna_kernels.select import Selection, UniversalNeurons
 from cna_kernels.sums import ActivationSums
 

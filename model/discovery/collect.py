@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from cna_kernels.checks import InputError
+from cna_kernels.errors import InputError
 from cna_kernels.sums import ActivationSums, NonFiniteActivation
 
 from ..memory import is_out_of_memory

@@ -10,7 +10,7 @@ from collections.abc import Iterable
 import torch
 
 from cna_kernels import ActivationSums
-from cna_kernels.checks import InputError
+from cna_kernels.errors import InputError
 
 from ..checkpoint.config import DTYPES, read_config
 from ..checkpoint.load import check_entries, expected_shapes, layer_size

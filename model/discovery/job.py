@@ -12,9 +12,9 @@ from typing import TYPE_CHECKING
 import torch
 
 from cna_kernels import backends
-from cna_kernels.checks import InputError, one_line
 from cna_kernels.circuit import Circuit
 from cna_kernels.cpu import library
+from cna_kernels.errors import InputError, one_line
 from cna_kernels.select import versions
 
 from ..memory import memory_of

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from cna_kernels.checks import InputError
+from cna_kernels.errors import InputError
 
 from ..packages import require
 from ..prompts.corpus import Corpus

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 
 from torch.distributed import rendezvous
 
-from cna_kernels.checks import InputError
+from cna_kernels.errors import InputError
 
 POLL = 0.2  # seconds; a store that is waited for inside would hold back signals
 

@@ -17,7 +17,7 @@ import os
 import time
 from pathlib import Path
 
-from cna_kernels.checks import InputError
+from cna_kernels.errors import InputError
 from cna_kernels.files import make_directory, read_json, replaced, sha256
 
 from ..prompts.corpus import Corpus, Unit

@@ -6,7 +6,7 @@ from dataclasses import dataclass, fields, replace
 from typing import Any
 
 from cna_kernels import select
-from cna_kernels.checks import InputError
+from cna_kernels.errors import InputError
 
 from .units import POSITIONS
 

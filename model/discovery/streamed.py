@@ -16,7 +16,7 @@ from contextlib import nullcontext
 import torch
 from torch import Tensor
 
-from cna_kernels.checks import InputError
+from cna_kernels.errors import InputError
 from cna_kernels.sums import ActivationSums
 
 from ..checkpoint.config import DTYPES, ModelConfig

@@ -27,7 +27,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import Partial, Replicate
 from torch.distributed.tensor.parallel import PrepareModuleOutput, parallelize_module
 
-from cna_kernels.checks import InputError
+from cna_kernels.errors import InputError
 from cna_kernels.files import sha256
 from cna_kernels.sums import ActivationSums, NonFiniteActivation
 

@@ -11,7 +11,7 @@ from safetensors.torch import save
 from torch import Tensor
 
 from cna_kernels import select
-from cna_kernels.checks import InputError
+from cna_kernels.errors import InputError
 from cna_kernels.files import write_bytes
 from cna_kernels.sums import ActivationSums, slot_variance
 

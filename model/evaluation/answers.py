@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from cna_kernels.checks import InputError
+from cna_kernels.errors import InputError
 
 from ..discovery.packing import TokenPrompt
 from ..generate import generate

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from cna_kernels import select
-from cna_kernels.checks import InputError
 from cna_kernels.circuit import Circuit
+from cna_kernels.errors import InputError
 from cna_kernels.files import make_directory, write_text
 
 from ..language_model import LanguageModel

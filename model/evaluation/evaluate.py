@@ -15,8 +15,8 @@ import torch
 from torch import Tensor
 
 import cna_kernels
-from cna_kernels.checks import InputError
 from cna_kernels.circuit import Circuit
+from cna_kernels.errors import InputError
 from cna_kernels.files import FilePath, sha256, write_text
 
 from ..discovery.collect import check_length

@@ -12,7 +12,7 @@ import shlex
 import subprocess
 from collections.abc import Sequence
 
-from cna_kernels.checks import InputError
+from cna_kernels.errors import InputError
 from cna_kernels.fields import is_number, is_whole
 from cna_kernels.files import parse_json
 

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from cna_kernels.checks import InputError
+from cna_kernels.errors import InputError
 
 from ..generate import pad
 from ..language_model import LanguageModel

@@ -15,7 +15,7 @@ from lm_eval.api.registry import register_model
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 from tqdm import tqdm
 
-from cna_kernels.checks import InputError
+from cna_kernels.errors import InputError
 
 from ..cli.arguments import load_circuit
 from ..discovery.packing import TokenPrompt

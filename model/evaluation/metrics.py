@@ -13,7 +13,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from importlib.resources import files
 
-from cna_kernels.checks import InputError
+from cna_kernels.errors import InputError
 from cna_kernels.files import FilePath, read_text
 
 NGRAM = 4

@@ -18,7 +18,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from cna_kernels.checks import InputError
+from cna_kernels.errors import InputError
 from cna_kernels.files import read_text, sha256
 
 from ..language_model import LanguageModel

@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from cna_kernels.checks import InputError
 from cna_kernels.circuit import Circuit
+from cna_kernels.errors import InputError
 from cna_kernels.files import sha256
 from cna_kernels.steering import check_multiplier
 

@@ -15,7 +15,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from cna_kernels.checks import InputError
+from cna_kernels.errors import InputError
 
 from ..discovery.packing import TokenPrompt
 from ..generate import pad

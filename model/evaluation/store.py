@@ -12,7 +12,7 @@ import os
 from collections.abc import Callable
 from pathlib import Path
 
-from cna_kernels.checks import InputError
+from cna_kernels.errors import InputError
 from cna_kernels.files import make_directory, read_json, write_text
 
 from ..discovery.run_directory import first_difference

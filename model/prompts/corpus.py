@@ -9,7 +9,7 @@ import tempfile
 from collections.abc import Iterable, Iterator
 from typing import BinaryIO, NamedTuple
 
-from cna_kernels.checks import InputError
+from cna_kernels.errors import InputError
 from cna_kernels.files import Digest, open_regular, replaced, sha256
 
 from .files import BadLines, accepted, prompt_of, require_text

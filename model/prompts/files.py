@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path
 
-from cna_kernels.checks import InputError
+from cna_kernels.errors import InputError
 from cna_kernels.files import FilePath, open_stream, parse_json, read_text, sha256
 
 RECORD_FORMATS = (".jsonl", ".csv", ".json")

@@ -15,7 +15,7 @@ import threading
 import weakref
 from pathlib import Path
 
-from cna_kernels.checks import InputError
+from cna_kernels.errors import InputError
 from cna_kernels.fields import Fields, short
 from cna_kernels.files import read_json, read_text
 

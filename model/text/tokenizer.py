@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-from cna_kernels.checks import InputError
+from cna_kernels.errors import InputError
 from cna_kernels.fields import Fields, is_whole, short
 from cna_kernels.files import parse_json, read_json, read_text, sha256
 

@@ -79,7 +79,7 @@ def graph():
 
 def test_imports_go_one_way():
     imports = graph()
-    assert len(imports) > 80 and "cna_kernels.checks" in imports["cna_kernels.model.checkpoint.load"]
+    assert len(imports) > 80 and "cna_kernels.errors" in imports["cna_kernels.model.checkpoint.load"]
     try:
         TopologicalSorter(imports).prepare()
     except CycleError as error:
@@ -118,7 +118,7 @@ TEST_FOLDERS = {"cna_kernels": ("ops", "attach"), "cna_kernels/triton": ("kernel
 TEST_FOLDERS["cna_kernels/engine"] = ("attach",)
 # Files without a test file of their name: the test file that has them all, because each shows only with the others.
 TESTED_TOGETHER = {
-    "ops/test_ops.py": "cna_kernels/: backends checks extras library op_checks reference scale serve",
+    "ops/test_ops.py": "cna_kernels/: backends errors extras library op_checks reference scale serve",
     "attach/test_engine.py": "cna_kernels/engine/: attach collecting decoder experts find mlps patch rows",
     "ops/test_circuit.py": "cna_kernels/: circuit_file",
     "kernels/test_triton_plan.py": "cna_kernels/: plans; cna_kernels/triton/: cost plan",
