@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from .checks import check_tensor
+from .errors import check_tensor
 from .extras import Extras
 from .scale import NEURON_BLOCK
 
