@@ -1,0 +1,63 @@
+"""Flags that several commands take, and how a command is added. Nothing heavy is imported: --help answers at once."""
+
+from __future__ import annotations
+
+import argparse
+
+from cna_kernels.errors import one_line
+
+DTYPES = ["bfloat16", "float16", "float32"]
+MODEL_HELP = "checkpoint directory in Hugging Face layout; demo:instruct or demo:base for the bundled pair"
+
+
+class Parser(argparse.ArgumentParser):
+    """An ArgumentParser whose errors are one line."""
+
+    def error(self, message):
+        self.exit(2, f"{self.prog}: {one_line(message)}\n")
+
+
+def command(commands, name: str, summary: str, examples: str) -> argparse.ArgumentParser:
+    """Add a command."""
+    return commands.add_parser(
+        name,
+        help=summary,
+        description=summary[0].upper() + summary[1:] + ".",
+        epilog=f"examples:\n  {examples}",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+
+
+def prompt_flags(parser) -> None:
+    """How prompt files are read."""
+    parser.add_argument("--column", metavar="NAME", help="the prompt's field in .jsonl, .csv and .json files")
+    parser.add_argument("--limit", type=positive, metavar="N", help="use the first N prompts of each file")
+    parser.add_argument(
+        "--no-template", action="store_true", help="plain text instead of the checkpoint's chat template"
+    )
+
+
+BATCH_HELP = "prompts a forward pass (default: by tokens), or auto, which measures once and says what it chose"
+
+
+def model_flags(parser, *, batch_help: str = BATCH_HELP) -> None:
+    """Where and how a model runs."""
+    device_flags(parser)
+    parser.add_argument("--batch", type=batch, default=None, metavar="N", help=batch_help)
+    parser.add_argument("--json", action="store_true", help="print JSON")
+
+
+def device_flags(parser) -> None:
+    """Device and dtype."""
+    parser.add_argument("--device", metavar="D", help="cpu, cuda, cuda:1, ... (default: cuda where there is one)")
+    parser.add_argument("--dtype", choices=DTYPES, help="default: the checkpoint's own")
+
+
+def positive(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"expected a whole number above 0, got {text!r}")
+    return int(text)
+
+
+def batch(text: str) -> int | str:
+    return text if text == "auto" else positive(text)
