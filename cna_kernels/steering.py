@@ -250,6 +250,24 @@ def _edges(width: int, n_experts: int) -> np.ndarray:
     return (np.arange(n_experts)[:, None] * own + within).ravel()
 
 
+def distinct(
+    circuits: Sequence[Circuit | None], multipliers: Sequence[float]
+) -> tuple[list[Circuit], list[float], list[int]]:
+    """Return each pair of circuit and multiplier once, and which of them each row has; -1 for None."""
+    numbers: dict[tuple[int, float], int] = {}
+    kept: list[tuple[Circuit, float]] = []
+    rows = []
+    for circuit, multiplier in zip(circuits, multipliers, strict=True):
+        if circuit is None:
+            rows.append(-1)
+            continue
+        number = numbers.setdefault((id(circuit), multiplier), len(kept))
+        if number == len(kept):
+            kept.append((circuit, multiplier))
+        rows.append(number)
+    return [circuit for circuit, _ in kept], [multiplier for _, multiplier in kept], rows
+
+
 def check_multiplier(multiplier: float) -> float:
     """Return the multiplier as a float.
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
@@ -17,9 +16,7 @@ from cna_kernels import backends
 from cna_kernels.circuit import Circuit, check_fits, check_found_in
 from cna_kernels.errors import InputError
 from cna_kernels.files import FilePath
-from cna_kernels.scale import make_scale
-from cna_kernels.steering import SteeringTable
-from cna_kernels.warm_up import blank_extras, warm_up
+from cna_kernels.steering import SteeringTable, distinct
 
 from .checkpoint.config import DTYPES, read_config
 from .checkpoint.load import identity_of, load_transformer
@@ -33,6 +30,7 @@ from .generate import Sampling, generate
 from .memory import usable_device
 from .prompts.corpus import Contrast, Corpus, Entry, Names, two_sets
 from .prompts.files import PromptSet, neutral_prompts
+from .text.text_stream import TextStream
 from .text.tokenizer import Tokenizer, stop_ids
 from .transformer import Steer, Transformer
 
@@ -131,28 +129,14 @@ class LanguageModel:
             The numbers of tokens that the MLP was called with; none where nothing is compiled.
         """
         self._require_logits()
-        mlp = self.transformer.layers[0].mlp
-        w_gate_up, w_down = mlp.gate_up_proj.weight, mlp.down_proj.weight
-        n_neurons, device = w_down.shape[1], w_down.device
-        scale = make_scale([{}], n_neurons, device)
-        called = set()
-        for given in (dict(), dict(scale=scale), dict(n_columns=n_columns, squares=squares)):
-            called.update(
-                warm_up(
-                    "gated_mlp",
-                    lambda T: (w_gate_up.new_empty(T, w_gate_up.shape[1]), w_gate_up, None, w_down),
-                    functools.partial(blank_extras, n_neurons=n_neurons, device=device, **given),
-                    longest,
-                )
-            )
-        return sorted(called)
+        return self.transformer.warm_up(longest, n_columns=n_columns, squares=squares)
 
     def _require_logits(self):
         if type(self.transformer) is not Transformer:
             raise InputError("model", "a model whose layers are streamed or shared finds circuits, and nothing else")
 
     def identity(self) -> dict[str, str]:
-        """Return what tells this checkpoint from others: its name and hashes of config, headers and sampled weights."""
+        """Return what tells this checkpoint from others; see ``checkpoint.load.identity_of``."""
         if self._identity is None:
             self._identity = identity_of(self.directory, self.checkpoint, self.config)
         return dict(self._identity)
@@ -281,12 +265,8 @@ class LanguageModel:
         """
         self._require_logits()
         prompts = PromptSet.of([prompts] if isinstance(prompts, str) else prompts, "prompts")
-        sides = []
-        for name, texts in (("target", target), ("counterfactual", counterfactual)):
-            ids = [self.tokenizer.encode_answer(text)[:1] for text in ([texts] if isinstance(texts, str) else texts)]
-            if not ids or not all(ids):
-                raise InputError(name, "holds no token")
-            sides.append([first for (first,) in ids])
+        first = self.tokenizer.first_ids
+        sides = first(target, "target"), first(counterfactual, "counterfactual")
         return relevance(self.transformer, self.encode(prompts, chat=chat), *sides)
 
     @contextmanager
@@ -363,7 +343,7 @@ class LanguageModel:
         with nullcontext() if circuit is None else self._steered_rows(circuit, multiplier, len(prompts)):
             for start in range(0, len(tokens), batch):
                 chunk = tokens[start : start + batch]
-                stream = None if on_text is None else _TextStream(self.tokenizer, start, on_text)
+                stream = None if on_text is None else TextStream(self.tokenizer, start, on_text)
                 answers += generate(
                     self.transformer,
                     chunk,
@@ -404,18 +384,7 @@ class LanguageModel:
         for name, given in (("circuit", circuit), ("multiplier", multiplier)):
             if len(given) != n_rows:
                 raise InputError(name, f"expected one, or {n_rows}, one for each prompt, got {len(given)}")
-        numbers: dict[tuple[int, float], int] = {}
-        circuits, multipliers, rows = [], [], []
-        for member, strength in zip(circuit, multiplier, strict=True):
-            if member is None:
-                rows.append(-1)
-                continue
-            key = (id(member), strength)
-            if key not in numbers:
-                numbers[key] = len(circuits)
-                circuits.append(member)
-                multipliers.append(strength)
-            rows.append(numbers[key])
+        circuits, multipliers, rows = distinct(circuit, multiplier)
         return self.steered(circuits, multipliers, rows=rows)
 
     def _steer(self, n_rows: int, start: int = 0, end: int | None = None) -> Steer | None:
@@ -428,29 +397,3 @@ class LanguageModel:
         if len(rows) != n_rows:
             raise InputError("rows", f"expected {n_rows}, one for each row of the batch, got {len(rows)}")
         return Steer(table, rows[start:end])
-
-
-class _TextStream:
-    """Turns tokens of a batch into text as soon as it is whole: bytes of half a character wait for the rest."""
-
-    def __init__(self, tokenizer: Tokenizer, first_row: int, on_text: Callable[[int, str], None]):
-        self._tokenizer, self._first_row, self._on_text = tokenizer, first_row, on_text
-        self._ids: dict[int, list[int]] = {}
-        self._shown: dict[int, str] = {}
-
-    def __call__(self, row: int, token: int):
-        self._ids.setdefault(row, []).append(token)
-        text = self._tokenizer.decode(self._ids[row])
-        if not text.endswith("\ufffd"):
-            self._show(row, text)
-
-    def finish(self):
-        """Show what still waits: it will not become whole."""
-        for row, ids in self._ids.items():
-            self._show(row, self._tokenizer.decode(ids))
-
-    def _show(self, row, text):
-        new = text[len(self._shown.get(row, "")) :]
-        if new:
-            self._shown[row] = text
-            self._on_text(self._first_row + row, new)

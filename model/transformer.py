@@ -16,8 +16,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from cna_kernels import ops
+from cna_kernels.scale import make_scale
 from cna_kernels.steering import SteeringTable
 from cna_kernels.sums import ActivationSums
+from cna_kernels.warm_up import blank_extras, warm_up
 
 from .checkpoint.config import ModelConfig
 from .rope import RotaryEmbedding, rotate
@@ -220,6 +222,27 @@ class Transformer(nn.Module):
     def forward(self, input_ids: Tensor, *, tap: Tap | None = None, steer: Steer | None = None) -> Tensor:
         """Return logits ``[B, S, V]`` for whole sequences."""
         return self.logits(self.hidden(input_ids, tap=tap, steer=steer))
+
+    def warm_up(self, longest: int, *, n_columns: int = 2, squares: bool = False) -> list[int]:
+        """Compile what the MLPs launch for up to ``longest`` tokens: plain, steered, and summed into columns.
+
+        Returns the numbers of tokens that the MLP was called with; none where nothing is compiled.
+        """
+        mlp = self.layers[0].mlp
+        w_gate_up, w_down = mlp.gate_up_proj.weight, mlp.down_proj.weight
+        n_neurons, device = w_down.shape[1], w_down.device
+        scale = make_scale([{}], n_neurons, device)
+        called = set()
+        for given in (dict(), dict(scale=scale), dict(n_columns=n_columns, squares=squares)):
+            called.update(
+                warm_up(
+                    "gated_mlp",
+                    lambda T: (w_gate_up.new_empty(T, w_gate_up.shape[1]), w_gate_up, None, w_down),
+                    partial(blank_extras, n_neurons=n_neurons, device=device, **given),
+                    longest,
+                )
+            )
+        return sorted(called)
 
     def hidden(
         self,

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import platform
 import time
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -14,7 +13,6 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-import cna_kernels
 from cna_kernels.circuit import Circuit
 from cna_kernels.errors import InputError
 from cna_kernels.files import FilePath, sha256, write_text
@@ -24,6 +22,7 @@ from ..discovery.packing import TokenPrompt
 from ..language_model import LanguageModel
 from . import alternatives, baselines, directions
 from .answers import Answer, answer_all
+from .facts import environment, run_facts
 from .interventions import UNSTEERED, Interventions, Method, Setting
 from .judge import judge
 from .likelihood import divergences, perplexities, perplexity, windows_of
@@ -346,36 +345,6 @@ def _rank_curve(score: Tensor, points: int = 200) -> list[list]:
     ordered = score.flatten().sort(descending=True).values
     ranks = sorted({round(len(ordered) ** (step / (points - 1))) for step in range(points)})
     return [[rank, ordered[rank - 1].item()] for rank in ranks]
-
-
-def environment(model: LanguageModel) -> dict:
-    """Versions and machine."""
-    device = model.device
-    return {
-        "cna_kernels": cna_kernels.__version__,
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "machine": torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine(),
-        "date": time.strftime("%Y-%m-%d"),
-    }
-
-
-def run_facts(model: LanguageModel, circuit: Circuit, plan: Plan) -> dict:
-    """What an evaluation depends on: the store's manifest."""
-    feature = None
-    if plan.sae is not None:
-        row = directions.read_decoder_row(*plan.sae[:2], model.config.hidden_size)
-        feature = sha256(row.numpy().tobytes())
-    return {
-        "model": model.identity()
-        | {"tokenizer_sha256": model.tokenizer.sha256, "chat_template_sha256": model.tokenizer.template_sha256},
-        "device": model.device.type,
-        "dtype": str(model.transformer.dtype).removeprefix("torch."),
-        "circuit_sha256": sha256(circuit.to_json()),
-        "plan": plan.facts(),
-        "sae_row_sha256": feature,
-        "versions": {"cna_kernels": cna_kernels.__version__, "torch": torch.__version__},
-    }
 
 
 def evaluate(

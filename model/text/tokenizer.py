@@ -71,6 +71,13 @@ class Tokenizer:
             return [self._ids(text, special_tokens=True) for text in rendered]
         return [self._single_bos(self._ids(text, special_tokens=False)) for text in rendered]
 
+    def first_ids(self, texts: str | Sequence[str], what: str) -> list[int]:
+        """Return the first id of an answer, or of each of several. ``what`` names them in an error."""
+        ids = [self.encode_answer(text)[:1] for text in ([texts] if isinstance(texts, str) else texts)]
+        if not ids or not all(ids):
+            raise InputError(what, "holds no token")
+        return [first for (first,) in ids]
+
     def decode(self, ids: list[int]) -> str:
         """Return the text of the ids without special tokens."""
         return self._guard(self._backend.decode, ids, skip_special_tokens=True)

@@ -1,0 +1,46 @@
+"""What an evaluation depends on, and where it ran."""
+
+from __future__ import annotations
+
+import platform
+import time
+
+import torch
+
+import cna_kernels
+from cna_kernels.circuit import Circuit
+from cna_kernels.files import sha256
+
+from ..language_model import LanguageModel
+from . import directions
+from .plan import Plan
+
+
+def environment(model: LanguageModel) -> dict:
+    """Versions and machine."""
+    device = model.device
+    return {
+        "cna_kernels": cna_kernels.__version__,
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "machine": torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine(),
+        "date": time.strftime("%Y-%m-%d"),
+    }
+
+
+def run_facts(model: LanguageModel, circuit: Circuit, plan: Plan) -> dict:
+    """What an evaluation depends on: the store's manifest."""
+    feature = None
+    if plan.sae is not None:
+        row = directions.read_decoder_row(*plan.sae[:2], model.config.hidden_size)
+        feature = sha256(row.numpy().tobytes())
+    return {
+        "model": model.identity()
+        | {"tokenizer_sha256": model.tokenizer.sha256, "chat_template_sha256": model.tokenizer.template_sha256},
+        "device": model.device.type,
+        "dtype": str(model.transformer.dtype).removeprefix("torch."),
+        "circuit_sha256": sha256(circuit.to_json()),
+        "plan": plan.facts(),
+        "sae_row_sha256": feature,
+        "versions": {"cna_kernels": cna_kernels.__version__, "torch": torch.__version__},
+    }

@@ -1,0 +1,33 @@
+"""Text of answers while they grow."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from .tokenizer import Tokenizer
+
+
+class TextStream:
+    """Turns tokens of a batch into text as soon as it is whole: bytes of half a character wait for the rest."""
+
+    def __init__(self, tokenizer: Tokenizer, first_row: int, on_text: Callable[[int, str], None]):
+        self._tokenizer, self._first_row, self._on_text = tokenizer, first_row, on_text
+        self._ids: dict[int, list[int]] = {}
+        self._shown: dict[int, str] = {}
+
+    def __call__(self, row: int, token: int):
+        self._ids.setdefault(row, []).append(token)
+        text = self._tokenizer.decode(self._ids[row])
+        if not text.endswith("\ufffd"):
+            self._show(row, text)
+
+    def finish(self):
+        """Show what still waits: it will not become whole."""
+        for row, ids in self._ids.items():
+            self._show(row, self._tokenizer.decode(ids))
+
+    def _show(self, row, text):
+        new = text[len(self._shown.get(row, "")) :]
+        if new:
+            self._shown[row] = text
+            self._on_text(self._first_row + row, new)
