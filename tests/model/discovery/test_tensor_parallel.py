@@ -112,11 +112,15 @@ def run_rank(directory: Path):
 
     def infinite_on_the_last_rank(transformer, packed, past, sums, **options):
         after = whole(transformer, packed, past, sums, **options)
-        if rank == n_ranks - 1 and POISON in packed.ids:
+        if rank == n_ranks - 1 and POISON in packed.ids and sum(span.n_prompts for span in packed.spans) > tolerated:
             sums.act_sum[1, 0, 5] = torch.inf
+            found["times infinite"] = found.get("times infinite", 0) + 1
         return after
 
     collect.forward = infinite_on_the_last_rank
+    tolerated = 1
+    found["infinite in a pack"] = sums_of(llama, batch=8)
+    tolerated = 0
     found["infinite"] = message(lambda: sums_of(llama))
 
     def out_of_memory_on_the_last_rank(transformer, packed, past, sums, **options):
@@ -296,6 +300,14 @@ def test_a_non_finite_activation_names_the_prompt_on_all_ranks(ranks):
         assert found["nan"] == f"p{CULPRIT}: causes a non-finite activation in layer 0, neuron 0; nothing was selected"
         index = (len(ranks) - 1) * own + 5
         assert found["infinite"].startswith(f"p{CULPRIT}: causes a non-finite activation in layer 1, neuron {index};")
+
+
+def test_sums_that_overflow_for_a_whole_pack_are_added_in_halves_by_all_ranks(ranks, directory):
+    expected = sums_of(load_whole(directory / "llama"), batch=8)
+    for found in ranks:
+        assert_close(found["infinite in a pack"]["total"], expected["total"])
+        assert_close(found["infinite in a pack"]["count"], expected["count"])
+    assert ranks[-1]["times infinite"] >= 4, "the pack of 8, of 4, of 2, and the last test's"
 
 
 def test_what_cannot_be_shared_out_is_refused_before_anything_is_read(ranks):
