@@ -437,6 +437,7 @@ def test_torchrun(files, finished, tmp_path):
     assert done.stdout.count("top neurons") == 1, "one worker reports"
 
 
+@pytest.mark.exhaustive
 def test_tensor_parallel(files, finished, tmp_path):
     """Two ranks share the model: the neurons of one process."""
     words = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
