@@ -1,5 +1,5 @@
 # make demo   install what is needed into .venv and run the demonstration
-# make test   install, then run the everyday tests, in under three minutes of two cores
+# make test   install, then run the tests of every day
 # make test-all   the same, then run all tests: full products of parameters, whole demonstrations, kills at any time
 # make test-device-versions   the tests that need no GPU with the GPU machine's versions, in build/device-versions/
 # make wheel  the wheels in dist/: their sizes, and that they hold what they must

@@ -413,6 +413,7 @@ def rows_of(found, **wanted):
 
 
 @pytest.mark.interpreted
+@pytest.mark.exhaustive
 def test_a_candidate_that_raises_loses_only_its_rows(planted):
     _, found = planted
     assert len(rows_of(found, row="failed")) == 2  # once at each T: a shape that fails is no reason not to try another
@@ -423,6 +424,7 @@ def test_a_candidate_that_raises_loses_only_its_rows(planted):
 
 
 @pytest.mark.interpreted
+@pytest.mark.exhaustive
 def test_a_candidate_that_kills_its_worker_is_not_tried_again(planted):
     _, found = planted
     crashed = rows_of(found, row="crashed")
@@ -433,6 +435,7 @@ def test_a_candidate_that_kills_its_worker_is_not_tried_again(planted):
 
 
 @pytest.mark.interpreted
+@pytest.mark.exhaustive
 def test_a_failing_candidate_does_not_fail_the_run(planted):
     status, found = planted
     assert status == 0

@@ -21,6 +21,7 @@ def run(name):
     return done.stdout
 
 
+@pytest.mark.exhaustive
 def test_attach_transformers():
     pytest.importorskip("transformers")
     lines = run("attach_transformers.py").splitlines()

@@ -11,6 +11,8 @@ import pytest
 
 from cna_kernels import Circuit
 
+pytestmark = pytest.mark.exhaustive  # builds the wheel, compiler and all
+
 PACKAGES = ("tokenizers", "jinja2", "rich", "matplotlib", "cna_kernels_demo", "pyarrow", "lm_eval")
 NOT_EVERYWHERE = ("resource", "fcntl", "pwd", "grp", "termios")  # modules that Windows lacks
 NOT_IN_OS = "sched_getaffinity fork getuid preadv pwritev posix_fallocate posix_fadvise sysconf sysconf_names".split()
@@ -85,7 +87,7 @@ def test_what_the_wheel_requires(engine):
     assert extras["model"] == {"tokenizers>=0.22", "jinja2>=3.1", "rich>=13"}
     assert extras["plot"] == {"matplotlib>=3.8"}
     assert extras["demo"] == {"cna-kernels[model,plot]", "cna-kernels-demo==1"}
-    assert extras["all"] == {"cna-kernels[demo,eval]"}
+    assert extras["all"] == {"cna-kernels[demo,eval,ray]"}
 
 
 OPS = """

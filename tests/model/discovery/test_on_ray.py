@@ -60,6 +60,7 @@ def on(ray, files, out, run, *more):
     )
 
 
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("workers", [2, 4])  # the tests below have 1
 def test_any_number_of_workers(files, expected, ray, tmp_path, workers):
     done = on(ray, files, tmp_path / "c.json", tmp_path / "run", "--workers", workers)
@@ -68,6 +69,7 @@ def test_any_number_of_workers(files, expected, ray, tmp_path, workers):
     assert "4,000 prompts in" in done.stderr and done.stdout.count("top neurons") == 1
 
 
+@pytest.mark.exhaustive
 def test_a_run_that_one_process_began(files, expected, ray, tmp_path):
     run = tmp_path / "run"
     shutil.copytree(files / "one", run)
@@ -84,6 +86,7 @@ def test_a_run_that_one_process_began(files, expected, ray, tmp_path):
     assert last.endswith("manifest.json: dtype: belongs to another run: it has 'float32', this one 'bfloat16'")
 
 
+@pytest.mark.exhaustive
 def test_a_worker_that_is_killed_again_and_again(files, expected, tmp_path):
     """Of a local Ray. `python tests/kill_workers.py` does it to several."""
     pytest.importorskip("ray", reason="needs the package ray")
@@ -92,6 +95,7 @@ def test_a_worker_that_is_killed_again_and_again(files, expected, tmp_path):
     assert killed == 3 and hashes(tmp_path / "c.json", tmp_path / "run") == expected
 
 
+@pytest.mark.exhaustive
 @pytest.mark.parametrize(
     ("more", "message"),
     [

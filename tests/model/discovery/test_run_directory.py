@@ -408,6 +408,7 @@ sys.exit(main(sys.argv[2:]))
 """
 
 
+@pytest.mark.exhaustive
 def test_a_rank_that_dies_ends_torchrun_and_a_rerun_goes_on(files, finished, tmp_path):
     (tmp_path / "dying.py").write_text(DYING)
     words = command(files, tmp_path / "c.json", "--run-dir", tmp_path / "run")

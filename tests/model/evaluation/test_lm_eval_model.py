@@ -59,6 +59,7 @@ def test_arguments_that_do_not_exist_are_refused():
         CnaLM(demo_checkpoint("instruct"), circut="c.json")
 
 
+@pytest.mark.exhaustive
 def test_local_tasks_on_a_steered_model(tmp_path):
     directory = demo_checkpoint("instruct")
     CIRCUIT.save(tmp_path / "circuit.json")
