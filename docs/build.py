@@ -14,7 +14,7 @@ import pdoc.doc
 import pdoc.render
 
 ROOT = Path(__file__).resolve().parent.parent
-CORE = "ops reference sums select circuit steering engine backends checks"
+CORE = "ops scale reference sums select circuit steering engine backends errors"
 MODEL = "language_model prompts.files discovery.settings generate checkpoint.export"
 MODEL += " evaluation.plan evaluation.evaluate evaluation.metrics evaluation.directions"
 MODULES = ["cna_kernels", "cna_kernels.model"]
