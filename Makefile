@@ -67,7 +67,7 @@ docs: .venv/.installed-test
 lint: .venv/.installed-test
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/clang-format --dry-run --Werror csrc/*.cpp csrc/*.h csrc/*.c
+	$(BIN)/clang-format --dry-run --Werror csrc/*.cpp csrc/*.h examples/c/*.c
 
 canaries: .venv/.installed-test
 	$(BIN)/python tests/kernels/canaries.py

@@ -18,6 +18,7 @@ import cna_kernels
 from cna_kernels.cpu import library
 
 CSRC = Path(__file__).resolve().parents[2] / "csrc"
+EXAMPLES = CSRC.parent / "examples" / "c"
 COMPILERS = {"gcc": ("gcc", "g++"), "clang": ("clang", "clang++")}
 ARM = ("aarch64-linux-gnu-gcc", "aarch64-linux-gnu-g++")
 
@@ -50,7 +51,7 @@ def test_example(tmp_path, name, openmp):
     assert done.returncode == 0 and not done.stderr, done.stderr
     assert done.stdout.rstrip().endswith("passed") and ("OpenMP" in done.stdout) == bool(openmp)
     for level in ("generic", "no such level"):
-        again = run(tmp_path / "example", CSRC / "example.f32", CNA_CPU_ISA=level)
+        again = run(tmp_path / "example", EXAMPLES / "example.f32", CNA_CPU_ISA=level)
         expected = (0, "generic, ") if level == "generic" else (1, "")
         assert (again.returncode, again.stdout[: len(expected[1])]) == expected, again.stderr
 
@@ -64,10 +65,10 @@ def test_example_on_arm(tmp_path):
 
 
 def test_example_data_is_what_the_definition_gives(monkeypatch):
-    monkeypatch.syspath_prepend(CSRC)
+    monkeypatch.syspath_prepend(EXAMPLES)
     import example_data
 
-    stored = torch.frombuffer(bytearray((CSRC / "example.f32").read_bytes()), dtype=torch.float32)
+    stored = torch.frombuffer(bytearray((EXAMPLES / "example.f32").read_bytes()), dtype=torch.float32)
     torch.testing.assert_close(stored, torch.cat([array.flatten() for array in example_data.arrays()]))
 
 
@@ -104,9 +105,9 @@ def pkg_config(prefix, *arguments):
 def compile_and_run_example(directory, *flags, compiler=("cc", "-std=c99"), **environment):
     """Build example.c with these flags alone and run it; return what it prints."""
     program = directory / "program"
-    done = run(*compiler, "-Wall", "-Wextra", "-pedantic", CSRC / "example.c", "-o", program, *flags, "-lm")
+    done = run(*compiler, "-Wall", "-Wextra", "-pedantic", EXAMPLES / "example.c", "-o", program, *flags, "-lm")
     assert done.returncode == 0 and "example.c" not in done.stderr, done.stderr
-    done = run(program, CSRC / "example.f32", **environment)
+    done = run(program, EXAMPLES / "example.f32", **environment)
     assert done.returncode == 0 and done.stdout.rstrip().endswith("passed"), done.stderr
     return done.stdout
 

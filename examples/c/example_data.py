@@ -1,6 +1,6 @@
 """Writes example.f32, the arrays that example.c loads: the definition's own inputs and results, raw float32.
 
-python csrc/example_data.py
+python examples/c/example_data.py
 """
 
 from pathlib import Path
