@@ -53,9 +53,16 @@ def _uninitialised_memory_is_nan():
 
 @pytest.fixture(autouse=True)
 def _nothing_decided():
-    """What an earlier test's environment decided is forgotten; a test that changes it later calls ``plans.forget``."""
+    """What an earlier test's environment decided is forgotten; a test that changes it later calls ``plans.forget``.
+
+    ``plans.use`` writes to the environment: what it wrote is for this test alone.
+    """
+    before = os.environ.get("CNA_PLAN")
     plans.forget()
     yield
+    os.environ.pop("CNA_PLAN", None)
+    if before is not None:
+        os.environ["CNA_PLAN"] = before
     plans.forget()
 
 

@@ -180,6 +180,7 @@ def test_layers_compiled_one_by_one():
     assert counter.frame_count <= 2
 
 
+@pytest.mark.exhaustive
 def test_batches_of_many_sizes_share_a_graph():
     model = make("llama")
     engine = attach(model)

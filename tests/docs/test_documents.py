@@ -211,7 +211,7 @@ def run_block(block, names, exports):
         assert not status, f"{block.document}:{block.line}: {command}\n{printed}"
 
 
-EVERYDAY = ("README.md", "docs/embedding.md")  # the blocks of the others take minutes
+EVERYDAY = ("README.md",)  # the blocks of the others take minutes
 
 
 @pytest.mark.parametrize(
