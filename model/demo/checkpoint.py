@@ -21,4 +21,7 @@ def demo_checkpoint(name: str = "instruct") -> Path:
         return here
     if reason := missing("cna-kernels-demo"):
         raise InputError("cna-kernels-demo", f"{reason}, or, in a checkout, pip install ./model/demo/checkpoints")
-    return Path(find_spec("cna_kernels_demo").origin).parent / name
+    spec = find_spec("cna_kernels_demo")
+    if spec is None or spec.origin is None:  # a folder of that name that is no package
+        raise InputError("cna-kernels-demo", "another cna_kernels_demo hides it; see PYTHONPATH")
+    return Path(spec.origin).parent / name

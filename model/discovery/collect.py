@@ -319,7 +319,8 @@ def measure_tokens(
     sums = ActivationSums(config.num_hidden_layers, config.intermediate_size, n_columns, squares=squares, device=device)
     rates: dict[int, float] = {}
     for size in AUTO_TOKENS.get(device.type, AUTO_TOKENS["cpu"]):
-        rows, n_tokens = [], 0
+        rows: list[TokenPrompt] = []
+        n_tokens = 0
         for prompt in itertools.cycle(prompts):
             if rows and n_tokens + len(prompt.ids) > size:
                 break

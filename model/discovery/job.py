@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
@@ -102,7 +102,7 @@ class Job:
 
     def run(
         self, units: Sequence[int], *, skip_bad: bool = False, progress: Progress | None = None, done: int = 0
-    ) -> Iterator[tuple[int, Part]]:
+    ) -> Generator[tuple[int, Part], None, None]:
         """Run units of the corpus, by number, and yield each with its part.
 
         Args:
