@@ -406,7 +406,9 @@ class LanguageModel:
             if len(given) != n_rows:
                 raise InputError(name, f"expected one, or {n_rows}, one for each prompt, got {len(given)}")
         numbers: dict[tuple[int, float], int] = {}
-        circuits, multipliers, rows = [], [], []
+        circuits: list[Circuit] = []
+        multipliers: list[float] = []
+        rows: list[int] = []
         for member, strength in zip(circuit, multiplier, strict=True):
             if member is None:
                 rows.append(-1)

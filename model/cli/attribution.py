@@ -65,7 +65,7 @@ def run_discover(args):
     rank, ranks = _ranks(args)
     bad = BadLines(skip=args.skip_bad)
     with TemporaryFile() as file:
-        if rank == 0 or args.tensor_parallel:
+        if rank == 0 or ranks is None:  # None: this process is alone, or shares the layers and runs all prompts
             names = Names()
             entries = _entries(args, settings, names, bad)
             corpus = Corpus(file, entries, names, unit=args.unit, streamed=args.stream_layers)

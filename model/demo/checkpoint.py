@@ -22,6 +22,6 @@ def demo_checkpoint(name: str = "instruct") -> Path:
     if reason := missing("cna-kernels-demo"):
         raise InputError("cna-kernels-demo", f"{reason}, or, in a checkout, pip install ./model/demo/checkpoints")
     spec = find_spec("cna_kernels_demo")
-    if spec is None or spec.origin is None:  # a folder of that name that is no package
-        raise InputError("cna-kernels-demo", "another cna_kernels_demo hides it; see PYTHONPATH")
+    if spec is None or spec.origin is None:
+        raise InputError("cna-kernels-demo", "not installed: the folder cna_kernels_demo on the path is no package")
     return Path(spec.origin).parent / name

@@ -40,11 +40,11 @@ class SlotSums:
     count: float
 
     def __iadd__(self, other: SlotSums) -> SlotSums:
-        self.total += other.total
         if self.total_sq is not None:
             if other.total_sq is None:
-                raise ValueError("other: kept no squares, which the sums before it did")
+                raise ValueError("other: kept no squares, these sums have them")
             self.total_sq += other.total_sq
+        self.total += other.total
         self.count += other.count
         return self
 
