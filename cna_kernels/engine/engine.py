@@ -14,7 +14,6 @@ from torch import Tensor, nn
 from .. import backends, select
 from ..circuit import Circuit, check_fits, check_found_in
 from ..errors import InputError, check_tensor
-from ..extras import Inputs
 from ..files import FilePath
 from ..fingerprint import neurons_sha256, sampled_rows
 from ..select import UniversalNeurons
@@ -282,16 +281,12 @@ class Engine:
                 distinct.setdefault(looks(op, tensors, (), site.backend), site)
         called: set[int] = set()
         for (op, *_), site in distinct.items():
-
-            def inputs_of(n_tokens: int, site: Site = site) -> Inputs:
-                return site.example(n_tokens)[1]
-
             for columns in dict.fromkeys((0, n_columns)):
                 extras_of = functools.partial(
                     blank_extras, n_neurons=site.own_width, device=site.device(site.mlp), scale=site.scale,
                     n_columns=columns * self.n_experts[site.layer], squares=squares,
                 )  # fmt: skip
-                called.update(warm_up(op, inputs_of, extras_of, longest, site.backend))
+                called.update(warm_up(op, site.example_inputs, extras_of, longest, site.backend))
         return sorted(called)
 
     def not_fused(self) -> list[str]:

@@ -198,6 +198,9 @@ class Site:
         act = blank(self.own_width)
         return ("steer_act", (act,)) if w_down is None else ("down_proj", (act, w_down))
 
+    def example_inputs(self, n_tokens: int) -> Inputs:
+        return self.example(n_tokens)[1]
+
     def steer(self, act: Tensor) -> Tensor:
         """act ``[..., N]``, summed and scaled."""
         extras, flat = self.extras(act.shape[-1], act.device), act.flatten(0, -2)

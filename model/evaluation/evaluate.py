@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 import platform
 import time
 from collections import Counter
@@ -28,8 +27,8 @@ from .answers import Answer, answer_all
 from .interventions import UNSTEERED, Interventions, Method, Setting
 from .judge import judge
 from .likelihood import divergences, perplexities, perplexity, windows_of
-from .metrics import KINDS, kind_of, mean, ngram_quality, share
-from .multiple_choice import by_likelihood, generation_prompts, likelihood_prompts, parse_letter
+from .metrics import KINDS, accuracy, kind_of, mean, ngram_quality, share
+from .multiple_choice import by_likelihood, by_subject, generation_prompts, likelihood_prompts, parse_letter
 from .plan import Plan
 from .store import Store
 
@@ -310,13 +309,13 @@ class Evaluation:
             }
             figures.append({
                 "mmlu": {
-                    **{name: _accuracy(hits) for name, hits in right.items()},
+                    **{name: accuracy(hits) for name, hits in right.items()},
                     "no letter": share(said.count(None), len(said)),
                     "subjects": {
                         subject: {
                             "n": len(places), **{name: sum(hits[p] for p in places) for name, hits in right.items()},
                         }
-                        for subject, places in _by_subject(questions).items()
+                        for subject, places in by_subject(questions).items()
                     },
                 }
             })  # fmt: skip
@@ -336,19 +335,6 @@ class Evaluation:
             by_set.setdefault((sample["setting"], sample["set"]), []).append(score)
         for (number, name), values in by_set.items():
             rows[number][name]["judge"] = mean(values)
-
-
-def _accuracy(hits: Sequence[bool]) -> dict:
-    """A share with its interval, and its standard error."""
-    found = share(sum(hits), len(hits))
-    return found | {"stderr": math.sqrt(found["share"] * (1 - found["share"]) / found["n"])}
-
-
-def _by_subject(questions) -> dict[str, list[int]]:
-    places: dict[str, list[int]] = {}
-    for place, question in enumerate(questions):
-        places.setdefault(question.subject, []).append(place)
-    return places
 
 
 def _rank_curve(score: Tensor, points: int = 200) -> list[list]:

@@ -300,6 +300,14 @@ def by_likelihood(
     return {setting: [_most_likely(row) for row in found] for setting, found in scores.items()}
 
 
+def by_subject(questions: Sequence[Question]) -> dict[str, list[int]]:
+    """The places of each subject's questions."""
+    places: dict[str, list[int]] = {}
+    for place, question in enumerate(questions):
+        places.setdefault(question.subject, []).append(place)
+    return places
+
+
 def _most_likely(scores: Sequence[float]) -> int:
     return max(range(len(scores)), key=lambda choice: (scores[choice], -choice))
 

@@ -334,7 +334,7 @@ HALF_GIVEN = {
 
 @pytest.mark.parametrize("call", HALF_GIVEN.values(), ids=HALF_GIVEN)
 def test_half_of_an_argument_is_refused(call):
-    with pytest.raises(ValueError, match="expected together with .*, got one without the other"):
+    with pytest.raises(ValueError, match=r"expected together with .*, got one without the other"):
         call(make_case(7, 20, torch.float32))
 
 

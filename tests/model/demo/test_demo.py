@@ -55,7 +55,7 @@ def test_a_folder_of_the_name_is_not_the_bundled_checkpoints(tmp_path, monkeypat
     (tmp_path / "cna_kernels_demo").mkdir()
     monkeypatch.syspath_prepend(tmp_path)
     monkeypatch.setattr(checkpoint, "__file__", str(tmp_path / "checkpoint.py"))  # no checkout
-    with pytest.raises(InputError, match="^cna-kernels-demo: not installed: the folder cna_kernels_demo"):
+    with pytest.raises(InputError, match=r"^cna-kernels-demo: not installed: the folder cna_kernels_demo"):
         demo_checkpoint("instruct")
 
 
