@@ -20,8 +20,8 @@ _HOME = {
     "Circuit": "circuit",
     "SteeringTable": "steering",
     "Engine": "engine",
-    "attach": "engine",
-    "attached": "engine",
+    "attach": "engine.attach",
+    "attached": "engine.attach",
     "InputError": "errors",
 }
 
