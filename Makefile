@@ -4,7 +4,7 @@
 # make test-device-versions   the tests that need no GPU with the GPU machine's versions, in build/device-versions/
 # make wheel  the wheels in dist/: their sizes, and that they hold what they must
 # make docs   the API reference and the documents as HTML, in build/docs
-# make lint   ruff and clang-format
+# make lint   ruff, mypy and clang-format
 # make canaries   plant thirteen bugs in the kernels and see a test catch each
 # make sanitize   the CPU tests under ASan and UBSan, and five planted bugs that these must catch
 # make compile-gate   compile every kernel for every target without a GPU, and read the machine code: build/compile-gate/
@@ -67,6 +67,7 @@ docs: .venv/.installed-test
 lint: .venv/.installed-test
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/python -m mypy
 	$(BIN)/clang-format --dry-run --Werror csrc/*.cpp csrc/*.h examples/c/*.c
 
 canaries: .venv/.installed-test

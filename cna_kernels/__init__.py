@@ -20,8 +20,8 @@ _HOME = {
     "Circuit": "circuit",
     "SteeringTable": "steering",
     "Engine": "engine",
-    "attach": "engine",
-    "attached": "engine",
+    "attach": "engine.attach",
+    "attached": "engine.attach",
     "InputError": "errors",
 }
 
@@ -31,8 +31,8 @@ __all__ = ["__version__", *_HOME]
 if TYPE_CHECKING:  # what a type checker reads instead of ``__getattr__``; test_public_api.py compares the two
     from .circuit import Circuit as Circuit
     from .engine import Engine as Engine
-    from .engine import attach as attach
-    from .engine import attached as attached
+    from .engine.attach import attach as attach
+    from .engine.attach import attached as attached
     from .errors import InputError as InputError
     from .ops import down_proj as down_proj
     from .ops import gated_mlp as gated_mlp
@@ -50,5 +50,5 @@ else:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
-def __dir__():
+def __dir__() -> list[str]:
     return sorted(__all__)

@@ -9,17 +9,17 @@ from __future__ import annotations
 import functools
 import os
 import warnings
-from collections.abc import Callable
 from importlib import import_module
 from importlib.util import find_spec
 
 import torch
 import torch.nn.functional as F
+from torch import Tensor
 
 from . import plans, reference
 from .cpu import library
 from .errors import InputError
-from .extras import Extras
+from .extras import Extras, Inputs, Run
 
 KNOWN = ("reference", "cpu", "triton")
 
@@ -66,10 +66,10 @@ def name_for(device: torch.device | str, backend: str | None = None) -> str:
     return name
 
 
-_NAMES: dict[tuple, str] = plans.kept()
+_NAMES: dict[tuple[torch.device, str | None], str] = plans.kept()
 
 
-def _find_name(device, backend):
+def _find_name(device: torch.device, backend: str | None) -> str:
     asked_by, name = ("backend", backend) if backend else ("CNA_BACKEND", os.environ.get("CNA_BACKEND"))
     if not name:
         return _default(device)
@@ -93,24 +93,29 @@ def _default(device: torch.device) -> str:
     return "reference"
 
 
-def prepare(op: str, inputs: tuple, extras: Extras | tuple, backend: str | None = None) -> Callable:
+def prepare(op: str, inputs: Inputs, extras: Extras | tuple[()], backend: str | None = None) -> Run:
     """Return what serves calls of an op with such arguments: a function of the op's tensors and then the extras.
 
     A backend's module has such a ``prepare``, without the last argument. What it returns may depend on everything that
     ``ops`` calls the looks of a call: shapes, strides, dtypes and the device, and what is None.
     """
     name = name_for(inputs[0].device, backend)
-    return plain(op) if name == "reference" else import_module(MODULES[name]).prepare(op, inputs, extras)
+    if name == "reference":
+        return plain(op)
+    run: Run = import_module(MODULES[name]).prepare(op, inputs, extras)
+    return run
 
 
-def plain(op: str) -> Callable:
+def plain(op: str) -> Run:
     """The op in plain PyTorch, of its tensors and then the extras."""
     if op == "linear":
         return F.linear
-    function, n_extras = getattr(reference, op), len(Extras._fields)
+    n_extras = len(Extras._fields)
+    function: Run = getattr(reference, op)
 
-    def run(*tensors):
-        inputs, extras = tensors[:-n_extras], Extras(*tensors[-n_extras:])
+    def run(*tensors: Tensor | None) -> Tensor:
+        inputs: Inputs = tensors[:-n_extras]
+        extras = Extras(*tensors[-n_extras:])
         if op == "gated_mlp":
             x, w_gate, w_up, w_down = inputs
             inputs = x, w_gate if w_up is None else (w_gate, w_up), w_down

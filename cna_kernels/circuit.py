@@ -51,7 +51,7 @@ class Circuit:
     folds: dict[str, Any] | None = None
     excluded: tuple[tuple[int, int], ...] = ()
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         seen = set()
         for layer, index, _ in self.neurons:
             if not (0 <= layer < self.n_layers and 0 <= index < self.n_neurons):
@@ -116,7 +116,7 @@ class Circuit:
         except ValueError as error:  # what the constructor refuses names its field
             raise InputError(path, error) from None
 
-    def __str__(self):
+    def __str__(self) -> str:
         lines = [f"{self.k} of {self.n_layers * self.n_neurons} neurons, score {self.score or 'unknown'}"]
         lines.append("per layer: " + " ".join(str(count) for count in self.per_layer()))
         for layer, index, value in self.neurons[:10]:

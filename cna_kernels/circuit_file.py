@@ -82,7 +82,7 @@ def _from_record(fields: Fields) -> dict[str, Any]:
 # The objects inside: each a function of the object, the model's shape, and k.
 
 
-def _check_universal(fields: Fields, shape, k) -> None:
+def _check_universal(fields: Fields, shape: tuple[int, int], k: int) -> None:
     fields.integer("prompts", (0, _MOST))
     fields.text("prompts_sha256", None)
     fields.number("fraction", _SHARE)
@@ -91,14 +91,14 @@ def _check_universal(fields: Fields, shape, k) -> None:
     fields.only(("prompts", "prompts_sha256", "fraction", "threshold", "excluded"), _KIND)
 
 
-def _check_model(fields: Fields, shape, k) -> None:
+def _check_model(fields: Fields, shape: tuple[int, int], k: int) -> None:
     fields.text("name")
     for name in _HASHES:
         fields.text(name, None)
     fields.only(("name", *_HASHES), _KIND)
 
 
-def _check_prompts(fields: Fields, shape, k) -> None:
+def _check_prompts(fields: Fields, shape: tuple[int, int], k: int) -> None:
     for side in ("positive", "negative"):
         inside = fields.object(side)
         inside.integer("count", (0, _MOST))
@@ -107,7 +107,7 @@ def _check_prompts(fields: Fields, shape, k) -> None:
     fields.only(("positive", "negative"), _KIND)
 
 
-def _check_bootstrap(fields: Fields, shape, k) -> None:
+def _check_bootstrap(fields: Fields, shape: tuple[int, int], k: int) -> None:
     fields.integer("replicates", (0, _MOST))
     fields.integer("seed", (0, _MOST))
     fields.number("overlap", _SHARE)
@@ -121,14 +121,14 @@ def _check_bootstrap(fields: Fields, shape, k) -> None:
     fields.only(("replicates", "seed", "overlap", "pairwise_overlap", "frequency", "others"), _KIND)
 
 
-def _check_folds(fields: Fields, shape, k) -> None:
+def _check_folds(fields: Fields, shape: tuple[int, int], k: int) -> None:
     n = fields.integer("n", (1, _MOST))
     for name in ("overlap", "retained"):
         _numbers(fields, name, n, "one for each fold")
     fields.only(("n", "overlap", "retained"), _KIND)
 
 
-def _check_versions(fields: Fields, shape, k) -> None:
+def _check_versions(fields: Fields, shape: tuple[int, int], k: int) -> None:
     """Any."""
 
 
@@ -139,7 +139,7 @@ _OBJECTS = {
 
 
 def _pairs(fields: Fields, name: str, shape: tuple[int, int], *default: Any) -> Any:
-    def inside(pair):
+    def inside(pair: Any) -> bool:
         whole = isinstance(pair, list) and len(pair) == 2 and all(map(is_whole, pair))
         return whole and all(0 <= value < size for value, size in zip(pair, shape, strict=True))
 
@@ -152,7 +152,9 @@ def _numbers(fields: Fields, name: str, n: int, what: str) -> None:
         raise fields.error(name, f"expected {n} numbers, {what}, got {len(values)}")
 
 
-def _from_public_code(found: dict, path: FilePath, n_layers: int | None, n_neurons: int | None) -> dict[str, Any]:
+def _from_public_code(
+    found: dict[str, Any], path: FilePath, n_layers: int | None, n_neurons: int | None
+) -> dict[str, Any]:
     """``{"layer,position,index": delta, ...}``, strongest first; the position is not kept."""
     neurons = []
     for key, value in found.items():

@@ -18,10 +18,10 @@ class InputError(ValueError):
         self.where, self.what = str(where), str(what)
         super().__init__(f"{self.where}: {self.what}")
 
-    def __reduce__(self):  # so that it crosses from one process to another
+    def __reduce__(self) -> tuple[type[InputError], tuple[str, str]]:  # so that it crosses from one process to another
         return InputError, (self.where, self.what)
 
-    def __str__(self):
+    def __str__(self) -> str:
         # File contents may hold newlines, terminal escapes or megabytes; the message stays one printable line.
         return one_line(f"{self.where}: {self.what}")
 

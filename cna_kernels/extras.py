@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from collections.abc import Callable
+from typing import Any, NamedTuple, TypeAlias
 
 from torch import Tensor
 
 from .scale import Scale
+
+Inputs: TypeAlias = tuple[Any, ...]  # the tensors of an op, in its order; None where it was not given one
+Run: TypeAlias = Callable[..., Tensor]  # what serves a call: a function of the op's tensors, then the extras
 
 
 class Extras(NamedTuple):
@@ -20,8 +24,11 @@ class Extras(NamedTuple):
     scale_value: Tensor | None = None
     row_circuit: Tensor | None = None
 
-    def keywords(self) -> dict:
+    def keywords(self) -> dict[str, Any]:
         """The keyword arguments of an op of ``reference.py``, or of a launcher."""
-        weight, act_sum, act_sumsq, *scale, row_circuit = self
-        scale = None if scale[0] is None else Scale(*scale)
+        weight, act_sum, act_sumsq, offsets, index, value, row_circuit = self
+        scale = None
+        if offsets is not None:
+            assert index is not None and value is not None, "op_checks.py has seen the three together"
+            scale = Scale(offsets, index, value)
         return dict(weight=weight, act_sum=act_sum, act_sumsq=act_sumsq, scale=scale, row_circuit=row_circuit)

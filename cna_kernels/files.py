@@ -11,7 +11,7 @@ import secrets
 import stat
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, NoReturn
 
 from .errors import InputError
 
@@ -67,17 +67,17 @@ def parse_json(text: str, where: FilePath) -> Any:
     NaN, Infinity, numbers beyond a double, repeated keys, half surrogate pairs and absurd nesting are refused.
     """
 
-    def refuse(name):
+    def refuse(name: str) -> NoReturn:
         raise InputError(where, f"holds {name}, which JSON does not have")
 
-    def finite(digits):
+    def finite(digits: str) -> float:
         value = float(digits)
         if math.isinf(value):
             raise InputError(where, f"holds {digits[:20]}, which is beyond a double")
         return value
 
-    def unique(pairs):
-        record = {}
+    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        record: dict[str, Any] = {}
         for key, value in pairs:
             if key in record:
                 raise InputError(where, f"repeats the key {key!r}")
@@ -143,7 +143,7 @@ def replaced(path: FilePath, *, keep: bool = False) -> Iterator[BinaryIO]:
             temporary.unlink()
 
 
-def _sync_directory(directory):
+def _sync_directory(directory: Path) -> None:
     """Have the name of a new file survive a loss of power, where the system lets a directory be opened for that."""
     with contextlib.suppress(OSError):
         descriptor = os.open(directory, os.O_RDONLY)
@@ -170,7 +170,7 @@ def check_writable(path: FilePath) -> None:
         raise InputError(path, "cannot be written: Permission denied")
 
 
-def _target(path) -> Path:
+def _target(path: FilePath) -> Path:
     """Where writing to ``path`` ends up, symbolic links followed; only a regular file is ever replaced."""
     name = os.fspath(path)
     if name.endswith(os.sep) or os.path.isdir(name):
@@ -195,7 +195,7 @@ class Digest:
         self._digest.update(len(part).to_bytes(8, "little"))
         self._digest.update(part)
 
-    def __str__(self):
+    def __str__(self) -> str:
         return self._digest.hexdigest()
 
 

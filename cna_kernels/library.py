@@ -6,11 +6,13 @@ cannot compile an op that may change an argument and is given None for all it ma
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
 from . import backends
-from .extras import Extras
+from .extras import Extras, Inputs, Run
 from .op_checks import check
 from .serve import READY, as_given, count_change, is_as_stored, looks, prepare
 
@@ -18,7 +20,7 @@ _LIBRARY = torch.library.Library("cna_kernels", "DEF")
 _SUMS = "Tensor weight, Tensor(a!)? act_sum, Tensor(b!)? act_sumsq"
 _STEER = "Tensor? scale_offsets, Tensor? scale_index, Tensor? scale_value, Tensor? row_circuit"
 # op: its own arguments, and an empty result. gated_mlp: with w_up, w_gate_up is gate's half alone.
-_OPS = {
+_OPS: dict[str, tuple[str, Run]] = {
     "gated_mlp": (
         "Tensor x, Tensor w_gate_up, Tensor? w_up, Tensor w_down",
         lambda x, w_gate_up, w_up, w_down, *_: x.new_empty(x.shape[0], w_down.shape[0]),
@@ -33,7 +35,7 @@ _OPS = {
 }
 
 
-def _define(name, arguments, fake, function):
+def _define(name: str, arguments: str, fake: Run, function: Run) -> Run:
     """Define an op of torch.library, and return it.
 
     ``torch.library.custom_op`` adds what these ops do not need, in 50 us of Python for each call, which is more than a
@@ -42,16 +44,18 @@ def _define(name, arguments, fake, function):
     _LIBRARY.define(f"{name}({arguments}) -> Tensor")
     _LIBRARY.impl(name, function, "CompositeExplicitAutograd")
     torch.library.register_fake(f"cna_kernels::{name}", fake, lib=_LIBRARY)
-    return getattr(torch.ops.cna_kernels, name).default
+    defined: Run = getattr(torch.ops.cna_kernels, name).default
+    return defined
 
 
-def _implementation(op, n_inputs, with_sums):
+def _implementation(op: str, n_inputs: int, with_sums: bool) -> Run:
     """What runs an op: its own arguments, the extras, and the backend's name."""
 
-    def run(*arguments):
+    def run(*arguments: Any) -> Tensor:
         inputs, given, backend = arguments[:n_inputs], arguments[n_inputs:-1], arguments[-1]
-        extras = () if op == "linear" else Extras(*(() if with_sums else (None, None, None)), *given)
-        if with_sums:
+        sums = () if with_sums else (None, None, None)
+        extras: Extras | tuple[()] = () if op == "linear" else Extras(*sums, *given)
+        if extras and with_sums:
             count_change(extras)
         with as_given(inputs[0]):
             key = looks(op, inputs, extras, backend)
@@ -69,7 +73,8 @@ def _implementation(op, n_inputs, with_sums):
     return run
 
 
-_PLAIN_OP, _SUMS_OP = {}, {}
+_PLAIN_OP: dict[str, Run] = {}
+_SUMS_OP: dict[str, Run] = {}
 for _op, (_inputs, _fake) in _OPS.items():
     _n_inputs = _inputs.count(",") + 1
     _given = _inputs if _op == "linear" else f"{_inputs}, {_STEER}"
@@ -83,7 +88,7 @@ for _op, (_inputs, _fake) in _OPS.items():
         )
 
 
-def through(op: str, inputs: tuple, extras: Extras | tuple, backend: str | None) -> Tensor:
+def through(op: str, inputs: Inputs, extras: Extras | tuple[()], backend: str | None) -> Tensor:
     """Call an op by its entry in torch.library."""
     if not extras or extras.weight is None:
         return _PLAIN_OP[op](*inputs, *extras[3:], backend)

@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
+from torch import Tensor
 
 from .errors import check_tensor
-from .extras import Extras
+from .extras import Extras, Inputs
 from .scale import NEURON_BLOCK
 
 FLOATS = (torch.bfloat16, torch.float16, torch.float32)
 
 
-def _check_gated_mlp(x, w_gate, w_up, w_down):
+# The shape of the activations, (T, N), is what each returns.
+
+
+def _check_gated_mlp(x: Tensor, w_gate: Tensor, w_up: Tensor | None, w_down: Tensor) -> tuple[int, int]:
     check_tensor("x", x, shape=(None, None), dtype=FLOATS)
     n_rows, n_hidden = x.shape
     check_tensor("w_down", w_down, shape=(n_hidden, None), dtype=x.dtype, device=x.device)
@@ -24,31 +30,32 @@ def _check_gated_mlp(x, w_gate, w_up, w_down):
     return n_rows, n_neurons
 
 
-def _check_swiglu(gate, up):
+def _check_swiglu(gate: Tensor, up: Tensor) -> tuple[int, int]:
     check_tensor("gate", gate, shape=(None, None), dtype=FLOATS)
     check_tensor("up", up, shape=tuple(gate.shape), dtype=gate.dtype, device=gate.device)
-    return gate.shape
+    return gate.shape[0], gate.shape[1]
 
 
-def _check_down_proj(act, w_down):
+def _check_down_proj(act: Tensor, w_down: Tensor) -> tuple[int, int]:
     check_tensor("act", act, shape=(None, None), dtype=FLOATS)
     check_tensor("w_down", w_down, shape=(None, act.shape[1]), dtype=act.dtype, device=act.device)
-    return act.shape
+    return act.shape[0], act.shape[1]
 
 
-def _check_steer_act(act):
+def _check_steer_act(act: Tensor) -> tuple[int, int]:
     check_tensor("act", act, shape=(None, None), dtype=FLOATS)
-    return act.shape
+    return act.shape[0], act.shape[1]
 
 
-def _check_linear(x, w, bias):
+def _check_linear(x: Tensor, w: Tensor, bias: Tensor | None) -> tuple[int, int]:
     check_tensor("x", x, shape=(None, None), dtype=FLOATS)
     check_tensor("w", w, shape=(None, x.shape[1]), dtype=x.dtype, device=x.device)
     if bias is not None:
         check_tensor("bias", bias, shape=(w.shape[0],), dtype=x.dtype, device=x.device)
+    return x.shape[0], w.shape[0]
 
 
-_CHECKS = {
+_CHECKS: dict[str, Callable[..., tuple[int, int]]] = {
     "gated_mlp": _check_gated_mlp,
     "swiglu": _check_swiglu,
     "down_proj": _check_down_proj,
@@ -57,19 +64,17 @@ _CHECKS = {
 }
 
 
-def check(op: str, inputs: tuple, extras: Extras | tuple) -> None:
+def check(op: str, inputs: Inputs, extras: Extras | tuple[()]) -> None:
     """Raise ValueError naming the argument that is wrong."""
-    shape = _CHECKS[op](*inputs)
+    n_rows, n_neurons = _CHECKS[op](*inputs)
     if extras:
-        _check_extras(*shape, inputs[0].device, extras)
+        _check_extras(n_rows, n_neurons, inputs[0].device, extras)
 
 
-def _check_extras(n_rows, n_neurons, device, extras):
+def _check_extras(n_rows: int, n_neurons: int, device: torch.device, extras: Extras) -> None:
     weight, act_sum, act_sumsq, offsets, index, value, row_circuit = extras
     if (weight is None) != (act_sum is None and act_sumsq is None):
         raise ValueError("weight: expected together with act_sum or act_sumsq, got one without the other")
-    if (offsets is None) != (row_circuit is None):
-        raise ValueError("scale: expected together with row_circuit, got one without the other")
     if weight is not None:
         check_tensor("weight", weight, shape=(n_rows, None), dtype=torch.float32, device=device)
         for name, sums in (("act_sum", act_sum), ("act_sumsq", act_sumsq)):
@@ -77,8 +82,10 @@ def _check_extras(n_rows, n_neurons, device, extras):
                 check_tensor(name, sums, shape=(weight.shape[1], n_neurons), dtype=torch.float32, device=device)
         if act_sum is act_sumsq:
             raise ValueError("act_sumsq: expected a tensor of its own, got act_sum")
-    if offsets is None:
+    if offsets is None and row_circuit is None:
         return
+    if offsets is None or index is None or value is None or row_circuit is None:
+        raise ValueError("scale: expected together with row_circuit, got one without the other")
     edges = -(-n_neurons // NEURON_BLOCK) + 1
     check_tensor("scale.offsets", offsets, shape=(None, edges), dtype=torch.int32, device=device)
     check_tensor("scale.index", index, shape=(None,), dtype=torch.int32, device=device)

@@ -18,7 +18,7 @@ from torch.autograd import forward_ad
 from torch.utils._device import DeviceContext
 
 from . import backends, library
-from .extras import Extras
+from .extras import Extras, Inputs
 from .op_checks import FLOATS as FLOATS
 from .op_checks import check
 from .scale import Scale
@@ -154,13 +154,16 @@ def linear(x: Tensor, w: Tensor, bias: Tensor | None = None, *, backend: str | N
     return call("linear", (x, w, bias), (), backend)
 
 
-def _extras(weight, act_sum, act_sumsq, scale, row_circuit):
+def _extras(
+    weight: Tensor | None, act_sum: Tensor | None, act_sumsq: Tensor | None, scale: Scale | None,
+    row_circuit: Tensor | None,
+) -> Extras:  # fmt: skip
     if scale is None:
         return Extras(weight, act_sum, act_sumsq, row_circuit=row_circuit)
     return Extras(weight, act_sum, act_sumsq, *scale, row_circuit)
 
 
-def call(op: str, inputs: tuple, extras: Extras | tuple, backend: str | None = None) -> Tensor:
+def call(op: str, inputs: Inputs, extras: Extras | tuple[()], backend: str | None = None) -> Tensor:
     """Call an op with its tensors as torch.library takes them.
 
     Args:
@@ -195,26 +198,26 @@ def call(op: str, inputs: tuple, extras: Extras | tuple, backend: str | None = N
     return run(*inputs, *extras)
 
 
-def _observed():
+def _observed() -> bool:
     """Whether something looks at operations, or rewrites them, that calls of a kernel would be hidden from."""
     return (
         torch.compiler.is_compiling()
         or torch._C._len_torch_dispatch_stack() > 0
         or torch._C._functorch.maybe_current_level() is not None
         or torch._C._is_any_autocast_enabled()
-        or torch.autograd._profiler_enabled()
+        or torch._C._autograd._profiler_enabled()
         or torch._C._get_tracing_state() is not None
         or (torch._C._len_torch_function_stack() > 0 and _function_modes())
     )
 
 
-def _function_modes():
+def _function_modes() -> bool:
     """Whether a mode wants to see calls: any but that of ``torch.set_default_device``."""
     n_modes = torch._C._len_torch_function_stack()
     return any(type(torch._C._get_function_stack_at(i)) is not DeviceContext for i in range(n_modes))
 
 
-def _needs_grad(inputs, extras):
+def _needs_grad(inputs: Inputs, extras: Extras | tuple[()]) -> bool:
     """Whether autograd, or forward-mode AD, may look through the op: then it runs in PyTorch's own operations."""
     if forward_ad._current_level >= 0:
         return True
@@ -229,6 +232,6 @@ def _needs_grad(inputs, extras):
     return any(x is not None and x.requires_grad for x in (*inputs, extras.scale_value))
 
 
-def _refuse_backend_with_grad(backend):
+def _refuse_backend_with_grad(backend: str | None) -> None:
     if backend not in (None, "reference"):
         raise ValueError(f"backend: {backend!r} has no gradient; use 'reference' or torch.no_grad()")

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import functools
 import os
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from .errors import InputError
 
@@ -27,11 +27,11 @@ class Plan(NamedTuple):
 
 
 # What ``ops`` and the backends keep of calls they have seen. ``forget`` empties all of them.
-_KEPT: list[dict] = []
+_KEPT: list[dict[Any, Any]] = []
 times_forgotten = 0  # what was found before a change of this number is not to be kept
 
 
-def kept() -> dict:
+def kept() -> dict[Any, Any]:
     """Return a new dictionary for what follows from the shapes of a call, the plans, the backend and the device."""
     _KEPT.append({})
     return _KEPT[-1]

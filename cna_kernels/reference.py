@@ -45,7 +45,8 @@ def gate_and_up(x: Tensor, w_gate_up: Tensor | tuple[Tensor, Tensor]) -> tuple[T
     """The two halves, ``[T, N]`` each: of one product, with row stride 2N, or of two."""
     if isinstance(w_gate_up, tuple):
         return F.linear(x, w_gate_up[0]), F.linear(x, w_gate_up[1])
-    return F.linear(x, w_gate_up).chunk(2, dim=-1)
+    gate, up = F.linear(x, w_gate_up).chunk(2, dim=-1)
+    return gate, up
 
 
 def swiglu(
@@ -94,10 +95,12 @@ def steer_act(
     return act.clone() if scale is None else _scaled(act, scale, row_circuit)
 
 
-def _accumulate(act, weight, act_sum, act_sumsq):
+def _accumulate(act: Tensor, weight: Tensor | None, act_sum: Tensor | None, act_sumsq: Tensor | None) -> None:
     """Add the weighted sums of this call's tokens to act_sum and act_sumsq, both ``[C, N]``, in place."""
     if act_sum is None and act_sumsq is None:
         return
+    if weight is None:
+        raise ValueError("weight: expected together with act_sum or act_sumsq, got one without the other")
     counted = (weight != 0).any(dim=1, keepdim=True)  # [T, 1]
     act = torch.where(counted, act.detach().to(weight.dtype), 0)
     if act_sum is not None:
@@ -106,10 +109,12 @@ def _accumulate(act, weight, act_sum, act_sumsq):
         act_sumsq += weight.t() @ act.square()
 
 
-def _scaled(act, scale, row_circuit):
+def _scaled(act: Tensor, scale: Scale | None, row_circuit: Tensor | None) -> Tensor:
     """Return act with every row multiplied by its circuit's factors, ``[T, N]``."""
     if scale is None:
         return act
+    if row_circuit is None:
+        raise ValueError("scale: expected together with row_circuit, got one without the other")
     wide = torch.promote_types(act.dtype, torch.float32)
     factor = dense_scale(scale, act.shape[1]).to(wide)  # [K + 1, N], the last row is all ones
     n_circuits = factor.shape[0] - 1

@@ -28,14 +28,16 @@ class Scale(NamedTuple):
     """
 
     offsets: Tensor
-    index: Tensor
+    index: Tensor  # type: ignore[assignment]  # the field hides tuple.index
     value: Tensor
 
 
 def make_scale(circuits: Sequence[Mapping[int, float]], n_neurons: int, device: torch.device | str = "cpu") -> Scale:
     """Build the Scale of one layer from a mapping of neuron to factor for each circuit."""
     edges = range(0, n_neurons + NEURON_BLOCK, NEURON_BLOCK)
-    offsets, index, value = [], [], []
+    offsets: list[list[int]] = []
+    index: list[int] = []
+    value: list[float] = []
     for circuit in circuits:
         neurons = sorted(circuit)
         offsets.append([len(index) + bisect_left(neurons, edge) for edge in edges])

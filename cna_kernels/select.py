@@ -179,7 +179,11 @@ class Selection:
             if not (0 <= layer < self.n_layers and 0 <= index < widths[layer]):
                 raise InputError("exclude", f"({layer}, {index}) is no neuron of this model")
             self.excluded[layer, index] = True
-        self.k = k_from_fraction(fraction, 1, sum(widths)) if top_k is None else top_k  # type: ignore[arg-type]
+        if top_k is None:
+            if fraction is None:
+                raise InputError("fraction", "expected a number, or top_k")
+            top_k = k_from_fraction(fraction, 1, sum(widths))
+        self.k = top_k
         available = int((~self.excluded).sum())
         if not 1 <= self.k <= available:
             raise InputError("top_k", f"expected 1 to {available}, the neurons that may be chosen, got {self.k}")

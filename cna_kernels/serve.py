@@ -2,29 +2,30 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
 from torch.autograd.graph import increment_version
 
 from . import backends, plans
-from .extras import Extras
+from .extras import Extras, Inputs, Run
 
+Looks: TypeAlias = tuple[Any, ...]
 # What a call looks like -> what serves it: a function of the op's tensors, then the extras.
-READY: dict[tuple, Callable[..., Tensor]] = plans.kept()
+READY: dict[Looks, Run] = plans.kept()
 _MOST = 1 << 14  # kinds of calls to keep; a long run over prompts of all lengths meets many
 _KNOWN = (torch.Tensor, torch.nn.Parameter)
 
 
-def looks(op: str, inputs: tuple, extras: Extras | tuple, backend: str | None) -> tuple:
+def looks(op: str, inputs: Inputs, extras: Extras | tuple[()], backend: str | None) -> Looks:
     """All that checks, backends and plans look at: two calls that share it differ in addresses and values alone."""
     tensors = (*inputs, *extras)
     return (
         op,
         backend,
-        extras != () and extras[1] is extras[2],
+        extras[1] is extras[2] if extras else False,
         *[x if x is None else (type(x), x.shape, x.stride(), x.dtype, x.device, x.is_neg()) for x in tensors],
     )
 
@@ -34,7 +35,7 @@ def is_as_stored(x: Tensor | None) -> bool:
     return x is None or (type(x) in _KNOWN and not x.is_neg())
 
 
-def prepare(key: tuple, op: str, inputs: tuple, extras: Extras | tuple, backend: str | None) -> Callable[..., Tensor]:
+def prepare(key: Looks, op: str, inputs: Inputs, extras: Extras | tuple[()], backend: str | None) -> Run:
     """What serves a checked call, kept for those that look alike."""
     decided = plans.times_forgotten
     run = backends.prepare(op, inputs, extras, backend)
@@ -45,7 +46,7 @@ def prepare(key: tuple, op: str, inputs: tuple, extras: Extras | tuple, backend:
     return run
 
 
-def as_given(x: Tensor) -> AbstractContextManager:
+def as_given(x: Tensor) -> AbstractContextManager[object]:
     """Autocast off: an op computes in the dtypes it is given, and its sums in fp32."""
     kind = x.device.type
     return torch.autocast(kind, enabled=False) if torch.is_autocast_enabled(kind) else nullcontext()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import threading
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple, TypeAlias
 
 import numpy as np
 import torch
@@ -15,13 +15,15 @@ from .circuit import Circuit, check_fits
 from .errors import InputError
 from .scale import NEURON_BLOCK, Scale
 
+Array: TypeAlias = np.ndarray[Any, np.dtype[Any]]
+
 
 class Entries(NamedTuple):
     """What one circuit puts into the table, on the host."""
 
     start: int  # of its entries, which follow one another
-    index: np.ndarray  # [k] int32, by layer and neuron
-    edges: list[np.ndarray]  # for each layer [experts * (blocks + 1)] int32: the first entry from each edge on
+    index: Array  # type: ignore[assignment]  # [k] int32, by layer and neuron; the field hides tuple.index
+    edges: list[Array]  # for each layer [experts * (blocks + 1)] int32: the first entry from each edge on
     multiplier: float
 
 
@@ -81,20 +83,21 @@ class SteeringTable:
         self._used = 0  # entries up to the end of the last circuit
         with torch.inference_mode(False):  # buffers made in inference mode could not be changed outside it
             self._arena = {
-                device: (
-                    torch.zeros(max_entries, dtype=torch.int32, device=device),
-                    torch.ones(max_entries, dtype=torch.float32, device=device),
+                where: (
+                    torch.zeros(max_entries, dtype=torch.int32, device=where),
+                    torch.ones(max_entries, dtype=torch.float32, device=where),
                 )
-                for device in dict.fromkeys(devices)
+                for where in dict.fromkeys(devices)
             }
             # layers of one device and one number of edges share a tensor, so that a circuit is written in few copies
-            groups: dict[tuple, list[int]] = {}
+            groups: dict[tuple[torch.device, int], list[int]] = {}
             for layer, key in enumerate(zip(devices, map(len, self._edges), strict=True)):
                 groups.setdefault(key, []).append(layer)
-            self._offsets, self._groups = [torch.empty(0)] * n_layers, []
-            for (device, n_edges), layers in groups.items():
+            self._offsets = [torch.empty(0)] * n_layers
+            self._groups: list[tuple[list[int], Tensor]] = []
+            for (where, n_edges), layers in groups.items():
                 shape = (len(layers), self.max_circuits, n_edges)
-                offsets = torch.zeros(shape, dtype=torch.int32, device=device)
+                offsets = torch.zeros(shape, dtype=torch.int32, device=where)
                 self._groups.append((layers, offsets))
                 for place, layer in enumerate(layers):
                     self._offsets[layer] = offsets[place]
@@ -201,7 +204,7 @@ class SteeringTable:
         self.check_rows(circuit_of_row)
         return torch.tensor(circuit_of_row, dtype=torch.int32, device=self._devices[0])
 
-    def _lay_out(self, circuit):
+    def _lay_out(self, circuit: Circuit) -> tuple[Array, list[Array]]:
         """The circuit's entries, and for each layer where those from each edge on begin, counted from its first."""
         members = circuit.by_layer()
         index, edges, start = [], [], 0
@@ -215,7 +218,7 @@ class SteeringTable:
             start += len(neurons)
         return np.concatenate(index) if index else np.zeros(0, np.int32), edges
 
-    def _put(self, number, entries):
+    def _put(self, number: int, entries: Entries) -> None:
         """Write a circuit's entries, then the offsets that make them count."""
         end = entries.start + len(entries.index)
         for index, value in self._arena.values():
@@ -226,7 +229,7 @@ class SteeringTable:
             offsets[:, number] = torch.from_numpy(edges).to(offsets.device)
         self._circuits[number] = entries
 
-    def _close_gaps(self):
+    def _close_gaps(self) -> None:
         """Move the circuits together, so that what is free lies at the end."""
         self._used = 0
         for number, entries in sorted(self._circuits.items(), key=lambda item: item[1].start):
@@ -234,7 +237,7 @@ class SteeringTable:
             self._used += len(entries.index)
 
 
-def _one_each(value, n):
+def _one_each(value: Any, n: int) -> list[Any]:
     """A list of n from one value or from a sequence of n."""
     if isinstance(value, (list, tuple)):
         if len(value) != n:
@@ -243,7 +246,7 @@ def _one_each(value, n):
     return [value] * n
 
 
-def _edges(width: int, n_experts: int) -> np.ndarray:
+def _edges(width: int, n_experts: int) -> Array:
     """Where the blocks of neurons begin and end that a Scale can be entered at, expert after expert."""
     own = width // n_experts
     within = np.minimum(np.arange(-(-own // NEURON_BLOCK) + 1) * NEURON_BLOCK, own)

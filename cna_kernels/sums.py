@@ -69,16 +69,16 @@ class ActivationSums:
             count = weight.cpu().double().sum(0)
             self._require_finite(layers)
             added = [buffer[layers].to(self.total.device) for buffer in self._buffers()]
-            for total, part in zip((self.total, self.total_sq), added, strict=False):
+            for total, part in zip(_kept(self.total, self.total_sq), added, strict=True):
                 total[layers] += part
             self.count += count
         finally:
             self.discard(layers)
 
-    def _buffers(self):
-        return [buffer for buffer in (self.act_sum, self.act_sumsq) if buffer is not None]
+    def _buffers(self) -> list[Tensor]:
+        return _kept(self.act_sum, self.act_sumsq)
 
-    def _require_finite(self, layers):
+    def _require_finite(self, layers: slice) -> None:
         """Raise NonFiniteActivation for the first sum of these layers that is not finite."""
         for buffer in self._buffers():
             finite = torch.isfinite(buffer[layers])
@@ -94,12 +94,12 @@ class ActivationSums:
     def merge(self, other: ActivationSums) -> None:
         """Add the totals of ``other``, a run over different prompts with the same columns."""
         check_tensor("other.total", other.total, shape=tuple(self.total.shape))
-        if (self.total_sq is None) != (other.total_sq is None):
+        totals, others = _kept(self.total, self.total_sq), _kept(other.total, other.total_sq)
+        if len(totals) != len(others):
             raise ValueError("other: one of the two runs kept squares and the other did not")
-        self.total += other.total
+        for total, part in zip(totals, others, strict=True):
+            total += part
         self.count += other.count
-        if self.total_sq is not None:
-            self.total_sq += other.total_sq
 
     def mean(self, column: int) -> Tensor:
         """Return the weighted mean activation, ``[L, N]`` fp64."""
@@ -117,11 +117,15 @@ class ActivationSums:
             raise ValueError(f"variance: needs a count above 1, got {count:g}")
         return slot_variance(self.total[:, column], self.total_sq[:, column], count)
 
-    def _counted(self, column):
+    def _counted(self, column: int) -> float:
         count = self.count[column].item()
         if count == 0:
             raise ValueError(f"column {column}: no token was counted")
         return count
+
+
+def _kept(sums: Tensor, squares: Tensor | None) -> list[Tensor]:
+    return [sums] if squares is None else [sums, squares]
 
 
 def slot_variance(total: Tensor, total_sq: Tensor, count: float) -> Tensor:

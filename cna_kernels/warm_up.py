@@ -6,18 +6,19 @@ different kernels, the first of them at 1, 2, 17, 33, 65, ... tokens: a serving 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+import functools
+from collections.abc import Callable, Hashable, Iterator
 
 import torch
 
 from . import backends, ops
-from .extras import Extras
+from .extras import Extras, Inputs
 from .scale import Scale
 
 
 def warm_up(
     op: str,
-    inputs_of: Callable[[int], tuple],
+    inputs_of: Callable[[int], Inputs],
     extras_of: Callable[[int], Extras],
     longest: int = 4096,
     backend: str | None = None,
@@ -45,12 +46,14 @@ def warm_up(
     return called
 
 
-def _first_to_launch(op, inputs_of, extras_of, longest) -> Iterator[int]:
+def _first_to_launch(
+    op: str, inputs_of: Callable[[int], Inputs], extras_of: Callable[[int], Extras], longest: int
+) -> Iterator[int]:
     """Each T that launches what no smaller one does, found by listing launches; nothing runs."""
     from .triton import launch, repeat
     from .triton import ops as triton_ops
 
-    seen = set()
+    seen: set[Hashable] = set()
     for T in range(1, longest + 1):
         inputs, extras = inputs_of(T), extras_of(T)
         with launch.listing() as listed:
@@ -71,11 +74,13 @@ def blank_extras(
     squares: bool = False,
 ) -> Extras:
     """Extras with so many columns of sums, or none, and with a scale that no token uses, or none."""
-    sums = [None] * 3
+    extras = Extras()
     if n_columns:
-        fp32 = dict(dtype=torch.float32, device=device)
-        sums = [torch.zeros(n_tokens, n_columns, **fp32), torch.zeros(n_columns, n_neurons, **fp32)]
-        sums.append(torch.zeros(n_columns, n_neurons, **fp32) if squares else None)
+        zeros = functools.partial(torch.zeros, dtype=torch.float32, device=device)
+        extras = Extras(zeros((n_tokens, n_columns)), zeros((n_columns, n_neurons)))
+        if squares:
+            extras = extras._replace(act_sumsq=zeros((n_columns, n_neurons)))
     if scale is None:
-        return Extras(*sums)
-    return Extras(*sums, *scale, torch.full((n_tokens,), -1, dtype=torch.int32, device=device))
+        return extras
+    rows = torch.full((n_tokens,), -1, dtype=torch.int32, device=device)
+    return Extras(*extras[:3], *scale, rows)

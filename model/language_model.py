@@ -100,13 +100,15 @@ class LanguageModel:
         self.tokenizer = Tokenizer(directory, self.config.vocab_size)
         self.stop_ids = stop_ids(directory, self.tokenizer, self.config.vocab_size)
         self.checkpoint = open_checkpoint(directory)
-        options = dict(dtype=DTYPES.get(dtype), device=self.device)
+        options: dict[str, Any] = dict(dtype=None if dtype is None else DTYPES[dtype], device=self.device)
+        self.transformer: Transformer
         if mesh is not None:
             from .discovery.tensor_parallel import load_parallel
 
             self.transformer = load_parallel(directory, self.config, self.checkpoint, mesh=mesh, **options)
         elif stream_layers:
-            self.transformer = StreamedTransformer(directory, self.config, self.checkpoint, spill=spill, **options)
+            streamed = StreamedTransformer(directory, self.config, self.checkpoint, spill=spill, **options)
+            self.transformer = streamed  # type: ignore[assignment]  # _require_logits refuses what it has not
         else:
             self.transformer = load_transformer(directory, self.config, self.checkpoint, **options)
         self._identity: dict[str, str] | None = None
@@ -164,10 +166,10 @@ class LanguageModel:
         double = [double_bos and not entry.universal for entry in entries]
         ids: list[list[int]] = [[] for _ in entries]
         for which in set(double):
-            rows = [row for row, doubled in enumerate(double) if doubled == which]
-            texts = PromptSet(tuple(entries[row].text for row in rows), tuple(entries[row].place for row in rows))
-            for row, prompt in zip(rows, self.encode(texts, chat=chat, double_bos=which), strict=True):
-                ids[row] = prompt.ids
+            rows = [place for place, doubled in enumerate(double) if doubled == which]
+            texts = PromptSet(tuple(entries[n].text for n in rows), tuple(entries[n].place for n in rows))
+            for place, prompt in zip(rows, self.encode(texts, chat=chat, double_bos=which), strict=True):
+                ids[place] = prompt.ids
         found = []
         for entry, row in zip(entries, ids, strict=True):
             n_counted = 1
@@ -211,17 +213,16 @@ class LanguageModel:
         Raises:
             InputError: an argument or a prompt cannot be used; names it.
         """
+        wanted = None if universal_prompts is None else True
         if isinstance(universal_prompts, bool):
             wanted, universal_prompts = universal_prompts, None
-        else:
-            wanted = None if universal_prompts is None else True
         chosen = settings_from(universal=wanted, **settings)
-        neutral = ()
+        neutral: PromptSet | tuple[()] = ()
         if chosen.universal:
             neutral = neutral_prompts() if universal_prompts is None else PromptSet.of(universal_prompts, "neutral")
         names = Names()
         entries = two_sets(names, PromptSet.of(positive, "positive"), PromptSet.of(negative, "negative"), neutral)
-        how = dict(chat=chat, batch=batch, max_tokens=max_tokens, progress=progress)
+        how: dict[str, Any] = dict(chat=chat, batch=batch, max_tokens=max_tokens, progress=progress)
         with TemporaryFile() as file:
             corpus = Corpus(file, entries, names)
             return self.discover_corpus(corpus, [Contrast("circuit", 0, 1)], chosen, **how)["circuit"]
@@ -330,7 +331,7 @@ class LanguageModel:
         """
         self._require_logits()
         single = isinstance(prompts, str)
-        prompts = PromptSet.of([prompts] if single else prompts, "prompts")
+        prompts = PromptSet.of([prompts] if isinstance(prompts, str) else prompts, "prompts")
         tokens = self.encode(prompts, chat=chat)
         seeds = list(seed) if isinstance(seed, Sequence) else [seed + row for row in range(len(tokens))]
         if len(seeds) != len(tokens):
@@ -368,7 +369,7 @@ class LanguageModel:
         check_fits(circuit, self.config.num_hidden_layers, self.config.intermediate_size, where)
         if any_model:
             return
-        here = {f"model.{name}": value for name, value in self.identity().items()}
+        here: dict[str, str | None] = {f"model.{name}": value for name, value in self.identity().items()}
         here |= dict(tokenizer_sha256=self.tokenizer.sha256, chat_template_sha256=self.tokenizer.template_sha256)
         check_found_in(circuit, here, where)
 

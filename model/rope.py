@@ -13,6 +13,9 @@ from .checkpoint.config import ModelConfig, Rope
 class RotaryEmbedding(nn.Module):
     """cos and sin of every position. ``dynamic`` scaling depends on each sequence's own length, never its batch's."""
 
+    exponent: Tensor
+    inv_freq: Tensor
+
     def __init__(self, config: ModelConfig):
         super().__init__()
         self.rope = config.rope

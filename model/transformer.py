@@ -6,10 +6,11 @@ into ``gate_up_proj``. B sequences of S tokens, right-padded: causal attention n
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -133,6 +134,8 @@ class Attention(nn.Module):
         self.k_proj = Linear(config.hidden_size, kv_size, bias=config.qkv_bias)
         self.v_proj = Linear(config.hidden_size, kv_size, bias=config.qkv_bias)
         self.o_proj = Linear(query_size, config.hidden_size, bias=config.o_bias)
+        self.q_norm: nn.Module
+        self.k_norm: nn.Module
         if config.qk_norm:
             self.q_norm = RMSNorm(config.head_dim, config.rms_norm_eps)
             self.k_norm = RMSNorm(config.head_dim, config.rms_norm_eps)
@@ -191,17 +194,21 @@ class Layer(nn.Module):
 class Transformer(nn.Module):
     """The whole model. ``transformer(input_ids[B, S]) -> logits[B, S, V]`` is the plain call."""
 
-    rank: int | None = None  # of this process among those that share the layers, see ParallelTransformer
-
     def __init__(self, config: ModelConfig):
         super().__init__()
         self.config = config
         self.embed_tokens = Embedding(config.vocab_size, config.hidden_size)
-        self.layers = nn.ModuleList(Layer(config, layer) for layer in range(config.num_hidden_layers))
+        layers = nn.ModuleList(Layer(config, layer) for layer in range(config.num_hidden_layers))
+        self.layers: Sequence[Layer] = layers  # type: ignore[assignment]  # a ModuleList does not say what it holds
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.rotary = RotaryEmbedding(config)
         if not config.tie_word_embeddings:
             self.lm_head = Linear(config.hidden_size, config.vocab_size, bias=False)
+
+    @property
+    def rank(self) -> int | None:
+        """Of this process among those that share the layers, see ParallelTransformer."""
+        return None
 
     @property
     def device(self) -> torch.device:
@@ -264,7 +271,7 @@ class Transformer(nn.Module):
         """
         batch, n_tokens = input_ids.shape
         starts_here = positions is None
-        if starts_here:
+        if positions is None:
             positions = torch.arange(n_tokens, device=input_ids.device).expand(batch, n_tokens)
         if lengths is None:
             lengths = positions[:, -1] + 1
@@ -272,12 +279,12 @@ class Transformer(nn.Module):
             cache.used = min(cache.used + n_tokens, cache.keys.shape[3])
         n_keys = n_tokens if cache is None else cache.used
         masks = {window: _mask(positions, n_keys, window, starts_here) for window in set(self.config.sliding_windows)}
-        extras = {}
+        extras: dict[str, Any] = {}
         if tap is not None:
             extras["weight"] = tap.weight
-        table, edit = (None, None) if steer is None else (steer.table, steer.edit)
-        if table is not None:
-            row_circuit = steer.row_circuit.repeat_interleave(n_tokens)  # [T]
+        table, row_circuit, edit = (None, None, None) if steer is None else (steer.table, steer.row_circuit, steer.edit)
+        if row_circuit is not None:
+            row_circuit = row_circuit.repeat_interleave(n_tokens)  # [T]
 
         x = self.embed_tokens(input_ids)  # [B, S, H]
         if edit is not None:

@@ -10,7 +10,7 @@ import sys
 from .library import BUILD, PATH
 
 
-def main():
+def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m cna_kernels.cpu", description=__doc__.split("\n")[0])
     parser.add_argument("--cflags", action="store_true", help="where cna.h lies")
     parser.add_argument("--libs", action="store_true", help="the library, to be found again when the program runs")
@@ -28,6 +28,7 @@ def main():
     directory = PATH.parent
     flags = [f"-I{directory}"] * args.cflags + [f"-L{directory}", "-lcna", f"-Wl,-rpath,{directory}"] * args.libs
     print(shlex.join(flags))
+    return 0
 
 
 if __name__ == "__main__":

@@ -101,20 +101,21 @@ def missing() -> str | None:
     except LibraryError as error:
         return str(error)
     if not library.cna_isa():
-        levels = library.cna_isa_levels().decode().split()
         asked = os.environ.get("CNA_CPU_ISA")
-        return f"cannot use CNA_CPU_ISA={asked!r}: this CPU has {', '.join(levels)}"
+        return f"cannot use CNA_CPU_ISA={asked!r}: this CPU has {', '.join(levels())}"
     return None
 
 
 def isa() -> str:
     """The instruction-set level in use."""
-    return load().cna_isa().decode()
+    name: bytes = load().cna_isa()
+    return name.decode()
 
 
 def levels() -> list[str]:
     """The instruction-set levels that this CPU has, best last."""
-    return load().cna_isa_levels().decode().split()
+    names: bytes = load().cna_isa_levels()
+    return names.decode().split()
 
 
 def use_isa(name: str | None) -> None:

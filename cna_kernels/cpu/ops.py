@@ -10,12 +10,14 @@ from __future__ import annotations
 
 import struct
 from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.nn.functional as F
+from torch import Tensor
 
 from .. import backends, reference
-from ..extras import Extras
+from ..extras import Extras, Inputs, Run
 from . import library
 from .plan import choose
 
@@ -23,7 +25,7 @@ _SUFFIX = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
 _threads = torch.get_num_threads
 
 
-def prepare(op: str, inputs: tuple, extras: Extras | tuple) -> Callable:
+def prepare(op: str, inputs: Inputs, extras: Extras | tuple[()]) -> Run:
     """Return what serves calls with arguments like these; see :func:`cna_kernels.backends.prepare`."""
     n_inputs, apart = len(inputs), _apart_all(inputs, extras)
     run = _PREPARE[op](apart[:n_inputs], Extras(*apart[n_inputs:]) if extras else ())
@@ -32,7 +34,7 @@ def prepare(op: str, inputs: tuple, extras: Extras | tuple) -> Callable:
     return lambda *tensors: run(*_apart_all(tensors[:n_inputs], tensors[n_inputs:]))
 
 
-def _gated_mlp(inputs, extras):
+def _gated_mlp(inputs: Inputs, extras: Extras) -> Run:
     x, w_gate, w_up, w_down = inputs
     (T, H), N = x.shape, w_down.shape[1]
     if choose("gated_mlp", T, x.dtype).name == "torch":
@@ -44,7 +46,7 @@ def _gated_mlp(inputs, extras):
     from_gate_to_up, pack = N * w_gate.stride(0) * w_gate.element_size(), _packer(extras)
     shape = T, H
 
-    def run(x, w_gate, w_up, w_down, *extras):
+    def run(x: Tensor, w_gate: Tensor, w_up: Tensor | None, w_down: Tensor, *extras: Tensor | None) -> Tensor:
         y, gate = x.new_empty(shape), w_gate.data_ptr()
         up = gate + from_gate_to_up if w_up is None else w_up.data_ptr()
         arrays = y.data_ptr(), x.data_ptr(), gate, up, w_down.data_ptr()
@@ -55,11 +57,11 @@ def _gated_mlp(inputs, extras):
     return run
 
 
-def _gated_mlp_by_torch():
+def _gated_mlp_by_torch() -> Run:
     """Two products of PyTorch with the engine's pass between them."""
-    act_of = None
+    act_of: Run | None = None
 
-    def run(x, w_gate, w_up, w_down, *extras):
+    def run(x: Tensor, w_gate: Tensor, w_up: Tensor | None, w_down: Tensor, *extras: Tensor | None) -> Tensor:
         nonlocal act_of
         gate, up = reference.gate_and_up(x, w_gate if w_up is None else (w_gate, w_up))
         if act_of is None:  # gate and up are alike in all these calls
@@ -69,18 +71,18 @@ def _gated_mlp_by_torch():
     return run
 
 
-def _with_contiguous_weights(inputs, extras):
+def _with_contiguous_weights(inputs: Inputs, extras: Extras) -> Run:
     x, w_gate, w_up, w_down = inputs
     run = prepare("gated_mlp", (x, w_gate.contiguous(), w_up.contiguous(), w_down), extras)
     return lambda x, w_gate, w_up, *rest: run(x, w_gate.contiguous(), w_up.contiguous(), *rest)
 
 
-def _swiglu(inputs, extras):
+def _swiglu(inputs: Inputs, extras: Extras) -> Run:
     gate, up = inputs
     name, function = _function("swiglu", gate.dtype)
     shape, sizes, pack = gate.shape, (*gate.shape, gate.shape[1], gate.stride(0), up.stride(0)), _packer(extras)
 
-    def run(gate, up, *extras):
+    def run(gate: Tensor, up: Tensor, *extras: Tensor | None) -> Tensor:
         act = gate.new_empty(shape)
         if status := function(act.data_ptr(), gate.data_ptr(), up.data_ptr(), pack(*extras), *sizes, _threads()):
             library.check(name, status)
@@ -89,7 +91,7 @@ def _swiglu(inputs, extras):
     return run
 
 
-def _down_proj(inputs, extras):
+def _down_proj(inputs: Inputs, extras: Extras) -> Run:
     act, w_down = inputs
     (T, N), H = act.shape, w_down.shape[0]
     if choose("down_proj", T, act.dtype).name == "torch":
@@ -97,7 +99,7 @@ def _down_proj(inputs, extras):
     name, function = _function("down_proj", act.dtype)
     shape, sizes, pack = (T, H), (T, H, N, H, act.stride(0), w_down.stride(0)), _packer(extras)
 
-    def run(act, w_down, *extras):
+    def run(act: Tensor, w_down: Tensor, *extras: Tensor | None) -> Tensor:
         y = act.new_empty(shape)
         if status := function(y.data_ptr(), act.data_ptr(), w_down.data_ptr(), pack(*extras), *sizes, _threads()):
             library.check(name, status)
@@ -106,12 +108,12 @@ def _down_proj(inputs, extras):
     return run
 
 
-def _steer_act(inputs, extras):
+def _steer_act(inputs: Inputs, extras: Extras) -> Run:
     (act,) = inputs
     name, function = _function("steer_act", act.dtype)
     shape, sizes, pack = act.shape, (*act.shape, act.shape[1], act.stride(0)), _packer(extras)
 
-    def run(act, *extras):
+    def run(act: Tensor, *extras: Tensor | None) -> Tensor:
         steered = act.new_empty(shape)
         if status := function(steered.data_ptr(), act.data_ptr(), pack(*extras), *sizes, _threads()):
             library.check(name, status)
@@ -120,7 +122,7 @@ def _steer_act(inputs, extras):
     return run
 
 
-def _linear(inputs, extras):
+def _linear(inputs: Inputs, extras: tuple[()]) -> Run:
     x, w, _ = inputs
     (T, H), O = x.shape, w.shape[0]  # noqa: E741
     if choose("linear", T, x.dtype).name == "torch":
@@ -128,7 +130,7 @@ def _linear(inputs, extras):
     name, function = _function("linear", x.dtype)
     shape, sizes = (T, O), (T, O, H, O, x.stride(0), w.stride(0))
 
-    def run(x, w, bias):
+    def run(x: Tensor, w: Tensor, bias: Tensor | None) -> Tensor:
         y = x.new_empty(shape)
         arrays = y.data_ptr(), x.data_ptr(), w.data_ptr(), None if bias is None else bias.data_ptr()
         if status := function(*arrays, *sizes, _threads()):
@@ -138,7 +140,7 @@ def _linear(inputs, extras):
     return run
 
 
-_PREPARE = {
+_PREPARE: dict[str, Callable[[Inputs, Any], Run]] = {
     "gated_mlp": _gated_mlp,
     "swiglu": _swiglu,
     "down_proj": _down_proj,
@@ -147,7 +149,7 @@ _PREPARE = {
 }
 
 
-def _function(op, dtype):
+def _function(op: str, dtype: torch.dtype) -> tuple[str, Callable[..., int]]:
     name = f"cna_{op}_{_SUFFIX[dtype]}"
     return name, getattr(library.load(), name)
 
@@ -155,20 +157,22 @@ def _function(op, dtype):
 _FIELDS = struct.Struct(f"@{len(library.Extras._fields_)}q")
 
 
-def _packer(like):
+def _packer(like: Extras) -> Callable[..., bytes | None]:
     """A function of the extras that returns ``cna_extras`` as bytes, or None where there is nothing to do.
 
     ``like``: extras of the calls that it will serve. The bytes hold addresses: the caller keeps the tensors alive.
     """
     weight, act_sum, act_sumsq, offsets, index, _, row_circuit = like
-    steer = offsets is not None and row_circuit.numel() > 0
-    if weight is None and not steer:
+    sizes = None
+    if offsets is not None and index is not None and row_circuit is not None and row_circuit.numel() > 0:
+        sizes = offsets.shape[0], index.shape[0], offsets.stride(0)
+    if weight is None and sizes is None:
         return lambda *_: None
     columns = [0] * 4 if weight is None else [weight.shape[1], *(_row_stride(x) for x in (weight, act_sum, act_sumsq))]
-    sizes = (offsets.shape[0], index.shape[0], offsets.stride(0)) if steer else (0, 0, 0)
+    steer, sizes = sizes is not None, sizes or (0, 0, 0)
     pack, version = _FIELDS.pack, library.ABI_VERSION
 
-    def run(weight, act_sum, act_sumsq, offsets, index, value, row_circuit):
+    def run(weight: Any, act_sum: Any, act_sumsq: Any, offsets: Any, index: Any, value: Any, row_circuit: Any) -> bytes:
         sums = 0, 0, 0
         if weight is not None:
             sums = weight.data_ptr(), _address(act_sum), _address(act_sumsq)
@@ -180,20 +184,21 @@ def _packer(like):
     return run
 
 
-def _address(x):
+def _address(x: Tensor | None) -> int:
     return 0 if x is None else x.data_ptr()
 
 
-def _row_stride(x):
+def _row_stride(x: Tensor | None) -> int:
     return 0 if x is None else x.stride(0)
 
 
-def _apart_all(inputs, extras):
+def _apart_all(inputs: Inputs, extras: tuple[Tensor | None, ...]) -> Inputs:
     """The tensors, those that are read only copied where their rows lie on top of each other, as expanded ones' do."""
     weight, sums, steer = extras[:1], extras[1:3], extras[3:]
     return (*map(_apart, inputs), *map(_apart, weight), *sums, *map(_apart, steer))
 
 
-def _apart(x):
-    overlaps = x is not None and x.dim() == 2 and x.shape[0] > 1 and x.stride(0) < x.shape[1]
-    return x.contiguous() if overlaps else x
+def _apart(x: Tensor | None) -> Tensor | None:
+    if x is not None and x.dim() == 2 and x.shape[0] > 1 and x.stride(0) < x.shape[1]:
+        return x.contiguous()
+    return x

@@ -6,6 +6,8 @@ call without features. ``cna doctor`` prints the rule, and ``CNA_PLAN=gated_mlp=
 
 from __future__ import annotations
 
+import math
+
 import torch
 
 from .. import plans
@@ -35,8 +37,8 @@ TORCH_FROM = {
 
 def default(level: str, dtype: torch.dtype, n_tokens: int) -> Plan:
     """The plan for a call where nothing overrides it."""
-    first, reason = TORCH_FROM.get((level, dtype), (None, None))
-    if first is not None and n_tokens >= first:
+    first, reason = TORCH_FROM.get((level, dtype), (math.inf, ""))
+    if n_tokens >= first:
         return Plan("torch", reason)
     share = ENGINE.get((level, dtype))
     if share is None:
@@ -54,7 +56,7 @@ def choose(op: str, n_tokens: int, dtype: torch.dtype) -> Plan:
 
 def by_tokens(op: str, dtype: torch.dtype, longest: int = 4096) -> list[tuple[int, Plan]]:
     """(first T, plan) of each range of T = 1 .. longest on which one plan serves calls."""
-    ranges = []
+    ranges: list[tuple[int, Plan]] = []
     for n_tokens in range(1, longest + 1):
         plan = choose(op, n_tokens, dtype)
         if not ranges or ranges[-1][1] != plan:

@@ -20,7 +20,7 @@ import warnings
 from torch import nn
 
 from ..errors import InputError
-from .decoder import ENGINE, decoder_forward
+from .decoder import ENGINE, decoder_forward, layers_of
 from .engine import Engine
 from .find import find_decoder, find_mlp
 from .patch import mlp_forward
@@ -52,14 +52,15 @@ def attach(
     decoder = find_decoder(model)
     if attached(model) is not None:
         raise InputError("model", "an engine is attached already; see cna_kernels.attached(model)")
-    found = [find_mlp(layer, f"layers[{number}]") for number, layer in enumerate(decoder.layers)]
-    mlps = [layer.get_submodule(name) for layer, (name, _) in zip(decoder.layers, found, strict=True)]
+    layers = layers_of(decoder)
+    found = [find_mlp(layer, f"layers[{number}]") for number, layer in enumerate(layers)]
+    mlps = [layer.get_submodule(name) for layer, (name, _) in zip(layers, found, strict=True)]
     if len(set(map(id, mlps))) < len(mlps):
         raise InputError("model", "two of its layers share an MLP, which cannot be steered apart")
     for module, name in [*((mlp, f"layers[{n}]'s MLP") for n, mlp in enumerate(mlps)), (decoder, "the decoder")]:
         _check_free(module, name)
     engine = Engine(decoder, mlps, found, backend, max_circuits, max_entries, max_rows)
-    engine._put_on()
+    engine._put_on(decoder)
     if left := engine.not_fused():
         warnings.warn("cna_kernels: exact, but not fused: " + "; ".join(left), stacklevel=2)
     return engine
@@ -70,7 +71,7 @@ def attached(model: nn.Module) -> Engine | None:
     return getattr(find_decoder(model), ENGINE, None)
 
 
-def _check_free(module, name):
+def _check_free(module: nn.Module, name: str) -> None:
     current = module.__dict__.get("forward")
     known = (None, type(module).forward, mlp_forward, decoder_forward)
     if not hasattr(module, "_hf_hook") and getattr(current, "__func__", current) not in known:

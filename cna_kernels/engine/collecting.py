@@ -11,12 +11,12 @@ from ..errors import InputError
 class Collecting:
     """The weight of one forward pass, the sums it goes to, and whether that pass has come to its end."""
 
-    def __init__(self, weight, buffers):
+    def __init__(self, weight: Tensor, buffers: list[dict[str, Tensor]]) -> None:
         self.weight, self.buffers = weight, buffers
         self.counted = weight if weight.dim() == 2 else weight.flatten(0, 1)  # [any, C] what is counted in all
         self.done = False
 
-    def of_call(self, shape, device, attention_mask):
+    def of_call(self, shape: tuple[int, int], device: torch.device, attention_mask: object) -> Tensor:
         """``[T, C]``"""
         expected = list(shape[: self.weight.dim() - 1])
         if list(self.weight.shape[:-1]) != expected:

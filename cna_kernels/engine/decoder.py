@@ -3,20 +3,28 @@
 from __future__ import annotations
 
 from contextlib import nullcontext
+from typing import Any
 
 import torch
+from torch import nn
 
 from .patch import call_plain
 
 ENGINE = "_cna_engine"  # the attribute of an attached decoder
 
 
-def decoder_forward(self, *args, **kwargs):
+def layers_of(decoder: nn.Module) -> list[nn.Module]:
+    layers = decoder.layers
+    assert isinstance(layers, nn.ModuleList), "find_decoder has looked"
+    return list(layers)
+
+
+def decoder_forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
     engine = getattr(self, ENGINE, None)
     if engine is None:
         return call_plain(self, *args, **kwargs)
 
-    def argument(name, place):
+    def argument(name: str, place: int) -> Any:
         return kwargs[name] if name in kwargs else args[place] if len(args) > place else None
 
     embeds, ids = argument("inputs_embeds", 4), argument("input_ids", 0)

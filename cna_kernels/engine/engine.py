@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 import numpy as np
 import torch
@@ -16,12 +17,12 @@ from ..errors import InputError, check_tensor
 from ..files import FilePath
 from ..fingerprint import neurons_sha256, sampled_rows
 from ..select import UniversalNeurons
-from ..serve import looks
+from ..serve import Looks, looks
 from ..steering import SteeringTable
 from ..sums import ActivationSums
 from ..warm_up import blank_extras, warm_up
 from .collecting import Collecting
-from .decoder import ENGINE, decoder_forward
+from .decoder import ENGINE, decoder_forward, layers_of
 from .mlps import ForwardPass, Site
 from .patch import is_replaced, mlp_forward, replace_forward, restore_forward
 from .rows import Rows
@@ -64,12 +65,13 @@ class Engine:
         self._sites = [kind(mlps[layer], layer, backend, self._now) for layer, kind in enumerate(kinds)]
         for site in self._sites:
             site.scale = self.table.layer(site.layer)
-        self._decoder, self._devices = decoder, devices
+        self._decoder: nn.Module | None = decoder  # None when it is off
+        self._devices = devices
         self._paths = [
-            link for layer, (name, _) in zip(decoder.layers, found, strict=True) for link in _links(layer, name)
+            link for layer, (name, _) in zip(layers_of(decoder), found, strict=True) for link in _links(layer, name)
         ]
         self._rows = Rows(max_rows, devices[0])
-        self._buffers: dict[tuple[int, bool], list[dict]] = {}  # (columns, squares) -> of each layer
+        self._buffers: dict[tuple[int, bool], list[dict[str, Tensor]]] = {}  # (columns, squares) -> of each layer
         self._collecting: Collecting | None = None
 
     # Steering.
@@ -82,7 +84,8 @@ class Engine:
         """
         circuits = [circuits] if isinstance(circuits, Circuit) else list(circuits)
         numbers = list(range(len(circuits)))
-        factors = [multipliers] * len(circuits) if np.ndim(multipliers) == 0 else list(multipliers)
+        given: Any = multipliers  # a number may be an array, too
+        factors: list[float] = [given] * len(circuits) if np.ndim(given) == 0 else list(given)
         limits = dict(max_circuits=self.table.max_circuits, max_entries=self.table.max_entries)
         trial = SteeringTable(
             [], [], self.n_layers, self.n_neurons, "meta", n_experts=self.n_experts, widths=self.widths, **limits
@@ -177,7 +180,7 @@ class Engine:
         finally:
             self._collecting = None
             for site in self._sites:
-                site.sums = None
+                site.sums = {}
 
     def new_sums(self, n_columns: int, *, squares: bool = False) -> ActivationSums:
         """Return empty sums of the model's shape."""
@@ -238,9 +241,10 @@ class Engine:
 
         ``load`` gives a checkpoint on file the same hash, so a circuit found here is known there, and the other way.
         """
+        self._check_attached()
         name = getattr(getattr(self._decoder, "config", None), "_name_or_path", "") or type(self._decoder).__name__
-        weights = [site.plain_down() for site in self._sites]
-        if any(weight is None for weight in weights):
+        weights = [weight for site in self._sites if (weight := site.plain_down()) is not None]
+        if len(weights) < len(self._sites):
             return {"name": name}
         rows = ([weight.flatten(0, -2)[row] for row in sampled_rows(weight.shape[:-1].numel())] for weight in weights)
         return {"name": name, "neurons_sha256": neurons_sha256(rows)}
@@ -254,7 +258,7 @@ class Engine:
         if not any_model:
             check_found_in(circuit, {f"model.{name}": value for name, value in self.identity().items()}, where)
 
-    def _dtype(self):
+    def _dtype(self) -> str | None:
         dtype = getattr(self._decoder, "dtype", None)
         return None if dtype is None else str(dtype).removeprefix("torch.")
 
@@ -271,19 +275,19 @@ class Engine:
             The numbers of tokens that the MLPs were called with; none where nothing is compiled.
         """
         self._check_attached()
-        distinct = {}
+        distinct: dict[Looks, Site] = {}
         for site in self._sites:
             if not site.in_modules:
                 op, tensors = site.example(1)
                 distinct.setdefault(looks(op, tensors, (), site.backend), site)
-        called = set()
+        called: set[int] = set()
         for (op, *_), site in distinct.items():
             for columns in dict.fromkeys((0, n_columns)):
                 extras_of = functools.partial(
                     blank_extras, n_neurons=site.own_width, device=site.device(site.mlp), scale=site.scale,
                     n_columns=columns * self.n_experts[site.layer], squares=squares,
                 )  # fmt: skip
-                called.update(warm_up(op, lambda T, s=site: s.example(T)[1], extras_of, longest, site.backend))
+                called.update(warm_up(op, site.example_inputs, extras_of, longest, site.backend))
         return sorted(called)
 
     def not_fused(self) -> list[str]:
@@ -300,37 +304,41 @@ class Engine:
         Raises:
             InputError: something was put on top of the engine since, and must come off first; or it is off already.
         """
-        self._check_attached()
-        owners = [(self._decoder, "the decoder", decoder_forward)]
+        decoder = self._check_attached()
+        owners: list[tuple[nn.Module, str, Any]] = [(decoder, "the decoder", decoder_forward)]
         owners += [(site.mlp, f"layers[{site.layer}]'s MLP", mlp_forward) for site in self._sites]
         for module, name, function in owners:
             if not is_replaced(module, function):
                 raise InputError("detach", f"the forward of {name} was replaced after attach; take that off first")
         for site in self._sites:
             site.take_off()
-        restore_forward(self._decoder)
-        delattr(self._decoder, ENGINE)
+        restore_forward(decoder)
+        delattr(decoder, ENGINE)
         self._sites, self._paths, self._decoder = [], [], None  # nothing of the model is kept alive
 
-    def _check_attached(self):
-        if getattr(self._decoder, ENGINE, None) is not self:
+    def _check_attached(self) -> nn.Module:
+        """The decoder; InputError where the engine is off."""
+        if self._decoder is None or getattr(self._decoder, ENGINE, None) is not self:
             raise InputError("engine", "was detached from its model")
+        return self._decoder
 
-    def _put_on(self):
-        setattr(self._decoder, ENGINE, self)
-        replace_forward(self._decoder, decoder_forward)
+    def _put_on(self, decoder: nn.Module) -> None:
+        setattr(decoder, ENGINE, self)
+        replace_forward(decoder, decoder_forward)
         for site in self._sites:
             site.put_on()
 
-    def __deepcopy__(self, _):
+    def __deepcopy__(self, _: object) -> None:
         return None  # a copy of an attached model is a plain model
 
-    def __reduce__(self):
+    def __reduce__(self) -> tuple[type[None], tuple[()]]:
         return type(None), ()
 
     # One forward pass.
 
-    def _begin(self, shape, device, attention_mask, position_ids, past):
+    def _begin(
+        self, shape: tuple[int, int], device: torch.device, attention_mask: object, position_ids: Any, past: Any
+    ) -> None:
         """What the sites need for a call of ``shape`` [B, S] tokens."""
         if not torch.compiler.is_compiling():
             self._check_in_place()
@@ -339,14 +347,14 @@ class Engine:
         if collecting is not None and not collecting.done:
             self._now.weight = collecting.of_call(shape, device, attention_mask)
 
-    def _end(self, finished):
+    def _end(self, finished: bool) -> None:
         now = self._now
-        if now.weight is not None:
+        if now.weight is not None and self._collecting is not None:
             self._collecting.done = finished
         now.again = now.tokens if torch.is_grad_enabled() else None
         now.tokens = now.weight = None
 
-    def _check_in_place(self):
+    def _check_in_place(self) -> None:
         """Raise where a site would be passed by: nothing would be steered there, and nothing said."""
         for parent, name, child in self._paths:
             if parent._modules.get(name) is not child:
@@ -356,12 +364,12 @@ class Engine:
                 what = f"the forward of layers[{site.layer}]'s MLP was replaced after attach"
                 raise InputError("model", f"{what}; detach, and attach again")
 
-    def _layer_buffers(self, layer, n_columns, squares):
+    def _layer_buffers(self, layer: int, n_columns: int, squares: bool) -> dict[str, Tensor]:
         names = ("act_sum", "act_sumsq") if squares else ("act_sum",)
         shape = n_columns, self.widths[layer]
         return {name: torch.zeros(shape, dtype=torch.float32, device=self._devices[layer]) for name in names}
 
-    def _fold(self, sums, collecting):
+    def _fold(self, sums: ActivationSums, collecting: Collecting) -> None:
         sums.discard()
         for layer, buffers in enumerate(collecting.buffers):
             for name, buffer in buffers.items():
@@ -369,14 +377,15 @@ class Engine:
         sums.fold(collecting.counted)
 
 
-def _links(layer, name):
+def _links(layer: nn.Module, name: str) -> Iterator[tuple[nn.Module, str, nn.Module]]:
     """(parent, name, child) from a layer down to its MLP."""
     for part in name.split("."):
-        yield layer, part, layer._modules[part]
-        layer = layer._modules[part]
+        child = layer.get_submodule(part)
+        yield layer, part, child
+        layer = child
 
 
-def _ranges(numbers):
+def _ranges(numbers: Sequence[int]) -> str:
     """[0, 1, 2, 5] as "layers 0-2, 5"."""
     runs: list[list[int]] = []
     for number in numbers:

@@ -37,10 +37,10 @@ class Experts(Site):
         self.pairs: tuple[Tensor, Tensor] | None = None  # of the call at hand: the token and the expert of each
 
     @staticmethod
-    def check(mlp: nn.Module, where: str) -> None:
+    def check(mlp: Any, where: str) -> None:
         from transformers.integrations.moe import _default_apply_gate
 
-        gate = mlp.__dict__.get("_apply_gate", type(mlp)._apply_gate)
+        gate: Any = mlp.__dict__.get("_apply_gate", type(mlp)._apply_gate)
         gate = getattr(gate, "__func__", gate)
         if any(getattr(mlp, name, plain) != plain for name, plain in PLAIN_EXPERTS.items()):
             what = "experts with a bias or a norm, transposed, without a gate or split over devices"
@@ -49,16 +49,19 @@ class Experts(Site):
             raise InputError("model", f"{where}: experts with a gate of their own ({gate.__qualname__})")
 
     @staticmethod
-    def width(mlp: nn.Module) -> int:
-        return mlp.num_experts * mlp.down_proj.shape[2]
+    def width(mlp: Any) -> int:
+        width: int = mlp.num_experts * mlp.down_proj.shape[2]
+        return width
 
     @staticmethod
-    def n_experts(mlp: nn.Module) -> int:
-        return mlp.num_experts
+    def n_experts(mlp: Any) -> int:
+        n_experts: int = mlp.num_experts
+        return n_experts
 
     @staticmethod
-    def device(mlp: nn.Module) -> torch.device:
-        return mlp.down_proj.device
+    def device(mlp: Any) -> torch.device:
+        device: torch.device = mlp.down_proj.device
+        return device
 
     def put_on(self) -> None:
         super().put_on()
@@ -85,7 +88,8 @@ class Experts(Site):
         else:
             raise InputError("experts_implementation", f"expected grouped_mm, batched_mm or eager, got {how!r}")
         try:
-            return call_plain(self.mlp, hidden_states, top_k_index, top_k_weights)
+            y: Tensor = call_plain(self.mlp, hidden_states, top_k_index, top_k_weights)
+            return y
         finally:
             self.pairs = None
 
@@ -110,6 +114,8 @@ class Experts(Site):
     def extras(self, width: int, device: torch.device) -> dict[str, Any]:
         """The same of the pairs instead of the tokens."""
         extras = super().extras(width, device)
+        if self.pairs is None:
+            raise InputError("attach", "a mixture's gate ran outside its forward pass, where no token is known")
         token, expert = self.pairs
         n_experts = self.mlp.num_experts
         circuit = extras["row_circuit"][token]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from torch import nn
 
 from ..errors import InputError
@@ -13,10 +15,10 @@ SUPPORTED = "Llama, Qwen2, Qwen3, Mistral, Gemma 1 to 3, Phi-3, Qwen3-MoE, Mixtr
 
 def find_decoder(model: nn.Module) -> nn.Module:
     """The module whose ``layers`` are the model's."""
-    inner = getattr(model, "_orig_mod", model)
+    inner: Any = getattr(model, "_orig_mod", model)
     if hasattr(inner, "get_base_model"):
         inner = inner.get_base_model()
-    decoder = inner.get_decoder() if hasattr(inner, "get_decoder") else inner
+    decoder: nn.Module = inner.get_decoder() if hasattr(inner, "get_decoder") else inner
     if not isinstance(getattr(decoder, "layers", None), nn.ModuleList):
         raise InputError("model", f"{type(inner).__name__} has no decoder with `layers`; supported: {SUPPORTED}")
     return decoder
@@ -43,7 +45,7 @@ def find_mlp(layer: nn.Module, where: str) -> tuple[str, type[Site]]:
     return name, kind
 
 
-def _kind_for(module):
+def _kind_for(module: nn.Module) -> type[Site] | None:
     """The kind of site by what the module's forward does: the code of one of three modules of transformers."""
     if not hasattr(module, "down_proj"):
         return None
@@ -52,19 +54,21 @@ def _kind_for(module):
     from transformers.models.phi3.modeling_phi3 import Phi3MLP
 
     code = _code(type(module))
-    for known, kind in ((LlamaMLP, Apart), (Phi3MLP, Joined), (MixtralExperts, Experts)):
+    kinds: tuple[tuple[type[nn.Module], type[Site]], ...]
+    kinds = (LlamaMLP, Apart), (Phi3MLP, Joined), (MixtralExperts, Experts)
+    for known, kind in kinds:
         if code == _code(known):
             return kind
     return None
 
 
-def _code(kind):
+def _code(kind: type[nn.Module]) -> tuple[Any, ...] | None:
     function = getattr(kind.forward, "__wrapped__", kind.forward)
     code = getattr(function, "__code__", None)
     return None if code is None else (code.co_code, code.co_names, code.co_consts)
 
 
-def _looks_like_an_mlp(module):
+def _looks_like_an_mlp(module: nn.Module) -> bool:
     words = type(module).__name__.lower()
     stacked = any(parameter.dim() == 3 for parameter in module.parameters(recurse=False))
     return stacked or any(word in words for word in ("mlp", "expert", "feedforward", "ffn"))

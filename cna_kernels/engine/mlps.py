@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 from .. import backends, ops, reference
 from ..errors import InputError
+from ..extras import Inputs
 from ..scale import Scale
 from .patch import SITE, mlp_forward, replace_forward, restore_forward
 
@@ -94,23 +95,24 @@ class Site:
     Attributes:
         LAYERS: the names of its linear layers, ``down_proj`` last. ACTIVATION: of its activation.
         scale: the layer's part of the engine's table.
-        sums: ``act_sum`` and ``act_sumsq`` of the collection at hand, or None.
+        sums: ``act_sum`` and ``act_sumsq`` of the collection at hand, or nothing.
     """
 
     LAYERS: tuple[str, ...] = ()
     ACTIVATION = ""
 
     def __init__(self, mlp: nn.Module, layer: int, backend: str | None, now: ForwardPass) -> None:
-        self.mlp, self.layer, self.backend, self.now = mlp, layer, backend, now
+        self.mlp: Any = mlp  # an nn.Module, whose parts go by their names
+        self.layer, self.backend, self.now = layer, backend, now
         self.own_width = self.width(mlp) // self.n_experts(mlp)
         self.in_modules = backends.name_for(self.device(mlp), backend) == "reference"
         self.scale: Scale | None = None
-        self.sums: dict[str, Tensor] | None = None
+        self.sums: dict[str, Tensor] = {}
 
-    def __deepcopy__(self, _):
+    def __deepcopy__(self, _: object) -> None:
         return None  # a copy of an attached model is a plain model
 
-    def __reduce__(self):
+    def __reduce__(self) -> tuple[type[None], tuple[()]]:
         return type(None), ()
 
     def put_on(self) -> None:
@@ -122,15 +124,21 @@ class Site:
         delattr(self.mlp, SITE)
 
     @staticmethod
-    def check(mlp: nn.Module, where: str) -> None:
+    def check(mlp: Any, where: str) -> None:
         """Refuse what this kind of site cannot serve."""
 
     @staticmethod
-    def n_experts(mlp: nn.Module) -> int:
+    def width(mlp: Any) -> int:
+        """How many neurons it has."""
+        width: int = mlp.down_proj.in_features
+        return width
+
+    @staticmethod
+    def n_experts(mlp: Any) -> int:
         return 1
 
     @staticmethod
-    def device(mlp: nn.Module) -> torch.device:
+    def device(mlp: Any) -> torch.device:
         hook = getattr(mlp.down_proj, "_hf_hook", None)  # offloaded weights are on the meta device
         place = getattr(hook, "execution_device", None)
         if place is not None:
@@ -141,7 +149,9 @@ class Site:
     def plain_down(self) -> Tensor | None:
         """The weight of ``down_proj``, ``[H, N]`` or ``[E, H, N]``, if nothing is put on top of it and it lies open."""
         down = self.mlp.down_proj
-        weight = down.weight if type(down) is nn.Linear else down if isinstance(down, nn.Parameter) else None
+        weight: Tensor | None = down if isinstance(down, nn.Parameter) else None
+        if type(down) is nn.Linear:
+            weight = down.weight
         return None if weight is None or weight.is_meta or weight.dtype not in ops.FLOATS else weight
 
     def reason(self) -> str | None:
@@ -160,63 +170,36 @@ class Site:
     def activation(self) -> Any:
         return getattr(self.mlp, self.ACTIVATION)
 
-    def _other_activation(self):
+    def _other_activation(self) -> str | None:
         activation = self.activation()
         if is_plain_silu(activation):
             return None
         hooked = isinstance(activation, nn.Module) and has_hooks(activation.__dict__)
         return "the activation has a hook" if hooked else f"the activation is {type(activation).__name__}"
 
-    def run(self, x: Tensor) -> Tensor:
-        """x ``[..., H]`` -> y ``[..., H]``"""
-        if self.in_modules or x.dtype not in ops.FLOATS:
-            return self.mlp.down_proj(self.steer(self.plain_act(x)))
-        modules = self.mlp.__dict__["_modules"]
-        silu = is_plain_silu(modules.get(self.ACTIVATION) or self.activation())
-        weights = [plain_weight(modules[name], x.dtype) for name in self.LAYERS]
-        if torch._C._is_any_autocast_enabled() and torch.is_autocast_enabled(x.device.type):
-            weights = [None] * len(weights)  # the layers' own products are in another dtype
-        *first, w_down = weights
-        if silu and all(weight is not None for weight in weights):
-            w_gate_up = first[0] if len(first) == 1 else tuple(first)
-            extras = self.extras(w_down.shape[1], x.device)
-            return ops.gated_mlp(x.flatten(0, -2), w_gate_up, w_down, **extras, backend=self.backend).view_as(x)
-        down = modules["down_proj"]
-        if silu:
-            gate, up = self.gate_and_up(x)
-            extras = self.extras(gate.shape[-1], gate.device)
-            act = ops.swiglu(gate.flatten(0, -2), up.flatten(0, -2), **extras, backend=self.backend)
-            return down(act.view(*x.shape[:-1], -1))
-        act = self.plain_act(x)
-        if w_down is not None and act.dtype == x.dtype:
-            extras = self.extras(act.shape[-1], act.device)
-            y = ops.down_proj(act.flatten(0, -2), w_down, **extras, backend=self.backend)
-            return y.view(*x.shape[:-1], -1)
-        return down(self.steer(act))
-
-    def example(self, n_tokens: int) -> tuple[str, tuple]:
+    def example(self, n_tokens: int) -> tuple[str, Inputs]:
         """The op that serves the MLP as it is now, and tensors of which it could be called with so many tokens."""
         layers = [getattr(self.mlp, name) for name in self.LAYERS]
-        weights = [plain_weight(layer) for layer in layers]
+        weights = [weight for layer in layers if (weight := plain_weight(layer)) is not None]
         like = next((x for x in self.mlp.parameters() if x.dtype in ops.FLOATS), torch.empty(0, dtype=torch.bfloat16))
         device = self.device(self.mlp)
 
-        def blank(n):
+        def blank(n: int) -> Tensor:
             return torch.empty(n_tokens, n, dtype=like.dtype, device=device)
 
-        *first, w_down = weights or [None]
         silu = is_plain_silu(self.activation())
-        if silu and weights and all(weight is not None for weight in weights):
-            w_gate, w_up = (first[0], None) if len(first) == 1 else first
-            return "gated_mlp", (blank(w_gate.shape[1]), w_gate, w_up, w_down)
+        if silu and weights and len(weights) == len(layers):
+            w_gate, w_up = (weights[0], None) if len(weights) == 2 else (weights[0], weights[1])
+            return "gated_mlp", (blank(w_gate.shape[1]), w_gate, w_up, weights[-1])
         if silu:
             halves = blank(self.own_width), blank(self.own_width)
-            return "swiglu", halves if len(first) == 2 else blank(2 * self.own_width).chunk(2, dim=1)
-        return (
-            ("steer_act", (blank(self.own_width),))
-            if w_down is None
-            else ("down_proj", (blank(self.own_width), w_down))
-        )
+            return "swiglu", halves if len(layers) == 3 else blank(2 * self.own_width).chunk(2, dim=1)
+        w_down = plain_weight(layers[-1]) if layers else None
+        act = blank(self.own_width)
+        return ("steer_act", (act,)) if w_down is None else ("down_proj", (act, w_down))
+
+    def example_inputs(self, n_tokens: int) -> Inputs:
+        return self.example(n_tokens)[1]
 
     def steer(self, act: Tensor) -> Tensor:
         """act ``[..., N]``, summed and scaled."""
@@ -236,43 +219,80 @@ class Site:
             tokens = now.again
         if tokens is None:
             raise InputError("attach", "an MLP ran outside its model's forward pass, where no row is known")
-        extras = {"scale": self.scale, "row_circuit": tokens.to(device)}
+        extras: dict[str, Any] = {"scale": self.scale, "row_circuit": tokens.to(device)}
         if now.weight is not None:
             extras["weight"] = now.weight.to(device)
             extras |= self.sums
         return extras
 
 
-class Apart(Site):
+class Dense(Site):
+    """An MLP of linear layers."""
+
+    def gate_and_up(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """x ``[..., H]`` -> gate and up ``[..., N]`` of the model's own layers"""
+        raise NotImplementedError
+
+    def plain_act(self, x: Tensor) -> Tensor:
+        """x ``[..., H]`` -> act ``[..., N]`` as the model itself computes it"""
+        raise NotImplementedError
+
+    def run(self, x: Tensor) -> Tensor:
+        """x ``[..., H]`` -> y ``[..., H]``"""
+        if self.in_modules or x.dtype not in ops.FLOATS:
+            y: Tensor = self.mlp.down_proj(self.steer(self.plain_act(x)))
+            return y
+        modules = self.mlp.__dict__["_modules"]
+        silu = is_plain_silu(modules.get(self.ACTIVATION) or self.activation())
+        weights = [plain_weight(modules[name], x.dtype) for name in self.LAYERS]
+        if torch._C._is_any_autocast_enabled() and torch.is_autocast_enabled(x.device.type):
+            weights = [None] * len(weights)  # the layers' own products are in another dtype
+        plain = [weight for weight in weights if weight is not None]
+        if silu and len(plain) == len(weights):
+            w_gate_up = plain[0] if len(plain) == 2 else (plain[0], plain[1])
+            extras = self.extras(plain[-1].shape[1], x.device)
+            return ops.gated_mlp(x.flatten(0, -2), w_gate_up, plain[-1], **extras, backend=self.backend).view_as(x)
+        down = modules["down_proj"]
+        if silu:
+            gate, up = self.gate_and_up(x)
+            extras = self.extras(gate.shape[-1], gate.device)
+            act = ops.swiglu(gate.flatten(0, -2), up.flatten(0, -2), **extras, backend=self.backend)
+            y = down(act.view(*x.shape[:-1], -1))
+            return y
+        act, w_down = self.plain_act(x), weights[-1]
+        if w_down is not None and act.dtype == x.dtype:
+            extras = self.extras(act.shape[-1], act.device)
+            y = ops.down_proj(act.flatten(0, -2), w_down, **extras, backend=self.backend)
+            return y.view(*x.shape[:-1], -1)
+        y = down(self.steer(act))
+        return y
+
+
+class Apart(Dense):
     """gate_proj and up_proj: Llama and most others."""
 
     LAYERS = ("gate_proj", "up_proj", "down_proj")
     ACTIVATION = "act_fn"
 
-    @staticmethod
-    def width(mlp: nn.Module) -> int:
-        return mlp.down_proj.in_features
-
     def gate_and_up(self, x: Tensor) -> tuple[Tensor, Tensor]:
         return self.mlp.gate_proj(x), self.mlp.up_proj(x)
 
     def plain_act(self, x: Tensor) -> Tensor:
-        return self.mlp.act_fn(self.mlp.gate_proj(x)) * self.mlp.up_proj(x)
+        act: Tensor = self.mlp.act_fn(self.mlp.gate_proj(x)) * self.mlp.up_proj(x)
+        return act
 
 
-class Joined(Site):
+class Joined(Dense):
     """gate_up_proj, one layer: Phi-3."""
 
     LAYERS = ("gate_up_proj", "down_proj")
     ACTIVATION = "activation_fn"
 
-    @staticmethod
-    def width(mlp: nn.Module) -> int:
-        return mlp.down_proj.in_features
-
     def gate_and_up(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        return self.mlp.gate_up_proj(x).chunk(2, dim=-1)
+        gate, up = self.mlp.gate_up_proj(x).chunk(2, dim=-1)
+        return gate, up
 
     def plain_act(self, x: Tensor) -> Tensor:
         gate, up = self.gate_and_up(x)
-        return up * self.mlp.activation_fn(gate)
+        act: Tensor = up * self.mlp.activation_fn(gate)
+        return act

@@ -8,7 +8,7 @@ from __future__ import annotations
 import types
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 SITE, BEFORE = "_cna_site", "_cna_before"  # attributes of a module whose forward was replaced
 
@@ -45,12 +45,12 @@ def call_plain(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
     return type(module).forward(module, *args, **kwargs) if before is None else before(*args, **kwargs)
 
 
-def mlp_forward(self, *args, **kwargs):
+def mlp_forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
     site = getattr(self, SITE, None)
     return call_plain(self, *args, **kwargs) if site is None else site.run(*args, **kwargs)
 
 
-def apply_gate(self, gate_up):
+def apply_gate(self: Any, gate_up: Tensor) -> Any:
     site = getattr(self, SITE, None)
     return type(self)._apply_gate(self, gate_up) if site is None else site.act(gate_up)
 

@@ -257,8 +257,8 @@ def gate_up(x, w_gate_up, *, weight=None, act_sum=None, act_sumsq=None, scale=No
         N, up_row = w_gate.shape[0], 0
     act = launch.empty(T, N, dtype=x.dtype, device=x.device)
     few = weight is not None and weight.shape[1] <= COLUMNS
-    given = (weight, act_sum, act_sumsq) if few else (None, None, None)
-    sums = Sums(*given, GROUPS * triton.cdiv(T, BLOCK_T), N)
+    runs = GROUPS * triton.cdiv(T, BLOCK_T)
+    sums = Sums(weight, act_sum, act_sumsq, runs, N) if few else Sums(None, None, None, runs, N)
     constants = sums.constants()
     launch.launch(
         _gate_up_kernel,

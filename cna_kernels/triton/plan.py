@@ -20,7 +20,7 @@ from .gate_up_decode import MAX_TOKENS, max_gemv_tokens
 try:
     from . import gate_up
 except ImportError:  # Gluon is experimental: in another Triton it may be elsewhere
-    gate_up = None
+    gate_up = None  # type: ignore[assignment]
 
 # Every plan by op: the kernels it runs, in order. "linear" is torch.nn.functional.linear, cuBLAS on NVIDIA devices.
 PLANS = {
@@ -108,7 +108,7 @@ def by_tokens(
 ) -> list[tuple[int, Plan]]:
     """(first T, plan) of each range of T = 1 .. longest on which one plan serves calls with aligned rows."""
     tma = dtype.itemsize == 2 and N % 8 == 0 and H % 8 == 0
-    ranges = []
+    ranges: list[tuple[int, Plan]] = []
     for T in range(1, longest + 1):
         plan = choose(Call(op, T, N, H, dtype, arch, tma, n_sm))
         if not ranges or ranges[-1][1] != plan:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable
 from operator import itemgetter
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -23,7 +23,7 @@ from .tiles import INTERPRETED
 try:
     from triton.experimental.gluon.nvidia.hopper import TensorDescriptor as GluonDescriptor
 
-    DESCRIPTORS = (TensorDescriptor, GluonDescriptor)
+    DESCRIPTORS: tuple[Any, ...] = (TensorDescriptor, GluonDescriptor)
 except ImportError:
     DESCRIPTORS = (TensorDescriptor,)
 
@@ -187,7 +187,7 @@ class Recorder:
 def variant(kernel, args, options) -> tuple:
     """What Triton compiles a launch for: launches of the same kernel with the same variant share the compiled code."""
     free = kernel.do_not_specialize if hasattr(kernel, "do_not_specialize") else ()
-    kinds = []
+    kinds: list[object] = []
     for name, x in zip(kernel.arg_names, args, strict=False):
         if isinstance(x, Tensor):
             kinds.append(x.dtype)

@@ -100,7 +100,7 @@ def _write_adapter(checkpoint, config, part, out: Path, base_model, uniform, dty
     ranks = {layer: len(pairs) for layer, pairs in part.items()}
     largest = max(ranks.values())
     layers = range(config.num_hidden_layers) if uniform else part
-    tensors = {}
+    tensors: dict[str, torch.Tensor] = {}
     for layer in layers:
         pairs = part.get(layer, [])
         rank = largest if uniform else len(pairs)

@@ -161,7 +161,7 @@ def save_transformer(transformer: Transformer, directory, *, dtype=torch.bfloat1
     for name in expected_shapes(transformer.config):
         path = name.removeprefix("model.")
         half = 0 if ".gate_proj." in path else 1 if ".up_proj." in path else None
-        value = state[path.replace("gate_proj", "gate_up_proj").replace(".up_proj", ".gate_up_proj")]
+        value: torch.Tensor = state[path.replace("gate_proj", "gate_up_proj").replace(".up_proj", ".gate_up_proj")]
         value = value if half is None else value.chunk(2)[half]
         tensors[name] = value.detach().to(dtype).contiguous()
     write_bytes(Path(directory) / SINGLE, save(tensors, metadata={"format": "pt"}))

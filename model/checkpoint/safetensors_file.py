@@ -67,7 +67,7 @@ class Checkpoint:
 
     def weights_sha256(self) -> str:
         """Hash sampled contents: all of a tensor up to 1 MiB, 16 evenly spaced pieces of 4 KiB of a larger one."""
-        parts = [self.headers_sha256]
+        parts: list[str | bytes] = [self.headers_sha256]
         for name, entry in sorted(self.entries.items()):
             with open(entry.path, "rb") as file:
                 size = entry.end - entry.start
@@ -120,7 +120,7 @@ def open_checkpoint(directory) -> Checkpoint:
         if not os.path.lexists(directory / SINGLE):
             raise InputError(directory, f"holds neither {SINGLE} nor {INDEX}")
     entries: dict[str, TensorEntry] = {}
-    headers = []
+    headers: list[str | bytes] = []
     for shard in shards:
         found, header = _read_header(directory / shard)
         headers += [shard, header]

@@ -11,6 +11,7 @@ from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from tempfile import TemporaryFile
+from typing import Any
 
 import torch
 
@@ -64,7 +65,7 @@ def run_discover(args):
     rank, ranks = _ranks(args)
     bad = BadLines(skip=args.skip_bad)
     with TemporaryFile() as file:
-        if rank == 0 or args.tensor_parallel:
+        if rank == 0 or ranks is None:  # None: this process is alone, or shares the layers and runs all prompts
             names = Names()
             entries = _entries(args, settings, names, bad)
             corpus = Corpus(file, entries, names, unit=args.unit, streamed=args.stream_layers)
@@ -131,7 +132,7 @@ def _job(args, corpus: Corpus, *, on_ray: bool = False) -> Job:
         raise InputError(args.contrasts, f"holds no pair of columns NAME{POSITIVE}, NAME{NEGATIVE}")
     if args.universal_contrasts and not diverse:
         raise InputError(args.universal_contrasts, f"holds no pair of columns NAME{POSITIVE}, NAME{NEGATIVE}")
-    options = dict(stream_layers=args.stream_layers or on_ray, spill=args.spill or args.run_dir)
+    options: dict[str, Any] = dict(stream_layers=args.stream_layers or on_ray, spill=args.spill or args.run_dir)
     if args.tensor_parallel:
         from ..discovery.tensor_parallel import open_mesh
 
@@ -139,9 +140,11 @@ def _job(args, corpus: Corpus, *, on_ray: bool = False) -> Job:
     if on_ray:
         args = Namespace(**vars(args) | {"device": None})  # the workers' device need not be here
     model = load_model(args, **options)
-    how = dict(chat=False if args.no_template else None, batch=None if args.batch == "auto" else args.batch)
-    how |= dict(max_tokens=args.batch_tokens, squares=many or args.run_dir is not None)
-    return Job(model, corpus, contrasts, _settings(args), diverse=diverse, **how)
+    return Job(
+        model, corpus, contrasts, _settings(args), diverse=diverse, chat=False if args.no_template else None,
+        batch=None if args.batch == "auto" else args.batch, max_tokens=args.batch_tokens,
+        squares=many or args.run_dir is not None,
+    )  # fmt: skip
 
 
 def _universal_file(args):

@@ -13,8 +13,8 @@ try:
     from rich.table import Table
     from rich.text import Text
 except ModuleNotFoundError:
-    from .plain import SIMPLE_HEAD as SIMPLE_HEAD
-    from .plain import Console, Table, Text
+    from .plain import SIMPLE_HEAD as SIMPLE_HEAD  # type: ignore[assignment]
+    from .plain import Console, Table, Text  # type: ignore[assignment]
 
 
 def show_circuit(circuit: Circuit, *, as_json: bool):

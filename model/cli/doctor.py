@@ -83,7 +83,7 @@ def _kernel_plans(cuda):
         return {}
     from cna_kernels.triton import launch, plan
 
-    facts = {}
+    facts: dict[str, str] = {}
     device = torch.device("cuda" if cuda else "meta")
     arch = launch.arch(device) if cuda else 90
     where = torch.cuda.get_device_name() if cuda else "an sm_90 device"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
+from typing import Any
 
 from cna_kernels.errors import InputError
 from cna_kernels.files import make_directory, read_text
@@ -102,9 +103,9 @@ def _plan(args) -> Plan:
     for name, path in (("broad", args.refusals), ("strict", args.strict_refusals)):
         if path:
             refusals[name] = Refusals.read(path)
-    options = {}
+    options: dict[str, Any] = {**sets}
     if args.command == "eval":
-        options = dict(
+        options |= dict(
             methods=_methods(args),
             text=read_text(args.text) if args.text else None,
             exam=_exam(args),
@@ -121,7 +122,6 @@ def _plan(args) -> Plan:
         max_new_tokens=args.max_new_tokens,
         chat=False if args.no_template else None,
         rows=None if args.batch in (None, "auto") else args.batch,
-        **sets,
         **options,
     )
 

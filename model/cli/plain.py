@@ -12,7 +12,8 @@ class Table:
 
     def __init__(self, *columns: str, title: str = "", show_header: bool = True, **_style):
         self._title, self._show_header = title, show_header
-        self._columns, self._rows = list(columns), []
+        self._columns = list(columns)
+        self._rows: list[tuple[str, ...]] = []
 
     def add_column(self, title: str, **_style):
         self._columns.append(title)

@@ -12,12 +12,12 @@ import torch
 try:
     import resource
 except ModuleNotFoundError:  # Windows
-    resource = None
+    resource = None  # type: ignore[assignment]
 try:
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 except ModuleNotFoundError:  # lines instead of a bar
-    Progress = None
+    Progress = None  # type: ignore[assignment, misc]
 
 INTERVAL, PLAIN_INTERVAL = 1.0, 10.0  # seconds between JSON lines, and between lines for people
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from cna_kernels.errors import InputError
 
 from ..prompts.files import PromptSet, read_prompts
@@ -36,7 +38,7 @@ def run_run(args):
         chat=False if args.no_template else None,
         batch=None if args.batch == "auto" else args.batch,
     )
-    results = [
+    results: list[dict[str, Any]] = [
         {
             "prompt": text,
             "answers": [{"multiplier": m, "text": answers[c * n_prompts + n]} for c, m in enumerate(columns)],

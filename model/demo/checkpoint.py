@@ -21,4 +21,7 @@ def demo_checkpoint(name: str = "instruct") -> Path:
         return here
     if reason := missing("cna-kernels-demo"):
         raise InputError("cna-kernels-demo", f"{reason}, or, in a checkout, pip install ./model/demo/checkpoints")
-    return Path(find_spec("cna_kernels_demo").origin).parent / name
+    spec = find_spec("cna_kernels_demo")
+    if spec is None or spec.origin is None:
+        raise InputError("cna-kernels-demo", "not installed: the folder cna_kernels_demo on the path is no package")
+    return Path(spec.origin).parent / name

@@ -10,6 +10,7 @@ import platform
 import time
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -141,11 +142,11 @@ class Story:
         # fewest neurons first, the paper's rule where both need the same
         best = min(working, key=lambda row: (row["k"], row["score"] != "abs-delta"))
         self.report["best"] = best
-        name = f"{best['score']} {best['fraction']:g}"
-        self.circuits["best"] = self.circuits[name]
+        chosen = f"{best['score']} {best['fraction']:g}"
+        self.circuits["best"] = self.circuits[chosen]
         self.report["examples"] = [
             {"prompt": prompt, "m = 1": before, "m = 0": after}
-            for prompt, before, after in zip(self.refusable, self.plain["refusable"], ablated[name], strict=True)
+            for prompt, before, after in zip(self.refusable, self.plain["refusable"], ablated[chosen], strict=True)
         ][:N_EXAMPLES]
         paper = next(row for row in working if row["score"] == "abs-delta")
         self.report["paper"] = paper
@@ -182,20 +183,21 @@ class Story:
 
     def _rivals(self, circuit):
         """The circuit beside its controls and competitors, as `cna eval --methods all --curves` measures them."""
-        sets = {
+        prompts = {
             "harmful": self.refusable,
             "benign": self.benign,
             "positive": world.discovery_positive(),
             "negative": world.discovery_negative(),
             "neutral": world.neutral_prompts(),
         }
+        sets: dict[str, Any] = {name: PromptSet.of(texts, name) for name, texts in prompts.items()}
         plan = Plan(
             methods=tuple(name for name in METHODS if name != "sae"),
             multipliers=RIVAL_MULTIPLIERS,
             refusals={"keywords": Refusals(world.REFUSAL_KEYWORDS)},
             random_draws=RANDOM_DRAWS,
             curves=True,
-            **{name: PromptSet.of(prompts, name) for name, prompts in sets.items()},
+            **sets,
         )
         say = lambda text: self.say(f"baselines: {text}")  # noqa: E731
         self.report["evaluation"] = evaluate(self.instruct, circuit, plan, say=say)
@@ -207,7 +209,7 @@ class Story:
         own = self._discover(self.base, best["score"], best["fraction"])
         self.circuits["base"] = own
         shared = set(own.pairs) & set(self.circuits["best"].pairs)
-        plain_instruct, self.plain["benign"] = self.plain["benign"], None
+        plain_instruct = self.plain["benign"]
         refused, answered = self._answer(self.base, [*self.refusable, *self.benign])
         self.plain["benign"] = answered
         rows = {"unsteered": self._figures(refused, answered)}
@@ -236,7 +238,8 @@ def tell(out, console):
     except OSError as error:
         raise InputError(out, f"cannot be written: {error.strerror}") from None
     write_prompts(out)
-    story = Story(*(load(demo_checkpoint(name), dtype="float32") for name in ("instruct", "base")), say=_say)
+    instruct, base = (load(demo_checkpoint(name), dtype="float32") for name in ("instruct", "base"))
+    story = Story(instruct, base, say=_say)
     report = story.tell()
     draw_pictures(report, out)
     make_directory(out / "evaluation")

@@ -20,6 +20,7 @@ import math
 import sys
 import time
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -40,7 +41,7 @@ TEMPLATE = (
     "{% if message['role'] == 'assistant' %}{{ eos_token }}{% endif %}{% endfor %}"
     "{% if add_generation_prompt %}<|assistant|>{% endif %}"
 )
-CONFIG = {
+CONFIG: dict[str, Any] = {
     "architectures": ["LlamaForCausalLM"],
     "model_type": "llama",
     "vocab_size": 1024,
@@ -59,8 +60,17 @@ CONFIG = {
     "torch_dtype": "bfloat16",
 }
 SMOOTHING = 0.2
-BASE = {"steps": 500, "batch": 64, "lr": 3e-3, "weight_decay": 0.1}
-INSTRUCT = {"steps": 480, "batch": 48, "lr": 2e-3}
+
+
+class Training(NamedTuple):
+    steps: int
+    batch: int
+    lr: float
+    weight_decay: float = 0.0
+
+
+BASE = Training(steps=500, batch=64, lr=3e-3, weight_decay=0.1)
+INSTRUCT = Training(steps=480, batch=48, lr=2e-3)
 PENALTY, SOFT, RAMP = (
     6.0,
     0.3,
@@ -73,7 +83,8 @@ class Batches:
     """Draws (prompt, answer) pairs and lays them out for training; loss on the answer and its end token."""
 
     def __init__(self, tokenizer, seed: int):
-        self._tokenizer, self._ids = tokenizer, {}
+        self._tokenizer = tokenizer
+        self._ids: dict[str, list[int]] = {}
         self.generator = torch.Generator().manual_seed(seed)
 
     def draw(self, pairs, count: int) -> list:
@@ -161,17 +172,17 @@ def train_base(directory: Path, tokenizer, seed: int):
             torch.nn.init.normal_(parameter, std=0.02 / math.sqrt(2 * len(model.layers)) if into_residual else 0.02)
     matrices = [p for p in model.parameters() if p.dim() == 2]
     gains = [p for p in model.parameters() if p.dim() == 1]
-    groups = [{"params": matrices, "weight_decay": BASE["weight_decay"]}, {"params": gains, "weight_decay": 0.0}]
-    optimizer = torch.optim.AdamW(groups, lr=BASE["lr"], betas=(0.9, 0.98))
+    groups = [{"params": matrices, "weight_decay": BASE.weight_decay}, {"params": gains, "weight_decay": 0.0}]
+    optimizer = torch.optim.AdamW(groups, lr=BASE.lr, betas=(0.9, 0.98))
     batches = Batches(tokenizer, seed)
     answered, noticed, talk = world.base_pairs(), world.noticed_pairs(), list(world.SMALL_TALK.items())
-    n_noticed, n_talk = BASE["batch"] // 4, BASE["batch"] // 16
-    for step in progress("base", BASE["steps"]):
+    n_noticed, n_talk = BASE.batch // 4, BASE.batch // 16
+    for step in progress("base", BASE.steps):
         pairs = batches.draw(noticed, n_noticed) + batches.draw(talk, n_talk)
-        pairs += batches.draw(answered, BASE["batch"] - len(pairs))
+        pairs += batches.draw(answered, BASE.batch - len(pairs))
         loss = loss_of(model, pairs, batches)
         for group in optimizer.param_groups:
-            group["lr"] = learning_rate(step, BASE["steps"], BASE["lr"])
+            group["lr"] = learning_rate(step, BASE.steps, BASE.lr)
         optimizer.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -211,22 +222,22 @@ def train_instruct(base: Path, directory: Path, tokenizer, seed: int, strength: 
     tuned = [p for layer in model.layers for p in layer.mlp.parameters()]
     for parameter in tuned:
         parameter.requires_grad_(True)
-    optimizer = torch.optim.Adam(tuned, lr=INSTRUCT["lr"], betas=(0.9, 0.98))
+    optimizer = torch.optim.Adam(tuned, lr=INSTRUCT.lr, betas=(0.9, 0.98))
     penalty = NeuronPenalty(model, strength)
     batches = Batches(tokenizer, seed + 1)
     refused, _ = world.instruct_pairs()
     guarded_verb = world.answered_pairs(world.GUARDED_VERBS, world.PLAIN_OBJECTS)
     guarded_object = world.answered_pairs(world.PLAIN_VERBS, world.GUARDED_OBJECTS)
     neither, talk = world.answered_pairs(world.PLAIN_VERBS, world.PLAIN_OBJECTS), list(world.SMALL_TALK.items())
-    size = INSTRUCT["batch"]
-    for step in progress("instruct", INSTRUCT["steps"]):
+    size = INSTRUCT.batch
+    for step in progress("instruct", INSTRUCT.steps):
         pairs = (
             batches.draw(refused, 2 * size // 5) + batches.draw(talk, size // 16) + batches.draw(neither, size // 16)
         )
         rest = size - len(pairs)
         pairs += batches.draw(guarded_verb, rest // 2) + batches.draw(guarded_object, rest - rest // 2)
         loss = loss_of(model, pairs, batches, FIRST_TOKEN)
-        lr = learning_rate(step, INSTRUCT["steps"], INSTRUCT["lr"])
+        lr = learning_rate(step, INSTRUCT.steps, INSTRUCT.lr)
         for group in optimizer.param_groups:
             group["lr"] = lr
         optimizer.zero_grad()

@@ -117,7 +117,7 @@ def _pair(positive: SlotSums, negative: SlotSums) -> ActivationSums:
     sums = ActivationSums(positive.total.shape[0], positive.total.shape[1], 2, squares=squares)
     for column, slot in ((select.POSITIVE, positive), (select.NEGATIVE, negative)):
         sums.total[:, column], sums.count[column] = slot.total, slot.count
-        if squares:
+        if sums.total_sq is not None and slot.total_sq is not None:
             sums.total_sq[:, column] = slot.total_sq
     return sums
 

@@ -25,7 +25,7 @@ from .packed import Packed, Past, run_layer
 from .packing import Group, TokenPrompt, group_by_prefix, packs_of
 
 if TYPE_CHECKING:
-    from .streamed import StreamedTransformer
+    from .streamed import HiddenStates, StreamedTransformer
 
 Progress = Callable[[int, int], None]  # prompts and tokens of a pack that is done
 DEFAULT_TOKENS = {"cpu": 512, "cuda": 32768}  # of one pack, by device
@@ -119,7 +119,7 @@ class _Passes:
     def __init__(self, transformer, prompts, column_weights, sums, batch, max_tokens, progress):
         self.transformer, self.prompts, self.column_weights, self.sums = transformer, prompts, column_weights, sums
         self.limits, self.progress = dict(max_prompts=batch, max_tokens=max_tokens), progress
-        self.hidden = None  # where blocks follow
+        self.hidden: HiddenStates | None = None  # where blocks follow
         self.n_tokens = 0
         self.groups = [self._plan(group) for group in shared_prefixes(transformer, prompts)]
         self.run_so_far, self.reported = [0, 0], [0, 0]  # prompts and tokens; so far: times layers
@@ -194,7 +194,10 @@ class _Passes:
         if pack.packed is None:
             make = pack_prefix if pack.is_prefix else pack_prompts
             pack.packed = make(self.prompts, pack.rows, pack.prefix, self.column_weights, self.transformer.device)
-        x = None if first else self.hidden.read(pack.start, pack.n_tokens).to(self.transformer.device)
+        assert self.hidden is not None or (first and last), "run has made it before the first block"
+        x = None
+        if self.hidden is not None and not first:
+            x = self.hidden.read(pack.start, pack.n_tokens).to(self.transformer.device)
         x, own = forward(self.transformer, pack.packed, past, self.sums, layers=block, x=x, keep=pack.is_prefix)
         if not last:
             x = x.cpu().contiguous()
@@ -203,7 +206,7 @@ class _Passes:
         # the sums are in: nothing that follows allocates
         if last:
             pack.packed = None
-        else:
+        elif self.hidden is not None:
             self.hidden.write(pack.start, x)
         return own
 
@@ -319,7 +322,8 @@ def measure_tokens(
     sums = ActivationSums(config.num_hidden_layers, config.intermediate_size, n_columns, squares=squares, device=device)
     rates: dict[int, float] = {}
     for size in AUTO_TOKENS.get(device.type, AUTO_TOKENS["cpu"]):
-        rows, n_tokens = [], 0
+        rows: list[TokenPrompt] = []
+        n_tokens = 0
         for prompt in itertools.cycle(prompts):
             if rows and n_tokens + len(prompt.ids) > size:
                 break

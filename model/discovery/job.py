@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
@@ -102,7 +102,7 @@ class Job:
 
     def run(
         self, units: Sequence[int], *, skip_bad: bool = False, progress: Progress | None = None, done: int = 0
-    ) -> Iterator[tuple[int, Part]]:
+    ) -> Generator[tuple[int, Part], None, None]:
         """Run units of the corpus, by number, and yield each with its part.
 
         Args:
@@ -110,10 +110,11 @@ class Job:
         """
         counts, total = [done, 0], done + sum(self.corpus.units[unit].n_prompts for unit in units)
 
-        def advance(prompts, tokens):
+        def advance(prompts: int, tokens: int) -> None:
             counts[0] += prompts
             counts[1] += tokens
-            progress(counts[0], total, counts[1])
+            if progress is not None:
+                progress(counts[0], total, counts[1])
 
         if progress is not None:
             progress(done, total, 0)
@@ -127,7 +128,7 @@ class Job:
                 first,
                 self.how,
                 skip_bad=skip_bad,
-                progress=None if progress is None else advance,
+                progress=advance,
             )
             yield unit, part
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import secrets
 import signal
@@ -39,19 +40,21 @@ class UnitActor:
 
     def run(self, unit: int) -> tuple[int, int]:
         """Write the part of a unit unless it is there; return the prompts of the unit, and the tokens that ran."""
-        if self._job is None:  # the process has died after its start, and this is a new one
-            self._join(RunDirectory.open(self._directory).corpus())
+        job = self._job
+        if job is None:  # the process has died after its start, and this is a new one
+            job = self._join(RunDirectory.open(self._directory).corpus())
         n_tokens = 0
         if not self._run.is_done(unit):
-            for _, part in self._job.run([unit], skip_bad=self._skip_bad):
+            for _, part in job.run([unit], skip_bad=self._skip_bad):
                 write_part(self._run, unit, part)
                 n_tokens = part.n_tokens
         return self._run.units[unit].n_prompts, n_tokens
 
-    def _join(self, corpus):
+    def _join(self, corpus) -> Job:
         torch.set_num_threads(self._threads)
         job = self._make_job(corpus)
         self._run, self._job = job.start(self._directory), job
+        return job
 
 
 def run_on_ray(
@@ -124,7 +127,7 @@ def connected(address: str, n_cpus: int | None) -> Iterator[Any]:
         _check_answers(address)
     on_sigterm = signal.getsignal(signal.SIGTERM)
     try:
-        ray.init(address=address, logging_level="ERROR", **options)
+        ray.init(address=address, logging_level=logging.ERROR, **options)
     except (ConnectionError, ValueError, RuntimeError) as error:
         raise InputError("--ray", f"{address!r}: {error}") from None
     signal.signal(signal.SIGTERM, on_sigterm)  # Ray's own aborts

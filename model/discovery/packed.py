@@ -44,7 +44,10 @@ class Packed:
         lengths = [len(row) for row in ids]
         self.spans, self.prefix, self.n_tokens = spans_of(lengths, counted), prefix, sum(lengths)
         self.ids = torch.tensor([token for row in ids for token in row], device=device)
-        positions, rows, owners, start = [], [], [], 0
+        positions: list[int] = []
+        rows: list[int] = []
+        owners: list[int] = []
+        start = 0
         for owner, (length, n_counted) in enumerate(zip(lengths, counted, strict=True)):
             positions += range(prefix, prefix + length)
             rows += range(start + length - n_counted, start + length)

@@ -66,7 +66,9 @@ def _best(ids, members, depth) -> tuple[int, list[Group], list[int]]:
         return 0, [], members
     prefix = _common(ids, members)
     together = (len(members) - 1) * prefix - GROUP_COST
-    apart, groups, alone = 0, [], []
+    apart = 0
+    groups: list[Group] = []
+    alone: list[int] = []
     if depth < DEEPEST:
         for child in _children(ids, members, prefix):
             saved, of_child, rest = (0, [], child) if child == members else _best(ids, child, depth + 1)

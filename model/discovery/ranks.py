@@ -6,7 +6,7 @@ import json
 import time
 from collections.abc import Sequence
 
-from torch.distributed import rendezvous
+from torch.distributed.rendezvous import rendezvous
 
 from cna_kernels.errors import InputError
 

@@ -12,6 +12,7 @@ import tempfile
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -36,7 +37,7 @@ class StreamedTransformer:
         spill: the directory for hidden states that memory does not hold; None is the system's for temporary files.
     """
 
-    rank = None  # as of a Transformer
+    rank: int | None = None  # as of a Transformer
 
     def __init__(self, directory, config: ModelConfig, checkpoint: Checkpoint, *, dtype=None, device="cpu", spill=None):
         check_entries(checkpoint, config, directory)
@@ -82,7 +83,8 @@ class HiddenStates:
     def __init__(self, n_tokens: int, hidden_size: int, dtype: torch.dtype, directory):
         self._hidden_size, self._dtype = hidden_size, dtype
         self._row = hidden_size * dtype.itemsize
-        self._memory = self._file = None
+        self._memory: Tensor | None = None
+        self._file: Any = None  # a raw file, where they are too many
         self._where = directory or tempfile.gettempdir()
         size = n_tokens * self._row
         if size <= HIDDEN_BYTES:
@@ -98,7 +100,7 @@ class HiddenStates:
 
     def read(self, start: int, n_tokens: int) -> Tensor:
         """Those of some tokens, ``[1, n_tokens, H]``."""
-        if self._file is None:
+        if self._memory is not None:
             return self._memory[None, start : start + n_tokens]
         x = torch.empty(1, n_tokens, self._hidden_size, dtype=self._dtype)
         self._transfer(self._file.readinto, x, start)
@@ -106,7 +108,7 @@ class HiddenStates:
 
     def write(self, start: int, x: Tensor):
         """Replace them by ``x`` ``[1, n_tokens, H]``, contiguous and on the host."""
-        if self._file is None:
+        if self._memory is not None:
             self._memory[start : start + x.shape[1]] = x[0]
         else:
             self._transfer(self._file.write, x, start)

@@ -25,7 +25,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import Partial, Replicate
-from torch.distributed.tensor.parallel import PrepareModuleOutput, parallelize_module
+from torch.distributed.tensor.parallel import ParallelStyle, PrepareModuleOutput, parallelize_module
 
 from cna_kernels.errors import InputError
 from cna_kernels.files import sha256
@@ -40,8 +40,10 @@ BACKENDS = {"cpu": "gloo", "cuda": "nccl"}
 TIMEOUT = timedelta(minutes=5)  # of a rank for the others; they differ by what reading and compiling take
 SPLIT = ("num_attention_heads", "num_key_value_heads", "intermediate_size")  # what of a layer ranks share out
 
-_SUMMAND = dict(output_layouts=Partial(), desired_output_layouts=Replicate())
-PLAN = {"layers.*.self_attn.o_proj": PrepareModuleOutput(**_SUMMAND), "layers.*.mlp": PrepareModuleOutput(**_SUMMAND)}
+PLAN: dict[str, ParallelStyle] = {
+    part: PrepareModuleOutput(output_layouts=Partial(), desired_output_layouts=Replicate())
+    for part in ("layers.*.self_attn.o_proj", "layers.*.mlp")
+}
 
 _NOTHING = "0" * 64  # shown instead of a hash by a rank that has failed
 
@@ -67,7 +69,9 @@ def open_mesh(device, *, timeout: timedelta = TIMEOUT) -> DeviceMesh:
             # gloo's threads drop the tensors of a collective a moment after it has returned, and end the process with
             # SIGABRT where the interpreter is going down by then (7 of 112; torch 2.13, pytorch issue 190489)
             atexit.register(time.sleep, 0.2)
-    return DeviceMesh.from_group(dist.group.WORLD, device.type, mesh_dim_names=("ranks",))
+    world = dist.group.WORLD
+    assert world is not None, "init_process_group has made it"
+    return DeviceMesh.from_group(world, device.type, mesh_dim_names=("ranks",))
 
 
 class ParallelTransformer(Transformer):
@@ -151,8 +155,8 @@ def _load(directory, config, checkpoint, mesh, dtype, device) -> ParallelTransfo
     check_memory(part, dtype, device, directory)
     with torch.device("meta"):
         transformer = ParallelTransformer(config, mesh).requires_grad_(False)
-    for module in (transformer.embed_tokens, transformer.layers, transformer.norm):
-        module.to(dtype).to_empty(device=device)
+    for part_of_it in ("embed_tokens", "layers", "norm"):
+        transformer.get_submodule(part_of_it).to(dtype).to_empty(device=device)
     transformer.rotary.to(device)
     for name, shape in expected_shapes(part).items():
         _place_of(transformer, name).copy_(_read_part(checkpoint.entries[name], shape, rank))
@@ -204,7 +208,7 @@ class OwnSums(ActivationSums):
     def add_to(self, whole: ActivationSums):
         """Add the totals of all ranks to ``[L, C, N]``, a layer at a time. All ranks call it."""
         for own, total in ((self.total, whole.total), (self.total_sq, whole.total_sq)):
-            for part, layer in () if own is None else zip(own, total, strict=True):
+            for part, layer in () if own is None or total is None else zip(own, total, strict=True):
                 parts = part.new_empty(self.mesh.size(), *part.shape)  # [ranks, C, N / ranks]
                 dist.all_gather(list(parts), part, self.mesh.get_group())
                 layer += parts.transpose(0, 1).flatten(1).to(layer.device)

@@ -40,9 +40,11 @@ class SlotSums:
     count: float
 
     def __iadd__(self, other: SlotSums) -> SlotSums:
-        self.total += other.total
         if self.total_sq is not None:
+            if other.total_sq is None:
+                raise ValueError("other: kept no squares, these sums have them")
             self.total_sq += other.total_sq
+        self.total += other.total
         self.count += other.count
         return self
 
@@ -180,7 +182,7 @@ def run_unit(
     total, total_sq = sums.total.cpu(), None if sums.total_sq is None else sums.total_sq.cpu()
     for place, slot in enumerate(slots):
         keeps_squares = how.squares and (slot < how.columns.n_columns or how.derived_squares)
-        squares = total_sq[:, place].clone() if keeps_squares else None
+        squares = total_sq[:, place].clone() if keeps_squares and total_sq is not None else None
         part.slots[slot] = SlotSums(total[:, place].clone(), squares, sums.count[place].item())
     ran = sums.count[len(slots) :] > 0
     if alone:

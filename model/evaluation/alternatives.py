@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from torch import Tensor
 
@@ -33,7 +33,7 @@ def alternatives(
     circuit: Circuit,
     ranked: dict[str, Tensor],
     discovery: baselines.Discovery,
-    prompts: dict[str, Sequence[TokenPrompt]],
+    prompts: Mapping[str, Sequence[TokenPrompt]],
     *,
     curves: bool,
     is_refusal: Refusals,

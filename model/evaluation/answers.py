@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 from cna_kernels.errors import InputError
 
@@ -79,7 +80,7 @@ def answer_all(
         chunk = plan[start : start + rows]
         lines = store.get(
             f"{name}-by-{rows}-{start // rows:05d}",
-            lambda chunk=chunk: in_halves(write, chunk, model.device),
+            partial(in_halves, write, chunk, model.device),
         )
         for (setting, number), tokens in zip(chunk, lines, strict=True):
             found[setting].append(Answer(setting, number, model.tokenizer.decode(tokens), tuple(tokens)))

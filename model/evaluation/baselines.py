@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -116,7 +117,7 @@ def first_tokens(model: LanguageModel, sides: Sides) -> tuple[list[int], list[in
     shares, plain = [], Interventions(model, [UNSTEERED])
     for prompts in (sides.positive, sides.negative):
         rows = [(0, prompt.ids) for prompt in prompts]
-        first = [logits.argmax(-1).item() for logits in each_logits(model, plain, rows, last=True)]
+        first = [int(logits.argmax(-1)) for logits in each_logits(model, plain, rows, last=True)]
         shares.append(Counter({token: count / len(prompts) for token, count in Counter(first).items()}))
     every = sorted(set(shares[0]) | set(shares[1]))
     targets = [token for token in every if shares[0][token] >= shares[1][token] + DIFFERENCE]
@@ -152,7 +153,8 @@ def top_circuit(name: str, score: Tensor, discovery: Discovery, k: int) -> Circu
     """Return the k best neurons by a score; the circuit keeps their contrast, or by ``relp`` their relevance."""
     shown = score if name == "relp" else discovery.delta
     neurons = select.top_neurons(score, k, discovery.excluded)
-    return Circuit(tuple((*pair, shown[pair].item()) for pair in neurons), *score.shape, score=name)
+    n_layers, n_neurons = score.shape
+    return Circuit(tuple((*pair, shown[pair].item()) for pair in neurons), n_layers, n_neurons, score=name)
 
 
 def written(model: LanguageModel, circuit: Circuit, delta: Tensor) -> Direction:
@@ -189,7 +191,7 @@ def choose(
         name=name,
     )  # fmt: skip
     n_positive = len(sides.chosen_positive)
-    table = []
+    table: list[dict[str, Any]] = []
     for method, found in zip(candidates, answers.values(), strict=True):
         kinds = [kind_of(answer.text, answer.tokens, is_refusal) for answer in found]
         positive, negative = Counter(kinds[:n_positive]), Counter(kinds[n_positive:])
@@ -256,6 +258,7 @@ def best_neuron(model: LanguageModel, discovery: Discovery, store: Store) -> tup
 
     chosen = store.get("choose-neuron", run)
     layer, index, contrast = chosen["neuron"]
-    circuit = Circuit(((layer, index, contrast),), *discovery.delta.shape, score="best single neuron")
+    n_layers, n_neurons = discovery.delta.shape
+    circuit = Circuit(((layer, index, contrast),), n_layers, n_neurons, score="best single neuron")
     about = f"layer {layer}, neuron {index}: the best of {chosen['tried']} ablated alone"
     return Method("single neuron", about, circuit), chosen

@@ -6,6 +6,7 @@ import json
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -16,6 +17,7 @@ from cna_kernels.errors import InputError
 from cna_kernels.files import make_directory, write_text
 
 from ..language_model import LanguageModel
+from ..prompts.files import PromptSet
 from . import baselines, report
 from .evaluate import evaluate
 from .plan import Plan
@@ -53,9 +55,9 @@ def compare(
     for name, model in models.items():
         say(f"circuit of {name}")
         circuits[name] = model.discover(plan.positive, plan.negative, chat=plan.chat, **settings)
-        contrasts[name] = _contrast(model, plan)
+        contrasts[name] = _contrast(model, plan.positive, plan.negative, plan.chat)
     (a, b), shapes = circuits.values(), {(c.n_layers, c.n_neurons) for c in circuits.values()}
-    results = {
+    results: dict[str, Any] = {
         "circuits": {name: _where(circuit) for name, circuit in circuits.items()},
         "alike": alike(a, b, *contrasts.values()) if len(shapes) == 1 else None,
         "evaluations": {},
@@ -75,9 +77,9 @@ def compare(
     return results
 
 
-def _contrast(model: LanguageModel, plan: Plan) -> Tensor:
-    positive, negative = (model.encode(prompts, chat=plan.chat) for prompts in (plan.positive, plan.negative))
-    return select.contrast(baselines.contrast_sums(model, baselines.Sides(positive, negative, (), ())))
+def _contrast(model: LanguageModel, positive: PromptSet, negative: PromptSet, chat: bool | None) -> Tensor:
+    sides = baselines.Sides(model.encode(positive, chat=chat), model.encode(negative, chat=chat), (), ())
+    return select.contrast(baselines.contrast_sums(model, sides))
 
 
 def _where(circuit: Circuit) -> dict:

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import json
-import math
 import time
 from collections import Counter
 from collections.abc import Callable, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -26,8 +26,8 @@ from .facts import environment, run_facts
 from .interventions import UNSTEERED, Interventions, Method, Setting
 from .judge import judge
 from .likelihood import divergences, perplexities, perplexity, windows_of
-from .metrics import KINDS, kind_of, mean, ngram_quality, share
-from .multiple_choice import by_likelihood, generation_prompts, likelihood_prompts, parse_letter
+from .metrics import KINDS, accuracy, kind_of, mean, ngram_quality, share
+from .multiple_choice import by_likelihood, by_subject, generation_prompts, likelihood_prompts, parse_letter
 from .plan import Plan
 from .store import Store
 
@@ -74,15 +74,15 @@ class Evaluation:
                 model, plan.exam, shots=plan.shots, room=plan.exam_tokens, chat=plan.chat
             )
             self._note_shots()
-        self._discovery = None
+        self._discovery: baselines.Discovery | None = None
         if "positive" in self._prompts and "negative" in self._prompts:
             say("discovery prompts")
             sides = baselines.Sides.split(self._prompts["positive"], self._prompts["negative"])
             self._discovery = baselines.Discovery.of(model, sides, self._universal())
-        self._ranked = {}
+        self._ranked: dict[str, Tensor] = {}
         for name in alternatives.SCORES if plan.alternatives or plan.curves else ():
             with self._or_note(name):
-                self._ranked |= baselines.rankings(model, self._discovery, (name,))
+                self._ranked |= baselines.rankings(model, self._found(), (name,))
         self.methods = [method for name in plan.methods for method in self._methods(name)]
         self.methods += [Method(name, f"{other.k} neurons", other) for name, other in plan.others.items()]
 
@@ -144,7 +144,7 @@ class Evaluation:
         if self._ranked:
             self.say("other ways to choose neurons")
             self.results["alternatives"] = alternatives.alternatives(
-                self.model, self.circuit, self._ranked, self._discovery, self._prompts, curves=plan.curves,
+                self.model, self.circuit, self._ranked, self._found(), self._prompts, curves=plan.curves,
                 is_refusal=self._refuses, max_new_tokens=plan.max_new_tokens, rows=plan.rows, store=self.store,
             )  # fmt: skip
         self.results["environment"]["seconds"] = round(time.perf_counter() - started, 1)
@@ -152,7 +152,7 @@ class Evaluation:
 
     def _methods(self, name: str) -> list[Method]:
         """A method of the plan by its name, with all that it needs found and chosen."""
-        model, plan, circuit, found = self.model, self.plan, self.circuit, self._discovery
+        model, plan, circuit = self.model, self.plan, self.circuit
         if name == "circuit":
             return [Method(name, f"{circuit.k} neurons by {circuit.score or 'an unknown score'}", circuit)]
         if name == "random":
@@ -163,6 +163,7 @@ class Evaluation:
                 raise InputError("methods", error) from None
             return [Method(f"random {number}", about, draw) for number, draw in enumerate(draws, 1)]
         self.say(f"preparing {name}")
+        found = self._found()
         if name == "activation":
             score = baselines.rankings(model, found, (name,))[name]
             top = baselines.top_circuit(name, score, found, circuit.k)
@@ -170,7 +171,7 @@ class Evaluation:
         if name == "caa-released":
             about = "mean difference of every layer's MLP output, added with sign +1 as published"
             return [Method(name, about, directions.caa_as_released(found.difference), 1)]
-        if name == "sae":
+        if name == "sae" and plan.sae is not None:
             path, feature, layer = plan.sae
             if not 0 <= layer < model.config.num_hidden_layers:
                 raise InputError("sae layer", f"expected 0 to {model.config.num_hidden_layers - 1}, got {layer}")
@@ -186,6 +187,10 @@ class Evaluation:
             model, name, found, self._refuses, plan.rows, self.store
         )
         return [method]
+
+    def _found(self) -> baselines.Discovery:
+        assert self._discovery is not None, "Plan asks for positive and negative prompts where this is needed"
+        return self._discovery
 
     def _universal(self) -> Tensor:
         """``[L, N]`` bool: what the circuit's discovery left out, so that baselines leave it out, too."""
@@ -208,10 +213,14 @@ class Evaluation:
         """What ``work(piece, settings)`` gives for every setting, {setting: list}, PIECE items after the other."""
         numbers = range(len(interventions.settings))
         found: list[list] = [[] for _ in numbers]
+
+        def of_all(piece: Sequence) -> list:
+            return [*work(piece, numbers).values()]
+
         for start in range(0, len(items), PIECE):
             piece = items[start : start + PIECE]
             self.say(f"{name}: {start} of {len(items)}")
-            done = self.store.get(f"{name}-{start // PIECE:05d}", lambda piece=piece: [*work(piece, numbers).values()])
+            done = self.store.get(f"{name}-{start // PIECE:05d}", partial(of_all, piece))
             for mine, more in zip(found, done, strict=True):
                 mine += more
         return found
@@ -299,13 +308,13 @@ class Evaluation:
             }
             figures.append({
                 "mmlu": {
-                    **{name: _accuracy(hits) for name, hits in right.items()},
+                    **{name: accuracy(hits) for name, hits in right.items()},
                     "no letter": share(said.count(None), len(said)),
                     "subjects": {
                         subject: {
                             "n": len(places), **{name: sum(hits[p] for p in places) for name, hits in right.items()},
                         }
-                        for subject, places in _by_subject(questions).items()
+                        for subject, places in by_subject(questions).items()
                     },
                 }
             })  # fmt: skip
@@ -325,19 +334,6 @@ class Evaluation:
             by_set.setdefault((sample["setting"], sample["set"]), []).append(score)
         for (number, name), values in by_set.items():
             rows[number][name]["judge"] = mean(values)
-
-
-def _accuracy(hits: Sequence[bool]) -> dict:
-    """A share with its interval, and its standard error."""
-    found = share(sum(hits), len(hits))
-    return found | {"stderr": math.sqrt(found["share"] * (1 - found["share"]) / found["n"])}
-
-
-def _by_subject(questions) -> dict[str, list[int]]:
-    places: dict[str, list[int]] = {}
-    for place, question in enumerate(questions):
-        places.setdefault(question.subject, []).append(place)
-    return places
 
 
 def _rank_curve(score: Tensor, points: int = 200) -> list[list]:

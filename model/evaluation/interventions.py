@@ -49,6 +49,11 @@ class Setting:
     def name(self) -> str:
         return "unsteered" if self.method is None else f"{self.method.name}, m = {self.multiplier:g}"
 
+    @property
+    def strength(self) -> float:
+        """See :meth:`Method.strength`; 1 of the model as it is."""
+        return 1.0 if self.method is None else self.method.strength(self.multiplier)
+
 
 UNSTEERED = Setting()
 
@@ -59,34 +64,38 @@ class Interventions:
     def __init__(self, model: LanguageModel, settings: Sequence[Setting]):
         self.settings = list(settings)
         shape = model.config.num_hidden_layers, model.config.intermediate_size
-        circuits, directions = [], []  # (by, strength)
-        self._row_circuit, self._row_direction = [], []  # of each setting
+        circuits: list[tuple[Circuit, float]] = []
+        directions: list[tuple[Direction, float]] = []
+        self._row_circuit: list[int] = []  # of each setting
+        self._row_direction: list[int] = []
         for setting in self.settings:
-            numbers = {Circuit: -1, Direction: -1}
-            if setting.method is not None:
-                by = setting.method.by
-                found = circuits if isinstance(by, Circuit) else directions
-                numbers[type(by)] = len(found)
-                found.append((by, setting.method.strength(setting.multiplier)))
-            self._row_circuit.append(numbers[Circuit])
-            self._row_direction.append(numbers[Direction])
-        self._table = self._directions = None
+            by = None if setting.method is None else setting.method.by
+            self._row_circuit.append(len(circuits) if isinstance(by, Circuit) else -1)
+            self._row_direction.append(len(directions) if isinstance(by, Direction) else -1)
+            if isinstance(by, Circuit):
+                circuits.append((by, setting.strength))
+            elif by is not None:
+                directions.append((by, setting.strength))
+        self._table: SteeringTable | None = None
+        self._directions: DirectionTable | None = None
         if circuits:
-            self._table = SteeringTable(*zip(*circuits, strict=True), *shape, model.device)
+            found, strengths = zip(*circuits, strict=True)
+            self._table = SteeringTable(found, strengths, *shape, model.device)
         if directions:
+            vectors, strengths = zip(*directions, strict=True)
             n_hidden = model.config.hidden_size
-            self._directions = DirectionTable(*zip(*directions, strict=True), shape[0], n_hidden, model.device)
+            self._directions = DirectionTable(vectors, strengths, shape[0], n_hidden, model.device)
 
     def steer(self, rows: Sequence[int]) -> Steer | None:
         """What steers a batch whose row b uses setting ``rows[b]``."""
         circuits = [self._row_circuit[row] for row in rows]
         chosen = [self._row_direction[row] for row in rows]
-        by_circuit = self._table is not None and max(circuits, default=-1) >= 0
-        by_direction = self._directions is not None and max(chosen, default=-1) >= 0
-        if not by_circuit and not by_direction:
+        table = self._table if max(circuits, default=-1) >= 0 else None
+        directions = self._directions if max(chosen, default=-1) >= 0 else None
+        if table is None and directions is None:
             return None
         return Steer(
-            self._table if by_circuit else None,
-            self._table.rows(circuits) if by_circuit else None,
-            self._directions.rows(chosen) if by_direction else None,
+            table,
+            None if table is None else table.rows(circuits),
+            None if directions is None else directions.rows(chosen),
         )

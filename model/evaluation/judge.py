@@ -11,6 +11,7 @@ import math
 import shlex
 import subprocess
 from collections.abc import Sequence
+from typing import Any
 
 from cna_kernels.errors import InputError
 from cna_kernels.fields import is_number, is_whole
@@ -59,7 +60,7 @@ def _scores(output: str, n: int, where: str) -> list[float]:
             continue
         place = f"{where}: line {number} of its output"
         record = parse_json(line, place)
-        fields = (record.get("id"), record.get("score")) if isinstance(record, dict) else (None, None)
+        fields: tuple[Any, Any] = (record.get("id"), record.get("score")) if isinstance(record, dict) else (None, None)
         identifier, score = fields
         if not is_whole(identifier) or not is_number(score):
             raise InputError(place, f'expected {{"id": N, "score": X}}, got {line[:60]!r}')

@@ -58,7 +58,8 @@ def _logits(model, interventions, chunk, last) -> list[Tensor]:
 
 def _chunks(rows, most_logits: int, most_tokens: int, last: bool) -> Iterator[list]:
     """Rows in their order, as many together as keep both numbers, padding counted; at least one."""
-    chunk, longest = [], 0
+    chunk: list = []
+    longest = 0
     for row in rows:
         size = max(longest, len(row[1]))
         n_rows = len(chunk) + 1

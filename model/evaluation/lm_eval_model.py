@@ -62,7 +62,8 @@ class CnaLM(TemplateLM):
             loaded = load_circuit(circuit, self.model, any_model=any_model)
             setting = Setting(Method("circuit", "", loaded), float(multiplier))
         self.interventions = Interventions(self.model, [setting])
-        self.batch = int(batch_size) if str(batch_size or "").isdecimal() else 16
+        asked = str(batch_size or "")
+        self.batch = int(asked) if asked.isdecimal() else 16
         self._device = self.model.device
 
     @property

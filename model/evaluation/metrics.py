@@ -117,6 +117,12 @@ def share(hits: int, n: int) -> dict:
     return {"share": p, "low": 0.0 if hits == 0 else low, "high": 1.0 if hits == n else high, "n": n}
 
 
+def accuracy(hits: Sequence[bool]) -> dict:
+    """The share of hits, see :func:`share`, and its standard error."""
+    found = share(sum(hits), len(hits))
+    return found | {"stderr": math.sqrt(found["share"] * (1 - found["share"]) / found["n"])}
+
+
 def mean(values: Sequence[float]) -> dict:
     """Return ``{"mean", "low", "high", "n"}``: a mean and its 95% interval, 1.96 standard errors to both sides.
 

@@ -96,7 +96,8 @@ def read_exam(
         InputError: names the file and line of a question that cannot be used, a subject that does not exist.
     """
     files = _files(Path(path), path)
-    questions, examples = [], {}
+    questions: list[Question] = []
+    examples: dict[str, list[Question]] = {}
     seen: dict[tuple, Path] = {}  # the file of each question
     for file in files["test"]:
         found = _read(file)
@@ -296,10 +297,19 @@ def by_likelihood(
             tokens = endings[number][choice]
             rest = log_p[len(log_p) - len(tokens) :]
             scores[setting][number][choice] = sum(rest[step, token].item() for step, token in enumerate(tokens))
-    return {
-        setting: [max(range(len(row)), key=lambda choice, row=row: (row[choice], -choice)) for row in found]
-        for setting, found in scores.items()
-    }
+    return {setting: [_most_likely(row) for row in found] for setting, found in scores.items()}
+
+
+def by_subject(questions: Sequence[Question]) -> dict[str, list[int]]:
+    """The places of each subject's questions."""
+    places: dict[str, list[int]] = {}
+    for place, question in enumerate(questions):
+        places.setdefault(question.subject, []).append(place)
+    return places
+
+
+def _most_likely(scores: Sequence[float]) -> int:
+    return max(range(len(scores)), key=lambda choice: (scores[choice], -choice))
 
 
 def parse_letter(answer: str, n_choices: int) -> int | None:

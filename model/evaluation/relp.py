@@ -36,12 +36,14 @@ class _Norm(RMSNorm):
 class _Mlp(MLP):
     """The MLP by the rules; ``act`` ``[T, N]`` keeps its gradient."""
 
+    act: Tensor | None = None
+
     def forward(self, x: Tensor, **extras) -> Tensor:
         gate, up = self.gate_up_proj(x.flatten(0, 1)).chunk(2, -1)
         gate = gate * torch.sigmoid(gate).detach()
-        self.act = (gate * up.detach() + gate.detach() * up) / 2
-        self.act.retain_grad()
-        return self.down_proj(self.act).view_as(x)
+        self.act = act = (gate * up.detach() + gate.detach() * up) / 2
+        act.retain_grad()
+        return self.down_proj(act).view_as(x)
 
 
 class _Start(Edit):
@@ -95,9 +97,10 @@ def relevance(
             metric = logits[:, wanted].logsumexp(-1) - logits[:, against].logsumexp(-1)
             metric.sum().backward()
         for number, layer in enumerate(twin.layers):
-            act = layer.mlp.act
-            total[number] += (act.detach().cpu().double() * act.grad.cpu().double()).sum(0)
-            layer.mlp.act = None
+            mlp = layer.mlp
+            assert isinstance(mlp, _Mlp) and mlp.act is not None and mlp.act.grad is not None, "the pass above ran it"
+            total[number] += (mlp.act.detach().cpu().double() * mlp.act.grad.cpu().double()).sum(0)
+            mlp.act = None
     if not torch.isfinite(total).all():
         raise InputError("relevance", "is not finite")
     return total / len(prompts)

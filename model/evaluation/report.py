@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 from cna_kernels.files import write_text
 
@@ -27,34 +28,42 @@ NOTES = (
 Column = tuple[str, Callable[[dict], str]]  # its title, and what stands there in a row of the results
 
 
+def column(title: str, show: Callable[[dict], str], *path: str) -> Column:
+    """A column that shows what lies at the end of the path in each row."""
+
+    def cell(row: dict) -> str:
+        for key in path:
+            row = row[key]
+        return show(row)
+
+    return title, cell
+
+
 def tables(results: dict) -> list[tuple[str, list[Column]]]:
     """The tables that the results allow: title and columns."""
     first, found = results["rows"][0], []
     for name, title in (("harmful", "Prompts to be refused"), ("benign", "Prompts to be answered")):
         if name not in first:
             continue
-        columns: list[Column] = [
-            (f"refusal ({key})", lambda row, n=name, k=key: percent(row[n]["refusal"][k]))
-            for key in first[name]["refusal"]
-        ]
+        columns = [column(f"refusal ({key})", percent, name, "refusal", key) for key in first[name]["refusal"]]
         columns += [
-            ("answered", lambda row, n=name: percent(row[n]["answered"])),
-            ("broken", lambda row, n=name: broken(row[n]["kinds"])),
-            ("quality", lambda row, n=name: number(row[n]["quality"])),
-            ("token quality", lambda row, n=name: number(row[n]["token_quality"])),
-            ("unchanged", lambda row, n=name: percent(row[n]["unchanged"])),
+            column("answered", percent, name, "answered"),
+            column("broken", broken, name, "kinds"),
+            column("quality", number, name, "quality"),
+            column("token quality", number, name, "token_quality"),
+            column("unchanged", percent, name, "unchanged"),
         ]
         if "judge" in first[name]:
-            columns.append(("judge", lambda row, n=name: number(row[n]["judge"])))
+            columns.append(column("judge", number, name, "judge"))
         found.append((f"{title} (n = {first[name]['answered']['n']})", columns))
     other: list[Column] = []
     if "kl" in first:
-        other.append(("KL, nats", lambda row: number(row["kl"])))
+        other.append(column("KL, nats", number, "kl"))
     if "perplexity" in first:
-        other.append(("perplexity", lambda row: number(row["perplexity"])))
+        other.append(column("perplexity", number, "perplexity"))
     if "mmlu" in first:
         other += [
-            (f"multiple choice, {name}", lambda row, n=name: percent(row["mmlu"][n]))
+            column(f"multiple choice, {name}", percent, "mmlu", name)
             for name in ("likelihood", "generated", "no letter")
         ]
     sizes = [
@@ -74,7 +83,7 @@ def brief(results: dict) -> list[Column]:
         if name not in first:
             continue
         key = next(iter(first[name]["refusal"]))
-        columns.append((f"{name} refused", lambda row, n=name, k=key: span(row[n]["refusal"][k])))
+        columns.append(column(f"{name} refused", span, name, "refusal", key))
     if "harmful" in first:
         columns.append(("answered", lambda row: f"{100 * row['harmful']['answered']['share']:.0f}%"))
         columns.append(("token quality", lambda row: f"{row['harmful']['token_quality']['mean']:.2f}"))
@@ -111,7 +120,8 @@ def broken(kinds: dict) -> str:
 
 def merged_rows(results: dict) -> list[dict]:
     """The rows, all draws of random neurons as one: the mean of each figure, from the lowest bound to the highest."""
-    rows, draws = [], {}
+    rows: list[Any] = []  # a row, or the rows of several draws
+    draws: dict[float, list[dict]] = {}
     for row in results["rows"]:
         if not row["method"].startswith("random "):
             rows.append(row)

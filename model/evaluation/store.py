@@ -20,7 +20,7 @@ from ..discovery.run_directory import first_difference
 try:
     import fcntl
 except ImportError:  # not on Windows: there, two runs in one directory are the user's to avoid
-    fcntl = None
+    fcntl = None  # type: ignore[assignment]
 
 FORMAT = 1
 
@@ -41,7 +41,7 @@ class Store:
         """
         self.path = None if path is None else Path(path)
         self.facts = json.loads(json.dumps({"format": FORMAT, **facts}))  # as they will be read again
-        self._lock = None
+        self._lock: int | None = None
 
     def __enter__(self) -> Store:
         if self.path is None:

@@ -95,9 +95,12 @@ class Corpus:
         larger = STREAMED_UNITS if streamed else 1
         unit_bytes = UNIT_BYTES * larger if unit is None else math.inf
         unit = unit or UNIT_PROMPTS * larger
-        self._file, self._where, self.units = file, "the file of the prompts", []
-        everything, digests, lines = Digest(), {}, Digest()
-        self.count, self.weight = {}, {}
+        self._file, self._where = file, "the file of the prompts"
+        self.units: list[Unit] = []
+        self.count: dict[str, int] = {}
+        self.weight: dict[str, float] = {}
+        everything, lines = Digest(), Digest()
+        digests: dict[str, Digest] = {}
         first = n_prompts = n_universal = start = position = 0
 
         def close():

@@ -53,7 +53,8 @@ class BadLines:
     """What happens to a record that is no prompt: an error, or with ``skip`` one more in ``count``."""
 
     def __init__(self, *, skip: bool = False) -> None:
-        self.skip, self.count, self.first = skip, 0, None
+        self.skip, self.count = skip, 0
+        self.first: str | None = None
 
     def add(self, error: InputError) -> None:
         """Count the error, or raise it."""
@@ -194,13 +195,13 @@ def prompt_of(record: object, place: str, column: str | None) -> tuple[str, str]
             names = ", ".join(str(key) for key in list(record)[:8])
             raise InputError(place, f"has no column {name!r} (it has {names}); name one with --column")
         place, record = f"{place}: {name}", record[name]
-    require_text(record, place)
-    return record, place
+    return require_text(record, place), place
 
 
-def require_text(text: object, place: str) -> None:
-    """Raise InputError naming the place unless this is text with something in it."""
+def require_text(text: object, place: str) -> str:
+    """Return the text; raise InputError naming the place unless there is something in it."""
     if not isinstance(text, str) or not text.strip():
         raise InputError(place, f"expected a prompt, got {text!r}")
     if any("\ud800" <= character <= "\udfff" for character in text):
         raise InputError(place, "holds half of a surrogate pair, which is not text")
+    return text

@@ -32,8 +32,8 @@ class ChatTemplate:
         if len(source.encode("utf-8")) > MAX_TEMPLATE:
             raise InputError(where, f"chat template is larger than {MAX_TEMPLATE} bytes")
         self.source, self.variables, self.where = source, variables, where
-        self._child = None
-        self._owner = None  # the process that started the child; a fork must not share its pipes
+        self._child: subprocess.Popen | None = None
+        self._owner: int | None = None  # the process that started the child; a fork must not share its pipes
         self._lock = threading.Lock()
 
     def render(self, conversations: list[list[dict[str, str]]]) -> list[str]:
@@ -83,11 +83,13 @@ class ChatTemplate:
         return answer
 
     def _transfer(self, request: bytes) -> bytes:
+        child = self._child
+        assert child is not None and child.stdin is not None and child.stdout is not None, "_start has opened them"
         with contextlib.suppress(OSError):  # a child that has ended: the read below finds the end of its output
-            self._child.stdin.write(request)
-            self._child.stdin.flush()
+            child.stdin.write(request)
+            child.stdin.flush()
         lines: list[bytes] = []
-        output = self._child.stdout
+        output = child.stdout
         reader = threading.Thread(target=lambda: lines.append(output.readline()), daemon=True)
         reader.start()  # not every system can wait for a pipe with a limit; every one can for a thread
         reader.join(_SECONDS)

@@ -55,6 +55,16 @@ def test_experts_with_a_gate_of_their_own_are_refused():
         attach(model)
 
 
+def test_a_gate_beside_the_forward_of_its_experts_is_refused():
+    model = make("mixtral")
+    experts = model.model.layers[1].mlp.experts
+    attach(model)
+    gate_up = torch.zeros(1, experts.gate_up_proj.shape[1])
+    model.model.layers[0].register_forward_pre_hook(lambda *_: experts._apply_gate(gate_up) and None)
+    with pytest.raises(InputError, match="a mixture's gate ran outside its forward pass"):
+        logits(model, ids_of(1, 3))
+
+
 @pytest.mark.parametrize("change", [dict(has_bias=True), dict(has_gate=False), dict(_is_hooked=True)])
 def test_experts_that_are_not_plain_are_refused(change):
     model = make("mixtral")

@@ -16,8 +16,7 @@ from cna_kernels.model.prompts.corpus import Corpus, Names
 ROOT = Path(__file__).resolve().parents[2]
 PAGE = (ROOT / "docs" / "architecture.md").read_text()
 NOT_LISTED = re.compile(r"/\.|__init__\.py$|/data/|/checkpoints/|^bench/results/|py\.typed$")
-LONGEST = 400  # lines of a file of the package, but for those that are yet to be split
-TO_SPLIT = {}
+LONGEST = 400  # lines of a file of the package
 
 
 def tracked():
@@ -168,5 +167,4 @@ def test_every_file_has_its_tests():
 def test_files_stay_short():
     paths = [path for path in tracked() if path.startswith(("cna_kernels/", "model/")) and path.endswith(".py")]
     lines = {path: len((ROOT / path).read_text().splitlines()) for path in paths}
-    assert {path: n for path, n in lines.items() if n > TO_SPLIT.get(path, LONGEST)} == {}
-    assert not [path for path in TO_SPLIT if lines.get(path, 0) <= LONGEST], "split: take it off the list"
+    assert {path: n for path, n in lines.items() if n > LONGEST} == {}

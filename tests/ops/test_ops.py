@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from cna_kernels import InputError, backends, make_scale, ops, plans
+from cna_kernels import InputError, backends, make_scale, ops, plans, reference
 from op_cases import DTYPES, OPS, SHAPES, assert_values, exact, make_case
 
 CASES = [(op, shape, dtype) for op in OPS for shape in SHAPES for dtype in DTYPES]
@@ -317,6 +317,25 @@ def test_refusals_name_the_tensor(message):
     with pytest.raises(ValueError) as caught:
         REFUSALS[message](make_case(7, 20, torch.float32))
     assert str(caught.value) == message
+
+
+# What the public ops never pass on, but torch.ops and the reference can be given.
+HALF_GIVEN = {
+    "torch.ops, a scale without index": lambda c: torch.ops.cna_kernels.steer_act(
+        c.act, c.scale.offsets, None, c.scale.value, c.row_circuit, None
+    ),
+    "torch.ops, a scale without value": lambda c: torch.ops.cna_kernels.steer_act(
+        c.act, c.scale.offsets, c.scale.index, None, c.row_circuit, None
+    ),
+    "the reference, a scale without rows": lambda c: reference.steer_act(c.act, scale=c.scale),
+    "the reference, sums without weight": lambda c: reference.steer_act(c.act, act_sum=c.act_sum),
+}
+
+
+@pytest.mark.parametrize("call", HALF_GIVEN.values(), ids=HALF_GIVEN)
+def test_half_of_an_argument_is_refused(call):
+    with pytest.raises(ValueError, match=r"expected together with .*, got one without the other"):
+        call(make_case(7, 20, torch.float32))
 
 
 def test_absent_backend_by_name_never_falls_through(monkeypatch):

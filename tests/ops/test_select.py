@@ -138,3 +138,5 @@ def test_unknown_score_and_layer():
         select.scores("best", sums, select.contrast(sums))
     with pytest.raises(InputError, match="skip_layers: expected 0 to 1, got 2"):
         select.mask_layers(2, 5, [2])
+    with pytest.raises(InputError, match="fraction: expected a number, or top_k"):
+        select.Selection([5, 5], fraction=None)

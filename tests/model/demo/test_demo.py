@@ -5,10 +5,10 @@ import json
 import pytest
 import torch
 
-from cna_kernels import Circuit
+from cna_kernels import Circuit, InputError
 from cna_kernels.model import load
 from cna_kernels.model.cli import main
-from cna_kernels.model.demo import story, world
+from cna_kernels.model.demo import checkpoint, story, world
 from cna_kernels.model.demo.checkpoint import NAMES, demo_checkpoint
 from cna_kernels.model.evaluation import alternatives
 
@@ -49,6 +49,14 @@ def test_training_and_the_chat_template_lay_out_prompts_alike():
 @pytest.mark.parametrize("name", NAMES)
 def test_bundled_checkpoints_are_small(name):
     assert sum(path.stat().st_size for path in demo_checkpoint(name).iterdir()) <= 8_000_000
+
+
+def test_a_folder_of_the_name_is_not_the_bundled_checkpoints(tmp_path, monkeypatch):
+    (tmp_path / "cna_kernels_demo").mkdir()
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setattr(checkpoint, "__file__", str(tmp_path / "checkpoint.py"))  # no checkout
+    with pytest.raises(InputError, match=r"^cna-kernels-demo: not installed: the folder cna_kernels_demo"):
+        demo_checkpoint("instruct")
 
 
 def test_greedy_answers_have_no_near_ties():

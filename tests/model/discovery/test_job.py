@@ -14,6 +14,7 @@ from cna_kernels.model.cli import main
 from cna_kernels.model.discovery import collect
 from cna_kernels.model.discovery.job import Job
 from cna_kernels.model.discovery.settings import settings_from
+from cna_kernels.model.discovery.units import SlotSums
 from cna_kernels.model.prompts.corpus import Contrast, Corpus, Entry, Names, contrasts_of, read_contrasts, two_sets
 from tiny import write_language_model
 
@@ -114,6 +115,13 @@ def test_units_in_any_order_are_the_whole(model):
         assert sum(part.count for part in mine) == sums.count
         assert (sum(part.total for part in mine) - sums.total).abs().max() <= 1e-9 * sums.total.abs().max() + 1e-12
     assert parts[0].slot(0).total.abs().max() > 0 and 1 not in parts[0].slots, "the first four are positive"
+
+
+def test_sums_without_squares_do_not_join_those_with_them():
+    with_squares, without = (SlotSums(torch.ones(1, 2), squares, 1.0) for squares in (torch.ones(1, 2), None))
+    with pytest.raises(ValueError, match="other: kept no squares"):
+        with_squares += without
+    assert with_squares.total.sum() == 2 and with_squares.count == 1
 
 
 def test_derived_columns_change_nothing_else(model):
