@@ -107,6 +107,7 @@ print("selected:", json.dumps(counts))
 """
 
 
+@pytest.mark.exhaustive
 def test_every_expression_selects_tests():
     """All values of the plan: the everyday tests are a part of them."""
     tests = {test for window in gpu_jobs.LIMITS for stage in gpu_jobs.window(window, CATALOGUE) for test in stage.tests}

@@ -425,6 +425,7 @@ def test_a_rank_that_dies_ends_torchrun_and_a_rerun_goes_on(files, finished, tmp
     assert (tmp_path / "c.json").read_bytes() == finished[1]
 
 
+@pytest.mark.exhaustive
 def test_tensor_parallel(files, finished, tmp_path):
     """Two ranks share the model: the neurons of one process."""
     words = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
