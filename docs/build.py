@@ -5,6 +5,7 @@ become links (:class:`Scale` is ``cna_kernels.Scale``); pages for README.md, doc
 """
 
 import re
+import shutil
 import sys
 import typing
 from pathlib import Path
@@ -74,6 +75,8 @@ def build(out: Path):
     for name, page in (pages | {"index": contents(documents, modules)}).items():
         (target := out / path_of(name)).parent.mkdir(parents=True, exist_ok=True)
         target.write_text(pdoc.render.html_module(page, pages), encoding="utf-8")
+    for picture in ROOT.glob("docs/*.png"):
+        shutil.copy(picture, out / "docs")
     (out / "search.js").write_text(pdoc.render.search_index(pages), encoding="utf-8")
 
 
