@@ -258,7 +258,7 @@ class LanguageModel:
     ) -> Tensor:
         """Return how far each neuron moves the next token from the counterfactual to the target, fp64 ``[L, N]``.
 
-        Gradient attribution by relevance propagation, for comparison with :meth:`discover`; see ``gradient.py``.
+        Gradient attribution by relevance propagation, for comparison with :meth:`discover`; see ``evaluation/relp.py``.
 
         Args:
             prompts: one, or several, whose mean is returned.
