@@ -133,7 +133,7 @@ def rankings(model: LanguageModel, discovery: Discovery, names: Sequence[str]) -
     - ``abs-delta``, ``magnitude``, ``cohen-d``: see :func:`cna_kernels.select.scores`.
     - ``norm-weighted``: abs-delta times the length of the neuron's column of ``down_proj``.
     - ``activation``: abs(mean positive), what fires at all: a control.
-    - ``relp``: the neurons' relevance for the tokens that begin positive answers, see ``gradient.py``.
+    - ``relp``: the neurons' relevance for the tokens that begin positive answers, see ``relp.py``.
     """
     sides, sums, delta = discovery.sides, discovery.sums, discovery.delta
     found = {}
