@@ -104,7 +104,7 @@ def library(tmp_path_factory):
 @pytest.fixture
 def place(tmp_path, library, monkeypatch):
     """A directory with what of the checkout the documents use, and every file that their examples name."""
-    for name in ("cna_kernels", "model", "bench"):
+    for name in ("cna_kernels", "model", "bench", "examples"):
         (tmp_path / name).symlink_to(ROOT / name)
     shutil.copytree(ROOT / "csrc", tmp_path / "csrc")  # with its times, by which make decides
     (tmp_path / "build").mkdir()
