@@ -133,15 +133,14 @@ def check_found_in(circuit: Circuit, here: dict[str, Any], where: FilePath = "ci
     """Raise InputError naming the field unless the circuit was found in the model in hand, as far as both say.
 
     Args:
-        here: what the model in hand is: ``tokenizer_sha256``, ``model.weights_sha256`` and others. Names are not
-            compared.
+        here: what the model in hand is: ``tokenizer_sha256``, ``model.weights_sha256`` and others; None says that it
+            has no such thing. Names are not compared.
     """
     found_in = {f"model.{name}": value for name, value in (circuit.model or {}).items() if name != "name"}
     found_in |= {name: getattr(circuit, name) for name in ("tokenizer_sha256", "chat_template_sha256")}
     for field, got in found_in.items():
-        expected = here.get(field)
-        if None not in (got, expected) and got != expected:
-            raise made_elsewhere(where, field, expected, got)
+        if field in here and got is not None and got != here[field]:
+            raise made_elsewhere(where, field, here[field], got)
 
 
 def check_fits(circuit: Circuit, n_layers: int, n_neurons: int, where: FilePath = "circuit") -> None:

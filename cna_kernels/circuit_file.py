@@ -13,7 +13,7 @@ from .files import FilePath, read_json
 SCHEMA_VERSION = 1
 SITE = "mlp.down_proj.input"
 _KIND = "a circuit file"
-_MOST_LAYERS, _MOST_NEURONS, _MOST = 10_000, 10_000_000, 1 << 62
+_MOST_LAYERS, _MOST_NEURONS, _MOST = 10_000, 10_000_000, (1 << 63) - 1
 _SHARE = (0, 1)  # bounds
 # fields of a circuit that are texts, or lists and objects with a check of their own below
 _TEXTS = ("score", "k_rule", "position", "tokenizer_sha256", "chat_template_sha256", "dtype", "preset")

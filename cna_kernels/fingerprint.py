@@ -19,8 +19,11 @@ def sampled_rows(n_rows: int) -> list[int]:
 
 
 def neurons_sha256(layers: Iterable[Iterable[Tensor]]) -> str:
-    """Hash the sampled rows ``[N]`` of every layer, rounded to bf16: a model that was loaded in another dtype, of no
-    less precision than bf16, has the same hash."""
+    """Hash the sampled rows ``[N]`` of every layer, rounded to bf16.
+
+    A checkpoint has the same hash on file and loaded in bf16, fp32 or fp64. Not in fp16, which cannot hold every small
+    bf16 number: such models in memory get no hash.
+    """
     digest = Digest()
     for rows in layers:
         for row in rows:

@@ -122,6 +122,8 @@ class UniversalNeurons:
         cls, counts: Tensor, n_votes: int, *, fraction: float, threshold: float, prompts_sha256: str | None = None
     ) -> UniversalNeurons:
         """From ``counts`` ``[L, N]``, in how many of ``n_votes`` columns a neuron was among the largest."""
+        if not 0 < threshold <= 1:
+            raise InputError("threshold", f"expected above 0 and at most 1, got {threshold}")
         found = (counts >= votes_needed(threshold, n_votes)).nonzero().tolist()
         return cls(tuple((layer, index) for layer, index in found), fraction, threshold, n_votes, prompts_sha256)
 

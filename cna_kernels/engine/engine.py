@@ -15,7 +15,6 @@ from .. import backends, select
 from ..circuit import Circuit, check_fits, check_found_in
 from ..errors import InputError, check_tensor
 from ..files import FilePath
-from ..fingerprint import neurons_sha256, sampled_rows
 from ..select import UniversalNeurons
 from ..serve import Looks, looks
 from ..steering import SteeringTable
@@ -23,6 +22,7 @@ from ..sums import ActivationSums
 from ..warm_up import blank_extras, warm_up
 from .collecting import Collecting
 from .decoder import ENGINE, decoder_forward, layers_of
+from .identity import identity_of
 from .mlps import ForwardPass, Site
 from .patch import is_replaced, mlp_forward, replace_forward, restore_forward
 from .rows import Rows
@@ -70,6 +70,9 @@ class Engine:
         self._paths = [
             link for layer, (name, _) in zip(layers_of(decoder), found, strict=True) for link in _links(layer, name)
         ]
+        dtype = getattr(decoder, "dtype", None)
+        self._dtype = None if dtype is None else str(dtype).removeprefix("torch.")
+        self._identity: dict[str, str] = {}  # of a model that the engine was taken off
         self._rows = Rows(max_rows, devices[0])
         self._buffers: dict[tuple[int, bool], list[dict[str, Tensor]]] = {}  # (columns, squares) -> of each layer
         self._collecting: Collecting | None = None
@@ -212,12 +215,14 @@ class Engine:
         The circuit's file will say all of this, and what model it was.
         """
         if isinstance(exclude, UniversalNeurons):  # as before there was `universal`
+            if universal is not None:
+                raise InputError("exclude", "expected (layer, index) pairs beside `universal`")
             universal, exclude = exclude, ()
         selection = select.Selection(
             self.widths, fraction=fraction, top_k=top_k, score=score, skip_layers=skip_layers, universal=universal,
             exclude=exclude,
         )  # fmt: skip
-        return selection.circuit(sums, position=position, model=self.identity(), dtype=self._dtype())
+        return selection.circuit(sums, position=position, model=self.identity(), dtype=self._dtype)
 
     def universal(self, sums: ActivationSums, *, fraction: float = 0.001, threshold: float = 0.8) -> UniversalNeurons:
         """Find the neurons that are among the largest by magnitude in most columns: they fire anyway.
@@ -237,17 +242,8 @@ class Engine:
         return UniversalNeurons.of(counts, int(votes.sum()), fraction=fraction, threshold=threshold)
 
     def identity(self) -> dict[str, str]:
-        """What tells the model from others: its name, and a hash of sampled MLP weights where these lie open.
-
-        ``load`` gives a checkpoint on file the same hash, so a circuit found here is known there, and the other way.
-        """
-        self._check_attached()
-        name = getattr(getattr(self._decoder, "config", None), "_name_or_path", "") or type(self._decoder).__name__
-        weights = [weight for site in self._sites if (weight := site.plain_down()) is not None]
-        if len(weights) < len(self._sites):
-            return {"name": name}
-        rows = ([weight.flatten(0, -2)[row] for row in sampled_rows(weight.shape[:-1].numel())] for weight in weights)
-        return {"name": name, "neurons_sha256": neurons_sha256(rows)}
+        """What tells the model from others, see ``identity.py``; once the engine is off, what it was until then."""
+        return identity_of(self._decoder, self._sites) if self._decoder is not None else dict(self._identity)
 
     def check_circuit(self, circuit: Circuit, where: FilePath = "circuit", *, any_model: bool = False) -> None:
         """Raise InputError naming the field unless the circuit was found in this model, as far as both say.
@@ -257,10 +253,6 @@ class Engine:
         check_fits(circuit, self.n_layers, self.n_neurons, where)
         if not any_model:
             check_found_in(circuit, {f"model.{name}": value for name, value in self.identity().items()}, where)
-
-    def _dtype(self) -> str | None:
-        dtype = getattr(self._decoder, "dtype", None)
-        return None if dtype is None else str(dtype).removeprefix("torch.")
 
     # Life.
 
@@ -310,6 +302,7 @@ class Engine:
         for module, name, function in owners:
             if not is_replaced(module, function):
                 raise InputError("detach", f"the forward of {name} was replaced after attach; take that off first")
+        self._identity = self.identity()
         for site in self._sites:
             site.take_off()
         restore_forward(decoder)

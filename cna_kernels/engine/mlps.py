@@ -147,12 +147,12 @@ class Site:
         return next(tensors, torch.device("cpu"))  # packed out of sight, by PyTorch's own quantisation for CPUs
 
     def plain_down(self) -> Tensor | None:
-        """The weight of ``down_proj``, ``[H, N]`` or ``[E, H, N]``, if nothing is put on top of it and it lies open."""
-        down = self.mlp.down_proj
-        weight: Tensor | None = down if isinstance(down, nn.Parameter) else None
-        if type(down) is nn.Linear:
-            weight = down.weight
-        return None if weight is None or weight.is_meta or weight.dtype not in ops.FLOATS else weight
+        """The weight of ``down_proj``, ``[H, N]`` or ``[E, H, N]``, if nothing is put on top of it and it lies open, in a
+        dtype that holds every bf16 number."""
+        down: Any = self.mlp.down_proj
+        weight = down.weight if type(down) is nn.Linear else down
+        plain = type(weight) is nn.Parameter and not weight.is_meta
+        return weight if plain and weight.dtype in (torch.bfloat16, torch.float32, torch.float64) else None
 
     def reason(self) -> str | None:
         """Why the MLP is not one op, or None."""

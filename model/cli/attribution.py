@@ -22,7 +22,7 @@ from cna_kernels.files import check_writable, make_directory
 from ..discovery.job import Job
 from ..discovery.parts import merged
 from ..discovery.ranks import Ranks
-from ..discovery.run_directory import RunDirectory
+from ..discovery.run_directory import PATIENCE, RunDirectory
 from ..discovery.settings import Settings, settings_from
 from ..discovery.units import save_columns
 from ..memory import usable_device
@@ -71,7 +71,7 @@ def run_discover(args):
             corpus = Corpus(file, entries, names, unit=args.unit, streamed=args.stream_layers)
         else:
             ranks.wait_for_start()  # torchrun ends us if rank 0 cannot start the run
-            corpus = RunDirectory.open(args.run_dir).corpus()
+            corpus = RunDirectory.open(args.run_dir, PATIENCE).corpus()
         job = _job(args, corpus, on_ray=args.ray is not None)
         if args.batch == "auto":
             _choose_batch(job, args)
@@ -89,7 +89,7 @@ def run_discover(args):
             if rank:
                 return
             if args.run_dir is not None:
-                totals = merged(run)
+                totals = merged(run, PATIENCE if ranks or args.ray else 0.0)
             notes["skipped"] = bad.count + totals.n_skipped
         circuits = job.circuits(totals)
     first_skipped = bad.first or next(iter(totals.skipped), None)

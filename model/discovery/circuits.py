@@ -23,7 +23,7 @@ from .units import UNIVERSAL_FRACTION, SlotSums
 
 
 class Totals(Protocol):
-    """The merged sums of a run: a ``units.Part``, or a run directory's ``MergedParts``."""
+    """The merged sums of a run: a ``units.Part``."""
 
     universal: Tensor | None
     n_universal: int

@@ -19,7 +19,7 @@ from ..packages import require
 from ..prompts.corpus import Corpus
 from .job import Job, Progress, says_what_is_kept
 from .parts import write_part
-from .run_directory import RunDirectory
+from .run_directory import PATIENCE, RunDirectory
 
 MOST_RETRIES = 5  # of a unit whose worker died: a unit that kills every worker is not run for ever
 MOST_RESTARTS = 100  # of a worker
@@ -95,15 +95,15 @@ def run_on_ray(
         with _errors_of(ray):
             record = ray.put(corpus.record())
             ray.get([actor.start.remote(str(prompts), record) for actor in actors])
-            run = RunDirectory.open(directory)
-            with says_what_is_kept(run):
-                missing, n_tokens = run.missing(), 0
-                done = corpus.n_prompts - sum(run.units[unit].n_prompts for unit in missing)
-                progress(done, corpus.n_prompts, 0)
-                pool = ray.util.ActorPool(actors)
-                for prompts_run, tokens_run in pool.map_unordered(lambda actor, unit: actor.run.remote(unit), missing):
-                    done, n_tokens = done + prompts_run, n_tokens + tokens_run
-                    progress(done, corpus.n_prompts, n_tokens)
+        run = RunDirectory.open(directory, PATIENCE)
+        with says_what_is_kept(run), _errors_of(ray):
+            missing, n_tokens = run.missing(), 0
+            done = corpus.n_prompts - sum(run.units[unit].n_prompts for unit in missing)
+            progress(done, corpus.n_prompts, 0)
+            pool = ray.util.ActorPool(actors)
+            for prompts_run, tokens_run in pool.map_unordered(lambda actor, unit: actor.run.remote(unit), missing):
+                done, n_tokens = done + prompts_run, n_tokens + tokens_run
+                progress(done, corpus.n_prompts, n_tokens)
     return run
 
 

@@ -1,7 +1,7 @@
 """The forward pass of a pack: tokens of many prompts in one row, each prompt looking at itself and at a shared prefix.
 
 Everything but attention works on ``[1, T, H]``, whatever the lengths. Attention uses PyTorch's flash kernel for
-sequences of varying length where the device has it (not run yet: ``tests/model/test_cuda_model.py`` needs a GPU).
+sequences of varying length where the device has it (``tests/model/test_cuda_model.py``).
 Elsewhere it goes span by span: prompts of one length are one batch without padding, views of the packed tensors.
 """
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -11,7 +12,7 @@ from safetensors.torch import save
 from cna_kernels.errors import InputError
 from cna_kernels.files import Digest
 
-from .run_directory import RunDirectory, write_once
+from .run_directory import POLL, RunDirectory, write_once
 from .units import Part, SlotSums
 
 
@@ -80,9 +81,15 @@ def _read(run, unit, *, tensors=True) -> tuple[dict, dict]:
     return facts, found
 
 
-def merged(run: RunDirectory) -> Part:
-    """Add all parts, in the order of their units. Raises InputError if one is missing, damaged or foreign."""
-    missing = run.missing()
+def merged(run: RunDirectory, patience: float = 0.0) -> Part:
+    """Add all parts, in the order of their units. Raises InputError if one is missing, damaged or foreign.
+
+    Args:
+        patience: seconds in which a part of another machine may still come into sight.
+    """
+    deadline = time.monotonic() + patience
+    while (missing := run.missing()) and time.monotonic() < deadline:
+        time.sleep(POLL)
     if missing:
         raise InputError(run.path, f"{len(missing)} of {len(run.units)} units are not done")
     run.check_names()

@@ -23,6 +23,7 @@ from cna_kernels.files import make_directory, read_json, replaced, sha256
 from ..prompts.corpus import Corpus, Unit
 
 FORMAT = 1
+PATIENCE, POLL = 60.0, 0.2  # seconds: until a network file system shows what another machine wrote; between looks
 ABANDONED = 60.0  # seconds after which a part that is half written was its writer's last
 RECENT = 16  # parts that the rate in the status is taken from
 
@@ -37,9 +38,15 @@ class RunDirectory:
         self.units = [Unit(*unit) for unit in manifest["corpus"]["units"]]
 
     @classmethod
-    def open(cls, path) -> RunDirectory:
-        """Open a run that has been started. Raises InputError naming the directory or the field."""
-        where = Path(path) / "manifest.json"
+    def open(cls, path, patience: float = 0.0) -> RunDirectory:
+        """Open a run that has been started. Raises InputError naming the directory or the field.
+
+        Args:
+            patience: seconds in which the manifest of another machine may still come into sight.
+        """
+        where, deadline = Path(path) / "manifest.json", time.monotonic() + patience
+        while not os.path.lexists(where) and time.monotonic() < deadline:
+            time.sleep(POLL)
         if not os.path.lexists(where):
             raise InputError(path, "is no run directory: it has no manifest.json")
         manifest = read_json(where)

@@ -478,7 +478,7 @@ def test_a_circuit_says_where_it_came_from(tmp_path, dtype):
     assert found == circuit
     assert found.universal["excluded"] == [list(pair) for pair in universal] != [] and found.universal["prompts"] == 2
     assert found.excluded == ((0, 1),) and found.dtype == str(dtype).removeprefix("torch.")
-    assert found.versions["torch"] == torch.__version__ and found.model["name"] == str(tmp_path / "a")
+    assert found.versions["torch"] == torch.__version__ and found.model["name"] == "a"
     assert engine.select(sums, top_k=5, exclude=universal).universal == found.universal, "as before"
     for place in ("a", "b"):
         ours = load(tmp_path / place)
@@ -490,6 +490,37 @@ def test_a_circuit_says_where_it_came_from(tmp_path, dtype):
             with pytest.raises(InputError, match=r"c.json: model.neurons_sha256: made for another model"):
                 check(found, "c.json")
             check(found, "c.json", any_model=True)
+
+
+def test_fp16_has_no_hash_rather_than_another():
+    """fp16 cannot hold every small bf16 number: its hash would be another model's."""
+    model = make("llama").to(torch.bfloat16)
+    before = attach(model)
+    assert "neurons_sha256" in before.identity()
+    before.detach()
+    assert set(attach(model.half()).identity()) == {"name"}
+
+
+def test_selection_after_the_engine_is_off():
+    """Sums outlive the engine; the circuit says what model it was."""
+    engine = attach(make("llama"))
+    sums, known = engine.new_sums(2), engine.identity()
+    sums.count[:] = 1
+    sums.total[1, 0, 5] = 3
+    engine.detach()
+    circuit = engine.select(sums, top_k=1)
+    assert circuit.pairs == [(1, 5)] and circuit.model == known and "neurons_sha256" in known
+
+
+def test_universal_neurons_are_given_once():
+    engine = attach(make("llama"))
+    sums = engine.new_sums(2)
+    sums.count[:] = 1
+    universal = engine.universal(sums, threshold=1.0)
+    with pytest.raises(InputError, match="exclude: expected"):
+        engine.select(sums, universal=universal, exclude=universal)
+    with pytest.raises(InputError, match=r"threshold: expected above 0 and at most 1, got 1\.5"):
+        engine.universal(sums, threshold=1.5)
 
 
 def test_weights_out_of_sight_have_no_hash():

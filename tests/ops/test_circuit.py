@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from cna_kernels import Circuit, InputError
-from cna_kernels.circuit import check_fits
+from cna_kernels.circuit import check_fits, check_found_in
 
 
 def make():
@@ -167,3 +167,34 @@ def test_a_failed_write_keeps_the_old_file(tmp_path, monkeypatch):
         Circuit((), 3, 10).save(path)
     assert Circuit.load(path) == make() and os.listdir(tmp_path) == ["c.json"]
     assert not list(Path(tmp_path).glob(".*"))
+
+
+FOUND_IN = Circuit(((0, 1, 1.0),), 2, 8, model={"name": "m", "weights_sha256": "w"}, chat_template_sha256="t")
+
+
+@pytest.mark.parametrize(
+    ("here", "field"),
+    [
+        ({"model.weights_sha256": "w", "chat_template_sha256": "t"}, None),
+        ({"model.name": "another"}, None),
+        ({}, None),
+        ({"model.weights_sha256": "x"}, "model.weights_sha256"),
+        ({"chat_template_sha256": None}, "chat_template_sha256"),
+        ({"tokenizer_sha256": "any"}, None),
+    ],
+)
+def test_a_circuit_of_another_model_is_refused(here, field):
+    """What the model in hand does not say is not compared; that it has no template is something that it says."""
+    if field is None:
+        check_found_in(FOUND_IN, here)
+        return
+    with pytest.raises(InputError, match=f"circuit: {field}: made for another model"):
+        check_found_in(FOUND_IN, here)
+
+
+def test_the_largest_seed_can_be_read_again(tmp_path):
+    bootstrap = {
+        "replicates": 2, "seed": 2**63 - 1, "overlap": 1.0, "pairwise_overlap": 1.0, "frequency": [1.0], "others": []
+    }  # fmt: skip
+    Circuit(((0, 1, 1.0),), 2, 8, bootstrap=bootstrap).save(tmp_path / "c.json")
+    assert Circuit.load(tmp_path / "c.json").bootstrap == bootstrap
