@@ -147,8 +147,8 @@ class Site:
         return next(tensors, torch.device("cpu"))  # packed out of sight, by PyTorch's own quantisation for CPUs
 
     def plain_down(self) -> Tensor | None:
-        """The weight of ``down_proj``, ``[H, N]`` or ``[E, H, N]``, if nothing is put on top of it and it lies open, in a
-        dtype that holds every bf16 number."""
+        """The weight of ``down_proj``, ``[H, N]`` or ``[E, H, N]``, if nothing is put on top of it and it lies open in
+        a dtype that holds every bf16 number."""
         down: Any = self.mlp.down_proj
         weight = down.weight if type(down) is nn.Linear else down
         plain = type(weight) is nn.Parameter and not weight.is_meta
