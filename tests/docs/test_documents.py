@@ -251,7 +251,7 @@ def test_layout_names_folders_that_are_there():
     for indent, names in (line.groups() for line in lines):
         parent = parent if indent else names.split()[0]
         folders += [parent + name if indent else name for name in names.split()]
-    assert len(folders) == 9 and all((ROOT / folder).is_dir() for folder in folders), folders
+    assert len(folders) == 10 and all((ROOT / folder).is_dir() for folder in folders), folders
 
 
 def test_readme_is_short():
