@@ -231,7 +231,7 @@ def test_blocks_run(document, place):
 
 # Blocks that show something instead.
 
-LAYOUT, ANSWERS, RECORDS = "cna_kernels/   the engine", "prompt: ", '{"prompt": '
+LAYOUT, ANSWERS, RECORDS = "cna_kernels/   the ops", "prompt: ", '{"prompt": '
 SHOWN = {
     block.text: block
     for document in DOCUMENTS
