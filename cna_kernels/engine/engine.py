@@ -70,9 +70,7 @@ class Engine:
         self._paths = [
             link for layer, (name, _) in zip(layers_of(decoder), found, strict=True) for link in _links(layer, name)
         ]
-        dtype = getattr(decoder, "dtype", None)
-        self._dtype = None if dtype is None else str(dtype).removeprefix("torch.")
-        self._identity: dict[str, str] = {}  # of a model that the engine was taken off
+        self._was: dict[str, Any] = {}  # the provenance of a model that the engine was taken off
         self._rows = Rows(max_rows, devices[0])
         self._buffers: dict[tuple[int, bool], list[dict[str, Tensor]]] = {}  # (columns, squares) -> of each layer
         self._collecting: Collecting | None = None
@@ -222,7 +220,7 @@ class Engine:
             self.widths, fraction=fraction, top_k=top_k, score=score, skip_layers=skip_layers, universal=universal,
             exclude=exclude,
         )  # fmt: skip
-        return selection.circuit(sums, position=position, model=self.identity(), dtype=self._dtype)
+        return selection.circuit(sums, position=position, **self._provenance())
 
     def universal(self, sums: ActivationSums, *, fraction: float = 0.001, threshold: float = 0.8) -> UniversalNeurons:
         """Find the neurons that are among the largest by magnitude in most columns: they fire anyway.
@@ -243,7 +241,7 @@ class Engine:
 
     def identity(self) -> dict[str, str]:
         """What tells the model from others, see ``identity.py``; once the engine is off, what it was until then."""
-        return identity_of(self._decoder, self._sites) if self._decoder is not None else dict(self._identity)
+        return dict(self._provenance()["model"])
 
     def check_circuit(self, circuit: Circuit, where: FilePath = "circuit", *, any_model: bool = False) -> None:
         """Raise InputError naming the field unless the circuit was found in this model, as far as both say.
@@ -253,6 +251,14 @@ class Engine:
         check_fits(circuit, self.n_layers, self.n_neurons, where)
         if not any_model:
             check_found_in(circuit, {f"model.{name}": value for name, value in self.identity().items()}, where)
+
+    def _provenance(self) -> dict[str, Any]:
+        """What a circuit's file says of the model: as it is now, or was when the engine was taken off."""
+        if self._decoder is None:
+            return self._was
+        dtype = getattr(self._decoder, "dtype", None)
+        name = None if dtype is None else str(dtype).removeprefix("torch.")
+        return dict(model=identity_of(self._decoder, self._sites), dtype=name)
 
     # Life.
 
@@ -302,7 +308,7 @@ class Engine:
         for module, name, function in owners:
             if not is_replaced(module, function):
                 raise InputError("detach", f"the forward of {name} was replaced after attach; take that off first")
-        self._identity = self.identity()
+        self._was = self._provenance()
         for site in self._sites:
             site.take_off()
         restore_forward(decoder)

@@ -10,7 +10,7 @@ from torch.distributed.rendezvous import rendezvous
 
 from cna_kernels.errors import InputError
 
-POLL = 0.2  # seconds; a store that is waited for inside would hold back signals
+from .run_directory import POLL
 
 
 class Ranks:
@@ -42,4 +42,4 @@ class Ranks:
 
     def _wait_for(self, keys):
         while not self._store.check(keys):
-            time.sleep(POLL)
+            time.sleep(POLL)  # a store that is waited for inside would hold back signals

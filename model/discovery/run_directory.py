@@ -18,6 +18,7 @@ import time
 from pathlib import Path
 
 from cna_kernels.errors import InputError
+from cna_kernels.fields import short
 from cna_kernels.files import make_directory, read_json, replaced, sha256
 
 from ..prompts.corpus import Corpus, Unit
@@ -166,7 +167,7 @@ def _check_manifest(manifest: dict, where):
 
     def expect(value, kind, field):
         if not isinstance(value, kind) or isinstance(value, bool):
-            raise InputError(f"{where}: {field}", f"is not as written: {_short(value)}")
+            raise InputError(f"{where}: {field}", f"is not as written: {short(value)}")
         return value
 
     expect(expect(manifest.get("model"), dict, "model").get("name"), str, "model.name")
@@ -179,11 +180,11 @@ def _check_manifest(manifest: dict, where):
     ).items():
         expect(corpus.get(name), kind, f"corpus.{name}")
     if Path(corpus["file"]).name != corpus["file"]:
-        raise InputError(f"{where}: corpus.file", f"expected a file beside it, got {_short(corpus['file'])}")
+        raise InputError(f"{where}: corpus.file", f"expected a file beside it, got {short(corpus['file'])}")
     for unit in expect(corpus.get("units"), list, "corpus.units"):
         whole = isinstance(unit, list) and [type(value) for value in unit] == [int, int, int, str]
         if not whole or min(unit[:3]) < 0:
-            raise InputError(f"{where}: corpus.units", f"is not as written: {_short(unit)}")
+            raise InputError(f"{where}: corpus.units", f"is not as written: {short(unit)}")
 
 
 def write_once(path: Path, content: bytes):
@@ -199,9 +200,4 @@ def first_difference(mine, theirs, field="") -> tuple[str, object, object] | Non
             if found:
                 return found
         return None
-    return None if mine == theirs else (field, _short(mine), _short(theirs))
-
-
-def _short(value) -> str:
-    text = repr(value)
-    return text if len(text) <= 60 else text[:57] + "..."
+    return None if mine == theirs else (field, short(mine), short(theirs))
