@@ -95,6 +95,12 @@ def write_text_files(directory, *, adds_bos=True):
     (directory / "generation_config.json").write_text(json.dumps({"eos_token_id": [2, 5]}))
 
 
+def set_field(directory, **changes):
+    """Change fields of a checkpoint's tokenizer_config.json."""
+    path = directory / "tokenizer_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+
 def write_language_model(directory, variant="llama", **changes):
     """Write a random checkpoint with text files, ready for ``cna_kernels.model.load``."""
     write_checkpoint(variant, directory, **({"vocab_size": TEXT_VOCABULARY} | changes))

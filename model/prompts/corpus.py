@@ -10,6 +10,7 @@ from collections.abc import Iterable, Iterator
 from typing import BinaryIO, NamedTuple
 
 from cna_kernels.errors import InputError
+from cna_kernels.fields import is_number
 from cna_kernels.files import Digest, open_regular, replaced, sha256
 
 from .files import BadLines, accepted, prompt_of, require_text
@@ -236,8 +237,7 @@ def _entry(record, place, names, prefix) -> Entry:
             raise InputError(f"{place}: columns", f"expected printable names without slashes, got {name!r}")
         if name in (POSITIVE, NEGATIVE) or len(name.encode("utf-8")) > LONGEST_NAME:
             raise InputError(f"{place}: columns", f"expected names of 1 to {LONGEST_NAME} bytes, got {name[:60]!r}")
-        number = isinstance(weight, (int, float)) and not isinstance(weight, bool)
-        if not number or not 1e-6 <= weight <= 1e6:
+        if not is_number(weight) or not 1e-6 <= weight <= 1e6:
             raise InputError(f"{place}: columns.{name}", f"expected a weight from 1e-6 to 1e6, got {weight!r}")
     if len(names.number.keys() | {prefix + name for name in columns}) > MOST_COLUMNS:
         raise InputError(f"{place}: columns", f"the file names more than the {MOST_COLUMNS} columns accepted")

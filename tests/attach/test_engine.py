@@ -503,10 +503,16 @@ def test_fp16_has_no_hash_rather_than_another():
 
 def test_selection_after_the_engine_is_off():
     """Sums outlive the engine; the circuit says what model it was."""
-    engine = attach(make("llama"))
-    sums, known = engine.new_sums(2), engine.identity()
+    model = make("llama")
+    engine = attach(model)
+    sums = engine.new_sums(2)
     sums.count[:] = 1
     sums.total[1, 0, 5] = 3
+    assert engine.select(sums, top_k=1).dtype == "float32"
+    model.bfloat16()
+    assert engine.select(sums, top_k=1).dtype == "bfloat16", "as it is now"
+    model.float()
+    known = engine.identity()
     engine.detach()
     circuit = engine.select(sums, top_k=1)
     assert circuit.pairs == [(1, 5)] and circuit.model == known and "neurons_sha256" in known

@@ -1,26 +1,13 @@
 """Chat templates: one BOS, dates, hostile templates, limits, a child process that stays of use."""
 
-import json
-
 import pytest
 
 from cna_kernels import InputError
 from cna_kernels.model.text import chat_template
 from cna_kernels.model.text.tokenizer import Tokenizer
-from tiny import SPECIAL, TEMPLATE, TEXT_VOCABULARY, write_text_files
+from tiny import SPECIAL, TEMPLATE, TEXT_VOCABULARY, set_field
 
 BOS, USER, ASSISTANT, END = (SPECIAL.index(token) for token in ("<s>", "<user>", "<assistant>", "<end>"))
-
-
-@pytest.fixture
-def directory(tmp_path):
-    write_text_files(tmp_path)
-    return tmp_path
-
-
-def set_field(directory, **changes):
-    path = directory / "tokenizer_config.json"
-    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
 
 
 @pytest.mark.parametrize("in_template", ["", "{{ bos_token }}", "{{ bos_token }}{{ bos_token }}"])

@@ -6,20 +6,9 @@ import pytest
 
 from cna_kernels import InputError
 from cna_kernels.model.text.tokenizer import Tokenizer, stop_ids
-from tiny import SPECIAL, TEMPLATE, TEXT_VOCABULARY, write_text_files
+from tiny import SPECIAL, TEMPLATE, TEXT_VOCABULARY, set_field, write_text_files
 
 BOS, END = (SPECIAL.index(token) for token in ("<s>", "<end>"))
-
-
-@pytest.fixture
-def directory(tmp_path):
-    write_text_files(tmp_path)
-    return tmp_path
-
-
-def set_field(directory, **changes):
-    path = directory / "tokenizer_config.json"
-    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
 
 
 def test_plain_text_has_one_bos(directory):
