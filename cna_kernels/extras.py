@@ -16,7 +16,7 @@ Run: TypeAlias = Callable[..., Tensor]  # what serves a call: a function of the 
 class Extras(NamedTuple):
     """What an op sums and how it steers, with ``scale`` in its three tensors, as torch.library takes them."""
 
-    weight: Tensor | None = None
+    token_weight: Tensor | None = None
     act_sum: Tensor | None = None
     act_sumsq: Tensor | None = None
     scale_offsets: Tensor | None = None
@@ -26,9 +26,11 @@ class Extras(NamedTuple):
 
     def keywords(self) -> dict[str, Any]:
         """The keyword arguments of an op of ``reference.py``, or of a launcher."""
-        weight, act_sum, act_sumsq, offsets, index, value, row_circuit = self
+        token_weight, act_sum, act_sumsq, offsets, index, value, row_circuit = self
         scale = None
         if offsets is not None:
             assert index is not None and value is not None, "op_checks.py has seen the three together"
             scale = Scale(offsets, index, value)
-        return dict(weight=weight, act_sum=act_sum, act_sumsq=act_sumsq, scale=scale, row_circuit=row_circuit)
+        return dict(
+            token_weight=token_weight, act_sum=act_sum, act_sumsq=act_sumsq, scale=scale, row_circuit=row_circuit
+        )

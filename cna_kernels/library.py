@@ -17,7 +17,7 @@ from .op_checks import check
 from .serve import READY, as_given, count_change, is_as_stored, looks, prepare
 
 _LIBRARY = torch.library.Library("cna_kernels", "DEF")
-_SUMS = "Tensor weight, Tensor(a!)? act_sum, Tensor(b!)? act_sumsq"
+_SUMS = "Tensor token_weight, Tensor(a!)? act_sum, Tensor(b!)? act_sumsq"
 _STEER = "Tensor? scale_offsets, Tensor? scale_index, Tensor? scale_value, Tensor? row_circuit"
 # op: its own arguments, and an empty result. gated_mlp: with w_up, w_gate_up is gate's half alone.
 _OPS: dict[str, tuple[str, Run]] = {
@@ -90,6 +90,6 @@ for _op, (_inputs, _fake) in _OPS.items():
 
 def through(op: str, inputs: Inputs, extras: Extras | tuple[()], backend: str | None) -> Tensor:
     """Call an op by its entry in torch.library."""
-    if not extras or extras.weight is None:
+    if not extras or extras.token_weight is None:
         return _PLAIN_OP[op](*inputs, *extras[3:], backend)
     return _SUMS_OP[op](*inputs, *extras, backend)

@@ -72,14 +72,14 @@ def check(op: str, inputs: Inputs, extras: Extras | tuple[()]) -> None:
 
 
 def _check_extras(n_rows: int, n_neurons: int, device: torch.device, extras: Extras) -> None:
-    weight, act_sum, act_sumsq, offsets, index, value, row_circuit = extras
-    if (weight is None) != (act_sum is None and act_sumsq is None):
-        raise ValueError("weight: expected together with act_sum or act_sumsq, got one without the other")
-    if weight is not None:
-        check_tensor("weight", weight, shape=(n_rows, None), dtype=torch.float32, device=device)
+    token_weight, act_sum, act_sumsq, offsets, index, value, row_circuit = extras
+    if (token_weight is None) != (act_sum is None and act_sumsq is None):
+        raise ValueError("token_weight: expected together with act_sum or act_sumsq, got one without the other")
+    if token_weight is not None:
+        check_tensor("token_weight", token_weight, shape=(n_rows, None), dtype=torch.float32, device=device)
         for name, sums in (("act_sum", act_sum), ("act_sumsq", act_sumsq)):
             if sums is not None:
-                check_tensor(name, sums, shape=(weight.shape[1], n_neurons), dtype=torch.float32, device=device)
+                check_tensor(name, sums, shape=(token_weight.shape[1], n_neurons), dtype=torch.float32, device=device)
         if act_sum is act_sumsq:
             raise ValueError("act_sumsq: expected a tensor of its own, got act_sum")
     if offsets is None and row_circuit is None:

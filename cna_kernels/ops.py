@@ -21,6 +21,7 @@ from . import backends, library
 from .extras import Extras, Inputs
 from .op_checks import FLOATS as FLOATS
 from .op_checks import check
+from .renamed import by_new_name
 from .scale import Scale
 from .serve import READY, as_given, count_change, is_as_stored, looks, prepare
 
@@ -30,27 +31,29 @@ def gated_mlp(
     w_gate_up: Tensor | tuple[Tensor, Tensor],
     w_down: Tensor,
     *,
-    weight: Tensor | None = None,
+    token_weight: Tensor | None = None,
     act_sum: Tensor | None = None,
     act_sumsq: Tensor | None = None,
     scale: Scale | None = None,
     row_circuit: Tensor | None = None,
     backend: str | None = None,
+    weight: Tensor | None = None,
 ) -> Tensor:
     """The gated MLP of a Llama layer, with sums and steering: ``y = (act * scale) @ w_down^T``.
 
-    ``act = silu(x @ w_gate^T) * (x @ w_up^T)``; ``act_sum[c, n] += sum_t weight[t, c] * act[t, n]`` before scaling.
+    ``act = silu(x @ w_gate^T) * (x @ w_up^T)``; ``act_sum[c, n] += sum_t token_weight[t, c] * act[t, n]``, not scaled.
 
     Args:
         x: ``[T, H]`` bf16, fp16 or fp32. The other floating inputs share its dtype unless said otherwise.
         w_gate_up: ``[2N, H]``, the rows of ``gate_proj`` then those of ``up_proj``; or the two apart, ``[N, H]`` each.
         w_down: ``[H, N]``.
-        weight: ``[T, C]`` fp32, how much each token counts in each column.
-        act_sum: ``[C, N]`` fp32, added to in place. Needs ``weight``.
-        act_sumsq: ``[C, N]`` fp32, the same sum over ``act**2``, in memory of its own. Needs ``weight``.
-        scale: the layer's factors for K circuits. Needs ``row_circuit``.
+        token_weight: ``[T, C]`` fp32, how much each token counts in each column.
+        act_sum: ``[C, N]`` fp32, added to in place. Needs ``token_weight``.
+        act_sumsq: ``[C, N]`` fp32, the same sum over ``act**2``, in memory of its own. Needs ``token_weight``.
+        scale: the layer's multipliers for K circuits. Needs ``row_circuit``.
         row_circuit: ``[T]`` int32, the circuit of each token; -1 (or anything outside 0..K-1) leaves the token alone.
         backend: ``"reference"``, ``"cpu"`` or ``"triton"``; default by CNA_BACKEND, then by device.
+        weight: the old name of ``token_weight``, deprecated.
 
     Returns:
         y ``[T, H]``.
@@ -60,7 +63,7 @@ def gated_mlp(
         BackendUnavailable: the backend asked for cannot run here.
     """
     w_gate, w_up = w_gate_up if isinstance(w_gate_up, tuple) else (w_gate_up, None)
-    extras = _extras(weight, act_sum, act_sumsq, scale, row_circuit)
+    extras = _extras(token_weight, act_sum, act_sumsq, scale, row_circuit, weight)
     return call("gated_mlp", (x, w_gate, w_up, w_down), extras, backend)
 
 
@@ -68,36 +71,38 @@ def swiglu(
     gate: Tensor,
     up: Tensor,
     *,
-    weight: Tensor | None = None,
+    token_weight: Tensor | None = None,
     act_sum: Tensor | None = None,
     act_sumsq: Tensor | None = None,
     scale: Scale | None = None,
     row_circuit: Tensor | None = None,
     backend: str | None = None,
+    weight: Tensor | None = None,
 ) -> Tensor:
     """The elementwise half, for stacks that own their matrix products: ``act = silu(gate) * up``, then scaled.
 
     Args:
         gate: ``[T, N]`` bf16, fp16 or fp32. Any row stride: half of a fused gate/up tensor is a normal input.
         up: ``[T, N]``, same dtype.
-        weight, act_sum, act_sumsq, scale, row_circuit, backend: as in :func:`gated_mlp`.
+        token_weight, act_sum, act_sumsq, scale, row_circuit, backend: as in :func:`gated_mlp`.
 
     Returns:
         act ``[T, N]``, contiguous, the input for ``down_proj``.
     """
-    return call("swiglu", (gate, up), _extras(weight, act_sum, act_sumsq, scale, row_circuit), backend)
+    return call("swiglu", (gate, up), _extras(token_weight, act_sum, act_sumsq, scale, row_circuit, weight), backend)
 
 
 def down_proj(
     act: Tensor,
     w_down: Tensor,
     *,
-    weight: Tensor | None = None,
+    token_weight: Tensor | None = None,
     act_sum: Tensor | None = None,
     act_sumsq: Tensor | None = None,
     scale: Scale | None = None,
     row_circuit: Tensor | None = None,
     backend: str | None = None,
+    weight: Tensor | None = None,
 ) -> Tensor:
     """The down-projection, for stacks that hand over ``act``: ``y = (act * scale) @ w_down^T``.
 
@@ -107,34 +112,37 @@ def down_proj(
     Args:
         act: ``[T, N]`` bf16, fp16 or fp32.
         w_down: ``[H, N]``, same dtype.
-        weight, act_sum, act_sumsq, scale, row_circuit, backend: as in :func:`gated_mlp`.
+        token_weight, act_sum, act_sumsq, scale, row_circuit, backend: as in :func:`gated_mlp`.
 
     Returns:
         y ``[T, H]``.
     """
-    return call("down_proj", (act, w_down), _extras(weight, act_sum, act_sumsq, scale, row_circuit), backend)
+    return call(
+        "down_proj", (act, w_down), _extras(token_weight, act_sum, act_sumsq, scale, row_circuit, weight), backend
+    )
 
 
 def steer_act(
     act: Tensor,
     *,
-    weight: Tensor | None = None,
+    token_weight: Tensor | None = None,
     act_sum: Tensor | None = None,
     act_sumsq: Tensor | None = None,
     scale: Scale | None = None,
     row_circuit: Tensor | None = None,
     backend: str | None = None,
+    weight: Tensor | None = None,
 ) -> Tensor:
     """Sums and steering alone, for stacks whose other activation or quantised ``down_proj`` is none of the above.
 
     Args:
         act: ``[T, N]`` bf16, fp16 or fp32, the input of ``down_proj`` as computed elsewhere.
-        weight, act_sum, act_sumsq, scale, row_circuit, backend: as in :func:`gated_mlp`.
+        token_weight, act_sum, act_sumsq, scale, row_circuit, backend: as in :func:`gated_mlp`.
 
     Returns:
         act ``[T, N]``, a scaled copy.
     """
-    return call("steer_act", (act,), _extras(weight, act_sum, act_sumsq, scale, row_circuit), backend)
+    return call("steer_act", (act,), _extras(token_weight, act_sum, act_sumsq, scale, row_circuit, weight), backend)
 
 
 def linear(x: Tensor, w: Tensor, bias: Tensor | None = None, *, backend: str | None = None) -> Tensor:
@@ -155,12 +163,14 @@ def linear(x: Tensor, w: Tensor, bias: Tensor | None = None, *, backend: str | N
 
 
 def _extras(
-    weight: Tensor | None, act_sum: Tensor | None, act_sumsq: Tensor | None, scale: Scale | None,
-    row_circuit: Tensor | None,
+    token_weight: Tensor | None, act_sum: Tensor | None, act_sumsq: Tensor | None, scale: Scale | None,
+    row_circuit: Tensor | None, weight: Tensor | None,
 ) -> Extras:  # fmt: skip
+    if weight is not None:
+        token_weight = by_new_name("weight", weight, "token_weight", token_weight)
     if scale is None:
-        return Extras(weight, act_sum, act_sumsq, row_circuit=row_circuit)
-    return Extras(weight, act_sum, act_sumsq, *scale, row_circuit)
+        return Extras(token_weight, act_sum, act_sumsq, row_circuit=row_circuit)
+    return Extras(token_weight, act_sum, act_sumsq, *scale, row_circuit)
 
 
 def call(op: str, inputs: Inputs, extras: Extras | tuple[()], backend: str | None = None) -> Tensor:
@@ -193,7 +203,7 @@ def call(op: str, inputs: Inputs, extras: Extras | tuple[()], backend: str | Non
         if inputs[0].is_meta or not all(map(is_as_stored, (*inputs, *extras))):
             return library.through(op, inputs, extras, backend)
         run = prepare(key, op, inputs, extras, backend)
-    if extras and extras.weight is not None:
+    if extras and extras.token_weight is not None:
         count_change(extras)
     return run(*inputs, *extras)
 
@@ -225,7 +235,7 @@ def _needs_grad(inputs: Inputs, extras: Extras | tuple[()]) -> bool:
         return False
     if not extras:
         return any(x is not None and x.requires_grad for x in inputs)
-    for name in ("weight", "act_sum", "act_sumsq"):
+    for name in ("token_weight", "act_sum", "act_sumsq"):
         x = getattr(extras, name)
         if x is not None and x.requires_grad:
             raise ValueError(f"{name}: no gradient flows through sums; expected a tensor without requires_grad")

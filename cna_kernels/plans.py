@@ -13,9 +13,9 @@ from .errors import InputError
 
 # Every plan of every backend by op. A plan that another backend has is passed over; an unknown one is an error.
 NAMES = {
-    "gated_mlp": ("gemv", "flat", "fused", "blas", "engine", "torch"),
-    "down_proj": ("split", "tma", "blas", "engine", "torch"),
-    "linear": ("engine", "torch"),
+    "gated_mlp": ("gemv", "flat", "fused", "blas", "csrc", "torch"),
+    "down_proj": ("split", "tma", "blas", "csrc", "torch"),
+    "linear": ("csrc", "torch"),
 }
 
 
@@ -73,6 +73,8 @@ def read(text: str) -> dict[str, str]:
     chosen = {}
     for part in filter(None, text.split(",")):
         op, _, name = part.partition("=")
+        if name == "engine":  # the name of csrc before 0.2
+            name = "csrc"
         if op not in NAMES:
             raise InputError("CNA_PLAN", f"expected one of {', '.join(NAMES)} before '=', got {part!r}")
         if name not in NAMES[op]:

@@ -1,8 +1,8 @@
 """Every op in plain PyTorch: the definition that the kernels are tested against.
 
     act            = silu(gate) * up                      computed in fp32, rounded once to the inputs' dtype
-    act_sum[c, n]   += sum_t weight[t, c] * act[t, n]     fp32, from the rounded act, before scaling
-    act_sumsq[c, n] += sum_t weight[t, c] * act[t, n]^2   likewise
+    act_sum[c, n]   += sum_t token_weight[t, c] * act[t, n]     fp32, from the rounded act, before scaling
+    act_sumsq[c, n] += sum_t token_weight[t, c] * act[t, n]^2   likewise
     y              = (act * scale[row_circuit[t]]) @ w_down^T
 
 Three rounding points are part of the definition. Sums read ``act`` as ``down_proj`` reads it, so they equal what
@@ -29,7 +29,7 @@ def gated_mlp(
     w_gate_up: Tensor | tuple[Tensor, Tensor],
     w_down: Tensor,
     *,
-    weight: Tensor | None = None,
+    token_weight: Tensor | None = None,
     act_sum: Tensor | None = None,
     act_sumsq: Tensor | None = None,
     scale: Scale | None = None,
@@ -37,7 +37,9 @@ def gated_mlp(
 ) -> Tensor:
     """The whole MLP: x ``[T, H]``, w_gate_up ``[2N, H]`` or its halves as a pair, w_down ``[H, N]`` -> y ``[T, H]``."""
     gate, up = gate_and_up(x, w_gate_up)
-    act = swiglu(gate, up, weight=weight, act_sum=act_sum, act_sumsq=act_sumsq, scale=scale, row_circuit=row_circuit)
+    act = swiglu(
+        gate, up, token_weight=token_weight, act_sum=act_sum, act_sumsq=act_sumsq, scale=scale, row_circuit=row_circuit
+    )
     return F.linear(act, w_down)
 
 
@@ -53,7 +55,7 @@ def swiglu(
     gate: Tensor,
     up: Tensor,
     *,
-    weight: Tensor | None = None,
+    token_weight: Tensor | None = None,
     act_sum: Tensor | None = None,
     act_sumsq: Tensor | None = None,
     scale: Scale | None = None,
@@ -62,7 +64,7 @@ def swiglu(
     """silu(gate) * up: gate, up ``[T, N]`` -> act ``[T, N]``, summed before and scaled after."""
     wide = torch.promote_types(gate.dtype, torch.float32)
     act = (F.silu(gate.to(wide)) * up.to(wide)).to(gate.dtype)
-    _accumulate(act, weight, act_sum, act_sumsq)
+    _accumulate(act, token_weight, act_sum, act_sumsq)
     return _scaled(act, scale, row_circuit)
 
 
@@ -70,54 +72,54 @@ def down_proj(
     act: Tensor,
     w_down: Tensor,
     *,
-    weight: Tensor | None = None,
+    token_weight: Tensor | None = None,
     act_sum: Tensor | None = None,
     act_sumsq: Tensor | None = None,
     scale: Scale | None = None,
     row_circuit: Tensor | None = None,
 ) -> Tensor:
     """The down-projection: act ``[T, N]``, w_down ``[H, N]`` -> y ``[T, H]``."""
-    _accumulate(act, weight, act_sum, act_sumsq)
+    _accumulate(act, token_weight, act_sum, act_sumsq)
     return F.linear(_scaled(act, scale, row_circuit), w_down)
 
 
 def steer_act(
     act: Tensor,
     *,
-    weight: Tensor | None = None,
+    token_weight: Tensor | None = None,
     act_sum: Tensor | None = None,
     act_sumsq: Tensor | None = None,
     scale: Scale | None = None,
     row_circuit: Tensor | None = None,
 ) -> Tensor:
     """The sums and the scaling alone: act ``[T, N]`` -> a copy, scaled."""
-    _accumulate(act, weight, act_sum, act_sumsq)
+    _accumulate(act, token_weight, act_sum, act_sumsq)
     return act.clone() if scale is None else _scaled(act, scale, row_circuit)
 
 
-def _accumulate(act: Tensor, weight: Tensor | None, act_sum: Tensor | None, act_sumsq: Tensor | None) -> None:
+def _accumulate(act: Tensor, token_weight: Tensor | None, act_sum: Tensor | None, act_sumsq: Tensor | None) -> None:
     """Add the weighted sums of this call's tokens to act_sum and act_sumsq, both ``[C, N]``, in place."""
     if act_sum is None and act_sumsq is None:
         return
-    if weight is None:
-        raise ValueError("weight: expected together with act_sum or act_sumsq, got one without the other")
-    counted = (weight != 0).any(dim=1, keepdim=True)  # [T, 1]
-    act = torch.where(counted, act.detach().to(weight.dtype), 0)
+    if token_weight is None:
+        raise ValueError("token_weight: expected together with act_sum or act_sumsq, got one without the other")
+    counted = (token_weight != 0).any(dim=1, keepdim=True)  # [T, 1]
+    act = torch.where(counted, act.detach().to(token_weight.dtype), 0)
     if act_sum is not None:
-        act_sum += weight.t() @ act
+        act_sum += token_weight.t() @ act
     if act_sumsq is not None:
-        act_sumsq += weight.t() @ act.square()
+        act_sumsq += token_weight.t() @ act.square()
 
 
 def _scaled(act: Tensor, scale: Scale | None, row_circuit: Tensor | None) -> Tensor:
-    """Return act with every row multiplied by its circuit's factors, ``[T, N]``."""
+    """Return act with every row multiplied by its circuit's multipliers, ``[T, N]``."""
     if scale is None:
         return act
     if row_circuit is None:
         raise ValueError("scale: expected together with row_circuit, got one without the other")
     wide = torch.promote_types(act.dtype, torch.float32)
-    factor = dense_scale(scale, act.shape[1]).to(wide)  # [K + 1, N], the last row is all ones
-    n_circuits = factor.shape[0] - 1
+    multiplier = dense_scale(scale, act.shape[1]).to(wide)  # [K + 1, N], the last row is all ones
+    n_circuits = multiplier.shape[0] - 1
     steered = (row_circuit >= 0) & (row_circuit < n_circuits)
-    factor = factor[torch.where(steered, row_circuit, n_circuits).long()]  # [T, N]
-    return torch.where(factor == 0, 0, (act.to(wide) * factor).to(act.dtype))
+    multiplier = multiplier[torch.where(steered, row_circuit, n_circuits).long()]  # [T, N]
+    return torch.where(multiplier == 0, 0, (act.to(wide) * multiplier).to(act.dtype))

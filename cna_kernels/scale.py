@@ -1,4 +1,4 @@
-"""Scale: the factors of one layer's neurons for K circuits, as the ops and kernels take them."""
+"""Scale: the multipliers of one layer's neurons for K circuits, as the ops and kernels take them."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ NEURON_BLOCK = 1024
 
 
 class Scale(NamedTuple):
-    """Per-neuron factors of one layer for K circuits, stored sparse by circuit; every other factor is 1.
+    """Per-neuron multipliers of one layer for K circuits, stored sparse by circuit; every other multiplier is 1.
 
     Circuit ``c`` multiplies neuron ``index[e]`` by ``value[e]`` for every e in ``offsets[c, 0] : offsets[c, -1]``.
     Its neurons in ``1024 * b : 1024 * (b + 1)`` are those in ``offsets[c, b] : offsets[c, b + 1]``. Within a circuit
@@ -33,7 +33,7 @@ class Scale(NamedTuple):
 
 
 def make_scale(circuits: Sequence[Mapping[int, float]], n_neurons: int, device: torch.device | str = "cpu") -> Scale:
-    """Build the Scale of one layer from a mapping of neuron to factor for each circuit."""
+    """Build the Scale of one layer from a mapping of neuron to multiplier for each circuit."""
     edges = range(0, n_neurons + NEURON_BLOCK, NEURON_BLOCK)
     offsets: list[list[int]] = []
     index: list[int] = []
@@ -51,7 +51,7 @@ def make_scale(circuits: Sequence[Mapping[int, float]], n_neurons: int, device: 
 
 
 def dense_scale(scale: Scale, n_neurons: int) -> Tensor:
-    """Return the factors as a table ``[K + 1, N]`` float32 whose last row, for unsteered tokens, is all ones."""
+    """Return the multipliers as a table ``[K + 1, N]`` float32 whose last row, for unsteered tokens, is all ones."""
     offsets, index, value = scale
     n_circuits, n_entries = offsets.shape[0], index.shape[0]
     if n_entries == 0 or n_circuits == 0:

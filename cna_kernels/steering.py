@@ -183,7 +183,7 @@ class SteeringTable:
                 self.set_multiplier(number, multiplier)
 
     def layer(self, layer: int) -> Scale | None:
-        """Return the layer's factors; None where no circuit has a neuron in it and, in a live table, none can come."""
+        """Return the layer's Scale; None where no circuit has a neuron in it and, in a live table, none can come."""
         if not self._live and layer not in self._steered:
             return None
         offsets = self._offsets[layer]
@@ -191,18 +191,22 @@ class SteeringTable:
             offsets = offsets.view(self.max_circuits * self._experts[layer], -1)
         return Scale(offsets, *self._arena[self._devices[layer]])
 
-    def check_rows(self, circuit_of_row: Sequence[int]) -> None:
+    def check_rows(self, row_circuit: Sequence[int]) -> None:
         """Raise InputError unless every row names a circuit of the table or -1."""
-        for row, number in enumerate(circuit_of_row):
+        for row, number in enumerate(row_circuit):
             if number != -1 and number not in self._circuits:
                 held = ", ".join(map(str, self.numbers[:8])) + (", ..." if self.n_circuits > 8 else "")
                 raise InputError("row_circuit", f"row {row}: expected -1 or one of {held or 'none'}, got {number}")
 
-    def rows(self, circuit_of_row: Sequence[int]) -> Tensor:
+    def row_circuit(self, numbers: Sequence[int]) -> Tensor:
         """Return ``[B]`` int32 on the first layer's device after checking that every row names a circuit or -1."""
-        circuit_of_row = list(circuit_of_row)
-        self.check_rows(circuit_of_row)
-        return torch.tensor(circuit_of_row, dtype=torch.int32, device=self._devices[0])
+        numbers = list(numbers)
+        self.check_rows(numbers)
+        return torch.tensor(numbers, dtype=torch.int32, device=self._devices[0])
+
+    def rows(self, circuit_of_row: Sequence[int]) -> Tensor:
+        """Return ``[B]`` int32: the old name of :meth:`row_circuit`, deprecated."""
+        return self.row_circuit(circuit_of_row)
 
     def _lay_out(self, circuit: Circuit) -> tuple[Array, list[Array]]:
         """The circuit's entries, and for each layer where those from each edge on begin, counted from its first."""

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from .errors import check_tensor
+from .renamed import renamed
 
 
 class NonFiniteActivation(ValueError):
@@ -52,21 +53,22 @@ class ActivationSums:
         squares = None if self.act_sumsq is None else self.act_sumsq[layer]
         return {"act_sum": self.act_sum[layer], "act_sumsq": squares}
 
-    def fold(self, weight: Tensor, *, layer: int | slice | None = None) -> None:
+    @renamed(weight="token_weight")
+    def fold(self, token_weight: Tensor, *, layer: int | slice | None = None) -> None:
         """Move what a forward pass added into the totals: all of it, or where this raises nothing.
 
         Args:
-            weight: ``[any, C]``, the weights to count: those of the tokens, or of the prompts, that were summed.
+            token_weight: ``[any, C]``, the weights to count: those of the tokens, or of the prompts, that were summed.
             layer: move the sums of this layer, or of these, only, of a pass that has not run the others.
 
         Raises:
             NonFiniteActivation: a sum is not finite. The totals stay as they were and the buffers are emptied.
         """
-        check_tensor("weight", weight, shape=(None, self.count.shape[0]))
+        check_tensor("token_weight", token_weight, shape=(None, self.count.shape[0]))
         layers = slice(layer, layer + 1) if isinstance(layer, int) else layer or slice(None)
         try:
             # everything that may run out of memory comes before the first total changes
-            count = weight.cpu().double().sum(0)
+            count = token_weight.cpu().double().sum(0)
             self._require_finite(layers)
             added = [buffer[layers].to(self.total.device) for buffer in self._buffers()]
             for total, part in zip(_kept(self.total, self.total_sq), added, strict=True):

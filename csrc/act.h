@@ -47,8 +47,8 @@ void swiglu_row(T *act, const G *gate, const G *up, int64_t n) {
     store_some(act + i, mul(silu(load_some(gate + i, n - i)), load_some(up + i, n - i)), n - i);
 }
 
-// act_sum[C, N] += weight^T @ act over the rows of this call, for neurons n0 : n1. One writer for each element; tokens
-// in order; a token whose weights are all 0 is not read.
+// act_sum[C, N] += token_weight^T @ act over the rows of this call, for neurons n0 : n1. One writer for each element;
+// tokens in order; a token whose weights are all 0 is not read.
 template <class T, int COLUMNS>
 void sum_columns(const cna_extras &e, const T *act, int64_t act_stride, const int32_t *counted, int64_t n_counted,
                  int64_t column, int64_t n0, int64_t n1) {
@@ -58,10 +58,10 @@ void sum_columns(const cna_extras &e, const T *act, int64_t act_stride, const in
     for (int c = 0; c < COLUMNS; c++) sums[c] = squares[c] = zero();
     for (int64_t i = 0; i < n_counted; i++) {
       const F32 a = load_some(act + counted[i] * act_stride + n, some);
-      const float *weight = e.weight + counted[i] * e.weight_stride + column;
+      const float *token_weight = e.token_weight + counted[i] * e.token_weight_stride + column;
       const F32 square = mul(a, a);
       for (int c = 0; c < COLUMNS; c++) {
-        const F32 w = set1(weight[c]);
+        const F32 w = set1(token_weight[c]);
         sums[c] = fma(w, a, sums[c]);
         if (e.act_sumsq) squares[c] = fma(w, square, squares[c]);
       }

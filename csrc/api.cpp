@@ -96,9 +96,9 @@ struct Call {
     if (extras->version != CNA_ABI_VERSION) return fail(CNA_ERR_VERSION);
     cna_extras e = *extras;
     if (e.n_columns < 0 || e.n_circuits < 0 || e.n_entries < 0) return fail(CNA_ERR_SIZE);
-    if (e.weight || e.act_sum || e.act_sumsq) {
-      if (n_tokens && N && e.n_columns && (!e.weight || (!e.act_sum && !e.act_sumsq))) return fail(CNA_ERR_NULL);
-      add(e.weight, n_tokens, e.n_columns, e.weight_stride);
+    if (e.token_weight || e.act_sum || e.act_sumsq) {
+      if (n_tokens && N && e.n_columns && (!e.token_weight || (!e.act_sum && !e.act_sumsq))) return fail(CNA_ERR_NULL);
+      add(e.token_weight, n_tokens, e.n_columns, e.token_weight_stride);
       if (e.act_sum) add(e.act_sum, e.n_columns, N, e.act_sum_stride, true);
       if (e.act_sumsq) add(e.act_sumsq, e.n_columns, N, e.act_sumsq_stride, true);
     }
@@ -112,7 +112,7 @@ struct Call {
     }
     if (status != CNA_OK) return;
     if (e.row_circuit && e.n_circuits) fail(check_circuits(e, n_tokens, N));
-    if (!N || !e.n_columns || (!e.act_sum && !e.act_sumsq)) e.weight = nullptr;
+    if (!N || !e.n_columns || (!e.act_sum && !e.act_sumsq)) e.token_weight = nullptr;
     if (!N || !e.n_circuits) e.row_circuit = nullptr;
     *used = e;
   }
@@ -205,7 +205,7 @@ int down_proj(T *y, const T *act, const T *w_down, const cna_extras *extras, int
   call.add(w_down, H, N, w_down_stride);
   call.add_extras(extras, &used, n_tokens, N);
   const Level *level = call.ready(n_threads);
-  if (!level || !n_tokens || (!H && !used.weight)) return call.status;
+  if (!level || !n_tokens || (!H && !used.token_weight)) return call.status;
   return ops<T>(*level).down_proj(y, act, w_down, used, n_tokens, H, N, y_stride, act_stride, w_down_stride,
                                   usable_threads(n_threads));
 }

@@ -1,8 +1,8 @@
 /* The CPU engine of CNA kernels: the MLP of a Llama layer with streaming sums and sparse steering.
  *
  *   act             = silu(gate) * up                       in fp32, rounded once to the arrays' dtype
- *   act_sum[c, n]   += sum_t weight[t, c] * act[t, n]       in fp32, from the rounded act, before scaling
- *   act_sumsq[c, n] += sum_t weight[t, c] * act[t, n]^2     likewise
+ *   act_sum[c, n]   += sum_t token_weight[t, c] * act[t, n]       in fp32, from the rounded act, before scaling
+ *   act_sumsq[c, n] += sum_t token_weight[t, c] * act[t, n]^2     likewise
  *   y               = (act * scale[row_circuit[t]]) @ w_down^T
  *
  * T tokens, H hidden size, N neurons, C columns of sums, K circuits. Arrays are row-major. A stride counts elements
@@ -46,12 +46,12 @@ typedef enum cna_status {
 /* The optional arguments: sums, steering, or both. Set version, and every field that is not used to 0. */
 typedef struct cna_extras {
   int64_t version; /* CNA_ABI_VERSION */
-  /* Sums: weight with act_sum, act_sumsq or both. A token whose weights are all 0 is never read by the sums. */
-  const float *weight; /* [T, C] how much each token counts in each column */
-  float *act_sum;      /* [C, N] added to, or NULL */
-  float *act_sumsq;    /* [C, N] added to, or NULL */
-  int64_t n_columns;   /* C */
-  int64_t weight_stride;
+  /* Sums: token_weight with act_sum, act_sumsq or both. A token whose weights are all 0 is never read by the sums. */
+  const float *token_weight; /* [T, C] how much each token counts in each column */
+  float *act_sum;            /* [C, N] added to, or NULL */
+  float *act_sumsq;          /* [C, N] added to, or NULL */
+  int64_t n_columns;         /* C */
+  int64_t token_weight_stride;
   int64_t act_sum_stride;
   int64_t act_sumsq_stride;
   /* Steering: row_circuit with the other three. Circuit c multiplies neuron index[e] by value[e] for every entry e from

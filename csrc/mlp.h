@@ -8,7 +8,7 @@ constexpr int64_t SMALL = 1 << 15;  // elements that one thread handles faster t
 
 // The same arguments for the tokens from t on.
 inline cna_extras from_token(cna_extras extras, int64_t t) {
-  if (extras.weight) extras.weight += t * extras.weight_stride;
+  if (extras.token_weight) extras.token_weight += t * extras.token_weight_stride;
   if (extras.row_circuit) extras.row_circuit += t;
   return extras;
 }
@@ -16,9 +16,9 @@ inline cna_extras from_token(cna_extras extras, int64_t t) {
 // The tokens that some column counts, in order.
 inline int64_t find_counted(int32_t *counted, const cna_extras &extras, int64_t n_tokens) {
   int64_t n = 0;
-  for (int64_t t = 0; extras.weight && t < n_tokens; t++)
+  for (int64_t t = 0; extras.token_weight && t < n_tokens; t++)
     for (int64_t c = 0; c < extras.n_columns; c++)
-      if (extras.weight[t * extras.weight_stride + c] != 0.0f) {
+      if (extras.token_weight[t * extras.token_weight_stride + c] != 0.0f) {
         counted[n++] = int32_t(t);
         break;
       }

@@ -30,8 +30,8 @@ engine = attach(model)
 
 # Sums of the last prompt token of both sets: column 0 shows the behaviour, column 1 does not.
 refused, answered = world.discovery_positive(), world.discovery_negative()
-weight = torch.tensor([[1.0, 0.0]] * len(refused) + [[0.0, 1.0]] * len(answered))
-with torch.inference_mode(), engine.collect(weight) as sums:
+token_weight = torch.tensor([[1.0, 0.0]] * len(refused) + [[0.0, 1.0]] * len(answered))
+with torch.inference_mode(), engine.collect(token_weight) as sums:
     model(**encode(refused + answered), logits_to_keep=1)
 circuit = engine.select(sums, score="magnitude", fraction=0.002)
 

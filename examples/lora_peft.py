@@ -12,7 +12,7 @@ from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
 from cna_kernels.model import demo_checkpoint, load
-from cna_kernels.model.checkpoint.export import factors_of, to_lora
+from cna_kernels.model.checkpoint.export import neuron_multipliers, to_lora
 from cna_kernels.model.demo import world
 
 directory = demo_checkpoint("instruct")
@@ -22,8 +22,8 @@ ids = torch.tensor([[1, 20, 30, 40, 50]])
 
 for multiplier in (0.0, 0.5, 2.0):
     with tempfile.TemporaryDirectory() as out:
-        factors = factors_of([circuit], [multiplier])
-        to_lora(ours.checkpoint, ours.config, factors, f"{out}/adapter", base_model=str(directory))
+        multipliers = neuron_multipliers([circuit], [multiplier])
+        to_lora(ours.checkpoint, ours.config, multipliers, f"{out}/adapter", base_model=str(directory))
         theirs = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32).eval()
         adapted = PeftModel.from_pretrained(theirs, f"{out}/adapter").eval()
         with torch.inference_mode(), ours.steered(circuit, multiplier):

@@ -19,7 +19,7 @@ from cna_kernels import Circuit, SteeringTable
 from cna_kernels.model import demo_checkpoint, load
 from cna_kernels.model.demo import world
 from cna_kernels.model.prompts.files import PromptSet
-from cna_kernels.model.transformer import KVCache, Steer
+from cna_kernels.model.transformer import KVCache, Steering
 
 
 @dataclass
@@ -58,7 +58,7 @@ class Server:
         ends = torch.tensor([len(request.ids) if request else 1 for request in self.slots], device=self.model.device)
         ids = torch.tensor([[request.ids[-1] if request else 0] for request in self.slots], device=self.model.device)
         self.cache.used = int(ends.max()) - 1  # the call adds its one token
-        steer = Steer(self.table, self.row_circuit)
+        steer = Steering(self.table, self.row_circuit)
         hidden = self.transformer.hidden(ids, lengths=ends, positions=ends[:, None] - 1, cache=self.cache, steer=steer)
         self.take(dict(enumerate(self.transformer.logits(hidden[:, 0]).argmax(-1).tolist())))
         return True
@@ -83,7 +83,7 @@ class Server:
         own = copy.copy(self.cache)  # the slot's part of the same memory
         own.keys, own.values = self.cache.keys[:, slot : slot + 1], self.cache.values[:, slot : slot + 1]
         own.rows, own.used = own.rows[:1], 0
-        steer = Steer(self.table, self.row_circuit[slot : slot + 1])
+        steer = Steering(self.table, self.row_circuit[slot : slot + 1])
         hidden = self.transformer.hidden(torch.tensor([request.ids], device=self.model.device), cache=own, steer=steer)
         self.slots[slot] = request
         self.take({slot: int(self.transformer.logits(hidden[:, -1]).argmax())})

@@ -13,7 +13,7 @@ from cna_kernels.errors import InputError
 from .discovery.collect import check_length
 from .discovery.packing import TokenPrompt
 from .memory import DoesNotFit, memory_of
-from .transformer import KVCache, Steer, Transformer
+from .transformer import KVCache, Steering, Transformer
 
 
 @dataclass(frozen=True)
@@ -46,7 +46,7 @@ def generate(
     stop_ids: frozenset[int],
     sampling: Sampling | None = None,
     seeds: Sequence[int] | None = None,
-    steer: Steer | None = None,
+    steer: Steering | None = None,
     on_token: Callable[[int, int], None] | None = None,
 ) -> list[list[int]]:
     """Return the new tokens of each prompt, without the stop token.

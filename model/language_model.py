@@ -16,6 +16,7 @@ from cna_kernels import backends
 from cna_kernels.circuit import Circuit, check_fits, check_found_in
 from cna_kernels.errors import InputError
 from cna_kernels.files import FilePath
+from cna_kernels.renamed import renamed
 from cna_kernels.steering import SteeringTable, distinct
 
 from .checkpoint.config import DTYPES, read_config
@@ -32,7 +33,7 @@ from .prompts.corpus import Contrast, Corpus, Entry, Names, two_sets
 from .prompts.files import PromptSet, neutral_prompts
 from .text.text_stream import TextStream
 from .text.tokenizer import Tokenizer, stop_ids
-from .transformer import Steer, Transformer
+from .transformer import Steering, Transformer
 
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
@@ -270,24 +271,23 @@ class LanguageModel:
         sides = first(target, "target"), first(counterfactual, "counterfactual")
         return relevance(self.transformer, self.encode(prompts, chat=chat), *sides)
 
+    @renamed(rows="row_circuit")
     @contextmanager
     def steered(
         self,
         circuit: Circuit | Sequence[Circuit],
         multiplier: float | Sequence[float],
         *,
-        rows: Sequence[int] | None = None,
+        row_circuit: Sequence[int] | None = None,
     ) -> Iterator[SteeringTable]:
-        """Steer every call inside the ``with`` block, at every position of prompt and answer.
+        """Steer every call inside the ``with`` block, at every position of prompt and answer, of any thread.
 
-        The state belongs to the model, not to the thread: a model is used by one thread at a time.
-
-        Yields the SteeringTable: its ``set_multipliers`` changes the strength between calls without rebuilding.
+        Yields the SteeringTable: its ``set_multipliers`` changes multipliers between calls without rebuilding.
 
         Args:
             circuit: one circuit, or several for one batch.
             multiplier: one for each circuit: 0 ablates, 1 changes nothing, above 1 amplifies.
-            rows: which circuit each row of the batch uses, -1 for none; None puts every row on the first.
+            row_circuit: which circuit each row of the batch uses, -1 for none; None puts every row on the first.
         """
         circuits = [circuit] if isinstance(circuit, Circuit) else list(circuit)
         multipliers = list(multiplier) if isinstance(multiplier, Sequence) else [multiplier] * len(circuits)
@@ -295,7 +295,7 @@ class LanguageModel:
             circuits, multipliers, self.config.num_hidden_layers, self.config.intermediate_size, self.device
         )
         outer = self._steering
-        self._steering = table, None if rows is None else table.rows(rows)
+        self._steering = table, None if row_circuit is None else table.row_circuit(row_circuit)
         try:
             yield table
         finally:
@@ -386,9 +386,9 @@ class LanguageModel:
             if len(given) != n_rows:
                 raise InputError(name, f"expected one, or {n_rows}, one for each prompt, got {len(given)}")
         circuits, multipliers, rows = distinct(circuit, multiplier)
-        return self.steered(circuits, multipliers, rows=rows)
+        return self.steered(circuits, multipliers, row_circuit=rows)
 
-    def _steer(self, n_rows: int, start: int = 0, end: int | None = None) -> Steer | None:
+    def _steer(self, n_rows: int, start: int = 0, end: int | None = None) -> Steering | None:
         """What steers rows ``start:end`` of a batch of ``n_rows``."""
         if self._steering is None:
             return None
@@ -396,5 +396,5 @@ class LanguageModel:
         if rows is None:
             rows = torch.zeros(n_rows, dtype=torch.int32, device=self.device)
         if len(rows) != n_rows:
-            raise InputError("rows", f"expected {n_rows}, one for each row of the batch, got {len(rows)}")
-        return Steer(table, rows[start:end])
+            raise InputError("row_circuit", f"expected {n_rows}, one for each row of the batch, got {len(rows)}")
+        return Steering(table, rows[start:end])

@@ -28,10 +28,10 @@ from .rope import RotaryEmbedding, rotate
 
 @dataclass
 class Tap:
-    """Collect sums during a forward pass. ``weight`` is ``[B * S, C]`` fp32: how much each token counts."""
+    """Collect sums during a forward pass. ``token_weight`` is ``[B * S, C]`` fp32: how much each token counts."""
 
     sums: ActivationSums
-    weight: Tensor
+    token_weight: Tensor
 
 
 class Edit:
@@ -51,7 +51,7 @@ class Edit:
 
 
 @dataclass
-class Steer:
+class Steering:
     """Steer a forward pass.
 
     Attributes:
@@ -64,10 +64,13 @@ class Steer:
     row_circuit: Tensor | None
     edit: Edit | None = None
 
-    def keep(self, rows: Tensor) -> Steer:
+    def keep(self, rows: Tensor) -> Steering:
         """The same for some rows of the batch, ``[B']``, in this order."""
         row_circuit = None if self.row_circuit is None else self.row_circuit[rows]
-        return Steer(self.table, row_circuit, None if self.edit is None else self.edit.keep(rows))
+        return Steering(self.table, row_circuit, None if self.edit is None else self.edit.keep(rows))
+
+
+Steer = Steering  # the name before 0.2
 
 
 class KVCache:
@@ -226,7 +229,7 @@ class Transformer(nn.Module):
         """A context with the sums that passes add to: ``sums`` themselves, as all of the neurons are here."""
         return nullcontext(sums)
 
-    def forward(self, input_ids: Tensor, *, tap: Tap | None = None, steer: Steer | None = None) -> Tensor:
+    def forward(self, input_ids: Tensor, *, tap: Tap | None = None, steer: Steering | None = None) -> Tensor:
         """Return logits ``[B, S, V]`` for whole sequences."""
         return self.logits(self.hidden(input_ids, tap=tap, steer=steer))
 
@@ -259,7 +262,7 @@ class Transformer(nn.Module):
         positions: Tensor | None = None,
         cache: KVCache | None = None,
         tap: Tap | None = None,
-        steer: Steer | None = None,
+        steer: Steering | None = None,
     ) -> Tensor:
         """Return the final normalised hidden states ``[B, S, H]``, without the vocabulary projection.
 
@@ -281,7 +284,7 @@ class Transformer(nn.Module):
         masks = {window: _mask(positions, n_keys, window, starts_here) for window in set(self.config.sliding_windows)}
         extras: dict[str, Any] = {}
         if tap is not None:
-            extras["weight"] = tap.weight
+            extras["token_weight"] = tap.token_weight
         table, row_circuit, edit = (None, None, None) if steer is None else (steer.table, steer.row_circuit, steer.edit)
         if row_circuit is not None:
             row_circuit = row_circuit.repeat_interleave(n_tokens)  # [T]

@@ -29,7 +29,7 @@ class Case:
     gate: torch.Tensor  # [T, N], the left half of a wider tensor: row stride 2N
     up: torch.Tensor  # [T, N], the right half
     act: torch.Tensor  # [T, N]
-    weight: torch.Tensor  # [T, C]
+    token_weight: torch.Tensor  # [T, C]
     act_sum: torch.Tensor  # [C, N], not zero, so that setting instead of adding shows
     act_sumsq: torch.Tensor  # [C, N]
     scale: Scale
@@ -38,7 +38,7 @@ class Case:
     def extras(self):
         """Fresh copies of the optional arguments; the two sums come back changed."""
         return dict(
-            weight=self.weight,
+            token_weight=self.token_weight,
             act_sum=self.act_sum.clone(),
             act_sumsq=self.act_sumsq.clone(),
             scale=self.scale,
@@ -48,15 +48,15 @@ class Case:
     def inputs(self, op):
         return [getattr(self, name) for name in INPUTS[op]]
 
-    def factors(self):
+    def multipliers(self):
         """The steering factor of every token and neuron, ``[T, N]`` float64, by loops over the sparse table."""
-        factors = np.ones((self.row_circuit.shape[0], self.gate.shape[1]))
+        multipliers = np.ones((self.row_circuit.shape[0], self.gate.shape[1]))
         offsets, index, value = (part.numpy() for part in self.scale)
         for token, circuit in enumerate(self.row_circuit.tolist()):
             if 0 <= circuit < len(offsets):
                 for entry in range(offsets[circuit][0], offsets[circuit][-1]):
-                    factors[token, index[entry]] = value[entry]
-        return factors
+                    multipliers[token, index[entry]] = value[entry]
+        return multipliers
 
 
 def make_case(n_tokens, n_neurons, dtype, seed=0, n_hidden=N_HIDDEN):
@@ -66,8 +66,8 @@ def make_case(n_tokens, n_neurons, dtype, seed=0, n_hidden=N_HIDDEN):
         return (torch.randn(*shape, generator=generator) * spread).to(dtype)
 
     fused = normal(n_tokens, 2 * n_neurons)
-    weight = torch.rand(n_tokens, N_COLUMNS, generator=generator)
-    weight[::3] = 0  # tokens that count nowhere
+    token_weight = torch.rand(n_tokens, N_COLUMNS, generator=generator)
+    token_weight[::3] = 0  # tokens that count nowhere
     members = [sorted(torch.randperm(n_neurons, generator=generator)[:k].tolist()) for k in (3, 0, 1, 7)]
     values = iter([0.0, 2.0, -1.5, 0.0, 0.25, 1.0, 3.0, 0.0, 0.5, 1.75, 0.125])
     circuits = [{neuron: next(values) for neuron in neurons} for neurons in members]
@@ -81,7 +81,7 @@ def make_case(n_tokens, n_neurons, dtype, seed=0, n_hidden=N_HIDDEN):
         gate=fused[:, :n_neurons],
         up=fused[:, n_neurons:],
         act=normal(n_tokens, n_neurons),
-        weight=weight,
+        token_weight=token_weight,
         act_sum=torch.randn(N_COLUMNS, n_neurons, generator=generator),
         act_sumsq=torch.rand(N_COLUMNS, n_neurons, generator=generator),
         scale=make_scale(circuits, n_neurons),
@@ -99,10 +99,10 @@ def exact(case, op):
     else:
         gate, up = double["gate"], double["up"]
     act = double["act"] if "act" in INPUTS[op] else gate / (1 + np.exp(-gate)) * up
-    weight = case.weight.double().numpy()
-    act_sum = case.act_sum.double().numpy() + weight.T @ act
-    act_sumsq = case.act_sumsq.double().numpy() + weight.T @ act**2
-    scaled = act * case.factors()
+    token_weight = case.token_weight.double().numpy()
+    act_sum = case.act_sum.double().numpy() + token_weight.T @ act
+    act_sumsq = case.act_sumsq.double().numpy() + token_weight.T @ act**2
+    scaled = act * case.multipliers()
     y = scaled @ double["w_down"].T if "w_down" in INPUTS[op] else scaled
     return tuple(torch.from_numpy(np.asarray(part)) for part in (y, act_sum, act_sumsq))
 
@@ -114,9 +114,9 @@ def torch_same_dtype(case, op):
     if op == "gated_mlp":
         gate, up = (case.x @ case.w_gate_up.T).split(n_neurons, dim=1)
     act = case.act if "act" in INPUTS[op] else torch.nn.functional.silu(gate) * up
-    act_sum = case.act_sum + case.weight.T @ act.float()
-    act_sumsq = case.act_sumsq + case.weight.T @ act.float().square()
-    scaled = act * torch.from_numpy(case.factors()).to(act.dtype)
+    act_sum = case.act_sum + case.token_weight.T @ act.float()
+    act_sumsq = case.act_sumsq + case.token_weight.T @ act.float().square()
+    scaled = act * torch.from_numpy(case.multipliers()).to(act.dtype)
     return (scaled @ case.w_down.T if "w_down" in INPUTS[op] else scaled), act_sum, act_sumsq
 
 
@@ -145,12 +145,12 @@ def with_feature(case, feature, n_columns=9):
         case.scale = make_scale([{n: 0.25 * (n % 7) for n in chosen} for chosen in members], N)
         case.row_circuit = torch.randint(0, 256, (T,), generator=generator, dtype=torch.int32)
     if feature == "columns":
-        case.weight = torch.rand(T, n_columns, generator=generator) * (torch.arange(T) % 3 > 0)[:, None]
+        case.token_weight = torch.rand(T, n_columns, generator=generator) * (torch.arange(T) % 3 > 0)[:, None]
         case.act_sum = torch.randn(n_columns, N, generator=generator)
         case.act_sumsq = torch.rand(n_columns, N, generator=generator)
     extras = case.extras()
     if feature in ("plain", "scale", "one circuit", "circuits"):
-        extras.update(weight=None, act_sum=None, act_sumsq=None)
+        extras.update(token_weight=None, act_sum=None, act_sumsq=None)
     if feature == "sumsq":
         extras.update(act_sum=None)
     if feature in ("plain", "sums", "sumsq"):

@@ -74,13 +74,13 @@ def plain(x, gate_up, down):
 
 def features(m, n_neurons):
     """Two columns of sums and two circuits of 0.1% of the neurons, every token in one of them."""
-    weight = torch.rand(m, 2, generator=torch.Generator().manual_seed(2))
+    token_weight = torch.rand(m, 2, generator=torch.Generator().manual_seed(2))
     neurons = torch.randperm(n_neurons, generator=torch.Generator().manual_seed(3))[
         : max(1, n_neurons // 1000)
     ].tolist()
     scale = make_scale([dict.fromkeys(neurons, 0.0), dict.fromkeys(neurons, 2.0)], n_neurons)
     row_circuit = (torch.arange(m) % 2).int()
-    return dict(weight=weight, act_sum=torch.zeros(2, n_neurons), scale=scale, row_circuit=row_circuit)
+    return dict(token_weight=token_weight, act_sum=torch.zeros(2, n_neurons), scale=scale, row_circuit=row_circuit)
 
 
 def assert_agree(ours, theirs):

@@ -56,7 +56,7 @@ def test_an_op_on_cpus(benchmark, host, feature, target_us):
     x, w_gate, w_up, w_down = (torch.randn(*s, generator=generator) for s in ((T, H), (N, H), (N, H), (H, N)))
     w_gate_up, extras = torch.cat([w_gate, w_up]), {}
     if feature != "plain":
-        extras = dict(weight=torch.ones(T, 2), act_sum=torch.zeros(2, N))
+        extras = dict(token_weight=torch.ones(T, 2), act_sum=torch.zeros(2, N))
         extras |= dict(scale=make_scale([{3: 0.5}], N), row_circuit=torch.zeros(T, dtype=torch.int32))
 
     def ours():

@@ -50,8 +50,8 @@ def main():
     bf16 = torch.bfloat16
     inputs = torch.randn(T, H).to(bf16), torch.randn(2 * N, H).to(bf16), None, torch.randn(H, N).to(bf16)
     scale, rows = make_scale([{3: 0.0}] * K, N), torch.zeros(T, dtype=torch.int32)
-    weight, act_sum = torch.ones(T, C), torch.zeros(C, N)
-    both = Extras(weight, act_sum, None, *scale, rows)
+    token_weight, act_sum = torch.ones(T, C), torch.zeros(C, N)
+    both = Extras(token_weight, act_sum, None, *scale, rows)
     x, w_gate_up, _, w_down = inputs
 
     def anew(extras):

@@ -65,7 +65,7 @@ def extras(T, N, feature):
     fp32, int32 = torch.float32, torch.int32
     chosen = {}
     if columns:
-        chosen["weight"] = blank(T, columns, dtype=fp32)
+        chosen["token_weight"] = blank(T, columns, dtype=fp32)
         chosen["act_sum"] = blank(columns, N, dtype=fp32) if act_sum else None
         chosen["act_sumsq"] = blank(columns, N, dtype=fp32) if act_sumsq else None
     if scale:
@@ -77,7 +77,7 @@ def extras(T, N, feature):
 
 def split(act, w_down, *, scale=None, row_circuit=None, **sums):
     """What the plan of this name launches."""
-    steered = None if scale is None else swiglu.act_pass(act, scale=scale, row_circuit=row_circuit)
+    steered = None if scale is None else swiglu.steer_act(act, scale=scale, row_circuit=row_circuit)
     return down_split(act, w_down, steered, **sums, dependent=not sums)
 
 
@@ -90,7 +90,7 @@ def launchers(model):
 
     return {
         "swiglu": (lambda T, d, x: swiglu.swiglu(*halves(T, d), **x), (4096,), tuple(FEATURES)),
-        "act_pass": (lambda T, d, x: swiglu.act_pass(blank(T, N, dtype=d), **x), (4096,), FEW[1:] + MATRIX_SUMS),
+        "steer_act": (lambda T, d, x: swiglu.steer_act(blank(T, N, dtype=d), **x), (4096,), FEW[1:] + MATRIX_SUMS),
         "gate_up_decode": (
             lambda T, d, x: gate_up_decode.gate_up_decode(blank(T, H, dtype=d), blank(2 * N, H, dtype=d), **x),
             (1, 2, 3, 4, 16, 32, 64),
@@ -135,7 +135,7 @@ def ships(target, op, T, dtype, feature):
     itemsize = DTYPES[dtype].itemsize
     gemv = gate_up_decode.max_gemv_tokens(itemsize) >= T
     if not isinstance(target, int):  # AMD: elementwise only, no tf32x3
-        return op in ("swiglu", "act_pass", "patch") and feature not in ("16 columns", "100 columns")
+        return op in ("swiglu", "steer_act", "patch") and feature not in ("16 columns", "100 columns")
     return {
         "gate_up_decode": gemv if itemsize == 4 else T not in (2, 3, 4),
         "down_gemv": gemv,

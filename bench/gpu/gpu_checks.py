@@ -63,7 +63,7 @@ def make_inputs(op, T, N, H, device, seed=0) -> tuple[list, dict]:
     size = max(2, N // 500)
     members = [torch.randperm(N, generator=torch.Generator().manual_seed(k))[:size].tolist() for k in range(3)]
     extras = dict(
-        weight=normal(T, 2, dtype=torch.float32).abs_() + 0.1,
+        token_weight=normal(T, 2, dtype=torch.float32).abs_() + 0.1,
         act_sum=normal(2, N, dtype=torch.float32),  # not zero, so that setting instead of adding shows
         act_sumsq=normal(2, N, dtype=torch.float32).abs_(),
         scale=make_scale([{n: 0.25 * (n % 7) for n in each} for each in members], N, device),

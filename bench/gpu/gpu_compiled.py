@@ -20,7 +20,7 @@ def compiled(bench, model, T):
     """One more competitor of D1 to D3 and P1: of few tokens ``max-autotune``, which is where Inductor's own reductions
     beat cuBLAS; of many the default mode, cuBLAS and one elementwise kernel."""
     H, N = bench.shape(model)
-    x, layers, weight = bench.random(T, H), bench.layers(model, T), bench.weight(T)
+    x, layers, token_weight = bench.random(T, H), bench.layers(model, T), bench.token_weight(T)
     few = T <= 64
     row, mode = mlp_row(T), "max-autotune-no-cudagraphs" if few else "default"
     how = dict(backend="eager") if bench.mode == "dry" else dict(mode=mode)
@@ -30,7 +30,7 @@ def compiled(bench, model, T):
         yield dict(head, note=note)
         return
     steering = bench.steering(T, N, 1) if few else None
-    runs = {"ours": ours(x, "", weight, steering)}
+    runs = {"ours": ours(x, "", token_weight, steering)}
     runs["torch.compile"] = lambda layer: product(x, layer.w_gate_up, layer.w_down)
     times = bench.measure(runs, layers, mlp_work(T, N, H))
     yield times.row(

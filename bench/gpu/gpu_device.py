@@ -140,7 +140,7 @@ class Bench:
             self._layers = (model, [make() for _ in range(n_sets)])
         return self._layers[1][: n_sets if T <= 64 else 4]
 
-    def weight(self, T) -> Tensor:
+    def token_weight(self, T) -> Tensor:
         """Two columns in which every token counts: ``[T, 2]``."""
         return self.random(T, 2, dtype=torch.float32).abs_() + 0.1
 
@@ -185,12 +185,12 @@ def relative(got, exact):
     return ((got.double() - exact.double()).norm() / exact.double().norm()).item()
 
 
-def ours(x, plan="", weight=None, steering=None, op="gated_mlp"):
+def ours(x, plan="", token_weight=None, steering=None, op="gated_mlp"):
     """The op through the Triton backend; ``plan`` "" leaves the choice to it."""
 
     def run(layer):
         use_plans(plan and f"{op}={plan}")
-        sums = {} if weight is None else dict(weight=weight, act_sum=layer.act_sum)
+        sums = {} if token_weight is None else dict(token_weight=token_weight, act_sum=layer.act_sum)
         weights = (layer.w_gate_up, layer.w_down) if op == "gated_mlp" else (layer.w_down,)
         return getattr(ops, op)(x, *weights, **sums, **(steering or {}), backend="triton")
 

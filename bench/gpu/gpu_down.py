@@ -10,11 +10,11 @@ from gpu_device import down_work, even, late, ours, relative
 from gpu_rows import check, of_default
 
 
-def pass_and_linear(act, weight, steering):
+def pass_and_linear(act, token_weight, steering):
     """Sums and steering of act in a pass of its own, then cuBLAS."""
 
     def run(layer):
-        steered = ops.steer_act(act, weight=weight, act_sum=layer.act_sum, **steering, backend="triton")
+        steered = ops.steer_act(act, token_weight=token_weight, act_sum=layer.act_sum, **steering, backend="triton")
         return F.linear(steered, layer.w_down)
 
     return run
@@ -25,11 +25,11 @@ def down(bench, model, T):
     H, N = bench.shape(model)
     yield from check(bench, model, T, "down_proj")
     act, layers = bench.random(T, N), bench.layers(model, T)
-    weight, steering, many = bench.weight(T), bench.steering(T, N, 1), bench.steering(T, N, 1, size=late(N))
+    token_weight, steering, many = bench.token_weight(T), bench.steering(T, N, 1), bench.steering(T, N, 1, size=late(N))
     runs = {"ours plain": ours(act, op="down_proj"), "linear": lambda layer: F.linear(act, layer.w_down)}
-    runs["ours"] = ours(act, "", weight, steering, "down_proj")
-    runs["ours, late layer"] = ours(act, "", weight, many, "down_proj")
-    runs["pass and linear"] = pass_and_linear(act, weight, steering)
+    runs["ours"] = ours(act, "", token_weight, steering, "down_proj")
+    runs["ours, late layer"] = ours(act, "", token_weight, many, "down_proj")
+    runs["pass and linear"] = pass_and_linear(act, token_weight, steering)
     times = bench.measure(runs, layers, down_work(T, N, H))
     more = of_default(bench, "down_proj", model, T, N, H)
     off = relative(runs["ours plain"](layers[0]), runs["linear"](layers[0]))

@@ -48,14 +48,14 @@ def cublas(x):
     return run
 
 
-def hooks(x, weight, factor):
-    """Eager with a hook before down_proj that adds up fp32 sums and multiplies. factor ``[N]`` or ``[T, N]``, bf16."""
+def hooks(x, token_weight, multiplier):
+    """Eager with a hook before down_proj that adds up fp32 sums and multiplies, by ``[N]`` or ``[T, N]`` bf16."""
 
     def run(layer):
         w_gate, w_up = layer.w_gate_up.chunk(2)
         act = F.silu(F.linear(x, w_gate)) * F.linear(x, w_up)
-        layer.act_sum.addmm_(weight.t(), act.float())
-        return F.linear(act * factor, layer.w_down)
+        layer.act_sum.addmm_(token_weight.t(), act.float())
+        return F.linear(act * multiplier, layer.w_down)
 
     return run
 
@@ -89,11 +89,14 @@ def check(bench, model, T, op="gated_mlp", name=None):
     layer, default = bench.layers(model)[0], name is None
     name = name or bench.default(op, model, T)
     x = bench.random(T, H if op == "gated_mlp" else N)
-    weight, steering = bench.weight(T), bench.steering(T, N, 2, torch.arange(T, device=bench.device) % 3 - 1)
+    token_weight, steering = (
+        bench.token_weight(T),
+        bench.steering(T, N, 2, torch.arange(T, device=bench.device) % 3 - 1),
+    )
     start = layer.act_sum.clone()
     plan = "" if default else name
     if bench.once:
-        ours(x, plan, weight, steering, op)(layer)
+        ours(x, plan, token_weight, steering, op)(layer)
         ours(x, plan, op=op)(layer)
         return
     some = torch.arange(0, T, max(1, T // 64), device=bench.device)
@@ -101,7 +104,7 @@ def check(bench, model, T, op="gated_mlp", name=None):
     table = dense_scale(steering["scale"], N).to(x.dtype)[steering["row_circuit"]]  # [T, N]
     if op == "gated_mlp":
         exact = reference.gated_mlp(x[some].double(), layer.w_gate_up.double(), layer.w_down.double(), **rows)
-        torch_y = hooks(x, weight, table)(layer)[some]
+        torch_y = hooks(x, token_weight, table)(layer)[some]
         unit = torch.zeros_like(layer.w_down)  # its product is act[:, N - H:], bit for bit
         unit[torch.arange(H), torch.arange(N - H, N)] = 1
         act = ours(x, plan)(layer._replace(w_down=unit))  # [T, H]
@@ -112,12 +115,12 @@ def check(bench, model, T, op="gated_mlp", name=None):
     results = []
     for _ in range(2 if bench.mode == "dry" else 20):
         fresh = layer._replace(act_sum=start.clone())
-        results.append((ours(x, plan, weight, steering, op)(fresh), fresh.act_sum))
+        results.append((ours(x, plan, token_weight, steering, op)(fresh), fresh.act_sum))
     (y, act_sum), repeats = results[0], len(results)
     same = all(torch.equal(a, y) and torch.equal(b, act_sum) for a, b in results)
     head = dict(model=model, T=T, ours=name, op=op, plan=f"{op}={name}", default=default)
     yield dict(row="N1", ok=same, note=f"{op}, {repeats} runs, y and S bit-equal: {same}", **head)
-    exact_sum = start[:, N - H :].double() + weight.t().double() @ act.double()
+    exact_sum = start[:, N - H :].double() + token_weight.t().double() @ act.double()
     torch_error, error, sum_error = (
         relative(torch_y, exact),
         relative(y[some], exact),
@@ -140,10 +143,10 @@ def decode(bench, model, T):
     """D1 to D5: the whole MLP of few tokens."""
     H, N = bench.shape(model)
     x, layers = bench.random(T, H), bench.layers(model, T)
-    weight, steering, many = bench.weight(T), bench.steering(T, N, 1), bench.steering(T, N, 1, size=late(N))
-    runs = {"ours": ours(x, "", weight, steering), "ours plain": ours(x), "eager": eager(x), "cublas": cublas(x)}
-    runs |= {"ours, sums": ours(x, "", weight), "ours, steered": ours(x, "", None, steering)}
-    times = bench.measure(runs | {"ours, late layer": ours(x, "", weight, many)}, layers, mlp_work(T, N, H))
+    token_weight, steering, many = bench.token_weight(T), bench.steering(T, N, 1), bench.steering(T, N, 1, size=late(N))
+    runs = {"ours": ours(x, "", token_weight, steering), "ours plain": ours(x), "eager": eager(x), "cublas": cublas(x)}
+    runs |= {"ours, sums": ours(x, "", token_weight), "ours, steered": ours(x, "", None, steering)}
+    times = bench.measure(runs | {"ours, late layer": ours(x, "", token_weight, many)}, layers, mlp_work(T, N, H))
     more = of_default(bench, "gated_mlp", model, T, N, H)
     for theirs in ("eager", "cublas"):
         yield times.row(mlp_row(T), model, T, "ours", theirs, best=True, **more)
@@ -163,10 +166,15 @@ def prefill(bench, model, T):
     """P1 to P3: the whole MLP of many tokens."""
     H, N = bench.shape(model)
     x, layers = bench.random(T, H), bench.layers(model, T)
-    weight, steering, many = bench.weight(T), bench.steering(T, N, 1), bench.steering(T, N, 1, size=late(N))
-    factor = dense_scale(steering["scale"], N)[0].to(x.dtype)
-    runs = {"ours": ours(x, "", weight), "eager": eager(x), "cublas": cublas(x), "hooks": hooks(x, weight, factor)}
-    runs |= {"ours steered": ours(x, "", weight, steering), "ours, late layer": ours(x, "", weight, many)}
+    token_weight, steering, many = bench.token_weight(T), bench.steering(T, N, 1), bench.steering(T, N, 1, size=late(N))
+    multiplier = dense_scale(steering["scale"], N)[0].to(x.dtype)
+    runs = {
+        "ours": ours(x, "", token_weight),
+        "eager": eager(x),
+        "cublas": cublas(x),
+        "hooks": hooks(x, token_weight, multiplier),
+    }
+    runs |= {"ours steered": ours(x, "", token_weight, steering), "ours, late layer": ours(x, "", token_weight, many)}
     times = bench.measure(runs, layers, mlp_work(T, N, H))
     more = of_default(bench, "gated_mlp", model, T, N, H)
     for theirs in ("eager", "cublas"):
@@ -186,8 +194,12 @@ def elementwise(bench, model, T, rival=None):
     """P4: the sets are gate and up side by side, ``[T, 2N]``. rival: (name, function of gate and up)."""
     _, N = bench.shape(model)
     sets = [bench.random(T, 2 * N) for _ in range(1 if bench.once or bench.mode == "dry" else 4)]
-    weight, steering, act_sum = bench.weight(T), bench.steering(T, N, 1), bench.random(2, N, dtype=torch.float32)
-    sums = dict(weight=weight, act_sum=act_sum)
+    token_weight, steering, act_sum = (
+        bench.token_weight(T),
+        bench.steering(T, N, 1),
+        bench.random(2, N, dtype=torch.float32),
+    )
+    sums = dict(token_weight=token_weight, act_sum=act_sum)
     name, product = rival or ("eager", lambda gate, up: F.silu(gate) * up)
 
     def swiglu(**extras):
@@ -214,7 +226,7 @@ def host(bench, model, T):
     """Host time of one call: what Python takes until the launches are queued. Nothing is waited for inside."""
     H, N = bench.shape(model)
     x, layer = bench.random(T, H), bench.layers(model, T)[0]
-    sums = dict(weight=bench.weight(T), act_sum=layer.act_sum)
+    sums = dict(token_weight=bench.token_weight(T), act_sum=layer.act_sum)
     both = sums | bench.steering(T, N, 1)
     weights = layer.w_gate_up, layer.w_down
     use_plans("")
@@ -251,8 +263,8 @@ def candidate(bench, op, name, model, T):
     H, N = bench.shape(model)
     yield from check(bench, model, T, op, name)
     x, layers = bench.random(T, H if op == "gated_mlp" else N), bench.layers(model, T)
-    weight, steering = bench.weight(T), bench.steering(T, N, 1)
-    runs = {"default": ours(x, "", weight, steering, op), name: ours(x, name, weight, steering, op)}
+    token_weight, steering = bench.token_weight(T), bench.steering(T, N, 1)
+    runs = {"default": ours(x, "", token_weight, steering, op), name: ours(x, name, token_weight, steering, op)}
     times = bench.measure(runs, layers, (mlp_work if op == "gated_mlp" else down_work)(T, N, H))
     more = dict(op=op, plan=f"{op}={name}", **predicted_us(bench, op, name, T, N, H))
     yield times.row("plan", model, T, name, "default", note=f"default {bench.default(op, model, T)}", **more)

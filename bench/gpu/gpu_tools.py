@@ -21,7 +21,7 @@ METRICS = {  # of ncu: what a row says of it
     "smsp__inst_executed.sum": "instructions",
     "launch__registers_per_thread": "registers",
 }
-KERNELS = "regex:gate_up|down_|swiglu|act_pass|fold"
+KERNELS = "regex:gate_up|down_|swiglu|fold"
 
 
 def tool_rows():

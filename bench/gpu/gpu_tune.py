@@ -62,15 +62,15 @@ def tune(bench, kernel, model, T, part=None):
     module = import_module(f"cna_kernels.triton.{module}")
     present = getattr(module, function)
     H, N = bench.shape(model)
-    weight, steering, layers = bench.weight(T), bench.steering(T, N, 1), bench.layers(model, T)
+    token_weight, steering, layers = bench.token_weight(T), bench.steering(T, N, 1), bench.layers(model, T)
     if op == "swiglu":
         layers = [bench.random(T, 2 * N) for _ in layers]
-        sums = dict(weight=weight, act_sum=bench.random(2, N, dtype=torch.float32), **steering)
+        sums = dict(token_weight=token_weight, act_sum=bench.random(2, N, dtype=torch.float32), **steering)
         sums = {} if kernel.endswith("plain") else sums
         call = lambda both: ops.swiglu(*both.chunk(2, dim=-1), **sums, backend="triton")  # noqa: E731
     else:
         x = bench.random(T, H if op == "gated_mlp" else N)
-        call = ours(x, name, weight, steering, op)
+        call = ours(x, name, token_weight, steering, op)
     entry = []
 
     def with_table(table):

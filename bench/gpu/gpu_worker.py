@@ -108,9 +108,9 @@ def every_plan(bench, which):
     elementwise kernel, or the candidates."""
     for T, N, H in ((1, 1032, 72), (16, 1032, 72), (130, 264, 136)):
         layer = Layer(bench.random(2 * N, H), bench.random(H, N), bench.random(2, N, dtype=torch.float32))
-        weight, steering = bench.weight(T), bench.steering(T, N, 2)
+        token_weight, steering = bench.token_weight(T), bench.steering(T, N, 2)
         x, both = bench.random(T, H), bench.random(T, 2 * N)
-        sums, done = dict(weight=weight, act_sum=layer.act_sum), []
+        sums, done = dict(token_weight=token_weight, act_sum=layer.act_sum), []
         if which == "defaults":
             done.append(ops.swiglu(*both.chunk(2, dim=-1), **sums, **steering, backend="triton"))
             done.append(ops.steer_act(both[:, :N], **sums, **steering, backend="triton"))
@@ -122,7 +122,7 @@ def every_plan(bench, which):
                 names = [default, *(n for n in names if n == "fused" and T > 64)]  # the default of more tokens
             for name in names:
                 print(f"{op} {name} T={T}", file=sys.stderr, flush=True)
-                done += [ours(given, name, *extras, op=op)(layer) for extras in ((), (weight, steering))]
+                done += [ours(given, name, *extras, op=op)(layer) for extras in ((), (token_weight, steering))]
         bench.synchronize()
         assert all(y.isfinite().all() for y in done), f"{T=} {N=} {H=}: not finite"
 
@@ -137,13 +137,13 @@ def profile(bench, model="Llama-3.1-8B"):
     )  # fmt: skip
     for T, op, width in ((1, "gated_mlp", H), (16, "down_proj", N), (4096, "swiglu", N), (4096, "down_proj", N)):
         T = bench.tokens(T)
-        x, weight, steering = bench.random(T, width), bench.weight(T), bench.steering(T, N, 1)
-        sums = dict(weight=weight, act_sum=layer.act_sum)
+        x, token_weight, steering = bench.random(T, width), bench.token_weight(T), bench.steering(T, N, 1)
+        sums = dict(token_weight=token_weight, act_sum=layer.act_sum)
         for _ in range(2):
             if op == "swiglu":
                 ops.swiglu(x, bench.random(T, N), **sums, **steering, backend="triton")
             else:
-                ours(x, "", weight, steering, op)(layer)
+                ours(x, "", token_weight, steering, op)(layer)
     bench.synchronize()
 
 

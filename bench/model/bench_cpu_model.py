@@ -18,7 +18,7 @@ from cna_kernels.model.checkpoint.safetensors_file import open_checkpoint
 from cna_kernels.model.discovery.collect import collect
 from cna_kernels.model.discovery.packing import TokenPrompt
 from cna_kernels.model.generate import generate
-from cna_kernels.model.transformer import Steer
+from cna_kernels.model.transformer import Steering
 from interleave import compare
 
 transformers = pytest.importorskip("transformers")
@@ -238,7 +238,7 @@ def ablation(members, n_neurons):
     neurons = tuple((layer, neuron, 1.0) for layer, chosen in enumerate(members) for neuron in chosen)
     circuit = Circuit(neurons=neurons, n_layers=len(members), n_neurons=n_neurons)
     table = SteeringTable([circuit], [0.0], len(members), n_neurons, device="cpu")
-    return Steer(table, torch.zeros(1, dtype=torch.int32))
+    return Steering(table, torch.zeros(1, dtype=torch.int32))
 
 
 def fields(m, competitor, result, target, count):

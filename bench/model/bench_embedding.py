@@ -182,21 +182,21 @@ def test_unused_circuits(embedding, benchmark, models):
 def test_sums(embedding, benchmark, models):
     dtype, ours, plain, engine = models
     ids = prompts(8, 128)
-    weight = torch.zeros(8, 2)
-    weight[:4, 0] = weight[4:, 1] = 1
+    token_weight = torch.zeros(8, 2)
+    token_weight[:4, 0] = token_weight[4:, 1] = 1
     engine.rows(None)
     kept = []
 
     @torch.inference_mode()
     def summed():
-        with engine.collect(weight) as sums:
+        with engine.collect(token_weight) as sums:
             ours(ids, logits_to_keep=1)
         kept[:] = [sums.total[:, :, :]]
 
     @torch.inference_mode()
     def hooked():
         totals = torch.zeros(engine.n_layers, 2, engine.n_neurons, dtype=torch.float64, device=DEVICE)
-        on_device = weight.to(DEVICE, torch.float64)
+        on_device = token_weight.to(DEVICE, torch.float64)
 
         def put_on():
             handles = []

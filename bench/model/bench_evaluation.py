@@ -16,9 +16,9 @@ from bench_attribution import SHAPE
 from cna_kernels import Circuit
 from cna_kernels.model import demo_checkpoint, load
 from cna_kernels.model.demo import world
-from cna_kernels.model.evaluation.answers import answer_all, auto_rows
-from cna_kernels.model.evaluation.interventions import UNSTEERED, Interventions, Method, Setting
-from cna_kernels.model.evaluation.plan import MULTIPLIERS
+from cna_kernels.model.evaluation.answers import answer_all, auto_batch
+from cna_kernels.model.evaluation.interventions import UNSTEERED, Interventions, Method, Variant
+from cna_kernels.model.evaluation.suite import MULTIPLIERS
 from cna_kernels.model.evaluation.store import Store
 from cna_kernels.model.prompts.files import PromptSet
 from interleave import compare
@@ -55,12 +55,12 @@ def models(request, tmp_path_factory):
     )
 
 
-def answers(model, settings, prompts, n_tokens):
-    numbers = list(range(len(settings)))
-    rows = auto_rows(model, max(len(prompt.ids) for prompt in prompts), n_tokens)
+def answers(model, variants, prompts, n_tokens):
+    numbers = list(range(len(variants)))
+    batch = auto_batch(model, max(len(prompt.ids) for prompt in prompts), n_tokens)
     with Store(None, {}) as store:
         return answer_all(
-            model, Interventions(model, settings), numbers, prompts, max_new_tokens=n_tokens, rows=rows, store=store,
+            model, Interventions(model, variants), numbers, prompts, max_new_tokens=n_tokens, batch=batch, store=store,
             name="answers",
         )  # fmt: skip
 
@@ -94,20 +94,20 @@ def test_sweep(evaluation, benchmark, models):
     name, ours, theirs, circuit = models
     n_tokens = NEW_TOKENS[name]
     method = Method("circuit", "", circuit)
-    settings = [UNSTEERED if m == 1 else Setting(method, m) for m in MULTIPLIERS]
+    variants = [UNSTEERED if m == 1 else Variant(method, m) for m in MULTIPLIERS]
     texts = world.heldout_refusable()[:N_PROMPTS]
     prompts = ours.encode(PromptSet.of(texts, "heldout"))
     some = prompts[::STEP]
 
     def sweep():
-        return answers(ours, settings, prompts, n_tokens)
+        return answers(ours, variants, prompts, n_tokens)
 
     def plain():
-        return answers(ours, [UNSTEERED] * len(settings), prompts, n_tokens)
+        return answers(ours, [UNSTEERED] * len(variants), prompts, n_tokens)
 
-    mine = [list(answer.tokens) for found in answers(ours, settings, some, n_tokens).values() for answer in found]
+    mine = [list(answer.tokens) for found in answers(ours, variants, some, n_tokens).values() for answer in found]
     assert mine == hooked(theirs, circuit, some, n_tokens)
-    n, n_some = len(prompts) * len(settings), len(some) * len(settings)
+    n, n_some = len(prompts) * len(variants), len(some) * len(variants)
     add(evaluation, benchmark, "V1 sweep", name, "as many plain answers", compare(sweep, plain, rounds=2), n, n, 1.25)
     result = compare(sweep, lambda: hooked(theirs, circuit, some, n_tokens), rounds=2)
     add(evaluation, benchmark, "V2 sweep", name, "transformers + hooks, one at a time", result, n, n_some, 1 / 3)

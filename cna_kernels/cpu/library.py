@@ -27,8 +27,8 @@ class Extras(Structure):
 
     _fields_ = (
         ("version", c_int64),
-        *((name, c_void_p) for name in ("weight", "act_sum", "act_sumsq")),
-        *((name, c_int64) for name in ("n_columns", "weight_stride", "act_sum_stride", "act_sumsq_stride")),
+        *((name, c_void_p) for name in ("token_weight", "act_sum", "act_sumsq")),
+        *((name, c_int64) for name in ("n_columns", "token_weight_stride", "act_sum_stride", "act_sumsq_stride")),
         *((name, c_void_p) for name in ("row_circuit", "offsets", "index", "value")),
         *((name, c_int64) for name in ("n_circuits", "n_entries", "offsets_stride")),
     )

@@ -162,20 +162,26 @@ def _packer(like: Extras) -> Callable[..., bytes | None]:
 
     ``like``: extras of the calls that it will serve. The bytes hold addresses: the caller keeps the tensors alive.
     """
-    weight, act_sum, act_sumsq, offsets, index, _, row_circuit = like
+    token_weight, act_sum, act_sumsq, offsets, index, _, row_circuit = like
     sizes = None
     if offsets is not None and index is not None and row_circuit is not None and row_circuit.numel() > 0:
         sizes = offsets.shape[0], index.shape[0], offsets.stride(0)
-    if weight is None and sizes is None:
+    if token_weight is None and sizes is None:
         return lambda *_: None
-    columns = [0] * 4 if weight is None else [weight.shape[1], *(_row_stride(x) for x in (weight, act_sum, act_sumsq))]
+    columns = (
+        [0] * 4
+        if token_weight is None
+        else [token_weight.shape[1], *(_row_stride(x) for x in (token_weight, act_sum, act_sumsq))]
+    )
     steer, sizes = sizes is not None, sizes or (0, 0, 0)
     pack, version = _FIELDS.pack, library.ABI_VERSION
 
-    def run(weight: Any, act_sum: Any, act_sumsq: Any, offsets: Any, index: Any, value: Any, row_circuit: Any) -> bytes:
+    def run(
+        token_weight: Any, act_sum: Any, act_sumsq: Any, offsets: Any, index: Any, value: Any, row_circuit: Any
+    ) -> bytes:
         sums = 0, 0, 0
-        if weight is not None:
-            sums = weight.data_ptr(), _address(act_sum), _address(act_sumsq)
+        if token_weight is not None:
+            sums = token_weight.data_ptr(), _address(act_sum), _address(act_sumsq)
         steering = 0, 0, 0, 0
         if steer:
             steering = row_circuit.data_ptr(), offsets.data_ptr(), index.data_ptr(), value.data_ptr()
@@ -194,8 +200,8 @@ def _row_stride(x: Tensor | None) -> int:
 
 def _apart_all(inputs: Inputs, extras: tuple[Tensor | None, ...]) -> Inputs:
     """The tensors, those that are read only copied where their rows lie on top of each other, as expanded ones' do."""
-    weight, sums, steer = extras[:1], extras[1:3], extras[3:]
-    return (*map(_apart, inputs), *map(_apart, weight), *sums, *map(_apart, steer))
+    token_weight, sums, steer = extras[:1], extras[1:3], extras[3:]
+    return (*map(_apart, inputs), *map(_apart, token_weight), *sums, *map(_apart, steer))
 
 
 def _apart(x: Tensor | None) -> Tensor | None:

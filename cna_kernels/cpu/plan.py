@@ -1,7 +1,7 @@
-"""Whether the engine of ``csrc`` or PyTorch's own products serve a call: a pure function of level, op, T and dtype.
+"""Whether ``csrc`` or PyTorch's own products serve a call: a pure function of level, op, T and dtype.
 
 What a call asks for (sums, scaling) does not enter: rows that no circuit touches must come out bit for bit as in a
-call without features. ``cna doctor`` prints the rule, and ``CNA_PLAN=gated_mlp=torch,linear=engine`` overrides it.
+call without features. ``cna doctor`` prints the rule, and ``CNA_PLAN=gated_mlp=torch,linear=csrc`` overrides it.
 """
 
 from __future__ import annotations
@@ -17,8 +17,8 @@ from . import library
 OPS = ("gated_mlp", "down_proj", "linear")
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
-# (level, dtype) -> the engine's time as a share of PyTorch's at the same level, `make bench`.
-ENGINE = {
+# (level, dtype) -> the time of csrc as a share of PyTorch's at the same level, `make bench`.
+SHARE = {
     ("avx512_bf16", torch.bfloat16): "0.5 to 1.0",
     ("avx512_bf16", torch.float16): "0.2 to 1.1",
     ("avx512_bf16", torch.float32): "0.3 to 0.8",
@@ -30,8 +30,8 @@ MEASURED = "1 to 256 tokens, 2 cores of Zen 4, 2026-11-21"
 
 # (level, dtype) -> the number of tokens from which PyTorch's products are used, and why.
 TORCH_FROM = {
-    ("amx", torch.bfloat16): (9, "PyTorch's AMX products; the engine's have run only in emulation"),
-    **{("generic", dtype): (5, "no vector instructions in the engine's generic level") for dtype in DTYPES},
+    ("amx", torch.bfloat16): (9, "PyTorch's AMX products; those of csrc have run only in emulation"),
+    **{("generic", dtype): (5, "no vector instructions in the generic level of csrc") for dtype in DTYPES},
 }
 
 
@@ -40,16 +40,16 @@ def default(level: str, dtype: torch.dtype, n_tokens: int) -> Plan:
     first, reason = TORCH_FROM.get((level, dtype), (math.inf, ""))
     if n_tokens >= first:
         return Plan("torch", reason)
-    share = ENGINE.get((level, dtype))
+    share = SHARE.get((level, dtype))
     if share is None:
-        return Plan("engine", "each weight is read once; against PyTorch unmeasured at this level")
-    return Plan("engine", f"{share} of PyTorch's time; {MEASURED}")
+        return Plan("csrc", "each weight is read once; against PyTorch unmeasured at this level")
+    return Plan("csrc", f"{share} of PyTorch's time; {MEASURED}")
 
 
 def choose(op: str, n_tokens: int, dtype: torch.dtype) -> Plan:
     """The plan for a call: CNA_PLAN if it names one for the op, else the default. Raises InputError."""
     name = plans.override(op)
-    if name in ("engine", "torch"):
+    if name in ("csrc", "torch"):
         return Plan(name, "CNA_PLAN")
     return default(library.isa(), dtype, n_tokens)
 

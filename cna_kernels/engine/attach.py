@@ -1,7 +1,7 @@
 """attach: put the engine on a transformers model, in place, and take it off again without a trace.
 
     engine = attach(model)                                            the weights are the model's own
-    with torch.inference_mode(), engine.collect(weight) as sums:      sums of the activations of a forward pass
+    with torch.inference_mode(), engine.collect(token_weight) as sums:      sums of the activations of a forward pass
         model(**batch)
     engine.set([engine.select(sums)], [0.0])                          circuits at their multipliers, and
     engine.rows([0, -1])                                              which row of the batch uses which

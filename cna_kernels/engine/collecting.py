@@ -9,28 +9,30 @@ from ..errors import InputError
 
 
 class Collecting:
-    """The weight of one forward pass, the sums it goes to, and whether that pass has come to its end."""
+    """The token weights of one forward pass, the sums they go to, and whether that pass has come to its end."""
 
-    def __init__(self, weight: Tensor, buffers: list[dict[str, Tensor]]) -> None:
-        self.weight, self.buffers = weight, buffers
-        self.counted = weight if weight.dim() == 2 else weight.flatten(0, 1)  # [any, C] what is counted in all
+    def __init__(self, token_weight: Tensor, buffers: list[dict[str, Tensor]]) -> None:
+        self.token_weight, self.buffers = token_weight, buffers
+        self.counted = token_weight.flatten(0, -2)  # [any, C] what is counted in all
         self.done = False
 
     def of_call(self, shape: tuple[int, int], device: torch.device, attention_mask: object) -> Tensor:
         """``[T, C]``"""
-        expected = list(shape[: self.weight.dim() - 1])
-        if list(self.weight.shape[:-1]) != expected:
-            raise InputError("weight", f"expected {[*expected, self.weight.shape[-1]]}, got {list(self.weight.shape)}")
+        expected = list(shape[: self.token_weight.dim() - 1])
+        if list(self.token_weight.shape[:-1]) != expected:
+            raise InputError(
+                "token_weight", f"expected {[*expected, self.token_weight.shape[-1]]}, got {list(self.token_weight.shape)}"
+            )
         for buffers in self.buffers:  # what an earlier pass left that did not come to its end
             for buffer in buffers.values():
                 buffer.zero_()
-        weight = self.weight.to(device)
-        if weight.dim() == 2:
+        token_weight = self.token_weight.to(device)
+        if token_weight.dim() == 2:
             if attention_mask is not None and not (isinstance(attention_mask, Tensor) and attention_mask.dim() == 2):
-                raise InputError("weight", "[B, C] needs an attention mask [B, S], or none; give [B, S, C]")
+                raise InputError("token_weight", "[B, C] needs an attention mask [B, S], or none; give [B, S, C]")
             place = torch.arange(shape[1], device=device)
             last = place[-1:].expand(shape[0])
             if attention_mask is not None:
                 last = (attention_mask[:, -shape[1] :].to(device) * place).argmax(1)
-            weight = (place == last[:, None])[:, :, None] * weight[:, None]
-        return weight.flatten(0, 1)
+            token_weight = (place == last[:, None])[:, :, None] * token_weight[:, None]
+        return token_weight.flatten(0, 1)

@@ -15,6 +15,7 @@ from .. import backends, select
 from ..circuit import Circuit, check_fits, check_found_in
 from ..errors import InputError, check_tensor
 from ..files import FilePath
+from ..renamed import renamed
 from ..select import UniversalNeurons
 from ..serve import Looks, looks
 from ..steering import SteeringTable
@@ -23,7 +24,7 @@ from ..warm_up import blank_extras, warm_up
 from .collecting import Collecting
 from .decoder import ENGINE, decoder_forward, layers_of
 from .identity import identity_of
-from .mlps import ForwardPass, Site
+from .mlps import ForwardPass, SteeredMLP
 from .patch import is_replaced, mlp_forward, replace_forward, restore_forward
 from .rows import Rows
 
@@ -41,7 +42,7 @@ class Engine:
         self,
         decoder: nn.Module,
         mlps: Sequence[nn.Module],
-        found: Sequence[tuple[str, type[Site]]],
+        found: Sequence[tuple[str, type[SteeredMLP]]],
         backend: str | None,
         max_circuits: int,
         max_entries: int | None,
@@ -62,9 +63,9 @@ class Engine:
             n_experts=self.n_experts, widths=self.widths,
         )  # fmt: skip
         self._now = ForwardPass()
-        self._sites = [kind(mlps[layer], layer, backend, self._now) for layer, kind in enumerate(kinds)]
-        for site in self._sites:
-            site.scale = self.table.layer(site.layer)
+        self._mlps = [kind(mlps[layer], layer, backend, self._now) for layer, kind in enumerate(kinds)]
+        for mlp in self._mlps:
+            mlp.scale = self.table.layer(mlp.layer)
         self._decoder: nn.Module | None = decoder  # None when it is off
         self._devices = devices
         self._paths = [
@@ -86,25 +87,26 @@ class Engine:
         circuits = [circuits] if isinstance(circuits, Circuit) else list(circuits)
         numbers = list(range(len(circuits)))
         given: Any = multipliers  # a number may be an array, too
-        factors: list[float] = [given] * len(circuits) if np.ndim(given) == 0 else list(given)
+        each: list[float] = [given] * len(circuits) if np.ndim(given) == 0 else list(given)
         limits = dict(max_circuits=self.table.max_circuits, max_entries=self.table.max_entries)
         trial = SteeringTable(
             [], [], self.n_layers, self.n_neurons, "meta", n_experts=self.n_experts, widths=self.widths, **limits
         )
-        if len(factors) != len(circuits):
-            raise ValueError(f"multipliers: expected {len(circuits)}, one for each circuit, got {len(factors)}")
-        for circuit, factor in zip(circuits, factors, strict=True):
-            trial.add(circuit, factor)
+        if len(each) != len(circuits):
+            raise ValueError(f"multipliers: expected {len(circuits)}, one for each circuit, got {len(each)}")
+        for circuit, multiplier in zip(circuits, each, strict=True):
+            trial.add(circuit, multiplier)
         with self.table.lock:
             for number in self.table.numbers:
                 self.table.remove(number)
-            for number, circuit, factor in zip(numbers, circuits, factors, strict=True):
-                self.table.replace(number, circuit, factor)
+            for number, circuit, multiplier in zip(numbers, circuits, each, strict=True):
+                self.table.replace(number, circuit, multiplier)
         return numbers
 
+    @renamed(circuit_of_row="row_circuit")
     def rows(
         self,
-        circuit_of_row: int | Sequence[int] | Tensor | None,
+        row_circuit: int | Sequence[int] | Tensor | None,
         *,
         phase: str = "both",
         start: int | Sequence[int] = 0,
@@ -113,7 +115,7 @@ class Engine:
         """Say which circuit each row of the batch uses, until said otherwise.
 
         Args:
-            circuit_of_row: a circuit's number, -1 for none: one number for every row of any batch, ``[B]``, or
+            row_circuit: a circuit's number, -1 for none: one number for every row of any batch, ``[B]``, or
                 ``[B, S]`` for each token of calls of that shape. None is -1 for all. Rows of beam search and of
                 several answers to a prompt are rows like any other.
             phase: "prompt" steers tokens of calls with several tokens and the first token of a sequence; "answer"
@@ -130,18 +132,19 @@ class Engine:
             InputError: a row names no circuit of the table, or there are more rows than ``max_rows``.
         """
         self._check_attached()
-        self._rows.give(self.table, circuit_of_row, phase, start, stop)
+        self._rows.give(self.table, row_circuit, phase, start, stop)
 
     # Discovery.
 
+    @renamed(weight="token_weight")
     @contextmanager
     def collect(
-        self, weight: Tensor, sums: ActivationSums | None = None, *, squares: bool = False
+        self, token_weight: Tensor, sums: ActivationSums | None = None, *, squares: bool = False
     ) -> Iterator[ActivationSums]:
         """Sum the activations of the first forward pass inside the ``with``, before any steering.
 
         Args:
-            weight: ``[B, C]``: how much each row's last prompt token counts in each of C columns: the last that a
+            token_weight: ``[B, C]``: how much each row's last prompt token counts in each of C columns: the last that a
                 mask ``[B, S]`` shows, or the row's last where there is no mask. The first pass must be the whole
                 prompt, which it is not where ``generate`` cuts prompts or looks ahead. ``[B, S, C]``: of each token.
             sums: sums of the same columns to go on with; default new ones.
@@ -157,10 +160,10 @@ class Engine:
         self._check_attached()
         if self._collecting is not None:
             raise InputError("collect", "is at work already; its `with` has not ended")
-        weight = torch.as_tensor(weight)
-        if weight.dim() not in (2, 3):
-            raise InputError("weight", f"expected [B, C] or [B, S, C], got {list(weight.shape)}")
-        n_columns = weight.shape[-1]
+        token_weight = torch.as_tensor(token_weight)
+        if token_weight.dim() not in (2, 3):
+            raise InputError("token_weight", f"expected [B, C] or [B, S, C], got {list(token_weight.shape)}")
+        n_columns = token_weight.shape[-1]
         if sums is None:
             sums = self.new_sums(n_columns, squares=squares)
         squares = sums.act_sumsq is not None
@@ -169,10 +172,10 @@ class Engine:
         with torch.inference_mode(False):
             if key not in self._buffers:
                 self._buffers[key] = [self._layer_buffers(layer, *key) for layer in range(self.n_layers)]
-            weight = weight.to(self._devices[0], torch.float32).contiguous()
-            self._collecting = Collecting(weight, self._buffers[key])
-        for site, buffers in zip(self._sites, self._buffers[key], strict=True):
-            site.sums = buffers
+            token_weight = token_weight.to(self._devices[0], torch.float32).contiguous()
+            self._collecting = Collecting(token_weight, self._buffers[key])
+        for mlp, buffers in zip(self._mlps, self._buffers[key], strict=True):
+            mlp.sums = buffers
         try:
             yield sums
             if not self._collecting.done:
@@ -180,8 +183,8 @@ class Engine:
             self._fold(sums, self._collecting)
         finally:
             self._collecting = None
-            for site in self._sites:
-                site.sums = {}
+            for mlp in self._mlps:
+                mlp.sums = {}
 
     def new_sums(self, n_columns: int, *, squares: bool = False) -> ActivationSums:
         """Return empty sums of the model's shape."""
@@ -258,7 +261,7 @@ class Engine:
             return self._was
         dtype = getattr(self._decoder, "dtype", None)
         name = None if dtype is None else str(dtype).removeprefix("torch.")
-        return dict(model=identity_of(self._decoder, self._sites), dtype=name)
+        return dict(model=identity_of(self._decoder, self._mlps), dtype=name)
 
     # Life.
 
@@ -273,27 +276,27 @@ class Engine:
             The numbers of tokens that the MLPs were called with; none where nothing is compiled.
         """
         self._check_attached()
-        distinct: dict[Looks, Site] = {}
-        for site in self._sites:
-            if not site.in_modules:
-                op, tensors = site.example(1)
-                distinct.setdefault(looks(op, tensors, (), site.backend), site)
+        distinct: dict[Looks, SteeredMLP] = {}
+        for mlp in self._mlps:
+            if not mlp.in_modules:
+                op, tensors = mlp.example(1)
+                distinct.setdefault(looks(op, tensors, (), mlp.backend), mlp)
         called: set[int] = set()
-        for (op, *_), site in distinct.items():
+        for (op, *_), mlp in distinct.items():
             for columns in dict.fromkeys((0, n_columns)):
                 extras_of = functools.partial(
-                    blank_extras, n_neurons=site.own_width, device=site.device(site.mlp), scale=site.scale,
-                    n_columns=columns * self.n_experts[site.layer], squares=squares,
+                    blank_extras, n_neurons=mlp.own_width, device=mlp.device(mlp.module), scale=mlp.scale,
+                    n_columns=columns * self.n_experts[mlp.layer], squares=squares,
                 )  # fmt: skip
-                called.update(warm_up(op, site.example_inputs, extras_of, longest, site.backend))
+                called.update(warm_up(op, mlp.example_inputs, extras_of, longest, mlp.backend))
         return sorted(called)
 
     def not_fused(self) -> list[str]:
         """What does not run in one op, and why: one line for each reason, with its layers."""
         reasons: dict[str, list[int]] = {}
-        for site in self._sites:
-            if reason := site.reason():
-                reasons.setdefault(reason, []).append(site.layer)
+        for mlp in self._mlps:
+            if reason := mlp.reason():
+                reasons.setdefault(reason, []).append(mlp.layer)
         return [f"{_ranges(layers)}: {reason}" for reason, layers in reasons.items()]
 
     def detach(self) -> None:
@@ -304,16 +307,16 @@ class Engine:
         """
         decoder = self._check_attached()
         owners: list[tuple[nn.Module, str, Any]] = [(decoder, "the decoder", decoder_forward)]
-        owners += [(site.mlp, f"layers[{site.layer}]'s MLP", mlp_forward) for site in self._sites]
+        owners += [(mlp.module, f"layers[{mlp.layer}]'s MLP", mlp_forward) for mlp in self._mlps]
         for module, name, function in owners:
             if not is_replaced(module, function):
                 raise InputError("detach", f"the forward of {name} was replaced after attach; take that off first")
         self._was = self._provenance()
-        for site in self._sites:
-            site.take_off()
+        for mlp in self._mlps:
+            mlp.take_off()
         restore_forward(decoder)
         delattr(decoder, ENGINE)
-        self._sites, self._paths, self._decoder = [], [], None  # nothing of the model is kept alive
+        self._mlps, self._paths, self._decoder = [], [], None  # nothing of the model is kept alive
 
     def _check_attached(self) -> nn.Module:
         """The decoder; InputError where the engine is off."""
@@ -324,8 +327,8 @@ class Engine:
     def _put_on(self, decoder: nn.Module) -> None:
         setattr(decoder, ENGINE, self)
         replace_forward(decoder, decoder_forward)
-        for site in self._sites:
-            site.put_on()
+        for mlp in self._mlps:
+            mlp.put_on()
 
     def __deepcopy__(self, _: object) -> None:
         return None  # a copy of an attached model is a plain model
@@ -338,29 +341,29 @@ class Engine:
     def _begin(
         self, shape: tuple[int, int], device: torch.device, attention_mask: object, position_ids: Any, past: Any
     ) -> None:
-        """What the sites need for a call of ``shape`` [B, S] tokens."""
+        """What the MLPs need for a call of ``shape`` [B, S] tokens."""
         if not torch.compiler.is_compiling():
             self._check_in_place()
         self._now.tokens = self._rows.of_tokens(shape, device, position_ids, past)
         collecting = self._collecting
         if collecting is not None and not collecting.done:
-            self._now.weight = collecting.of_call(shape, device, attention_mask)
+            self._now.token_weight = collecting.of_call(shape, device, attention_mask)
 
     def _end(self, finished: bool) -> None:
         now = self._now
-        if now.weight is not None and self._collecting is not None:
+        if now.token_weight is not None and self._collecting is not None:
             self._collecting.done = finished
         now.again = now.tokens if torch.is_grad_enabled() else None
-        now.tokens = now.weight = None
+        now.tokens = now.token_weight = None
 
     def _check_in_place(self) -> None:
-        """Raise where a site would be passed by: nothing would be steered there, and nothing said."""
+        """Raise where an MLP would be passed by: nothing would be steered there, and nothing said."""
         for parent, name, child in self._paths:
             if parent._modules.get(name) is not child:
                 raise InputError("model", f"{name} of a layer was replaced after attach; detach, and attach again")
-        for site in self._sites:
-            if not is_replaced(site.mlp, mlp_forward):
-                what = f"the forward of layers[{site.layer}]'s MLP was replaced after attach"
+        for mlp in self._mlps:
+            if not is_replaced(mlp.module, mlp_forward):
+                what = f"the forward of layers[{mlp.layer}]'s MLP was replaced after attach"
                 raise InputError("model", f"{what}; detach, and attach again")
 
     def _layer_buffers(self, layer: int, n_columns: int, squares: bool) -> dict[str, Tensor]:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from .. import ops
 from ..errors import InputError
-from .mlps import ForwardPass, Site, is_plain_silu
+from .mlps import ForwardPass, SteeredMLP, is_plain_silu
 from .patch import apply_gate, call_plain
 
 # What experts must be. No version of transformers has all of these; _is_hooked tells of a model split over devices.
@@ -21,7 +21,7 @@ PLAIN_EXPERTS = dict(
 )  # fmt: skip
 
 
-class Experts(Site):
+class Experts(SteeredMLP):
     """The experts of a mixture, whose weights are ``[E, 2N, H]`` and ``[E, H, N]``.
 
     The products stay with the implementation that the model is configured for; it hands the gate and up of its
@@ -32,51 +32,51 @@ class Experts(Site):
     ACTIVATION = "act_fn"
     GROUPED, BATCHED, EAGER = "grouped_mm", "batched_mm", "eager"
 
-    def __init__(self, mlp: nn.Module, layer: int, backend: str | None, now: ForwardPass) -> None:
-        super().__init__(mlp, layer, backend, now)
+    def __init__(self, module: nn.Module, layer: int, backend: str | None, now: ForwardPass) -> None:
+        super().__init__(module, layer, backend, now)
         self.pairs: tuple[Tensor, Tensor] | None = None  # of the call at hand: the token and the expert of each
 
     @staticmethod
-    def check(mlp: Any, where: str) -> None:
+    def check(module: Any, where: str) -> None:
         from transformers.integrations.moe import _default_apply_gate
 
-        gate: Any = mlp.__dict__.get("_apply_gate", type(mlp)._apply_gate)
+        gate: Any = module.__dict__.get("_apply_gate", type(module)._apply_gate)
         gate = getattr(gate, "__func__", gate)
-        if any(getattr(mlp, name, plain) != plain for name, plain in PLAIN_EXPERTS.items()):
+        if any(getattr(module, name, plain) != plain for name, plain in PLAIN_EXPERTS.items()):
             what = "experts with a bias or a norm, transposed, without a gate or split over devices"
             raise InputError("model", f"{where}: {what}")
         if gate not in (_default_apply_gate, apply_gate):
             raise InputError("model", f"{where}: experts with a gate of their own ({gate.__qualname__})")
 
     @staticmethod
-    def width(mlp: Any) -> int:
-        width: int = mlp.num_experts * mlp.down_proj.shape[2]
+    def width(module: Any) -> int:
+        width: int = module.num_experts * module.down_proj.shape[2]
         return width
 
     @staticmethod
-    def n_experts(mlp: Any) -> int:
-        n_experts: int = mlp.num_experts
+    def n_experts(module: Any) -> int:
+        n_experts: int = module.num_experts
         return n_experts
 
     @staticmethod
-    def device(mlp: Any) -> torch.device:
-        device: torch.device = mlp.down_proj.device
+    def device(module: Any) -> torch.device:
+        device: torch.device = module.down_proj.device
         return device
 
     def put_on(self) -> None:
         super().put_on()
-        self.mlp._apply_gate = types.MethodType(apply_gate, self.mlp)
+        self.module._apply_gate = types.MethodType(apply_gate, self.module)
 
     def take_off(self) -> None:
         super().take_off()
-        del self.mlp._apply_gate
+        del self.module._apply_gate
 
     def reason(self) -> str | None:
         return None if self.in_modules else self._other_activation()
 
     def run(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
         """``[T, H]``, the experts of each token ``[T, k]`` and what they weigh -> ``[T, H]``"""
-        how = self.mlp.config._experts_implementation
+        how = self.module.config._experts_implementation
         if how == self.EAGER:
             return self.one_by_one(hidden_states, top_k_index, top_k_weights)
         experts, n_each = top_k_index.reshape(-1), top_k_index.shape[-1]
@@ -88,7 +88,7 @@ class Experts(Site):
         else:
             raise InputError("experts_implementation", f"expected grouped_mm, batched_mm or eager, got {how!r}")
         try:
-            y: Tensor = call_plain(self.mlp, hidden_states, top_k_index, top_k_weights)
+            y: Tensor = call_plain(self.module, hidden_states, top_k_index, top_k_weights)
             return y
         finally:
             self.pairs = None
@@ -98,8 +98,8 @@ class Experts(Site):
         for expert in top_k_index.unique().tolist():
             token, place = torch.where(top_k_index == expert)
             self.pairs = token, torch.full_like(token, expert)
-            act = self.act(F.linear(x[token], self.mlp.gate_up_proj[expert]))
-            part = F.linear(act, self.mlp.down_proj[expert]) * top_k_weights[token, place, None]
+            act = self.act(F.linear(x[token], self.module.gate_up_proj[expert]))
+            part = F.linear(act, self.module.down_proj[expert]) * top_k_weights[token, place, None]
             y.index_add_(0, token, part.to(y.dtype))
         self.pairs = None
         return y
@@ -107,8 +107,8 @@ class Experts(Site):
     def act(self, gate_up: Tensor) -> Tensor:
         """``[P, 2N]`` of the pairs -> their act ``[P, N]``, summed and scaled."""
         gate, up = gate_up.chunk(2, dim=-1)
-        if self.in_modules or gate.dtype not in ops.FLOATS or not is_plain_silu(self.mlp.act_fn):
-            return self.steer(self.mlp.act_fn(gate) * up)
+        if self.in_modules or gate.dtype not in ops.FLOATS or not is_plain_silu(self.module.act_fn):
+            return self.steer(self.module.act_fn(gate) * up)
         return ops.swiglu(gate, up, **self.extras(gate.shape[1], gate.device), backend=self.backend)
 
     def extras(self, width: int, device: torch.device) -> dict[str, Any]:
@@ -117,12 +117,13 @@ class Experts(Site):
         if self.pairs is None:
             raise InputError("attach", "a mixture's gate ran outside its forward pass, where no token is known")
         token, expert = self.pairs
-        n_experts = self.mlp.num_experts
+        n_experts = self.module.num_experts
         circuit = extras["row_circuit"][token]
         extras["row_circuit"] = torch.where(circuit >= 0, circuit * n_experts + expert, -1).int()
-        if "weight" in extras:
+        if "token_weight" in extras:
             mine = expert[:, None] == torch.arange(n_experts, device=expert.device)  # [P, E]
-            extras["weight"] = (extras["weight"][token][:, :, None] * mine[:, None]).flatten(1)  # [P, C * E]
+            of_pairs = extras["token_weight"][token]  # [P, C]
+            extras["token_weight"] = (of_pairs[:, :, None] * mine[:, None]).flatten(1)  # [P, C * E]
             for name in self.sums:
                 extras[name] = self.sums[name].view(-1, width)  # [C, E * N] -> [C * E, N]
         return extras

@@ -8,7 +8,7 @@ from torch import nn
 
 from ..errors import InputError
 from .experts import Experts
-from .mlps import Apart, Joined, Site
+from .mlps import Apart, Joined, SteeredMLP
 
 SUPPORTED = "Llama, Qwen2, Qwen3, Mistral, Gemma 1 to 3, Phi-3, Qwen3-MoE, Mixtral, and models whose MLPs are the same"
 
@@ -24,8 +24,8 @@ def find_decoder(model: nn.Module) -> nn.Module:
     return decoder
 
 
-def find_mlp(layer: nn.Module, where: str) -> tuple[str, type[Site]]:
-    """The name of the MLP in a layer and the kind of site that serves it, known by the code of its forward.
+def find_mlp(layer: nn.Module, where: str) -> tuple[str, type[SteeredMLP]]:
+    """The name of the MLP in a layer and the kind of SteeredMLP that serves it, known by the code of its forward.
 
     Raises:
         InputError: there is none, or something beside it looks like another.
@@ -45,8 +45,8 @@ def find_mlp(layer: nn.Module, where: str) -> tuple[str, type[Site]]:
     return name, kind
 
 
-def _kind_for(module: nn.Module) -> type[Site] | None:
-    """The kind of site by what the module's forward does: the code of one of three modules of transformers."""
+def _kind_for(module: nn.Module) -> type[SteeredMLP] | None:
+    """The kind of SteeredMLP by what the module's forward does: the code of one of three modules of transformers."""
     if not hasattr(module, "down_proj"):
         return None
     from transformers.models.llama.modeling_llama import LlamaMLP
@@ -54,7 +54,7 @@ def _kind_for(module: nn.Module) -> type[Site] | None:
     from transformers.models.phi3.modeling_phi3 import Phi3MLP
 
     code = _code(type(module))
-    kinds: tuple[tuple[type[nn.Module], type[Site]], ...]
+    kinds: tuple[tuple[type[nn.Module], type[SteeredMLP]], ...]
     kinds = (LlamaMLP, Apart), (Phi3MLP, Joined), (MixtralExperts, Experts)
     for known, kind in kinds:
         if code == _code(known):

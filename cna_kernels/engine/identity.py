@@ -8,10 +8,10 @@ from pathlib import Path
 from torch import nn
 
 from ..fingerprint import neurons_sha256, sampled_rows
-from .mlps import Site
+from .mlps import SteeredMLP
 
 
-def identity_of(decoder: nn.Module, sites: Sequence[Site]) -> dict[str, str]:
+def identity_of(decoder: nn.Module, mlps: Sequence[SteeredMLP]) -> dict[str, str]:
     """The model's name, and a hash of 4 rows of every ``down_proj`` where these lie open and are not fp16.
 
     ``load`` gives a checkpoint on file the same hash: a circuit found in one is known in the other. A model whose
@@ -19,8 +19,8 @@ def identity_of(decoder: nn.Module, sites: Sequence[Site]) -> dict[str, str]:
     """
     name = getattr(getattr(decoder, "config", None), "_name_or_path", "") or type(decoder).__name__
     name = Path(name).resolve().name if Path(name).is_dir() else name  # no path of this machine in a file to share
-    weights = [weight for site in sites if (weight := site.plain_down()) is not None]
-    if len(weights) < len(sites):
+    weights = [weight for mlp in mlps if (weight := mlp.plain_down()) is not None]
+    if len(weights) < len(mlps):
         return {"name": name}
     rows = ([weight.flatten(0, -2)[row] for row in sampled_rows(weight.shape[:-1].numel())] for weight in weights)
     return {"name": name, "neurons_sha256": neurons_sha256(rows)}

@@ -24,7 +24,7 @@ from .. import backends, ops, reference
 from ..errors import InputError
 from ..extras import Inputs
 from ..scale import Scale
-from .patch import SITE, mlp_forward, replace_forward, restore_forward
+from .patch import STEERED, mlp_forward, replace_forward, restore_forward
 
 
 class ForwardPass:
@@ -32,13 +32,13 @@ class ForwardPass:
 
     Attributes:
         tokens: ``[T]`` int32, the circuit of each token; None outside a pass.
-        weight: ``[T, C]`` fp32, how much each token counts, or None where nothing is summed.
+        token_weight: ``[T, C]`` fp32, how much each token counts, or None where nothing is summed.
         again: ``tokens`` of the last pass with gradients, for layers that gradient checkpointing runs once more.
     """
 
     def __init__(self) -> None:
         self.tokens: Tensor | None = None
-        self.weight: Tensor | None = None
+        self.token_weight: Tensor | None = None
         self.again: Tensor | None = None
 
 
@@ -89,7 +89,7 @@ def kind_of(module: Any) -> str:
 # The MLPs.
 
 
-class Site:
+class SteeredMLP:
     """An MLP: ``down_proj(activation(gate) * up)``.
 
     Attributes:
@@ -101,11 +101,11 @@ class Site:
     LAYERS: tuple[str, ...] = ()
     ACTIVATION = ""
 
-    def __init__(self, mlp: nn.Module, layer: int, backend: str | None, now: ForwardPass) -> None:
-        self.mlp: Any = mlp  # an nn.Module, whose parts go by their names
+    def __init__(self, module: nn.Module, layer: int, backend: str | None, now: ForwardPass) -> None:
+        self.module: Any = module  # an nn.Module, whose parts go by their names
         self.layer, self.backend, self.now = layer, backend, now
-        self.own_width = self.width(mlp) // self.n_experts(mlp)
-        self.in_modules = backends.name_for(self.device(mlp), backend) == "reference"
+        self.own_width = self.width(module) // self.n_experts(module)
+        self.in_modules = backends.name_for(self.device(module), backend) == "reference"
         self.scale: Scale | None = None
         self.sums: dict[str, Tensor] = {}
 
@@ -116,40 +116,40 @@ class Site:
         return type(None), ()
 
     def put_on(self) -> None:
-        setattr(self.mlp, SITE, self)
-        replace_forward(self.mlp, mlp_forward)
+        setattr(self.module, STEERED, self)
+        replace_forward(self.module, mlp_forward)
 
     def take_off(self) -> None:
-        restore_forward(self.mlp)
-        delattr(self.mlp, SITE)
+        restore_forward(self.module)
+        delattr(self.module, STEERED)
 
     @staticmethod
-    def check(mlp: Any, where: str) -> None:
+    def check(module: Any, where: str) -> None:
         """Refuse what this kind of site cannot serve."""
 
     @staticmethod
-    def width(mlp: Any) -> int:
+    def width(module: Any) -> int:
         """How many neurons it has."""
-        width: int = mlp.down_proj.in_features
+        width: int = module.down_proj.in_features
         return width
 
     @staticmethod
-    def n_experts(mlp: Any) -> int:
+    def n_experts(module: Any) -> int:
         return 1
 
     @staticmethod
-    def device(mlp: Any) -> torch.device:
-        hook = getattr(mlp.down_proj, "_hf_hook", None)  # offloaded weights are on the meta device
+    def device(module: Any) -> torch.device:
+        hook = getattr(module.down_proj, "_hf_hook", None)  # offloaded weights are on the meta device
         place = getattr(hook, "execution_device", None)
         if place is not None:
             return torch.device("cuda", place) if isinstance(place, int) else torch.device(place)
-        tensors = (x.device for part in (mlp.down_proj, mlp) for x in (*part.parameters(), *part.buffers()))
+        tensors = (x.device for part in (module.down_proj, module) for x in (*part.parameters(), *part.buffers()))
         return next(tensors, torch.device("cpu"))  # packed out of sight, by PyTorch's own quantisation for CPUs
 
     def plain_down(self) -> Tensor | None:
         """The weight of ``down_proj``, ``[H, N]`` or ``[E, H, N]``, if nothing is put on top of it and it lies open in
         a dtype that holds every bf16 number."""
-        down: Any = self.mlp.down_proj
+        down: Any = self.module.down_proj
         weight = down.weight if type(down) is nn.Linear else down
         plain = type(weight) is nn.Parameter and not weight.is_meta
         return weight if plain and weight.dtype in (torch.bfloat16, torch.float32, torch.float64) else None
@@ -160,7 +160,7 @@ class Site:
             return None
         found = [self._other_activation()]
         for name in self.LAYERS:
-            part = getattr(self.mlp, name)
+            part = getattr(self.module, name)
             if type(part) is not nn.Linear:
                 found.append(f"{name} is {kind_of(part)}")
             elif plain_weight(part) is None:
@@ -168,7 +168,7 @@ class Site:
         return ", ".join(filter(None, found)) or None
 
     def activation(self) -> Any:
-        return getattr(self.mlp, self.ACTIVATION)
+        return getattr(self.module, self.ACTIVATION)
 
     def _other_activation(self) -> str | None:
         activation = self.activation()
@@ -179,10 +179,12 @@ class Site:
 
     def example(self, n_tokens: int) -> tuple[str, Inputs]:
         """The op that serves the MLP as it is now, and tensors of which it could be called with so many tokens."""
-        layers = [getattr(self.mlp, name) for name in self.LAYERS]
+        layers = [getattr(self.module, name) for name in self.LAYERS]
         weights = [weight for layer in layers if (weight := plain_weight(layer)) is not None]
-        like = next((x for x in self.mlp.parameters() if x.dtype in ops.FLOATS), torch.empty(0, dtype=torch.bfloat16))
-        device = self.device(self.mlp)
+        like = next(
+            (x for x in self.module.parameters() if x.dtype in ops.FLOATS), torch.empty(0, dtype=torch.bfloat16)
+        )
+        device = self.device(self.module)
 
         def blank(n: int) -> Tensor:
             return torch.empty(n_tokens, n, dtype=like.dtype, device=device)
@@ -220,13 +222,13 @@ class Site:
         if tokens is None:
             raise InputError("attach", "an MLP ran outside its model's forward pass, where no row is known")
         extras: dict[str, Any] = {"scale": self.scale, "row_circuit": tokens.to(device)}
-        if now.weight is not None:
-            extras["weight"] = now.weight.to(device)
+        if now.token_weight is not None:
+            extras["token_weight"] = now.token_weight.to(device)
             extras |= self.sums
         return extras
 
 
-class Dense(Site):
+class Dense(SteeredMLP):
     """An MLP of linear layers."""
 
     def gate_and_up(self, x: Tensor) -> tuple[Tensor, Tensor]:
@@ -240,9 +242,9 @@ class Dense(Site):
     def run(self, x: Tensor) -> Tensor:
         """x ``[..., H]`` -> y ``[..., H]``"""
         if self.in_modules or x.dtype not in ops.FLOATS:
-            y: Tensor = self.mlp.down_proj(self.steer(self.plain_act(x)))
+            y: Tensor = self.module.down_proj(self.steer(self.plain_act(x)))
             return y
-        modules = self.mlp.__dict__["_modules"]
+        modules = self.module.__dict__["_modules"]
         silu = is_plain_silu(modules.get(self.ACTIVATION) or self.activation())
         weights = [plain_weight(modules[name], x.dtype) for name in self.LAYERS]
         if torch._C._is_any_autocast_enabled() and torch.is_autocast_enabled(x.device.type):
@@ -275,10 +277,10 @@ class Apart(Dense):
     ACTIVATION = "act_fn"
 
     def gate_and_up(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        return self.mlp.gate_proj(x), self.mlp.up_proj(x)
+        return self.module.gate_proj(x), self.module.up_proj(x)
 
     def plain_act(self, x: Tensor) -> Tensor:
-        act: Tensor = self.mlp.act_fn(self.mlp.gate_proj(x)) * self.mlp.up_proj(x)
+        act: Tensor = self.module.act_fn(self.module.gate_proj(x)) * self.module.up_proj(x)
         return act
 
 
@@ -289,10 +291,10 @@ class Joined(Dense):
     ACTIVATION = "activation_fn"
 
     def gate_and_up(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        gate, up = self.mlp.gate_up_proj(x).chunk(2, dim=-1)
+        gate, up = self.module.gate_up_proj(x).chunk(2, dim=-1)
         return gate, up
 
     def plain_act(self, x: Tensor) -> Tensor:
         gate, up = self.gate_and_up(x)
-        act: Tensor = up * self.mlp.activation_fn(gate)
+        act: Tensor = up * self.module.activation_fn(gate)
         return act

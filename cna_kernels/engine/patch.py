@@ -10,7 +10,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-SITE, BEFORE = "_cna_site", "_cna_before"  # attributes of a module whose forward was replaced
+STEERED, BEFORE = "_cna_mlp", "_cna_before"  # attributes of a module whose forward was replaced
 
 
 def slot(module: nn.Module) -> str:
@@ -46,13 +46,13 @@ def call_plain(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
 
 
 def mlp_forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
-    site = getattr(self, SITE, None)
-    return call_plain(self, *args, **kwargs) if site is None else site.run(*args, **kwargs)
+    steered = getattr(self, STEERED, None)
+    return call_plain(self, *args, **kwargs) if steered is None else steered.run(*args, **kwargs)
 
 
 def apply_gate(self: Any, gate_up: Tensor) -> Any:
-    site = getattr(self, SITE, None)
-    return type(self)._apply_gate(self, gate_up) if site is None else site.act(gate_up)
+    steered = getattr(self, STEERED, None)
+    return type(self)._apply_gate(self, gate_up) if steered is None else steered.act(gate_up)
 
 
 mlp_forward.__name__, apply_gate.__name__ = "forward", "_apply_gate"

@@ -35,7 +35,7 @@ class Rows:
     def give(
         self,
         table: SteeringTable,
-        circuit_of_row: int | Sequence[int] | Tensor | None,
+        row_circuit: int | Sequence[int] | Tensor | None,
         phase: str,
         start: int | Sequence[int],
         stop: int | Sequence[int] | None,
@@ -43,7 +43,7 @@ class Rows:
         """See ``Engine.rows``."""
         if phase not in PHASES:
             raise InputError("phase", f"expected one of {', '.join(PHASES)}, got {phase!r}")
-        numbers = torch.as_tensor(-1 if circuit_of_row is None else circuit_of_row)
+        numbers = torch.as_tensor(-1 if row_circuit is None else row_circuit)
         if numbers.dim() > 2 or numbers.is_floating_point():
             raise InputError("row_circuit", f"expected whole numbers [B] or [B, S], got {list(numbers.shape)}")
         if numbers.dim() and numbers.shape[0] > self.max_rows:

@@ -1,6 +1,6 @@
 """The down-projection of few tokens: second half of the decode pair, and ``down_proj`` where TMA does not apply.
 
-    act_sum[c, n] += sum_t weight[t, c] * act[t, n]      act_sumsq likewise
+    act_sum[c, n] += sum_t token_weight[t, c] * act[t, n]      act_sumsq likewise
     y[t, h]        = sum_n steered[t, n] * w_down[h, n]
 
 ``steered`` is act, or a scaled copy of it: that of at most 64 tokens is made in a pass of its own, whose few megabytes
@@ -77,14 +77,14 @@ def _down_split_kernel(
     w_ptr,
     y_ptr,
     act_ptr,
-    weight_ptr,
+    token_weight_ptr,
     sum_ptr,
     sumsq_ptr,
     T,
     stride_steered_t,
     stride_w_h,
     stride_act_t,
-    stride_weight_t,
+    stride_token_weight_t,
     stride_sum_c,
     stride_sumsq_c,
     N: tl.constexpr,
@@ -101,7 +101,7 @@ def _down_split_kernel(
     BLOCK_N: tl.constexpr,
 ):
     """SPLIT_N neurons go to a program, a multiple of NEURON_BLOCK."""
-    sum_args = SumArgs(weight_ptr, sum_ptr, sumsq_ptr, stride_weight_t, stride_sum_c, stride_sumsq_c)
+    sum_args = SumArgs(token_weight_ptr, sum_ptr, sumsq_ptr, stride_token_weight_t, stride_sum_c, stride_sumsq_c)
     run = tl.program_id(2)
     h = tl.program_id(0) * BLOCK_H + tl.arange(0, BLOCK_H)
     h_mask = h < H
@@ -227,7 +227,7 @@ def down_gemv(act, w_down, *, dependent=False):
     return y
 
 
-def down_split(act, w_down, steered=None, *, weight=None, act_sum=None, act_sumsq=None, dependent=False):
+def down_split(act, w_down, steered=None, *, token_weight=None, act_sum=None, act_sumsq=None, dependent=False):
     """act ``[T, N]`` -> y ``[T, H]``, the product of act or of its scaled copy ``steered``, and sums of act; T >= 1.
 
     dependent: the launch before this one is ours and wrote what the product reads; start while it drains.
@@ -238,7 +238,7 @@ def down_split(act, w_down, steered=None, *, weight=None, act_sum=None, act_sums
     config = _split_config(T, N, H, act.element_size(), launch.n_multiprocessors(act.device))
     parts, runs = triton.cdiv(N, config.SPLIT_N), triton.cdiv(T, config.BLOCK_T)
     part = y if parts == 1 else launch.empty(parts, T, H, dtype=torch.float32, device=act.device)
-    sums = Sums(weight, act_sum, act_sumsq, runs, N)
+    sums = Sums(token_weight, act_sum, act_sumsq, runs, N)
     launch.launch(
         _down_split_kernel,
         (triton.cdiv(H, config.BLOCK_H), parts, runs),

@@ -1,6 +1,6 @@
 """The down-projection of many tokens, fused with the sums and the scaling: persistent, on TMA descriptors.
 
-    act_sum[c, n] += sum_t weight[t, c] * act[t, n]                        act_sumsq likewise, both before scaling
+    act_sum[c, n] += sum_t token_weight[t, c] * act[t, n]                        act_sumsq likewise, both before scaling
     y[t, h]        = sum_n act[t, n] * scale[row_circuit[t], n] * w_down[h, n]
 
 One program a multiprocessor walks output tiles ``[BLOCK_T, BLOCK_H]``, each written by one program and each a single
@@ -34,7 +34,7 @@ from . import launch
 from .cost import Cost
 from .steer import patch, put_back
 from .sums import SumArgs, Sums, columns_at_once, put_sums, sum_run
-from .swiglu import act_pass
+from .swiglu import steer_act
 from .tiles import dot, rounded
 
 
@@ -53,12 +53,12 @@ def _down_proj_kernel(
     w_desc,
     act_ptr,
     y_ptr,
-    weight_ptr,
+    token_weight_ptr,
     sum_ptr,
     sumsq_ptr,
     T,
     stride_act_t,
-    stride_weight_t,
+    stride_token_weight_t,
     stride_sum_c,
     stride_sumsq_c,
     N: tl.constexpr,
@@ -76,7 +76,7 @@ def _down_proj_kernel(
     BLOCK_C: tl.constexpr,
     COLUMN_RUNS: tl.constexpr,
 ):
-    sum_args = SumArgs(weight_ptr, sum_ptr, sumsq_ptr, stride_weight_t, stride_sum_c, stride_sumsq_c)
+    sum_args = SumArgs(token_weight_ptr, sum_ptr, sumsq_ptr, stride_token_weight_t, stride_sum_c, stride_sumsq_c)
     tiles_t = tl.cdiv(T, BLOCK_T)
     tiles_h: tl.constexpr = (H + BLOCK_H - 1) // BLOCK_H
     for tile in range(tl.program_id(0), tiles_t * tiles_h, tl.num_programs(0)):
@@ -141,13 +141,13 @@ def rows_fit_tma(*tensors) -> bool:
     )
 
 
-def down_proj(act, w_down, *, weight=None, act_sum=None, act_sumsq=None, scale=None, row_circuit=None):
+def down_proj(act, w_down, *, token_weight=None, act_sum=None, act_sumsq=None, scale=None, row_circuit=None):
     """act ``[T, N]``, w_down ``[H, N]`` -> y ``[T, H]``; bf16 or fp16, where ``rows_fit_tma``, bases on 16 bytes."""
     if scale is None:
-        return _product(act, act, w_down, weight, act_sum, act_sumsq)
-    if weight is not None:
-        steered = act_pass(act, scale=scale, row_circuit=row_circuit)
-        return _product(steered, act, w_down, weight, act_sum, act_sumsq)
+        return _product(act, act, w_down, token_weight, act_sum, act_sumsq)
+    if token_weight is not None:
+        steered = steer_act(act, scale=scale, row_circuit=row_circuit)
+        return _product(steered, act, w_down, token_weight, act_sum, act_sumsq)
     saved = patch(act, scale, row_circuit)
     try:
         return _product(act, act, w_down, None, None, None)
@@ -155,14 +155,14 @@ def down_proj(act, w_down, *, weight=None, act_sum=None, act_sumsq=None, scale=N
         put_back(act, saved, scale, row_circuit)
 
 
-def _product(steered, act, w_down, weight, act_sum, act_sumsq):
+def _product(steered, act, w_down, token_weight, act_sum, act_sumsq):
     """The product of ``steered``, and the sums of ``act``."""
     (T, N), H = act.shape, w_down.shape[0]
     y = launch.empty(T, H, dtype=act.dtype, device=act.device)
     n_sm = launch.n_multiprocessors(act.device)
     config = _launch_config(T, H, n_sm)
     tiles_t = triton.cdiv(T, config.BLOCK_T)
-    sums = Sums(weight, act_sum, act_sumsq, tiles_t, N)
+    sums = Sums(token_weight, act_sum, act_sumsq, tiles_t, N)
     block_c = columns_at_once(sums.n_columns, 90)
     launch.launch(
         _down_proj_kernel,

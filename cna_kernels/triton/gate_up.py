@@ -2,7 +2,7 @@
 
     gate[t, n], up[t, n] = sum_k x[t, k] * w_gate[n, k], sum_k x[t, k] * w_up[n, k]     never rounded
     act[t, n]            = silu(gate[t, n]) * up[t, n]
-    act_sum[c, n]       += sum_t weight[t, c] * act[t, n]      act_sumsq likewise, both before scaling
+    act_sum[c, n]       += sum_t token_weight[t, c] * act[t, n]      act_sumsq likewise, both before scaling
     act[t, n]           *= scale[row_circuit[t], n]
 
 One program a multiprocessor walks output tiles of 128 tokens and 128 neurons. A producer warp fetches x, gate and up by
@@ -37,7 +37,7 @@ from . import launch
 from .cost import Cost
 from .steer import scale_in_place
 from .sums import Sums
-from .swiglu import act_pass
+from .swiglu import steer_act
 
 # Triton 3.6 has other names for these.
 _tma_load = getattr(tma, "async_load", None) or tma.async_copy_global_to_shared
@@ -112,9 +112,9 @@ def _consume(
     empty,
     tiles_t,
     T,
-    weight_ptr,
+    token_weight_ptr,
     part_ptr,
-    stride_weight_t,
+    stride_token_weight_t,
     N: gl.constexpr,
     C: gl.constexpr,
     SUM: gl.constexpr,
@@ -157,15 +157,15 @@ def _consume(
             sum_l: gl.constexpr = gl.BlockedLayout([1, 8], [8, 4], [1, 4], [1, 0])
             t = t_first + gl.arange(0, ROWS, layout=gl.SliceLayout(1, sum_l))
             n = j * BLOCK_N + gl.arange(0, BLOCK_N, layout=gl.SliceLayout(0, sum_l))
-            weight_row = weight_ptr + t.to(gl.int64) * stride_weight_t
+            token_weight_row = token_weight_ptr + t.to(gl.int64) * stride_token_weight_t
             counted = t < 0
             for c in gl.static_range(C):
-                counted = counted | (gl.load(weight_row + c, mask=t < T, other=0.0) != 0.0)
+                counted = counted | (gl.load(token_weight_row + c, mask=t < T, other=0.0) != 0.0)
             part = part_ptr + (2 * i + GROUP).to(gl.int64) * ((SUM + SUMSQ) * C * N) + n
             if gl.max(counted.to(gl.int32), axis=0) > 0:
                 rows = gl.where(counted[:, None], out.load(sum_l).to(gl.float32), 0.0)
                 for c in gl.static_range(C):
-                    weighted = rows * gl.load(weight_row + c, mask=t < T, other=0.0)[:, None]
+                    weighted = rows * gl.load(token_weight_row + c, mask=t < T, other=0.0)[:, None]
                     if SUM:
                         gl.store(part + c * N, gl.sum(weighted, axis=0), mask=n < N)
                     if SUMSQ:
@@ -182,11 +182,11 @@ def _gate_up_kernel(
     gate_desc,
     up_desc,
     act_desc,
-    weight_ptr,
+    token_weight_ptr,
     part_ptr,
     T,
     up_row,
-    stride_weight_t,
+    stride_token_weight_t,
     N: gl.constexpr,
     H: gl.constexpr,
     C: gl.constexpr,
@@ -213,10 +213,10 @@ def _gate_up_kernel(
     # fmt: off
     gl.warp_specialize(
         [
-            (_consume, (0, act_desc, out.index(0), xs, ws, full, empty, tiles_t, T, weight_ptr, part_ptr,
-                        stride_weight_t, N, C, SUM, SUMSQ, TILES_N, STEPS, STAGES, GROUP_T)),
-            (_consume, (1, act_desc, out.index(1), xs, ws, full, empty, tiles_t, T, weight_ptr, part_ptr,
-                        stride_weight_t, N, C, SUM, SUMSQ, TILES_N, STEPS, STAGES, GROUP_T)),
+            (_consume, (0, act_desc, out.index(0), xs, ws, full, empty, tiles_t, T, token_weight_ptr, part_ptr,
+                        stride_token_weight_t, N, C, SUM, SUMSQ, TILES_N, STEPS, STAGES, GROUP_T)),
+            (_consume, (1, act_desc, out.index(1), xs, ws, full, empty, tiles_t, T, token_weight_ptr, part_ptr,
+                        stride_token_weight_t, N, C, SUM, SUMSQ, TILES_N, STEPS, STAGES, GROUP_T)),
             (_produce, (x_desc, gate_desc, up_desc, up_row, xs, ws, full, empty, tiles_t,
                         TILES_N, STEPS, STAGES, GROUP_T)),
         ],
@@ -245,7 +245,7 @@ def cost(T: int, N: int, H: int, C: int = 0, n_sm: int = 132) -> Cost:
     return Cost(moved, 4 * rounds * BLOCK_T * BLOCK_N * H, 0)
 
 
-def gate_up(x, w_gate_up, *, weight=None, act_sum=None, act_sumsq=None, scale=None, row_circuit=None):
+def gate_up(x, w_gate_up, *, token_weight=None, act_sum=None, act_sumsq=None, scale=None, row_circuit=None):
     """x ``[T, H]``, w_gate_up ``[2N, H]`` or a pair -> act ``[T, N]`` summed and scaled; where ``fits``, for
     rows that TMA can address (``down_proj.rows_fit_tma``; those of act, too: N % 8 is 0), from bases on 16 bytes."""
     T = x.shape[0]
@@ -256,9 +256,9 @@ def gate_up(x, w_gate_up, *, weight=None, act_sum=None, act_sumsq=None, scale=No
         w_gate, w_up = w_gate_up
         N, up_row = w_gate.shape[0], 0
     act = launch.empty(T, N, dtype=x.dtype, device=x.device)
-    few = weight is not None and weight.shape[1] <= COLUMNS
+    few = token_weight is not None and token_weight.shape[1] <= COLUMNS
     runs = GROUPS * triton.cdiv(T, BLOCK_T)
-    sums = Sums(weight, act_sum, act_sumsq, runs, N) if few else Sums(None, None, None, runs, N)
+    sums = Sums(token_weight, act_sum, act_sumsq, runs, N) if few else Sums(None, None, None, runs, N)
     constants = sums.constants()
     launch.launch(
         _gate_up_kernel,
@@ -267,7 +267,7 @@ def gate_up(x, w_gate_up, *, weight=None, act_sum=None, act_sumsq=None, scale=No
         _descriptor(w_gate, BLOCK_N, BLOCK_K),
         _descriptor(w_up, BLOCK_N, BLOCK_K),
         _descriptor(act, BLOCK_T // GROUPS, BLOCK_N),
-        sums.weight,
+        sums.token_weight,
         sums.part,
         T,
         up_row,
@@ -284,8 +284,8 @@ def gate_up(x, w_gate_up, *, weight=None, act_sum=None, act_sumsq=None, scale=No
         device=x.device,
     )
     sums.fold()
-    if weight is not None and not few:
-        act_pass(act, weight=weight, act_sum=act_sum, act_sumsq=act_sumsq)
+    if token_weight is not None and not few:
+        steer_act(act, token_weight=token_weight, act_sum=act_sum, act_sumsq=act_sumsq)
     if scale is not None:
         scale_in_place(act, scale, row_circuit)
     return act

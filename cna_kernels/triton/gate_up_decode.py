@@ -2,7 +2,7 @@
 
     gate[t, n], up[t, n] = sum_k x[t, k] * w_gate[n, k], sum_k x[t, k] * w_up[n, k]     never rounded
     act[t, n]            = silu(gate[t, n]) * up[t, n]
-    act_sum[c, n]       += sum_t weight[t, c] * act[t, n]      act_sumsq likewise, both before scaling
+    act_sum[c, n]       += sum_t token_weight[t, c] * act[t, n]      act_sumsq likewise, both before scaling
     act[t, n]           *= scale[row_circuit[t], n]
 
 A program owns BLOCK_N neurons for all tokens: it streams their 2 * BLOCK_N weight rows once, finishes act in registers
@@ -34,7 +34,7 @@ _FEW_COLUMNS = tl.constexpr(FEW_COLUMNS)
 
 @triton.jit
 def _column(weights, counted, T: tl.constexpr):
-    """sum_t weight[t] * act[t], and over act**2: two [BLOCK_N]."""
+    """sum_t token_weight[t] * act[t], and over act**2: two [BLOCK_N]."""
     total, squares = weights[0] * counted[0], weights[0] * counted[0] * counted[0]
     for t in tl.static_range(1, T):
         weighted = weights[t] * counted[t]
@@ -47,7 +47,7 @@ def _gate_up_gemv_kernel(
     x_ptr,
     w_ptr,
     act_ptr,
-    weight_ptr,
+    token_weight_ptr,
     sum_ptr,
     sumsq_ptr,
     row_circuit_ptr,
@@ -57,7 +57,7 @@ def _gate_up_gemv_kernel(
     stride_x_t,
     stride_w_n,
     up_offset,
-    stride_weight_t,
+    stride_token_weight_t,
     stride_sum_c,
     stride_sumsq_c,
     n_circuits,
@@ -87,7 +87,7 @@ def _gate_up_gemv_kernel(
     for c in tl.static_range(FEW):
         of_tokens = ()
         for t in tl.static_range(T):
-            of_tokens = of_tokens + (tl.load(weight_ptr + t * stride_weight_t + c),)
+            of_tokens = of_tokens + (tl.load(token_weight_ptr + t * stride_token_weight_t + c),)
         weights = weights + (of_tokens,)
         row = tl.cast(c, tl.int64)
         if SUM:
@@ -123,11 +123,11 @@ def _gate_up_gemv_kernel(
     acts = ()
     for t in tl.static_range(T):
         acts = acts + (silu_mul(tl.sum(gates[t], axis=1), tl.sum(ups[t], axis=1), dtype),)
-    indices, factors = (), ()
+    indices, values = (), ()
     if STEER:
         for t in tl.static_range(T):
-            index, factor = first_entries(starts[t], ends[t], steer_args, 32)
-            indices, factors = indices + (index,), factors + (factor,)
+            index, value = first_entries(starts[t], ends[t], steer_args, 32)
+            indices, values = indices + (index,), values + (value,)
 
     if SUM or SUMSQ:
         counted = ()
@@ -136,7 +136,9 @@ def _gate_up_gemv_kernel(
             for c in tl.static_range(FEW):
                 any_column = any_column | (weights[c][t] != 0.0).to(tl.int32)
             for c in range(FEW, C):
-                any_column = any_column | (tl.load(weight_ptr + t * stride_weight_t + c) != 0.0).to(tl.int32)
+                any_column = any_column | (tl.load(token_weight_ptr + t * stride_token_weight_t + c) != 0.0).to(
+                    tl.int32
+                )
             counted = counted + (tl.where(any_column != 0, acts[t].to(tl.float32), 0.0),)
         for c in tl.static_range(FEW):
             total, squares = _column(weights[c], counted, T)
@@ -148,7 +150,7 @@ def _gate_up_gemv_kernel(
         for c in range(FEW, C):
             of_tokens = ()
             for t in tl.static_range(T):
-                of_tokens = of_tokens + (tl.load(weight_ptr + t * stride_weight_t + c),)
+                of_tokens = of_tokens + (tl.load(token_weight_ptr + t * stride_token_weight_t + c),)
             total, squares = _column(of_tokens, counted, T)
             row = tl.cast(c, tl.int64)
             if SUM:
@@ -159,7 +161,7 @@ def _gate_up_gemv_kernel(
     for t in tl.static_range(T):
         act = acts[t]
         if STEER:
-            act = steer_held(act, n, starts[t], ends[t], indices[t], factors[t], steer_args, 32)
+            act = steer_held(act, n, starts[t], ends[t], indices[t], values[t], steer_args, 32)
         tl.store(act_ptr + t * N + n, act, mask=n_mask)
 
 
@@ -168,7 +170,7 @@ def _gate_up_flat_kernel(
     x_ptr,
     w_ptr,
     act_ptr,
-    weight_ptr,
+    token_weight_ptr,
     sum_ptr,
     sumsq_ptr,
     row_circuit_ptr,
@@ -179,7 +181,7 @@ def _gate_up_flat_kernel(
     stride_x_t,
     stride_w_n,
     up_offset,
-    stride_weight_t,
+    stride_token_weight_t,
     stride_sum_c,
     stride_sumsq_c,
     n_circuits,
@@ -196,7 +198,7 @@ def _gate_up_flat_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
-    sum_args = SumArgs(weight_ptr, sum_ptr, sumsq_ptr, stride_weight_t, stride_sum_c, stride_sumsq_c)
+    sum_args = SumArgs(token_weight_ptr, sum_ptr, sumsq_ptr, stride_token_weight_t, stride_sum_c, stride_sumsq_c)
     steer_args = SteerArgs(row_circuit_ptr, offsets_ptr, index_ptr, value_ptr, n_circuits, stride_offsets_k)
     n_first = tl.program_id(0) * BLOCK_N
     r = tl.arange(0, 2 * BLOCK_N)  # rows of the weight tile: BLOCK_N of gate, then BLOCK_N of up
@@ -292,13 +294,13 @@ def weight_rows(w_gate_up):
     return w_gate, w_gate.shape[0], launch.distance(w_gate, w_up)
 
 
-def gate_up_decode(x, w_gate_up, *, weight=None, act_sum=None, act_sumsq=None, scale=None, row_circuit=None):
+def gate_up_decode(x, w_gate_up, *, token_weight=None, act_sum=None, act_sumsq=None, scale=None, row_circuit=None):
     """x ``[T, H]``, w_gate_up ``[2N, H]`` or a pair -> act ``[T, N]`` summed and scaled, for 1 <= T <= 64."""
     T, H = x.shape
     w_gate, N, up_offset = weight_rows(w_gate_up)
     act = launch.empty(T, N, dtype=x.dtype, device=x.device)
     config = _launch_config(T, N, x.element_size(), launch.n_multiprocessors(x.device))
-    sums, steer = Sums(weight, act_sum, act_sumsq, 1, N), Steer(scale, row_circuit)
+    sums, steer = Sums(token_weight, act_sum, act_sumsq, 1, N), Steer(scale, row_circuit)
     gemv = config.BLOCK_T == 0
     launch.launch(
         _gate_up_gemv_kernel if gemv else _gate_up_flat_kernel,

@@ -22,7 +22,7 @@ from .gate_up_decode import gate_up_decode
 from .plan import Call, choose
 from .repeat import Repeat
 from .steer import patch, put_back
-from .swiglu import act_pass, swiglu
+from .swiglu import steer_act, swiglu
 
 
 def prepare(op: str, inputs: tuple, extras: Extras | tuple) -> Callable:
@@ -82,7 +82,7 @@ def _swiglu(*_):
 
 
 def _steer_act(_, extras):
-    run = Repeat(lambda act, *extras: act_pass(act, **_keywords(extras)))
+    run = Repeat(lambda act, *extras: steer_act(act, **_keywords(extras)))
     if extras.scale_offsets is None:
         return lambda act, *extras: run(act, *extras).clone()
     return run
@@ -109,7 +109,7 @@ def _down_split(act, w_down, *extras):
     steer = dict(scale=given.pop("scale"), row_circuit=given.pop("row_circuit"))
     if steer["scale"] is None:
         return down_split(act, w_down, **given)
-    return down_split(act, w_down, act_pass(act, **steer), **given, dependent=True)
+    return down_split(act, w_down, steer_act(act, **steer), **given, dependent=True)
 
 
 # Elements of act from which reading it for the sums, and patching it, is faster than a scaled copy: measured on an
@@ -120,16 +120,16 @@ _PATCH_FROM = 1 << 24
 def _down_proj_by_blas(inputs, extras):
     act = inputs[0]
     apart = act.shape[0] == 1 or act.stride(0) >= act.shape[1]
-    pass_over = Repeat(lambda act, *extras: act_pass(act, **_keywords(extras)))
+    pass_over = Repeat(lambda act, *extras: steer_act(act, **_keywords(extras)))
 
     def copied(act, w_down, *extras):
         return launch.linear(pass_over(act, *extras), w_down)
 
-    summed = extras.weight is not None
+    summed = extras.token_weight is not None
     small = summed and act.numel() < _PATCH_FROM and act.is_contiguous()  # else a copy may be multiplied otherwise
     if extras.scale_offsets is None or not apart or small:
         return copied
-    only_summed = Repeat(lambda act, *sums: act_pass(act, **_keywords(sums)))
+    only_summed = Repeat(lambda act, *sums: steer_act(act, **_keywords(sums)))
     scale = Repeat(lambda act, *steer: patch(act, Scale(*steer[:3]), steer[3]))
     unscale = Repeat(lambda act, saved, *steer: put_back(act, saved, Scale(*steer[:3]), steer[3]))
 

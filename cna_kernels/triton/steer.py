@@ -55,7 +55,7 @@ def entries(circuit, n_first, n_last, steer_args):
 
 @triton.jit
 def first_entries(start, end, steer_args, BLOCK_E: tl.constexpr):
-    """Neuron and factor of one token's entries start .. start + BLOCK_E - 1; neuron -1 from ``end`` on."""
+    """Neuron and value of one token's entries start .. start + BLOCK_E - 1; neuron -1 from ``end`` on."""
     entry = start + tl.arange(0, BLOCK_E)
     live = entry < end
     index = tl.load(steer_args.index_ptr + entry, mask=live, other=-1)
@@ -63,16 +63,16 @@ def first_entries(start, end, steer_args, BLOCK_E: tl.constexpr):
 
 
 @triton.jit
-def steer_held(act, n, start, end, index, factor, steer_args, BLOCK_E: tl.constexpr):
+def steer_held(act, n, start, end, index, value, steer_args, BLOCK_E: tl.constexpr):
     """act ``[BLOCK_N]`` of neurons n of one token, scaled, before it is stored; for few neurons, each of which meets
-    every entry of its NEURON_BLOCK. index, factor: what ``first_entries`` gave."""
+    every entry of its NEURON_BLOCK. index, value: what ``first_entries`` gave."""
     dtype: tl.constexpr = act.dtype
     for first in range(start, end, BLOCK_E):
         same = index[None, :] == n[:, None]  # [BLOCK_N, BLOCK_E], one entry of a circuit at most for a neuron
         found = tl.max(same.to(tl.int32), axis=1) > 0
-        multiplier = tl.sum(tl.where(same, factor[None, :], 0.0), axis=1)
+        multiplier = tl.sum(tl.where(same, value[None, :], 0.0), axis=1)
         act = tl.where(found, scaled(act, multiplier, dtype), act)
-        index, factor = first_entries(first + BLOCK_E, end, steer_args, BLOCK_E)
+        index, value = first_entries(first + BLOCK_E, end, steer_args, BLOCK_E)
     return act
 
 
@@ -90,10 +90,10 @@ def steer_stored(act_ptr, stride_act_t, t, start, end, n_first, n_last, steer_ar
         live = entry < end[:, None]
         n = tl.load(steer_args.index_ptr + entry, mask=live, other=0)
         live = live & (n >= n_first) & (n < n_last)
-        factor = tl.load(steer_args.value_ptr + entry, mask=live, other=1.0)
+        value = tl.load(steer_args.value_ptr + entry, mask=live, other=1.0)
         here = row[:, None] + n
         act = tl.load(here, mask=live, other=0.0)
-        tl.store(here, scaled(act, factor, dtype), mask=live)
+        tl.store(here, scaled(act, value, dtype), mask=live)
 
 
 @triton.jit(do_not_specialize=["T", "n_circuits"], do_not_specialize_on_alignment=ANY_ALIGNMENT)

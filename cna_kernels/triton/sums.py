@@ -1,6 +1,6 @@
 """The streaming sums on the device: which part of them a program adds, and the fixed order in which parts meet.
 
-    act_sum[c, n] += sum_t weight[t, c] * act[t, n]        act_sumsq likewise over act**2
+    act_sum[c, n] += sum_t token_weight[t, c] * act[t, n]        act_sumsq likewise over act**2
 
 A kernel that sees all tokens of its neurons adds to act_sum itself. One that sees a run of the tokens stores part r of
 a workspace ``[R, columns, N]`` (columns: those of act_sum, then those of act_sumsq), and ``_fold_kernel`` adds the
@@ -25,10 +25,10 @@ class SumArgs(NamedTuple):
     in a tuple built on the device a constexpr would become a plain value.
     """
 
-    weight_ptr: tl.tensor
+    token_weight_ptr: tl.tensor
     sum_ptr: tl.tensor
     sumsq_ptr: tl.tensor
-    stride_weight_t: tl.tensor
+    stride_token_weight_t: tl.tensor
     stride_sum_c: tl.tensor
     stride_sumsq_c: tl.tensor
 
@@ -55,7 +55,7 @@ def no_sums(COLUMNS: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_N: tl.constexpr)
 @triton.jit
 def added(
     act,
-    weight_row,
+    token_weight_row,
     t_mask,
     c_first,
     sums,
@@ -71,15 +71,15 @@ def added(
     tf32x3 splits each fp32 factor into tf32 parts: its error is that of fp32, and bf16 and fp16 values are exact.
     """
     if BLOCK_C == 0:
-        weight = ()
+        token_weight = ()
         counted = t_mask != t_mask
         for c in tl.static_range(C):
-            weight = weight + (tl.load(weight_row + c, mask=t_mask, other=0.0),)
-            counted = counted | (weight[c] != 0.0)
+            token_weight = token_weight + (tl.load(token_weight_row + c, mask=t_mask, other=0.0),)
+            counted = counted | (token_weight[c] != 0.0)
         act = tl.where(counted[:, None], act.to(tl.float32), 0.0)
         new_sums, new_squares = (), ()
         for c in tl.static_range(C):
-            weighted = weight[c][:, None] * act
+            weighted = token_weight[c][:, None] * act
             if SUM:
                 new_sums = new_sums + (sums[c] + tl.sum(weighted, axis=0),)
             if SUMSQ:
@@ -88,32 +88,32 @@ def added(
     else:
         c = c_first + tl.arange(0, BLOCK_C)
         mask = (c < C)[:, None] & t_mask[None, :]
-        weight = tl.load(weight_row[None, :] + c[:, None], mask=mask, other=0.0)  # [BLOCK_C, BLOCK_T]
-        counted = tl.max((weight != 0.0).to(tl.int32), axis=0) > 0
+        token_weight = tl.load(token_weight_row[None, :] + c[:, None], mask=mask, other=0.0)  # [BLOCK_C, BLOCK_T]
+        counted = tl.max((token_weight != 0.0).to(tl.int32), axis=0) > 0
         act = tl.where(counted[:, None], act.to(tl.float32), 0.0)
         new_sums, new_squares = sums, squares
         if SUM:
-            new_sums = (tl.dot(weight, act, sums[0], input_precision="tf32x3"),)
+            new_sums = (tl.dot(token_weight, act, sums[0], input_precision="tf32x3"),)
         if SUMSQ:
-            new_squares = (tl.dot(weight, act * act, squares[0], input_precision="tf32x3"),)
+            new_squares = (tl.dot(token_weight, act * act, squares[0], input_precision="tf32x3"),)
         return new_sums, new_squares
 
 
 @triton.jit
-def any_counts(weight_row, t_mask, c_first, C: tl.constexpr, BLOCK_C: tl.constexpr):
+def any_counts(token_weight_row, t_mask, c_first, C: tl.constexpr, BLOCK_C: tl.constexpr):
     """1 if a token of the block counts in a column that ``added`` is about to add, else 0."""
     if BLOCK_C == 0:
         counted = t_mask != t_mask
         for c in tl.static_range(C):
-            counted = counted | (tl.load(weight_row + c, mask=t_mask, other=0.0) != 0.0)
+            counted = counted | (tl.load(token_weight_row + c, mask=t_mask, other=0.0) != 0.0)
         return tl.max(counted.to(tl.int32), axis=0)
     else:
         counted = 0
         for first in range(c_first, tl.minimum(c_first + BLOCK_C, C), 16):  # not all at once: registers are full
             c = first + tl.arange(0, 16)
             mask = (c < C)[:, None] & t_mask[None, :]
-            weight = tl.load(weight_row[None, :] + c[:, None], mask=mask, other=0.0)  # [16, BLOCK_T]
-            counted = counted | tl.max(tl.max((weight != 0.0).to(tl.int32), axis=0), axis=0)
+            token_weight = tl.load(token_weight_row[None, :] + c[:, None], mask=mask, other=0.0)  # [16, BLOCK_T]
+            counted = counted | tl.max(tl.max((token_weight != 0.0).to(tl.int32), axis=0), axis=0)
         return counted
 
 
@@ -177,11 +177,11 @@ def sum_run(
     for t_start in tl.range(t_first, t_last, BLOCK_T, num_stages=2):
         t = (t_start + tl.arange(0, BLOCK_T)).to(tl.int64)
         t_mask = t < t_last
-        weight_row = sum_args.weight_ptr + t * sum_args.stride_weight_t
-        if any_counts(weight_row, t_mask, c_first, C, BLOCK_C) > 0:
+        token_weight_row = sum_args.token_weight_ptr + t * sum_args.stride_token_weight_t
+        if any_counts(token_weight_row, t_mask, c_first, C, BLOCK_C) > 0:
             mask = t_mask[:, None] & n_mask[None, :]
             act = tl.load(act_ptr + t[:, None] * stride_act_t + n[None, :], mask=mask, other=0.0)
-            sums, squares = added(act, weight_row, t_mask, c_first, sums, squares, C, SUM, SUMSQ, BLOCK_C)
+            sums, squares = added(act, token_weight_row, t_mask, c_first, sums, squares, C, SUM, SUMSQ, BLOCK_C)
     return sums, squares
 
 
@@ -204,14 +204,14 @@ def add_tile(
     """Add the sums over all tokens of one finished act tile, however its threads lie; tokens are axis TOKEN_AXIS."""
     neuron_axis: tl.constexpr = 1 - TOKEN_AXIS
     counted = t_mask != t_mask
-    row = sum_args.weight_ptr + t.to(tl.int64) * sum_args.stride_weight_t
+    row = sum_args.token_weight_ptr + t.to(tl.int64) * sum_args.stride_token_weight_t
     for c in range(C):
         counted = counted | (tl.load(row + c, mask=t_mask, other=0.0) != 0.0)
     act = tl.where(tl.expand_dims(counted, neuron_axis), act.to(tl.float32), 0.0)
     part = tl.cast(run, tl.int64) * ((SUM + SUMSQ) * C * N)
     for c in range(C):
-        weight = tl.expand_dims(tl.load(row + c, mask=t_mask, other=0.0), neuron_axis)
-        weighted = weight * act
+        token_weight = tl.expand_dims(tl.load(row + c, mask=t_mask, other=0.0), neuron_axis)
+        weighted = token_weight * act
         if SUM:
             total = tl.sum(weighted, axis=TOKEN_AXIS)
             row_sum = tl.cast(c, tl.int64) * sum_args.stride_sum_c
@@ -275,30 +275,30 @@ class Sums:
     """The sums of one call as kernel arguments, with a workspace where ``runs`` programs share a neuron.
 
     Args:
-        weight: ``[T, C]`` fp32, or None for no sums.
+        token_weight: ``[T, C]`` fp32, or None for no sums.
         act_sum, act_sumsq: ``[C, N]`` fp32, each may be None.
         runs: how many programs each see a part of the tokens of a neuron.
     """
 
-    def __init__(self, weight, act_sum, act_sumsq, runs: int, n_neurons: int):
-        self.weight, self.act_sum, self.act_sumsq = weight, act_sum, act_sumsq
-        self.n_columns = 0 if weight is None else weight.shape[1]
+    def __init__(self, token_weight, act_sum, act_sumsq, runs: int, n_neurons: int):
+        self.token_weight, self.act_sum, self.act_sumsq = token_weight, act_sum, act_sumsq
+        self.n_columns = 0 if token_weight is None else token_weight.shape[1]
         if self.n_columns == 0:
-            self.weight = self.act_sum = self.act_sumsq = None
+            self.token_weight = self.act_sum = self.act_sumsq = None
         self.part = None
         if self.n_columns and runs > 1:
             columns = self.n_columns * ((act_sum is not None) + (act_sumsq is not None))
-            self.part = launch.empty(runs, columns, n_neurons, dtype=torch.float32, device=weight.device)
+            self.part = launch.empty(runs, columns, n_neurons, dtype=torch.float32, device=token_weight.device)
 
     def pointers(self):
-        """weight_ptr, sum_ptr, sumsq_ptr"""
+        """token_weight_ptr, sum_ptr, sumsq_ptr"""
         if self.part is not None:
-            return self.weight, self.part, self.part
-        return self.weight, self.act_sum, self.act_sumsq
+            return self.token_weight, self.part, self.part
+        return self.token_weight, self.act_sum, self.act_sumsq
 
     def strides(self):
-        """stride_weight_t, stride_sum_c, stride_sumsq_c"""
-        return tuple(0 if x is None else x.stride(0) for x in (self.weight, self.act_sum, self.act_sumsq))
+        """stride_token_weight_t, stride_sum_c, stride_sumsq_c"""
+        return tuple(0 if x is None else x.stride(0) for x in (self.token_weight, self.act_sum, self.act_sumsq))
 
     def constants(self):
         return dict(

@@ -1,7 +1,7 @@
 """swiglu: act = silu(gate) * up, its sums and its scaling in one pass over memory (placement A).
 
     act[t, n]        = silu(gate[t, n]) * up[t, n]
-    act_sum[c, n]   += sum_t weight[t, c] * act[t, n]      act_sumsq likewise over act**2, both before scaling
+    act_sum[c, n]   += sum_t token_weight[t, c] * act[t, n]      act_sumsq likewise over act**2, both before scaling
     act[t, n]       *= scale[row_circuit[t], n]
 
 A program owns BLOCK_N neurons and a run of consecutive tokens, and walks those BLOCK_T at a time: each act element
@@ -31,7 +31,7 @@ def _swiglu_kernel(
     gate_ptr,
     up_ptr,
     act_ptr,
-    weight_ptr,
+    token_weight_ptr,
     sum_ptr,
     sumsq_ptr,
     row_circuit_ptr,
@@ -42,7 +42,7 @@ def _swiglu_kernel(
     rows_per_program,
     stride_gate_t,
     stride_up_t,
-    stride_weight_t,
+    stride_token_weight_t,
     stride_sum_c,
     stride_sumsq_c,
     n_circuits,
@@ -62,7 +62,7 @@ def _swiglu_kernel(
     STAGES: tl.constexpr,
 ):
     """Without GATED, gate_ptr holds act as computed elsewhere, which is only summed, copied and scaled."""
-    sum_args = SumArgs(weight_ptr, sum_ptr, sumsq_ptr, stride_weight_t, stride_sum_c, stride_sumsq_c)
+    sum_args = SumArgs(token_weight_ptr, sum_ptr, sumsq_ptr, stride_token_weight_t, stride_sum_c, stride_sumsq_c)
     steer_args = SteerArgs(row_circuit_ptr, offsets_ptr, index_ptr, value_ptr, n_circuits, stride_offsets_k)
     dtype: tl.constexpr = act_ptr.dtype.element_ty
     run = tl.program_id(0)
@@ -86,8 +86,8 @@ def _swiglu_kernel(
         if STORE:
             tl.store(act_ptr + t[:, None] * N + n[None, :], act, mask=t_mask[:, None] & (n < n_stored)[None, :])
         if SUM or SUMSQ:
-            weight_row = weight_ptr + t * stride_weight_t
-            sums, squares = added(act, weight_row, t_mask, c_first, sums, squares, C, SUM, SUMSQ, BLOCK_C)
+            token_weight_row = token_weight_ptr + t * stride_token_weight_t
+            sums, squares = added(act, token_weight_row, t_mask, c_first, sums, squares, C, SUM, SUMSQ, BLOCK_C)
 
     if SUM or SUMSQ:
         put_sums(sums, squares, run, c_first, n, n_mask, sum_args, N, C, SUM, SUMSQ, SPLIT, BLOCK_C)
@@ -141,27 +141,27 @@ def cost(T: int, N: int, C: int, itemsize: int = 2) -> Cost:
     return Cost(3 * itemsize * T * N, 0, instructions(per_element(C), T * N))
 
 
-def swiglu(gate, up, *, weight=None, act_sum=None, act_sumsq=None, scale=None, row_circuit=None):
+def swiglu(gate, up, *, token_weight=None, act_sum=None, act_sumsq=None, scale=None, row_circuit=None):
     """gate, up ``[T, N]`` -> act ``[T, N]``, summed and scaled. T and N are not 0."""
     act = launch.empty(*gate.shape, dtype=gate.dtype, device=gate.device)
-    _pass(gate, up, act, weight, act_sum, act_sumsq, scale, row_circuit)
+    _pass(gate, up, act, token_weight, act_sum, act_sumsq, scale, row_circuit)
     return act
 
 
-def act_pass(act, *, weight=None, act_sum=None, act_sumsq=None, scale=None, row_circuit=None):
+def steer_act(act, *, token_weight=None, act_sum=None, act_sumsq=None, scale=None, row_circuit=None):
     """act ``[T, N]`` as computed elsewhere -> a scaled copy, summed on the way; act itself where there is no scale."""
     steered = act if scale is None else launch.empty(*act.shape, dtype=act.dtype, device=act.device)
-    if weight is not None or scale is not None:
-        _pass(act, None, steered, weight, act_sum, act_sumsq, scale, row_circuit)
+    if token_weight is not None or scale is not None:
+        _pass(act, None, steered, token_weight, act_sum, act_sumsq, scale, row_circuit)
     return steered
 
 
-def _pass(gate, up, act, weight, act_sum, act_sumsq, scale, row_circuit):
+def _pass(gate, up, act, token_weight, act_sum, act_sumsq, scale, row_circuit):
     T, N = gate.shape
-    C = 0 if weight is None else weight.shape[1]
+    C = 0 if token_weight is None else token_weight.shape[1]
     config = _launch_config(T, N, C, launch.n_multiprocessors(gate.device), launch.arch(gate.device))
     runs = triton.cdiv(T, config.rows)
-    sums, steer = Sums(weight, act_sum, act_sumsq, runs, N), Steer(scale, row_circuit)
+    sums, steer = Sums(token_weight, act_sum, act_sumsq, runs, N), Steer(scale, row_circuit)
     launch.launch(
         _swiglu_kernel,
         (runs, triton.cdiv(N, config.BLOCK_N), triton.cdiv(C, config.BLOCK_C) if config.BLOCK_C else 1),

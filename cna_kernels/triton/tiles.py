@@ -46,6 +46,6 @@ def silu_mul(gate, up, dtype: tl.constexpr):
 
 
 @triton.jit
-def scaled(act, factor, dtype: tl.constexpr):
-    """act * factor, rounded again; a factor of 0 gives exactly 0 whatever act holds."""
-    return rounded(tl.where(factor == 0.0, 0.0, act.to(tl.float32) * factor), dtype)
+def scaled(act, multiplier, dtype: tl.constexpr):
+    """act * multiplier, rounded again; a multiplier of 0 gives exactly 0 whatever act holds."""
+    return rounded(tl.where(multiplier == 0.0, 0.0, act.to(tl.float32) * multiplier), dtype)

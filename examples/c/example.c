@@ -24,14 +24,14 @@ static float worst(const float *got, const float *wanted, int n) {
 }
 
 int main(int argc, char **argv) {
-  static float x[T * H], w_gate_up[2 * N * H], w_down[H * N], weight[T * C], act_sum[C * N], y[T * H];
+  static float x[T * H], w_gate_up[2 * N * H], w_down[H * N], token_weight[T * C], act_sum[C * N], y[T * H];
   static float expected_y[T * H], expected_sum[C * N];
   FILE *file = fopen(argc > 1 ? argv[1] : "example.f32", "rb");
   if (!file) return perror("example.f32"), 2;
   load(file, x, T * H);
   load(file, w_gate_up, 2 * N * H);
   load(file, w_down, H * N);
-  load(file, weight, T * C);
+  load(file, token_weight, T * C);
   load(file, act_sum, C * N);
   load(file, expected_y, T * H);
   load(file, expected_sum, C * N);
@@ -43,7 +43,7 @@ int main(int argc, char **argv) {
   cna_extras extras;
   memset(&extras, 0, sizeof extras);
   extras.version = CNA_ABI_VERSION;
-  extras.weight = weight, extras.weight_stride = C, extras.n_columns = C;
+  extras.token_weight = token_weight, extras.token_weight_stride = C, extras.n_columns = C;
   extras.act_sum = act_sum, extras.act_sum_stride = N;
   extras.row_circuit = row_circuit, extras.offsets = offsets, extras.offsets_stride = 2;
   extras.index = index, extras.value = value, extras.n_circuits = 1, extras.n_entries = 2;

@@ -122,9 +122,9 @@ static int run(const Model *model, float *hidden, float *mean, const int32_t *ab
   int32_t *offsets = calloc((size_t)n_blocks + 1, sizeof *offsets);
   const int32_t row_circuit[T] = {0}; /* circuit 0 for every token */
   const float zero = 0;
-  float weight[T];
+  float token_weight[T];
   int status = offsets ? CNA_OK : CNA_ERR_MEMORY;
-  for (int t = 0; t < T; t++) weight[t] = 1.0f / T; /* sums with these weights are means */
+  for (int t = 0; t < T; t++) token_weight[t] = 1.0f / T; /* sums with these weights are means */
 
   for (int64_t l = 0; l < model->L && status == CNA_OK; l++) {
     const float *gate = model->weights + 3 * l * N * H, *up = gate + N * H, *down = up + N * H;
@@ -134,7 +134,7 @@ static int run(const Model *model, float *hidden, float *mean, const int32_t *ab
     memset(&extras, 0, sizeof extras);
     extras.version = CNA_ABI_VERSION;
     if (mean) {
-      extras.weight = weight, extras.weight_stride = 1, extras.n_columns = 1;
+      extras.token_weight = token_weight, extras.token_weight_stride = 1, extras.n_columns = 1;
       extras.act_sum = mean + l * N, extras.act_sum_stride = N;
     }
     if (ablated) { /* a circuit of one entry; the offsets say in which block of 1024 neurons it is */

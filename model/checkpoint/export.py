@@ -27,27 +27,30 @@ from .config import DTYPES, ModelConfig
 from .load import DOWN
 from .safetensors_file import Checkpoint
 
-Factors = dict[int, dict[int, float]]  # layer -> neuron -> what its activation is multiplied by
+NeuronMultipliers = dict[int, dict[int, float]]  # layer -> neuron -> what its activation is multiplied by
 
 
-def factors_of(circuits: Sequence[Circuit], multipliers: Sequence[float]) -> Factors:
+def neuron_multipliers(circuits: Sequence[Circuit], multipliers: Sequence[float]) -> NeuronMultipliers:
     """Merge circuits, each at its multiplier; a neuron that several hold gets the product."""
     if len(circuits) != len(multipliers):
         raise InputError("multiplier", f"expected {len(circuits)}, one for each circuit, got {len(multipliers)}")
-    factors: Factors = {}
+    merged: NeuronMultipliers = {}
     for circuit, multiplier in zip(circuits, multipliers, strict=True):
         check_multiplier(multiplier)
         for layer, index in circuit.pairs:
-            neurons = factors.setdefault(layer, {})
+            neurons = merged.setdefault(layer, {})
             neurons[index] = neurons.get(index, 1.0) * multiplier
-    merged = {layer: {index: m for index, m in sorted(found.items()) if m != 1} for layer, found in factors.items()}
-    return {layer: found for layer, found in sorted(merged.items()) if found}
+    changed = {layer: {index: m for index, m in sorted(found.items()) if m != 1} for layer, found in merged.items()}
+    return {layer: found for layer, found in sorted(changed.items()) if found}
+
+
+factors_of = neuron_multipliers  # the name before 0.2
 
 
 def to_lora(
     checkpoint: Checkpoint,
     config: ModelConfig,
-    factors: Factors,
+    multipliers: NeuronMultipliers,
     out: FilePath,
     *,
     base_model: str = "",
@@ -59,7 +62,7 @@ def to_lora(
     """Write a PEFT adapter directory, or several where ``split`` allows it; return them.
 
     Args:
-        factors: see :func:`factors_of`.
+        multipliers: see :func:`neuron_multipliers`.
         out: the directory to make. With several adapters they are ``out/1``, ``out/2``, ...: all of them together are
             the circuit.
         base_model: what the adapter names as its base.
@@ -72,17 +75,17 @@ def to_lora(
     """
     if dtype not in DTYPES:
         raise InputError("dtype", f"expected one of {', '.join(DTYPES)}, got {dtype!r}")
-    if not factors:
+    if not multipliers:
         raise InputError("multiplier", "changes nothing: there is nothing to export")
-    largest = max(map(len, factors.values()))
+    largest = max(map(len, multipliers.values()))
     if max_rank is not None and largest > max_rank and not split:
-        wide = ", ".join(f"{layer} ({len(found)})" for layer, found in factors.items() if len(found) > max_rank)
+        wide = ", ".join(f"{layer} ({len(found)})" for layer, found in multipliers.items() if len(found) > max_rank)
         raise InputError(
             "max_rank", f"layers with more than {max_rank} neurons: {wide}; --split writes several adapters"
         )
     step = largest if max_rank is None else max_rank
     parts = [
-        {layer: pairs for layer, found in factors.items() if (pairs := list(found.items())[start : start + step])}
+        {layer: pairs for layer, found in multipliers.items() if (pairs := list(found.items())[start : start + step])}
         for start in range(0, largest, step)
     ]
     make_directory(out)
@@ -96,7 +99,7 @@ def to_lora(
 
 
 def _write_adapter(checkpoint, config, part, out: Path, base_model, uniform, dtype):
-    """part: layer -> [(neuron, factor)]."""
+    """part: layer -> [(neuron, multiplier)]."""
     ranks = {layer: len(pairs) for layer, pairs in part.items()}
     largest = max(ranks.values())
     layers = range(config.num_hidden_layers) if uniform else part
@@ -133,7 +136,7 @@ def _write_adapter(checkpoint, config, part, out: Path, base_model, uniform, dty
     write_text(out / "adapter_config.json", json.dumps(record, indent=2) + "\n")
 
 
-def to_checkpoint(directory: FilePath, checkpoint: Checkpoint, factors: Factors, out: FilePath) -> None:
+def to_checkpoint(directory: FilePath, checkpoint: Checkpoint, multipliers: NeuronMultipliers, out: FilePath) -> None:
     """Write a copy of a checkpoint whose ``down_proj`` columns are scaled; all other tensors stay byte for byte.
 
     Files are copied one by one, and columns changed layer by layer. The directory appears when it is whole.
@@ -151,7 +154,7 @@ def to_checkpoint(directory: FilePath, checkpoint: Checkpoint, factors: Factors,
             for path in sorted(Path(directory).iterdir()):
                 if path.is_file() and path.suffix not in (".bin", ".pt", ".pth"):  # pickles, which nothing here reads
                     shutil.copyfile(path, partial / path.name)
-            for layer, found in factors.items():
+            for layer, found in multipliers.items():
                 _scale_columns(checkpoint, DOWN.format(layer), partial, found)
             os.rename(partial, out)
         except BaseException:

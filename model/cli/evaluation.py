@@ -11,8 +11,8 @@ from cna_kernels.files import make_directory, read_text
 
 from ..evaluation import compare, evaluate, report
 from ..evaluation.metrics import Refusals
-from ..evaluation.multiple_choice import read_exam
-from ..evaluation.plan import METHODS, Plan
+from ..evaluation.multiple_choice import read_multiple_choice
+from ..evaluation.suite import METHODS, Suite
 from ..language_model import load
 from ..packages import require
 from ..prompts.files import PromptSet, neutral_prompts, read_prompts
@@ -21,13 +21,13 @@ from .console import SIMPLE_HEAD, Table, print_json, stdout
 
 
 def run_eval(args):
-    plan = _plan(args)
+    suite = _suite(args)
     if args.output:
         require("tokenizers", "jinja2", "matplotlib")  # the pictures come last
         make_directory(args.output)
     model = load_model(args)
     circuit = load_circuit(args.circuit, model, any_model=args.any_model)
-    results = evaluate.evaluate(model, circuit, plan, out=args.output, say=_say(args))
+    results = evaluate.evaluate(model, circuit, suite, out=args.output, say=_say(args))
     if args.output:
         report.write(results, args.output)
     if args.json:
@@ -44,7 +44,7 @@ run_sweep = run_eval  # its flags are a few of those
 
 def run_compare(args):
     require("tokenizers", "jinja2", "matplotlib")
-    plan = _plan(args)
+    suite = _suite(args)
     settings = {"fraction": args.fraction, "score": args.score}
     if args.universal_prompts:
         column = column_of(args, args.universal_prompts)
@@ -56,7 +56,7 @@ def run_compare(args):
         if name in models:
             name += " (second)"
         models[name] = load(directory_of(path), device=device_of(args), dtype=args.dtype)
-    results = compare.compare(models, plan, out=args.output, say=_say(args), **settings)
+    results = compare.compare(models, suite, out=args.output, say=_say(args), **settings)
     for name, evaluation in results["evaluations"].items():
         report.write(evaluation, Path(args.output) / name)
     if args.json:
@@ -89,8 +89,8 @@ def _say(args):
     return lambda text: print(f"cna {args.command}: {text}", file=sys.stderr, flush=True)
 
 
-def _plan(args) -> Plan:
-    """The plan that the flags ask for; flags that cna sweep lacks have their defaults."""
+def _suite(args) -> Suite:
+    """The suite that the flags ask for; flags that cna sweep lacks have their defaults."""
     files = {name: getattr(args, name, None) for name in ("harmful", "benign", "positive", "negative", "neutral")}
     check_column(args.column, *files.values())
     sets: dict[str, PromptSet] = {
@@ -108,7 +108,7 @@ def _plan(args) -> Plan:
         options |= dict(
             methods=_methods(args),
             text=read_text(args.text) if args.text else None,
-            exam=_exam(args),
+            multiple_choice=_multiple_choice(args),
             shots=args.shots,
             random_draws=args.random_draws,
             sae=_sae(args),
@@ -116,12 +116,12 @@ def _plan(args) -> Plan:
             curves=args.curves,
             judge_command=args.judge_command,
         )
-    return Plan(
+    return Suite(
         multipliers=tuple(dict.fromkeys(multipliers_of(args.multipliers, "--m"))),
         refusals=refusals,
         max_new_tokens=args.max_new_tokens,
         chat=False if args.no_template else None,
-        rows=None if args.batch in (None, "auto") else args.batch,
+        batch=None if args.batch in (None, "auto") else args.batch,
         **options,
     )
 
@@ -134,7 +134,7 @@ def _methods(args) -> tuple[str, ...]:
     return tuple(dict.fromkeys(name.strip() for name in args.methods.split(",")))
 
 
-def _exam(args):
+def _multiple_choice(args):
     if not 0 <= args.shots <= 100:
         raise InputError("--shots", f"expected 0 to 100, got {args.shots}")
     if args.mmlu is None:
@@ -143,7 +143,7 @@ def _exam(args):
                 raise InputError(flag, "is for --mmlu, which is not given")
         return None
     subjects = [name.strip() for name in args.subjects.split(",")] if args.subjects else None
-    return read_exam(args.mmlu, subjects=subjects, limit=args.mmlu_limit, seed=args.seed, shots=args.shots)
+    return read_multiple_choice(args.mmlu, subjects=subjects, limit=args.mmlu_limit, seed=args.seed, shots=args.shots)
 
 
 def _sae(args) -> tuple[str, int, int] | None:

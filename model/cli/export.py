@@ -28,16 +28,16 @@ def run_export(args):
         export.to_ref_code(circuits[0], args.output)
         stdout().print(f"wrote {args.output}", markup=False)
         return
-    factors = export.factors_of(circuits, multipliers)
-    n = sum(map(len, factors.values()))
+    of_neurons = export.neuron_multipliers(circuits, multipliers)
+    n = sum(map(len, of_neurons.values()))
     if args.to == "checkpoint":
-        export.to_checkpoint(directory, model.checkpoint, factors, args.output)
+        export.to_checkpoint(directory, model.checkpoint, of_neurons, args.output)
         stdout().print(f"wrote {args.output}/: {n} columns scaled", markup=False)
         return
     written = export.to_lora(
-        model.checkpoint, model.config, factors, args.output, base_model=str(Path(directory).resolve().name),
+        model.checkpoint, model.config, of_neurons, args.output, base_model=str(Path(directory).resolve().name),
         max_rank=args.max_rank, split=args.split, uniform=args.uniform_rank, dtype=args.dtype,
     )  # fmt: skip
     names = ", ".join(f"{path}/" for path in written)
-    ranks = f"{n} neurons in {len(factors)} layers, at most {max(map(len, factors.values()))} in one"
+    ranks = f"{n} neurons in {len(of_neurons)} layers, at most {max(map(len, of_neurons.values()))} in one"
     stdout().print(f"wrote {names}: {ranks}", markup=False)

@@ -22,7 +22,7 @@ from cna_kernels.files import make_directory, write_text
 from ..evaluation import report as evaluation_report
 from ..evaluation.evaluate import evaluate
 from ..evaluation.metrics import Refusals, share_equal, summarise
-from ..evaluation.plan import METHODS, Plan
+from ..evaluation.suite import METHODS, Suite
 from ..language_model import LanguageModel, load
 from ..prompts.files import PromptSet
 from . import world
@@ -191,7 +191,7 @@ class Story:
             "neutral": world.neutral_prompts(),
         }
         sets: dict[str, Any] = {name: PromptSet.of(texts, name) for name, texts in prompts.items()}
-        plan = Plan(
+        suite = Suite(
             methods=tuple(name for name in METHODS if name != "sae"),
             multipliers=RIVAL_MULTIPLIERS,
             refusals={"keywords": Refusals(world.REFUSAL_KEYWORDS)},
@@ -200,7 +200,7 @@ class Story:
             **sets,
         )
         say = lambda text: self.say(f"baselines: {text}")  # noqa: E731
-        self.report["evaluation"] = evaluate(self.instruct, circuit, plan, say=say)
+        self.report["evaluation"] = evaluate(self.instruct, circuit, suite, say=say)
 
     def _base_against_instruct(self):
         """The same rule on the base model: how far the circuits overlap, and what steering does to it."""

@@ -259,8 +259,8 @@ def pack_prefix(prompts, rows: list[int], n_prefix: int, column_weights: Tensor,
         first = len(prompts[row].ids) - prompts[row].n_counted
         total[first:] += column_weights[row].double() / prompts[row].n_counted
     n_counted = n_prefix - min(min(len(prompts[row].ids) - prompts[row].n_counted for row in rows), n_prefix)
-    weight = total[n_prefix - n_counted :].float()
-    return Packed([prompts[rows[0]].ids[:n_prefix]], [n_counted], weight, prefix=0, device=device)
+    token_weight = total[n_prefix - n_counted :].float()
+    return Packed([prompts[rows[0]].ids[:n_prefix]], [n_counted], token_weight, prefix=0, device=device)
 
 
 def forward(

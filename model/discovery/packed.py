@@ -30,15 +30,15 @@ class Packed:
     Attributes:
         ids: ``[T]`` int64, the own tokens of each prompt, without the prefix.
         rows: ``[R]`` int64, the tokens that sums count.
-        weight: ``[R, C]`` fp32, how much each of those counts in each column.
+        token_weight: ``[R, C]`` fp32, how much each of those counts in each column.
     """
 
-    def __init__(self, ids: Sequence[list[int]], counted: Sequence[int], weight: Tensor, *, prefix: int, device):
+    def __init__(self, ids: Sequence[list[int]], counted: Sequence[int], token_weight: Tensor, *, prefix: int, device):
         """
         Args:
             ids: the own tokens of each prompt, in the order of ``packing.plan_packs``.
             counted: how many of them at the end count; 0 is allowed.
-            weight: ``[P, C]`` fp32, what each counted token of a prompt weighs; or ``[R, C]``, for every one of them.
+            token_weight: ``[P, C]`` fp32, of each counted token of a prompt; or ``[R, C]``, of every counted token.
             prefix: tokens of the shared beginning in front of every prompt.
         """
         lengths = [len(row) for row in ids]
@@ -57,15 +57,15 @@ class Packed:
         self.lengths = torch.tensor([prefix + length for length in lengths for _ in range(length)], device=device)
         self.rows = torch.tensor(rows, dtype=torch.int64, device=device)
         self._sequences: dict[bool, tuple] = {}
-        if len(weight) != len(rows):
-            weight = weight[torch.tensor(owners, dtype=torch.int64)]
-        self.weight = weight.to(device)
+        if len(token_weight) != len(rows):
+            token_weight = token_weight[torch.tensor(owners, dtype=torch.int64)]
+        self.token_weight = token_weight.to(device)
 
-    def weight_of_all(self) -> Tensor:
+    def token_weight_of_all(self) -> Tensor:
         """``[T, C]``: the weights of every token, 0 for those that do not count."""
-        weight = self.weight.new_zeros(self.n_tokens, self.weight.shape[1])
-        weight[self.rows] = self.weight
-        return weight
+        token_weight = self.token_weight.new_zeros(self.n_tokens, self.token_weight.shape[1])
+        token_weight[self.rows] = self.token_weight
+        return token_weight
 
     def owners(self, last: bool) -> list[int]:
         """The prompt of every token; after the last layer, of every counted token."""
@@ -118,7 +118,7 @@ def run_layer(
     own: list[Tensor] = []
     extras = {}
     if sums and len(packed.rows):
-        extras = {"weight": packed.weight if last else packed.weight_of_all(), **sums}
+        extras = {"token_weight": packed.token_weight if last else packed.token_weight_of_all(), **sums}
     rows = packed.rows if last else None
     keys = packed.n_keys() * 2 * layer.self_attn.k_proj.weight.shape[0] * x.element_size()
     attend = _attend_varlen if _has_varlen(x) and keys <= VARLEN_BYTES else _attend

@@ -13,7 +13,7 @@ from ..discovery.packing import TokenPrompt
 from ..language_model import LanguageModel
 from . import baselines
 from .answers import answer_all
-from .interventions import UNSTEERED, Interventions, Method, Setting
+from .interventions import UNSTEERED, Interventions, Method, Variant
 from .metrics import KINDS, Refusals, kind_of, share
 from .store import Store
 
@@ -38,7 +38,7 @@ def alternatives(
     curves: bool,
     is_refusal: Refusals,
     max_new_tokens: int,
-    rows: int | None,
+    batch: int | None,
     store: Store,
 ) -> list[dict]:
     """Return one point for each score and size.
@@ -62,14 +62,14 @@ def alternatives(
             points.append({"score": name, "k": k, "overlap": overlap, "per_layer": other.per_layer()})
             written = baselines.written(model, other, discovery.delta)
             methods += [Method(f"{name} {k}", "", other), Method(f"{name} {k} written", "", written, 1)]
-    interventions = Interventions(model, [UNSTEERED, *(Setting(method, 0.0) for method in methods)])
+    interventions = Interventions(model, [UNSTEERED, *(Variant(method, 0.0) for method in methods)])
     for name, first, what in (("harmful", 1, "necessity"), ("benign", 2, "sufficiency")):
         if name not in prompts:
             continue
         numbers = list(range(first, len(methods) + 1, 2))
         answers = answer_all(
             model, interventions, numbers, evenly(prompts[name], MOST_PROMPTS), max_new_tokens=max_new_tokens,
-            rows=rows, store=store, name=f"alternatives-{name}",
+            batch=batch, store=store, name=f"alternatives-{name}",
         )  # fmt: skip
         for point, number in zip(points, numbers, strict=True):
             found = answers[number]

@@ -1,4 +1,4 @@
-"""Answers of every setting to every prompt, all in the same batches."""
+"""Answers of every variant to every prompt, all in the same batches."""
 
 from __future__ import annotations
 
@@ -21,19 +21,19 @@ MEMORY_SHARE = 4  # keys and values may take a quarter of the memory
 
 @dataclass(frozen=True)
 class Answer:
-    """What a setting answered to a prompt.
+    """What a variant answered to a prompt.
 
     Attributes:
         tokens: without the one that ends it.
     """
 
-    setting: int
+    variant: int
     prompt: int
     text: str
     tokens: tuple[int, ...]
 
 
-def auto_rows(model: LanguageModel, longest_prompt: int, max_new_tokens: int) -> int:
+def auto_batch(model: LanguageModel, longest_prompt: int, max_new_tokens: int) -> int:
     """How many answers to write at a time: as many as memory has room for their keys and values."""
     config = model.config
     length = min(longest_prompt + max_new_tokens, config.context_length)
@@ -48,48 +48,48 @@ def auto_rows(model: LanguageModel, longest_prompt: int, max_new_tokens: int) ->
 def answer_all(
     model: LanguageModel,
     interventions: Interventions,
-    settings: Sequence[int],
+    variants: Sequence[int],
     prompts: Sequence[TokenPrompt],
     *,
     max_new_tokens: int,
-    rows: int | None,
+    batch: int | None,
     store: Store,
     name: str,
     progress: Callable[[int, int], None] = lambda done, of: None,
 ) -> dict[int, list[Answer]]:
-    """Return the greedy answers of each setting to all prompts, in the order of the prompts.
+    """Return the greedy answers of each variant to all prompts, in the order of the prompts.
 
     Args:
-        settings: numbers in ``interventions``.
-        rows: answers written together, one piece of work in the store; None asks the memory, the first time.
+        variants: numbers in ``interventions``.
+        batch: answers written together, one piece of work in the store; None asks the memory, the first time.
         name: of the pieces of work.
         progress: called with the answers written and those to write in all.
     """
-    if rows is None:  # kept: the pieces of a run must not depend on the memory that happens to be free
+    if batch is None:  # kept: the pieces of a run must not depend on the memory that happens to be free
         longest = max((len(prompt.ids) for prompt in prompts), default=1)
-        rows = store.get(f"{name}-rows", lambda: auto_rows(model, longest, max_new_tokens))
+        batch = store.get(f"{name}-batch", lambda: auto_batch(model, longest, max_new_tokens))
     # Prompts of about one length share a chunk, so that little is padded.
     order = sorted(range(len(prompts)), key=lambda number: (len(prompts[number].ids), number))
-    plan = [(setting, number) for number in order for setting in settings]
-    found: dict[int, list[Answer]] = {setting: [] for setting in settings}
+    work = [(variant, number) for number in order for variant in variants]
+    found: dict[int, list[Answer]] = {variant: [] for variant in variants}
 
     def write(chunk):
         return _write(model, interventions, chunk, prompts, max_new_tokens)
 
-    for start in range(0, len(plan), rows):
-        chunk = plan[start : start + rows]
+    for start in range(0, len(work), batch):
+        chunk = work[start : start + batch]
         lines = store.get(
-            f"{name}-by-{rows}-{start // rows:05d}",
+            f"{name}-by-{batch}-{start // batch:05d}",
             partial(in_halves, write, chunk, model.device),
         )
-        for (setting, number), tokens in zip(chunk, lines, strict=True):
-            found[setting].append(Answer(setting, number, model.tokenizer.decode(tokens), tuple(tokens)))
-        progress(min(start + rows, len(plan)), len(plan))
-    return {setting: sorted(answers, key=lambda answer: answer.prompt) for setting, answers in found.items()}
+        for (variant, number), tokens in zip(chunk, lines, strict=True):
+            found[variant].append(Answer(variant, number, model.tokenizer.decode(tokens), tuple(tokens)))
+        progress(min(start + batch, len(work)), len(work))
+    return {variant: sorted(answers, key=lambda answer: answer.prompt) for variant, answers in found.items()}
 
 
 def _write(model, interventions, chunk, prompts, max_new_tokens) -> list[list[int]]:
-    """The tokens of the answers to a chunk of (setting, prompt), in one batch."""
+    """The tokens of the answers to a chunk of (variant, prompt), in one batch."""
     members = [prompts[number] for _, number in chunk]
     try:
         return generate(
@@ -97,10 +97,10 @@ def _write(model, interventions, chunk, prompts, max_new_tokens) -> list[list[in
             members,
             max_new_tokens=max_new_tokens,
             stop_ids=model.stop_ids,
-            steer=interventions.steer([setting for setting, _ in chunk]),
+            steer=interventions.steer([variant for variant, _ in chunk]),
         )
     except InputError as error:
         if error.where not in {prompt.place for prompt in members}:
             raise
-        which = [interventions.settings[s].name for s, n in chunk if prompts[n].place == error.where]
+        which = [interventions.variants[s].name for s, n in chunk if prompts[n].place == error.where]
         raise InputError(error.where, f"{error.what} (one of: {'; '.join(which)})") from None

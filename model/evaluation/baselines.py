@@ -25,7 +25,7 @@ from ..language_model import LanguageModel
 from . import directions
 from .answers import answer_all
 from .directions import Direction
-from .interventions import UNSTEERED, Interventions, Method, Setting
+from .interventions import UNSTEERED, Interventions, Method, Variant
 from .likelihood import each_logits
 from .metrics import Refusals, kind_of
 from .relp import relevance
@@ -175,7 +175,7 @@ def choose(
     sides: Sides,
     is_refusal: Refusals,
     *,
-    rows: int | None,
+    batch: int | None,
     store: Store,
     name: str,
 ) -> tuple[int, list[dict]]:
@@ -184,10 +184,10 @@ def choose(
     Best: fewest positive prompts refused, plus negative ones not answered properly, plus degenerate and empty answers
     to positive ones. Ties go to the first.
     """
-    interventions = Interventions(model, [Setting(method, 0.0) for method in candidates])
+    interventions = Interventions(model, [Variant(method, 0.0) for method in candidates])
     prompts = [*sides.chosen_positive, *sides.chosen_negative]
     answers = answer_all(
-        model, interventions, range(len(candidates)), prompts, max_new_tokens=SHORT_ANSWER, rows=rows, store=store,
+        model, interventions, range(len(candidates)), prompts, max_new_tokens=SHORT_ANSWER, batch=batch, store=store,
         name=name,
     )  # fmt: skip
     n_positive = len(sides.chosen_positive)
@@ -213,7 +213,7 @@ def layers_to_try(n_layers: int) -> list[int]:
 
 
 def best_direction(
-    model: LanguageModel, kind: str, discovery: Discovery, is_refusal: Refusals, rows: int | None, store: Store
+    model: LanguageModel, kind: str, discovery: Discovery, is_refusal: Refusals, batch: int | None, store: Store
 ) -> tuple[Method, dict]:
     """Choose the layer, and for CAA the sign, of a direction. Return the method and how it was chosen.
 
@@ -228,7 +228,7 @@ def best_direction(
     ]  # fmt: skip
     methods = [Method(f"layer {layer}, {sign:+d}", "", make(difference, layer), sign) for layer, sign in tried]
 
-    best, table = choose(model, methods, sides, is_refusal, rows=rows, store=store, name=f"choose-{kind}")
+    best, table = choose(model, methods, sides, is_refusal, batch=batch, store=store, name=f"choose-{kind}")
     layer, sign = tried[best]
     about = {
         "caa": f"mean difference of the residual stream after layer {layer}, added with sign {sign:+d}",
@@ -246,13 +246,13 @@ def best_neuron(model: LanguageModel, discovery: Discovery, store: Store) -> tup
         most = delta.numel() - int(discovery.excluded.sum())
         circuit = top_circuit("abs-delta", delta.abs(), discovery, min(CANDIDATES, most))
         alone = [Circuit((neuron,), circuit.n_layers, circuit.n_neurons) for neuron in circuit.neurons]
-        interventions = Interventions(model, [UNSTEERED, *(Setting(Method("", "", one), 0.0) for one in alone)])
+        interventions = Interventions(model, [UNSTEERED, *(Variant(Method("", "", one), 0.0) for one in alone)])
         prompts = sides.chosen_positive
-        rows = [(setting, prompt.ids) for setting in range(len(alone) + 1) for prompt in prompts]
+        rows = [(variant, prompt.ids) for variant in range(len(alone) + 1) for prompt in prompts]
         total = [0.0] * (len(alone) + 1)
-        for (setting, _), logits in zip(rows, each_logits(model, interventions, rows, last=True), strict=True):
+        for (variant, _), logits in zip(rows, each_logits(model, interventions, rows, last=True), strict=True):
             odds = logits[0, targets].logsumexp(-1) - logits[0, counterfactuals].logsumexp(-1)
-            total[setting] += odds.item() / len(prompts)
+            total[variant] += odds.item() / len(prompts)
         best = min(range(len(alone)), key=lambda number: (total[number + 1], number))
         return {"neuron": list(circuit.neurons[best]), "log odds": [total[0], total[best + 1]], "tried": len(alone)}
 

@@ -20,14 +20,14 @@ from ..language_model import LanguageModel
 from ..prompts.files import PromptSet
 from . import baselines, report
 from .evaluate import evaluate
-from .plan import Plan
+from .suite import Suite
 
 TOP = 200  # neurons of each model, beside the circuits themselves: what the paper compares
 
 
 def compare(
     models: dict[str, LanguageModel],
-    plan: Plan,
+    suite: Suite,
     *,
     out=None,
     say: Callable[[str], None] = lambda text: None,
@@ -37,16 +37,16 @@ def compare(
 
     Args:
         models: two, by the names they have in the results.
-        plan: prompts and multipliers; its methods and baselines are not used.
+        suite: prompts and multipliers; its methods and baselines are not used.
         out: a directory for both evaluations, compare.json and compare.md; finished parts stay there.
         settings: of the discovery, as for ``LanguageModel.discover``.
 
     Returns:
         ``circuits`` (of each model), ``alike`` (None where the shapes differ) and ``evaluations`` (of each model).
     """
-    if plan.positive is None or plan.negative is None:
+    if suite.positive is None or suite.negative is None:
         raise InputError("positive, negative", "discovery prompts are needed to compare models")
-    used = {model.tokenizer.template_sha256 if model.uses_chat(plan.chat) else None for model in models.values()}
+    used = {model.tokenizer.template_sha256 if model.uses_chat(suite.chat) else None for model in models.values()}
     if len(used) > 1:
         raise InputError("--no-template", "the models' chat templates differ: compare them on plain text")
     if out is not None:
@@ -54,8 +54,8 @@ def compare(
     circuits, contrasts = {}, {}
     for name, model in models.items():
         say(f"circuit of {name}")
-        circuits[name] = model.discover(plan.positive, plan.negative, chat=plan.chat, **settings)
-        contrasts[name] = _contrast(model, plan.positive, plan.negative, plan.chat)
+        circuits[name] = model.discover(suite.positive, suite.negative, chat=suite.chat, **settings)
+        contrasts[name] = _contrast(model, suite.positive, suite.negative, suite.chat)
     (a, b), shapes = circuits.values(), {(c.n_layers, c.n_neurons) for c in circuits.values()}
     results: dict[str, Any] = {
         "circuits": {name: _where(circuit) for name, circuit in circuits.items()},
@@ -66,7 +66,7 @@ def compare(
         say(f"steering {name}")
         other = next(other for other in models if other != name)
         others = {f"circuit of {other}": circuits[other]} if len(shapes) == 1 else {}
-        own = replace(plan, methods=("circuit",), others=others, positive=None, negative=None)
+        own = replace(suite, methods=("circuit",), others=others, positive=None, negative=None)
         place = None if out is None else Path(out) / name
         results["evaluations"][name] = evaluate(model, circuits[name], own, out=place, say=say)
     if out is not None:

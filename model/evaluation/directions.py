@@ -22,7 +22,7 @@ from cna_kernels.files import FilePath
 
 from ..discovery.packing import TokenPrompt
 from ..generate import pad
-from ..transformer import Edit, Steer, Transformer
+from ..transformer import Edit, Steering, Transformer
 
 SITES = ("residual", "mlp", "writes")
 BATCH = 64  # prompts whose means are taken together
@@ -83,7 +83,7 @@ class DirectionTable:
         self.added = {site: added.to(device) for site, added in self.added.items()}
         self.unit, self.share = self.unit.to(device), self.share.to(device)
 
-    def rows(self, direction_of_row: Sequence[int]) -> RowEdit:
+    def row_direction(self, direction_of_row: Sequence[int]) -> RowEdit:
         """The edit of a batch whose row b uses direction ``direction_of_row[b]``, -1 for none."""
         for number in direction_of_row:
             if not -1 <= number < self.n_directions:
@@ -157,7 +157,7 @@ def mean_states(transformer: Transformer, prompts: Sequence[TokenPrompt]) -> dic
             members = ordered[start : start + BATCH]
             input_ids, lengths = pad([prompt.ids for prompt in members], transformer.device)
             seen.last = lengths - 1
-            transformer.hidden(input_ids, lengths=lengths, steer=Steer(None, None, seen))
+            transformer.hidden(input_ids, lengths=lengths, steer=Steering(None, None, seen))
     for site, total in seen.totals.items():
         if not torch.isfinite(total).all():
             raise InputError("prompts", f"cause a value that is not finite in the {site} stream")

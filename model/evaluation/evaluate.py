@@ -16,6 +16,7 @@ from torch import Tensor
 from cna_kernels.circuit import Circuit
 from cna_kernels.errors import InputError
 from cna_kernels.files import FilePath, sha256, write_text
+from cna_kernels.renamed import renamed
 
 from ..discovery.collect import check_length
 from ..discovery.packing import TokenPrompt
@@ -23,21 +24,24 @@ from ..language_model import LanguageModel
 from . import alternatives, baselines, directions
 from .answers import Answer, answer_all
 from .facts import environment, run_facts
-from .interventions import UNSTEERED, Interventions, Method, Setting
+from .interventions import UNSTEERED, Interventions, Method, Variant
 from .judge import judge
 from .likelihood import divergences, perplexities, perplexity, windows_of
 from .metrics import KINDS, accuracy, kind_of, mean, ngram_quality, share
 from .multiple_choice import by_likelihood, by_subject, generation_prompts, likelihood_prompts, parse_letter
-from .plan import Plan
 from .store import Store
+from .suite import Suite
 
 PIECE = 64  # texts, windows or questions of one piece of work
+
+# The name and the keywords before 0.2.
+Plan = renamed(exam="multiple_choice", exam_tokens="choice_tokens", rows="batch")(Suite)
 
 Say = Callable[[str], None]
 
 
 class Evaluation:
-    """Runs a plan with one circuit on one model.
+    """Runs a suite with one circuit on one model.
 
     Whatever can be wrong with the input shows while this is made; ``run`` then does the long work.
 
@@ -47,31 +51,31 @@ class Evaluation:
     """
 
     def __init__(
-        self, model: LanguageModel, circuit: Circuit, plan: Plan, store: Store, say: Say = lambda text: None
+        self, model: LanguageModel, circuit: Circuit, suite: Suite, store: Store, say: Say = lambda text: None
     ) -> None:
-        self.model, self.circuit, self.plan, self.store, self.say = model, circuit, plan, store, say
+        self.model, self.circuit, self.suite, self.store, self.say = model, circuit, suite, store, say
         self.results: dict = {"facts": store.facts, "environment": environment(model), "chosen": {}, "notes": []}
         self.samples: list[dict] = []
-        self._refuses = next(iter(plan.refusals.values()))
+        self._refuses = next(iter(suite.refusals.values()))
         self._prompts = {
-            name: model.encode(prompts, chat=plan.chat)
+            name: model.encode(prompts, chat=suite.chat)
             for name in ("harmful", "benign", "positive", "negative")
-            if (prompts := getattr(plan, name)) is not None
+            if (prompts := getattr(suite, name)) is not None
         }
         self._texts = []
-        if plan.neutral is not None:
-            self._texts = model.encode(plan.neutral, chat=False)
+        if suite.neutral is not None:
+            self._texts = model.encode(suite.neutral, chat=False)
         for prompt in (*(p for prompts in self._prompts.values() for p in prompts), *self._texts):
             check_length(prompt, model.config.context_length)
         self._note_shared()
-        self._windows = [] if plan.text is None else windows_of(model, plan.text)
-        if plan.text is not None and not self._windows:
+        self._windows = [] if suite.text is None else windows_of(model, suite.text)
+        if suite.text is not None and not self._windows:
             raise InputError("text", "holds no token to predict")
         self._choices, self._questions = [], []
-        if plan.exam is not None:
-            self._choices = likelihood_prompts(model, plan.exam, shots=plan.shots)
+        if suite.multiple_choice is not None:
+            self._choices = likelihood_prompts(model, suite.multiple_choice, shots=suite.shots)
             self._questions = generation_prompts(
-                model, plan.exam, shots=plan.shots, room=plan.exam_tokens, chat=plan.chat
+                model, suite.multiple_choice, shots=suite.shots, room=suite.choice_tokens, chat=suite.chat
             )
             self._note_shots()
         self._discovery: baselines.Discovery | None = None
@@ -80,11 +84,11 @@ class Evaluation:
             sides = baselines.Sides.split(self._prompts["positive"], self._prompts["negative"])
             self._discovery = baselines.Discovery.of(model, sides, self._universal())
         self._ranked: dict[str, Tensor] = {}
-        for name in alternatives.SCORES if plan.alternatives or plan.curves else ():
+        for name in alternatives.SCORES if suite.alternatives or suite.curves else ():
             with self._or_note(name):
                 self._ranked |= baselines.rankings(model, self._found(), (name,))
-        self.methods = [method for name in plan.methods for method in self._methods(name)]
-        self.methods += [Method(name, f"{other.k} neurons", other) for name, other in plan.others.items()]
+        self.methods = [method for name in suite.methods for method in self._methods(name)]
+        self.methods += [Method(name, f"{other.k} neurons", other) for name, other in suite.others.items()]
 
     @contextmanager
     def _or_note(self, name: str):
@@ -100,35 +104,35 @@ class Evaluation:
 
     def _note_shared(self):
         """Discovery prompts that are also reported on make everything chosen on them look better than it is."""
-        sides = {text for name in ("positive", "negative") for text in getattr(self.plan, name) or ()}
+        sides = {text for name in ("positive", "negative") for text in getattr(self.suite, name) or ()}
         texts = {text for text, _ in sides}
         for name in ("harmful", "benign"):
-            n = sum(text in texts for text, _ in getattr(self.plan, name) or ())
+            n = sum(text in texts for text, _ in getattr(self.suite, name) or ())
             if n:
                 self._note(f"{n} of the {name} prompts are discovery prompts, too")
 
     def _note_shots(self):
         for way, asked in (("likelihood", self._choices), ("generated", self._questions)):
             used = [one.shots for one in asked]
-            if min(used) < self.plan.shots:
-                what = f"{min(used)} to {max(used)} examples in front instead of {self.plan.shots}"
+            if min(used) < self.suite.shots:
+                what = f"{min(used)} to {max(used)} examples in front instead of {self.suite.shots}"
                 self._note(f"multiple choice, {way}: {what}; there are no more, or there is no room")
 
     def run(self) -> dict:
         """Do everything, or what is left of it; return ``results``."""
-        started, plan = time.perf_counter(), self.plan
-        settings = [UNSTEERED]
-        settings += [Setting(method, m) for method in self.methods for m in plan.multipliers if m != 1]
-        interventions = Interventions(self.model, settings)
+        started, suite = time.perf_counter(), self.suite
+        variants = [UNSTEERED]
+        variants += [Variant(method, m) for method in self.methods for m in suite.multipliers if m != 1]
+        interventions = Interventions(self.model, variants)
         rows = [
             {
-                "method": "unsteered" if setting.method is None else setting.method.name,
-                "multiplier": setting.multiplier,
-                "strength": None if setting.method is None else setting.method.strength(setting.multiplier),
+                "method": "unsteered" if variant.method is None else variant.method.name,
+                "multiplier": variant.multiplier,
+                "strength": None if variant.method is None else variant.method.strength(variant.multiplier),
             }
-            for setting in settings
+            for variant in variants
         ]
-        for part in (self._answers, self._divergences, self._perplexities, self._exam):
+        for part in (self._answers, self._divergences, self._perplexities, self._multiple_choice):
             for row, figures in zip(rows, part(interventions) or [{}] * len(rows), strict=True):
                 row |= figures
         self._judge(rows)
@@ -144,21 +148,21 @@ class Evaluation:
         if self._ranked:
             self.say("other ways to choose neurons")
             self.results["alternatives"] = alternatives.alternatives(
-                self.model, self.circuit, self._ranked, self._found(), self._prompts, curves=plan.curves,
-                is_refusal=self._refuses, max_new_tokens=plan.max_new_tokens, rows=plan.rows, store=self.store,
+                self.model, self.circuit, self._ranked, self._found(), self._prompts, curves=suite.curves,
+                is_refusal=self._refuses, max_new_tokens=suite.max_new_tokens, batch=suite.batch, store=self.store,
             )  # fmt: skip
         self.results["environment"]["seconds"] = round(time.perf_counter() - started, 1)
         return self.results
 
     def _methods(self, name: str) -> list[Method]:
-        """A method of the plan by its name, with all that it needs found and chosen."""
-        model, plan, circuit = self.model, self.plan, self.circuit
+        """A method of the suite by its name, with all that it needs found and chosen."""
+        model, suite, circuit = self.model, self.suite, self.circuit
         if name == "circuit":
             return [Method(name, f"{circuit.k} neurons by {circuit.score or 'an unknown score'}", circuit)]
         if name == "random":
             about = "as many random neurons of the same layers"
             try:
-                draws = [circuit.random_like(draw) for draw in range(plan.random_draws)]
+                draws = [circuit.random_like(draw) for draw in range(suite.random_draws)]
             except ValueError as error:
                 raise InputError("methods", error) from None
             return [Method(f"random {number}", about, draw) for number, draw in enumerate(draws, 1)]
@@ -171,8 +175,8 @@ class Evaluation:
         if name == "caa-released":
             about = "mean difference of every layer's MLP output, added with sign +1 as published"
             return [Method(name, about, directions.caa_as_released(found.difference), 1)]
-        if name == "sae" and plan.sae is not None:
-            path, feature, layer = plan.sae
+        if name == "sae" and suite.sae is not None:
+            path, feature, layer = suite.sae
             if not 0 <= layer < model.config.num_hidden_layers:
                 raise InputError("sae layer", f"expected 0 to {model.config.num_hidden_layers - 1}, got {layer}")
             row = directions.read_decoder_row(path, feature, model.config.hidden_size)
@@ -184,12 +188,12 @@ class Evaluation:
                 return [method]
             return []
         method, self.results["chosen"][name] = baselines.best_direction(
-            model, name, found, self._refuses, plan.rows, self.store
+            model, name, found, self._refuses, suite.batch, self.store
         )
         return [method]
 
     def _found(self) -> baselines.Discovery:
-        assert self._discovery is not None, "Plan asks for positive and negative prompts where this is needed"
+        assert self._discovery is not None, "Suite asks for positive and negative prompts where this is needed"
         return self._discovery
 
     def _universal(self) -> Tensor:
@@ -202,16 +206,16 @@ class Evaluation:
         return excluded
 
     def _write(self, interventions: Interventions, prompts, max_new_tokens: int, name: str) -> list[list[Answer]]:
-        """The answers of every setting to all prompts."""
+        """The answers of every variant to all prompts."""
         found = answer_all(
-            self.model, interventions, range(len(interventions.settings)), prompts, max_new_tokens=max_new_tokens,
-            rows=self.plan.rows, store=self.store, name=name, progress=lambda n, of: self.say(f"{n} of {of} {name}"),
+            self.model, interventions, range(len(interventions.variants)), prompts, max_new_tokens=max_new_tokens,
+            batch=self.suite.batch, store=self.store, name=name, progress=lambda n, of: self.say(f"{n} of {of} {name}"),
         )  # fmt: skip
         return list(found.values())
 
     def _in_pieces(self, name: str, interventions: Interventions, items: Sequence, work: Callable) -> list[list]:
-        """What ``work(piece, settings)`` gives for every setting, {setting: list}, PIECE items after the other."""
-        numbers = range(len(interventions.settings))
+        """What ``work(piece, variants)`` gives for every variant, {variant: list}, PIECE items after the other."""
+        numbers = range(len(interventions.variants))
         found: list[list] = [[] for _ in numbers]
 
         def of_all(piece: Sequence) -> list:
@@ -230,35 +234,35 @@ class Evaluation:
         if not sets:
             return None
         every = [prompt for prompts in sets.values() for prompt in prompts]
-        found = self._write(interventions, every, self.plan.max_new_tokens, "answers")
+        found = self._write(interventions, every, self.suite.max_new_tokens, "answers")
         figures: list[dict] = [{} for _ in found]
         start = 0
         for name, prompts in sets.items():
             here = slice(start, start + len(prompts))
-            for setting, answers, mine in zip(interventions.settings, found, figures, strict=True):
+            for variant, answers, mine in zip(interventions.variants, found, figures, strict=True):
                 mine[name] = self._figures(answers[here], found[0][here])
-                self._keep_samples(name, setting, answers[here])
+                self._keep_samples(name, variant, answers[here])
             start += len(prompts)
         return figures
 
-    def _keep_samples(self, name: str, setting: Setting, answers: Sequence[Answer]):
-        for prompt, answer in zip(getattr(self.plan, name).texts, answers, strict=True):
+    def _keep_samples(self, name: str, variant: Variant, answers: Sequence[Answer]):
+        for prompt, answer in zip(getattr(self.suite, name).texts, answers, strict=True):
             self.samples.append({
-                "set": name, "prompt": prompt, "setting": answer.setting,
-                "method": "unsteered" if setting.method is None else setting.method.name,
-                "multiplier": setting.multiplier, "answer": answer.text, "tokens": len(answer.tokens),
+                "set": name, "prompt": prompt, "variant": answer.variant,
+                "method": "unsteered" if variant.method is None else variant.method.name,
+                "multiplier": variant.multiplier, "answer": answer.text, "tokens": len(answer.tokens),
                 "kind": kind_of(answer.text, answer.tokens, self._refuses),
-                "refusal": {key: refuses(answer.text) for key, refuses in self.plan.refusals.items()},
+                "refusal": {key: refuses(answer.text) for key, refuses in self.suite.refusals.items()},
             })  # fmt: skip
 
     def _figures(self, answers: Sequence[Answer], plain: Sequence[Answer]) -> dict:
-        """The figures of one setting on one set."""
+        """The figures of one variant on one set."""
         n = len(answers)
         kinds = Counter(kind_of(a.text, a.tokens, self._refuses) for a in answers)
         return {
             "refusal": {
                 name: share(sum(refuses(answer.text) for answer in answers), n)
-                for name, refuses in self.plan.refusals.items()
+                for name, refuses in self.suite.refusals.items()
             },
             "kinds": {kind: kinds[kind] for kind in KINDS},
             "answered": share(kinds["answer"], n),
@@ -287,19 +291,19 @@ class Evaluation:
         found = self._in_pieces("perplexity", interventions, self._windows, work)
         return [{"perplexity": perplexity(losses)} for losses in found]
 
-    def _exam(self, interventions) -> list[dict] | None:
-        plan = self.plan
-        if plan.exam is None:
+    def _multiple_choice(self, interventions) -> list[dict] | None:
+        suite = self.suite
+        if suite.multiple_choice is None:
             return None
-        questions = plan.exam.questions
+        questions = suite.multiple_choice.questions
 
         def work(asked, numbers):
             return by_likelihood(self.model, interventions, numbers, asked)
 
-        likely = self._in_pieces("exam-likelihood", interventions, self._choices, work)
+        likely = self._in_pieces("choice-likelihood", interventions, self._choices, work)
         figures = []
         prompts = [TokenPrompt(asked.rows[0], asked.question.place) for asked in self._questions]
-        answers = self._write(interventions, prompts, plan.exam_tokens, "exam-answers")
+        answers = self._write(interventions, prompts, suite.choice_tokens, "choice-answers")
         for letters, written in zip(likely, answers, strict=True):
             said = [parse_letter(a.text, len(q.choices)) for a, q in zip(written, questions, strict=True)]
             right = {
@@ -321,17 +325,17 @@ class Evaluation:
         return figures
 
     def _judge(self, rows: list[dict]):
-        if self.plan.judge_command is None or not self.samples:
+        if self.suite.judge_command is None or not self.samples:
             return
         self.say("judge")
-        self.results["judge_command"] = self.plan.judge_command
+        self.results["judge_command"] = self.suite.judge_command
         items = [{name: sample[name] for name in ("set", "prompt", "answer")} for sample in self.samples]
-        command = self.plan.judge_command
+        command = self.suite.judge_command
         scores = self.store.get(f"judge-{sha256(command)[:16]}", lambda: judge(command, items))
         by_set: dict[tuple[int, str], list[float]] = {}
         for sample, score in zip(self.samples, scores, strict=True):
             sample["judge"] = score
-            by_set.setdefault((sample["setting"], sample["set"]), []).append(score)
+            by_set.setdefault((sample["variant"], sample["set"]), []).append(score)
         for (number, name), values in by_set.items():
             rows[number][name]["judge"] = mean(values)
 
@@ -346,18 +350,18 @@ def _rank_curve(score: Tensor, points: int = 200) -> list[list]:
 def evaluate(
     model: LanguageModel,
     circuit: Circuit,
-    plan: Plan,
+    suite: Suite,
     *,
     out: FilePath | None = None,
     say: Say = lambda text: None,
 ) -> dict:
-    """Run a plan; with ``out`` into a directory that holds finished parts, results.json and samples.jsonl.
+    """Run a suite; with ``out`` into a directory that holds finished parts, results.json and samples.jsonl.
 
     Raises:
-        InputError: a file, prompt or setting cannot be used; names it. Finished parts stay.
+        InputError: a file, prompt or variant cannot be used; names it. Finished parts stay.
     """
-    with Store(out, run_facts(model, circuit, plan)) as store:
-        evaluation = Evaluation(model, circuit, plan, store, say)
+    with Store(out, run_facts(model, circuit, suite)) as store:
+        evaluation = Evaluation(model, circuit, suite, store, say)
         results = evaluation.run()
         if out is not None:
             lines = (json.dumps(sample, ensure_ascii=False) + "\n" for sample in evaluation.samples)

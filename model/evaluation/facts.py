@@ -13,7 +13,7 @@ from cna_kernels.files import sha256
 
 from ..language_model import LanguageModel
 from . import directions
-from .plan import Plan
+from .suite import Suite
 
 
 def environment(model: LanguageModel) -> dict:
@@ -28,11 +28,11 @@ def environment(model: LanguageModel) -> dict:
     }
 
 
-def run_facts(model: LanguageModel, circuit: Circuit, plan: Plan) -> dict:
+def run_facts(model: LanguageModel, circuit: Circuit, suite: Suite) -> dict:
     """What an evaluation depends on: the store's manifest."""
     feature = None
-    if plan.sae is not None:
-        row = directions.read_decoder_row(*plan.sae[:2], model.config.hidden_size)
+    if suite.sae is not None:
+        row = directions.read_decoder_row(*suite.sae[:2], model.config.hidden_size)
         feature = sha256(row.numpy().tobytes())
     return {
         "model": model.identity()
@@ -40,7 +40,7 @@ def run_facts(model: LanguageModel, circuit: Circuit, plan: Plan) -> dict:
         "device": model.device.type,
         "dtype": str(model.transformer.dtype).removeprefix("torch."),
         "circuit_sha256": sha256(circuit.to_json()),
-        "plan": plan.facts(),
+        "suite": suite.facts(),
         "sae_row_sha256": feature,
         "versions": {"cna_kernels": cna_kernels.__version__, "torch": torch.__version__},
     }

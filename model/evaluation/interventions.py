@@ -13,7 +13,7 @@ from cna_kernels.circuit import Circuit
 from cna_kernels.steering import SteeringTable
 
 from ..language_model import LanguageModel
-from ..transformer import Steer
+from ..transformer import Steering
 from .directions import Direction, DirectionTable
 
 
@@ -39,7 +39,7 @@ class Method:
 
 
 @dataclass(frozen=True)
-class Setting:
+class Variant:
     """A method at a multiplier; no method is the model as it is."""
 
     method: Method | None = None
@@ -55,27 +55,27 @@ class Setting:
         return 1.0 if self.method is None else self.method.strength(self.multiplier)
 
 
-UNSTEERED = Setting()
+UNSTEERED = Variant()
 
 
 class Interventions:
-    """Many settings on the device at once; ``steer`` gives each row of a batch its own."""
+    """Many variants on the device at once; ``steer`` gives each row of a batch its own."""
 
-    def __init__(self, model: LanguageModel, settings: Sequence[Setting]):
-        self.settings = list(settings)
+    def __init__(self, model: LanguageModel, variants: Sequence[Variant]):
+        self.variants = list(variants)
         shape = model.config.num_hidden_layers, model.config.intermediate_size
         circuits: list[tuple[Circuit, float]] = []
         directions: list[tuple[Direction, float]] = []
-        self._row_circuit: list[int] = []  # of each setting
+        self._row_circuit: list[int] = []  # of each variant
         self._row_direction: list[int] = []
-        for setting in self.settings:
-            by = None if setting.method is None else setting.method.by
+        for variant in self.variants:
+            by = None if variant.method is None else variant.method.by
             self._row_circuit.append(len(circuits) if isinstance(by, Circuit) else -1)
             self._row_direction.append(len(directions) if isinstance(by, Direction) else -1)
             if isinstance(by, Circuit):
-                circuits.append((by, setting.strength))
+                circuits.append((by, variant.strength))
             elif by is not None:
-                directions.append((by, setting.strength))
+                directions.append((by, variant.strength))
         self._table: SteeringTable | None = None
         self._directions: DirectionTable | None = None
         if circuits:
@@ -86,16 +86,16 @@ class Interventions:
             n_hidden = model.config.hidden_size
             self._directions = DirectionTable(vectors, strengths, shape[0], n_hidden, model.device)
 
-    def steer(self, rows: Sequence[int]) -> Steer | None:
-        """What steers a batch whose row b uses setting ``rows[b]``."""
+    def steer(self, rows: Sequence[int]) -> Steering | None:
+        """What steers a batch whose row b uses variant ``rows[b]``."""
         circuits = [self._row_circuit[row] for row in rows]
         chosen = [self._row_direction[row] for row in rows]
         table = self._table if max(circuits, default=-1) >= 0 else None
         directions = self._directions if max(chosen, default=-1) >= 0 else None
         if table is None and directions is None:
             return None
-        return Steer(
+        return Steering(
             table,
-            None if table is None else table.rows(circuits),
-            None if directions is None else directions.rows(chosen),
+            None if table is None else table.row_circuit(circuits),
+            None if directions is None else directions.row_direction(chosen),
         )

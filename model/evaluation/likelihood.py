@@ -27,19 +27,19 @@ def each_logits(
     """Yield the logits of every row in turn, fp32 ``[S, V]``, or ``[1, V]`` at its last token.
 
     Args:
-        rows: a setting's number and the ids.
+        rows: a variant's number and the ids.
 
     Raises:
-        InputError: a logit is not finite; names the setting.
+        InputError: a logit is not finite; names the variant.
     """
 
     def run(chunk):
         return _logits(model, interventions, chunk, last)
 
     for chunk in _chunks(rows, NUMBERS // model.config.vocab_size, TOKENS[model.device.type == "cuda"], last):
-        for (setting, _), logits in zip(chunk, in_halves(run, chunk, model.device), strict=True):
+        for (variant, _), logits in zip(chunk, in_halves(run, chunk, model.device), strict=True):
             if not torch.isfinite(logits).all():
-                name = interventions.settings[setting].name
+                name = interventions.variants[variant].name
                 raise InputError(name, "the logits are not finite; is the multiplier too large?")
             yield logits
 
@@ -48,7 +48,7 @@ def _logits(model, interventions, chunk, last) -> list[Tensor]:
     """The logits of each row of a chunk, in one batch."""
     input_ids, lengths = pad([ids for _, ids in chunk], model.device)
     with torch.inference_mode():
-        steer = interventions.steer([setting for setting, _ in chunk])
+        steer = interventions.steer([variant for variant, _ in chunk])
         hidden = model.transformer.hidden(input_ids, lengths=lengths, steer=steer)  # [B, S, H]
         if last:
             hidden = hidden[torch.arange(len(chunk), device=model.device), lengths - 1][:, None]
@@ -73,39 +73,39 @@ def _chunks(rows, most_logits: int, most_tokens: int, last: bool) -> Iterator[li
 
 
 def divergences(
-    model: LanguageModel, interventions: Interventions, settings: Sequence[int], texts: Sequence[list[int]]
+    model: LanguageModel, interventions: Interventions, variants: Sequence[int], texts: Sequence[list[int]]
 ) -> dict[int, list[float]]:
-    """Return KL(unsteered || setting) of the next token, in nats, the mean over the tokens of each text.
+    """Return KL(unsteered || variant) of the next token, in nats, the mean over the tokens of each text.
 
     Args:
-        settings: numbers in ``interventions``; the unsteered model is setting 0.
+        variants: numbers in ``interventions``; the unsteered model is variant 0.
     """
-    steered = [setting for setting in settings if setting != 0]
-    rows = [(setting, ids) for ids in texts for setting in (0, *steered)]
-    found: dict[int, list[float]] = {setting: [] for setting in settings}
+    steered = [variant for variant in variants if variant != 0]
+    rows = [(variant, ids) for ids in texts for variant in (0, *steered)]
+    found: dict[int, list[float]] = {variant: [] for variant in variants}
     plain = torch.empty(0)
-    for (setting, _), logits in zip(rows, each_logits(model, interventions, rows), strict=True):
+    for (variant, _), logits in zip(rows, each_logits(model, interventions, rows), strict=True):
         log_p = logits.log_softmax(-1)
-        if setting == 0:
+        if variant == 0:
             plain = log_p
             continue
         kl = F.kl_div(log_p, plain, log_target=True, reduction="none").sum(-1)  # [S]
-        found[setting].append(max(kl.cpu().double().mean().item(), 0.0))
+        found[variant].append(max(kl.cpu().double().mean().item(), 0.0))
     if 0 in found:
         found[0] = [0.0] * len(texts)
     return found
 
 
 def perplexities(
-    model: LanguageModel, interventions: Interventions, settings: Sequence[int], windows: Sequence[list[int]]
+    model: LanguageModel, interventions: Interventions, variants: Sequence[int], windows: Sequence[list[int]]
 ) -> dict[int, list[tuple[float, int]]]:
     """Return the negative log likelihood, in nats, of each window's tokens after its first, and their number."""
-    rows = [(setting, ids) for ids in windows for setting in settings]
-    found: dict[int, list[tuple[float, int]]] = {setting: [] for setting in settings}
-    for (setting, ids), logits in zip(rows, each_logits(model, interventions, rows), strict=True):
+    rows = [(variant, ids) for ids in windows for variant in variants]
+    found: dict[int, list[tuple[float, int]]] = {variant: [] for variant in variants}
+    for (variant, ids), logits in zip(rows, each_logits(model, interventions, rows), strict=True):
         target = torch.tensor(ids[1:], device=logits.device)
         loss = F.cross_entropy(logits[:-1], target, reduction="none").cpu().double().sum().item()
-        found[setting].append((loss, len(ids) - 1))
+        found[variant].append((loss, len(ids) - 1))
     return found
 
 

@@ -21,7 +21,7 @@ from ..cli.arguments import load_circuit
 from ..discovery.packing import TokenPrompt
 from ..generate import Sampling, generate
 from ..language_model import load
-from .interventions import UNSTEERED, Interventions, Method, Setting
+from .interventions import UNSTEERED, Interventions, Method, Variant
 from .likelihood import each_logits
 
 NAME = "cna"
@@ -57,11 +57,11 @@ class CnaLM(TemplateLM):
             raise InputError(f"model_args: {next(iter(unknown))}", "is no argument of the model type cna")
         device = device or ("cuda" if torch.cuda.is_available() else "cpu")
         self.model = load(pretrained, device=device, dtype=dtype)
-        setting = UNSTEERED
+        variant = UNSTEERED
         if circuit is not None:
             loaded = load_circuit(circuit, self.model, any_model=any_model)
-            setting = Setting(Method("circuit", "", loaded), float(multiplier))
-        self.interventions = Interventions(self.model, [setting])
+            variant = Variant(Method("circuit", "", loaded), float(multiplier))
+        self.interventions = Interventions(self.model, [variant])
         asked = str(batch_size or "")
         self.batch = int(asked) if asked.isdecimal() else 16
         self._device = self.model.device

@@ -47,7 +47,7 @@ class Question:
 
 
 @dataclass(frozen=True)
-class Exam:
+class MultipleChoice:
     """Questions with the examples that stand in front of them.
 
     Attributes:
@@ -82,9 +82,9 @@ def _asked(question: Question) -> str:
     return f"{question.text}{choices}\nAnswer:"
 
 
-def read_exam(
+def read_multiple_choice(
     path, *, subjects: Sequence[str] | None = None, limit: int | None = None, seed: int = 0, shots: int = 5
-) -> Exam:
+) -> MultipleChoice:
     """Read a file, or a directory of files, of questions.
 
     Args:
@@ -122,7 +122,9 @@ def read_exam(
         chosen = sorted(random.Random(seed).sample(range(len(questions)), limit))
         questions = [questions[number] for number in chosen]
     drawn = {"subjects": sorted(subjects or ()), "limit": limit, "seed": seed}
-    return Exam(tuple(questions), {subject: tuple(found[:shots]) for subject, found in examples.items()}, drawn)
+    return MultipleChoice(
+        tuple(questions), {subject: tuple(found[:shots]) for subject, found in examples.items()}, drawn
+    )
 
 
 def _files(path: Path, where) -> dict[str, list[Path]]:
@@ -242,62 +244,66 @@ class Asked:
     shots: int
 
 
-def likelihood_prompts(model: LanguageModel, exam: Exam, *, shots: int) -> list[Asked]:
+def likelihood_prompts(model: LanguageModel, questions: MultipleChoice, *, shots: int) -> list[Asked]:
     """The questions with each letter after "Answer:", plain text as published."""
 
     def encode(question: Question, n: int) -> list[list[int]]:
-        text = exam.prompt(question, n)
+        text = questions.prompt(question, n)
         return [model.tokenizer.encode(f"{text} {letter}") for letter in LETTERS[: len(question.choices)]]
 
-    return [_fit(encode, question, shots, model.config.context_length, exam) for question in exam.questions]
+    return [_fit(encode, question, shots, model.config.context_length, questions) for question in questions.questions]
 
 
-def generation_prompts(model: LanguageModel, exam: Exam, *, shots: int, room: int, chat: bool | None) -> list[Asked]:
+def generation_prompts(
+    model: LanguageModel, questions: MultipleChoice, *, shots: int, room: int, chat: bool | None
+) -> list[Asked]:
     """The questions as a user's messages, for answers of ``room`` tokens in the model's own words."""
 
     def encode(question: Question, n: int) -> list[list[int]]:
         letters = LETTERS[: len(question.choices)]
-        text = exam.prompt(question, n)
+        text = questions.prompt(question, n)
         if model.uses_chat(chat):
             wish = f"Answer with one letter: {', '.join(letters[:-1])} or {letters[-1]}."
             text = text.removesuffix("Answer:") + wish
         return [prompt.ids for prompt in model.encode(PromptSet((text,), (question.place,)), chat=chat)]
 
-    return [_fit(encode, question, shots, model.config.context_length - room, exam) for question in exam.questions]
+    return [
+        _fit(encode, question, shots, model.config.context_length - room, questions) for question in questions.questions
+    ]
 
 
 def by_likelihood(
-    model: LanguageModel, interventions: Interventions, settings: Sequence[int], asked: Sequence[Asked]
+    model: LanguageModel, interventions: Interventions, variants: Sequence[int], asked: Sequence[Asked]
 ) -> dict[int, list[int]]:
-    """Return the choice whose letter each setting finds likeliest. Of several tokens log probabilities are added.
+    """Return the choice whose letter each variant finds likeliest. Of several tokens log probabilities are added.
 
     Args:
         asked: see :func:`likelihood_prompts`.
     """
-    rows, owners = [], []  # what to run; the setting, the question, and the choice or None for all of them
+    rows, owners = [], []  # what to run; the variant, the question, and the choice or None for all of them
     endings: list[list[list[int]]] = []
     for number, one in enumerate(asked):
         shared = _common(one.rows)
         endings.append([ids[shared:] for ids in one.rows])
         alone = all(len(ids) == shared + 1 for ids in one.rows)
-        for setting in settings:
+        for variant in variants:
             for choice, ids in [(None, one.rows[0][:shared])] if alone else enumerate(ids[:-1] for ids in one.rows):
-                rows.append((setting, ids))
-                owners.append((setting, number, choice))
-    scores = {setting: [[0.0] * len(one.rows) for one in asked] for setting in settings}
+                rows.append((variant, ids))
+                owners.append((variant, number, choice))
+    scores = {variant: [[0.0] * len(one.rows) for one in asked] for variant in variants}
     for last in (True, False):
         chosen = [place for place, (*_, choice) in enumerate(owners) if (choice is None) == last]
         found = each_logits(model, interventions, [rows[place] for place in chosen], last=last)
         for place, logits in zip(chosen, found, strict=True):
-            setting, number, choice = owners[place]
+            variant, number, choice = owners[place]
             log_p = logits.log_softmax(-1)
             if choice is None:
-                scores[setting][number] = [log_p[0, ending[0]].item() for ending in endings[number]]
+                scores[variant][number] = [log_p[0, ending[0]].item() for ending in endings[number]]
                 continue
             tokens = endings[number][choice]
             rest = log_p[len(log_p) - len(tokens) :]
-            scores[setting][number][choice] = sum(rest[step, token].item() for step, token in enumerate(tokens))
-    return {setting: [_most_likely(row) for row in found] for setting, found in scores.items()}
+            scores[variant][number][choice] = sum(rest[step, token].item() for step, token in enumerate(tokens))
+    return {variant: [_most_likely(row) for row in found] for variant, found in scores.items()}
 
 
 def by_subject(questions: Sequence[Question]) -> dict[str, list[int]]:
@@ -328,9 +334,9 @@ def parse_letter(answer: str, n_choices: int) -> int | None:
     return None
 
 
-def _fit(encode: Callable, question: Question, shots: int, room: int, exam: Exam) -> Asked:
+def _fit(encode: Callable, question: Question, shots: int, room: int, questions: MultipleChoice) -> Asked:
     """``encode(question, n)`` with the most examples, at most ``shots``, that leave it short enough for the model."""
-    for n in range(min(shots, len(exam.examples.get(question.subject, ()))), -1, -1):
+    for n in range(min(shots, len(questions.examples.get(question.subject, ()))), -1, -1):
         rows = encode(question, n)
         if max(map(len, rows)) <= room:
             return Asked(question, rows, n)

@@ -19,7 +19,7 @@ from cna_kernels.errors import InputError
 
 from ..discovery.packing import TokenPrompt
 from ..generate import pad
-from ..transformer import MLP, Edit, RMSNorm, Steer, Transformer
+from ..transformer import MLP, Edit, RMSNorm, Steering, Transformer
 
 BATCH = 16  # prompts whose activations are kept at once
 
@@ -92,7 +92,7 @@ def relevance(
     for start in range(0, len(ordered), batch):
         input_ids, lengths = pad([prompt.ids for prompt in ordered[start : start + batch]], device)
         with torch.enable_grad():
-            hidden = twin.hidden(input_ids, lengths=lengths, steer=Steer(None, None, _Start()))
+            hidden = twin.hidden(input_ids, lengths=lengths, steer=Steering(None, None, _Start()))
             logits = twin.logits(hidden[torch.arange(len(lengths), device=device), lengths - 1]).float()
             metric = logits[:, wanted].logsumexp(-1) - logits[:, against].logsumexp(-1)
             metric.sum().backward()

@@ -161,8 +161,8 @@ def to_markdown(results: dict, pictures: list[str]) -> str:
     lines = ["# Evaluation of a circuit", ""]
     lines += [f"Model {facts['model']['name']}, {facts['dtype']}. Circuit: {results['circuit']['k']} neurons by "
               f"{results['circuit']['score'] or 'an unknown score'}. Greedy decoding, at most "
-              f"{facts['plan']['max_new_tokens']} new tokens."]  # fmt: skip
-    counts = ", ".join(f"{found['count']} {name}" for name, found in facts["plan"]["prompts"].items())
+              f"{facts['suite']['max_new_tokens']} new tokens."]  # fmt: skip
+    counts = ", ".join(f"{found['count']} {name}" for name, found in facts["suite"]["prompts"].items())
     lines += ["", f"Prompts: {counts or 'none'}.", ""]
     for title, columns in tables(results):
         lines += [f"## {title}", "", *markdown(table_rows(results, columns)), ""]

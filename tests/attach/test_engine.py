@@ -244,14 +244,14 @@ def test_compiled_sums(name):
     """Passes with sums and without are two graphs, each compiled once."""
     model, ids = make(name), ids_of(3, 9)
     engine = quietly(model)
-    weight = torch.rand(3, 2)
-    with engine.collect(weight, squares=True) as expected:
+    token_weight = torch.rand(3, 2)
+    with engine.collect(token_weight, squares=True) as expected:
         logits(model, ids)
     torch._dynamo.reset()
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
     for round in range(3):
         with torch.compiler.set_stance("default" if round == 0 else "fail_on_recompile"):
-            with engine.collect(weight, squares=True) as sums:
+            with engine.collect(token_weight, squares=True) as sums:
                 logits(compiled, ids)
             logits(compiled, ids)
         assert expected.total.abs().max() > 0.1
@@ -362,23 +362,23 @@ def test_sums_are_what_hooks_collect(name, side, backend):
     places = torch.arange(9)
     mask = (places < lengths[:, None] if side == "right" else places >= 9 - lengths[:, None]).long()
     acts = last_token_acts(model, ids, mask)
-    weight = torch.tensor([[1.0, 0], [0.5, 0], [0, 2], [1, 1]])
+    token_weight = torch.tensor([[1.0, 0], [0.5, 0], [0, 2], [1, 1]])
     engine = quietly(model, backend=backend)
-    with engine.collect(weight) as sums:
+    with engine.collect(token_weight) as sums:
         logits(model, ids, attention_mask=mask)
-    expected = torch.einsum("bc,bln->lcn", weight, acts).double()
+    expected = torch.einsum("bc,bln->lcn", token_weight, acts).double()
     assert (sums.total - expected).abs().max() <= 1e-5 * expected.abs().max()
-    assert torch.equal(sums.count, weight.sum(0).double())
-    with engine.collect(weight, sums):  # more of the same
+    assert torch.equal(sums.count, token_weight.sum(0).double())
+    with engine.collect(token_weight, sums):  # more of the same
         logits(model, ids, attention_mask=mask)
     assert (sums.total - 2 * expected).abs().max() <= 2e-5 * expected.abs().max()
-    assert torch.equal(sums.count, 2 * weight.sum(0).double())
+    assert torch.equal(sums.count, 2 * token_weight.sum(0).double())
 
 
 def test_sums_of_experts_by_token():
     """Each expert's neurons get what its tokens gave, by a plain loop over the experts."""
     model, ids = make("qwen3-moe"), ids_of(2, 7)
-    weight, found = torch.rand(2, 7, 3), []
+    token_weight, found = torch.rand(2, 7, 3), []
 
     def note(module, arguments):
         x, index, _ = arguments
@@ -387,7 +387,7 @@ def test_sums_of_experts_by_token():
             for expert in chosen:
                 gate, up = (module.gate_up_proj[expert] @ x[token]).chunk(2)
                 acts[token, expert] = nn.functional.silu(gate) * up
-        found.append(weight.flatten(0, 1).T @ acts.flatten(1))
+        found.append(token_weight.flatten(0, 1).T @ acts.flatten(1))
 
     handles = [layer.mlp.experts.register_forward_pre_hook(note) for layer in model.model.layers]
     logits(model, ids)
@@ -395,7 +395,7 @@ def test_sums_of_experts_by_token():
         handle.remove()
     engine = attach(model)
     assert engine.n_neurons == 6 * 24 and engine.n_experts == [6] * L
-    with engine.collect(weight) as sums:
+    with engine.collect(token_weight) as sums:
         logits(model, ids)
     expected = torch.stack(found).double()
     assert (sums.total - expected).abs().max() <= 1e-5 * expected.abs().max()
@@ -562,7 +562,10 @@ def test_a_failed_pass_counts_nothing():
         raise RuntimeError("planted")
     with pytest.raises(InputError, match="no forward pass ran"), engine.collect(torch.eye(2), sums):
         pass
-    with pytest.raises(InputError, match=r"weight: expected \[2, 2\], got \[3, 2\]"), engine.collect(torch.ones(3, 2)):
+    with (
+        pytest.raises(InputError, match=r"token_weight: expected \[2, 2\], got \[3, 2\]"),
+        engine.collect(torch.ones(3, 2)),
+    ):
         logits(model, ids)
     with engine.collect(torch.eye(2)):
         logits(model, ids)

@@ -102,14 +102,14 @@ def test_masks_that_do_not_show_the_last_token():
     model, ids = make("llama"), ids_of(2, 5)
     engine = attach(model)
     mask = torch.ones(2, 1, 5, 5, dtype=torch.bool).tril()
-    refused = pytest.raises(InputError, match=r"weight: \[B, C\] needs an attention mask \[B, S\], or none")
+    refused = pytest.raises(InputError, match=r"token_weight: \[B, C\] needs an attention mask \[B, S\], or none")
     with refused, engine.collect(torch.eye(2)):
         logits(model, ids, attention_mask=mask)
     with engine.collect(torch.eye(2)) as expected:
         logits(model, ids)
-    weight = torch.zeros(2, 5, 2)
-    weight[:, -1] = torch.eye(2)
-    with engine.collect(weight) as sums:
+    token_weight = torch.zeros(2, 5, 2)
+    token_weight[:, -1] = torch.eye(2)
+    with engine.collect(token_weight) as sums:
         logits(model, ids, attention_mask=mask)
     torch.testing.assert_close(sums.total, expected.total, rtol=1e-4, atol=1e-5)
 

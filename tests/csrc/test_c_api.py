@@ -54,14 +54,14 @@ class Arguments:
         self.takes_extras = op != "linear"
 
     def _extras(self):
-        self.weight = (ctypes.c_float * (T * C))(*[1.0] * T * C)
+        self.token_weight = (ctypes.c_float * (T * C))(*[1.0] * T * C)
         self.act_sum, self.act_sumsq = ((ctypes.c_float * (C * N))(*[5.0] * C * N) for _ in range(2))
         self.row_circuit = (ctypes.c_int32 * T)(0, 1, -1, 0)
         self.offsets = (ctypes.c_int32 * (K * 2))(0, 2, 2, 3)
         self.index = (ctypes.c_int32 * 3)(1, 7, 4)
         self.value = (ctypes.c_float * 3)(0.0, 2.0, 0.5)
-        extras = library.Extras(version=1, n_columns=C, weight_stride=C, act_sum_stride=N, act_sumsq_stride=N)
-        for name in ("weight", "act_sum", "act_sumsq", "row_circuit", "offsets", "index", "value"):
+        extras = library.Extras(version=1, n_columns=C, token_weight_stride=C, act_sum_stride=N, act_sumsq_stride=N)
+        for name in ("token_weight", "act_sum", "act_sumsq", "row_circuit", "offsets", "index", "value"):
             setattr(extras, name, ctypes.addressof(getattr(self, name)))
         extras.n_circuits, extras.n_entries, extras.offsets_stride = K, 3, 2
         return extras
@@ -131,7 +131,7 @@ def test_null_pointers(op, dtype):
             arguments.refused(NULL)
     if op == "linear":
         return
-    for name in ("weight", "row_circuit", "offsets", "index", "value"):
+    for name in ("token_weight", "row_circuit", "offsets", "index", "value"):
         arguments = Arguments(op, dtype)
         setattr(arguments.extras, name, None)
         arguments.refused(NULL)
@@ -165,7 +165,7 @@ def test_sizes_and_strides(op, dtype):
         arguments = Arguments(op, dtype)
         setattr(arguments.extras, name, -1)
         arguments.refused(SIZE)
-    for name in ("weight_stride", "act_sum_stride", "act_sumsq_stride", "offsets_stride"):
+    for name in ("token_weight_stride", "act_sum_stride", "act_sumsq_stride", "offsets_stride"):
         for wrong, expected in ((0, STRIDE), (-5, STRIDE), (2**62, SIZE)):
             arguments = Arguments(op, dtype)
             setattr(arguments.extras, name, wrong)
@@ -191,7 +191,7 @@ def test_alignment_threads_and_versions(op, dtype):
         arguments = Arguments(op, dtype)
         arguments.extras.version = version
         arguments.refused(VERSION)
-    for name in ("weight", "act_sum", "act_sumsq", "row_circuit", "offsets", "index", "value"):
+    for name in ("token_weight", "act_sum", "act_sumsq", "row_circuit", "offsets", "index", "value"):
         arguments = Arguments(op, dtype)
         setattr(arguments.extras, name, getattr(arguments.extras, name) + 2)
         arguments.refused(ALIGN)

@@ -72,7 +72,7 @@ def make(*arguments):
 @pytest.fixture(params=[pytest.param(n, marks=pytest.mark.exhaustive if n == EMULATED else ()) for n in LEVELS])
 def level(request, monkeypatch):
     """Run the test with the engine at this level."""
-    monkeypatch.setenv("CNA_PLAN", "gated_mlp=engine,down_proj=engine,linear=engine")
+    monkeypatch.setenv("CNA_PLAN", "gated_mlp=csrc,down_proj=csrc,linear=csrc")
     if request.param == EMULATED:
         built = request.getfixturevalue("emulated")
         monkeypatch.setattr(library, "load", lambda: built)
@@ -138,7 +138,7 @@ def test_exact_on_small_integers(level, shape, dtype):
     def integers(low, high, part):
         return torch.randint(low, high, part.shape, generator=generator).to(part.dtype)
 
-    case.act, case.weight = integers(-2, 3, case.act), integers(0, 3, case.weight)
+    case.act, case.token_weight = integers(-2, 3, case.act), integers(0, 3, case.token_weight)
     case.w_down = integers(-1, 2, case.w_down) * (torch.rand(H, N, generator=generator) < 0.5).to(dtype)
     case.act_sum, case.act_sumsq = case.act_sum.round(), case.act_sumsq.round()
     case.scale = case.scale._replace(value=torch.tensor([0.0, 2.0, -1.0] * 4)[: len(case.scale.value)])
@@ -180,10 +180,10 @@ def test_multiplier_one_and_no_circuit_are_bit_identical(level, op, shape, dtype
 def test_zero_writes_zero_and_nothing_else_changes(level, dtype):
     case = exact_case((70, 1032, 24), dtype)
     plain = run("swiglu", case, {})
-    hit = torch.from_numpy(case.factors() != 1)
+    hit = torch.from_numpy(case.multipliers() != 1)
     for multiplier in (0.0, 2.0, -1.0, 0.3):
         case.scale.value.fill_(multiplier)
-        hit |= torch.from_numpy(case.factors() != 1)
+        hit |= torch.from_numpy(case.multipliers() != 1)
         act = run("swiglu", case, dict(scale=case.scale, row_circuit=case.row_circuit))
         assert torch.equal(act[~hit], plain[~hit])
         expected = torch.zeros_like(plain) if multiplier == 0 else (plain.float() * multiplier).to(dtype)
@@ -210,7 +210,7 @@ def test_uncounted_tokens_are_never_read(level, op, shape):
     case = exact_case(shape)
     clean, poisoned = case.extras(), case.extras()
     run(op, case, clean)
-    assert (case.weight[::3] == 0).all()
+    assert (case.token_weight[::3] == 0).all()
     for part in (case.x, case.gate, case.act):
         part[::3] = torch.nan
     run(op, case, poisoned)
@@ -279,7 +279,7 @@ def test_any_row_stride_and_nothing_written_outside(level, op, shape):
     for part in ("x", "w_gate_up", "w_down", "gate", "up", "act"):
         setattr(case, part, wider(getattr(case, part)))
     extras = case.extras()
-    extras["weight"] = wider(extras["weight"])
+    extras["token_weight"] = wider(extras["token_weight"])
     extras["act_sum"], extras["act_sumsq"] = wider(extras["act_sum"]), wider(extras["act_sumsq"])
     assert torch.equal(run(op, case, extras), expected)
     for part in ("act_sum", "act_sumsq"):

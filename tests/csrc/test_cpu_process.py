@@ -82,7 +82,7 @@ assert not ops.linear(x, w, backend="cpu").any()
 torch.set_flush_denormal(False)
 assert (ops.linear(x, w, backend="cpu") > 0).all()
 """
-    done = python(code, CNA_CPU_ISA="generic", CNA_PLAN="linear=engine")
+    done = python(code, CNA_CPU_ISA="generic", CNA_PLAN="linear=csrc")
     assert done.returncode == 0, done.stderr
 
 
@@ -156,6 +156,6 @@ for n_tokens in (1, 16, 256):
     ops.gated_mlp(x[:n_tokens], w_gate_up, w_down, backend="cpu")
 print(peak() - before)
 """
-    done = python(code, CNA_PLAN="gated_mlp=engine")
+    done = python(code, CNA_PLAN="gated_mlp=csrc")
     assert done.returncode == 0, done.stderr
     assert int(done.stdout) <= 16 << 20, f"{int(done.stdout) / 2**20:.1f} MiB"

@@ -132,7 +132,7 @@ TESTED_TOGETHER = {
     "model/discovery/test_run_directory.py": "model/discovery/: parts",
     "packaging/test_wheel.py": "model/: packages",
     "model/evaluation/test_evaluate.py": (
-        "model/evaluation/: alternatives answers baselines facts interventions judge likelihood plan report store"
+        "model/evaluation/: alternatives answers baselines facts interventions judge likelihood report store suite"
     ),
     "model/prompts/test_prompt_files.py": "model/prompts/: files",
     "model/cli/test_cli.py": (

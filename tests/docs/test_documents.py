@@ -167,7 +167,7 @@ def names_for(document):
         "x": torch.randn(n_tokens, n_hidden),
         "w_gate_up": torch.randn(2 * n_neurons, n_hidden),
         "w_down": torch.randn(n_hidden, n_neurons),
-        "weight": torch.rand(n_tokens, 2),
+        "token_weight": torch.rand(n_tokens, 2),
         "rows": torch.tensor([0, 1, -1, 0], dtype=torch.int32),
         "circuit_a": Circuit(((0, 3, 1.0),), 2, n_neurons),
         "circuit_b": Circuit(((1, 5, 1.0),), 2, n_neurons),

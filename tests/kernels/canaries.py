@@ -75,7 +75,7 @@ CANARIES = [
         "return launch.linear(pass_over(act, *extras), w_down)",
         "given = _keywords(extras)\n"
         "        steer = {name: given[name] for name in ('scale', 'row_circuit')}\n"
-        "        return launch.linear(pass_over(act_pass(act, **steer), *extras[:3], *[None] * 4), w_down)",
+        "        return launch.linear(pass_over(steer_act(act, **steer), *extras[:3], *[None] * 4), w_down)",
         "test_sums_come_before_scaling and down_proj-blas",
     ),
     Canary(
@@ -102,8 +102,8 @@ CANARIES = [
     Canary(
         "summed block skipped",
         "sums.py",
-        "if any_counts(weight_row, t_mask, c_first, C, BLOCK_C) > 0:",
-        "if any_counts(weight_row, t_mask, c_first, C, BLOCK_C) > 1:",
+        "if any_counts(token_weight_row, t_mask, c_first, C, BLOCK_C) > 0:",
+        "if any_counts(token_weight_row, t_mask, c_first, C, BLOCK_C) > 1:",
         "test_values and tma and 130x1032x72-bfloat16-sums",
     ),
     Canary(

@@ -122,5 +122,5 @@ def test_everything_that_ships_is_listed():
     variants = list(compile_gate.variants([80, 90, 100], quick=False))
     for target in (80, 90, 100):
         ops = {op for t, op, *_ in variants if t == target}
-        assert ops >= {"swiglu", "act_pass", "gate_up_decode", "down_gemv", "down_split"}
+        assert ops >= {"swiglu", "steer_act", "gate_up_decode", "down_gemv", "down_split"}
         assert ("down_proj" in ops) == (target >= 90) and ("gate_up" in ops) == (target == 90)

@@ -17,7 +17,25 @@ pytestmark = pytest.mark.interpreted
 def product(launches):
     """Stands for a launch of the kernel: act, and each group's part of the sums."""
 
-    def run(kernel, grid, x, w_gate, w_up, act, weight, part, T, up_row, stride_weight_t, *, N, C, SUM, SUMSQ, **rest):
+    def run(
+        kernel,
+        grid,
+        x,
+        w_gate,
+        w_up,
+        act,
+        token_weight,
+        part,
+        T,
+        up_row,
+        stride_token_weight_t,
+        *,
+        N,
+        C,
+        SUM,
+        SUMSQ,
+        **rest,
+    ):
         launches.append((grid, C))
         given = x.base, torch.cat([w_gate.base[:N], w_up.base[up_row : up_row + N]])
         act.base.copy_(reference.swiglu(*torch.nn.functional.linear(*given).chunk(2, dim=1)))
@@ -27,7 +45,7 @@ def product(launches):
         for first in range(0, T, 64):
             rows = act.base[first : first + 64].float()
             for c in range(C):
-                weighted = weight[first : first + 64, c, None] * rows
+                weighted = token_weight[first : first + 64, c, None] * rows
                 if SUM:
                     part[first // 64, c] = weighted.sum(dim=0)
                 if SUMSQ:
@@ -47,11 +65,13 @@ def test_sums_and_steering_around_the_kernel(monkeypatch, columns, apart):
 
     monkeypatch.setattr(launch, "launch", launched)
     generator = torch.Generator().manual_seed(columns)
-    weight = torch.rand(130, columns, generator=generator)
-    weight[::3] = 0
+    token_weight = torch.rand(130, columns, generator=generator)
+    token_weight[::3] = 0
     sums = [torch.rand(columns, 264, generator=generator) for _ in range(2)]  # not zero, so that setting shows
     before = [part.double() for part in sums]
-    extras = dict(weight=weight, act_sum=sums[0], act_sumsq=sums[1], scale=case.scale, row_circuit=case.row_circuit)
+    extras = dict(
+        token_weight=token_weight, act_sum=sums[0], act_sumsq=sums[1], scale=case.scale, row_circuit=case.row_circuit
+    )
     x, w_gate_up, _ = case.inputs("gated_mlp")
     weights = (w_gate_up[:264].clone(), w_gate_up[264:].clone()) if apart else w_gate_up
     act = gate_up.gate_up(x, weights, **extras)
@@ -59,9 +79,9 @@ def test_sums_and_steering_around_the_kernel(monkeypatch, columns, apart):
 
     plain = reference.swiglu(*torch.nn.functional.linear(x, w_gate_up).chunk(2, dim=1)).double()
     for got, start, values in zip(sums, before, (plain, plain**2), strict=True):
-        assert torch.allclose(got.double(), start + weight.double().T @ values, rtol=1e-5, atol=1e-5)
-    factors = torch.from_numpy(case.factors())
-    assert torch.equal(act, (plain * factors).to(act.dtype)) and (factors != 1).sum() > 50
+        assert torch.allclose(got.double(), start + token_weight.double().T @ values, rtol=1e-5, atol=1e-5)
+    multipliers = torch.from_numpy(case.multipliers())
+    assert torch.equal(act, (plain * multipliers).to(act.dtype)) and (multipliers != 1).sum() > 50
 
 
 def test_the_plan_is_for_hopper_and_for_tiles_that_fill_it(monkeypatch):

@@ -222,7 +222,7 @@ def test_down_proj_leaves_act_as_it_was(name, rows):
     if rows == "none":
         extras["row_circuit"].fill_(-1)
     for value in (torch.inf, torch.nan, -0.0):
-        act[torch.from_numpy(case.factors() != 1).to(DEVICE)] = value
+        act[torch.from_numpy(case.multipliers() != 1).to(DEVICE)] = value
         before = act.view(torch.int16).clone()
         for _ in range(2):  # recorded, then repeated
             ops.down_proj(act, w_down, **extras, backend="triton")

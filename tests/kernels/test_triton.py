@@ -134,10 +134,10 @@ def test_multiplier_one_and_no_circuit_are_bit_identical(monkeypatch, op, name, 
 def test_zero_writes_zero_and_nothing_else_changes(monkeypatch):
     case = exact_case((130, 1032, 72))
     plain = run(monkeypatch, "swiglu", "-", case, {})
-    hit = torch.from_numpy(case.factors() != 1).to(DEVICE)
+    hit = torch.from_numpy(case.multipliers() != 1).to(DEVICE)
     for multiplier in (0.0, 2.0, -1.0, 0.3):
         case.scale.value.fill_(multiplier)
-        hit |= torch.from_numpy(case.factors() != 1).to(DEVICE)
+        hit |= torch.from_numpy(case.multipliers() != 1).to(DEVICE)
         act = run(monkeypatch, "swiglu", "-", case, on_device(dict(scale=case.scale, row_circuit=case.row_circuit)))
         assert torch.equal(act[~hit], plain[~hit])
         expected = torch.zeros_like(plain) if multiplier == 0 else (plain.float() * multiplier).to(plain.dtype)
@@ -165,7 +165,7 @@ def test_uncounted_tokens_are_never_read(monkeypatch, op, name, shape):
     case = exact_case(shape)
     clean, poisoned = (on_device(case.extras()) for _ in range(2))
     run(monkeypatch, op, name, case, clean)
-    assert (case.weight[::3] == 0).all()
+    assert (case.token_weight[::3] == 0).all()
     for part in (case.x, case.gate, case.act):
         part[::3] = torch.nan
     run(monkeypatch, op, name, case, poisoned)
@@ -202,7 +202,7 @@ def test_any_row_stride_and_nothing_written_outside(monkeypatch, op, name, shape
     for part in ("x", "w_gate_up", "w_down", "gate", "up", "act"):
         setattr(case, part, wider(getattr(case, part)))
     extras = on_device(case.extras())
-    extras["weight"] = wider(extras["weight"])
+    extras["token_weight"] = wider(extras["token_weight"])
     extras["act_sum"], extras["act_sumsq"] = wider(extras["act_sum"]), wider(extras["act_sumsq"])
     plans.use(f"{op}={name}" if op in plan.PLANS else None)
     inputs = [wider(part.to(DEVICE)) for part in case.inputs(op)]
@@ -275,7 +275,7 @@ def test_compile_fullgraph(op):
 def test_opcheck(op):
     case = exact_case((7, 48, 24), torch.float32)
     extras = on_device(case.extras())
-    sums = [extras[name] for name in ("weight", "act_sum", "act_sumsq")]
+    sums = [extras[name] for name in ("token_weight", "act_sum", "act_sumsq")]
     inputs = [part.to(DEVICE) for part in case.inputs(op)]
     if op == "gated_mlp":
         inputs.insert(2, None)

@@ -53,7 +53,7 @@ def test_every_default_can_serve(monkeypatch):
 
 def test_every_plan_can_be_asked_for():
     for op in plan.PLANS:
-        assert set(plan.PLANS[op]) | {"engine", "torch"} == set(plans.NAMES[op])
+        assert set(plan.PLANS[op]) | {"csrc", "torch"} == set(plans.NAMES[op])
 
 
 def test_override_serves_what_it_can(monkeypatch):
@@ -69,7 +69,7 @@ def test_override_serves_what_it_can(monkeypatch):
         ("fused", "CNA_PLAN: expected one of gated_mlp, down_proj, linear before '=', got 'fused'"),
         (
             "gated_mlp=fast",
-            "CNA_PLAN: gated_mlp: expected one of gemv, flat, fused, blas, engine, torch, got 'fast'",
+            "CNA_PLAN: gated_mlp: expected one of gemv, flat, fused, blas, csrc, torch, got 'fast'",
         ),
     ],
 )

@@ -9,7 +9,7 @@ from cna_kernels import Circuit, InputError, SteeringTable
 from cna_kernels.model import load
 from cna_kernels.model.discovery.packing import TokenPrompt
 from cna_kernels.model.generate import Sampling, choose, generate
-from cna_kernels.model.transformer import Steer
+from cna_kernels.model.transformer import Steering
 from tiny import TEXT_VOCABULARY, write_checkpoint, write_language_model, write_text_files
 
 pytest.importorskip("transformers")
@@ -82,7 +82,7 @@ def test_multiplier_one_and_empty_circuit_are_bit_identical(model):
     for circuit, multiplier in ((CIRCUIT, 1.0), (Circuit((), 3, 48), 0.0)):
         with model.steered(circuit, multiplier):
             assert torch.equal(model(ids), plain)
-    with model.steered(CIRCUIT, 0.0, rows=[-1]):
+    with model.steered(CIRCUIT, 0.0, row_circuit=[-1]):
         assert torch.equal(model(ids), plain)
 
 
@@ -115,7 +115,7 @@ def test_rows_that_end_early_leave_the_others_their_circuits(model):
     numbers = [1, 0, -1, 1, 0, 0, 1, -1]
 
     def run(rows, stop):
-        steer = Steer(table, table.rows([numbers[row] for row in rows]))
+        steer = Steering(table, table.row_circuit([numbers[row] for row in rows]))
         chosen = [prompts[row] for row in rows]
         return generate(model.transformer, chosen, max_new_tokens=20, stop_ids=stop, steer=steer)
 
@@ -157,7 +157,10 @@ def self_plain(model, ids):
 
 
 def test_wrong_number_of_rows(model):
-    with model.steered(CIRCUIT, 0.0, rows=[0, -1]), pytest.raises(InputError, match="rows: expected 1, one for each"):
+    with (
+        model.steered(CIRCUIT, 0.0, row_circuit=[0, -1]),
+        pytest.raises(InputError, match="row_circuit: expected 1, one for each"),
+    ):
         model.generate("hi")
     with pytest.raises(InputError, match="circuit: expected one, or 2, one for each prompt, got 3"):
         model.generate(["a", "b"], circuit=[CIRCUIT] * 3)

@@ -103,18 +103,18 @@ def test_context_end_stops_generation(tmp_path):
 
 def test_compiled_forward_with_tap_and_steering(tmp_path):
     from cna_kernels import ActivationSums, Circuit, SteeringTable
-    from cna_kernels.model.transformer import Steer, Tap
+    from cna_kernels.model.transformer import Steering, Tap
 
     write_checkpoint("llama", tmp_path)
     ours = load(tmp_path)
     table = SteeringTable([Circuit(((0, 3, 1.0), (2, 40, 1.0)), 3, 48)], [0.0], 3, 48)
     ids = random_ids(2, 12)
-    weight = torch.rand(24, 2)
+    token_weight = torch.rand(24, 2)
 
     def run(forward):
         sums = ActivationSums(3, 48, 2)
         with torch.no_grad():
-            logits = forward(ids, tap=Tap(sums, weight), steer=Steer(table, table.rows([0, -1])))
+            logits = forward(ids, tap=Tap(sums, token_weight), steer=Steering(table, table.row_circuit([0, -1])))
         return logits, sums.act_sum
 
     eager = run(ours)

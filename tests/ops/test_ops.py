@@ -26,7 +26,7 @@ def test_exact_on_small_integers(op):
     for name in ("act", "w_down"):
         values = torch.randint(-3, 4, getattr(case, name).shape, generator=generator)
         setattr(case, name, values.float())
-    case.weight = torch.randint(0, 3, case.weight.shape, generator=generator).float()
+    case.token_weight = torch.randint(0, 3, case.token_weight.shape, generator=generator).float()
     case.act_sum, case.act_sumsq = case.act_sum.round(), case.act_sumsq.round()
     if op != "down_proj":
         # silu is not exact on integers, but act_sum of act must be: take act from the op itself
@@ -98,7 +98,7 @@ def test_zero_writes_zero_and_nothing_else_changes(dtype):
     for multiplier in (0.0, 2.0, -1.0, 0.3):
         scale = case.scale._replace(value=torch.full_like(case.scale.value, multiplier))
         act = ops.swiglu(case.gate, case.up, scale=scale, row_circuit=case.row_circuit)
-        steered = torch.from_numpy(make_case(63, 130, dtype).factors() != 1)
+        steered = torch.from_numpy(make_case(63, 130, dtype).multipliers() != 1)
         steered |= torch.from_numpy(_membership(case))
         assert torch.equal(act[~steered], plain[~steered])
         expected = torch.zeros(()) if multiplier == 0 else (plain[steered].float() * multiplier).to(dtype)
@@ -110,7 +110,7 @@ def _membership(case):
     members = case.scale._replace(value=torch.full_like(case.scale.value, 7.0))
     changed = make_case(63, 130, case.gate.dtype)
     changed.scale = members
-    return changed.factors() != 1
+    return changed.multipliers() != 1
 
 
 def test_zero_scale_hides_non_finite_activations():
@@ -157,7 +157,7 @@ def test_run_to_run_bitwise(op):
 def test_opcheck(op, features):
     case = make_case(7, 20, torch.float32)
     extras = case.extras()
-    sums = [extras[n] for n in ("weight", "act_sum", "act_sumsq")] if features in ("sums", "both") else []
+    sums = [extras[n] for n in ("token_weight", "act_sum", "act_sumsq")] if features in ("sums", "both") else []
     steer = [*case.scale, case.row_circuit] if features in ("steering", "both") else [None] * 4
     inputs = case.inputs(op)
     if op == "gated_mlp":
@@ -191,7 +191,7 @@ def test_inductor(op, features):
     for extras in (eager, traced):
         extras["act_sumsq"] = None
         if features in ("plain", "steering"):
-            extras["weight"] = extras["act_sum"] = None
+            extras["token_weight"] = extras["act_sum"] = None
         if features in ("plain", "sum"):
             extras["scale"] = extras["row_circuit"] = None
     run = getattr(ops, op)
@@ -258,7 +258,7 @@ def test_autocast_changes_nothing_where_gradients_flow(op):
 def test_expanded_weights_and_offsets(op):
     """One row for all tokens, and one circuit for all numbers, on top of each other in memory."""
     case = make_case(7, 20, torch.float32)
-    case.weight = torch.tensor([[0.5, 2.0, 0.0]]).expand(7, -1)
+    case.token_weight = torch.tensor([[0.5, 2.0, 0.0]]).expand(7, -1)
     case.scale = make_scale([{3: 0.0, 8: 2.0}], 20)
     case.scale = case.scale._replace(offsets=case.scale.offsets.expand(4, -1))
     extras = case.extras()
@@ -285,18 +285,20 @@ REFUSALS = {
     "up: expected stride 1 in the last dim, got strides [1, 7]; call .contiguous()": lambda c: ops.swiglu(
         c.gate, c.up.T.contiguous().T
     ),
-    "weight: expected together with act_sum or act_sumsq, got one without the other": lambda c: ops.swiglu(
+    "token_weight: expected together with act_sum or act_sumsq, got one without the other": lambda c: ops.swiglu(
         c.gate, c.up, act_sum=c.act_sum
     ),
     "act_sumsq: expected a tensor of its own, got act_sum": lambda c: [
-        ops.swiglu(c.gate, c.up, weight=c.weight, act_sum=c.act_sum, act_sumsq=sums)  # the second looks like the first
+        ops.swiglu(
+            c.gate, c.up, token_weight=c.token_weight, act_sum=c.act_sum, act_sumsq=sums
+        )  # the second looks like the first
         for sums in (c.act_sumsq, c.act_sum)
     ],
     "act_sum: expected shape [3, 20], got [2, 20]": lambda c: ops.swiglu(
-        c.gate, c.up, weight=c.weight, act_sum=c.act_sum[:2]
+        c.gate, c.up, token_weight=c.token_weight, act_sum=c.act_sum[:2]
     ),
-    "weight: expected float32, got float64": lambda c: ops.swiglu(
-        c.gate, c.up, weight=c.weight.double(), act_sum=c.act_sum
+    "token_weight: expected float32, got float64": lambda c: ops.swiglu(
+        c.gate, c.up, token_weight=c.token_weight.double(), act_sum=c.act_sum
     ),
     "scale: expected together with row_circuit, got one without the other": lambda c: ops.swiglu(
         c.gate, c.up, scale=c.scale
@@ -328,7 +330,7 @@ HALF_GIVEN = {
         c.act, c.scale.offsets, c.scale.index, None, c.row_circuit, None
     ),
     "the reference, a scale without rows": lambda c: reference.steer_act(c.act, scale=c.scale),
-    "the reference, sums without weight": lambda c: reference.steer_act(c.act, act_sum=c.act_sum),
+    "the reference, sums without token_weight": lambda c: reference.steer_act(c.act, act_sum=c.act_sum),
 }
 
 
@@ -416,10 +418,10 @@ def test_function_modes_see_every_call():
     assert any("cna_kernels.steer_act" in name for name in seen)
 
 
-@pytest.mark.parametrize("name", ["weight", "act_sum"])
+@pytest.mark.parametrize("name", ["token_weight", "act_sum"])
 def test_no_gradient_flows_through_sums(name):
     case = make_case(5, 48, torch.float32)
-    sums = dict(weight=case.weight, act_sum=case.act_sum)
+    sums = dict(token_weight=case.token_weight, act_sum=case.act_sum)
     sums[name] = sums[name].clone().requires_grad_()
     with pytest.raises(ValueError, match=f"^{name}: no gradient flows through sums"):
         ops.steer_act(case.act, **sums)

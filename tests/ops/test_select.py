@@ -11,12 +11,12 @@ def sums_from(positive, negative, *, squares=False):
     n_layers, n_neurons = positive.shape[1:]
     sums = ActivationSums(n_layers, n_neurons, 2, squares=squares)
     for column, acts in ((select.POSITIVE, positive), (select.NEGATIVE, negative)):
-        weight = torch.zeros(len(acts), 2)
-        weight[:, column] = 1
+        token_weight = torch.zeros(len(acts), 2)
+        token_weight[:, column] = 1
         sums.act_sum[:, column] = acts.sum(0)
         if squares:
             sums.act_sumsq[:, column] = acts.square().sum(0)
-        sums.fold(weight)
+        sums.fold(token_weight)
     return sums
 
 

@@ -60,7 +60,7 @@ def test_256_circuits_in_one_batch():
     act = torch.randn(256, N, generator=generator)
     eye = torch.eye(N)
     for layer in range(L):
-        got = ops.down_proj(act, eye, scale=table.layer(layer), row_circuit=table.rows(range(256)))
+        got = ops.down_proj(act, eye, scale=table.layer(layer), row_circuit=table.row_circuit(range(256)))
         for row, circuit in enumerate(circuits):
             expected = act[row].clone()
             expected[circuit.by_layer().get(layer, [])] *= multipliers[row]

@@ -10,31 +10,31 @@ L, C, N = 3, 2, 10
 
 
 def feed(sums, batches, seed=0):
-    """Run act batches through the op for every layer; return all (weight, act[L]) that went in."""
+    """Run act batches through the op for every layer; return all (token_weight, act[L]) that went in."""
     generator = torch.Generator().manual_seed(seed)
     fed = []
     for n_tokens in batches:
-        weight = torch.rand(n_tokens, C, generator=generator)
+        token_weight = torch.rand(n_tokens, C, generator=generator)
         acts = torch.randn(L, n_tokens, N, generator=generator)
         for layer in range(L):
-            ops.down_proj(acts[layer], torch.ones(4, N), weight=weight, **sums.layer(layer))
-        sums.fold(weight)
-        fed.append((weight, acts))
+            ops.down_proj(acts[layer], torch.ones(4, N), token_weight=token_weight, **sums.layer(layer))
+        sums.fold(token_weight)
+        fed.append((token_weight, acts))
     return fed
 
 
 def test_mean_and_variance_equal_numpy():
     sums = ActivationSums(L, N, C, squares=True)
     fed = feed(sums, [5, 1, 8])
-    weight = torch.cat([w for w, _ in fed]).double()  # [T, C]
+    token_weight = torch.cat([w for w, _ in fed]).double()  # [T, C]
     acts = torch.cat([a for _, a in fed], dim=1).double()  # [L, T, N]
     for column in range(C):
-        w = weight[:, column]
+        w = token_weight[:, column]
         mean = (w[None, :, None] * acts).sum(1) / w.sum()
         assert (sums.mean(column) - mean).abs().max() < 1e-6
         biased = (w[None, :, None] * acts**2).sum(1) / w.sum() - mean**2
         assert (sums.variance(column) - biased * w.sum() / (w.sum() - 1)).abs().max() < 1e-5
-    assert (sums.count - weight.sum(0)).abs().max() < 1e-5
+    assert (sums.count - token_weight.sum(0)).abs().max() < 1e-5
 
 
 def test_merge_in_any_grouping_gives_the_same():
@@ -63,12 +63,12 @@ def test_merge_in_any_grouping_gives_the_same():
 
 def test_one_call_equals_two():
     whole, halves = ActivationSums(1, N, C), ActivationSums(1, N, C)
-    weight, act = torch.rand(8, C), torch.randn(8, N)
-    ops.down_proj(act, torch.ones(4, N), weight=weight, **whole.layer(0))
-    whole.fold(weight)
+    token_weight, act = torch.rand(8, C), torch.randn(8, N)
+    ops.down_proj(act, torch.ones(4, N), token_weight=token_weight, **whole.layer(0))
+    whole.fold(token_weight)
     for part in (slice(0, 3), slice(3, 8)):
-        ops.down_proj(act[part], torch.ones(4, N), weight=weight[part], **halves.layer(0))
-        halves.fold(weight[part])
+        ops.down_proj(act[part], torch.ones(4, N), token_weight=token_weight[part], **halves.layer(0))
+        halves.fold(token_weight[part])
     assert (whole.total - halves.total).abs().max() <= 1e-6 * whole.total.abs().max()
 
 

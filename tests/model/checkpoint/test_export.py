@@ -33,10 +33,10 @@ def theirs(directory):
     return transformers.AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32).eval()
 
 
-def hooked(model, factors):
+def hooked(model, multiplied):
     """Independent of the engine: hooks on transformers that multiply the neurons."""
     other, handles = theirs(model.directory), []
-    for layer, found in factors.items():
+    for layer, found in multiplied.items():
 
         def scale(_, arguments, found=found):
             act = arguments[0].clone()
@@ -53,7 +53,7 @@ def steered(model, circuits, multipliers):
     if len(circuits) == 1:
         with model.steered(circuits[0], multipliers[0]), torch.no_grad():
             return model(IDS)
-    return hooked(model, export.factors_of(circuits, multipliers))
+    return hooked(model, export.neuron_multipliers(circuits, multipliers))
 
 
 def logits(peft_model):
@@ -61,20 +61,22 @@ def logits(peft_model):
         return peft_model(input_ids=IDS, use_cache=False).logits
 
 
-def test_factors_of_several_circuits_multiply():
-    factors = export.factors_of([A, B], [0.5, 3.0])
-    assert factors == {0: {3: 0.5, 9: 0.5, 40: 3.0}, 1: {11: 3.0}, 2: {7: 1.5, 8: 0.5, 40: 0.5}}
-    assert export.factors_of([A, A], [0.5, 2.0]) == {} == export.factors_of([A], [1.0])
+def test_neuron_multipliers_several_circuits_multiply():
+    multiplied = export.neuron_multipliers([A, B], [0.5, 3.0])
+    assert multiplied == {0: {3: 0.5, 9: 0.5, 40: 3.0}, 1: {11: 3.0}, 2: {7: 1.5, 8: 0.5, 40: 0.5}}
+    assert export.neuron_multipliers([A, A], [0.5, 2.0]) == {} == export.neuron_multipliers([A], [1.0])
     with pytest.raises(InputError, match="multiplier: expected 2"):
-        export.factors_of([A, B], [0.0])
+        export.neuron_multipliers([A, B], [0.0])
 
 
 @pytest.mark.parametrize(("circuits", "multipliers"), CASES)
 @pytest.mark.parametrize("uniform", [False, True], ids=["rank per layer", "uniform rank"])
 def test_peft_loads_the_adapter(model, tmp_path, circuits, multipliers, uniform):
     peft = pytest.importorskip("peft")
-    factors = export.factors_of(circuits, multipliers)
-    assert export.to_lora(model.checkpoint, model.config, factors, tmp_path / "a", uniform=uniform) == [tmp_path / "a"]
+    multiplied = export.neuron_multipliers(circuits, multipliers)
+    assert export.to_lora(model.checkpoint, model.config, multiplied, tmp_path / "a", uniform=uniform) == [
+        tmp_path / "a"
+    ]
     wanted = steered(model, circuits, multipliers)
     with torch.no_grad():
         assert (wanted - model(IDS)).abs().max() > 0.05, "steering without effect would hide everything"
@@ -82,17 +84,17 @@ def test_peft_loads_the_adapter(model, tmp_path, circuits, multipliers, uniform)
     assert (found - wanted).abs().max() <= 1e-4
     with safe_open(tmp_path / "a" / "adapter_model.safetensors", "pt") as file:
         ranks = {name: file.get_slice(name).get_shape()[0] for name in file.keys() if "lora_A" in name}  # noqa: SIM118
-    largest = max(map(len, factors.values()))
-    assert sorted(ranks.values()) == ([largest] * 3 if uniform else sorted(map(len, factors.values())))
+    largest = max(map(len, multiplied.values()))
+    assert sorted(ranks.values()) == ([largest] * 3 if uniform else sorted(map(len, multiplied.values())))
 
 
 def test_a_rank_that_is_too_large_is_refused_or_split(model, tmp_path):
     peft = pytest.importorskip("peft")
-    factors = export.factors_of([A, B], [0.0, 2.0])
+    multiplied = export.neuron_multipliers([A, B], [0.0, 2.0])
     with pytest.raises(InputError, match=r"max_rank: layers with more than 2 neurons: 0 \(3\), 2 \(3\)"):
-        export.to_lora(model.checkpoint, model.config, factors, tmp_path / "a", max_rank=2)
+        export.to_lora(model.checkpoint, model.config, multiplied, tmp_path / "a", max_rank=2)
     assert not (tmp_path / "a").exists()
-    parts = export.to_lora(model.checkpoint, model.config, factors, tmp_path / "a", max_rank=2, split=True)
+    parts = export.to_lora(model.checkpoint, model.config, multiplied, tmp_path / "a", max_rank=2, split=True)
     assert [part.name for part in parts] == ["1", "2"]
     both = peft.PeftModel.from_pretrained(theirs(model.directory), parts[0], adapter_name="1")
     both.load_adapter(parts[1], adapter_name="2")
@@ -102,19 +104,21 @@ def test_a_rank_that_is_too_large_is_refused_or_split(model, tmp_path):
 
 def test_nothing_to_export(model, tmp_path):
     with pytest.raises(InputError, match="multiplier: changes nothing"):
-        export.to_lora(model.checkpoint, model.config, export.factors_of([A], [1.0]), tmp_path / "a")
+        export.to_lora(model.checkpoint, model.config, export.neuron_multipliers([A], [1.0]), tmp_path / "a")
 
 
 @pytest.mark.parametrize(("circuits", "multipliers"), CASES)
 def test_transformers_loads_the_checkpoint(model, tmp_path, circuits, multipliers):
-    export.to_checkpoint(model.directory, model.checkpoint, export.factors_of(circuits, multipliers), tmp_path / "c")
+    export.to_checkpoint(
+        model.directory, model.checkpoint, export.neuron_multipliers(circuits, multipliers), tmp_path / "c"
+    )
     with torch.no_grad():
         found = theirs(tmp_path / "c")(IDS, use_cache=False).logits
     assert (found - steered(model, circuits, multipliers)).abs().max() <= 1e-4
 
 
 def test_other_tensors_and_files_stay_byte_for_byte(model, tmp_path):
-    export.to_checkpoint(model.directory, model.checkpoint, export.factors_of([B], [0.0]), tmp_path / "c")
+    export.to_checkpoint(model.directory, model.checkpoint, export.neuron_multipliers([B], [0.0]), tmp_path / "c")
     assert {p.name for p in model.directory.iterdir()} == {p.name for p in (tmp_path / "c").iterdir()}
     for path in model.directory.iterdir():
         if path.suffix != ".safetensors":
@@ -144,11 +148,13 @@ def test_a_copy_that_fails_leaves_nothing(model, tmp_path, monkeypatch):
 
     monkeypatch.setattr(export, "_scale_columns", full)
     with pytest.raises(InputError, match="c: cannot be written: No space left on device"):
-        export.to_checkpoint(model.directory, model.checkpoint, export.factors_of([A], [0.0]), tmp_path / "c")
+        export.to_checkpoint(model.directory, model.checkpoint, export.neuron_multipliers([A], [0.0]), tmp_path / "c")
     assert list(tmp_path.iterdir()) == []
     (tmp_path / "there").mkdir()
     with pytest.raises(InputError, match="is there already"):
-        export.to_checkpoint(model.directory, model.checkpoint, export.factors_of([A], [0.0]), tmp_path / "there")
+        export.to_checkpoint(
+            model.directory, model.checkpoint, export.neuron_multipliers([A], [0.0]), tmp_path / "there"
+        )
 
 
 def test_the_public_json_is_read_again(tmp_path):

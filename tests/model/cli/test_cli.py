@@ -81,7 +81,7 @@ def test_doctor(capsys):
     assert any(name.startswith("gated_mlp on") and "gemv" in value for name, value in facts.items())
     if facts["ops on cpu"] == "cpu":
         assert "generic" in facts["CPU engine"]
-        assert any("linear on cpu, bfloat16, T >= 1" in name and "engine" in text for name, text in facts.items())
+        assert any("linear on cpu, bfloat16, T >= 1" in name and "csrc" in text for name, text in facts.items())
 
 
 BAD = {

@@ -64,7 +64,7 @@ def test_eval_writes_everything(files, tmp_path, capsys):
     for text in ("caa-released", "generated", "perplexity", "KL, nats", "refusal (strict)", "Sufficiency", "size.png"):
         assert text in report
     results = json.loads((out / "results.json").read_text())
-    assert results["facts"]["plan"]["prompts"]["harmful"]["count"] == 12
+    assert results["facts"]["suite"]["prompts"]["harmful"]["count"] == 12
     rows = {(row["method"], row["multiplier"]): row for row in results["rows"]}
     assert {method for method, _ in rows} == {
         "unsteered", "circuit", "random 1", "top activation", "single neuron", "caa", "caa-released", "ablation",
@@ -73,15 +73,15 @@ def test_eval_writes_everything(files, tmp_path, capsys):
     assert refused["unsteered", 1.0] == 1 and refused["circuit", 0.0] <= 0.1 and refused["random 1", 0.0] == 1
     assert rows["circuit", 0.0]["perplexity"]["mean"] < 1.1 * rows["unsteered", 1.0]["perplexity"]["mean"]
     assert all({"kl", "perplexity", "mmlu"} <= set(row) for row in rows.values())
-    exam = rows["circuit", 0.0]["mmlu"]
-    assert {subject: found["n"] for subject, found in exam["subjects"].items()} == {
+    mmlu = rows["circuit", 0.0]["mmlu"]
+    assert {subject: found["n"] for subject, found in mmlu["subjects"].items()} == {
         "abstract_algebra": 3,
         "virology": 3,
     }
     for name in ("likelihood", "generated"):
-        p = exam[name]["share"]
-        assert p == sum(found[name] for found in exam["subjects"].values()) / 6
-        assert exam[name]["stderr"] == pytest.approx((p * (1 - p) / 6) ** 0.5)
+        p = mmlu[name]["share"]
+        assert p == sum(found[name] for found in mmlu["subjects"].values()) / 6
+        assert mmlu[name]["stderr"] == pytest.approx((p * (1 - p) / 6) ** 0.5)
     samples = [json.loads(line) for line in (out / "samples.jsonl").read_text().splitlines()]
     assert len(samples) == 20 * len(rows)
     for sample in samples:

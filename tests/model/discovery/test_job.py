@@ -172,11 +172,11 @@ def test_positions(model, position):
         first = {"last": len(chat) - 1, "all": 1, "answer": len(chat)}[position]  # the first token is the BOS
         assert chat[0] == model.tokenizer.bos_id
         assert prompt.ids == chat + (model.tokenizer.encode_answer(entry.answer) if position == "answer" else [])
-        weight = torch.zeros(len(prompt.ids), 1)
-        weight[first:] = 1 / (len(prompt.ids) - first)
+        token_weight = torch.zeros(len(prompt.ids), 1)
+        token_weight[first:] = 1 / (len(prompt.ids) - first)
         alone = ActivationSums(3, 200, 1)
-        model.transformer(torch.tensor([prompt.ids]), tap=Tap(alone, weight))
-        alone.fold(weight)
+        model.transformer(torch.tensor([prompt.ids]), tap=Tap(alone, token_weight))
+        alone.fold(token_weight)
         total = total + alone.total[:, 0]
     with TemporaryFile() as file:
         corpus = Corpus(file, iter([*entries, Entry("other", "n", ((1, 1.0, 0),), answer="a")]), names_of("p", "n"))
@@ -239,10 +239,10 @@ def model_act(model, text):
     from cna_kernels.model.transformer import Tap
 
     ids = model.tokenizer.encode_chat([text])[0]
-    sums, weight = ActivationSums(3, 200, 1), torch.zeros(len(ids), 1)
-    weight[-1] = 1
-    model.transformer(torch.tensor([ids]), tap=Tap(sums, weight))
-    sums.fold(weight)
+    sums, token_weight = ActivationSums(3, 200, 1), torch.zeros(len(ids), 1)
+    token_weight[-1] = 1
+    model.transformer(torch.tensor([ids]), tap=Tap(sums, token_weight))
+    sums.fold(token_weight)
     return sums.total[:, 0]
 
 

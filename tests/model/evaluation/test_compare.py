@@ -10,7 +10,7 @@ from cna_kernels import Circuit, InputError
 from cna_kernels.model import load
 from cna_kernels.model.cli import main
 from cna_kernels.model.evaluation.compare import alike, compare, spearman
-from cna_kernels.model.evaluation.plan import Plan
+from cna_kernels.model.evaluation.suite import Suite
 from cna_kernels.model.prompts.files import PromptSet
 from tiny import write_language_model
 
@@ -52,8 +52,8 @@ def test_alike():
 
 def test_two_models(directories, tmp_path):
     models = {name: load(directories / name) for name in ("base", "instruct")}
-    plan = Plan(positive=POSITIVE, negative=NEGATIVE, harmful=HARMFUL, multipliers=(1.0, 0.0, 5.0), max_new_tokens=6)
-    found = compare(models, plan, out=tmp_path / "out", top_k=6, universal_prompts=False)
+    suite = Suite(positive=POSITIVE, negative=NEGATIVE, harmful=HARMFUL, multipliers=(1.0, 0.0, 5.0), max_new_tokens=6)
+    found = compare(models, suite, out=tmp_path / "out", top_k=6, universal_prompts=False)
     for name, model in models.items():
         circuit = model.discover(POSITIVE, NEGATIVE, top_k=6, universal_prompts=False)
         assert Circuit.load(tmp_path / "out" / f"{name}.circuit.json").neurons == circuit.neurons
@@ -73,8 +73,8 @@ def test_two_models(directories, tmp_path):
 
 def test_models_of_different_shapes(directories):
     models = {name: load(directories / name) for name in ("base", "wide")}
-    plan = Plan(positive=POSITIVE, negative=NEGATIVE, harmful=HARMFUL, multipliers=(0.0,), max_new_tokens=3)
-    found = compare(models, plan, universal_prompts=False)
+    suite = Suite(positive=POSITIVE, negative=NEGATIVE, harmful=HARMFUL, multipliers=(0.0,), max_new_tokens=3)
+    found = compare(models, suite, universal_prompts=False)
     assert found["alike"] is None
     assert {row["method"] for row in found["evaluations"]["wide"]["rows"]} == {"unsteered", "circuit"}
 
@@ -87,8 +87,8 @@ def test_different_chat_templates_are_refused(directories, tmp_path):
     models = {"base": load(directories / "base"), "other": load(tmp_path / "other")}
     options = dict(positive=POSITIVE, negative=NEGATIVE, harmful=HARMFUL, multipliers=(0.0,), max_new_tokens=2)
     with pytest.raises(InputError, match="--no-template: the models' chat templates differ"):
-        compare(models, Plan(**options), universal_prompts=False)
-    found = compare(models, Plan(**options, chat=False), universal_prompts=False)
+        compare(models, Suite(**options), universal_prompts=False)
+    found = compare(models, Suite(**options, chat=False), universal_prompts=False)
     assert found["alike"]["overlap"] == 1.0  # the same weights
 
 

@@ -10,7 +10,7 @@ from cna_kernels.model.checkpoint.safetensors_file import open_checkpoint
 from cna_kernels.model.evaluation import directions
 from cna_kernels.model.evaluation.directions import Direction, DirectionTable
 from cna_kernels.model.generate import generate
-from cna_kernels.model.transformer import Steer
+from cna_kernels.model.transformer import Steering
 from tiny import SHAPE, random_prompts, write_checkpoint
 
 pytest.importorskip("transformers")
@@ -113,7 +113,7 @@ def test_rows_of_one_batch_equal_hooks_one_at_a_time(pair):
     chosen = [-1, *range(len(found))]
     with torch.no_grad():
         batch = torch.tensor([ids] * len(chosen))
-        logits = ours.logits(ours.hidden(batch, steer=Steer(None, None, table.rows(chosen))))
+        logits = ours.logits(ours.hidden(batch, steer=Steering(None, None, table.row_direction(chosen))))
         plain = ours(torch.tensor([ids]))[0]
     assert (logits[0] - plain).abs().max() <= 1e-5
     for number, (direction, strength) in enumerate(found):
@@ -142,9 +142,13 @@ def test_greedy_decoding_keeps_each_rows_direction(pair):
     members = random_prompts(len(rows), 8)
     plain = generate(ours, members, max_new_tokens=16, stop_ids=frozenset())
     stops = frozenset(row[2] for row in plain[:3])
-    together = generate(ours, members, max_new_tokens=16, stop_ids=stops, steer=Steer(None, None, table.rows(rows)))
+    together = generate(
+        ours, members, max_new_tokens=16, stop_ids=stops, steer=Steering(None, None, table.row_direction(rows))
+    )
     alone = [
-        generate(ours, [prompt], max_new_tokens=16, stop_ids=stops, steer=Steer(None, None, table.rows([row])))[0]
+        generate(
+            ours, [prompt], max_new_tokens=16, stop_ids=stops, steer=Steering(None, None, table.row_direction([row]))
+        )[0]
         for prompt, row in zip(members, rows, strict=True)
     ]
     assert together == alone
@@ -179,6 +183,6 @@ def test_tables_refuse_what_does_not_fit():
     with pytest.raises(ValueError, match="vectors: expected"):
         DirectionTable([direction], [1.0], L + 1, H)
     with pytest.raises(ValueError, match="direction_of_row: expected -1 to 0, got 1"):
-        DirectionTable([direction], [1.0], L, H).rows([1])
+        DirectionTable([direction], [1.0], L, H).row_direction([1])
     with pytest.raises(ValueError, match="site"):
         Direction("hidden", torch.ones(L, H))

@@ -10,12 +10,12 @@ import torch
 from cna_kernels import Circuit, InputError
 from cna_kernels.model import load
 from cna_kernels.model.evaluation.evaluate import Evaluation, evaluate, run_facts
-from cna_kernels.model.evaluation.interventions import UNSTEERED, Interventions, Method, Setting
+from cna_kernels.model.evaluation.interventions import UNSTEERED, Interventions, Method, Variant
 from cna_kernels.model.evaluation.judge import judge
 from cna_kernels.model.evaluation.likelihood import divergences, perplexities, perplexity, windows_of
 from cna_kernels.model.evaluation.metrics import Refusals
-from cna_kernels.model.evaluation.plan import Plan
 from cna_kernels.model.evaluation.store import Store
+from cna_kernels.model.evaluation.suite import Suite
 from cna_kernels.model.generate import generate
 from cna_kernels.model.prompts.files import PromptSet
 from tiny import write_language_model, write_mmlu
@@ -35,11 +35,11 @@ def model(tmp_path_factory):
     return load(write_language_model(tmp_path_factory.mktemp("m"), max_position_embeddings=512))
 
 
-def plan(**changes):
+def suite(**changes):
     options = dict(
-        harmful=HARMFUL, benign=BENIGN, max_new_tokens=12, refusals=LETTERS, multipliers=(1.0, 0.0, 4.0), rows=7
+        harmful=HARMFUL, benign=BENIGN, max_new_tokens=12, refusals=LETTERS, multipliers=(1.0, 0.0, 4.0), batch=7
     )
-    return Plan(**(options | changes))
+    return Suite(**(options | changes))
 
 
 def row_of(results, method, multiplier):
@@ -48,7 +48,7 @@ def row_of(results, method, multiplier):
 
 
 def test_every_figure_of_an_answer(model):
-    results = evaluate(model, CIRCUIT, plan())
+    results = evaluate(model, CIRCUIT, suite())
     assert [(row["method"], row["multiplier"]) for row in results["rows"]] == [
         ("unsteered", 1.0),
         ("circuit", 0.0),
@@ -88,7 +88,7 @@ def test_every_figure_of_an_answer(model):
 
 def test_samples_are_the_answers_to_their_prompts(model):
     with Store(None, {}) as store:
-        evaluation = Evaluation(model, CIRCUIT, plan(rows=4), store)
+        evaluation = Evaluation(model, CIRCUIT, suite(batch=4), store)
         evaluation.run()
     assert len(evaluation.samples) == 3 * 9
     for sample in evaluation.samples:
@@ -108,8 +108,8 @@ def logits_of(model, ids, circuit=None, multiplier=1.0):
 
 
 def test_divergence_and_perplexity_are_the_textbooks(model):
-    settings = [UNSTEERED, Setting(Method("c", "", CIRCUIT), 0.0), Setting(Method("c", "", CIRCUIT), 4.0)]
-    interventions = Interventions(model, settings)
+    variants = [UNSTEERED, Variant(Method("c", "", CIRCUIT), 0.0), Variant(Method("c", "", CIRCUIT), 4.0)]
+    interventions = Interventions(model, variants)
     texts = [model.tokenizer.encode(text) for text in ("hello there", "a", "one two three four")]
     found = divergences(model, interventions, [0, 1, 2], texts)
     assert found[0] == [0.0] * 3
@@ -137,13 +137,14 @@ def test_divergence_and_perplexity_are_the_textbooks(model):
 
 
 def everything(tmp_path, **changes):
-    from cna_kernels.model.evaluation.multiple_choice import read_exam
+    from cna_kernels.model.evaluation.multiple_choice import read_multiple_choice
 
-    exam = read_exam(write_mmlu(tmp_path / "mmlu", n=3), shots=1)
+    mmlu = read_multiple_choice(write_mmlu(tmp_path / "mmlu", n=3), shots=1)
     methods = ("circuit", "random", "activation", "caa", "caa-released", "ablation")
-    return plan(
-        methods=methods, positive=POSITIVE, negative=NEGATIVE, neutral=BENIGN, text="a b c d e f", exam=exam, shots=1,
-        exam_tokens=4, multipliers=(1.0, 0.0), random_draws=2, max_new_tokens=6, **changes,
+    return suite(
+        methods=methods, positive=POSITIVE, negative=NEGATIVE, neutral=BENIGN, text="a b c d e f",
+        multiple_choice=mmlu, shots=1, choice_tokens=4,
+        multipliers=(1.0, 0.0), random_draws=2, max_new_tokens=6, **changes,
     )  # fmt: skip
 
 
@@ -186,18 +187,18 @@ def test_a_run_that_is_killed_anywhere_ends_the_same(model, tmp_path):
 
 def test_two_runs_in_one_directory(model, tmp_path):
     out = tmp_path / "out"
-    evaluate(model, CIRCUIT, plan(), out=out)
-    with pytest.raises(InputError, match=r"manifest\.json: plan\.max_new_tokens: belongs to another.*it has 12"):
-        evaluate(model, CIRCUIT, plan(max_new_tokens=13), out=out)
+    evaluate(model, CIRCUIT, suite(), out=out)
+    with pytest.raises(InputError, match=r"manifest\.json: suite\.max_new_tokens: belongs to another.*it has 12"):
+        evaluate(model, CIRCUIT, suite(max_new_tokens=13), out=out)
     other = Circuit(((0, 4, 1.0),), 3, 48)
     with pytest.raises(InputError, match="circuit_sha256: belongs to another"):
-        evaluate(model, other, plan(), out=out)
+        evaluate(model, other, suite(), out=out)
     with (
-        Store(out, run_facts(model, CIRCUIT, plan())),
+        Store(out, run_facts(model, CIRCUIT, suite())),
         pytest.raises(InputError, match="is writing here"),
     ):
-        evaluate(model, CIRCUIT, plan(), out=out)
-    evaluate(model, CIRCUIT, plan(), out=out)
+        evaluate(model, CIRCUIT, suite(), out=out)
+    evaluate(model, CIRCUIT, suite(), out=out)
 
 
 def test_bad_input_shows_before_any_work(model, tmp_path):
@@ -205,21 +206,21 @@ def test_bad_input_shows_before_any_work(model, tmp_path):
     for name in ("harmful", "positive", "neutral"):
         long = PromptSet.of(["a b", "c d", "e f", "x" * 600], name)
         with pytest.raises(InputError, match=rf"{name}\[3\]: has \d+ tokens, the model's context is 512"):
-            evaluate(model, CIRCUIT, plan(**({"positive": POSITIVE, "negative": NEGATIVE} | {name: long})), out=out)
+            evaluate(model, CIRCUIT, suite(**({"positive": POSITIVE, "negative": NEGATIVE} | {name: long})), out=out)
     with pytest.raises(InputError, match="negative: expected at least 3 prompts, got 1"):
-        evaluate(model, CIRCUIT, plan(positive=POSITIVE, negative=PromptSet.of(["a"], "negative")), out=out)
+        evaluate(model, CIRCUIT, suite(positive=POSITIVE, negative=PromptSet.of(["a"], "negative")), out=out)
     assert not list((out / "parts").iterdir())
-    evaluate(model, CIRCUIT, plan(), out=out)  # the directory is still free for another plan
+    evaluate(model, CIRCUIT, suite(), out=out)  # the directory is still free for another suite
 
 
 def test_another_batch_size_goes_on_in_the_same_directory(model, tmp_path):
-    results = [evaluate(model, CIRCUIT, plan(rows=rows), out=tmp_path / "out")["rows"] for rows in (None, 4, 1)]
+    results = [evaluate(model, CIRCUIT, suite(batch=batch), out=tmp_path / "out")["rows"] for batch in (None, 4, 1)]
     assert results[0] == results[1] == results[2]
     assert len(list((tmp_path / "out" / "parts").glob("answers-by-4-*.json"))) == 7  # 27 answers
 
 
 def test_a_cache_that_does_not_fit_is_halved(model, monkeypatch):
-    expected = evaluate(model, CIRCUIT, plan(rows=27))["rows"]
+    expected = evaluate(model, CIRCUIT, suite(batch=27))["rows"]
     config, seen = model.config, []
     row = 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim * 4 * 60
 
@@ -228,31 +229,31 @@ def test_a_cache_that_does_not_fit_is_halved(model, monkeypatch):
         return 3 * row  # three rows of 60 tokens
 
     monkeypatch.setattr("cna_kernels.model.generate.memory_of", memory_of)
-    assert evaluate(model, CIRCUIT, plan(rows=27))["rows"] == expected and len(seen) > 9
+    assert evaluate(model, CIRCUIT, suite(batch=27))["rows"] == expected and len(seen) > 9
 
 
-def test_what_is_not_finite_names_the_setting(model):
+def test_what_is_not_finite_names_the_variant(model):
     for changes in (dict(neutral=BENIGN), dict(text="some text")):
         with pytest.raises(InputError, match=r"circuit, m = 3e\+38: the logits are not finite"):
-            evaluate(model, CIRCUIT, plan(harmful=None, benign=None, multipliers=(3e38,), **changes))
+            evaluate(model, CIRCUIT, suite(harmful=None, benign=None, multipliers=(3e38,), **changes))
 
 
 def test_notes_say_what_a_reader_should_know(model, tmp_path):
-    from cna_kernels.model.evaluation.multiple_choice import read_exam
+    from cna_kernels.model.evaluation.multiple_choice import read_multiple_choice
 
-    exam = read_exam(write_mmlu(tmp_path, n=2), shots=2)
+    mmlu = read_multiple_choice(write_mmlu(tmp_path, n=2), shots=2)
     shared = PromptSet.of([*HARMFUL.texts, *POSITIVE.texts[:2]], "harmful")
-    options = dict(harmful=shared, positive=POSITIVE, negative=NEGATIVE, exam=exam, shots=5, exam_tokens=2)
-    notes = evaluate(model, CIRCUIT, plan(**options))["notes"]
+    options = dict(harmful=shared, positive=POSITIVE, negative=NEGATIVE, multiple_choice=mmlu, shots=5, choice_tokens=2)
+    notes = evaluate(model, CIRCUIT, suite(**options))["notes"]
     assert notes[0] == "2 of the harmful prompts are discovery prompts, too"
     assert notes[1].startswith("multiple choice, likelihood: ") and "instead of 5" in notes[1]
-    assert evaluate(model, CIRCUIT, plan())["notes"] == []
+    assert evaluate(model, CIRCUIT, suite())["notes"] == []
 
 
 def test_a_rival_that_cannot_be_found_is_left_out(model):
     same = PromptSet.of(["a b c x"] * 6, "same")  # both sides begin their answers alike
     found = evaluate(
-        model, CIRCUIT, plan(methods=("neuron", "circuit"), positive=same, negative=same, alternatives=True)
+        model, CIRCUIT, suite(methods=("neuron", "circuit"), positive=same, negative=same, alternatives=True)
     )
     assert {row["method"] for row in found["rows"]} == {"unsteered", "circuit"}
     assert {point["score"] for point in found["alternatives"]} == {"abs-delta", "magnitude", "cohen-d", "norm-weighted"}
@@ -260,7 +261,7 @@ def test_a_rival_that_cannot_be_found_is_left_out(model):
 
 
 def test_alternatives_and_curves(model):
-    results = evaluate(model, CIRCUIT, plan(positive=POSITIVE, negative=NEGATIVE, curves=True, max_new_tokens=4))
+    results = evaluate(model, CIRCUIT, suite(positive=POSITIVE, negative=NEGATIVE, curves=True, max_new_tokens=4))
     points = results["alternatives"]
     assert {point["score"] for point in points} == {"abs-delta", "magnitude", "cohen-d", "norm-weighted", "relp"}
     assert sorted({point["k"] for point in points}) == [1, 2, 4, 8, 16, 32]
@@ -313,7 +314,7 @@ JUDGE = "import json,sys\nfor line in sys.stdin:\n r=json.loads(line)\n print(js
 def test_a_judge_from_outside(model, tmp_path):
     script = tmp_path / "judge.py"
     script.write_text(JUDGE % "len(r['answer'])")
-    results = evaluate(model, CIRCUIT, plan(judge_command=f"{sys.executable} {script}"))
+    results = evaluate(model, CIRCUIT, suite(judge_command=f"{sys.executable} {script}"))
     found = row_of(results, "circuit", 0.0)["benign"]["judge"]
     answers = [model.generate(t, circuit=CIRCUIT, multiplier=0.0, max_new_tokens=12) for t in BENIGN.texts]
     assert found["mean"] == pytest.approx(sum(map(len, answers)) / 3) and found["n"] == 3
@@ -324,17 +325,17 @@ def test_a_judge_that_fails_loses_nothing(model, tmp_path, monkeypatch):
     script.write_text("import sys; sys.exit('no key')")
     command, out = f"{sys.executable} {script}", tmp_path / "out"
     with pytest.raises(InputError, match="no key"):
-        evaluate(model, CIRCUIT, plan(judge_command=command), out=out)
+        evaluate(model, CIRCUIT, suite(judge_command=command), out=out)
     script.write_text(JUDGE % "1")
 
     def generate(*_, **__):
         raise AssertionError("answers are written again")
 
     monkeypatch.setattr("cna_kernels.model.evaluation.answers.generate", generate)
-    results = evaluate(model, CIRCUIT, plan(judge_command=command), out=out)
+    results = evaluate(model, CIRCUIT, suite(judge_command=command), out=out)
     assert row_of(results, "circuit", 0.0)["benign"]["judge"]["mean"] == 1
     script.write_text(JUDGE % "2")  # another command is another judge, of the same answers
-    results = evaluate(model, CIRCUIT, plan(judge_command=f"{command} again"), out=out)
+    results = evaluate(model, CIRCUIT, suite(judge_command=f"{command} again"), out=out)
     assert row_of(results, "circuit", 0.0)["benign"]["judge"]["mean"] == 2
 
 
@@ -382,7 +383,7 @@ def test_a_judge_that_does_not_exist():
 )
 def test_plans_that_cannot_be_carried_out(changes, message):
     with pytest.raises(InputError, match=message):
-        plan(**changes)
+        suite(**changes)
 
 
 def test_an_sae_feature_is_a_method(model, tmp_path):
@@ -391,10 +392,10 @@ def test_an_sae_feature_is_a_method(model, tmp_path):
     path = tmp_path / "sae.safetensors"
     save_file({"W_dec": torch.randn(4, 32, generator=torch.Generator().manual_seed(0))}, path)
     options = dict(methods=("sae",), positive=POSITIVE, negative=NEGATIVE, multipliers=(-20.0,))
-    results = evaluate(model, CIRCUIT, plan(sae=(str(path), 2, 1), **options))
+    results = evaluate(model, CIRCUIT, suite(sae=(str(path), 2, 1), **options))
     assert row_of(results, "sae", -20.0)["harmful"]["unchanged"]["share"] < 1
     assert row_of(results, "sae", -20.0)["strength"] == -21.0
     with pytest.raises(InputError, match="sae layer: expected 0 to 2, got 3"):
-        evaluate(model, CIRCUIT, plan(sae=(str(path), 2, 3), **options))
+        evaluate(model, CIRCUIT, suite(sae=(str(path), 2, 3), **options))
     with pytest.raises(InputError, match="features 0 to 3, got 4"):
-        evaluate(model, CIRCUIT, plan(sae=(str(path), 4, 1), **options))
+        evaluate(model, CIRCUIT, suite(sae=(str(path), 4, 1), **options))

@@ -12,7 +12,7 @@ from cna_kernels.steering import check_multiplier
 
 from ..prompts.files import PromptSet
 from .metrics import Refusals
-from .multiple_choice import Exam
+from .multiple_choice import MultipleChoice
 
 MULTIPLIERS = (1.0, 0.75, 0.5, 0.25, 0.0, 2.0)
 METHODS = ("circuit", "random", "activation", "neuron", "caa", "caa-released", "ablation", "sae")
@@ -20,7 +20,7 @@ NEED_SIDES = ("activation", "neuron", "caa", "caa-released", "ablation", "sae") 
 
 
 @dataclass(frozen=True)
-class Plan:
+class Suite:
     """What to evaluate, and on what. Sets that are None are left out of the results.
 
     Attributes:
@@ -30,7 +30,7 @@ class Plan:
         positive, negative: discovery prompts.
         neutral: texts for the divergence of the next token.
         text: for perplexity.
-        exam: multiple-choice questions; ``shots`` examples in front of each, answers of ``exam_tokens`` tokens.
+        multiple_choice: questions; ``shots`` examples in front of each, answers of ``choice_tokens`` tokens.
         refusals: lists by name; the first one decides the kinds of answers.
         random_draws: circuits of random neurons, with seeds from 0 up.
         sae: a file with W_dec, a feature and the layer it belongs to.
@@ -38,7 +38,7 @@ class Plan:
         judge_command: see ``judge.py``.
         others: further circuits to evaluate, by name.
         chat: whether prompts go through the chat template; None does where there is one.
-        rows: answers written together; None asks the memory.
+        batch: answers written together; None asks the memory.
     """
 
     methods: tuple[str, ...] = ("circuit",)
@@ -49,9 +49,9 @@ class Plan:
     negative: PromptSet | None = None
     neutral: PromptSet | None = None
     text: str | None = None
-    exam: Exam | None = None
+    multiple_choice: MultipleChoice | None = None
     shots: int = 5
-    exam_tokens: int = 16
+    choice_tokens: int = 16
     refusals: dict[str, Refusals] = field(
         default_factory=lambda: {name: Refusals.bundled(name) for name in ("broad", "strict")}
     )
@@ -63,7 +63,7 @@ class Plan:
     judge_command: str | None = None
     others: dict[str, Circuit] = field(default_factory=dict)
     chat: bool | None = None
-    rows: int | None = None
+    batch: int | None = None
 
     def __post_init__(self):
         for name in self.methods:
@@ -83,8 +83,10 @@ class Plan:
             raise InputError("sae", "the method sae, and a file with W_dec, a feature and its layer go together")
         if self.judge_command is not None and self.harmful is None and self.benign is None:
             raise InputError("judge_command", "there are no answers to judge: give harmful or benign prompts")
-        if all(part is None for part in (self.harmful, self.benign, self.neutral, self.text, self.exam)):
-            raise InputError("prompts", "nothing to evaluate on: give harmful, benign, neutral, text or exam")
+        if all(part is None for part in (self.harmful, self.benign, self.neutral, self.text, self.multiple_choice)):
+            raise InputError(
+                "prompts", "nothing to evaluate on: give harmful, benign, neutral, text or multiple_choice"
+            )
         if (self.curves or self.alternatives) and self.harmful is None:
             raise InputError("harmful", "prompts to be refused are needed to compare discovery alternatives")
 
@@ -105,9 +107,9 @@ class Plan:
         }  # fmt: skip
         if self.text is not None:
             facts["text_sha256"] = sha256(self.text)
-        if self.exam is not None:
-            facts["exam"] = {
-                "questions": len(self.exam.questions), "shots": self.shots, "tokens": self.exam_tokens,
-                "sha256": self.exam.sha256, **self.exam.drawn,
+        if self.multiple_choice is not None:
+            facts["multiple_choice"] = {
+                "questions": len(self.multiple_choice.questions), "shots": self.shots, "tokens": self.choice_tokens,
+                "sha256": self.multiple_choice.sha256, **self.multiple_choice.drawn,
             }  # fmt: skip
         return facts
