@@ -18,8 +18,8 @@ from cna_kernels.model import demo_checkpoint, load
 from cna_kernels.model.demo import world
 from cna_kernels.model.evaluation.answers import answer_all, auto_batch
 from cna_kernels.model.evaluation.interventions import UNSTEERED, Interventions, Method, Variant
-from cna_kernels.model.evaluation.suite import MULTIPLIERS
 from cna_kernels.model.evaluation.store import Store
+from cna_kernels.model.evaluation.suite import MULTIPLIERS
 from cna_kernels.model.prompts.files import PromptSet
 from interleave import compare
 

@@ -21,7 +21,8 @@ class Collecting:
         expected = list(shape[: self.token_weight.dim() - 1])
         if list(self.token_weight.shape[:-1]) != expected:
             raise InputError(
-                "token_weight", f"expected {[*expected, self.token_weight.shape[-1]]}, got {list(self.token_weight.shape)}"
+                "token_weight",
+                f"expected {[*expected, self.token_weight.shape[-1]]}, got {list(self.token_weight.shape)}",
             )
         for buffers in self.buffers:  # what an earlier pass left that did not come to its end
             for buffer in buffers.values():

@@ -13,12 +13,13 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
 import os
 import time
 from pathlib import Path
 
 from cna_kernels.errors import InputError
-from cna_kernels.fields import short
+from cna_kernels.fields import REQUIRED, Fields, is_whole, short
 from cna_kernels.files import make_directory, read_json, replaced, sha256
 
 from ..prompts.corpus import Corpus, Unit
@@ -26,6 +27,7 @@ from ..prompts.corpus import Corpus, Unit
 FORMAT = 1
 PATIENCE, POLL = 60.0, 0.2  # seconds: until a network file system shows what another machine wrote; between looks
 ABANDONED = 60.0  # seconds after which a part that is half written was its writer's last
+_MOST = 1 << 62  # prompts or bytes of a run
 RECENT = 16  # parts that the rate in the status is taken from
 
 
@@ -50,11 +52,7 @@ class RunDirectory:
             time.sleep(POLL)
         if not os.path.lexists(where):
             raise InputError(path, "is no run directory: it has no manifest.json")
-        manifest = read_json(where)
-        if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
-            found = manifest.get("format") if isinstance(manifest, dict) else manifest
-            raise InputError(f"{where}: format", f"expected {FORMAT}, got {found!r}")
-        return cls(path, manifest)
+        return cls(path, read_json(where))
 
     @classmethod
     def start(cls, path, facts: dict, corpus: Corpus) -> RunDirectory:
@@ -162,29 +160,33 @@ def _names(directory: Path) -> list[str]:
         raise InputError(directory, f"cannot be read: {error.strerror}") from None
 
 
-def _check_manifest(manifest: dict, where):
-    """Raise InputError naming the first field that is not what this class reads."""
+def _check_manifest(manifest: object, where: Path):
+    """Raise InputError naming the first field that is not what this class and :class:`Corpus` read."""
+    fields = Fields(manifest, where)
+    fields.read("format", REQUIRED, str(FORMAT), lambda x: x == FORMAT)
+    fields.object("model").text("name")
+    fields.integer("threads", (1, 1 << 16), None)
+    corpus = fields.object("corpus")
+    corpus.text("sha256")
+    corpus.integer("n_prompts", (0, _MOST))
+    corpus.items("columns", lambda x: isinstance(x, str), "names")
+    corpus.read("file", REQUIRED, "a file beside the manifest", lambda x: isinstance(x, str) and Path(x).name == x)
+    corpus.items("units", _is_unit, "[first, number of prompts, offset, sha256]")
+    for name in (count := corpus.object("count")).record:
+        count.integer(name, (0, _MOST))
+    for name in (weight := corpus.object("weight")).record:
+        weight.number(name, (0, math.inf))
+    for name in (digests := corpus.object("digests")).record:
+        digests.text(name)
 
-    def expect(value, kind, field):
-        if not isinstance(value, kind) or isinstance(value, bool):
-            raise InputError(f"{where}: {field}", f"is not as written: {short(value)}")
-        return value
 
-    expect(expect(manifest.get("model"), dict, "model").get("name"), str, "model.name")
-    threads = manifest.get("threads")
-    if threads is not None and expect(threads, int, "threads") < 1:
-        raise InputError(f"{where}: threads", f"is not as written: {threads}")
-    corpus = expect(manifest.get("corpus"), dict, "corpus")
-    for name, kind in dict(
-        file=str, sha256=str, n_prompts=int, columns=list, count=dict, weight=dict, digests=dict
-    ).items():
-        expect(corpus.get(name), kind, f"corpus.{name}")
-    if Path(corpus["file"]).name != corpus["file"]:
-        raise InputError(f"{where}: corpus.file", f"expected a file beside it, got {short(corpus['file'])}")
-    for unit in expect(corpus.get("units"), list, "corpus.units"):
-        whole = isinstance(unit, list) and [type(value) for value in unit] == [int, int, int, str]
-        if not whole or min(unit[:3]) < 0:
-            raise InputError(f"{where}: corpus.units", f"is not as written: {short(unit)}")
+def _is_unit(value: object) -> bool:
+    return (
+        isinstance(value, list)
+        and len(value) == len(Unit._fields)
+        and all(is_whole(number) and 0 <= number <= _MOST for number in value[:-1])
+        and isinstance(value[-1], str)
+    )
 
 
 def write_once(path: Path, content: bytes):

@@ -10,7 +10,7 @@ from collections.abc import Iterable, Iterator
 from typing import BinaryIO, NamedTuple
 
 from cna_kernels.errors import InputError
-from cna_kernels.fields import is_number
+from cna_kernels.fields import REQUIRED, Fields
 from cna_kernels.files import Digest, open_regular, replaced, sha256
 
 from .files import BadLines, accepted, prompt_of, require_text
@@ -221,32 +221,29 @@ def read_contrasts(
 
 
 def _entry(record, place, names, prefix) -> Entry:
-    if not isinstance(record, dict):
-        raise InputError(place, 'expected an object such as {"prompt": "...", "columns": ["NAME.positive"]}')
-    unknown = sorted(set(record) - {"prompt", "columns", "answer"})
-    if unknown:
-        raise InputError(f"{place}: {unknown[0]}", "not a field of a contrast file")
+    fields = Fields(record, place)
+    fields.only({"prompt", "columns", "answer"}, "a contrast file")
     text, text_place = prompt_of(record, place, "prompt")
-    columns = record.get("columns")
-    if isinstance(columns, list):
-        columns = dict.fromkeys(columns, 1) if all(isinstance(name, str) for name in columns) else None
-    if not isinstance(columns, dict) or not columns:
-        raise InputError(f"{place}: columns", "expected names, or an object of names and weights")
-    for name, weight in columns.items():
+    columns = fields.read("columns", REQUIRED, "names, or an object of names and weights", _are_columns)
+    weights = Fields(dict.fromkeys(columns, 1) if isinstance(columns, list) else columns, place, "columns.")
+    for name in columns:
         if not name.strip(".") or not name.isprintable() or set(name) & set("/\\"):  # names of files follow from it
             raise InputError(f"{place}: columns", f"expected printable names without slashes, got {name!r}")
         if name in (POSITIVE, NEGATIVE) or len(name.encode("utf-8")) > LONGEST_NAME:
             raise InputError(f"{place}: columns", f"expected names of 1 to {LONGEST_NAME} bytes, got {name[:60]!r}")
-        if not is_number(weight) or not 1e-6 <= weight <= 1e6:
-            raise InputError(f"{place}: columns.{name}", f"expected a weight from 1e-6 to 1e6, got {weight!r}")
+        weights.number(name, (1e-6, 1e6))
     if len(names.number.keys() | {prefix + name for name in columns}) > MOST_COLUMNS:
         raise InputError(f"{place}: columns", f"the file names more than the {MOST_COLUMNS} columns accepted")
     answer = record.get("answer")
     if answer is not None:
         require_text(answer, f"{place}: answer")
-    return Entry(
-        text, text_place, tuple((names(prefix + name), float(w), 0) for name, w in columns.items()), False, answer
-    )
+    weighted = tuple((names(prefix + name), float(weight), 0) for name, weight in weights.record.items())
+    return Entry(text, text_place, weighted, False, answer)
+
+
+def _are_columns(value: object) -> bool:
+    names = isinstance(value, list) and all(isinstance(name, str) for name in value)
+    return bool(value) and (names or isinstance(value, dict))
 
 
 def with_answers(entries: Iterable[Entry], bad: BadLines) -> Iterator[Entry]:

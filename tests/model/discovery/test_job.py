@@ -271,12 +271,12 @@ def test_universal_contrasts(model, tmp_path):
 
 
 BAD_LINES = [
-    ('"text"', ":2: expected an object such as"),
-    ('{"prompt": "a"}', ":2: columns: expected names"),
+    ('"text"', ":2: expected a JSON object"),
+    ('{"prompt": "a"}', ":2: columns: is missing"),
     ('{"prompt": "a", "columns": []}', ":2: columns: expected names"),
     ('{"prompt": "a", "columns": [3]}', ":2: columns: expected names"),
-    ('{"prompt": "a", "columns": {"x": 0}}', ":2: columns.x: expected a weight from 1e-6 to 1e6"),
-    ('{"prompt": "a", "columns": {"x": true}}', ":2: columns.x: expected a weight from 1e-6 to 1e6"),
+    ('{"prompt": "a", "columns": {"x": 0}}', ":2: columns.x: expected a number from 1e-06 to 1e+06"),
+    ('{"prompt": "a", "columns": {"x": true}}', ":2: columns.x: expected a number from 1e-06 to 1e+06"),
     ('{"prompt": "a", "columns": ["../x"]}', ":2: columns: expected printable names without slashes"),
     ('{"prompt": "", "columns": ["x"]}', ":2: prompt: expected a prompt"),
     ('{"columns": ["x"]}', ":2: has no column 'prompt'"),

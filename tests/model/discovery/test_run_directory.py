@@ -153,8 +153,8 @@ def test_directories_that_are_no_run(files, tmp_path, capsys):
         ("nowhere", None, "is no run directory: it has no manifest.json"),
         ("empty", "", "is not JSON"),
         ("old", '{"format": 0}', "manifest.json: format: expected 1, got 0"),
-        ("short", '{"format": 1}', "manifest.json: model: is not as written: None"),
-        ("other", '{"format": 1, "model": {"name": 5}}', "manifest.json: model.name: is not as written: 5"),
+        ("short", '{"format": 1}', "manifest.json: model: is missing"),
+        ("other", '{"format": 1, "model": {"name": 5}}', "manifest.json: model.name: expected text, got 5"),
     ):
         if content is not None:
             (tmp_path / path).mkdir()
@@ -164,6 +164,35 @@ def test_directories_that_are_no_run(files, tmp_path, capsys):
     (tmp_path / "file").write_text("")
     assert main(command(files, tmp_path / "c.json", "--run-dir", tmp_path / "file")) == 2
     assert "cannot be made a directory: File exists" in capsys.readouterr().err
+
+
+BAD_MANIFESTS = {
+    "threads: expected a whole number from 1 to 65536, got 0": ("threads", 0),
+    "corpus: expected a JSON object, got 3": ("corpus", 3),
+    "corpus.file: expected a file beside the manifest, got '../prompts'": ("corpus.file", "../prompts"),
+    "corpus.sha256: is missing": ("corpus.sha256", ...),
+    "corpus.n_prompts: expected a whole number from 0 to": ("corpus.n_prompts", -1),
+    "corpus.columns[1]: expected names, got 7": ("corpus.columns", ["positive", 7]),
+    "corpus.units[0]: expected [first, number of prompts, offset, sha256], got [0, True, 0,": (
+        "corpus.units", [[0, True, 0, "hash"]],
+    ),
+    "corpus.count.0: expected a whole number from 0 to": ("corpus.count", {"0": 1.5}),
+    "corpus.weight.0: expected a number from 0 to inf, got nan": ("corpus.weight", {"0": float("nan")}),
+    "corpus.digests: expected a JSON object, got []": ("corpus.digests", []),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("message", "change"), BAD_MANIFESTS.items())
+def test_manifests_that_are_not_as_written(finished, message, change):
+    manifest = json.loads((finished[0] / "manifest.json").read_text())
+    *folders, name = change[0].split(".")
+    record = manifest[folders[0]] if folders else manifest
+    assert name in record
+    del record[name]
+    if change[1] is not ...:
+        record[name] = change[1]
+    with pytest.raises(InputError, match=re.escape(f"manifest.json: {message}")):
+        RunDirectory(finished[0], manifest)
 
 
 def test_damaged_and_foreign_parts_are_refused(files, finished, tmp_path):
