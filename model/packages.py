@@ -20,8 +20,8 @@ EXTRA_OF = {
 
 def missing(*packages: str) -> str | None:
     """Return what installs those of the packages that are absent, or None where all are there."""
-    extras = dict.fromkeys(EXTRA_OF[name] for name in _absent(packages))
-    return f'not installed: pip install "cna-kernels[{",".join(extras)}]"' if extras else None
+    extras = ",".join(dict.fromkeys(EXTRA_OF[name] for name in _absent(packages)))
+    return f'not installed: pip install "cna-kernels[{extras}]", in a checkout ".[{extras}]"' if extras else None
 
 
 def require(*packages: str) -> None:

@@ -22,6 +22,7 @@ from cna_kernels.errors import InputError
 from cna_kernels.files import read_text, sha256
 
 from ..language_model import LanguageModel
+from ..packages import require
 from ..prompts.files import PromptSet
 from .interventions import Interventions
 from .likelihood import each_logits
@@ -188,11 +189,10 @@ def _csv(path: Path) -> Iterator[tuple[dict, str]]:
 
 
 def _parquet(path: Path) -> Iterator[tuple[dict, str]]:
-    try:
-        import pyarrow
-        import pyarrow.parquet
-    except ImportError:
-        raise InputError(path, "parquet needs pyarrow: pip install 'cna-kernels[eval]'") from None
+    require("pyarrow")
+    import pyarrow
+    import pyarrow.parquet
+
     try:
         rows = pyarrow.parquet.read_table(path).to_pylist()
     except (pyarrow.ArrowException, OSError) as error:

@@ -39,7 +39,8 @@ def has_openmp(compiler, directory, *flags):
     return run(compiler, "-fopenmp", *flags, source, "-o", directory / "openmp").returncode == 0
 
 
-@pytest.mark.parametrize("openmp", [1, pytest.param(0, marks=pytest.mark.exhaustive)])
+@pytest.mark.exhaustive
+@pytest.mark.parametrize("openmp", [1, 0])
 @pytest.mark.parametrize("name", COMPILERS)
 def test_example(tmp_path, name, openmp):
     compilers = COMPILERS[name]

@@ -284,6 +284,7 @@ def test_opcheck(op):
     assert set(result.values()) == {"SUCCESS"}
 
 
+@pytest.mark.exhaustive
 def test_a_model_gives_the_same_circuit_and_answers(monkeypatch, tmp_path):
     assert_model_agrees_with_reference("triton", monkeypatch, tmp_path, device=DEVICE)
 

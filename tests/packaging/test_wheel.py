@@ -106,7 +106,7 @@ def test_ops_need_the_core_alone(site, tmp_path):
 
 
 PLAIN, MODEL = ["--positive", "p.txt", "--negative", "p.txt"], str(build_wheel.DEMO / "instruct")
-TO_DEMO = 'cna-kernels-demo: not installed: pip install "cna-kernels[demo]", or, in a checkout, pip install '
+TO_DEMO = 'cna-kernels-demo: not installed: pip install "cna-kernels[demo]", in a checkout ".[demo]" '
 REFUSED = {
     "discover": (["discover", MODEL, *PLAIN, "-o", "c.json"], "tokenizers, jinja2", "model"),
     "run": (["run", MODEL, "-p", "hi"], "tokenizers, jinja2", "model"),
@@ -130,7 +130,7 @@ def test_what_is_missing_is_one_line(case, site, tmp_path):
     assert done.returncode == 2 and done.stderr.count("\n") == 1, done.stderr
     assert done.stderr.startswith(f"cna {words[0]}: {packages}"), done.stderr
     if extra:
-        assert done.stderr.endswith(f'not installed: pip install "cna-kernels[{extra}]"\n')
+        assert done.stderr.endswith(f'not installed: pip install "cna-kernels[{extra}]", in a checkout ".[{extra}]"\n')
     assert sorted(os.listdir(tmp_path)) == ["c.json", "p.txt"]
 
 
@@ -142,9 +142,9 @@ def test_the_core_shows_circuits_and_says_what_is_missing(site, tmp_path):
     doctor = run(CNA, "doctor", paths=[site], cwd=tmp_path)
     facts = dict(line.split(maxsplit=1) for line in doctor.stdout.splitlines())
     assert doctor.returncode == 0 and facts["torch"]
-    assert facts["rich"] == 'not installed: pip install "cna-kernels[model]"'
-    assert facts["matplotlib"] == 'not installed: pip install "cna-kernels[plot]"'
-    assert facts["cna-kernels-demo"] == 'not installed: pip install "cna-kernels[demo]"'
+    assert facts["rich"] == 'not installed: pip install "cna-kernels[model]", in a checkout ".[model]"'
+    assert facts["matplotlib"] == 'not installed: pip install "cna-kernels[plot]", in a checkout ".[plot]"'
+    assert facts["cna-kernels-demo"] == 'not installed: pip install "cna-kernels[demo]", in a checkout ".[demo]"'
     assert run(CNA, "--help", paths=[site], cwd=tmp_path).returncode == 0
 
 

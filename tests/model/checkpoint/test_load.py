@@ -196,6 +196,7 @@ def test_weights_hash_sees_every_tensor(checkpoint):
     assert len(hashes) == len(whole) + 1
 
 
+@pytest.mark.exhaustive
 def test_loading_holds_no_second_copy(tmp_path):
     """Peak memory of a load stays below the weights plus the largest tensor and some slack."""
     import subprocess

@@ -435,6 +435,7 @@ def test_answers_are_looked_for_before_the_work(model, tmp_path, capsys):
     assert "door.positive/variance" not in load_file(tmp_path / "out" / "columns.safetensors")
 
 
+@pytest.mark.exhaustive
 def test_more_sums_than_memory_holds(model):
     names = Names()
     with TemporaryFile() as file:

@@ -147,7 +147,7 @@ def test_without_the_package(files, tmp_path, capsys, monkeypatch):
     monkeypatch.setitem(sys.modules, "ray", None)
     words = command(files, tmp_path / "c.json", tmp_path / "run", "--ray", "local", "--workers", 1)[3:]
     assert main(words) == 2
-    assert 'ray: not installed: pip install "cna-kernels[ray]"' in capsys.readouterr().err
+    assert 'ray: not installed: pip install "cna-kernels[ray]", in a checkout ".[ray]"' in capsys.readouterr().err
 
 
 def test_ray_is_imported_for_ray_alone():
