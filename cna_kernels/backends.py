@@ -1,7 +1,7 @@
 """Which implementation runs an op: explicit argument, then CNA_BACKEND, then the device's default.
 
 The choice never falls through: a backend asked for by name that cannot do the job raises and names the alternative.
-It is made once for each device: CNA_BACKEND is read at the first call, and again after ``plans.forget``.
+The choice is made once for each device: CNA_BACKEND is read at the first call, and again after ``plans.forget``.
 """
 
 from __future__ import annotations
@@ -94,10 +94,10 @@ def _default(device: torch.device) -> str:
 
 
 def prepare(op: str, inputs: Inputs, extras: Extras | tuple[()], backend: str | None = None) -> Run:
-    """Return what serves calls of an op with such arguments: a function of the op's tensors and then the extras.
+    """Return the function that serves calls of an op with arguments like these: of the op's tensors, then the extras.
 
-    A backend's module has such a ``prepare``, without the last argument. What it returns may depend on everything that
-    ``ops`` calls the looks of a call: shapes, strides, dtypes and the device, and what is None.
+    A backend's module has a ``prepare``, too, without the argument ``backend``. The function that it returns may depend
+    on all that ``serve.looks`` takes from a call: shapes, strides, dtypes, the device, and which arguments are None.
     """
     name = name_for(inputs[0].device, backend)
     if name == "reference":
@@ -107,7 +107,7 @@ def prepare(op: str, inputs: Inputs, extras: Extras | tuple[()], backend: str | 
 
 
 def plain(op: str) -> Run:
-    """The op in plain PyTorch, of its tensors and then the extras."""
+    """Return the op in plain PyTorch: a function of the op's tensors, then the extras."""
     if op == "linear":
         return F.linear
     n_extras = len(Extras._fields)

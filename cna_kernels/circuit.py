@@ -14,21 +14,23 @@ from .files import FilePath, write_text
 
 @dataclass(frozen=True)
 class Circuit:
-    """Neurons in rank order with their contrast. Holds no multiplier: that is chosen when steering.
+    """Neurons in rank order with their contrast. A circuit holds no multiplier: steering chooses the multiplier.
 
     Attributes:
         neurons: (layer, index, contrast) best first.
-        n_layers, n_neurons: the shape of the model it was found in.
-        score, fraction, k_rule, position, skipped_layers: how it was selected; None where unknown.
-        universal: how the universal filter was run and what it left out, or None where it was off.
+        n_layers, n_neurons: the shape of the model that the circuit was found in.
+        score, fraction, k_rule, position, skipped_layers: how the circuit was selected; None where unknown.
+        universal: how the universal filter was run and which neurons it left out, or None where the filter was off.
         excluded: (layer, index) of neurons that were left out by name.
-        model, tokenizer_sha256, chat_template_sha256: what it was found in. ``model`` has a name and hashes, of which
-            those are compared that both sides have.
+        model, tokenizer_sha256, chat_template_sha256: the model, tokenizer and chat template that the circuit was found
+            with. ``model`` has a name and hashes; a hash is compared with the model in hand where both have it.
         prompts: count and sha256 of both sets.
         dtype, versions, preset: how the activations were computed.
-        bootstrap: how stable the selection is when prompts are drawn again: ``overlap`` with this circuit and among
-            the replicates, how often each neuron is selected, in rank order, and ``others`` in half of them or more.
-        folds: the same for leaving out a part of the prompts, and the share of the contrast ``retained`` on that part.
+        bootstrap: how stable the selection is when prompts are drawn again: the ``overlap`` of the replicates with this
+            circuit, their ``pairwise_overlap``, the ``frequency`` with which they select each neuron of this circuit,
+            in rank order, and ``others``: neurons outside this circuit that at least half of the replicates select.
+        folds: cross-validation. For each part of the prompts in turn, the circuit of all other prompts: its ``overlap``
+            with this circuit, and the share of its contrast that is ``retained`` on the part left out.
     """
 
     neurons: tuple[tuple[int, int, float], ...]
@@ -64,7 +66,7 @@ class Circuit:
 
     @property
     def k(self) -> int:
-        """How many neurons it has."""
+        """The number of neurons."""
         return len(self.neurons)
 
     @property
@@ -73,7 +75,7 @@ class Circuit:
         return [(layer, index) for layer, index, _ in self.neurons]
 
     def by_layer(self) -> dict[int, list[int]]:
-        """Return {layer: sorted indices} for the layers that hold any."""
+        """Return {layer: sorted indices} for the layers that hold a neuron of the circuit."""
         layers: dict[int, list[int]] = {}
         for layer, index in sorted(self.pairs):
             layers.setdefault(layer, []).append(index)
@@ -113,7 +115,7 @@ class Circuit:
         known = circuit_file.read(path, n_layers, n_neurons)
         try:
             return cls(**known)
-        except ValueError as error:  # what the constructor refuses names its field
+        except ValueError as error:  # the constructor's message names the field
             raise InputError(path, error) from None
 
     def __str__(self) -> str:
@@ -130,11 +132,11 @@ def made_elsewhere(path: FilePath, field: str, expected: object, got: object) ->
 
 
 def check_found_in(circuit: Circuit, here: dict[str, Any], where: FilePath = "circuit") -> None:
-    """Raise InputError naming the field unless the circuit was found in the model in hand, as far as both say.
+    """Raise InputError, naming the field, if the circuit was found in another model than the one in hand.
 
     Args:
-        here: what the model in hand is: ``tokenizer_sha256``, ``model.weights_sha256`` and others; None says that it
-            has no such thing. Names are not compared.
+        here: facts about the model in hand: ``tokenizer_sha256``, ``model.weights_sha256`` and others. None says that
+            the model has no such thing. A fact that the circuit or ``here`` lacks is not compared, nor is the name.
     """
     found_in = {f"model.{name}": value for name, value in (circuit.model or {}).items() if name != "name"}
     found_in |= {name: getattr(circuit, name) for name in ("tokenizer_sha256", "chat_template_sha256")}

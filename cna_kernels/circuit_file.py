@@ -1,4 +1,4 @@
-"""The JSON file of a circuit: what is written, and every field checked when one is read. Also the public CNA code's."""
+"""The JSON file of a circuit: written, and read with every field checked. Reads the public CNA code's JSON, too."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ SCHEMA_VERSION = 1
 SITE = "mlp.down_proj.input"
 _KIND = "a circuit file"
 _MOST_LAYERS, _MOST_NEURONS, _MOST = 10_000, 10_000_000, (1 << 63) - 1
-_SHARE = (0, 1)  # bounds
-# fields of a circuit that are texts, or lists and objects with a check of their own below
+_SHARE = (0, 1)  # the bounds of a share
+# the fields of a circuit that are texts, and the hashes inside its ``model``
 _TEXTS = ("score", "k_rule", "position", "tokenizer_sha256", "chat_template_sha256", "dtype", "preset")
 _HASHES = ("config_sha256", "headers_sha256", "weights_sha256", "neurons_sha256")
 
@@ -33,7 +33,7 @@ def to_json(circuit: Any) -> str:
 def read(path: FilePath, n_layers: int | None = None, n_neurons: int | None = None) -> dict[str, Any]:
     """The fields of a Circuit from its file, or from the JSON of the public CNA code.
 
-    That holds no model shape: it is the one given, or the smallest that fits.
+    The JSON of the public code holds no model shape: the shape is the one given, or the smallest that fits.
     """
     record = read_json(path)
     fields = Fields(record, path)
@@ -79,7 +79,7 @@ def _from_record(fields: Fields) -> dict[str, Any]:
     return known
 
 
-# The objects inside: each a function of the object, the model's shape, and k.
+# The checks of the objects in a circuit file: functions of the object, the model's shape and k.
 
 
 def _check_universal(fields: Fields, shape: tuple[int, int], k: int) -> None:
@@ -129,7 +129,7 @@ def _check_folds(fields: Fields, shape: tuple[int, int], k: int) -> None:
 
 
 def _check_versions(fields: Fields, shape: tuple[int, int], k: int) -> None:
-    """Any."""
+    """Any versions are accepted."""
 
 
 _OBJECTS = {
@@ -155,7 +155,7 @@ def _numbers(fields: Fields, name: str, n: int, what: str) -> None:
 def _from_public_code(
     found: dict[str, Any], path: FilePath, n_layers: int | None, n_neurons: int | None
 ) -> dict[str, Any]:
-    """``{"layer,position,index": delta, ...}``, strongest first; the position is not kept."""
+    """The fields from ``{"layer,position,index": delta, ...}``: neurons strongest first, without their position."""
     neurons = []
     for key, value in found.items():
         parts = key.split(",")

@@ -1,4 +1,4 @@
-"""One wording for what is wrong with an argument: tensors handed to an op, and files handed to us by a user."""
+"""One wording for what is wrong with an argument: tensors handed to an op, and files that a user names."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ class InputError(ValueError):
         self.where, self.what = str(where), str(what)
         super().__init__(f"{self.where}: {self.what}")
 
-    def __reduce__(self) -> tuple[type[InputError], tuple[str, str]]:  # so that it crosses from one process to another
+    def __reduce__(self) -> tuple[type[InputError], tuple[str, str]]:  # so that processes can send it
         return InputError, (self.where, self.what)
 
     def __str__(self) -> str:

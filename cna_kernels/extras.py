@@ -1,4 +1,4 @@
-"""The optional arguments that ops share, as one value that goes from the op to the kernels unopened."""
+"""The optional arguments that all ops share, as one value that is passed on from the op to the backend."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ from torch import Tensor
 
 from .scale import Scale
 
-Inputs: TypeAlias = tuple[Any, ...]  # the tensors of an op, in its order; None where it was not given one
-Run: TypeAlias = Callable[..., Tensor]  # what serves a call: a function of the op's tensors, then the extras
+Inputs: TypeAlias = tuple[Any, ...]  # an op's tensors, in the op's order; None for one not given
+Run: TypeAlias = Callable[..., Tensor]  # serves a call: a function of the op's tensors, then the extras
 
 
 class Extras(NamedTuple):
-    """What an op sums and how it steers, with ``scale`` in its three tensors, as torch.library takes them."""
+    """What an op sums and how it steers. ``scale`` is given as its three tensors, as torch.library takes them."""
 
     token_weight: Tensor | None = None
     act_sum: Tensor | None = None

@@ -8,7 +8,7 @@ from typing import Any
 from .errors import InputError
 from .files import FilePath
 
-REQUIRED: Any = object()  # the default of a field that must be there; of any other, null means its default
+REQUIRED: Any = object()  # the default of a field that must be present; elsewhere null means the default
 
 
 def is_whole(value: Any) -> bool:
@@ -22,7 +22,7 @@ def is_number(value: Any) -> bool:
 
 
 def short(value: Any) -> str:
-    """A value as an error shows it."""
+    """A value as an error message shows it."""
     text = repr(value)
     return text if len(text) <= 60 else text[:57] + "..."
 
@@ -31,7 +31,7 @@ class Fields:
     """One JSON object and where it comes from. Each method reads a field, or raises InputError.
 
     Args:
-        record: what JSON had there.
+        record: the parsed JSON; anything but an object is refused.
         where: the file, or the file and line.
         prefix: the fields that lead to this object, each with a dot behind it.
     """
@@ -79,7 +79,7 @@ class Fields:
         return self.read(name, default, "text", lambda x: isinstance(x, str))
 
     def one_of(self, name: str, allowed: Collection[str], default: Any = REQUIRED) -> Any:
-        """One of some strings."""
+        """One of the strings ``allowed``."""
         expected = " or ".join(sorted(allowed))
         return self.read(name, default, expected, lambda x: isinstance(x, str) and x in allowed)
 
@@ -93,7 +93,7 @@ class Fields:
         return values
 
     def object(self, name: str, default: Any = REQUIRED) -> Any:
-        """An object inside, as Fields."""
+        """A JSON object inside this one, as Fields."""
         value = self.record.get(name)
         if value is None and default is not REQUIRED:
             return default
@@ -102,13 +102,13 @@ class Fields:
         return Fields(value, self.where, f"{self.prefix}{name}.")
 
     def refuse(self, name: str, accepted: Collection[Any] = (None,)) -> None:
-        """Refuse a field that asks for what is not supported."""
+        """Refuse a field whose value is not among ``accepted``: it asks for something that is not supported."""
         value = self.record.get(name)
         if value not in accepted:
             raise self.error(name, f"is not supported, got {short(value)}")
 
     def only(self, names: Iterable[str], what: str) -> None:
-        """Refuse fields beside these. ``what`` names the kind of file."""
+        """Refuse fields other than ``names``. ``what`` names the kind of file."""
         unknown = sorted(set(self.record) - set(names))
         if unknown:
             raise self.error(unknown[0], f"not a field of {what}")

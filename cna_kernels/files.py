@@ -121,7 +121,7 @@ def write_bytes(path: FilePath, content: bytes) -> None:
 def replaced(path: FilePath, *, keep: bool = False) -> Iterator[BinaryIO]:
     """Yield a binary file that becomes ``path`` when the block ends well: a temporary file beside it, fsync, rename.
 
-    ``keep`` leaves a file that is there already as it is.
+    With ``keep`` a file that already exists at ``path`` stays as it is.
     """
     target = _target(path)
     temporary = target.parent / f".cna-{secrets.token_hex(8)}.tmp"
@@ -144,7 +144,7 @@ def replaced(path: FilePath, *, keep: bool = False) -> Iterator[BinaryIO]:
 
 
 def _sync_directory(directory: Path) -> None:
-    """Have the name of a new file survive a loss of power, where the system lets a directory be opened for that."""
+    """Make a new file's name survive a loss of power, where the system lets a directory be opened and synced."""
     with contextlib.suppress(OSError):
         descriptor = os.open(directory, os.O_RDONLY)
         try:
@@ -154,7 +154,7 @@ def _sync_directory(directory: Path) -> None:
 
 
 def make_directory(path: FilePath) -> None:
-    """Make a directory unless it is there; its parent must be. Raise InputError naming it."""
+    """Make a directory unless it exists; its parent must exist. Raise InputError naming it."""
     try:
         Path(path).mkdir(exist_ok=True)
     except OSError as error:

@@ -1,4 +1,4 @@
-"""What tells the neurons of one model from those of another, alike for a checkpoint on file and a model in memory."""
+"""A hash that tells one model's neurons from another's, the same for a checkpoint on file and a model in memory."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ from torch import Tensor
 
 from .files import Digest
 
-ROWS = 4  # of each layer's down_proj
+ROWS = 4  # how many rows of each layer's down_proj are hashed
 
 
 def sampled_rows(n_rows: int) -> list[int]:
-    """The rows of a layer's ``w_down`` ``[H, N]``, or ``[E * H, N]``, that the hash looks at: evenly spaced."""
+    """The rows of a layer's ``w_down`` ``[H, N]``, or ``[E * H, N]``, that are hashed: evenly spaced."""
     n = min(ROWS, n_rows)
     return [number * (n_rows - 1) // max(n - 1, 1) for number in range(n)]
 
@@ -21,8 +21,8 @@ def sampled_rows(n_rows: int) -> list[int]:
 def neurons_sha256(layers: Iterable[Iterable[Tensor]]) -> str:
     """Hash the sampled rows ``[N]`` of every layer, rounded to bf16.
 
-    A checkpoint has the same hash on file and loaded in bf16, fp32 or fp64. Not in fp16, which cannot hold every small
-    bf16 number: such models in memory get no hash.
+    A checkpoint has the same hash on file and loaded in bf16, fp32 or fp64. A model in memory in fp16 gets no hash,
+    because fp16 cannot hold every small bf16 number.
     """
     digest = Digest()
     for rows in layers:

@@ -1,7 +1,7 @@
-"""The ops in torch.library, namespace ``cna_kernels``: for what looks at operations instead of running them.
+"""The ops in torch.library, namespace ``cna_kernels``: for tracers, which look at operations instead of running them.
 
-Each op comes twice, with sums and without: only the one with sums changes its arguments, and PyTorch's inductor (2.13)
-cannot compile an op that may change an argument and is given None for all it may change.
+Each op but ``linear`` is registered twice, with sums and without, and only the op with sums changes its arguments.
+PyTorch's inductor (2.13) cannot compile an op that may change arguments and is given None for all of these.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from .serve import READY, as_given, count_change, is_as_stored, looks, prepare
 _LIBRARY = torch.library.Library("cna_kernels", "DEF")
 _SUMS = "Tensor token_weight, Tensor(a!)? act_sum, Tensor(b!)? act_sumsq"
 _STEER = "Tensor? scale_offsets, Tensor? scale_index, Tensor? scale_value, Tensor? row_circuit"
-# op: its own arguments, and an empty result. gated_mlp: with w_up, w_gate_up is gate's half alone.
+# op -> its own arguments, and a function that makes an empty result. Where gated_mlp has w_up, w_gate_up is w_gate.
 _OPS: dict[str, tuple[str, Run]] = {
     "gated_mlp": (
         "Tensor x, Tensor w_gate_up, Tensor? w_up, Tensor w_down",
@@ -38,8 +38,8 @@ _OPS: dict[str, tuple[str, Run]] = {
 def _define(name: str, arguments: str, fake: Run, function: Run) -> Run:
     """Define an op of torch.library, and return it.
 
-    ``torch.library.custom_op`` adds what these ops do not need, in 50 us of Python for each call, which is more than a
-    small MLP takes; this way it is 4 us (2 cores of Zen 4, torch 2.13, 2026-11-21).
+    A call of an op defined here costs 4 us of Python. ``torch.library.custom_op`` makes it 50 us, more than a small MLP
+    takes, for features that these ops do not need (2 cores of Zen 4, torch 2.13, 2026-11-21).
     """
     _LIBRARY.define(f"{name}({arguments}) -> Tensor")
     _LIBRARY.impl(name, function, "CompositeExplicitAutograd")
@@ -49,7 +49,7 @@ def _define(name: str, arguments: str, fake: Run, function: Run) -> Run:
 
 
 def _implementation(op: str, n_inputs: int, with_sums: bool) -> Run:
-    """What runs an op: its own arguments, the extras, and the backend's name."""
+    """Return the function that runs an op: of the op's own arguments, the extras, and the backend's name."""
 
     def run(*arguments: Any) -> Tensor:
         inputs, given, backend = arguments[:n_inputs], arguments[n_inputs:-1], arguments[-1]

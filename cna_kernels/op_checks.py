@@ -1,4 +1,4 @@
-"""What an op may be called with: checked once for calls that look alike."""
+"""The checks of an op's arguments, made once for all calls that look alike (``serve.looks``)."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from .scale import NEURON_BLOCK
 FLOATS = (torch.bfloat16, torch.float16, torch.float32)
 
 
-# The shape of the activations, (T, N), is what each returns.
+# Each check returns the shape of the activations, (T, N); that of ``linear`` returns the shape of the result, (T, O).
 
 
 def _check_gated_mlp(x: Tensor, w_gate: Tensor, w_up: Tensor | None, w_down: Tensor) -> tuple[int, int]:

@@ -1,12 +1,12 @@
-"""The public ops: check, dispatch. ``reference.py`` is their definition.
+"""The public ops: they check their arguments and call a backend. ``reference.py`` is their definition.
 
-``gated_mlp``, ``swiglu``, ``down_proj`` and ``steer_act`` do three jobs each: their part of the MLP, the streaming sums
-of the activations, and the per-neuron scale. ``linear`` serves a model's other layers.
+``gated_mlp``, ``swiglu`` and ``down_proj`` do three jobs each: their part of the MLP, the streaming sums of the
+activations, and the per-neuron scale. ``steer_act`` does the last two. ``linear`` serves a model's other layers.
 
-The first call with arguments of some shapes, strides and dtypes is checked, and its backend prepares what serves it;
-later calls with such arguments look that up and run it. All ops are registered with torch.library (namespace
-``cna_kernels``) for what looks at operations instead of running them: ``torch.compile(fullgraph=True)`` sees one node
-per call. Gradients flow through the reference: where an input requires grad, the op runs it directly.
+The first call with arguments of given shapes, strides and dtypes is checked, and the backend prepares a function that
+serves it. Later calls that look alike run that function. All ops are registered with torch.library (namespace
+``cna_kernels``) for tracers: ``torch.compile(fullgraph=True)`` sees one node per call. Gradients flow through the
+reference: where an input requires grad, the op runs the reference directly.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ def gated_mlp(
 
     Args:
         x: ``[T, H]`` bf16, fp16 or fp32. The other floating inputs share its dtype unless said otherwise.
-        w_gate_up: ``[2N, H]``, the rows of ``gate_proj`` then those of ``up_proj``; or the two apart, ``[N, H]`` each.
+        w_gate_up: ``[2N, H]``, the rows of ``gate_proj`` then those of ``up_proj``; or a tuple of the two, ``[N, H]``.
         w_down: ``[H, N]``.
         token_weight: ``[T, C]`` fp32, how much each token counts in each column.
         act_sum: ``[C, N]`` fp32, added to in place. Needs ``token_weight``.
@@ -106,8 +106,9 @@ def down_proj(
 ) -> Tensor:
     """The down-projection, for stacks that hand over ``act``: ``y = (act * scale) @ w_down^T``.
 
-    On a GPU ``act`` of more than 64 tokens is scaled in place for the product and put back after it, bit for bit: while
-    the call runs, nothing on another stream may use it. With sums, a copy of up to 2**24 elements is scaled.
+    On a GPU an ``act`` of more than 64 tokens is scaled in place for the product and put back after it, bit for bit:
+    while the call runs, nothing on another stream may use ``act``. In a call with sums, a contiguous ``act`` of fewer
+    than 2**24 elements is copied instead, and the copy is scaled.
 
     Args:
         act: ``[T, N]`` bf16, fp16 or fp32.
@@ -133,7 +134,7 @@ def steer_act(
     backend: str | None = None,
     weight: Tensor | None = None,
 ) -> Tensor:
-    """Sums and steering alone, for stacks whose other activation or quantised ``down_proj`` is none of the above.
+    """Sums and steering alone, for stacks whose activation or quantised ``down_proj`` no other op computes.
 
     Args:
         act: ``[T, N]`` bf16, fp16 or fp32, the input of ``down_proj`` as computed elsewhere.
@@ -178,13 +179,13 @@ def call(op: str, inputs: Inputs, extras: Extras | tuple[()], backend: str | Non
 
     Args:
         op: "gated_mlp", "swiglu", "down_proj", "steer_act" or "linear".
-        inputs: gated_mlp's are x ``[T, H]``, w_gate_up ``[2N, H]`` and None, or w_gate and w_up ``[N, H]``, and w_down
-            ``[H, N]``; any other op's are its own, in order.
+        inputs: for gated_mlp x ``[T, H]``, then w_gate_up ``[2N, H]`` and None, or w_gate and w_up ``[N, H]``, then
+            w_down ``[H, N]``; for any other op its own tensors, in order.
         extras: what is summed and steered; () for linear.
         backend: as in :func:`gated_mlp`.
 
     Returns:
-        What the op returns, and raises as it does.
+        What the op returns. Raises what the op raises.
     """
     if _observed() or _needs_grad(inputs, extras):
         check(op, inputs, extras)
@@ -209,7 +210,7 @@ def call(op: str, inputs: Inputs, extras: Extras | tuple[()], backend: str | Non
 
 
 def _observed() -> bool:
-    """Whether something looks at operations, or rewrites them, that calls of a kernel would be hidden from."""
+    """Whether a tracer, a mode or a profiler watches PyTorch's operations: it would not see the launch of a kernel."""
     return (
         torch.compiler.is_compiling()
         or torch._C._len_torch_dispatch_stack() > 0
@@ -222,13 +223,13 @@ def _observed() -> bool:
 
 
 def _function_modes() -> bool:
-    """Whether a mode wants to see calls: any but that of ``torch.set_default_device``."""
+    """Whether a mode for torch functions is active, other than that of ``torch.set_default_device``."""
     n_modes = torch._C._len_torch_function_stack()
     return any(type(torch._C._get_function_stack_at(i)) is not DeviceContext for i in range(n_modes))
 
 
 def _needs_grad(inputs: Inputs, extras: Extras | tuple[()]) -> bool:
-    """Whether autograd, or forward-mode AD, may look through the op: then it runs in PyTorch's own operations."""
+    """Whether autograd, or forward-mode AD, may look through the op, which then runs in PyTorch's operations."""
     if forward_ad._current_level >= 0:
         return True
     if not torch.is_grad_enabled():

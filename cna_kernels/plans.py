@@ -1,6 +1,6 @@
-"""CNA_PLAN: the user's word on which kernels serve an op, such as ``gated_mlp=fused,down_proj=blas``.
+"""CNA_PLAN: the user's choice of the kernels that serve an op, such as ``gated_mlp=fused,down_proj=blas``.
 
-The environment is read once, at the first call. ``use`` changes the plans of a process that runs.
+The environment is read once, at the first call. ``use`` changes the plans of a running process.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 from .errors import InputError
 
-# Every plan of every backend by op. A plan that another backend has is passed over; an unknown one is an error.
+# Every plan of every backend by op. A backend ignores the plans of other backends; an unknown name is an error.
 NAMES = {
     "gated_mlp": ("gemv", "flat", "fused", "blas", "csrc", "torch"),
     "down_proj": ("split", "tma", "blas", "csrc", "torch"),
@@ -20,19 +20,19 @@ NAMES = {
 
 
 class Plan(NamedTuple):
-    """What serves a call, and why."""
+    """The kernels that serve a call, by one name, and the reason for the choice."""
 
     name: str
     reason: str
 
 
-# What ``ops`` and the backends keep of calls they have seen. ``forget`` empties all of them.
+# What ``backends`` and ``serve`` found for earlier calls, a dictionary for each use. ``forget`` empties all of them.
 _KEPT: list[dict[Any, Any]] = []
-times_forgotten = 0  # what was found before a change of this number is not to be kept
+times_forgotten = 0  # calls of ``forget``: whoever keeps a result must have begun and ended at the same number
 
 
 def kept() -> dict[Any, Any]:
-    """Return a new dictionary for what follows from the shapes of a call, the plans, the backend and the device."""
+    """Return a new dictionary that ``forget`` empties, for what follows from a call's looks, plans and backend."""
     _KEPT.append({})
     return _KEPT[-1]
 

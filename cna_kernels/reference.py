@@ -5,10 +5,10 @@
     act_sumsq[c, n] += sum_t token_weight[t, c] * act[t, n]^2   likewise
     y              = (act * scale[row_circuit[t]]) @ w_down^T
 
-Three rounding points are part of the definition. Sums read ``act`` as ``down_proj`` reads it, so they equal what
-a hook on the input of ``down_proj`` would collect, and all ops agree on them. The product with a scale is
+The definition says where values are rounded. Sums read the rounded ``act``, as ``down_proj`` does, so they equal what
+a hook on the input of ``down_proj`` would collect, and all ops give the same sums. The product with a scale is
 computed in fp32 from the rounded ``act`` and rounded again, as a hook that multiplies would do. Hugging Face eager
-rounds silu(gate) before the product with up; here it stays in fp32.
+rounds silu(gate) before the product with up; here silu(gate) stays in fp32.
 
 A scale of 0 writes exactly 0 whatever ``act`` holds. A token whose weights are all 0 is never read by the sums.
 
@@ -44,7 +44,7 @@ def gated_mlp(
 
 
 def gate_and_up(x: Tensor, w_gate_up: Tensor | tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
-    """The two halves, ``[T, N]`` each: of one product, with row stride 2N, or of two."""
+    """gate and up, ``[T, N]`` each: the halves of one product, with row stride 2N, or two products."""
     if isinstance(w_gate_up, tuple):
         return F.linear(x, w_gate_up[0]), F.linear(x, w_gate_up[1])
     gate, up = F.linear(x, w_gate_up).chunk(2, dim=-1)

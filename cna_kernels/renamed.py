@@ -1,4 +1,4 @@
-"""Names from before a renaming: they work for one minor release, with a DeprecationWarning. CHANGELOG.md lists them."""
+"""Old names of arguments: they work for one minor release, with a DeprecationWarning. CHANGELOG.md lists them."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ Function = TypeVar("Function", bound=Callable[..., Any])
 def renamed(**names: str) -> Callable[[Function], Function]:
     """Let a function take keywords by their old names, too: ``@renamed(weight="token_weight")``.
 
-    The call takes 0.4 us longer, which an op has no room for: see ``by_new_name``. Raises as that does.
+    A call takes 0.4 us longer this way, too much for an op: the ops use ``by_new_name``. Raises as that function does.
     """
 
     def decorate(function: Function) -> Function:
@@ -30,10 +30,10 @@ def renamed(**names: str) -> Callable[[Function], Function]:
 
 
 def by_new_name(old: str, value: Any, new: str, new_value: Any, *, stacklevel: int = 4) -> Any:
-    """The value that came by the old name of an argument.
+    """Return the value that was given under an argument's old name, with a DeprecationWarning.
 
     Raises:
-        TypeError: one came by the new name, too.
+        TypeError: a value was given under the new name, too.
     """
     if new_value is not None:
         raise TypeError(f"{old}: is the old name of {new}, and both were given")

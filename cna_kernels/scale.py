@@ -9,7 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-# A Scale can be entered every so many neurons: a kernel that owns a block of neurons reads only that block's entries.
+# A Scale has an offset for every so many neurons: a kernel that owns a block of neurons reads only its entries.
 # At 1024 the offsets take about as much memory as the entries of a usual circuit (0.1% of the neurons).
 NEURON_BLOCK = 1024
 
@@ -18,8 +18,8 @@ class Scale(NamedTuple):
     """Per-neuron multipliers of one layer for K circuits, stored sparse by circuit; every other multiplier is 1.
 
     Circuit ``c`` multiplies neuron ``index[e]`` by ``value[e]`` for every e in ``offsets[c, 0] : offsets[c, -1]``.
-    Its neurons in ``1024 * b : 1024 * (b + 1)`` are those in ``offsets[c, b] : offsets[c, b + 1]``. Within a circuit
-    ``index`` ascends strictly. Circuits lie in any order, and entries that belong to none may lie between them.
+    Its entries for neurons ``1024 * b : 1024 * (b + 1)`` are ``offsets[c, b] : offsets[c, b + 1]``. Within a circuit
+    ``index`` ascends strictly. The circuits' entries lie in any order, and unused entries may lie between them.
     :func:`make_scale` builds one.
 
     offsets: ``[K, ceil(N / 1024) + 1]`` int32.
@@ -56,12 +56,12 @@ def dense_scale(scale: Scale, n_neurons: int) -> Tensor:
     n_circuits, n_entries = offsets.shape[0], index.shape[0]
     if n_entries == 0 or n_circuits == 0:
         return value.new_ones(n_circuits + 1, n_neurons)
-    # the circuit of each entry: the last one to start before it, if it has not ended
+    # the circuit of each entry: the last circuit that starts at or before the entry, unless that circuit has ended
     first, end = offsets[:, 0], offsets[:, -1]
     starts, circuits = torch.where(first < end, first, n_entries).sort()
     entry = torch.arange(n_entries, dtype=starts.dtype, device=starts.device)
     circuit = circuits[torch.searchsorted(starts, entry, right=True).clamp(min=1) - 1]
     used = (entry >= first[circuit]) & (entry < end[circuit])
-    table = value.new_ones(n_circuits + 2, n_neurons)  # the last row takes what belongs to no circuit
+    table = value.new_ones(n_circuits + 2, n_neurons)  # the last row takes the entries of no circuit
     table[torch.where(used, circuit, n_circuits + 1), torch.where(used, index, 0).long()] = value
     return table[:-1]

@@ -1,7 +1,7 @@
-"""From sums to circuits: contrast, score, universal filter, one ranking. ``attach`` and ``load`` both select here.
+"""From sums to circuits: contrast, score, universal filter, one ranking. ``attach`` and ``load`` both select this way.
 
 Source of the method: "Targeted Neuron Modulation via Contrastive Pair Search", arXiv 2605.12290.
-Everything here is fp64 ``[L, N]``.
+Means, contrasts and scores are fp64 ``[L, N]``.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ def contrast(sums: ActivationSums, rounded_to: torch.dtype | None = None) -> Ten
 
 
 def scores(name: str, sums: ActivationSums, delta: Tensor) -> Tensor:
-    """Return what selection ranks by, ``[L, N]``, larger first.
+    """Return the score that selection ranks neurons by, ``[L, N]``, larger first.
 
     - ``abs-delta``: abs(delta), the paper's rule.
     - ``magnitude``: abs(mean positive) - abs(mean negative). Leaves out neurons that fire for the negative set.
@@ -58,7 +58,7 @@ def scores(name: str, sums: ActivationSums, delta: Tensor) -> Tensor:
         n_positive, n_negative = sums.count.tolist()
         pooled = (n_positive - 1) * sums.variance(POSITIVE) + (n_negative - 1) * sums.variance(NEGATIVE)
         deviation = (pooled / (n_positive + n_negative - 2)).sqrt()
-        # no spread at all: the squares of both sets were too small for fp32, and so is any difference
+        # no spread at all: the squares of both sets were too small for fp32, and so is any difference of the means
         return torch.where(deviation > 0, delta.abs() / deviation, 0)
     raise InputError("score", f"expected one of {', '.join(SCORES)}, got {name!r}")
 
@@ -80,7 +80,7 @@ def top_neurons(score: Tensor, k: int, excluded: Tensor | None = None) -> list[t
         raise InputError("top_k", f"expected 1 to {available}, the neurons that may be chosen, got {k}")
     flat = score.masked_fill(~candidates, -math.inf).flatten()
     kth = torch.topk(flat, k, sorted=False).values.min()
-    enough = (flat >= kth).nonzero()[:, 0]  # k of them, or more where some are equal; in their order
+    enough = (flat >= kth).nonzero()[:, 0]  # k neurons, or more where scores are equal; by layer and index
     order = torch.sort(flat[enough], descending=True, stable=True).indices[:k]
     n_neurons = score.shape[1]
     return [divmod(place, n_neurons) for place in enough[order].tolist()]
@@ -105,10 +105,10 @@ class UniversalNeurons:
 
     Attributes:
         neurons: (layer, index), in order.
-        fraction: of the model's neurons, which were the largest of a column.
-        threshold: the share of the votes that is most.
-        n_votes: columns that counted a token.
-        prompts_sha256: hash of the prompts behind them, where it is known.
+        fraction: the share of the model's neurons that counted as the largest of a column.
+        threshold: the share of the columns that counted as most.
+        n_votes: the number of columns, without those that counted no token.
+        prompts_sha256: hash of the prompts behind the columns, where it is known.
     """
 
     neurons: tuple[tuple[int, int], ...]
@@ -121,7 +121,7 @@ class UniversalNeurons:
     def of(
         cls, counts: Tensor, n_votes: int, *, fraction: float, threshold: float, prompts_sha256: str | None = None
     ) -> UniversalNeurons:
-        """From ``counts`` ``[L, N]``, in how many of ``n_votes`` columns a neuron was among the largest."""
+        """Make it from ``counts`` ``[L, N]``: in how many of ``n_votes`` columns each neuron was among the largest."""
         if not 0 < threshold <= 1:
             raise InputError("threshold", f"expected above 0 and at most 1, got {threshold}")
         found = (counts >= votes_needed(threshold, n_votes)).nonzero().tolist()
@@ -142,19 +142,19 @@ class UniversalNeurons:
 
 
 class Selection:
-    """Which neurons may be chosen, how many, and by what score. All of it is checked before any forward pass.
+    """Which neurons may be chosen, how many, and by what score: all checked here, before any forward pass.
 
     Args:
         widths: the neurons of each layer.
-        fraction: of all neurons to take; ``top_k``, where given, wins.
+        fraction: the share of all neurons to take; ``top_k``, where given, wins.
         score: one of SCORES.
         skip_layers: layers to leave out.
         universal: neurons to leave out because they fire anyway.
-        exclude: (layer, index) of others to leave out.
+        exclude: (layer, index) of other neurons to leave out.
         rounded_to: see :func:`contrast`.
 
     Raises:
-        InputError: naming the argument: fewer neurons are left than are asked for, or one of them does not exist.
+        InputError: naming the argument: fewer neurons are left than are asked for, or a neuron does not exist.
     """
 
     def __init__(
@@ -197,7 +197,7 @@ class Selection:
         return delta.cpu(), top_neurons(score, self.k, self.excluded)
 
     def circuit(self, sums: ActivationSums, **provenance: Any) -> Circuit:
-        """Select a circuit. ``provenance``: what else its file says, fields of :class:`Circuit`."""
+        """Select a circuit. ``provenance``: further fields of :class:`Circuit`, which its file will hold."""
         delta, chosen = self.rank(sums)
         return Circuit(
             neurons=tuple((layer, index, delta[layer, index].item()) for layer, index in chosen),
@@ -220,7 +220,7 @@ def versions() -> dict[str, str]:
 
 
 def votes_needed(threshold: float, n_votes: int) -> float:
-    """How many of ``n_votes`` a neuron needs to be universal: 0.8 of 35 is 28, in floating point a little more."""
+    """How many of ``n_votes`` a universal neuron needs: 0.55 of 100 is 55, in floating point a little more."""
     return max(threshold * n_votes - 1e-9, 1)
 
 

@@ -1,4 +1,4 @@
-"""What serves a call of an op: looked up by what the call looks like, and prepared by a backend the first time."""
+"""The functions that serve calls of ops: looked up by what a call looks like, prepared by a backend the first time."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from . import backends, plans
 from .extras import Extras, Inputs, Run
 
 Looks: TypeAlias = tuple[Any, ...]
-# What a call looks like -> what serves it: a function of the op's tensors, then the extras.
+# What a call looks like -> the function that serves it: of the op's tensors, then the extras.
 READY: dict[Looks, Run] = plans.kept()
 _MOST = 1 << 14  # kinds of calls to keep; a long run over prompts of all lengths meets many
 _KNOWN = (torch.Tensor, torch.nn.Parameter)
 
 
 def looks(op: str, inputs: Inputs, extras: Extras | tuple[()], backend: str | None) -> Looks:
-    """All that checks, backends and plans look at: two calls that share it differ in addresses and values alone."""
+    """All that checks, backends and plans look at: calls of equal looks differ in addresses and values alone."""
     tensors = (*inputs, *extras)
     return (
         op,
@@ -31,12 +31,12 @@ def looks(op: str, inputs: Inputs, extras: Extras | tuple[()], backend: str | No
 
 
 def is_as_stored(x: Tensor | None) -> bool:
-    """Whether a tensor is what lies at its address: no subclass that means something else by it, no view as -x."""
+    """Whether a tensor's values are those at its address: it is no subclass with another meaning, and no view as -x."""
     return x is None or (type(x) in _KNOWN and not x.is_neg())
 
 
 def prepare(key: Looks, op: str, inputs: Inputs, extras: Extras | tuple[()], backend: str | None) -> Run:
-    """What serves a checked call, kept for those that look alike."""
+    """Return the function that serves a checked call, and keep it for calls that look alike."""
     decided = plans.times_forgotten
     run = backends.prepare(op, inputs, extras, backend)
     if decided == plans.times_forgotten:
@@ -47,7 +47,7 @@ def prepare(key: Looks, op: str, inputs: Inputs, extras: Extras | tuple[()], bac
 
 
 def as_given(x: Tensor) -> AbstractContextManager[object]:
-    """Autocast off: an op computes in the dtypes it is given, and its sums in fp32."""
+    """A context with autocast off: an op computes in the dtypes of its tensors, and its sums in fp32."""
     kind = x.device.type
     return torch.autocast(kind, enabled=False) if torch.is_autocast_enabled(kind) else nullcontext()
 

@@ -21,31 +21,32 @@ Array: TypeAlias = np.ndarray[Any, np.dtype[Any]]
 class Entries(NamedTuple):
     """What one circuit puts into the table, on the host."""
 
-    start: int  # of its entries, which follow one another
+    start: int  # the place of the first entry; the others follow it
     index: Array  # type: ignore[assignment]  # [k] int32, by layer and neuron; the field hides tuple.index
     edges: list[Array]  # for each layer [experts * (blocks + 1)] int32: the first entry from each edge on
     multiplier: float
 
 
 class SteeringTable:
-    """Circuits, each at a multiplier, as one sparse :class:`Scale` per layer. Memory grows with the neurons steered.
+    """Circuits, each at a multiplier, as one sparse :class:`Scale` per layer. Memory grows with the neurons.
 
     Rows of a batch choose a circuit by its number (``row_circuit``); -1 is unsteered. Changing a multiplier writes a
     device buffer in place: nothing is rebuilt, recompiled or captured again.
 
     A table made with ``max_circuits`` is live: circuits come, change and go while its buffers keep their addresses.
-    Methods may be called from any thread. A change is whole between two forward passes of a program that holds ``lock``
-    while it runs one (on a GPU: while it launches one, on the same stream); a pass that does not may see half of it.
+    Methods may be called from any thread. A forward pass sees a change whole or not at all if its program holds
+    ``lock`` while the pass runs (on a GPU: while it is launched, on the same stream). Without the lock the pass may see
+    half of a change.
 
     Args:
         circuits: the circuits, in the order of their numbers 0..K-1.
         multipliers: one for each: 0 ablates, 1 changes nothing, above 1 amplifies.
         n_layers, n_neurons: the shape of the model to steer.
-        device: where the layers are: one device, or one for each layer.
-        max_circuits: the number of circuits that the table can hold; default those given, and no others.
-        max_entries: the number of neurons of all these circuits together; default those given, or, with
-            ``max_circuits``, 0.1% of the model's neurons for each, at least 256.
-        n_experts: for mixtures of experts, how many share a layer's neurons: one number, or one for each layer. Neuron
+        device: the device of the layers: one for all, or one for each layer.
+        max_circuits: the number of circuits that the table can hold; by default it holds the given ones and no others.
+        max_entries: the number of neurons that all circuits together may have; default: those of the given circuits, or
+            with ``max_circuits``, 0.1% of the model's neurons for each circuit, at least 256 for each.
+        n_experts: for mixtures of experts, the experts of a layer: one number, or one for each layer. Neuron
             ``i`` of expert ``e`` has the index ``e * n_neurons / n_experts + i``, and ``layer`` gives a Scale of
             ``K * n_experts`` circuits of ``n_neurons / n_experts`` neurons: circuit ``c * n_experts + e`` is what
             circuit c does in expert e.
@@ -130,7 +131,7 @@ class SteeringTable:
             return number
 
     def replace(self, number: int, circuit: Circuit, multiplier: float) -> None:
-        """Put a circuit in the place of another, or in a free one. Raises as ``add``; nothing has changed then."""
+        """Put a circuit in the place of another, or in a free one. Raises as ``add``, and then changes nothing."""
         check_fits(circuit, self.n_layers, self.n_neurons)
         multiplier = check_multiplier(multiplier)
         if not 0 <= number < self.max_circuits:
@@ -183,7 +184,7 @@ class SteeringTable:
                 self.set_multiplier(number, multiplier)
 
     def layer(self, layer: int) -> Scale | None:
-        """Return the layer's Scale; None where no circuit has a neuron in it and, in a live table, none can come."""
+        """Return the layer's Scale; None in a table that is not live, where no circuit has a neuron in the layer."""
         if not self._live and layer not in self._steered:
             return None
         offsets = self._offsets[layer]
@@ -209,7 +210,7 @@ class SteeringTable:
         return self.row_circuit(circuit_of_row)
 
     def _lay_out(self, circuit: Circuit) -> tuple[Array, list[Array]]:
-        """The circuit's entries, and for each layer where those from each edge on begin, counted from its first."""
+        """The circuit's entries, and for each layer the first entry from each edge on, counted from its first entry."""
         members = circuit.by_layer()
         index, edges, start = [], [], 0
         for layer in range(self.n_layers):
@@ -223,7 +224,7 @@ class SteeringTable:
         return np.concatenate(index) if index else np.zeros(0, np.int32), edges
 
     def _put(self, number: int, entries: Entries) -> None:
-        """Write a circuit's entries, then the offsets that make them count."""
+        """Write a circuit's entries, then the offsets that point to them."""
         end = entries.start + len(entries.index)
         for index, value in self._arena.values():
             index[entries.start : end] = torch.from_numpy(entries.index).to(index.device)
@@ -234,7 +235,7 @@ class SteeringTable:
         self._circuits[number] = entries
 
     def _close_gaps(self) -> None:
-        """Move the circuits together, so that what is free lies at the end."""
+        """Move the entries of all circuits together, so that all free entries lie at the end."""
         self._used = 0
         for number, entries in sorted(self._circuits.items(), key=lambda item: item[1].start):
             self._put(number, entries._replace(start=self._used))
@@ -251,7 +252,7 @@ def _one_each(value: Any, n: int) -> list[Any]:
 
 
 def _edges(width: int, n_experts: int) -> Array:
-    """Where the blocks of neurons begin and end that a Scale can be entered at, expert after expert."""
+    """The neurons at which the blocks of NEURON_BLOCK neurons begin and end, expert after expert."""
     own = width // n_experts
     within = np.minimum(np.arange(-(-own // NEURON_BLOCK) + 1) * NEURON_BLOCK, own)
     return (np.arange(n_experts)[:, None] * own + within).ravel()
@@ -260,7 +261,7 @@ def _edges(width: int, n_experts: int) -> Array:
 def distinct(
     circuits: Sequence[Circuit | None], multipliers: Sequence[float]
 ) -> tuple[list[Circuit], list[float], list[int]]:
-    """Return each pair of circuit and multiplier once, and which of them each row has; -1 for None."""
+    """Return each pair of circuit and multiplier once, and the number of each row's pair; -1 for None."""
     numbers: dict[tuple[int, float], int] = {}
     kept: list[tuple[Circuit, float]] = []
     rows = []
@@ -279,7 +280,7 @@ def check_multiplier(multiplier: float) -> float:
     """Return the multiplier as a float.
 
     Raises:
-        InputError: it is no finite number that fp32 can hold.
+        InputError: the multiplier is no finite number that fp32 can hold.
     """
     try:
         finite = math.isfinite(multiplier) and abs(multiplier) <= torch.finfo(torch.float32).max

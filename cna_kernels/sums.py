@@ -10,7 +10,7 @@ from .renamed import renamed
 
 
 class NonFiniteActivation(ValueError):
-    """A sum came out NaN or infinite; nothing of the call was kept."""
+    """A sum came out NaN or infinite; nothing of the forward pass was counted."""
 
     def __init__(self, layer: int, index: int) -> None:
         self.layer, self.index = layer, index
@@ -25,8 +25,8 @@ class ActivationSums:
 
     Attributes:
         act_sum: ``[L, C, N]`` fp32 on the device, what the current forward pass has added so far.
-        act_sumsq: the same for squares, or None.
-        total, total_sq: ``[L, C, N]`` fp64, on the device where that has fp64, else on the host.
+        act_sumsq: the same sums over squared activations, or None.
+        total, total_sq: ``[L, C, N]`` fp64, on the device if it has fp64, else on the host.
         count: ``[C]`` fp64 on the host, the sum of the weights behind the totals.
     """
 
@@ -55,11 +55,11 @@ class ActivationSums:
 
     @renamed(weight="token_weight")
     def fold(self, token_weight: Tensor, *, layer: int | slice | None = None) -> None:
-        """Move what a forward pass added into the totals: all of it, or where this raises nothing.
+        """Move what a forward pass added into the totals: all of it, or nothing if this raises.
 
         Args:
             token_weight: ``[any, C]``, the weights to count: those of the tokens, or of the prompts, that were summed.
-            layer: move the sums of this layer, or of these, only, of a pass that has not run the others.
+            layer: move only the sums of this layer, or of these layers, for a pass that has not run the others.
 
         Raises:
             NonFiniteActivation: a sum is not finite. The totals stay as they were and the buffers are emptied.
@@ -110,7 +110,7 @@ class ActivationSums:
     def variance(self, column: int) -> Tensor:
         """Return the variance around the mean, with the n / (n - 1) correction, ``[L, N]`` fp64.
 
-        The squares were summed in fp32, so a variance below 1e-6 of the mean square is rounding; it is raised to that.
+        The squares were summed in fp32, so a variance below 1e-6 of the mean square is rounding, and is raised to it.
         """
         count = self._counted(column)
         if self.total_sq is None:

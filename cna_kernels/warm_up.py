@@ -1,7 +1,7 @@
-"""Warming up: compiling what calls of any number of tokens launch before the first of them waits for a compiler.
+"""Warming up: compiling the kernels for calls of any number of tokens ahead, so that no call waits for a compiler.
 
 Triton compiles a kernel at its first launch, in about a second. As T runs over 1 .. 4096 an op launches some 10 to 17
-different kernels, the first of them at 1, 2, 17, 33, 65, ... tokens: a serving loop would stand still at each.
+different kernels, the first of them at 1, 2, 17, 33, 65, ... tokens: a serving loop would wait at each of these.
 """
 
 from __future__ import annotations
@@ -23,19 +23,19 @@ def warm_up(
     longest: int = 4096,
     backend: str | None = None,
 ) -> list[int]:
-    """Call an op with every number of tokens at which it launches something new.
+    """Call an op with every number of tokens for which it launches a kernel that no smaller number launches.
 
     Args:
         op: "gated_mlp", "swiglu", "down_proj" or "steer_act".
         inputs_of: the op's tensors for a number of tokens T, with the shapes, strides and dtypes of the calls to come:
             ``(x, w_gate_up, None, w_down)``, ``(x, w_gate, w_up, w_down)``, ``(gate, up)``, ``(act, w_down)`` or
             ``(act,)``. What they hold does not matter.
-        extras_of: likewise what is summed and steered. Sums are changed.
+        extras_of: the extras for a number of tokens T: what is summed and steered. The calls change the sums.
         longest: the largest T.
         backend: as in :func:`cna_kernels.gated_mlp`.
 
     Returns:
-        The numbers of tokens that were called, ascending; none with a backend that compiles nothing.
+        The numbers of tokens that were called, ascending; empty with a backend that compiles nothing.
     """
     if backends.name_for(inputs_of(1)[0].device, backend) != "triton":
         return []
@@ -49,7 +49,7 @@ def warm_up(
 def _first_to_launch(
     op: str, inputs_of: Callable[[int], Inputs], extras_of: Callable[[int], Extras], longest: int
 ) -> Iterator[int]:
-    """Each T that launches what no smaller one does, found by listing launches; nothing runs."""
+    """Each T that launches a kernel that no smaller T launches, found by listing launches; no kernel runs."""
     from .triton import launch, repeat
     from .triton import ops as triton_ops
 
@@ -73,7 +73,7 @@ def blank_extras(
     n_columns: int = 0,
     squares: bool = False,
 ) -> Extras:
-    """Extras with so many columns of sums, or none, and with a scale that no token uses, or none."""
+    """Extras with ``n_columns`` columns of sums (0: without sums), and with ``scale`` if given; no token uses it."""
     extras = Extras()
     if n_columns:
         zeros = functools.partial(torch.zeros, dtype=torch.float32, device=device)

@@ -47,8 +47,9 @@ void swiglu_row(T *act, const G *gate, const G *up, int64_t n) {
     store_some(act + i, mul(silu(load_some(gate + i, n - i)), load_some(up + i, n - i)), n - i);
 }
 
-// act_sum[C, N] += token_weight^T @ act over the rows of this call, for neurons n0 : n1. One writer for each element;
-// tokens in order; a token whose weights are all 0 is not read.
+// act_sum[C, N] += token_weight^T @ act (act_sumsq likewise) over the rows of this call, for COLUMNS columns from
+// `column` on and neurons n0 : n1. One writer for each element; tokens in order; a token whose weights are all 0 is not
+// read.
 template <class T, int COLUMNS>
 void sum_columns(const cna_extras &e, const T *act, int64_t act_stride, const int32_t *counted, int64_t n_counted,
                  int64_t column, int64_t n0, int64_t n1) {

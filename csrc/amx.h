@@ -1,7 +1,7 @@
 // Products of many tokens on AMX: tiles of 16 tokens x 16 outputs, each step 32 values of k. The panels are those of
 // panel.h; tokens are rows of bf16 pairs, padded with zeros to whole steps. Included inside level amx's namespace.
 //
-// With CNA_AMX_EMULATED the tile instructions are plain loops: the tests of a machine without AMX run this file so.
+// With CNA_AMX_EMULATED the tile instructions are plain loops: tests run this file that way on a machine without AMX.
 
 #ifdef CNA_AMX_EMULATED
 struct EmulatedTile {
@@ -32,7 +32,7 @@ inline void emulated_product(int c, int a, int b) {
 #endif
 
 constexpr int TILE = 16;                       // rows of a tile, and 32-bit words in a row of one
-constexpr int64_t TOKENS_TOGETHER = 2 * TILE;  // tokens that pass together: memory for them is rounded up to this
+constexpr int64_t TOKENS_TOGETHER = 2 * TILE;  // tokens multiplied together: memory is rounded up to this
 
 struct alignas(64) TileConfig {
   uint8_t palette = 1, start_row = 0, reserved[14] = {};
@@ -42,13 +42,13 @@ struct alignas(64) TileConfig {
 
 inline int64_t amx_units(int64_t K) { return round_up((K + 1) / 2, TILE); }
 
-// One row of tokens: [amx_units(K)] pairs.
+// Prepares one token: amx_units(K) pairs of bf16.
 inline void prepare_amx(float *out, const Bf16 *x, int64_t K) {
   std::memset(out + K / 2, 0, (amx_units(K) - K / 2) * sizeof *out);
   if (K) std::memcpy(out, x, K * sizeof *x);
 }
 
-// As panel_tile; c and x have room for whole multiples of TOKENS_TOGETHER.
+// As panel_tile; c and x have room for a multiple of TOKENS_TOGETHER tokens.
 inline void amx_tile(float *c, int64_t c_stride, const Bf16 *w, int64_t w_stride, int64_t O, const float *x,
                      int64_t x_stride, int64_t n_tokens, int64_t K, const Bf16 *next, float *panels) {
   static const TileConfig config;

@@ -73,8 +73,8 @@ struct Call {
   int n = 0;
   int status = CNA_OK;
 
-  // Add an array of elements of this type. A stride that no second row needs may be anything: it becomes the row's
-  // length.
+  // Add an array with elements of type T. The stride of an array without a second row may be anything: it becomes the
+  // row's length.
   template <class T>
   void add(const T *at, int64_t rows, int64_t columns, int64_t &stride, bool written = false) {
     if (rows < 2) stride = columns;
@@ -88,7 +88,7 @@ struct Call {
     add(at, 1, columns, stride);
   }
 
-  // Check the extras and leave in `used` only what is to be done.
+  // Check the extras and copy to `used` the parts that have any work.
   void add_extras(const cna_extras *extras, cna_extras *used, int64_t n_tokens, int64_t N) {
     *used = cna_extras();
     if (!extras || status != CNA_OK) return;
@@ -121,7 +121,7 @@ struct Call {
     if (status == CNA_OK) status = with;
   }
 
-  // The last checks; the level to use, or nullptr where `status` says what is wrong.
+  // The last checks. Returns the level to use, or nullptr where `status` says what is wrong.
   const Level *ready(int n_threads) {
     if (status == CNA_OK && n_threads < 1) status = CNA_ERR_THREADS;
     for (int i = 0; i < n && status == CNA_OK; i++)
@@ -161,7 +161,7 @@ int gated_mlp(T *y, const T *x, const T *w_gate, const T *w_up, const T *w_down,
   call.add(w_down, H, N, w_down_stride);
   call.add_extras(extras, &used, n_tokens, N);
   const Level *level = call.ready(n_threads);
-  if (!level || !n_tokens || !H) return call.status;  // without x act is 0 and adds nothing
+  if (!level || !n_tokens || !H) return call.status;  // with H = 0 act is 0 and adds nothing
   return ops<T>(*level).gated_mlp(y, x, w_gate, w_up, w_down, used, n_tokens, H, N, y_stride, x_stride,
                                   w_gate_up_stride, w_down_stride, usable_threads(n_threads));
 }

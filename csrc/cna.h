@@ -9,8 +9,8 @@
  * from one row to the next and is at least the row's length; within a row elements are adjacent. bf16 and fp16 arrays
  * hold bit patterns. Sizes may be 0: an empty output is a success, and pointers to empty arrays may be NULL.
  *
- * Every function returns CNA_OK or says what is wrong and has then written nothing. Results do not depend on n_threads.
- * Calls may come from any thread. After fork() a child computes on one thread: OpenMP's are gone.
+ * A status other than CNA_OK says what is wrong, and nothing has been written then. Results do not depend on n_threads.
+ * Calls may come from any thread. After fork() a child computes on one thread: OpenMP's threads are not in the child.
  */
 #ifndef CNA_H
 #define CNA_H
@@ -54,9 +54,9 @@ typedef struct cna_extras {
   int64_t token_weight_stride;
   int64_t act_sum_stride;
   int64_t act_sumsq_stride;
-  /* Steering: row_circuit with the other three. Circuit c multiplies neuron index[e] by value[e] for every entry e from
-     offsets[c, 0] up to offsets[c, last]; those of its neurons 1024 b up to 1024 (b + 1) start at offsets[c, b]. Within
-     a circuit index ascends strictly. A value of 0 writes exactly 0. */
+  /* Steering: row_circuit with offsets, index and value. Circuit c multiplies neuron index[e] by value[e] for every
+     entry e from offsets[c, 0] up to offsets[c, last]; its entries for neurons 1024 b up to 1024 (b + 1) start at
+     offsets[c, b]. Within a circuit index ascends strictly. A value of 0 writes exactly 0. */
   const int32_t *row_circuit; /* [T] the circuit of each token; outside 0 .. K - 1: none */
   const int32_t *offsets;     /* [K, ceil(N / 1024) + 1] */
   const int32_t *index;       /* [E] */
@@ -71,9 +71,9 @@ CNA_API const char *cna_status_text(int status); /* one line, never NULL */
 CNA_API int cna_has_openmp(void);                /* 0: built without OpenMP, every call uses one thread */
 
 /* Instruction sets. The best one that the CPU has is used, or the one named by the environment variable CNA_CPU_ISA. */
-CNA_API const char *cna_isa_levels(void);  /* those this CPU has, best last: "generic avx2 avx512 avx512_bf16" */
-CNA_API const char *cna_isa(void);         /* the one in use; "" where CNA_CPU_ISA names one that is not there */
-CNA_API int cna_use_isa(const char *name); /* for all calls from now on; NULL: back to the default */
+CNA_API const char *cna_isa_levels(void);  /* levels of this CPU, best last: "generic avx2 avx512 avx512_bf16" */
+CNA_API const char *cna_isa(void);         /* the level in use; "" where CNA_CPU_ISA names one that this CPU lacks */
+CNA_API int cna_use_isa(const char *name); /* use a level for all calls from now on; NULL: the default */
 
 /* y[T, H] = the whole MLP: gate = x @ w_gate^T and up = x @ w_up^T stay in fp32.
    x [T, H], w_gate and w_up [N, H] with one stride (halves of one [2N, H] array are fine), w_down [H, N]. */

@@ -7,9 +7,9 @@
 constexpr int DOT_TOKENS = 4;  // accumulators: DOT_TOKENS x DOT_ROWS vectors
 constexpr int DOT_ROWS = 4;
 
-// Bytes. A single token this short stays in the first-level cache while weights stream past: rows are then read one by
-// one, in the order of memory, which takes 10% less time than four at once. A longer one is evicted and read again for
-// every row, and four rows at once take 10% less (2 cores of Zen 4, 2026-11-21).
+// Bytes of a short token. A single short token stays in the first-level cache while weights stream past: rows are then
+// read one by one, in the order of memory, which takes 10% less time than four rows at once. A longer token is evicted
+// and read again for every row, and four rows at once take 10% less time (2 cores of Zen 4, 2026-11-21).
 constexpr int64_t SHORT_TOKEN = 8192;
 
 template <class T>
@@ -50,7 +50,7 @@ inline Dot<Bf16>::Piece Dot<Bf16>::weights(const Bf16 *w) {
 }
 #endif
 
-// One row of tokens as the kernels read it: [K rounded up to a piece], zeros at the end.
+// Prepares one token as the kernels read it: [K rounded up to a piece], zeros at the end.
 template <class T>
 void prepare_dot(typename Dot<T>::Token *out, const T *x, int64_t K) {
   typedef Dot<T> D;
@@ -95,7 +95,7 @@ void dot_block(float *c, int64_t c_stride, const T *w, int64_t w_stride, const t
     for (int r = 0; r < ROWS; r++) c[t * c_stride + r] = total(sums[t][r]);
 }
 
-// One token and one row of weights, in four chains.
+// The product of one token and one row of weights, in four chains of additions.
 template <class T>
 float dot_row(const T *w, const typename Dot<T>::Token *x, int64_t K) {
   typedef Dot<T> D;
@@ -113,9 +113,9 @@ float dot_row(const T *w, const typename Dot<T>::Token *x, int64_t K) {
   return total(add(add(sums[0], sums[1]), add(sums[2], sums[3])));
 }
 
-// c[T, O] from T prepared tokens and O rows of weights: a few rows stay in cache while all tokens pass. While the later
-// tokens pass memory would be idle, so the passes fetch the next rows between them: 10% less time at 16 tokens. One
-// pass reads memory anyway, and fetching ahead costs it 5% (2 cores of Zen 4, 2026-11-21).
+// c[T, O] from T prepared tokens and O rows of weights: DOT_ROWS rows stay in cache while all tokens pass, DOT_TOKENS
+// at a time. Memory would be idle during the later passes, so together they fetch the next rows: 10% less time at 16
+// tokens. A single pass reads memory anyway, and fetching ahead costs it 5% (2 cores of Zen 4, 2026-11-21).
 template <class T>
 void dot_tile(float *c, int64_t c_stride, const T *w, int64_t w_stride, int64_t O, const typename Dot<T>::Token *x,
               int64_t x_stride, int64_t n_tokens, int64_t K) {
@@ -154,14 +154,14 @@ void dot_tile(float *c, int64_t c_stride, const T *w, int64_t w_stride, int64_t 
   }
 }
 
-// How mlp.h uses this file; panel.h and amx.h give the same five functions.
+// How mlp.h uses this file; ByPanel of panel.h and ByTiles of amx.h have the same functions except stride.
 template <class T>
 struct ByDot {
   typedef typename Dot<T>::Token Token;
   static int64_t stride(int64_t K) { return round_up(K, Dot<T>::PIECE); }
   static int64_t token_bytes(int64_t n_tokens, int64_t K) { return n_tokens * stride(K) * sizeof(Token); }
 
-  // Tokens are prepared in blocks: block b holds those from first_token(b) to first_token(b + 1).
+  // Tokens are prepared in blocks: block b holds the tokens from first_token(b) up to first_token(b + 1).
   static int64_t n_blocks(int64_t n_tokens) { return n_tokens; }
   static int64_t first_token(int64_t block, int64_t) { return block; }
   static void prepare(void *tokens, const T *x, int64_t, int64_t t, int64_t, int64_t K) {

@@ -19,7 +19,7 @@ namespace {
 bool always() { return true; }
 
 #if defined(__x86_64__)
-// __builtin_cpu_supports asks the operating system, too: registers that it does not save are not there.
+// __builtin_cpu_supports asks the operating system, too: without registers that the system saves, a level is missing.
 bool has_f16c() {  // not a name that every compiler's __builtin_cpu_supports knows
   unsigned a, b, c, d;
   return __get_cpuid(1, &a, &b, &c, &d) && (c & 1u << 29);
@@ -53,7 +53,7 @@ struct Candidate {
   bool (*supported)();
 };
 
-// Best last.
+// All levels that are compiled, best last.
 const Candidate CANDIDATES[] = {
     {&LEVEL_GENERIC, always},
 #if defined(__x86_64__)

@@ -1,5 +1,5 @@
-// What an instruction-set level gives to the C functions: the same fifteen, with arguments already checked.
-// A level compiles the same files in a namespace of its own, for its instructions; what they share comes from here.
+// What an instruction-set level provides: fifteen operations (five ops in three dtypes), called with checked arguments.
+// Each level compiles the same files in a namespace of its own, for its instructions; what they share comes from here.
 #pragma once
 
 #include "cna.h"

@@ -1,19 +1,19 @@
-// The operations of cna.h, put together from dot.h (few tokens), panel.h (many tokens) and act.h.
+// The operations of cna.h, put together from dot.h (few tokens), panel.h or amx.h (many tokens) and act.h.
 // Included inside a level's namespace.
 
 constexpr int64_t CHUNK = 256;      // tokens that go through the whole MLP together, so that act stays in cache
 constexpr int64_t BLOCK = 32;       // outputs, or neurons, that one task computes
-constexpr int64_t ROWS = 64;        // tokens of swiglu between two visits of the sums
+constexpr int64_t ROWS = 64;        // tokens of swiglu or steer_act after which they are summed
 constexpr int64_t SMALL = 1 << 15;  // elements that one thread handles faster than several
 
-// The same arguments for the tokens from t on.
+// The extras for the tokens from t on.
 inline cna_extras from_token(cna_extras extras, int64_t t) {
   if (extras.token_weight) extras.token_weight += t * extras.token_weight_stride;
   if (extras.row_circuit) extras.row_circuit += t;
   return extras;
 }
 
-// The tokens that some column counts, in order.
+// Fills counted with the tokens that some column counts, in order; returns how many they are.
 inline int64_t find_counted(int32_t *counted, const cna_extras &extras, int64_t n_tokens) {
   int64_t n = 0;
   for (int64_t t = 0; extras.token_weight && t < n_tokens; t++)
@@ -25,20 +25,20 @@ inline int64_t find_counted(int32_t *counted, const cna_extras &extras, int64_t 
   return n;
 }
 
-// Up to how many tokens dot.h serves; see the level's file.
+// The most tokens that dot.h serves, by dtype; see the level's file.
 constexpr int64_t most_few(Bf16) { return FEW_BF16; }
 constexpr int64_t most_few(Fp16) { return FEW_FP16; }
 constexpr int64_t most_few(float) { return FEW_FP32; }
 
-// Floats that a thread needs: two tiles of results and the panels of one.
+// Floats that a thread needs: two tiles of results and the panels of a tile's weights.
 inline int64_t tile_size(int64_t n_tokens) { return round_up(n_tokens, TOKENS_TOGETHER) * BLOCK; }
 template <class T>
 int64_t scratch_size(int64_t n_tokens) {
   return 2 * tile_size(n_tokens) + BLOCK * UNITS<T>;
 }
 
-// run(parts, t0, n_tokens) for one chunk of tokens after the other. Each takes its memory from `parts`; the first call,
-// where parts.at is nullptr, only measures how much that is.
+// Calls run(parts, t0, n_tokens) for one chunk of tokens after the other. Each call takes its memory from `parts`; a
+// call before the first chunk, where parts.at is nullptr, only measures how much memory that is.
 template <class Run>
 int in_chunks(int64_t all_tokens, const Run &run) {
   Parts parts{nullptr};
@@ -63,7 +63,7 @@ struct Product {
     tokens = parts.take<char>(few ? ByDot<T>::token_bytes(n_tokens, K) : Many<T>::token_bytes(n_tokens, K));
   }
 
-  // Bring x into the form that the kernels read. each(t) runs before token t is read.
+  // Bring x into the form that the kernels read. each(t) is called before token t is read.
   template <class Each>
   void prepare(const T *x, int64_t x_stride, int n_threads, const Each &each) const {
     if (few)
@@ -81,13 +81,13 @@ struct Product {
     });
   }
 
-  // c[n_tokens, BLOCK] for O <= BLOCK rows of weights. next: where the weights of the next tile are, or nullptr.
+  // Computes c[n_tokens, BLOCK] for O <= BLOCK rows of weights. next: the weights of the next tile, or nullptr.
   void tile(float *c, const T *w, int64_t w_stride, int64_t O, const T *next, float *panels) const {
     const auto run = few ? ByDot<T>::tile : Many<T>::tile;
     run(c, BLOCK, w, w_stride, O, tokens, n_tokens, K, next, panels);
   }
 
-  // y[n_tokens, O] = x @ w^T + bias. scratch: n_threads times `scratch_size`.
+  // y[n_tokens, O] = x @ w^T + bias. scratch: n_threads times `scratch_size` floats.
   void times(T *y, int64_t y_stride, const T *w, int64_t w_stride, const T *bias, int64_t O, float *scratch,
              int64_t scratch_size, int n_threads) const {
     parallel_for((O + BLOCK - 1) / BLOCK, n_threads, [&](int64_t task, int thread) {
@@ -104,7 +104,7 @@ struct Product {
   }
 };
 
-// y = (act * scale) @ w_down^T for prepared-to-be act [n_tokens, N], which is steered in place.
+// y = (act * scale) @ w_down^T. act [n_tokens, N] is steered in place and then prepared for the product.
 template <class T>
 void steer_and_project(T *y, int64_t y_stride, T *act, int64_t act_stride, const Product<T> &down, const T *w_down,
                        int64_t w_down_stride, int64_t H, const cna_extras &extras, float *scratch, int n_threads) {
@@ -182,8 +182,8 @@ int linear(T *y, const T *x, const T *w, const T *bias, int64_t all_tokens, int6
   });
 }
 
-// act[T, N] row by row, with sums and steering. row(to, t, n0, n) writes neurons n0 up to n0 + n of token t. A task
-// owns a range of neurons for all tokens, so that every sum has one writer.
+// Writes act[T, N] row by row, with sums and steering. row(to, t, n0, n) writes neurons n0 up to n0 + n of token t. A
+// task owns a range of neurons for all tokens, so that every sum has one writer.
 template <class T, class Row>
 int write_act(T *act, int64_t act_stride, const cna_extras &extras, int64_t n_tokens, int64_t N, int n_threads,
               const Row &row) {

@@ -7,9 +7,9 @@
 
 constexpr int PANEL = TILE_VECTORS * W;  // rows of weights in a panel
 
-// Steps of k in a panel. Longer ones take 3 to 5% less time with bf16 (256 against 1024, 2 cores of Zen 4, 2026-11-21),
-// but a sum is one chain of additions over a panel, and in fp32 a chain of 1024 rounds visibly more than PyTorch's sums
-// do.
+// Steps of k in a panel. Panels of 1024 steps take 3 to 5% less time with bf16 than those of 256 (2 cores of Zen 4,
+// 2026-11-21). But a sum is one chain of additions over a panel, and in fp32 a chain of 1024 rounds visibly more than
+// PyTorch's sums do.
 template <class T>
 constexpr int UNITS = sizeof(T) == 4 ? 256 : 1024;
 
@@ -30,7 +30,7 @@ struct Unit<Bf16> {
 #endif
 
 // The weights that will be packed next: fetched towards the cache a few lines at a time while the processor multiplies.
-// Without it the time to read weights and the time to multiply add up: 10 to 20% at 5 to 32 tokens of bf16. Fetching
+// Without this the time to read weights and the time to multiply add up: 10 to 20% at 5 to 32 tokens of bf16. Fetching
 // while packing, too, costs 8% (2 cores of Zen 4, 2026-11-21).
 struct Ahead {
   const char *line, *row_end;
@@ -75,8 +75,8 @@ inline void store_unit(float *panel, int64_t unit, int64_t width, int64_t n_unit
   store_some(panel + unit * width, a, (n_units - unit) * width >= W ? W : width);
 }
 
-// panel[unit][0 : n_rows] from up to W of n_rows rows of K elements, `width` floats from one unit to the next. Stores
-// whole vectors where these end inside the panel: what they write behind a unit, the next units overwrite.
+// Fills panel[unit][0 : n_rows] from n_rows rows of K elements, at most W of them, with `width` floats from one unit to
+// the next. Stores whole vectors where these end inside the panel; the next units overwrite what lies behind a unit.
 inline void pack_rows(float *panel, int64_t width, const float *w, int64_t w_stride, int64_t n_rows, int64_t K) {
   for (int64_t k = 0; k < K; k += W) {
     F32 r[W];
@@ -152,7 +152,7 @@ void panel_block(float *c, int64_t c_stride, const float *panel, const float *x,
     }
 }
 
-// panel_block for a number of tokens known when it runs, 1 .. TOKENS.
+// panel_block for a number of tokens, 1 .. TOKENS, that is known only when it runs.
 template <class U, int TOKENS>
 struct PanelBlock {
   template <class... Arguments>
@@ -214,7 +214,7 @@ struct ByPanel {
   }
 };
 
-// What serves many tokens, and how many tokens its results need room for.
+// Many: what serves many tokens. TOKENS_TOGETHER: results have room for a multiple of so many tokens.
 #ifndef CNA_AMX
 template <class T>
 using Many = ByPanel<T>;

@@ -11,7 +11,7 @@
 
 namespace cna {
 
-// A child of fork() has none of its parent's threads, but OpenMP believes that it has and would wait for them for ever.
+// A child of fork() has none of its parent's threads, but OpenMP believes that it has them and would wait for ever.
 static std::atomic<bool> forked(false);
 
 static const int hook = pthread_atfork(nullptr, nullptr, [] { forked = true; });
@@ -21,7 +21,7 @@ void run_tasks(int64_t n, int n_threads, void (*task)(const void *, int64_t, int
 #ifdef _OPENMP
   if (n > 1 && n_threads > 1 && !forked) {
     const int threads = n < n_threads ? int(n) : n_threads;
-    std::fenv_t callers;  // with flushing of denormals, where the processor has it
+    std::fenv_t callers;  // the caller's mode, with flushing of denormals where the processor has it
     std::fegetenv(&callers);
 #pragma omp parallel num_threads(threads)
     {

@@ -6,12 +6,12 @@
 namespace cna {
 
 // Run task(context, i, thread) for i in 0 .. n - 1 on up to n_threads threads; `thread` is below n_threads. Which
-// thread takes which i is not fixed: nothing that is computed may depend on it. All compute in the caller's
+// thread takes which i is not fixed: no result may depend on it. All threads compute in the caller's
 // floating-point mode.
 void run_tasks(int64_t n, int n_threads, void (*task)(const void *context, int64_t i, int thread), const void *context);
 
-// The number of threads that is used when a call asks for n: each has scratch memory, and OpenMP ends the process when
-// the system refuses a thread.
+// The number of threads that serve a call that asks for n. There is a most, because each thread has scratch memory, and
+// OpenMP ends the process when the system refuses a thread.
 int usable_threads(int n);
 
 bool has_openmp();

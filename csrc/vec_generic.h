@@ -1,5 +1,5 @@
 // Vectors of 4 floats in plain C++ (with the vector extension of gcc and clang): any processor.
-// The interface that every vec_*.h gives to the kernels; it is included inside a level's namespace.
+// This file shows the interface that every vec_*.h gives to the kernels. Included inside a level's namespace.
 
 typedef float F32 __attribute__((vector_size(16)));
 typedef int32_t I32 __attribute__((vector_size(16)));

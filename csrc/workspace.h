@@ -4,7 +4,7 @@
 #include <cstddef>
 #include <cstdint>
 
-// Under AddressSanitizer parts are kept apart, so that writing behind one is seen.
+// Under AddressSanitizer parts are kept apart, so that a write behind a part is found.
 #ifdef __SANITIZE_ADDRESS__
 #include <sanitizer/asan_interface.h>
 #define CNA_RED_ZONES
@@ -15,7 +15,7 @@ namespace cna {
 // At least `bytes` bytes, aligned to 64, uninitialised; nullptr if there is no memory. Valid until the next call.
 char *workspace(size_t bytes);
 
-// Hands out parts of a workspace. Run once with nullptr to learn the size, then again with the memory.
+// Hands out parts of a workspace. Take all parts once with at = nullptr to learn the size, then again with the memory.
 struct Parts {
   char *at;
   size_t used = 0;

@@ -2,7 +2,7 @@
 
     python examples/attach_transformers.py [MODEL]
 
-MODEL is a directory in Hugging Face layout; default the bundled one, whose prompts these are.
+MODEL is a directory in Hugging Face layout; default the bundled model, for which the prompts here are made.
 """
 
 import sys

@@ -2,7 +2,7 @@
 
     python examples/lora_peft.py
 
-What PEFT serves, engines that serve many LoRA adapters in one batch serve too: docs/serving.md.
+Engines that serve many LoRA adapters in one batch serve such an adapter, too: docs/serving.md.
 """
 
 import tempfile

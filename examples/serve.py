@@ -3,9 +3,9 @@
     python examples/serve.py
 
 A slot is a row of the batch and of the cache. A request waits for a free slot, its prompt is run alone into the slot's
-part of the cache, and from then on it decodes one token a step together with whoever is there. The slot's number is its
-circuit's number in the live table, so that a request comes and goes without anything being rebuilt. Any thread may
-submit; one thread steps.
+part of the cache, and from then on it decodes one token a step together with the requests in the other slots. The
+request's circuit has the slot's number in the live table, so that a request comes and goes without anything being
+rebuilt. Any thread may submit; one thread steps.
 """
 
 import copy
@@ -30,7 +30,7 @@ class Request:
     max_new_tokens: int = 40
     ids: list[int] = field(default_factory=list)  # prompt and answer so far
     n_prompt: int = 0
-    answer: Future = field(default_factory=Future)  # of the text, or of what was wrong with the request
+    answer: Future = field(default_factory=Future)  # the text, or the error of the request
 
 
 class Server:
@@ -57,15 +57,15 @@ class Server:
             return False
         ends = torch.tensor([len(request.ids) if request else 1 for request in self.slots], device=self.model.device)
         ids = torch.tensor([[request.ids[-1] if request else 0] for request in self.slots], device=self.model.device)
-        self.cache.used = int(ends.max()) - 1  # the call adds its one token
+        self.cache.used = int(ends.max()) - 1  # the call adds one token
         steer = Steering(self.table, self.row_circuit)
         hidden = self.transformer.hidden(ids, lengths=ends, positions=ends[:, None] - 1, cache=self.cache, steer=steer)
         self.take(dict(enumerate(self.transformer.logits(hidden[:, 0]).argmax(-1).tolist())))
         return True
 
     def admit(self, slot: int, request: Request) -> Request | None:
-        """Run a request's prompt into a slot. One that cannot be served is told why, and the slot stays free."""
-        if not request.answer.set_running_or_notify_cancel():  # nobody waits for it any more
+        """Run a request's prompt into a slot. One that cannot be served gets the reason; the slot then stays free."""
+        if not request.answer.set_running_or_notify_cancel():  # nobody waits for the answer any more
             return None
         try:
             if request.max_new_tokens < 1:

@@ -34,7 +34,7 @@ class Extras(Structure):
     )
 
 
-# name -> (arrays before the extras, whether there are extras, sizes and strides); an op ends with n_threads.
+# op -> (number of arrays before the extras, whether extras follow, number of sizes and strides). n_threads comes last.
 _OPS = {
     "gated_mlp": (5, True, 7),
     "swiglu": (3, True, 5),
@@ -68,7 +68,7 @@ def open_library(path: Path) -> CDLL:
     """Load the library at ``path``, with argument types.
 
     Raises:
-        LibraryError: it is missing, cannot be loaded, or has another ABI version.
+        LibraryError: the library is missing, cannot be loaded, or has another ABI version.
     """
     if not path.exists():
         raise LibraryError(f"needs the compiled library {path}, which is missing: {BUILD}")
@@ -126,7 +126,7 @@ def use_isa(name: str | None) -> None:
 
 
 def check(function: str, status: int) -> None:
-    """Raise what a status stands for."""
+    """Raise the exception that a status stands for; none for CNA_OK."""
     if status == 0:
         return
     text = f"{function}: {load().cna_status_text(status).decode()}"

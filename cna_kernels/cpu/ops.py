@@ -1,9 +1,9 @@
-"""The CPU backend: what serves a call of an op, the engine of ``csrc`` or PyTorch's own products, as the plan says.
+"""The CPU backend: ``prepare`` returns what serves calls of an op, ``csrc`` or PyTorch's own products (``plan.py``).
 
 Arguments are checked by ``cna_kernels.ops``; ``cna_kernels.reference`` is the definition. Where the engine computes
-gate and up they stay in fp32; the reference rounds them as ``linear`` does.
+gate and up they stay in fp32; the reference rounds gate and up as ``linear`` does.
 
-``prepare`` looks at shapes, strides and dtypes once. What it returns hands over addresses and nothing else.
+``prepare`` looks at shapes, strides and dtypes once. The function it returns hands over addresses and nothing else.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ _threads = torch.get_num_threads
 
 
 def prepare(op: str, inputs: Inputs, extras: Extras | tuple[()]) -> Run:
-    """Return what serves calls with arguments like these; see :func:`cna_kernels.backends.prepare`."""
+    """Return the function that serves calls with arguments like these; see :func:`cna_kernels.backends.prepare`."""
     n_inputs, apart = len(inputs), _apart_all(inputs, extras)
     run = _PREPARE[op](apart[:n_inputs], Extras(*apart[n_inputs:]) if extras else ())
     if all(a is b for a, b in zip(apart, (*inputs, *extras), strict=True)):
@@ -58,13 +58,13 @@ def _gated_mlp(inputs: Inputs, extras: Extras) -> Run:
 
 
 def _gated_mlp_by_torch() -> Run:
-    """Two products of PyTorch with the engine's pass between them."""
+    """The products of PyTorch, with the engine's ``swiglu`` between them."""
     act_of: Run | None = None
 
     def run(x: Tensor, w_gate: Tensor, w_up: Tensor | None, w_down: Tensor, *extras: Tensor | None) -> Tensor:
         nonlocal act_of
         gate, up = reference.gate_and_up(x, w_gate if w_up is None else (w_gate, w_up))
-        if act_of is None:  # gate and up are alike in all these calls
+        if act_of is None:  # gate and up look alike in all calls that ``run`` serves
             act_of = prepare("swiglu", (gate, up), Extras(*extras))
         return F.linear(act_of(gate, up, *extras), w_down)
 
@@ -158,9 +158,9 @@ _FIELDS = struct.Struct(f"@{len(library.Extras._fields_)}q")
 
 
 def _packer(like: Extras) -> Callable[..., bytes | None]:
-    """A function of the extras that returns ``cna_extras`` as bytes, or None where there is nothing to do.
+    """A function of the extras that returns ``cna_extras`` as bytes, or None where nothing is summed or steered.
 
-    ``like``: extras of the calls that it will serve. The bytes hold addresses: the caller keeps the tensors alive.
+    ``like``: extras like those of the calls to come. The bytes hold addresses: the caller keeps the tensors alive.
     """
     token_weight, act_sum, act_sumsq, offsets, index, _, row_circuit = like
     sizes = None
@@ -199,7 +199,7 @@ def _row_stride(x: Tensor | None) -> int:
 
 
 def _apart_all(inputs: Inputs, extras: tuple[Tensor | None, ...]) -> Inputs:
-    """The tensors, those that are read only copied where their rows lie on top of each other, as expanded ones' do."""
+    """The tensors. Those that are only read are copied if their rows share memory, as after ``expand``."""
     token_weight, sums, steer = extras[:1], extras[1:3], extras[3:]
     return (*map(_apart, inputs), *map(_apart, token_weight), *sums, *map(_apart, steer))
 

@@ -1,7 +1,7 @@
-"""Whether ``csrc`` or PyTorch's own products serve a call: a pure function of level, op, T and dtype.
+"""Whether ``csrc`` or PyTorch's own products serve a call: a pure function of level, T and dtype.
 
-What a call asks for (sums, scaling) does not enter: rows that no circuit touches must come out bit for bit as in a
-call without features. ``cna doctor`` prints the rule, and ``CNA_PLAN=gated_mlp=torch,linear=csrc`` overrides it.
+Whether a call sums or scales does not enter the choice: rows that no circuit touches must come out bit for bit as in a
+call without both. ``cna doctor`` prints the rule, and ``CNA_PLAN=gated_mlp=torch,linear=csrc`` overrides it for an op.
 """
 
 from __future__ import annotations

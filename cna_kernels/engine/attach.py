@@ -4,13 +4,13 @@
     with torch.inference_mode(), engine.collect(token_weight) as sums:      sums of the activations of a forward pass
         model(**batch)
     engine.set([engine.select(sums)], [0.0])                          circuits at their multipliers, and
-    engine.rows([0, -1])                                              which row of the batch uses which
+    engine.rows([0, -1])                                              which circuit each row of the batch uses
     model.generate(**batch)
 
-Two kinds of ``forward`` are replaced, as attributes of the modules themselves: that of every MLP (``mlps.py``), and
-that of the decoder, which learns from its arguments which token belongs to which row and at what position. Everything
-else stays the model's: attention, caches, ``generate``, hooks, adapters. No hook is registered, so nothing is lost when
-``torch.compile`` or a CUDA graph takes over.
+Two kinds of ``forward`` are replaced, as attributes of the modules themselves: that of every MLP (``mlps.py``; of
+experts also ``_apply_gate``), and that of the decoder, which learns from its arguments which token belongs to which row
+and at what position. Everything else stays the model's: attention, caches, ``generate``, hooks, adapters. No hook is
+registered, so nothing is lost when ``torch.compile`` or a CUDA graph takes over.
 """
 
 from __future__ import annotations
@@ -34,17 +34,18 @@ def attach(
     max_entries: int | None = None,
     max_rows: int = 1024,
 ) -> Engine:
-    """Put the engine on a transformers causal LM (or a PEFT model, or a compiled one, around it), in place.
+    """Put the engine on a transformers causal LM (or a PEFT or compiled model around one), in place.
 
     Args:
-        model: the model, with its weights where they will run. Weights are shared, not copied.
+        model: the model, with its weights on the devices where they will run. Weights are shared, not copied.
         backend: as in :func:`cna_kernels.gated_mlp`; "reference" keeps unsteered rows the plain model's to the bit.
-        max_circuits: how many circuits it can hold at a time; it takes buffers for as many.
-        max_entries: the neurons of all of them together; default 0.1% of the model's neurons for each, at least 256.
-        max_rows: the largest batch.
+        max_circuits: how many circuits the engine can hold at a time; it allocates buffers for so many.
+        max_entries: how many neurons all circuits together may have; default 0.1% of the model's neurons for each
+            circuit, at least 256 for each.
+        max_rows: the largest batch, in rows.
 
     Returns:
-        The :class:`Engine`. What it cannot fuse it says once, in a warning, and computes exactly all the same.
+        The :class:`Engine`. A warning names the layers that it cannot fuse; it computes these exactly all the same.
 
     Raises:
         InputError: the architecture is not known, or the model is attached already.

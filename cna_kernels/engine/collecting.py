@@ -13,18 +13,18 @@ class Collecting:
 
     def __init__(self, token_weight: Tensor, buffers: list[dict[str, Tensor]]) -> None:
         self.token_weight, self.buffers = token_weight, buffers
-        self.counted = token_weight.flatten(0, -2)  # [any, C] what is counted in all
+        self.counted = token_weight.flatten(0, -2)  # [any, C] the weights of all tokens, or prompts, of the pass
         self.done = False
 
     def of_call(self, shape: tuple[int, int], device: torch.device, attention_mask: object) -> Tensor:
-        """``[T, C]``"""
+        """The weights of a call's tokens, ``[T, C]``; empties the buffers. ``shape``: [B, S] of the call."""
         expected = list(shape[: self.token_weight.dim() - 1])
         if list(self.token_weight.shape[:-1]) != expected:
             raise InputError(
                 "token_weight",
                 f"expected {[*expected, self.token_weight.shape[-1]]}, got {list(self.token_weight.shape)}",
             )
-        for buffers in self.buffers:  # what an earlier pass left that did not come to its end
+        for buffers in self.buffers:  # an earlier pass that did not come to its end may have left sums
             for buffer in buffers.values():
                 buffer.zero_()
         token_weight = self.token_weight.to(device)

@@ -45,4 +45,4 @@ def decoder_forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
             engine._end(finished)
 
 
-decoder_forward.__name__ = "forward"  # so that a pickled model asks its class for it again
+decoder_forward.__name__ = "forward"  # pickle then takes the ``forward`` of the model's class for it

@@ -1,4 +1,4 @@
-"""The engine on a model: circuits and rows in, sums and circuits out, and off again."""
+"""Engine: steers the rows of a model by circuits, collects sums, selects circuits, and comes off again."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ class Engine:
     Attributes:
         table: the live :class:`SteeringTable` of the model: ``add``, ``replace``, ``remove``, ``set_multiplier``.
         n_layers, n_neurons: the model's shape as circuits see it; a mixture of experts counts all its experts' neurons.
-        widths: the neurons of each layer. n_experts: their experts, 1 for a dense layer.
+        widths: the neurons of each layer. n_experts: the experts of each layer, 1 for a dense layer.
     """
 
     def __init__(
@@ -57,7 +57,7 @@ class Engine:
         self.n_layers, self.n_neurons = len(found), max(self.widths)
         devices = [kind.device(mlp) for kind, mlp in zip(kinds, mlps, strict=True)]
         for device in dict.fromkeys(devices):
-            backends.name_for(device, backend)  # raises where it cannot run
+            backends.name_for(device, backend)  # raises where the backend cannot run
         self.table = SteeringTable(
             [], [], self.n_layers, self.n_neurons, devices, max_circuits=max_circuits, max_entries=max_entries,
             n_experts=self.n_experts, widths=self.widths,
@@ -66,14 +66,14 @@ class Engine:
         self._mlps = [kind(mlps[layer], layer, backend, self._now) for layer, kind in enumerate(kinds)]
         for mlp in self._mlps:
             mlp.scale = self.table.layer(mlp.layer)
-        self._decoder: nn.Module | None = decoder  # None when it is off
+        self._decoder: nn.Module | None = decoder  # None once the engine is off
         self._devices = devices
         self._paths = [
             link for layer, (name, _) in zip(layers_of(decoder), found, strict=True) for link in _links(layer, name)
         ]
-        self._was: dict[str, Any] = {}  # the provenance of a model that the engine was taken off
+        self._was: dict[str, Any] = {}  # the model's provenance, once the engine is off
         self._rows = Rows(max_rows, devices[0])
-        self._buffers: dict[tuple[int, bool], list[dict[str, Tensor]]] = {}  # (columns, squares) -> of each layer
+        self._buffers: dict[tuple[int, bool], list[dict[str, Tensor]]] = {}  # (columns, squares) -> each layer's
         self._collecting: Collecting | None = None
 
     # Steering.
@@ -81,8 +81,8 @@ class Engine:
     def set(self, circuits: Circuit | Sequence[Circuit], multipliers: float | Sequence[float] = 0.0) -> list[int]:
         """Hold these circuits, at these multipliers (one number is for all), and no others; return their numbers.
 
-        They are 0, 1, ... in this order. What :meth:`rows` said stays: a row keeps its number, and is unsteered where
-        that is no longer there. All is checked first: an error leaves what was there.
+        The numbers are 0, 1, ... in the order of the circuits. A row keeps the number that :meth:`rows` gave it, and is
+        unsteered if no circuit has that number. All is checked first: an error leaves the table as it was.
         """
         circuits = [circuits] if isinstance(circuits, Circuit) else list(circuits)
         numbers = list(range(len(circuits)))
@@ -118,15 +118,15 @@ class Engine:
             row_circuit: a circuit's number, -1 for none: one number for every row of any batch, ``[B]``, or
                 ``[B, S]`` for each token of calls of that shape. None is -1 for all. Rows of beam search and of
                 several answers to a prompt are rows like any other.
-            phase: "prompt" steers tokens of calls with several tokens and the first token of a sequence; "answer"
-                those of calls with one token; "both" all. Programs that cut prompts or answers otherwise, or decode
-                without a cache, use ``start`` and ``stop``.
+            phase: "prompt" steers the tokens of calls with several tokens, and the first token of a sequence; "answer"
+                all other tokens; "both" all tokens. Programs that cut prompts or answers otherwise, or decode without a
+                cache, use ``start`` and ``stop``.
             start, stop: positions in the sequence, one number or one for each row: steer tokens at ``start`` and later,
                 before ``stop``. They are the model's ``position_ids``: ``generate`` counts from the first token that is
                 not padding, a call without ``position_ids`` from the first column.
 
-        Writing these does not recompile, and a captured graph follows, while the batch, the phase and whether there
-        are positions stay the same.
+        A new call of ``rows`` recompiles nothing, and a captured graph follows it, as long as the batch size, the phase
+        and whether positions are given stay the same.
 
         Raises:
             InputError: a row names no circuit of the table, or there are more rows than ``max_rows``.
@@ -144,15 +144,15 @@ class Engine:
         """Sum the activations of the first forward pass inside the ``with``, before any steering.
 
         Args:
-            token_weight: ``[B, C]``: how much each row's last prompt token counts in each of C columns: the last that a
-                mask ``[B, S]`` shows, or the row's last where there is no mask. The first pass must be the whole
+            token_weight: ``[B, C]``: how much each row's last token counts in each of C columns: the last token that a
+                mask ``[B, S]`` shows, or the row's last where there is no mask. The first pass must then be the whole
                 prompt, which it is not where ``generate`` cuts prompts or looks ahead. ``[B, S, C]``: of each token.
-            sums: sums of the same columns to go on with; default new ones.
-            squares: also sum the squares, which the score "cohen-d" needs. Sums that are gone on with keep what they
-                have.
+            sums: sums of the same columns, to which the pass is added; default new sums.
+            squares: new sums also have the squares, which the score "cohen-d" needs. Given sums have squares or not,
+                whatever this says.
 
         Yields:
-            The :class:`ActivationSums`. They change when the ``with`` ends, and not if it ends in an error.
+            The :class:`ActivationSums`. The pass is added to them when the ``with`` ends, unless it ends in an error.
 
         Raises:
             NonFiniteActivation: a sum is not finite; nothing of this pass was counted.
@@ -206,16 +206,16 @@ class Engine:
 
         Args:
             sums: of two columns.
-            fraction: of the model's neurons to take; ``top_k``, where given, wins.
+            fraction: the share of the model's neurons to take; ``top_k``, where given, wins.
             score: one of ``select.SCORES``.
-            universal: what :meth:`universal` returned, to leave out.
+            universal: neurons to leave out, as :meth:`universal` returned them.
             exclude: (layer, index) of other neurons to leave out.
             skip_layers: layers to leave out.
             position: what the counted tokens are, such as "last prompt token".
 
-        The circuit's file will say all of this, and what model it was.
+        The circuit's file will hold these arguments, and the model's name and hash.
         """
-        if isinstance(exclude, UniversalNeurons):  # as before there was `universal`
+        if isinstance(exclude, UniversalNeurons):  # the way before `universal`
             if universal is not None:
                 raise InputError("exclude", "expected (layer, index) pairs beside `universal`")
             universal, exclude = exclude, ()
@@ -230,8 +230,8 @@ class Engine:
 
         Args:
             sums: one column for each of some unrelated prompts, as ``collect(torch.eye(n_prompts))`` gives.
-            fraction: of the model's neurons, which are the largest.
-            threshold: the share of the columns that is most. A column that counts nothing has no vote.
+            fraction: the share of the model's neurons that counts as the largest of a column.
+            threshold: the share of the columns that counts as most. A column that counts no token has no vote.
 
         Source: the universal filter of arXiv 2605.12290.
         """
@@ -243,37 +243,37 @@ class Engine:
         return UniversalNeurons.of(counts, int(votes.sum()), fraction=fraction, threshold=threshold)
 
     def identity(self) -> dict[str, str]:
-        """What tells the model from others, see ``identity.py``; once the engine is off, what it was until then."""
+        """The name and hash of the model, see ``identity.py``; once the engine is off, as they were then."""
         return dict(self._provenance()["model"])
 
     def check_circuit(self, circuit: Circuit, where: FilePath = "circuit", *, any_model: bool = False) -> None:
-        """Raise InputError naming the field unless the circuit was found in this model, as far as both say.
+        """Raise InputError, naming the field, if the circuit's shape or hashes say that it is of another model.
 
-        ``any_model`` holds it to the shape alone, as :meth:`set` does.
+        With ``any_model`` only the shape is compared, as :meth:`set` does.
         """
         check_fits(circuit, self.n_layers, self.n_neurons, where)
         if not any_model:
             check_found_in(circuit, {f"model.{name}": value for name, value in self.identity().items()}, where)
 
     def _provenance(self) -> dict[str, Any]:
-        """What a circuit's file says of the model: as it is now, or was when the engine was taken off."""
+        """What a circuit's file says of the model: of the model now, or when the engine was taken off."""
         if self._decoder is None:
             return self._was
         dtype = getattr(self._decoder, "dtype", None)
         name = None if dtype is None else str(dtype).removeprefix("torch.")
         return dict(model=identity_of(self._decoder, self._mlps), dtype=name)
 
-    # Life.
+    # Warming up, and coming off.
 
     def warm_up(self, longest: int = 4096, *, n_columns: int = 0, squares: bool = False) -> list[int]:
-        """Compile what forward passes of up to so many tokens launch, so that none of them waits for a compiler.
+        """Compile the kernels that forward passes of up to ``longest`` tokens launch, so that no pass compiles any.
 
         Args:
             longest: the most tokens of a pass, batch times sequence; of a mixture the most (token, expert) pairs.
-            n_columns: also passes inside :meth:`collect` with so many columns, and with squares if they have them.
+            n_columns: compile also for passes inside :meth:`collect` with so many columns, with squares if ``squares``.
 
         Returns:
-            The numbers of tokens that the MLPs were called with; none where nothing is compiled.
+            The numbers of tokens that the MLPs were called with; empty where nothing is compiled.
         """
         self._check_attached()
         distinct: dict[Looks, SteeredMLP] = {}
@@ -292,7 +292,7 @@ class Engine:
         return sorted(called)
 
     def not_fused(self) -> list[str]:
-        """What does not run in one op, and why: one line for each reason, with its layers."""
+        """Which MLPs do not run in one op, and why: one line for each reason, with its layers."""
         reasons: dict[str, list[int]] = {}
         for mlp in self._mlps:
             if reason := mlp.reason():
@@ -300,10 +300,10 @@ class Engine:
         return [f"{_ranges(layers)}: {reason}" for reason, layers in reasons.items()]
 
     def detach(self) -> None:
-        """Take the engine off; the model is as it was. Nothing changes where that is not possible.
+        """Take the engine off; the model is then as it was before ``attach``. Where this raises, nothing has changed.
 
         Raises:
-            InputError: something was put on top of the engine since, and must come off first; or it is off already.
+            InputError: a forward was replaced after ``attach``, and must come off first; or the engine is off already.
         """
         decoder = self._check_attached()
         owners: list[tuple[nn.Module, str, Any]] = [(decoder, "the decoder", decoder_forward)]
@@ -341,7 +341,7 @@ class Engine:
     def _begin(
         self, shape: tuple[int, int], device: torch.device, attention_mask: object, position_ids: Any, past: Any
     ) -> None:
-        """What the MLPs need for a call of ``shape`` [B, S] tokens."""
+        """Set what the MLPs need for a call of ``shape`` [B, S] tokens."""
         if not torch.compiler.is_compiling():
             self._check_in_place()
         self._now.tokens = self._rows.of_tokens(shape, device, position_ids, past)
@@ -357,7 +357,7 @@ class Engine:
         now.tokens = now.token_weight = None
 
     def _check_in_place(self) -> None:
-        """Raise where an MLP would be passed by: nothing would be steered there, and nothing said."""
+        """Raise if the model no longer calls one of the steered MLPs, which would go unsteered without a word."""
         for parent, name, child in self._paths:
             if parent._modules.get(name) is not child:
                 raise InputError("model", f"{name} of a layer was replaced after attach; detach, and attach again")

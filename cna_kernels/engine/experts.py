@@ -1,4 +1,4 @@
-"""The experts of a mixture as a place where the engine works."""
+"""The experts of a mixture, summed and steered by the engine."""
 
 from __future__ import annotations
 
@@ -14,7 +14,8 @@ from ..errors import InputError
 from .mlps import ForwardPass, SteeredMLP, is_plain_silu
 from .patch import apply_gate, call_plain
 
-# What experts must be. No version of transformers has all of these; _is_hooked tells of a model split over devices.
+# The values that these attributes of experts must have. No version of transformers has all of the attributes;
+# _is_hooked tells of a model split over devices.
 PLAIN_EXPERTS = dict(
     has_bias=False, is_transposed=False, has_gate=True, has_post_expert_norm=False, _is_expert_parallel=False,
     _is_hooked=False,
@@ -24,9 +25,9 @@ PLAIN_EXPERTS = dict(
 class Experts(SteeredMLP):
     """The experts of a mixture, whose weights are ``[E, 2N, H]`` and ``[E, H, N]``.
 
-    The products stay with the implementation that the model is configured for; it hands the gate and up of its
-    (token, expert) pairs to ``_apply_gate``, which is replaced. In the layer's table a pair uses circuit
-    ``c * E + expert``, and in its sums column ``c * E + expert``.
+    The products stay with the implementation that the model is configured for, which hands gate and up of the
+    (token, expert) pairs to ``_apply_gate``; that method is replaced. A pair whose token uses circuit c takes circuit
+    ``c * E + expert`` of the layer's table, and column c of its token is column ``c * E + expert`` of the sums.
     """
 
     ACTIVATION = "act_fn"
@@ -34,7 +35,7 @@ class Experts(SteeredMLP):
 
     def __init__(self, module: nn.Module, layer: int, backend: str | None, now: ForwardPass) -> None:
         super().__init__(module, layer, backend, now)
-        self.pairs: tuple[Tensor, Tensor] | None = None  # of the call at hand: the token and the expert of each
+        self.pairs: tuple[Tensor, Tensor] | None = None  # the token and the expert of each pair of this call
 
     @staticmethod
     def check(module: Any, where: str) -> None:
@@ -75,7 +76,7 @@ class Experts(SteeredMLP):
         return None if self.in_modules else self._other_activation()
 
     def run(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
-        """``[T, H]``, the experts of each token ``[T, k]`` and what they weigh -> ``[T, H]``"""
+        """hidden states ``[T, H]``, the k experts of each token and their weights, ``[T, k]`` each -> y ``[T, H]``"""
         how = self.module.config._experts_implementation
         if how == self.EAGER:
             return self.one_by_one(hidden_states, top_k_index, top_k_weights)
@@ -105,14 +106,14 @@ class Experts(SteeredMLP):
         return y
 
     def act(self, gate_up: Tensor) -> Tensor:
-        """``[P, 2N]`` of the pairs -> their act ``[P, N]``, summed and scaled."""
+        """gate_up ``[P, 2N]`` of P (token, expert) pairs -> their act ``[P, N]``, summed and scaled."""
         gate, up = gate_up.chunk(2, dim=-1)
         if self.in_modules or gate.dtype not in ops.FLOATS or not is_plain_silu(self.module.act_fn):
             return self.steer(self.module.act_fn(gate) * up)
         return ops.swiglu(gate, up, **self.extras(gate.shape[1], gate.device), backend=self.backend)
 
     def extras(self, width: int, device: torch.device) -> dict[str, Any]:
-        """The same of the pairs instead of the tokens."""
+        """The optional arguments of an op on the act of (token, expert) pairs: one row for each pair, not token."""
         extras = super().extras(width, device)
         if self.pairs is None:
             raise InputError("attach", "a mixture's gate ran outside its forward pass, where no token is known")

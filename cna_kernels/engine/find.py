@@ -14,7 +14,7 @@ SUPPORTED = "Llama, Qwen2, Qwen3, Mistral, Gemma 1 to 3, Phi-3, Qwen3-MoE, Mixtr
 
 
 def find_decoder(model: nn.Module) -> nn.Module:
-    """The module whose ``layers`` are the model's."""
+    """The decoder of a model: the module whose ``layers`` are the model's layers."""
     inner: Any = getattr(model, "_orig_mod", model)
     if hasattr(inner, "get_base_model"):
         inner = inner.get_base_model()
@@ -28,7 +28,7 @@ def find_mlp(layer: nn.Module, where: str) -> tuple[str, type[SteeredMLP]]:
     """The name of the MLP in a layer and the kind of SteeredMLP that serves it, known by the code of its forward.
 
     Raises:
-        InputError: there is none, or something beside it looks like another.
+        InputError: the layer has no known MLP or several, or another module of the layer looks like an MLP.
     """
     named = dict(layer.named_modules())
     found = {name: kind for name, module in named.items() if (kind := _kind_for(module)) is not None}
@@ -46,7 +46,7 @@ def find_mlp(layer: nn.Module, where: str) -> tuple[str, type[SteeredMLP]]:
 
 
 def _kind_for(module: nn.Module) -> type[SteeredMLP] | None:
-    """The kind of SteeredMLP by what the module's forward does: the code of one of three modules of transformers."""
+    """The kind of SteeredMLP whose module of transformers, one of three, has the code of this module's forward."""
     if not hasattr(module, "down_proj"):
         return None
     from transformers.models.llama.modeling_llama import LlamaMLP

@@ -1,4 +1,4 @@
-"""What tells an attached model from others."""
+"""The name and the hash that tell an attached model from others."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from .mlps import SteeredMLP
 
 
 def identity_of(decoder: nn.Module, mlps: Sequence[SteeredMLP]) -> dict[str, str]:
-    """The model's name, and a hash of 4 rows of every ``down_proj`` where these lie open and are not fp16.
+    """The model's name and, if every ``down_proj`` has a plain weight that is not fp16, a hash of 4 rows of each.
 
-    ``load`` gives a checkpoint on file the same hash: a circuit found in one is known in the other. A model whose
-    attention alone was tuned has the same hash, too.
+    ``load`` gives a checkpoint on file the same hash, so that a circuit found in one of the two is recognised in the
+    other. Tuning the attention alone does not change the hash.
     """
     name = getattr(getattr(decoder, "config", None), "_name_or_path", "") or type(decoder).__name__
     name = Path(name).resolve().name if Path(name).is_dir() else name  # no path of this machine in a file to share

@@ -1,15 +1,17 @@
-"""The MLPs of a transformers model as places where the engine works.
+"""The MLPs of a transformers model, summed and steered by the engine.
 
-What an MLP runs is decided at each call by what its parts are then, the first that holds:
+At each call the parts of an MLP, as they are then, decide what runs. The first case that holds:
 
 1. backend ``reference``, or float64: the model's own modules; sums and steering on the input of ``down_proj``.
    Unsteered rows are the plain model's to the bit.
-2. plain Linear layers without bias and SiLU: ``ops.gated_mlp``, all of the MLP in one op.
-3. SiLU, but a quantised, adapted, hooked, offloaded or biased layer: its modules, with ``ops.swiglu`` between them.
-4. another activation: the same with ``ops.down_proj`` where that layer is plain, else ``ops.steer_act``.
+2. SiLU, and plain Linear layers without bias: ``ops.gated_mlp``, all of the MLP in one op.
+3. SiLU, but a quantised, adapted, hooked, offloaded or biased layer: the MLP's modules, with ``ops.swiglu`` between.
+4. another activation: the MLP's modules up to act, then ``ops.down_proj`` if ``down_proj`` is a plain layer, else
+   ``ops.steer_act`` and the module ``down_proj``.
 
-A mixture of experts keeps the model's own grouped products; ``ops.swiglu`` serves the (token, expert) pairs. Its
-neurons are (layer, expert, index), in a circuit (layer, expert * own + index), see ``SteeringTable``.
+A mixture of experts keeps the model's own grouped products; ``ops.swiglu`` serves the (token, expert) pairs. Neuron
+``index`` of an expert is neuron ``expert * own + index`` of the layer in a circuit, where each expert has ``own``
+neurons; see ``SteeringTable``.
 """
 
 from __future__ import annotations
@@ -42,14 +44,14 @@ class ForwardPass:
         self.again: Tensor | None = None
 
 
-# What a part of an MLP is.
+# The parts of an MLP.
 
 
 def plain_weight(module: Any, dtype: torch.dtype | None = None) -> Tensor | None:
-    """The weight, of that dtype, of a layer that is only a product with it: no bias, adapter, hook or offloading."""
+    """The weight of a layer without bias, adapter, hook or offloading, if it is of ``dtype`` (None: any of FLOATS)."""
     if type(module) is not nn.Linear:
         return None
-    own = module.__dict__  # a quarter of the time that attributes of a module take
+    own = module.__dict__  # takes a quarter of the time of a module's attributes
     parameters = own["_parameters"]
     weight = parameters.get("weight")
     if (
@@ -66,7 +68,7 @@ def plain_weight(module: Any, dtype: torch.dtype | None = None) -> Tensor | None
 
 
 def is_plain_silu(activation: Any) -> bool:
-    """SiLU as a function, or as a module that nobody has hooked."""
+    """Whether an activation is SiLU: the function, or a module that nobody has hooked."""
     if activation is F.silu:
         return True
     if not (isinstance(activation, nn.SiLU) or type(activation).__name__ == "SiLUActivation"):
@@ -76,7 +78,7 @@ def is_plain_silu(activation: Any) -> bool:
 
 
 def has_hooks(own: dict[str, Any]) -> bool:
-    """Whether a module, of which these are the attributes, has a hook."""
+    """Whether a module has a hook; ``own`` is the module's ``__dict__``."""
     return bool(
         own["_forward_hooks"] or own["_forward_pre_hooks"] or own["_backward_hooks"] or own["_backward_pre_hooks"]
     )
@@ -93,16 +95,16 @@ class SteeredMLP:
     """An MLP: ``down_proj(activation(gate) * up)``.
 
     Attributes:
-        LAYERS: the names of its linear layers, ``down_proj`` last. ACTIVATION: of its activation.
+        LAYERS: the names of its linear layers, ``down_proj`` last. ACTIVATION: the name of its activation.
         scale: the layer's part of the engine's table.
-        sums: ``act_sum`` and ``act_sumsq`` of the collection at hand, or nothing.
+        sums: the buffers ``act_sum`` and ``act_sumsq`` of the running collection; empty without one.
     """
 
     LAYERS: tuple[str, ...] = ()
     ACTIVATION = ""
 
     def __init__(self, module: nn.Module, layer: int, backend: str | None, now: ForwardPass) -> None:
-        self.module: Any = module  # an nn.Module, whose parts go by their names
+        self.module: Any = module  # an nn.Module, whose parts are found by name
         self.layer, self.backend, self.now = layer, backend, now
         self.own_width = self.width(module) // self.n_experts(module)
         self.in_modules = backends.name_for(self.device(module), backend) == "reference"
@@ -125,11 +127,11 @@ class SteeredMLP:
 
     @staticmethod
     def check(module: Any, where: str) -> None:
-        """Refuse what this kind of site cannot serve."""
+        """Raise InputError for a module that this kind of SteeredMLP cannot serve."""
 
     @staticmethod
     def width(module: Any) -> int:
-        """How many neurons it has."""
+        """The number of neurons of the module."""
         width: int = module.down_proj.in_features
         return width
 
@@ -144,11 +146,11 @@ class SteeredMLP:
         if place is not None:
             return torch.device("cuda", place) if isinstance(place, int) else torch.device(place)
         tensors = (x.device for part in (module.down_proj, module) for x in (*part.parameters(), *part.buffers()))
-        return next(tensors, torch.device("cpu"))  # packed out of sight, by PyTorch's own quantisation for CPUs
+        return next(tensors, torch.device("cpu"))  # none: PyTorch's quantisation for CPUs hides the weights
 
     def plain_down(self) -> Tensor | None:
-        """The weight of ``down_proj``, ``[H, N]`` or ``[E, H, N]``, if nothing is put on top of it and it lies open in
-        a dtype that holds every bf16 number."""
+        """The weight of ``down_proj``, ``[H, N]`` or ``[E, H, N]``, if it is a plain parameter (not quantised, adapted
+        or offloaded) in a dtype that holds every bf16 number; else None."""
         down: Any = self.module.down_proj
         weight = down.weight if type(down) is nn.Linear else down
         plain = type(weight) is nn.Parameter and not weight.is_meta
@@ -178,7 +180,7 @@ class SteeredMLP:
         return "the activation has a hook" if hooked else f"the activation is {type(activation).__name__}"
 
     def example(self, n_tokens: int) -> tuple[str, Inputs]:
-        """The op that serves the MLP as it is now, and tensors of which it could be called with so many tokens."""
+        """The op that serves the MLP as it is now, and inputs for a call of that op with ``n_tokens`` tokens."""
         layers = [getattr(self.module, name) for name in self.LAYERS]
         weights = [weight for layer in layers if (weight := plain_weight(layer)) is not None]
         like = next(
@@ -204,14 +206,14 @@ class SteeredMLP:
         return self.example(n_tokens)[1]
 
     def steer(self, act: Tensor) -> Tensor:
-        """act ``[..., N]``, summed and scaled."""
+        """act ``[..., N]`` -> a scaled copy ``[..., N]``; act is summed on the way."""
         extras, flat = self.extras(act.shape[-1], act.device), act.flatten(0, -2)
         if act.dtype not in ops.FLOATS:
             return reference.steer_act(flat, **extras).view(act.shape)
         return ops.steer_act(flat, **extras, backend=self.backend).view(act.shape)
 
     def extras(self, width: int, device: torch.device) -> dict[str, Any]:
-        """The optional arguments of an op on act of that width."""
+        """The optional arguments of an op on act with ``width`` neurons."""
         if width != self.own_width:
             what = f"layer {self.layer}: down_proj takes {width} neurons here, {self.own_width} were expected"
             raise InputError("model", f"{what}; a model whose MLPs are split over devices cannot be attached")
@@ -248,7 +250,7 @@ class Dense(SteeredMLP):
         silu = is_plain_silu(modules.get(self.ACTIVATION) or self.activation())
         weights = [plain_weight(modules[name], x.dtype) for name in self.LAYERS]
         if torch._C._is_any_autocast_enabled() and torch.is_autocast_enabled(x.device.type):
-            weights = [None] * len(weights)  # the layers' own products are in another dtype
+            weights = [None] * len(weights)  # under autocast the layers multiply in another dtype
         plain = [weight for weight in weights if weight is not None]
         if silu and len(plain) == len(weights):
             w_gate_up = plain[0] if len(plain) == 2 else (plain[0], plain[1])
@@ -271,7 +273,7 @@ class Dense(SteeredMLP):
 
 
 class Apart(Dense):
-    """gate_proj and up_proj: Llama and most others."""
+    """gate_proj and up_proj are two layers: Llama and most others."""
 
     LAYERS = ("gate_proj", "up_proj", "down_proj")
     ACTIVATION = "act_fn"
@@ -285,7 +287,7 @@ class Apart(Dense):
 
 
 class Joined(Dense):
-    """gate_up_proj, one layer: Phi-3."""
+    """gate and up are one layer, gate_up_proj: Phi-3."""
 
     LAYERS = ("gate_up_proj", "down_proj")
     ACTIVATION = "activation_fn"

@@ -1,6 +1,6 @@
 """Replacing a module's ``forward``, and putting it back.
 
-What replaces it is called "forward", so that a pickled model asks its class for it.
+The function in its place is called "forward", so that pickle takes the ``forward`` of the module's class for it.
 """
 
 from __future__ import annotations
@@ -14,13 +14,13 @@ STEERED, BEFORE = "_cna_mlp", "_cna_before"  # attributes of a module whose forw
 
 
 def slot(module: nn.Module) -> str:
-    """Where a module's forward lies: accelerate keeps it behind its hook, which moves and loads weights first."""
+    """The attribute with a module's forward; accelerate keeps it behind a hook, which moves or loads weights first."""
     return "_old_forward" if "_hf_hook" in module.__dict__ else "forward"
 
 
 def replace_forward(module: nn.Module, function: Any) -> None:
     current = module.__dict__.get(slot(module))
-    if getattr(current, "__func__", None) is not function:  # a copy of an attached module has it, without an engine
+    if getattr(current, "__func__", None) is not function:  # a copy of an attached module has the function already
         setattr(module, BEFORE, current)
         setattr(module, slot(module), types.MethodType(function, module))
 
@@ -31,7 +31,7 @@ def is_replaced(module: nn.Module, function: Any) -> bool:
 
 def restore_forward(module: nn.Module) -> None:
     before, place = module.__dict__.pop(BEFORE), slot(module)
-    if before is None and place == "_old_forward":  # accelerate's hook came later, and asks for it
+    if before is None and place == "_old_forward":  # accelerate's hook came after attach, and calls it
         before = types.MethodType(type(module).forward, module)
     if before is None:
         delattr(module, place)
@@ -40,7 +40,7 @@ def restore_forward(module: nn.Module) -> None:
 
 
 def call_plain(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
-    """Call the forward that was there before."""
+    """Call the forward that the module had before it was replaced."""
     before = getattr(module, BEFORE, None)
     return type(module).forward(module, *args, **kwargs) if before is None else before(*args, **kwargs)
 

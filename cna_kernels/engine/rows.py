@@ -1,4 +1,4 @@
-"""Which circuit each row of a batch uses, and from which position to which: buffers that a captured graph reads."""
+"""Which circuit each row of a batch uses, and between which positions: buffers that a captured graph reads."""
 
 from __future__ import annotations
 
@@ -12,17 +12,17 @@ from ..errors import InputError
 from ..steering import SteeringTable
 
 PHASES = ("both", "prompt", "answer")
-FARTHEST = 2**31 - 1  # no position is beyond
+FARTHEST = 2**31 - 1  # beyond every position
 
 
 class Rows:
-    """What ``Engine.rows`` said last.
+    """The arguments of the last call of ``Engine.rows``.
 
     Attributes:
         circuit, start, stop: ``[max_rows]`` int32: the circuit of each row, and the positions between which it steers.
-        given: the rows that were given, ``[B]`` or ``[B, S]``; None: ``circuit`` for any batch.
-        of_shape: the buffers ``[B, S]`` for rows given by token.
-        windowed: whether ``start`` and ``stop`` leave anything out.
+        given: the circuits as they were given, ``[B]`` or ``[B, S]``; None where one number was given for all rows.
+        of_shape: a buffer ``[B, S]`` for each shape in which circuits were given by token.
+        windowed: whether ``start`` and ``stop`` leave any position out.
     """
 
     def __init__(self, max_rows: int, device: torch.device) -> None:
@@ -93,7 +93,7 @@ class Rows:
             if position_ids is None:
                 seen = past.get_seq_length() if past is not None else 0
                 position_ids = (torch.arange(n_tokens, device=device) + seen)[None]
-            elif position_ids.dim() == 3:  # one for each of several axes of a picture; those of text are the same
+            elif position_ids.dim() == 3:  # a position on each axis of a picture; text has equal ones
                 position_ids = position_ids[0]
             position = position_ids.to(rows.device)
             steered = (position >= self.start[:n_rows, None]) & (position < self.stop[:n_rows, None])

@@ -1,1 +1,1 @@
-"""The Triton backend, for GPUs: one file for each family of kernels; ``mlp`` puts them together as the ops."""
+"""The Triton backend, for GPUs: one file for each family of kernels; ``ops`` puts the kernels together as the ops."""

@@ -1,7 +1,8 @@
-"""What a kernel must move, compute and issue, and the time that predicts: the figure a measurement is held against.
+"""What a kernel must move, compute and issue, and the time that this predicts: a measurement is compared with it.
 
-Each kernel file has a ``cost`` beside its launch table. Bytes and operations are counted from the formula. Instructions
-a weight or element are read off the machine code by ``make compile-gate``, which fails when they drift from ``cost``.
+The files of the products and of ``swiglu`` have a ``cost`` each. It counts bytes and operations from the formula. The
+instructions for a weight or an element come from the machine code of the multiply-add kernels and of ``swiglu``:
+``make compile-gate`` reads that code, and fails when the count is a quarter away from what ``cost`` uses.
 """
 
 from __future__ import annotations
@@ -18,7 +19,8 @@ class Device(NamedTuple):
     instructions_per_s: float  # warp instructions issued, 4 a clock and multiprocessor
 
 
-# The first two measured on such a card with PyTorch; 132 multiprocessors at the 1.98 GHz it reported under load.
+# The first two figures are measured on an H200 with PyTorch. The third is 132 multiprocessors at the 1.98 GHz that the
+# card reported under load.
 H200 = Device("NVIDIA H200", 4.3e12, 790e12, 132 * 4 * 1.98e9)
 
 

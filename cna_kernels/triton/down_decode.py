@@ -1,20 +1,20 @@
-"""The down-projection of few tokens: second half of the decode pair, and ``down_proj`` where TMA does not apply.
+"""The down-projection of few tokens: second half of the decode pair, and ``down_proj`` by the plan ``split``.
 
     act_sum[c, n] += sum_t token_weight[t, c] * act[t, n]      act_sumsq likewise
     y[t, h]        = sum_n steered[t, n] * w_down[h, n]
 
-``steered`` is act, or a scaled copy of it: that of at most 64 tokens is made in a pass of its own, whose few megabytes
-stay in L2. Scaling inside the product would walk a layer's steered neurons one by one in every program, some 1,000
-clocks each (read off the machine code), and real circuits put 50 into a late layer.
+``steered`` is act, or a scaled copy of act. A pass of its own makes the copy; of at most 64 tokens these are a few
+megabytes, which stay in L2. Scaling inside the product would walk a layer's steered neurons one by one in every
+program, some 1,000 clocks each (read off the machine code), and real circuits put 50 into a late layer.
 
-``_down_gemv_kernel``, one token of finished act (a few in fp32): one program owns 2 to 8 outputs and streams their
-whole weight rows, the first of them while act is still being computed. Nothing is split.
+``_down_gemv_kernel``, one token of finished act (a few in fp32): one program owns BLOCK_H outputs and streams their
+whole weight rows. It asks for the first weights while act is still being computed. No sum is split.
 
 ``_down_split_kernel``: a program owns BLOCK_H outputs of BLOCK_T tokens and a run of the neurons, with the weights as
 the left factor of the matrix units. It stores its part of y in fp32 as ``[S, T, H]``; ``_fold_y_kernel`` adds the
-parts as s = 0, 1, ... No atomics, the same bits in every run. The tiles of a run of neurons are dealt out to the
-programs along H for the sums, each tile to one, which reads it once more and is the only writer of its act_sum. With
-more than one block of tokens the sums go through parts, too (``sums.py``).
+parts as s = 0, 1, ... No atomics, the same bits in every run. For the sums, each tile of a run of neurons goes to one
+of the programs along H, which reads the tile once more and is the only writer of its act_sum. With more than one block
+of tokens the sums go through parts, too (``sums.py``).
 
 Floor: 2 N H bytes of bf16 weights, once, and 8 S T H bytes of parts.
 """
@@ -100,7 +100,7 @@ def _down_split_kernel(
     BLOCK_H: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
-    """SPLIT_N neurons go to a program, a multiple of NEURON_BLOCK."""
+    """Each program takes SPLIT_N neurons, a multiple of NEURON_BLOCK."""
     sum_args = SumArgs(token_weight_ptr, sum_ptr, sumsq_ptr, stride_token_weight_t, stride_sum_c, stride_sumsq_c)
     run = tl.program_id(2)
     h = tl.program_id(0) * BLOCK_H + tl.arange(0, BLOCK_H)
@@ -114,7 +114,7 @@ def _down_split_kernel(
     if PDL:
         tl.extra.cuda.gdc_wait()
         tl.extra.cuda.gdc_launch_dependents()
-    for n_done in range(0, SPLIT_N, BLOCK_N):  # constant bounds: with others Triton 3.6 serialises the wgmma (C7515)
+    for n_done in range(0, SPLIT_N, BLOCK_N):  # constant bounds: without them Triton 3.6 serialises the wgmma (C7515)
         n_first = n_begin + n_done
         n = n_first + tl.arange(0, BLOCK_N)
         n_mask = n < n_end
@@ -163,15 +163,15 @@ class Config(NamedTuple):
 
 
 def _gemv_config(itemsize: int) -> Config:
-    """As measured on an H100: as in gate_up_decode threads lie along the neurons, here with 32 bytes each, and 2 rows
-    to a program are at most 2% ahead of 4 or 8. fp32 by arithmetic, unmeasured."""
+    """As measured on an H100; fp32 by arithmetic, unmeasured. Threads lie along the neurons with 32 bytes each (16 in
+    gate_up_decode). 2 rows of weights to a program are at most 2% faster than 4 or 8."""
     return Config(1, 2, 4096 // itemsize, 0, 4, 1)
 
 
 def _split_config(T: int, N: int, H: int, itemsize: int, n_sm: int) -> Config:
-    """As measured on an H100; fp32 and 17 to 32 tokens by arithmetic, unmeasured. 64 x 128 bf16 weights (with 64 tokens
-    64 x 64) are 16 KB a stage or 8. Of 16 tokens a program a multiprocessor is enough, of more two; but at most 4 parts
-    for a full block of tokens: 8 would move as many bytes as a seventh of an 8B model's weights.
+    """As measured on an H100; fp32 and 17 to 32 tokens by arithmetic, unmeasured. A stage of 64 x 128 bf16 weights is
+    16 KB, one of 64 x 64 (for 64 tokens) 8 KB. One program a multiprocessor is enough for 16 tokens; more tokens take
+    two. A full block of tokens has at most 4 parts: 8 would move as many bytes as a seventh of an 8B model's weights.
     """
     block_t = min(64, max(16, triton.next_power_of_2(T)))
     programs = triton.cdiv(H, 64) * triton.cdiv(T, block_t)
@@ -191,7 +191,7 @@ def per_weight(T: int) -> float:
 
 
 def cost(T: int, N: int, H: int, itemsize: int = 2, *, gemv: bool = False, n_sm: int = 132) -> Cost:
-    """The weights once, act once (it stays in L2 after that), and the parts of y written and read in fp32."""
+    """The weights once, act once (act stays in L2 after that), and the parts of y written and read in fp32."""
     moved = itemsize * (N * H + T * (N + H))
     if gemv:
         return Cost(moved, 0, instructions(per_weight(T), N * H))
@@ -230,7 +230,7 @@ def down_gemv(act, w_down, *, dependent=False):
 def down_split(act, w_down, steered=None, *, token_weight=None, act_sum=None, act_sumsq=None, dependent=False):
     """act ``[T, N]`` -> y ``[T, H]``, the product of act or of its scaled copy ``steered``, and sums of act; T >= 1.
 
-    dependent: the launch before this one is ours and wrote what the product reads; start while it drains.
+    dependent: the launch before this one is of this package and writes what the product reads; start while it drains.
     """
     (T, N), H = act.shape, w_down.shape[0]
     steered = act if steered is None else steered

@@ -1,23 +1,24 @@
-"""The down-projection of many tokens, fused with the sums and the scaling: persistent, on TMA descriptors.
+"""The down-projection of many tokens, fused with the sums: persistent, on TMA descriptors. Only CNA_PLAN chooses it.
 
     act_sum[c, n] += sum_t token_weight[t, c] * act[t, n]                        act_sumsq likewise, both before scaling
     y[t, h]        = sum_n act[t, n] * scale[row_circuit[t], n] * w_down[h, n]
 
-One program a multiprocessor walks output tiles ``[BLOCK_T, BLOCK_H]``, each written by one program and each a single
-sum over n = 0 .. N - 1: nothing is split, nothing depends on the order of programs. Tiles are visited in groups of
-GROUP_T along the tokens, so that the weights of a group stay in L2.
+One program a multiprocessor walks output tiles ``[BLOCK_T, BLOCK_H]``. Each tile is written by one program and is a
+single sum over n = 0 .. N - 1: no sum is split, and nothing depends on the order of programs. Tiles are visited in
+groups of GROUP_T along the tokens, so that the weights of a group stay in L2.
 
 Sums: after its product, the program of output tile (i, j) adds up the runs j, j + H / BLOCK_H, ... of SUM_N neurons of
-its tokens, which it has just read. Each run of each token tile is so summed once, into part i of the workspace. Tokens
-that count in no column are not read again: of the last tokens of prompts alone, one block in sixteen is.
+its tokens, whose act it has just read. So each run of each token tile is summed once, into part i of the workspace.
+Blocks of tokens that count in no column are not read again: if only the last tokens of prompts count, one block in
+sixteen is read.
 
-Steering: the steered elements of act are scaled in place, and put back after the product (``steer.patch``): a few
-sectors of memory a token, nothing for tokens without a circuit, and the product stays the plain one that TMA feeds. In
-registers a tile of act would wait for its entries one by one. With sums, which want act as it was, the product is that
-of a scaled copy.
+Steering: the steered elements of act are scaled in place, and put back after the product (``steer.patch``). This moves
+a few sectors of memory a token, nothing for tokens without a circuit, and the product stays a plain one, which TMA
+feeds. If act were scaled in registers, its tiles would wait for their entries one by one. With sums, which need act as
+it was, the product reads a scaled copy.
 
-For callers that hand over act. Where we compute act ourselves, ``swiglu`` does sums and scaling on the way, and the
-product after it is a plain one.
+This kernel is for callers that hand over act. Where this package computes act, sums and scaling are done on the way,
+and the product after that is a plain one.
 
 Floor: 2 T N H FLOP.
 """
@@ -116,8 +117,8 @@ class Config(NamedTuple):
 
 
 def _launch_config(T: int, H: int, n_sm: int) -> Config:
-    """By arithmetic, unmeasured. 128 x 256 reads 85 FLOP for each byte from L2; 128 x 128 only where half as many
-    tiles would leave multiprocessors idle. Stages of 48 KB or 32 KB fill shared memory (227 KB).
+    """By arithmetic, unmeasured. Tiles of 128 x 256 do 85 FLOP for each byte from L2; 128 x 128 serve where the
+    larger tiles, half as many, would leave multiprocessors idle. Stages of 48 KB or 32 KB fill shared memory (227 KB).
     """
     if triton.cdiv(T, 128) * triton.cdiv(H, 256) >= n_sm * 3 // 4:
         return Config(128, 256, 64, 8, 8, 4)
@@ -125,7 +126,7 @@ def _launch_config(T: int, H: int, n_sm: int) -> Config:
 
 
 def cost(T: int, N: int, H: int, C: int = 0, n_sm: int = 132) -> Cost:
-    """The product, padded to whole tiles and whole rounds of the multiprocessors; act once more for the sums."""
+    """The product, padded to whole tiles and whole rounds of the multiprocessors; act once more to sum it."""
     config = _launch_config(T, H, n_sm)
     tiles = triton.cdiv(T, config.BLOCK_T) * triton.cdiv(H, config.BLOCK_H)
     rounds = triton.cdiv(tiles, n_sm) * n_sm
@@ -134,7 +135,7 @@ def cost(T: int, N: int, H: int, C: int = 0, n_sm: int = 132) -> Cost:
 
 
 def rows_fit_tma(*tensors) -> bool:
-    """Whether TMA can address the rows, from a base on 16 bytes: 2-byte elements, rows on 16 bytes and apart."""
+    """Whether TMA can address the rows, from a base on 16 bytes: 2-byte elements, each row on 16 bytes, no overlap."""
     return all(
         x.element_size() == 2 and x.stride(1) == 1 and x.stride(0) % 8 == 0 and x.stride(0) >= x.shape[1]
         for x in tensors
@@ -151,7 +152,7 @@ def down_proj(act, w_down, *, token_weight=None, act_sum=None, act_sumsq=None, s
     saved = patch(act, scale, row_circuit)
     try:
         return _product(act, act, w_down, None, None, None)
-    finally:  # out of memory, or of registers: act is the caller's
+    finally:  # also after an error: act is the caller's
         put_back(act, saved, scale, row_circuit)
 
 

@@ -1,4 +1,4 @@
-"""act of many tokens straight from x: the gate/up product with silu and sums behind it (placement C), in Gluon.
+"""act of many tokens straight from x: the gate/up product with silu and sums behind it, in Gluon.
 
     gate[t, n], up[t, n] = sum_k x[t, k] * w_gate[n, k], sum_k x[t, k] * w_up[n, k]     never rounded
     act[t, n]            = silu(gate[t, n]) * up[t, n]
@@ -8,13 +8,13 @@
 One program a multiprocessor walks output tiles of 128 tokens and 128 neurons. A producer warp fetches x, gate and up by
 TMA through a ring of STAGES, 48 KB each. Two groups of four warps share every stage: the first owns tokens 0 to 63 of
 the tile, the second 64 to 127, each against 128 rows of gate and 128 of up (an accumulator of 64 x 256, 128 registers a
-thread). Only the ring ties the groups together, so at the end of a tile one computes silu while the other has the
-matrix units. Where one set of warps does both, one after the other, the whole MLP takes 1.06 to 1.15 of the time of
+thread). Only the ring ties the groups together, so at the end of a tile one group computes silu while the other has the
+matrix units. With one set of warps that does both, one after the other, the whole MLP takes 1.06 to 1.15 of the time of
 ``blas`` (measured on an H100).
 
-It saves writing and reading gate and up, 8 T N bytes. Each act has one writer. The sums of a group's 64 tokens are a
-part of their own, which ``Sums`` adds in order; more columns than two are summed by a pass over act. Steered
-neurons are multiplied in place afterwards (``steer.scale_in_place``), a few sectors of memory a token.
+The kernel saves writing and reading gate and up, 8 T N bytes. Each element of act has one writer. The sums of a group's
+64 tokens are a part of their own, which ``Sums`` adds in order; more columns than two are summed by a pass over act.
+Steered neurons are multiplied in place afterwards (``steer.scale_in_place``), a few sectors of memory a token.
 
 Floor: 4 T N H FLOP.
 """
@@ -45,7 +45,7 @@ _tma_store = getattr(tma, "async_store", None) or tma.async_copy_shared_to_globa
 
 BLOCK_T, BLOCK_N, BLOCK_K, STAGES, GROUP_T = 128, 128, 64, 4, 8
 GROUPS = 2  # of warps, BLOCK_T / GROUPS tokens each
-COLUMNS = 2  # summed on the way; registers end at 3
+COLUMNS = 2  # the most that this kernel sums; registers do not suffice for 3
 
 
 @gluon.jit
@@ -94,7 +94,7 @@ def _produce(
             mbarrier.wait(empty.index(s), (step // STAGES & 1) ^ 1)
             mbarrier.expect(full.index(s), x_desc.block_type.nbytes + 2 * gate_desc.block_type.nbytes)
             _tma_load(x_desc, [i * BLOCK_T, k * BLOCK_K], full.index(s), xs.index(s))
-            # beyond its N rows a stacked gate goes on with those of up: neurons that nobody stores
+            # beyond N rows of gate a stacked weight goes on with those of up: neurons that nobody stores
             _tma_load(gate_desc, [j * BLOCK_N, k * BLOCK_K], full.index(s), ws.index(s).slice(0, BLOCK_N, dim=0))
             up = ws.index(s).slice(BLOCK_N, BLOCK_N, dim=0)
             _tma_load(up_desc, [up_row + j * BLOCK_N, k * BLOCK_K], full.index(s), up)
@@ -140,7 +140,7 @@ def _consume(
             x = xs.index(s).slice(GROUP * ROWS, ROWS, dim=0)
             running = warpgroup_mma(x, ws.index(s).permute((1, 0)), acc, is_async=True, use_acc=k != 0)
             acc = warpgroup_mma_wait(num_outstanding=1, deps=(running,))
-            mbarrier.arrive(empty.index((step + STAGES - 1) % STAGES), count=1, pred=k > 0)  # the step before is over
+            mbarrier.arrive(empty.index((step + STAGES - 1) % STAGES), count=1, pred=k > 0)  # the step before is done
             step += 1
         acc = warpgroup_mma_wait(num_outstanding=0, deps=(acc,))
         mbarrier.arrive(empty.index((step - 1) % STAGES), count=1)
@@ -153,7 +153,7 @@ def _consume(
         t_first = (2 * i + GROUP) * ROWS
         _tma_store(act_desc, [t_first, j * BLOCK_N], out)
         if SUM or SUMSQ:
-            # Read back: a thread takes 8 neurons of every 8th token, 16 bytes at a time, and no warp needs another.
+            # Read act back: a thread takes 8 neurons of every 8th token, 16 bytes at a time, and no warp needs another.
             sum_l: gl.constexpr = gl.BlockedLayout([1, 8], [8, 4], [1, 4], [1, 0])
             t = t_first + gl.arange(0, ROWS, layout=gl.SliceLayout(1, sum_l))
             n = j * BLOCK_N + gl.arange(0, BLOCK_N, layout=gl.SliceLayout(0, sum_l))
@@ -170,7 +170,7 @@ def _consume(
                         gl.store(part + c * N, gl.sum(weighted, axis=0), mask=n < N)
                     if SUMSQ:
                         gl.store(part + (c + SUM * C) * N, gl.sum(weighted * rows, axis=0), mask=n < N)
-            else:  # tokens that count nowhere are not read
+            else:  # no token counts: act is not read
                 for c in gl.static_range((SUM + SUMSQ) * C):
                     gl.store(part + c * N, gl.zeros([BLOCK_N], gl.float32, layout=gl.SliceLayout(0, sum_l)), mask=n < N)
     tma.store_wait(0)
@@ -209,7 +209,7 @@ def _gate_up_kernel(
     empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     for s in gl.static_range(STAGES):
         mbarrier.init(full.index(s), count=1)
-        mbarrier.init(empty.index(s), count=2)  # both groups have read it
+        mbarrier.init(empty.index(s), count=2)  # both groups read a stage
     # fmt: off
     gl.warp_specialize(
         [

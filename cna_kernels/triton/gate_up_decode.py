@@ -9,11 +9,11 @@ A program owns BLOCK_N neurons for all tokens: it streams their 2 * BLOCK_N weig
 and is the only writer of act[:, n] and act_sum[:, n]. No workspace, no atomics. Rows of w_up lie ``up_offset`` elements
 from those of w_gate, in one tensor or in two; a choice between two pointers would end the prefetch of weights.
 
-Two kernels. For one token, and for fp32, plain multiply-adds (``_gate_up_gemv_kernel``). Above that the matrix
-units (``_gate_up_flat_kernel``) with the weights as the left factor, so that tokens are the short side: gate and up
-rows form one tile of 64 rows or more, one product.
+Two kernels. For one token, in fp32 for up to 4, plain multiply-adds (``_gate_up_gemv_kernel``). For more tokens the
+matrix units (``_gate_up_flat_kernel``) with the weights as the left factor, so that tokens are the short side: gate and
+up rows form one tile of 64 rows or more, one product.
 
-Floor: 4 N H bytes of bf16 weights, once. At 64 tokens 8 T N H FLOP take a third of the time of those bytes on an H200.
+Floor: 4 N H bytes of bf16 weights, once. At 64 tokens 4 T N H FLOP take a third of the time of those bytes on an H200.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ _FEW_COLUMNS = tl.constexpr(FEW_COLUMNS)
 
 @triton.jit
 def _column(weights, counted, T: tl.constexpr):
-    """sum_t token_weight[t] * act[t], and over act**2: two [BLOCK_N]."""
+    """sum_t weights[t] * counted[t], and sum_t weights[t] * counted[t]**2: two [BLOCK_N]."""
     total, squares = weights[0] * counted[0], weights[0] * counted[0] * counted[0]
     for t in tl.static_range(1, T):
         weighted = weights[t] * counted[t]
@@ -75,8 +75,8 @@ def _gate_up_gemv_kernel(
     BLOCK_K: tl.constexpr,
     STAGES: tl.constexpr,
 ):
-    """What sums and steering read is asked for before the weights: each round trip to memory that is left for the end
-    of the last programs costs every call half a microsecond."""
+    """Sums and steering load what they need before the weights are loaded: each round trip to memory that is left for
+    the end of the last programs costs every call half a microsecond."""
     steer_args = SteerArgs(row_circuit_ptr, offsets_ptr, index_ptr, value_ptr, n_circuits, stride_offsets_k)
     dtype: tl.constexpr = act_ptr.dtype.element_ty
     FEW: tl.constexpr = min(C, _FEW_COLUMNS)
@@ -218,7 +218,7 @@ def _gate_up_flat_kernel(
         w = tl.load(w_row + k[None, :], mask=w_mask[:, None] & (k < H)[None, :], other=0.0)
         x = tl.load(x_row + k[:, None], mask=t_mask[None, :] & (k < H)[:, None], other=0.0)
         acc = dot(w, x, acc)
-    if STEER:  # on their way while act is finished and summed
+    if STEER:  # the loads are under way while act is finished and summed
         n_last = tl.minimum(n_first + BLOCK_N, N)
         start, end = entries(circuit, n_first, n_last, steer_args)
     gate, up = acc.reshape(2, BLOCK_N, BLOCK_T).permute(1, 2, 0).split()  # [BLOCK_N, BLOCK_T]
@@ -284,7 +284,7 @@ def cost(T: int, N: int, H: int, itemsize: int = 2) -> Cost:
 
 
 def weight_rows(w_gate_up):
-    """Gate's rows, how many they are, and the elements from each of them to its row of up, in one tensor or in two."""
+    """The rows of gate, their number, and the elements from a row of gate to its row of up, in one tensor or in two."""
     if not isinstance(w_gate_up, tuple):
         N = w_gate_up.shape[0] // 2
         return w_gate_up, N, N * w_gate_up.stride(0)

@@ -1,7 +1,7 @@
 """Launching: one place for what every launch has in common, and for what the host knows about the device.
 
-A launcher is a function of tensors that allocates with ``empty`` and launches with ``launch``. Both tell the recorder
-of ``repeat.py``, where one listens.
+A launcher is a function of tensors that allocates with ``empty`` and launches with ``launch``. Both report to the
+recorder of ``repeat.py``, if this thread has one.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from torch import Tensor
 
 from .tiles import INTERPRETED
 
-LISTENING = threading.local()  # .recorder: what records this thread's launches; .listed: where they go instead
+LISTENING = threading.local()  # .recorder: records this thread's launches; .listed: a list that takes them instead
 
 
 def launch(kernel, grid, *args, device, **options):
@@ -71,7 +71,7 @@ class Distance(int):
 
 
 def distance(first: Tensor, second: Tensor) -> Distance:
-    """How many elements lie from the start of the first to that of the second, wherever they are."""
+    """The number of elements from the start of the first tensor to the start of the second, in any memory."""
     elements = Distance((second.data_ptr() - first.data_ptr()) // first.element_size())
     elements.ends = first, second
     return elements
@@ -83,7 +83,7 @@ def arch(device: torch.device) -> int:
         return 90
     if device.type == "cuda":
         return _cuda_arch(device)
-    target = triton.runtime.driver.active.get_current_target()  # only compiled for
+    target = triton.runtime.driver.active.get_current_target()  # no such device here: code is only compiled for it
     return target.arch if target.backend == "cuda" else 0
 
 
@@ -99,21 +99,21 @@ def has_pdl(device: torch.device) -> bool:
 
 
 def dependent(device: torch.device, follows: bool = True) -> dict:
-    """Options of a launch that ``follows`` another of ours: it may start early, and waits before it reads
-    (``gdc_wait``)."""
+    """Options of a launch that ``follows`` another launch of this package: it may start early, and waits before it
+    reads (``gdc_wait``)."""
     return dict(PDL=True, launch_pdl=True) if follows and has_pdl(device) else dict(PDL=False)
 
 
 def registers(device: torch.device) -> dict:
-    """Options of a launch whose threads may use all registers: left alone, ptxas spills a little where that lets one
-    more program onto a multiprocessor."""
+    """Options of a launch whose threads may use all registers: without them ptxas spills a few registers where that
+    lets one more program onto a multiprocessor."""
     return dict(maxnreg=255) if arch(device) else {}
 
 
 @functools.cache
 def n_multiprocessors(device: torch.device) -> int:
-    """Multiprocessors of the device: as on an H100 or H200 where code is only compiled, 8 where it is interpreted,
-    because there a program takes 20 ms."""
+    """Multiprocessors of the device: 132, as on an H100 or H200, where code is only compiled; 8 in the interpreter,
+    where a program takes 20 ms."""
     if INTERPRETED:
         return 8
     if device.type != "cuda":

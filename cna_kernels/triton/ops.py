@@ -1,10 +1,10 @@
-"""The Triton backend: what serves a call of an op, by the plan for its shapes.
+"""The Triton backend: ``prepare`` returns what serves calls of an op, by the plan for their shapes.
 
 Arguments are checked by ``cna_kernels.ops``; ``cna_kernels.reference`` is the definition. Where gate and up are
-computed here (``gemv``, ``flat``, ``fused``) they stay in fp32; the reference rounds them as ``linear`` does.
+computed here (``gemv``, ``flat``, ``fused``) they stay in fp32; the reference rounds gate and up as ``linear`` does.
 
-``prepare`` chooses once for calls that look alike. What it returns repeats the launches of its first call
-(``repeat.py``), with PyTorch's products between them where the plan has any.
+``prepare`` chooses once for calls that look alike. The function that it returns repeats the launches of its first call
+(``repeat.py``), with PyTorch's products between the launches where the plan has any.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from .swiglu import steer_act, swiglu
 
 
 def prepare(op: str, inputs: tuple, extras: Extras | tuple) -> Callable:
-    """Return what serves calls with arguments like these; see :func:`cna_kernels.backends.prepare`."""
+    """Return the function that serves calls with arguments like these; see :func:`cna_kernels.backends.prepare`."""
     if op == "linear" or any(x is not None and x.numel() == 0 for x in inputs):
         return backends.plain(op)
     return _PREPARE[op](inputs, extras)
@@ -36,12 +36,12 @@ def call_of(op: str, inputs: tuple) -> Call:
     """What the choice of a plan may depend on, for gated_mlp and down_proj."""
     x, w_down = inputs[0], inputs[-1]
     (H, N), device = w_down.shape, x.device
-    read = inputs if op == "down_proj" else inputs[:-1]  # by the kernel with TMA; gated_mlp's writes act [T, N], too
+    read = inputs if op == "down_proj" else inputs[:-1]  # by TMA; gated_mlp's kernel also writes act [T, N]
     tma = rows_fit_tma(*(each for each in read if each is not None)) and (op == "down_proj" or N % 8 == 0)
     return Call(op, x.shape[0], N, H, x.dtype, launch.arch(device), tma, launch.n_multiprocessors(device))
 
 
-# Plans of few tokens: the product of act, a dependent of the launch that computes it.
+# The plans of few tokens -> the launcher of the product of act, which depends on the launch that computes act.
 _FEW = {"gemv": down_gemv, "flat": down_split}
 
 
@@ -65,7 +65,7 @@ def _gated_mlp(inputs, extras):
 
     if plan == "blas":
         return by_blas
-    from .gate_up import gate_up  # where the plan chose it, it can be imported
+    from .gate_up import gate_up  # the plan chose it, so it can be imported
 
     act_of_x = Repeat(lambda x, w_gate, w_up, *extras: gate_up(x, _weights(w_gate, w_up), **_keywords(extras)))
 
@@ -112,8 +112,8 @@ def _down_split(act, w_down, *extras):
     return down_split(act, w_down, steer_act(act, **steer), **given, dependent=True)
 
 
-# Elements of act from which reading it for the sums, and patching it, is faster than a scaled copy: measured on an
-# H100, where a pass that copies 512 tokens of an 8B model takes 16 us, and one of 4,096 takes 100.
+# From so many elements of act on, reading act for the sums and patching it is faster than a scaled copy: measured on an
+# H100, where a pass that copies 512 tokens of an 8B model takes 16 us, and one that copies 4,096 takes 100.
 _PATCH_FROM = 1 << 24
 
 
@@ -126,7 +126,7 @@ def _down_proj_by_blas(inputs, extras):
         return launch.linear(pass_over(act, *extras), w_down)
 
     summed = extras.token_weight is not None
-    small = summed and act.numel() < _PATCH_FROM and act.is_contiguous()  # else a copy may be multiplied otherwise
+    small = summed and act.numel() < _PATCH_FROM and act.is_contiguous()  # a copy may be multiplied otherwise
     if extras.scale_offsets is None or not apart or small:
         return copied
     only_summed = Repeat(lambda act, *sums: steer_act(act, **_keywords(sums)))
@@ -142,7 +142,7 @@ def _down_proj_by_blas(inputs, extras):
         saved = scale(act, *steer)
         try:
             return launch.linear(act, w_down)
-        finally:  # out of memory: act is the caller's
+        finally:  # also out of memory: act is the caller's
             unscale(act, saved, *steer)
 
     return run
@@ -152,12 +152,12 @@ _PREPARE = {"gated_mlp": _gated_mlp, "swiglu": _swiglu, "steer_act": _steer_act,
 
 
 def _on_16_bytes(*tensors):
-    """Whether TMA can start at these addresses. Those of other calls that look alike may differ."""
+    """Whether TMA can start at the tensors' addresses, which may differ between calls that look alike."""
     return not any(x.data_ptr() & 15 for x in tensors)
 
 
 def _share_memory(a, b):
-    """Whether they may: then what scales one in place would change the other."""
+    """Whether two tensors may share memory: then scaling one in place would change the other."""
     return a.untyped_storage().data_ptr() == b.untyped_storage().data_ptr()
 
 

@@ -1,9 +1,9 @@
 """Which kernels serve a call: a pure function of op, shape, dtype and device, and the reason for each choice.
 
-What a call asks for (sums, scaling, how many circuits) does not enter. Rows that no circuit touches must come out
-bit for bit as in a call without features, and two different kernels round differently.
+Whether a call sums or scales, and how many circuits it has, does not enter the choice. Rows that no circuit touches
+must come out bit for bit as in a call without both, and two different kernels round differently.
 
-A reason is a measurement (``bench/results/gpu-h100.md``), or arithmetic and says so. ``cna doctor`` prints the choice
+A reason is a measurement (``bench/results/gpu-h100.md``), or says that it is arithmetic. ``cna doctor`` prints choices
 for a shape, and ``CNA_PLAN=gated_mlp=fused,down_proj=blas`` overrides it for the calls that the named plan can serve.
 """
 
@@ -39,7 +39,7 @@ PLANS = {
 
 
 class Call(NamedTuple):
-    """What a choice may depend on."""
+    """The facts about a call that the choice of a plan may depend on."""
 
     op: str
     T: int
@@ -47,12 +47,12 @@ class Call(NamedTuple):
     H: int
     dtype: torch.dtype
     arch: int  # 10 * major + minor of an NVIDIA device, 0 for any other
-    tma: bool  # rows and addresses on 16 bytes, 2-byte elements
+    tma: bool  # rows on 16 bytes, 2-byte elements; each call checks its addresses
     n_sm: int = 132  # multiprocessors
 
 
 def can_serve(call: Call, name: str) -> bool:
-    """Whether the plan is right for the call at all, fast or not."""
+    """Whether the plan can serve the call, fast or not."""
     itemsize = call.dtype.itemsize
     flat = call.T <= MAX_TOKENS and itemsize == 2
     return {
@@ -60,7 +60,7 @@ def can_serve(call: Call, name: str) -> bool:
         ("gated_mlp", "flat"): flat,
         ("gated_mlp", "fused"): call.tma and gate_up is not None and gate_up.fits(call.arch),
         ("gated_mlp", "blas"): True,
-        ("down_proj", "split"): call.T <= 512,  # beyond, the product is not bound by the weights
+        ("down_proj", "split"): call.T <= 512,  # the product of more tokens is not bound by the weights
         ("down_proj", "tma"): call.tma and call.arch >= 90,
         ("down_proj", "blas"): True,
     }[call.op, name]

@@ -1,7 +1,7 @@
 """Repeating: a launcher's allocations and launches, recorded once and made again for other tensors.
 
 Triton binds, specialises, hashes and looks up the arguments of every launch, 15 to 40 us of Python each. For tensors
-that look like those of an earlier call, none of it can come out differently. What is left of a launch is to put the new
+that look like those of an earlier call, the result of all this is the same. A repeated launch only puts the new
 addresses in the places of the old ones: 2 to 3 us (`make bench-host`).
 """
 
@@ -34,9 +34,9 @@ class Repeat:
     The first call runs the launcher and records it. Everything else must be the same in later calls, as it is for calls
     that look alike to ``ops``: shapes, strides, dtypes, device, and what is None.
 
-    The launcher itself runs again where the record would be wrong: under a launch hook of Triton (a profiler), for
-    tensors that do not start on 16 bytes where the recorded ones did, because the compiled code relies on it, and where
-    it launches on tensors that it neither was given nor allocated.
+    The launcher itself runs again where the record would be wrong: under a launch hook of Triton (a profiler); for
+    tensors that do not start on 16 bytes where the recorded ones did, or at a distance of another kind, because the
+    compiled code relies on both; and if it launches on tensors that it neither was given nor allocated.
     """
 
     def __init__(self, launcher: Callable) -> None:
@@ -74,7 +74,7 @@ class Repeat:
 
     def _first(self, tensors):
         given = [id(x) for x in tensors if x is not None]
-        one_in_two_places = len(set(given)) < len(given)  # which of them is meant, a later call must show
+        one_in_two_places = len(set(given)) < len(given)  # then a record cannot say which place is meant
         if one_in_two_places or is_listing():
             return self._launcher(*tensors)
         outer, LISTENING.recorder = getattr(LISTENING, "recorder", None), Recorder(tensors)
@@ -93,7 +93,7 @@ class Record(NamedTuple):
     """
 
     launches: list[tuple]  # run, grid x, y, z, function, metadata, and a function that picks its arguments
-    memory: list[tuple]  # place of a tensor on the same device, shape, and the dtype if it is another
+    memory: list[tuple]  # place of a tensor on the same device, shape, and the dtype if it differs
     distances: list[tuple]  # places of the two ends, bytes of an element, kind of the number
     descriptors: list[tuple]  # place of the base, and a descriptor of another base
     constants: list
@@ -113,7 +113,7 @@ INCOMPLETE = Record([], [], [], [], [], [], 0, None, lambda _: 0)
 
 
 class Recorder:
-    """Hears of the launcher's allocations and launches."""
+    """Is told of a launcher's allocations and launches by ``launch.py``."""
 
     def __init__(self, tensors):
         self.tensors, self.memory, self.calls = tensors, [], []
@@ -136,7 +136,7 @@ class Recorder:
         self.calls.append((run, (*grid, 1, 1)[:3], function, metadata, arguments, fixed))
 
     def record(self, result: Tensor) -> Record:
-        """The record of all that was heard; INCOMPLETE if it uses tensors of which nothing was heard."""
+        """The record of the launcher; INCOMPLETE if it uses tensors that it neither was given nor allocated."""
         given, memory = list(self.tensors), self.memory
         place = {id(x): i for i, x in enumerate([*given, *memory]) if x is not None}
         all_arguments = [x for *_, arguments, _ in self.calls for x in arguments]
@@ -177,7 +177,7 @@ class Recorder:
 
     @staticmethod
     def _memory(tensor, given):
-        """A given tensor of the same dtype, if there is one: naming another costs the host half a microsecond more."""
+        """How to allocate it: like a given tensor, of the same dtype if there is one: naming a dtype costs 0.5 us."""
         for place, x in enumerate(given):
             if x is not None and x.dtype == tensor.dtype and x.device == tensor.device:
                 return place, tuple(tensor.shape), None
@@ -209,17 +209,17 @@ def _no_stream(_):
 
 
 def _is_set(hook):
-    """Whether a launch hook is one: a chain with calls in it, or a function in its place."""
+    """Whether a launch hook is set: a chain with calls in it, or a function in the chain's place."""
     return hook is not None and bool(getattr(hook, "calls", True))
 
 
 def _kind_of_int(value):
-    """What Triton compiles an integer argument for: its width, being 1, being a multiple of 16."""
+    """What Triton compiles an integer argument for: whether it fits 32 bits, is 1, is a multiple of 16."""
     return -(2**31) <= value < 2**31, value == 1, value % 16 == 0
 
 
 def _of_other_base(descriptor, base):
-    """The descriptor of a tensor that looks the same."""
+    """A copy of the descriptor for ``base``, a tensor that looks like the descriptor's own."""
     other = copy.copy(descriptor)
     other.base = base
     return other

@@ -4,7 +4,7 @@ memory, for good (``scale_in_place``) or until a product is done (``patch``).
 
     act[t, n] *= value[e]   for every entry e of circuit row_circuit[t] with index[e] = n
 
-Nothing dense is kept: memory and loads grow with the steered neurons. A token outside 0..K-1 loads its own
+Nothing dense is kept: memory and loads grow with the steered neurons. A token whose circuit is outside 0..K-1 loads its
 ``row_circuit`` and nothing more.
 """
 
@@ -22,7 +22,7 @@ from .tiles import scaled
 _NEURON_BLOCK = tl.constexpr(NEURON_BLOCK)
 
 
-# Views of one table for all layers start anywhere: without this, each alignment would be compiled on its own.
+# The Scale of a layer is a view of one table, at any address: without this, Triton would compile for each alignment.
 ANY_ALIGNMENT = ["row_circuit_ptr", "offsets_ptr", "index_ptr", "value_ptr"]
 
 
@@ -64,8 +64,8 @@ def first_entries(start, end, steer_args, BLOCK_E: tl.constexpr):
 
 @triton.jit
 def steer_held(act, n, start, end, index, value, steer_args, BLOCK_E: tl.constexpr):
-    """act ``[BLOCK_N]`` of neurons n of one token, scaled, before it is stored; for few neurons, each of which meets
-    every entry of its NEURON_BLOCK. index, value: what ``first_entries`` gave."""
+    """act ``[BLOCK_N]`` of neurons n of one token, scaled, before it is stored; for few neurons, because each of them
+    is compared with every entry of its NEURON_BLOCK. index, value: as ``first_entries`` returned them."""
     dtype: tl.constexpr = act.dtype
     for first in range(start, end, BLOCK_E):
         same = index[None, :] == n[:, None]  # [BLOCK_N, BLOCK_E], one entry of a circuit at most for a neuron
@@ -115,8 +115,8 @@ def _patch_kernel(
     BLOCK_T: tl.constexpr,
     BLOCK_E: tl.constexpr,
 ):
-    """Each program owns the steered neurons of BLOCK_T tokens: it scales them, and may keep what they were, or puts
-    them back."""
+    """Each program owns the steered neurons of BLOCK_T tokens: it scales them (SAVE: keeps their old values) or
+    RESTOREs the old values."""
     steer_args = SteerArgs(row_circuit_ptr, offsets_ptr, index_ptr, value_ptr, n_circuits, stride_offsets_k)
     dtype: tl.constexpr = act_ptr.dtype.element_ty
     t = tl.program_id(0) * BLOCK_T + tl.arange(0, BLOCK_T)
@@ -143,7 +143,7 @@ def _patch_kernel(
 
 
 def scale_in_place(act, scale, row_circuit):
-    """Scale act ``[T, N]``, rows apart from each other, and nothing but its steered elements. Returns act."""
+    """Scale the steered elements of act ``[T, N]`` in place, no others; rows must not overlap. Returns act."""
     _patch(act, None, Steer(scale, row_circuit))
     return act
 
@@ -151,12 +151,12 @@ def scale_in_place(act, scale, row_circuit):
 def patch(act, scale, row_circuit):
     """Scale act ``[T, N]`` in place for the product that comes next; return what ``put_back`` needs after it.
 
-    It touches the steered elements alone, where a scaled copy moves all of act: nothing for tokens without a circuit.
-    Rows must not share memory, with each other or with what the product reads besides. Nothing else may use act
-    meanwhile, on any stream, and the scale must not change.
+    It touches the steered elements alone, and none of tokens without a circuit; a scaled copy would move all of act.
+    Rows must not share memory with each other or with the product's weights. Until ``put_back`` nothing else may use
+    act, on any stream, and the scale must not change.
     """
     T, N = act.shape
-    # a circuit has at most one entry for a neuron; what is not steered is never written here
+    # a circuit has at most one entry for a neuron; the elements of saved beyond its entries are never written
     saved = launch.empty(T, max(1, min(N, scale.index.shape[0])), dtype=act.dtype, device=act.device)
     _patch(act, saved, Steer(scale, row_circuit))
     return saved

@@ -1,9 +1,9 @@
-"""The streaming sums on the device: which part of them a program adds, and the fixed order in which parts meet.
+"""The streaming sums on the device: which part of the sums a program adds, and the fixed order in which parts meet.
 
     act_sum[c, n] += sum_t token_weight[t, c] * act[t, n]        act_sumsq likewise over act**2
 
-A kernel that sees all tokens of its neurons adds to act_sum itself. One that sees a run of the tokens stores part r of
-a workspace ``[R, columns, N]`` (columns: those of act_sum, then those of act_sumsq), and ``_fold_kernel`` adds the
+A program that sees all tokens of its neurons adds to act_sum itself. One that sees only run r of the tokens stores part
+r of a workspace ``[R, columns, N]`` (columns: those of act_sum, then those of act_sumsq), and ``_fold_kernel`` adds the
 parts as r = 0, 1, ... Each element has one writer in either case: no atomics, and the same bits in every run.
 """
 
@@ -109,7 +109,7 @@ def any_counts(token_weight_row, t_mask, c_first, C: tl.constexpr, BLOCK_C: tl.c
         return tl.max(counted.to(tl.int32), axis=0)
     else:
         counted = 0
-        for first in range(c_first, tl.minimum(c_first + BLOCK_C, C), 16):  # not all at once: registers are full
+        for first in range(c_first, tl.minimum(c_first + BLOCK_C, C), 16):  # 16 columns at a time: registers are full
             c = first + tl.arange(0, 16)
             mask = (c < C)[:, None] & t_mask[None, :]
             token_weight = tl.load(token_weight_row[None, :] + c[:, None], mask=mask, other=0.0)  # [16, BLOCK_T]
@@ -133,7 +133,7 @@ def put_sums(
     SPLIT: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
-    """Hand over what ``added`` has gathered for neurons n: to the sums themselves, or as part ``run``."""
+    """Add what ``added`` has gathered for neurons n to the sums themselves, or store it as part ``run``."""
     part = tl.cast(run, tl.int64) * ((SUM + SUMSQ) * C * N)
     step_sum = tl.cast(sum_args.stride_sum_c, tl.int64)
     step_sumsq = tl.cast(sum_args.stride_sumsq_c, tl.int64)
@@ -260,7 +260,7 @@ def _fold_kernel(
         add_row(sumsq_ptr, 0, column * stride_sumsq_c, n, n_mask, total, False)
 
 
-# A column costs a multiply-add or two for each element; with more the matrix units take over (8 columns spill).
+# So many columns are summed by multiply-adds, one or two for each element; more go to the matrix units (8 would spill).
 FEW_COLUMNS = 4
 
 
@@ -277,7 +277,7 @@ class Sums:
     Args:
         token_weight: ``[T, C]`` fp32, or None for no sums.
         act_sum, act_sumsq: ``[C, N]`` fp32, each may be None.
-        runs: how many programs each see a part of the tokens of a neuron.
+        runs: how many programs share the tokens of a neuron.
     """
 
     def __init__(self, token_weight, act_sum, act_sumsq, runs: int, n_neurons: int):
@@ -313,7 +313,7 @@ class Sums:
         if self.part is None:
             return
         runs, columns, n_neurons = self.part.shape
-        block_r = min(32, triton.next_power_of_2(runs))  # all in flight at once: one round trip to memory
+        block_r = min(32, triton.next_power_of_2(runs))  # all parts in flight at once: one round trip to memory
         launch.launch(
             _fold_kernel,
             (triton.cdiv(n_neurons, 128), columns),

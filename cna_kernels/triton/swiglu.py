@@ -1,4 +1,4 @@
-"""swiglu: act = silu(gate) * up, its sums and its scaling in one pass over memory (placement A).
+"""swiglu: act = silu(gate) * up, its sums and its scaling in one pass over memory.
 
     act[t, n]        = silu(gate[t, n]) * up[t, n]
     act_sum[c, n]   += sum_t token_weight[t, c] * act[t, n]      act_sumsq likewise over act**2, both before scaling
@@ -9,7 +9,7 @@ has one writer. The sums of its tokens stay in registers. With one run for all t
 itself; otherwise it stores them as part r of a workspace ``[R, columns, N]`` and ``_fold_kernel`` adds the parts in
 the order r = 0, 1, ... Nothing depends on the order in which programs run.
 
-Steered neurons are multiplied after the run is stored (``steer_stored``): the common path has no instruction more.
+Steered neurons are multiplied after the run is stored (``steer_stored``): the loop over tokens has no instruction more.
 """
 
 from __future__ import annotations
@@ -115,9 +115,9 @@ def _launch_config(T: int, N: int, columns: int, n_sm: int, arch: int) -> Config
     """As measured on an H100; more columns than FEW_COLUMNS by arithmetic, unmeasured. 1024 neurons for 4 warps are one
     16-byte load a thread.
 
-    Without sums many short programs hide each other's waits. With sums about 2 long ones a multiprocessor, because
-    parts of the workspace grow with the programs: they fetch 3 tiles ahead, 4 KB each of gate and up (23 KB in flight
-    cover a multiprocessor's share of the bandwidth).
+    Without sums many short programs hide each other's waits. With sums there are about 2 long programs a
+    multiprocessor, because each program adds a part to the workspace: they fetch 3 tiles ahead, 4 KB each of gate and
+    up (23 KB in flight cover a multiprocessor's share of the bandwidth).
     """
     block_c = columns_at_once(columns, arch)
     if block_c:  # with 4 warps some numbers of columns spill
@@ -136,8 +136,8 @@ def per_element(C: int, both: bool = False) -> float:
 
 
 def cost(T: int, N: int, C: int, itemsize: int = 2) -> Cost:
-    """gate, up and act once; a column more is a multiply-add or two for each element. A steered neuron is not counted:
-    0.1% of the elements, some 40 instructions each, are 0.04 an element."""
+    """gate, up and act once; each column adds a multiply-add or two for each element. Steered neurons are not counted:
+    0.1% of the elements, at some 40 instructions each, are 0.04 instructions an element."""
     return Cost(3 * itemsize * T * N, 0, instructions(per_element(C), T * N))
 
 

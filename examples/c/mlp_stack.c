@@ -42,8 +42,8 @@ static char *read_header(FILE *file, long long file_size) {
   return NULL;
 }
 
-/* Look up a layer's weight in a header as the safetensors library writes it: no blanks, keys in this order. NULL, or
-   what is wrong. */
+/* Look up a layer's weight in a header as the safetensors library writes it: no blanks, keys in this order.
+   Returns NULL, or what is wrong. */
 static const char *find(Tensor *tensor, const char *header, long long data, long long file_size, int64_t l, int p) {
   static const char *const projections[] = {"gate_proj", "up_proj", "down_proj"};
   char key[100], dtype[16];
@@ -115,8 +115,9 @@ static int load(Model *model, const char *path) {
   return wrong ? 2 : 0;
 }
 
-/* hidden [L + 1, T, H]: the tokens come first, and each layer adds to what the one before has left. With mean [L, N]
-   collects the neurons' means, with ablated [L] leaves one neuron of each layer out. Returns a cna_status. */
+/* hidden [L + 1, T, H]: the tokens come first, and each layer adds its MLP's output to what the layer before has left.
+   If mean [L, N] is given, adds the neurons' means to it. If ablated [L] is given, ablates neuron ablated[l] of each
+   layer l. Returns a cna_status. */
 static int run(const Model *model, float *hidden, float *mean, const int32_t *ablated) {
   const int64_t H = model->H, N = model->N, n_blocks = (N + 1023) / 1024;
   int32_t *offsets = calloc((size_t)n_blocks + 1, sizeof *offsets);
