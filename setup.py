@@ -1,7 +1,7 @@
-"""Compiles csrc/ into the package and finds its folders; everything else is in pyproject.toml.
+"""Compiles csrc/ into the package and lists the packages; everything else is in pyproject.toml.
 
-The library is plain C behind ctypes, so the wheel is py3-none-<platform>. Without a working C++ compiler the package is
-installed without the CPU engine, and says so when it is used.
+The library has a plain C interface, called through ctypes, so the wheel is py3-none-<platform>. Without a working C++
+compiler the package is installed without the CPU engine, and says so when it is used.
 """
 
 import sys
@@ -11,7 +11,7 @@ from setuptools import Extension, find_packages, setup
 from setuptools.command.bdist_wheel import bdist_wheel
 from setuptools.command.build_ext import build_ext
 
-# As in csrc/Makefile. Instruction sets are chosen in the files themselves, and while the program runs.
+# The flags of csrc/Makefile. Each source file chooses its instruction set; the program chooses among them as it runs.
 FLAGS = ["-std=c++17", "-O3", "-g0", "-fvisibility=hidden", "-ffp-contract=off"]
 QUIET = ["-Wno-uninitialized", "-Wno-maybe-uninitialized", "-Wno-unknown-warning-option"]
 OPENMP = [] if sys.platform == "darwin" else ["-fopenmp"]
@@ -39,14 +39,14 @@ class BuildLibrary(build_ext):
 
 
 class PlainWheel(bdist_wheel):
-    """The library is for a platform, not for a version of Python."""
+    """Tags the wheel for a platform, not for a version of Python: the library does not depend on that version."""
 
     def get_tag(self):
         return "py3", "none", super().get_tag()[2]
 
 
 packages = ["cna_kernels", *(f"cna_kernels.{name}" for name in find_packages("cna_kernels"))]
-model = find_packages("model", exclude=["demo.checkpoints"])  # a distribution of its own
+model = find_packages("model", exclude=["demo.checkpoints"])  # demo.checkpoints is another distribution
 packages += ["cna_kernels.model", *(f"cna_kernels.model.{name}" for name in model)]
 sources = sorted(str(path) for path in Path("csrc").glob("*.cpp"))
 headers = sorted(str(path) for path in Path("csrc").glob("*.h"))

@@ -1,4 +1,4 @@
-"""The results files of the benches."""
+"""Fixtures for the results files of the benchmarks."""
 
 import importlib.util
 import os
@@ -9,7 +9,7 @@ import pytest
 
 @pytest.fixture(scope="session")
 def results():
-    """Rows for bench/results/cpu.json; CNA_BENCH_SETTING names what this run is held to."""
+    """Rows for bench/results/cpu.json; CNA_BENCH_SETTING names the instruction sets that this run is limited to."""
     from results import Results, cpu_environment
 
     return Results("cpu", os.environ.get("CNA_BENCH_SETTING", "as it is"), cpu_environment())
@@ -47,7 +47,7 @@ def host():
     return Results("host", "cpu", cpu_environment())
 
 
-if importlib.util.find_spec("pytest_benchmark") is None:  # a machine with a GPU that is lent as it is
+if importlib.util.find_spec("pytest_benchmark") is None:  # a machine with a GPU where nothing is installed
 
     @pytest.fixture
     def benchmark():

@@ -14,18 +14,18 @@ def seconds(run) -> float:
 
 
 def compare(ours, theirs, *, rounds: int = 5) -> dict[str, float]:
-    """Time both in turn after one warm-up each.
+    """Time both functions in turn, after one warm-up call of each.
 
     Returns:
         ratio: median of ours / theirs, pair by pair; below 1 is faster.
-        noise: median of ours / ours over neighbouring rounds, larger over smaller: what a ratio of 1 can look like.
+        noise: median of the larger over the smaller of ours in neighbouring rounds: what a ratio of 1 can look like.
         ours, theirs: median seconds, for orientation only.
     """
     return compare_all(ours, [theirs], rounds=rounds)[0]
 
 
 def compare_all(ours, competitors, *, rounds: int = 5) -> list[dict[str, float]]:
-    """As :func:`compare`, with several competitors in every round."""
+    """As :func:`compare`, for several competitors that all run in every round; one result for each."""
     runs = [ours, *competitors]
     for run in runs:
         run()

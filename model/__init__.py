@@ -1,6 +1,6 @@
-"""A minimal Llama / Qwen / Mistral on the ops of ``cna_kernels``, and what needs a model: text, discovery, the CLI.
+"""A minimal Llama / Qwen / Mistral on the ops of ``cna_kernels``; and what needs a model: text, discovery, the CLI.
 
-Nothing heavy is imported here; each name loads its module on first use.
+This module imports nothing heavy; each name loads its module on first use.
 """
 
 from importlib import import_module

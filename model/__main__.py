@@ -1,4 +1,4 @@
-"""``python -m cna_kernels.model`` is ``cna``; so is ``torchrun -m cna_kernels.model``."""
+"""``python -m cna_kernels.model`` runs the command ``cna``; so does ``torchrun -m cna_kernels.model``."""
 
 import sys
 

@@ -1,4 +1,4 @@
-"""Batched decoding with a static cache: greedy or sampled, prompts of different lengths, a token at a time."""
+"""Batched decoding, greedy or sampled, with a static cache, for prompts of different lengths."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ class Sampling:
 
     Attributes:
         top_k: keep the k most likely tokens; 0 keeps all.
-        top_p: of those, keep the most likely ones that together reach this probability.
+        top_p: of the tokens that ``top_k`` keeps, keep the most likely ones that together reach this probability.
     """
 
     temperature: float = 0.0
@@ -54,7 +54,7 @@ def generate(
     A row ends at a stop id, after ``max_new_tokens``, or where the model's context ends.
 
     Args:
-        seeds: one for each prompt; each row draws from a generator of its own, so a batch does not change its rows.
+        seeds: one for each prompt. Each row draws from its own generator, so its answer does not depend on the batch.
         on_token: called with (row, id) as each token is chosen.
 
     Raises:
@@ -98,13 +98,13 @@ def generate(
                     running.discard(member)
             if not running:
                 return answers
-            if 2 * len(running) <= len(members):  # rows that have ended are decoded along until they are half of all
+            if 2 * len(running) <= len(members):  # ended rows stay in the batch until half of its rows have ended
                 kept = torch.tensor([row for row, member in enumerate(members) if member in running], device=device)
                 members = [member for member in members if member in running]
                 cache.keep(kept)
                 chosen, lengths = chosen[kept], lengths[kept]
                 steer = None if steer is None else steer.keep(kept)
-            positions = lengths.clamp(max=cache_length - 1)[:, None]  # [B, 1]; an ended row may run against the end
+            positions = lengths.clamp(max=cache_length - 1)[:, None]  # [B, 1]; clamped, because an ended row goes on
             lengths = lengths + 1
             hidden = transformer.hidden(
                 chosen[:, None], lengths=lengths, positions=positions, cache=cache, steer=steer
@@ -127,7 +127,7 @@ def _checked_seed(seed) -> int:
 
 
 def _check_cache_fits(config, batch, length, embedding):
-    """Refuse a cache that memory cannot hold, with the number that asked for it."""
+    """Raise DoesNotFit, which names max_new_tokens, for a cache that memory cannot hold."""
     numbers = 2 * config.num_hidden_layers * batch * config.num_key_value_heads * length * config.head_dim
     needed, available = numbers * embedding.dtype.itemsize, memory_of(embedding.device)
     if available is not None and needed > available:
@@ -136,7 +136,7 @@ def _check_cache_fits(config, batch, length, embedding):
 
 
 def _require_finite(logits, members, running, prompts):
-    """Name the prompt whose logits are not finite: a multiplier may be too large for the dtype."""
+    """Raise InputError naming the first running prompt whose logits are not finite: its multiplier may be too large."""
     finite = torch.isfinite(logits).all(-1).tolist()
     for member, is_finite in zip(members, finite, strict=True):
         if member in running and not is_finite:
@@ -148,7 +148,7 @@ def choose(logits: Tensor, sampling: Sampling, generators: Sequence[torch.Genera
     if sampling.temperature == 0:
         return logits.argmax(-1)
     logits = logits.float()
-    scaled = (logits - logits.amax(-1, keepdim=True)) / sampling.temperature  # at most 0, however small temperature is
+    scaled = (logits - logits.amax(-1, keepdim=True)) / sampling.temperature  # at most 0, so it cannot overflow
     scaled, order = scaled.sort(dim=-1, descending=True, stable=True)
     if sampling.top_k:
         scaled = scaled[:, : sampling.top_k]

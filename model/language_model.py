@@ -50,7 +50,7 @@ def load(
     spill: FilePath | None = None,
     mesh: DeviceMesh | None = None,
 ) -> LanguageModel:
-    """Load a checkpoint directory in Hugging Face layout. The options are those of :class:`LanguageModel`.
+    """Load a checkpoint directory in Hugging Face layout. The options are as in :class:`LanguageModel`.
 
     Raises:
         InputError: the directory, a file or a tensor in it cannot be used; names it.
@@ -66,7 +66,7 @@ class LanguageModel:
             ParallelTransformer with ``mesh``.
         tokenizer: text to ids and back.
         config: ModelConfig.
-        directory: where it was loaded from; checkpoint: what its files hold.
+        directory: where the model was loaded from; checkpoint: the tensors of its files.
     """
 
     def __init__(
@@ -83,10 +83,10 @@ class LanguageModel:
         Args:
             device: "cpu", "cuda", "cuda:1", ...
             dtype: "bfloat16", "float16" or "float32"; None keeps the checkpoint's own.
-            stream_layers: read a layer when its turn comes, for models larger than memory. Finds circuits, and
-                nothing else. ``spill`` is a directory for hidden states that memory does not hold.
-            mesh: share the layers with the other processes of this mesh, see ``tensor_parallel.open_mesh``. All of them
-                make the same calls; the model finds circuits, and nothing else.
+            stream_layers: read each layer when its turn comes, for models larger than memory. Such a model finds
+                circuits, and nothing else. ``spill`` is a directory for hidden states that memory does not hold.
+            mesh: share the layers with the other processes of this mesh, see ``tensor_parallel.open_mesh``. All its
+                processes make the same calls. Such a model finds circuits, and nothing else.
         """
         self.directory = Path(directory)
         if not os.path.isdir(directory):
@@ -94,9 +94,7 @@ class LanguageModel:
         if dtype is not None and dtype not in DTYPES:
             raise InputError("dtype", f"expected one of {', '.join(DTYPES)}, got {dtype!r}")
         self.device = usable_device(device)
-        backends.name_for(
-            self.device
-        )  # what the environment asks for and cannot have is said before the files are read
+        backends.name_for(self.device)  # an absent CNA_BACKEND fails here, before files are read
         self.config = read_config(directory)
         self.tokenizer = Tokenizer(directory, self.config.vocab_size)
         self.stop_ids = stop_ids(directory, self.tokenizer, self.config.vocab_size)
@@ -109,7 +107,7 @@ class LanguageModel:
             self.transformer = load_parallel(directory, self.config, self.checkpoint, mesh=mesh, **options)
         elif stream_layers:
             streamed = StreamedTransformer(directory, self.config, self.checkpoint, spill=spill, **options)
-            self.transformer = streamed  # type: ignore[assignment]  # _require_logits refuses what it has not
+            self.transformer = streamed  # type: ignore[assignment]  # _require_logits refuses calls that it lacks
         else:
             self.transformer = load_transformer(directory, self.config, self.checkpoint, **options)
         self._identity: dict[str, str] | None = None
@@ -121,12 +119,12 @@ class LanguageModel:
         return self.transformer(input_ids, steer=self._steer(input_ids.shape[0]))
 
     def warm_up(self, longest: int = 4096, *, n_columns: int = 2, squares: bool = False) -> list[int]:
-        """Compile what the MLPs launch for any number of tokens: plain, steered, and summed into so many columns.
+        """Compile the kernels that the MLPs launch for any number of tokens: plain, steered, and with sums.
 
         Args:
             longest: the most tokens of a forward pass.
-            n_columns: of the sums; 2 for discovery.
-            squares: the sums have squares, as the score "cohen-d" needs.
+            n_columns: columns of the sums; 2 for discovery.
+            squares: whether the sums have squares, as the score "cohen-d" needs.
 
         Returns:
             The numbers of tokens that the MLP was called with; none where nothing is compiled.
@@ -139,13 +137,13 @@ class LanguageModel:
             raise InputError("model", "a model whose layers are streamed or shared finds circuits, and nothing else")
 
     def identity(self) -> dict[str, str]:
-        """Return what tells this checkpoint from others; see ``checkpoint.load.identity_of``."""
+        """Return the checkpoint's name and hashes; see ``checkpoint.load.identity_of``."""
         if self._identity is None:
             self._identity = identity_of(self.directory, self.checkpoint, self.config)
         return dict(self._identity)
 
     def encode(self, prompts: PromptSet, *, chat: bool | None = None, double_bos: bool = False) -> list[TokenPrompt]:
-        """Tokenise the prompts, as the user's message of a chat or as plain text.
+        """Tokenise each prompt, as the user's message of a chat or as plain text.
 
         Args:
             chat: None takes the chat template where the checkpoint has one.
@@ -159,10 +157,10 @@ class LanguageModel:
     def encode_entries(
         self, entries: Sequence[Entry], *, position: str = "last", chat: bool | None = None, double_bos: bool = False
     ) -> list[TokenPrompt]:
-        """Tokenise entries of a corpus, and say which tokens of each count.
+        """Tokenise entries of a corpus, each with the number of its tokens that count at ``position``.
 
         Raises:
-            InputError: position "answer", and an entry has none.
+            InputError: position is "answer", and an entry has no answer.
         """
         double = [double_bos and not entry.universal for entry in entries]
         ids: list[list[int]] = [[] for _ in entries]
@@ -204,7 +202,7 @@ class LanguageModel:
             positive, negative: prompts that show the behaviour, and prompts that do not.
             universal_prompts: diverse prompts for the universal filter; None takes the built-in ones, False turns
                 the filter off.
-            chat: whether prompts go through the chat template; None does where there is one.
+            chat: whether prompts go through the chat template; None: where the checkpoint has one.
             batch: prompts a forward pass. max_tokens: tokens a forward pass instead; None chooses by device.
             progress: called with (prompts done, prompts in all, tokens done).
             settings: ``fraction``, ``top_k``, ``score``, ``universal_threshold``, ``skip_layers``, ``position``,
@@ -238,7 +236,7 @@ class LanguageModel:
         progress: Progress | None = None,
         **options: Any,
     ) -> dict[str, Circuit]:
-        """Find the circuits of many contrasts in one pass over a corpus, by name.
+        """Find the circuits of many contrasts in one pass over a corpus. Returns contrast name -> circuit.
 
         Args:
             contrasts: pairs of the corpus's columns.
@@ -262,8 +260,8 @@ class LanguageModel:
         Gradient attribution by relevance propagation, for comparison with :meth:`discover`; see ``evaluation/relp.py``.
 
         Args:
-            prompts: one, or several, whose mean is returned.
-            target, counterfactual: text whose first token is meant, or several such texts.
+            prompts: one prompt, or several: then the mean over them is returned.
+            target, counterfactual: a text, or several; of each text only the first token is used.
         """
         self._require_logits()
         prompts = PromptSet.of([prompts] if isinstance(prompts, str) else prompts, "prompts")
@@ -280,14 +278,14 @@ class LanguageModel:
         *,
         row_circuit: Sequence[int] | None = None,
     ) -> Iterator[SteeringTable]:
-        """Steer every call inside the ``with`` block, at every position of prompt and answer, of any thread.
+        """Steer every call inside the ``with`` block, from any thread, at every position of prompt and answer.
 
         Yields the SteeringTable: its ``set_multipliers`` changes multipliers between calls without rebuilding.
 
         Args:
             circuit: one circuit, or several for one batch.
-            multiplier: one for each circuit: 0 ablates, 1 changes nothing, above 1 amplifies.
-            row_circuit: which circuit each row of the batch uses, -1 for none; None puts every row on the first.
+            multiplier: one for all circuits, or one for each: 0 ablates, 1 changes nothing, above 1 amplifies.
+            row_circuit: the number of the circuit that each row of the batch uses, -1 for none. None: all rows use 0.
         """
         circuits = [circuit] if isinstance(circuit, Circuit) else list(circuit)
         multipliers = list(multiplier) if isinstance(multiplier, Sequence) else [multiplier] * len(circuits)
@@ -316,13 +314,13 @@ class LanguageModel:
         batch: int | None = None,
         on_text: Callable[[int, str], None] | None = None,
     ) -> str | list[str]:
-        """Answer a prompt, or each of several in one batch.
+        """Answer a prompt, or several prompts in batches.
 
         Args:
-            circuit: steers every prompt; or a list with a circuit or None for each prompt.
-            multiplier: one for all, or one for each prompt.
+            circuit: one that steers every prompt; or a list with a circuit or None for each prompt.
+            multiplier: one for all prompts, or one for each.
             temperature, top_k, top_p: as in :class:`Sampling`; temperature 0 is greedy.
-            seed: for sampling, one for each prompt; a single number counts up from the first prompt.
+            seed: for sampling, one for each prompt. A single number is the first prompt's; the next add 1, 2, ...
             batch: prompts decoded together; None takes GENERATE_ROWS.
             on_text: called with (row, new text) while the answers grow.
 
@@ -363,8 +361,8 @@ class LanguageModel:
     def check_circuit(self, circuit: Circuit, where: FilePath, *, any_model: bool = False) -> None:
         """Raise InputError naming the field unless the circuit was found in this very checkpoint.
 
-        The calls that take a circuit check its shape only; this is for circuits from a file. Those without provenance
-        (imported ones) are held to the shape, as are all with ``any_model``.
+        Calls that take a circuit check only its shape; this check is for circuits from a file. Only the shape is
+        checked of circuits without provenance (imported circuits), and with ``any_model`` of all circuits.
         """
         check_fits(circuit, self.config.num_hidden_layers, self.config.intermediate_size, where)
         if any_model:
@@ -374,11 +372,11 @@ class LanguageModel:
         check_found_in(circuit, here, where)
 
     def uses_chat(self, chat: bool | None) -> bool:
-        """Whether prompts go through the chat template, where ``chat`` may leave it to the checkpoint."""
+        """Whether prompts go through the chat template; ``chat`` None: if the checkpoint has one."""
         return self.tokenizer.template is not None if chat is None else chat
 
     def _steered_rows(self, circuit, multiplier, n_rows):
-        """The context that gives each row of a batch its circuit and multiplier; equal pairs share a table entry."""
+        """The context that gives each row its circuit and multiplier; rows with equal pairs share a table entry."""
         if isinstance(circuit, Circuit):
             circuit = [circuit] * n_rows
         multiplier = list(multiplier) if isinstance(multiplier, Sequence) else [multiplier] * n_rows
@@ -389,7 +387,7 @@ class LanguageModel:
         return self.steered(circuits, multipliers, row_circuit=rows)
 
     def _steer(self, n_rows: int, start: int = 0, end: int | None = None) -> Steering | None:
-        """What steers rows ``start:end`` of a batch of ``n_rows``."""
+        """The Steering of rows ``start:end`` of a batch of ``n_rows``; None outside :meth:`steered`."""
         if self._steering is None:
             return None
         table, rows = self._steering

@@ -1,4 +1,4 @@
-"""Devices: which can be used, how much memory there is, and how a lack of it shows."""
+"""Devices: which can be used, how much memory they have, and how running out of memory shows."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ DEVICES = ("cpu", "cuda", "mps", "xpu")
 
 
 def memory_of(device: torch.device | str) -> int | None:
-    """Return the bytes a model may use: free memory of a GPU, all memory of this machine; None where unknown."""
+    """Return the bytes that a model may use: a GPU's free memory, a CPU machine's whole memory; None if unknown."""
     device = torch.device(device)
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
@@ -23,29 +23,29 @@ def memory_of(device: torch.device | str) -> int | None:
 
 
 class DoesNotFit(InputError):
-    """What was asked for needs more memory than there is; said before anything is allocated."""
+    """A call needs more memory than there is. Raised before the call allocates anything."""
 
 
 def is_out_of_memory(error: Exception) -> bool:
-    """Whether the error says that memory does not suffice, on a GPU or on the CPU."""
+    """Whether the error says that memory ran out or does not suffice, on a GPU or on the CPU."""
     return isinstance(error, (torch.OutOfMemoryError, DoesNotFit)) or "can't allocate memory" in str(error)
 
 
 def in_halves(run: Callable[[Sequence], list], items: Sequence, device: torch.device) -> list:
-    """``run(items)``, a list with a result for each; where memory runs out, of one half after the other."""
+    """Return ``run(items)``, one result for each item. Where memory runs out, run one half after the other."""
     try:
         return run(items)
     except (RuntimeError, DoesNotFit) as error:
         if not is_out_of_memory(error) or len(items) == 1:
             raise
-    if device.type == "cuda":  # outside the except block, whose traceback would keep the tensors alive
+    if device.type == "cuda":  # outside the except block: its traceback would keep the tensors alive
         torch.cuda.empty_cache()
     half = len(items) // 2
     return [*in_halves(run, items[:half], device), *in_halves(run, items[half:], device)]
 
 
 def usable_device(device: torch.device | str) -> torch.device:
-    """The device, with its number; InputError for one that this machine does not have."""
+    """Return the device, a GPU with its number. Raises InputError if this machine does not have the device."""
     if str(device).split(":")[0] not in DEVICES:
         raise InputError("device", f"expected one of {', '.join(DEVICES)}, got {str(device)!r}")
     try:

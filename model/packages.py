@@ -1,4 +1,4 @@
-"""Packages that only a part of the project needs, and the extra of cna-kernels that brings each."""
+"""Packages that only a part of the project needs, and the extra of cna-kernels that installs each of them."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ EXTRA_OF = {
 
 
 def missing(*packages: str) -> str | None:
-    """Return what installs those of the packages that are absent, or None where all are there."""
+    """Return the command that installs the absent ones of the packages, or None where all are installed."""
     extras = ",".join(dict.fromkeys(EXTRA_OF[name] for name in _absent(packages)))
     return f'not installed: pip install "cna-kernels[{extras}]", in a checkout ".[{extras}]"' if extras else None
 
 
 def require(*packages: str) -> None:
-    """Raise InputError, one line that names the absent packages and what installs them."""
+    """Raise InputError unless all packages are installed; it names the absent ones and the command to install them."""
     if reason := missing(*packages):
         raise InputError(", ".join(_absent(packages)), reason)
 

@@ -11,7 +11,7 @@ from .checkpoint.config import ModelConfig, Rope
 
 
 class RotaryEmbedding(nn.Module):
-    """cos and sin of every position. ``dynamic`` scaling depends on each sequence's own length, never its batch's."""
+    """cos and sin of every position. ``dynamic`` scaling depends on each sequence's own length, never on its batch."""
 
     exponent: Tensor
     inv_freq: Tensor
@@ -29,7 +29,7 @@ class RotaryEmbedding(nn.Module):
 
         Args:
             positions: ``[B, S]`` int64.
-            lengths: ``[B]`` int64, tokens seen so far in each row; only ``dynamic`` reads it.
+            lengths: ``[B]`` int64, tokens seen so far in each row; only ``dynamic`` scaling reads it.
         """
         inv_freq = self.inv_freq
         if self.rope.kind == "dynamic":
@@ -56,7 +56,7 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 
 def _scaled(inv_freq: Tensor, rope: Rope) -> Tensor:
-    """The fixed scalings. llama3 divides long wavelengths by ``factor``, keeps short ones, and blends in between."""
+    """The frequencies after scaling. llama3 divides low ones by ``factor``, keeps high ones, and blends in between."""
     if rope.kind == "linear":
         return inv_freq / rope.factor
     if rope.kind != "llama3":

@@ -35,10 +35,10 @@ class Tap:
 
 
 class Edit:
-    """What sees, and may change, the residual stream of a forward pass. Each method returns what goes on."""
+    """Sees, and may change, the residual stream of a forward pass. ``write`` and ``after`` return what replaces it."""
 
     def write(self, layer: int, part: str, y: Tensor) -> Tensor:
-        """``y`` ``[B, S, H]`` is what "attention" or "mlp" of a layer adds to the stream; "embedding" starts it."""
+        """``y`` ``[B, S, H]`` is what a layer's "attention" or "mlp" adds to the stream, or "embedding", its start."""
         return y
 
     def after(self, layer: int, x: Tensor) -> Tensor:
@@ -46,7 +46,7 @@ class Edit:
         return x
 
     def keep(self, rows: Tensor) -> Edit:
-        """The same for some rows of the batch, ``[B']``, in this order."""
+        """Return the edit of only these ``rows`` of the batch, ``[B']``, in this order."""
         return self
 
 
@@ -57,7 +57,7 @@ class Steering:
     Attributes:
         table: circuits at their multipliers, or None.
         row_circuit: ``[B]`` int32: the circuit of each sequence, -1 for none.
-        edit: what changes the residual stream, or None.
+        edit: an Edit of the residual stream, or None.
     """
 
     table: SteeringTable | None
@@ -65,26 +65,26 @@ class Steering:
     edit: Edit | None = None
 
     def keep(self, rows: Tensor) -> Steering:
-        """The same for some rows of the batch, ``[B']``, in this order."""
+        """Return the steering of only these ``rows`` of the batch, ``[B']``, in this order."""
         row_circuit = None if self.row_circuit is None else self.row_circuit[rows]
         return Steering(self.table, row_circuit, None if self.edit is None else self.edit.keep(rows))
 
 
-Steer = Steering  # the name before 0.2
+Steer = Steering  # the name of Steering before 0.2
 
 
 class KVCache:
-    """Keys and values of a batch, allocated once. Row b holds its own tokens from position 0 without padding."""
+    """Keys and values of a batch, allocated once. Row b holds sequence b's tokens from position 0, without padding."""
 
     def __init__(self, config: ModelConfig, batch: int, length: int, dtype: torch.dtype, device):
         shape = (config.num_hidden_layers, batch, config.num_key_value_heads, length, config.head_dim)
         self.keys = torch.zeros(shape, dtype=dtype, device=device)
         self.values = torch.zeros(shape, dtype=dtype, device=device)
         self.rows = torch.arange(batch, device=device)[:, None]  # [B, 1]
-        self.used = 0  # the longest row so far
+        self.used = 0  # tokens of the longest row so far
 
     def update(self, layer: int, positions: Tensor, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
-        """Write ``[B, KV heads, S, D]`` at ``positions [B, S]``; return ``[B, KV heads, used, D]``."""
+        """Write ``[B, KV heads, S, D]`` at ``positions [B, S]``; return all, ``[B, KV heads, used, D]``."""
         self.keys[layer][self.rows, :, positions] = keys.transpose(1, 2)
         self.values[layer][self.rows, :, positions] = values.transpose(1, 2)
         return self.keys[layer, :, :, : self.used], self.values[layer, :, :, : self.used]
@@ -104,13 +104,13 @@ class RMSNorm(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         if x.dtype == torch.float32:
             return F.rms_norm(x, self.weight.shape, self.weight, self.eps)
-        wide = x.float()  # the checkpoint's dtype twice: before the weight and after it
+        wide = x.float()  # rounded to x's dtype twice: before the weight and after it
         wide = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + self.eps)
         return self.weight * wide.to(x.dtype)
 
 
 class Linear(nn.Linear):
-    """``torch.nn.Linear`` on ``ops.linear``: the CPU engine's products on CPUs."""
+    """``torch.nn.Linear`` on ``ops.linear``, which uses the CPU engine on CPUs."""
 
     def forward(self, x: Tensor) -> Tensor:
         y = ops.linear(x.flatten(0, -2), self.weight, self.bias)
@@ -118,7 +118,7 @@ class Linear(nn.Linear):
 
 
 class Embedding(nn.Embedding):
-    """``torch.nn.Embedding``; on the meta device nothing is drawn, for which PyTorch would import its compiler."""
+    """``torch.nn.Embedding`` that draws no weights on the meta device: PyTorch would import its compiler to do so."""
 
     def reset_parameters(self):
         if not self.weight.is_meta:
@@ -146,9 +146,9 @@ class Attention(nn.Module):
             self.q_norm = self.k_norm = nn.Identity()
 
     def forward(self, x, cos, sin, attend, rows=None) -> Tensor:
-        """Return ``[B, S, H]``, or ``[B, rows, H]`` where only the tokens ``rows`` ask.
+        """Return ``[B, S, H]``; with ``rows`` only these tokens have queries, and the result is ``[B, rows, H]``.
 
-        ``attend(layer, query, key, value)`` says who looks at whom: ``[B, heads, S, D]`` each, the result like query.
+        ``attend(layer, query, key, value)`` computes the attention: ``[B, heads, S, D]`` each, the result like query.
         """
         asking = x, cos, sin
         if rows is not None:
@@ -186,7 +186,7 @@ class Layer(nn.Module):
         self.mlp = MLP(config)
 
     def forward(self, x, cos, sin, attend, rows=None, edit: Edit | None = None, **extras) -> Tensor:
-        """Return ``[B, S, H]``; with ``rows`` only these tokens, ``[B, rows, H]``: a last layer owes no more."""
+        """Return ``[B, S, H]``; with ``rows`` (for a last layer) only these tokens, ``[B, rows, H]``."""
         residual = x if rows is None else x[:, rows]
         y = self.self_attn(self.input_layernorm(x), cos, sin, attend, rows)
         x = residual + (y if edit is None else edit.write(self.number, "attention", y))
@@ -210,7 +210,7 @@ class Transformer(nn.Module):
 
     @property
     def rank(self) -> int | None:
-        """Of this process among those that share the layers, see ParallelTransformer."""
+        """This process's number among the processes that share the layers; None here, see ParallelTransformer."""
         return None
 
     @property
@@ -222,11 +222,11 @@ class Transformer(nn.Module):
         return self.embed_tokens.weight.dtype
 
     def blocks(self) -> Iterator[list[Layer]]:
-        """Yield layers that are in memory together, in their order: here all of them at once."""
+        """Yield the layers, in their order, in lists that are in memory together: here one list of all layers."""
         yield list(self.layers)
 
     def own_sums(self, sums: ActivationSums, *_):
-        """A context with the sums that passes add to: ``sums`` themselves, as all of the neurons are here."""
+        """A context with the sums that passes add to: here ``sums`` itself, as this process has all neurons."""
         return nullcontext(sums)
 
     def forward(self, input_ids: Tensor, *, tap: Tap | None = None, steer: Steering | None = None) -> Tensor:
@@ -234,9 +234,9 @@ class Transformer(nn.Module):
         return self.logits(self.hidden(input_ids, tap=tap, steer=steer))
 
     def warm_up(self, longest: int, *, n_columns: int = 2, squares: bool = False) -> list[int]:
-        """Compile what the MLPs launch for up to ``longest`` tokens: plain, steered, and summed into columns.
+        """Compile the kernels that the MLPs launch for up to ``longest`` tokens: plain, steered, and with sums.
 
-        Returns the numbers of tokens that the MLP was called with; none where nothing is compiled.
+        Returns the numbers of tokens that the MLP was called with; an empty list where nothing is compiled.
         """
         mlp = self.layers[0].mlp
         w_gate_up, w_down = mlp.gate_up_proj.weight, mlp.down_proj.weight
@@ -268,9 +268,9 @@ class Transformer(nn.Module):
 
         Args:
             input_ids: ``[B, S]`` int64.
-            lengths: ``[B]`` int64, tokens of each row up to and with this call; default S, a batch without padding.
-            positions: ``[B, S]`` int64; default 0..S-1. Later calls on a cache pass their own.
-            cache: where keys and values are kept. Its first call is the prompt.
+            lengths: ``[B]`` int64, tokens of each row up to and with this call; default: no padding.
+            positions: ``[B, S]`` int64; default 0..S-1. Calls that continue a cache must pass them.
+            cache: where keys and values are kept. The first call on a cache passes the prompts.
         """
         batch, n_tokens = input_ids.shape
         starts_here = positions is None
@@ -311,7 +311,7 @@ class Transformer(nn.Module):
 
 
 def _attend(mask, cache, positions, layer, query, key, value) -> Tensor:
-    """Attention of whole sequences, or of new tokens and what a cache holds."""
+    """Attention within whole sequences; with a cache, of new tokens to themselves and to the tokens in the cache."""
     if cache is not None:
         key, value = cache.update(layer, positions, key, value)
     return F.scaled_dot_product_attention(query, key, value, mask, is_causal=mask is None, enable_gqa=True)

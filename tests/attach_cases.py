@@ -13,7 +13,7 @@ from tiny import SHAPE
 transformers = pytest.importorskip("transformers")
 
 MOE = dict(head_dim=8, num_experts=6, num_experts_per_tok=2, moe_intermediate_size=24)
-# name: (class stem, what differs from SHAPE, what is said not to be fused)
+# name: (class stem, changes to SHAPE, the warning about layers that are not fused, or None)
 MODELS = {
     "llama": ("Llama", {}, None),
     "llama-bias": ("Llama", dict(mlp_bias=True), "gate_proj has a bias, a hook or an unusual weight"),
@@ -99,14 +99,14 @@ def hooked(model, circuit, multiplier, run, rows=slice(None)):
 
 
 def assert_steered(got, expected, plain, tolerance=1e-5):
-    """As expected, and the effect is much larger than the difference."""
+    """``got`` equals ``expected`` up to the tolerance, and ``expected`` differs much more from ``plain``."""
     scale = plain.abs().max()
     assert (got - expected).abs().max() <= tolerance * scale
     assert (expected - plain).abs().max() > 1e-2 * scale
 
 
 def assert_steered_as_hooks(model, engine, ids, plain, tolerance=1e-5):
-    """Steered, the model gives what hooks give once the engine is off again."""
+    """The attached, steered model gives the same as the detached model with hooks."""
     circuit = random_circuit(engine, 0)
     engine.set([circuit], [-2.0])
     engine.rows(0)

@@ -7,12 +7,12 @@ import pytest
 import torch
 
 if not torch.cuda.is_available():
-    os.environ["TRITON_INTERPRET"] = "1"  # before any kernel is defined: without a GPU they are interpreted
+    os.environ["TRITON_INTERPRET"] = "1"  # set before any kernel is defined: without a GPU kernels are interpreted
 
 from cna_kernels import plans
 from tiny import VARIANTS, write_checkpoint
 
-# The files that take longest, so that they start first: workers get whole files (--dist loadfile), the last one alone.
+# The files that take longest. They start first, because workers get whole files (--dist loadfile).
 FIRST = (
     "test_triton", "test_documents", "test_demo", "test_cpu", "test_engine", "test_packing", "test_run_directory",
     "test_evaluation_command", "test_gpu_harness",
@@ -20,7 +20,7 @@ FIRST = (
 
 
 def why_not_interpreted():
-    """Why Triton's interpreter cannot run the kernels here, or None. Where there is a GPU, it is not asked to."""
+    """Why Triton's interpreter cannot run the kernels here, or None. None also where a GPU runs the kernels."""
     triton, numpy = version("triton"), version("numpy")
     if torch.cuda.is_available() or release(triton) >= (3, 7) or release(numpy) < (2, 4):
         return None
@@ -42,7 +42,7 @@ def pytest_collection_modifyitems(items):
 
 @pytest.fixture(autouse=True)
 def _uninitialised_memory_is_nan():
-    """torch.empty is filled with NaN, so that an element nobody wrote fails a test."""
+    """torch.empty is filled with NaN, so that an element that no kernel wrote fails a test."""
     before = torch.are_deterministic_algorithms_enabled(), torch.utils.deterministic.fill_uninitialized_memory
     torch.use_deterministic_algorithms(True, warn_only=True)
     torch.utils.deterministic.fill_uninitialized_memory = True
@@ -53,9 +53,10 @@ def _uninitialised_memory_is_nan():
 
 @pytest.fixture(autouse=True)
 def _nothing_decided():
-    """What an earlier test's environment decided is forgotten; a test that changes it later calls ``plans.forget``.
+    """Forget the plans that an earlier test's environment decided. A test that changes the environment after its start
+    calls ``plans.forget`` itself.
 
-    ``plans.use`` writes to the environment: what it wrote is for this test alone.
+    ``plans.use`` writes to the environment; afterwards this fixture restores CNA_PLAN.
     """
     before = os.environ.get("CNA_PLAN")
     plans.forget()

@@ -1,6 +1,6 @@
-"""Fewer cases than all: enough that every pair of parameter values which occurs in any case occurs in one of them.
+"""A few of all cases, chosen so that every pair of parameter values that occurs in any case occurs in a chosen case.
 
-The everyday tests run these, a covering array of the full product; the other cases carry the marker ``exhaustive``.
+The everyday tests run the chosen cases, a covering array of the full product; the others are marked ``exhaustive``.
 Most faults show with two values together, nearly all with three (D. R. Kuhn et al., IEEE Transactions on Software
 Engineering 30, 2004).
 """
@@ -11,10 +11,10 @@ import pytest
 
 
 def covering(cases, strength=2):
-    """The cases that cover every pair of values, or every ``strength`` of them: chosen greedily, ties to the first.
+    """The cases that cover every pair of values, or every ``strength`` values; chosen greedily, ties to the first.
 
     Args:
-        cases: tuples of one length with hashable values. What cannot go together is left out of them.
+        cases: tuples of one length with hashable values. Values that cannot go together are in no case.
     """
     number = {}
 
@@ -32,7 +32,7 @@ def covering(cases, strength=2):
 
 
 def parameters(cases, ids, strength=2, everyday=lambda case: True):
-    """pytest's parameters for all cases: those that do not cover the ``everyday`` ones are marked ``exhaustive``."""
+    """pytest's parameters for all cases. Those not needed to cover the ``everyday`` cases are marked ``exhaustive``."""
     chosen = set(covering([case for case in cases if everyday(case)], strength))
     return [
         pytest.param(*case, id=name, marks=() if case in chosen else pytest.mark.exhaustive)

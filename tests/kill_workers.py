@@ -20,7 +20,7 @@ N_PROMPTS, UNIT = 4000, 20
 
 
 def write_files(directory):
-    """A model, and two prompt files of units that take a hundredth of a second."""
+    """Write a model and two prompt files, whose units take a hundredth of a second."""
     write_language_model(directory, hidden_size=64, intermediate_size=800)
     for name in ("positive", "negative"):
         lines = [f"{name} {number * number} {'and so on ' * (number % 4)}" for number in range(N_PROMPTS // 2)]
@@ -36,7 +36,7 @@ def command(files, out, run, *more):
 
 
 def hashes(out, run):
-    """Of the circuit, and of all parts of its run."""
+    """The hashes of the circuit, and of all parts of its run."""
     parts = hashlib.sha256(b"".join(part.read_bytes() for part in sorted((run / "parts").glob("*.safetensors"))))
     return hashlib.sha256(out.read_bytes()).hexdigest(), parts.hexdigest()
 
@@ -48,7 +48,7 @@ def actors_of(pid):
         try:
             parents[int(entry.name)] = int((entry / "stat").read_text().rpartition(")")[2].split()[1])
             names[int(entry.name)] = (entry / "cmdline").read_bytes()
-        except OSError:  # it has ended
+        except OSError:  # the process has ended
             continue
 
     def belongs(child):
@@ -65,7 +65,7 @@ def run_with_kills(words, run, n_kills, draw):
     n_units = -(-N_PROMPTS // UNIT)
     moments = sorted(
         draw.sample(range(n_units // 10, n_units - n_units // 10), n_kills)
-    )  # parts that are there by then
+    )  # each the number of parts that exist when a worker is killed
     while True:
         starts += 1
         process = subprocess.Popen(words, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)

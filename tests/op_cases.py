@@ -1,4 +1,4 @@
-"""One set of random inputs for every op, with an answer worked out by numpy in float64 from the definition alone."""
+"""One set of random inputs for every op, with answers computed by numpy in float64 from the definition alone."""
 
 from dataclasses import dataclass
 
@@ -7,7 +7,7 @@ import torch
 
 from cna_kernels.scale import Scale, make_scale
 
-# (T, N): decode, one neuron, sizes that are no multiple of a tile, a round one, and an empty call
+# (T, N): decode, one neuron, sizes that are no multiple of a tile, sizes that are, and an empty call
 SHAPES = [(1, 48), (5, 1), (63, 130), (64, 128), (0, 16)]
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 N_HIDDEN, N_COLUMNS, N_CIRCUITS = 24, 3, 4
@@ -108,7 +108,7 @@ def exact(case, op):
 
 
 def torch_same_dtype(case, op):
-    """The same three results by ordinary PyTorch in the inputs' dtype: its error is what ours is held against."""
+    """The same three results by ordinary PyTorch in the inputs' dtype: our error is compared with theirs."""
     n_neurons = case.gate.shape[1]
     gate, up = case.gate, case.up
     if op == "gated_mlp":
@@ -135,11 +135,11 @@ def with_feature(case, feature, n_columns=9):
     """Turn the case into one with these features, and return its optional arguments."""
     T, N = case.gate.shape
     generator = torch.Generator().manual_seed(5)
-    if feature == "one circuit":  # for all tokens but a few
+    if feature == "one circuit":  # used by all tokens but a few
         chosen = torch.randperm(N, generator=generator)[: N // 5 + 1].tolist()
         case.scale = make_scale([{n: 0.25 * (n % 7) for n in chosen}], N)
         case.row_circuit = -(torch.arange(T) % 5 == 4).int()
-    if feature == "circuits":  # one a token, some of them large, entries in every block of neurons
+    if feature == "circuits":  # one for each token; some are large, with entries in every block of neurons
         sizes = torch.randint(0, min(N, 90) + 1, (256,), generator=generator).tolist()
         members = [torch.randperm(N, generator=generator)[:size].tolist() for size in sizes]
         case.scale = make_scale([{n: 0.25 * (n % 7) for n in chosen} for chosen in members], N)
@@ -194,6 +194,6 @@ def assert_values(case, op, y, extras):
     for name, got, plain, answer in answers:
         if got is None:
             continue
-        # down_proj and steer_act sum the very act they are given; elsewhere act itself was rounded to dtype first
+        # down_proj and steer_act sum the given act itself; the other ops sum an act that was first rounded to dtype
         rounding = torch.float32 if "act" in INPUTS[op] and name != "y" else y.dtype
         assert_close(name, got.cpu(), plain, answer, slack=2 if name == "y" else 4, dtype=rounding)

@@ -1,4 +1,4 @@
-"""The covering cases: nothing that occurs together is left out, and few are enough."""
+"""The covering cases: every pair of values that occurs together is covered, by few cases."""
 
 from itertools import combinations, product
 
@@ -24,7 +24,7 @@ def test_all_that_occurs_together_is_covered(cases, strength):
 
 
 def test_few_are_enough():
-    """The two longest parameters need 8 * 6 cases."""
+    """The two parameters with most values need 8 * 6 cases."""
     assert 48 <= len(covering(FULL)) <= 52 and len(covering(FULL, 1)) == 8
 
 

@@ -1,4 +1,4 @@
-"""Tiny random checkpoints of every family, written by transformers itself; prompts and exams for them."""
+"""Tiny random checkpoints of every family, written by transformers itself; prompts and questions for them."""
 
 import csv
 import json
@@ -20,7 +20,7 @@ LLAMA3 = dict(
     rope_theta=10000.0,
 )  # fmt: skip
 
-# name: (transformers class stem, what differs from SHAPE)
+# name: (transformers class stem, changes to SHAPE)
 VARIANTS = {
     "llama": ("Llama", {}),
     "llama-tied": ("Llama", dict(tie_word_embeddings=True)),
@@ -29,7 +29,7 @@ VARIANTS = {
     "llama-mha": ("Llama", dict(num_key_value_heads=4)),
     "llama-rope-llama3": ("Llama", dict(rope_parameters=LLAMA3)),
     "llama-rope-linear": ("Llama", dict(rope_parameters=dict(rope_type="linear", factor=2.0, rope_theta=10000.0))),
-    # 16 positions, so that the tests' 20 tokens are beyond them
+    # 16 positions, fewer than the 20 tokens of the tests
     "llama-rope-dynamic": (
         "Llama",
         dict(rope_parameters=dict(rope_type="dynamic", factor=8.0, rope_theta=10000.0), max_position_embeddings=16),
@@ -109,7 +109,7 @@ def write_language_model(directory, variant="llama", **changes):
 
 
 def write_mmlu(directory, subjects=("abstract_algebra", "virology"), n=6):
-    """Files in the layout of the MMLU distribution: data without a header, answers as letters."""
+    """Write files in the layout of the MMLU distribution: no header, answers as letters."""
     for split in ("test", "dev"):
         (directory / split).mkdir(parents=True, exist_ok=True)
         for number, subject in enumerate(subjects):

@@ -1,4 +1,4 @@
-"""Where the Triton kernels run here, and which plan can serve what."""
+"""The device that the Triton kernels run on here, and the cases that each plan can serve."""
 
 import torch
 

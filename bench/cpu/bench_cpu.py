@@ -1,12 +1,12 @@
 """The CPU engine's MLP against PyTorch's, on the shapes of real models.
 
 Rows and targets: C1 one token, C2 a few, C3 many, C4 fp32, C5 sums and steering on against off, C6 the share of memory
-bandwidth, C7 fp16; bench_cpu_model.py has the whole model. Each comparison is checked first, then timed A B A B in one
-process; weights rotate through copies that together exceed the last-level cache.
+bandwidth, C7 fp16. bench_cpu_model.py measures a whole model. Each comparison first checks that both sides agree, then
+times them A B A B in one process. Weights rotate through copies that together exceed the last-level cache.
 
-``make bench`` runs both files twice. The first setting is the machine as it is. The second holds both sides to AVX-512
-without bf16 products (CNA_CPU_ISA=avx512, ONEDNN_MAX_CPU_ISA=AVX512_CORE), which is what Skylake, Cascade Lake and Ice
-Lake servers have.
+``make bench`` runs this file and bench_cpu_model.py twice. The first setting is the machine as it is. The second limits
+both sides to AVX-512 without bf16 products (CNA_CPU_ISA=avx512, ONEDNN_MAX_CPU_ISA=AVX512_CORE), which is what Skylake,
+Cascade Lake and Ice Lake servers have.
 """
 
 import itertools
@@ -59,7 +59,7 @@ _weights = {}
 
 
 def weights_of(model, dtype):
-    """The weights last asked for; others are dropped, so that memory holds one set."""
+    """The Weights of a model and dtype. Those of the last call are kept, all others dropped, to save memory."""
     if (model, dtype) not in _weights:
         _weights.clear()
         _weights[model, dtype] = Weights(model, dtype)
@@ -67,13 +67,13 @@ def weights_of(model, dtype):
 
 
 def plain(x, gate_up, down):
-    """The same MLP by PyTorch's own products."""
+    """The MLP by PyTorch's own operations."""
     gate, up = F.linear(x, gate_up).chunk(2, dim=-1)
     return F.linear(F.silu(gate) * up, down)
 
 
 def features(m, n_neurons):
-    """Two columns of sums and two circuits of 0.1% of the neurons, every token in one of them."""
+    """Two columns of sums, and two circuits of 0.1% of the neurons. Every token uses one of the circuits."""
     token_weight = torch.rand(m, 2, generator=torch.Generator().manual_seed(2))
     neurons = torch.randperm(n_neurons, generator=torch.Generator().manual_seed(3))[
         : max(1, n_neurons // 1000)
@@ -84,7 +84,7 @@ def features(m, n_neurons):
 
 
 def assert_agree(ours, theirs):
-    """Ours is at most as far from the float64 answer of one row as twice PyTorch's own error."""
+    """Our result and PyTorch's differ by at most 5% of the largest value: both sides do the same computation."""
     ours, theirs = ours.double(), theirs.double()
     assert (ours - theirs).abs().max() <= 0.05 * theirs.abs().max(), "ours and theirs are not the same computation"
 
@@ -98,7 +98,7 @@ def record(benchmark, row, ours):
     benchmark.pedantic(ours, rounds=3)
 
 
-# id, dtype of ours and theirs, targets by m
+# id, our dtype, PyTorch's dtype, target ratios by number of tokens m
 AGAINST_TORCH = [
     ("C1", BF16, BF16, {1: 0.60}),
     ("C2", BF16, BF16, {2: 0.30, 4: 0.30, 8: 0.30, 16: 0.30}),

@@ -1,9 +1,9 @@
-"""The host's time for a call, where the device's is nothing: what Python costs between a model's MLP and the kernel.
+"""The host's time for a call whose device work takes no time: what Python costs between a model's MLP and the kernel.
 
-H1 an op of the CPU engine on a tiny MLP, against PyTorch's four operations for it; H2 the two launches of the Triton
-backend's decode pair below the plan, and H3 the op above them, against Triton's own way to launch them, on a driver
-that does nothing; H4 what an attached MLP does beside its op, against the whole MLP of transformers. Times in
-microseconds are medians of interleaved rounds; targets are microseconds on this kind of machine.
+H1: an op of the CPU engine on a tiny MLP, against PyTorch's four operations for that MLP. H2: only the two launches of
+the Triton backend's decode pair, and H3: the whole op that makes these launches, both against Triton's own launcher, on
+a driver that does nothing. H4: what an attached MLP does beside its op, against the whole MLP of transformers. Times in
+microseconds are medians of interleaved rounds; targets are microseconds on a machine of this kind.
 
     make bench-host     writes bench/results/host.json
 """

@@ -1,7 +1,7 @@
-"""The host's time for a call of the Triton backend without a GPU: on a driver that does nothing.
+"""The host's time for a call of the Triton backend, measured without a GPU on a driver that does nothing.
 
-``bench_host.py`` runs this file in a process of its own, with that driver (``stub_cuda.c``) in the place of libcuda; it
-prints rows as JSON. Weights are small, since nothing reads them: kernels, plans and launches are those of an H100.
+``bench_host.py`` runs this file in its own process, with that driver (``stub_cuda.c``) in place of libcuda. This file
+prints rows as JSON. Weights are small, since nothing reads them. Kernels, plans and launches are those of an H100.
 """
 
 import ctypes
@@ -45,7 +45,7 @@ def main():
     triton.runtime.driver.set_active(Stub())
     launches = ctypes.CDLL("libcuda.so.1").stub_launches
     launches.restype = ctypes.c_uint64
-    backends.missing = lambda name, device: None  # tensors lie in host memory, where this backend does not run
+    backends.missing = lambda name, device: None  # allow this backend although tensors lie in host memory
     T, H, N, C, K = 1, 256, 1024, 2, 64
     bf16 = torch.bfloat16
     inputs = torch.randn(T, H).to(bf16), torch.randn(2 * N, H).to(bf16), None, torch.randn(H, N).to(bf16)

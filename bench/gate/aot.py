@@ -1,7 +1,7 @@
-"""Ahead-of-time compilation without a GPU: what the launchers would launch, compiled and read as machine code.
+"""Ahead-of-time compilation without a GPU: the kernels that the launchers would launch, as machine code.
 
-``Target`` stands in for the device, and the launchers are called with tensors on the ``meta`` device: sizes and
-strides, no memory. So the code that is read here is the code that a launch with those shapes would run.
+``Target`` stands in for the device. The launchers are called with tensors on the ``meta`` device, which have sizes and
+strides but no memory. So the code that is read here is the code that a launch with such tensors would run.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ SHARED_LIMIT = {80: 166_912, 90: 232_448, 100: 232_448}  # bytes of shared memor
 
 
 class Target(DriverBase):
-    """A device that can only be compiled for. Triton keys its caches by device number: the capability serves."""
+    """A device that Triton can compile for, but not run on. Its capability is its device number: Triton's cache key."""
 
     def __init__(self, arch: int | str):
         self.arch = arch
@@ -45,7 +45,7 @@ class Target(DriverBase):
     def is_active(self):
         return True
 
-    # Abstract in DriverBase, and only asked of a device that something is launched on.
+    # Abstract in DriverBase. Triton asks for these only when it launches something.
     map_python_to_cpp_type = get_active_torch_device = get_benchmarker = None
 
 
@@ -65,7 +65,7 @@ class Compiled:
     loop: list = field(default_factory=list)  # instructions of the loop that does the work, opcodes in order
     block: dict = field(default_factory=dict)  # the constexpr arguments
     register_a: int = 0  # matrix instructions with their left factor in registers
-    overwritten: list = field(default_factory=list)  # those whose left factor something overwrites while it is read
+    overwritten: list = field(default_factory=list)  # of these, those whose left factor is overwritten too early
 
 
 def compile_launches(arch, call) -> list[Compiled]:

@@ -2,11 +2,11 @@
 
     python bench/gate/compile_gate.py --out DIR [--targets 80,90,100,gfx942] [--quick]
 
-Writes DIR/compile_gate_triton_<version>.json and .md, and with them the times that the cost functions predict. A row
-fails on a register spill, on ptxas serialising matrix instructions (notice C75xx), on a bf16 or fp16 product on sm_90
-without wgmma (HGMMA), on a left factor in registers that is overwritten while it is read (``register_a.py``), on more
-shared memory than a program may use, and on instruction counts that the kernel's ``cost`` does not foresee. Exit code
-1 if any row fails.
+Writes DIR/compile_gate_triton_<version>.json and .md, which also hold the times that the cost functions predict. A row
+fails on any of these: a register spill; ptxas serialising matrix instructions (notice C75xx); a bf16 or fp16 product on
+sm_90 without wgmma (HGMMA); a left factor in registers that is overwritten while it is read (``register_a.py``); more
+shared memory than a program may use; instruction counts that the kernel's ``cost`` does not foresee. The exit code is 1
+if any row fails.
 """
 
 from __future__ import annotations
@@ -76,12 +76,12 @@ def extras(T, N, feature):
 
 
 def split(act, w_down, *, scale=None, row_circuit=None, **sums):
-    """What the plan of this name launches."""
+    """Launch what the plan ``split`` of down_proj launches."""
     steered = None if scale is None else swiglu.steer_act(act, scale=scale, row_circuit=row_circuit)
     return down_split(act, w_down, steered, **sums, dependent=not sums)
 
 
-# op -> (what it is called with, T to compile, features, dtypes). Every kernel, at every setting of its launch table.
+# op -> (a call with T, dtype, extras; the T to compile; features). Every kernel, at every setting of its launch table.
 def launchers(model):
     H, N = MODELS[model]
 
@@ -124,14 +124,14 @@ def launchers(model):
     }
 
 
-# Kernels for few tokens fetch weights ahead through shared memory, 64 KiB or more. Where the compiler gives that up
-# they hold little of it, and wait for every load.
+# Kernels for few tokens fetch weights ahead through shared memory, 64 KiB or more. Where the compiler gives up fetching
+# ahead, a kernel uses little shared memory and waits for every load.
 FETCH_AHEAD, AHEAD = {"gate_up_flat_kernel", "down_split_kernel"}, 1 << 16
 MATRIX = {"gate_up_flat_kernel", "down_split_kernel", "down_proj_kernel", "gate_up_kernel"}
 
 
 def ships(target, op, T, dtype, feature):
-    """Whether a plan runs the op with these on the target at all."""
+    """Whether any plan runs the op with this T, dtype and feature on the target."""
     itemsize = DTYPES[dtype].itemsize
     gemv = gate_up_decode.max_gemv_tokens(itemsize) >= T
     if not isinstance(target, int):  # AMD: elementwise only, no tf32x3
@@ -145,7 +145,7 @@ def ships(target, op, T, dtype, feature):
 
 
 def variants(targets, quick):
-    """(target, op, model, T, dtype, feature) of everything that is compiled."""
+    """Yield (target, op, model, T, dtype, feature) of every variant that is compiled."""
     for target, model in itertools.product(targets, MODELS):
         main = model == "Llama-3.1-8B"
         for op, (_, tokens, features) in launchers(model).items():
@@ -156,7 +156,7 @@ def variants(targets, quick):
                     continue
                 if dtype != "bf16" and feature not in ("plain", "all", "4 columns", "100 columns"):
                     continue
-                # quick: sm_90 in bf16 with every feature, the rest with two
+                # quick: every feature for sm_90 in bf16, two features elsewhere
                 if quick and (dtype != "bf16" or target != 90) and feature not in ("all", "100 columns"):
                     continue
                 yield target, op, model, T, dtype, feature
@@ -196,21 +196,21 @@ def compile_one(job):
 def per_item(c):
     """Instructions of the working loop for each element (swiglu) or weight (the multiply-add kernels).
 
-    None for other kernels, and where ptxas has unrolled the loop away (small N or H).
+    Returns None for other kernels, and where ptxas has unrolled the loop away (small N or H).
     """
     tile = {
         "swiglu_kernel": lambda b: b["BLOCK_T"] * b["BLOCK_N"],
         "gate_up_gemv_kernel": lambda b: 2 * b["BLOCK_N"] * b["BLOCK_K"],
         "down_gemv_kernel": lambda b: b["BLOCK_H"] * b["BLOCK_N"],
     }.get(c.kernel, lambda b: 0)(c.block)
-    each = tile / (32 * c.num_warps)  # items of a thread
+    each = tile / (32 * c.num_warps)  # items (elements or weights) of one thread
     if not tile or sum(opcode.startswith(("FFMA", "FMUL", "MUFU")) for opcode in c.loop) < each:
         return None
     return round(len(c.loop) / each, 1)
 
 
 def foreseen(row):
-    """Instructions for each element or weight that the kernel's cost function counts with, if it does."""
+    """Instructions for each element or weight by the kernel's cost function; None where it has no such number."""
     columns, act_sum, act_sumsq, _ = FEATURES[row["feature"]]
     if row["dtype"] == "fp32":
         return None

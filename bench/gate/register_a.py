@@ -1,12 +1,12 @@
 """Matrix instructions of sm_90 whose left factor lies in registers: does anything overwrite it too early?
 
-HGMMA runs on while the threads go on. Where its left factor A is in registers (a product of a tile that was steered,
-or computed, just before) these must keep their values until ``WARPGROUP.DEPBAR`` has waited for its group. ptxas
-before 13.3 does not always see to it (triton-lang/triton#9433): the result is a wrong product now and then. Triton
-3.6 assembles sm_90 with ptxas 12.8, so the machine code is read.
+An HGMMA still runs while its threads go on. Where its left factor A is in registers (a tile that was steered, or
+computed, just before), these registers must keep their values until ``WARPGROUP.DEPBAR`` has waited for the HGMMA's
+group. ptxas before 13.3 does not always ensure this (triton-lang/triton#9433), and then a product is sometimes wrong.
+Triton 3.6 assembles sm_90 with ptxas 12.8, so this file reads the machine code.
 
-From each such instruction every path is followed until the wait. Whatever writes one of the four registers on the way
-is reported. An opcode that this file does not know counts as writing its first register.
+From each HGMMA with A in registers, it follows every path to the wait, and reports an instruction on the way that
+writes one of A's four registers. An opcode that this file does not know counts as writing its first register.
 """
 
 from __future__ import annotations
@@ -19,15 +19,15 @@ import sass
 _REGISTER_A = re.compile(r"\s*R\d+, R(\d+), gdesc")
 _N_REGISTERS = 4  # of a thread: 64 rows of 32 bytes over 128 threads
 
-# What has a register as its first operand and writes none, or only predicates.
+# Opcodes whose first operand may be a register, but which write none, or only predicates.
 _WRITES_NOTHING = re.compile(r"HGMMA|BAR|BRX|JMX|RET|CALL|WARPSYNC|NANOSLEEP|WARPGROUP|\w+SETP|FCHK|R2P")
 # "PT, R5, R4": predicates may come before the register.
 _FIRST_REGISTER = re.compile(r"\s*(?:!?U?P\w+,\s*)*R(\d+)\b")
 
 
 class Scan(NamedTuple):
-    n_instructions: int  # with A in registers
-    overwritten: list[str]  # "HGMMA ... | MOV ...": each that loses A, and what takes it
+    n_instructions: int  # HGMMAs with A in registers
+    overwritten: list[str]  # "HGMMA ... | MOV ...": each HGMMA that loses A, and the instruction that overwrites A
 
 
 def scan(text: str) -> Scan:
@@ -49,8 +49,8 @@ def scan(text: str) -> Scan:
 def _first_write(code, at, start, registers):
     """The first instruction after ``start`` that writes one of the registers before the group of ``start`` is over.
 
-    A step is (instruction, groups closed after that of ``start``); "gsb0" on an HGMMA closes a group, and -1 says that
-    the own one is still open. DEPBAR.LE gsb0, n waits until at most n groups run.
+    A step is (instruction, number of groups closed after the group of ``start``). "gsb0" on an HGMMA closes a group; -1
+    says that the group of ``start`` is still open. DEPBAR.LE gsb0, n waits until at most n groups run.
     """
     closed = 0 if "gsb0" in code[start].operands else -1
     steps, seen = [(i, closed) for i in _next(code, at, start)], set()
@@ -61,7 +61,7 @@ def _first_write(code, at, start, registers):
         seen.add(step)
         one = code[i]
         if one.opcode.startswith("HGMMA") and "gsb0" in one.operands:
-            closed = min(closed + 1, 8)  # a wait for at most 7 is the longest: the walk ends
+            closed = min(closed + 1, 8)  # waits name at most 7 groups; without a limit the walk would not end
         wait = re.search(r"gsb0, (0x[0-9a-f]+)", one.operands) if one.opcode.startswith("WARPGROUP.DEPBAR") else None
         if wait and closed >= int(wait[1], 16):
             continue
@@ -72,7 +72,7 @@ def _first_write(code, at, start, registers):
 
 
 def _next(code, at, i):
-    """Where the program may go from instruction i."""
+    """The numbers of the instructions that may run right after instruction i."""
     one = code[i]
     onward = [i + 1] if i + 1 < len(code) else []
     always = one.guard is None or one.guard == "PT"
@@ -95,7 +95,7 @@ def _written(one):
 
 
 def _width(opcode):
-    """How many 32-bit registers an instruction writes; too many where the opcode leaves it open."""
+    """How many 32-bit registers an instruction writes; the most possible where the opcode does not tell."""
     parts = opcode.split(".")
     if parts[0] in ("HMMA", "IMMA", "QMMA") or ({"128", "M88"} & set(parts) and "2" not in parts):
         return 4

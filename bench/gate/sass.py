@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 
 class Instruction(NamedTuple):
-    label: str | None  # of the block that starts here
+    label: str | None  # of the block that starts with this instruction
     guard: str | None  # "P0", "!P0": the predicate under which it runs
     opcode: str
     operands: str
@@ -31,12 +31,12 @@ def instructions(text: str) -> list[Instruction]:
 
 
 def labels(code: list[Instruction]) -> dict[str, int]:
-    """Where each block starts."""
+    """Label -> the number of the instruction that its block starts with."""
     return {one.label: i for i, one in enumerate(code) if one.label}
 
 
 def target(one: Instruction) -> str | None:
-    """The label that a branch names."""
+    """The label that a branch jumps to; None for other instructions."""
     match = re.search(r"\.L_\w+", one.operands) if one.opcode.startswith("BRA") else None
     return match and match[0]
 

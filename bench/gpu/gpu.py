@@ -30,7 +30,7 @@ import gpu_run
 import gpu_tools
 from gpu_report import Record, is_wrong
 
-RESERVE = 6  # seconds of a window kept for its end
+RESERVE = 6  # seconds of a window that are kept for writing results
 DRY_SECONDS = 900
 
 
@@ -59,7 +59,7 @@ def stages_of(args, catalogue):
 
 
 def listing(stages, limit) -> str:
-    """Every job in its order with the estimate, and where the limit is."""
+    """Every job in its order, with its estimated seconds and whether it fits the limit."""
     listed, lines, last = gpu_jobs.within(stages, limit), [], None
     for stage, job, so_far, fits in listed:
         if stage is not last:
@@ -75,7 +75,7 @@ def listing(stages, limit) -> str:
 
 
 def run_stages(crew, stages):
-    """The stages in order. One that compiles does so for the stages up to the next such."""
+    """Run the stages in order. A stage that compiles does so for the stages up to the next stage that compiles."""
     for number, stage in enumerate(stages):
         if stage.seconds:
             ahead = []
@@ -95,7 +95,7 @@ def run_stages(crew, stages):
 
 
 def ask_catalogue(crew):
-    """What a worker says of the plans. On a device this is the first worker, which then goes on to measure."""
+    """Ask a worker for the catalogue of plans. The worker goes on to measure afterwards."""
     crew.worker = crew.worker or crew.start_worker("time")
     return next(event["catalogue"] for event in list(crew.worker.ask("catalogue", 60)))
 

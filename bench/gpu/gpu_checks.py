@@ -1,13 +1,13 @@
 """What only a device can show, as functions that ``tests/kernels/test_cuda.py`` and ``bench/gpu/gpu.py`` share.
 
-``dependent_stress``: the second kernel of a pair is launched before the first has ended, and waits for it
-(programmatic dependent launch). With PyTorch's NaN fill of new memory, as in the other tests, a kernel can lie between
-the two, and there is nothing to wait for. Here there is no fill; the inputs change from call to call, because memory
-that is used again holds the activations of the call before, and those of the same inputs would look right. What the
-results are compared with comes from the same kernels, each launched when the one before has ended.
+``dependent_stress``: the second kernel of a pair is launched before the first has ended, and waits for the first
+(programmatic dependent launch). PyTorch's NaN fill of new memory, which other tests use, can put a kernel between the
+two, and then the second need not wait. So this test fills nothing. Its inputs change from call to call: reused memory
+holds the activations of the call before, which would look right if the inputs were the same. The expected results come
+from the same kernels, each launched when the one before has ended.
 
-``replays_follow``: a captured graph gives the same bits as the op called again, after its inputs and multipliers were
-changed in place. ``capture`` stands for ``torch.cuda.graph``, so that the logic runs on a CPU, too.
+``replays_follow``: after inputs and multipliers were changed in place, a captured graph gives the same bits as the op
+called again. ``capture`` stands for ``torch.cuda.graph``, so that the logic runs on a CPU, too.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ INPUTS = {"gated_mlp": ("x", "w_gate_up", "w_down"), "down_proj": ("act", "w_dow
 
 @contextlib.contextmanager
 def memory_fill(on: bool):
-    """New memory filled with NaN, or left as it is."""
+    """In the block PyTorch fills new memory with NaN if ``on``, else leaves it as it is."""
     before = torch.are_deterministic_algorithms_enabled(), torch.utils.deterministic.fill_uninitialized_memory
     torch.use_deterministic_algorithms(on, warn_only=True)
     torch.utils.deterministic.fill_uninitialized_memory = on
@@ -37,7 +37,10 @@ def memory_fill(on: bool):
 
 @contextlib.contextmanager
 def one_kernel_at_a_time():
-    """Every launch waits until the device is idle, so that nothing overlaps. Under a hook ops launch as at first."""
+    """In the block every launch waits until the device is idle, so that kernels never overlap.
+
+    A launch hook does the waiting: with a hook set, ops launch through Triton as in their first call.
+    """
     hooks = triton.knobs.runtime.launch_enter_hook
 
     def wait(*_):
@@ -51,7 +54,7 @@ def one_kernel_at_a_time():
 
 
 def make_inputs(op, T, N, H, device, seed=0) -> tuple[list, dict]:
-    """Random bf16 inputs of an op, and sums and steering for it: three circuits, and tokens without one."""
+    """Random bf16 inputs of an op, and its sums and steering: three circuits, and some tokens without a circuit."""
     generator = torch.Generator(device).manual_seed(seed)
 
     def normal(*shape, spread=1.0, dtype=torch.bfloat16):
@@ -87,8 +90,8 @@ def assert_same_bits(what, got, expected):
 
 @torch.no_grad()
 def dependent_stress(T, N, H, device, repeats=200, call=None) -> str:
-    """The decode pair ``repeats`` times without anything between its kernels, on three inputs in turn: always the same
-    bits, sums included. Returns what was seen; raises AssertionError."""
+    """Run the decode pair ``repeats`` times, with nothing between its kernels, on three inputs in turn. Its outputs and
+    sums must always have the same bits, else AssertionError. Returns a note."""
     call = call or through_triton("gated_mlp")
     (x, *weights), extras = make_inputs("gated_mlp", T, N, H, device)
     inputs = [x, *(make_inputs("gated_mlp", T, N, H, device, seed)[0][0] for seed in (1, 2))]
@@ -107,7 +110,7 @@ def dependent_stress(T, N, H, device, repeats=200, call=None) -> str:
         error = ((y[some].double() - exact).norm() / exact.norm()).item()
         assert error < 1e-2, f"T={T}: the calls to compare with are off by {error:.1e}"
     with memory_fill(False):
-        results = [run(inputs[i % 3]) for i in range(repeats)]  # all in flight before anything is looked at
+        results = [run(inputs[i % 3]) for i in range(repeats)]  # all calls are queued before any result is read
     for i, result in enumerate(results):
         for name, got, wanted in zip(("y", "act_sum", "act_sumsq"), result, expected[i % 3], strict=True):
             assert_same_bits(f"T={T}, call {i}: {name}", got, wanted)
@@ -115,11 +118,11 @@ def dependent_stress(T, N, H, device, repeats=200, call=None) -> str:
 
 
 def capture_cuda(run):
-    """(a function that replays ``run``, what it writes)"""
+    """(a function that replays ``run``, the tensor that each replay writes)"""
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(side):
-        run()  # compiled, and warm
+        run()  # compiles and warms up
     torch.cuda.current_stream().wait_stream(side)
     torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()
@@ -130,7 +133,7 @@ def capture_cuda(run):
 
 @torch.no_grad()
 def replays_follow(op, T, N, H, device, capture=capture_cuda, call=None) -> str:
-    """A captured call, replayed after each change in place, against the op called again. Raises AssertionError."""
+    """Compare a captured call, replayed after each change in place, with the op called again. Raises AssertionError."""
     call = call or through_triton(op)
     inputs, extras = make_inputs(op, T, N, H, device)
     start = extras["act_sum"].clone(), extras["act_sumsq"].clone()
@@ -161,6 +164,6 @@ def replays_follow(op, T, N, H, device, capture=capture_cuda, call=None) -> str:
 
 
 def capture_by_copy(run):
-    """What stands for a captured graph where there is none: ``run`` again, into memory that stays."""
+    """Stands for ``capture_cuda`` on a CPU: a replay is ``run`` again, its result copied into the same memory."""
     y = run().clone()
     return lambda: y.copy_(run()), y

@@ -1,4 +1,4 @@
-"""torch.compile as a rival of ``gpu.py``: slow to compile, so after all that is ours alone, and with a limit."""
+"""torch.compile as a rival for ``gpu.py``. It compiles slowly, so its jobs come after our own, with a time limit."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ COMPILE_SECONDS = 45
 
 
 def compiled(bench, model, T):
-    """One more competitor of D1 to D3 and P1: of few tokens ``max-autotune``, which is where Inductor's own reductions
-    beat cuBLAS; of many the default mode, cuBLAS and one elementwise kernel."""
+    """One more competitor for the rows D1 to D3 and P1. For few tokens its mode is ``max-autotune``, because there
+    Inductor's own reductions beat cuBLAS; for many it is the default mode: cuBLAS and one elementwise kernel."""
     H, N = bench.shape(model)
     x, layers, token_weight = bench.random(T, H), bench.layers(model, T), bench.token_weight(T)
     few = T <= 64
@@ -71,8 +71,8 @@ def compile_within(bench, function, how, inputs):
 
 
 def choices_forgotten(once):
-    """Where others use the device at the same time, what Inductor measures to choose by is wrong: keep the compiled
-    kernels, not the choice."""
+    """While other processes use the device (``once``), Inductor's measurements are wrong: keep the kernels that it
+    compiles, but not the choice that it makes by these measurements."""
     if not once:
         return contextlib.nullcontext()
     from torch._inductor import config

@@ -1,4 +1,4 @@
-"""The device of ``gpu.py``: its random data, its plans, its ceilings, and the least work that a row must do."""
+"""The device that ``gpu.py`` measures: random data, plans, ceilings, and the least work of a row."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ from cna_kernels.triton import plan as plans
 from gpu_timing import Times, brief, measure
 from shapes import MODELS
 
-TINY = (64, 96)  # (H, N) of every model in a dry run,
-TINY_TOKENS = 66  # and its longest T: the fewest tokens with the plans of many
+TINY = (64, 96)  # (H, N) of every model in a dry run
+TINY_TOKENS = 66  # the largest T of a dry run: just enough for the plans for many tokens
 
-# Bytes/s of a copy and FLOP/s of a bf16 product, both as measured with PyTorch on such a card.
+# Bytes/s of a copy and FLOP/s of a bf16 product, both measured with PyTorch on such a card.
 KNOWN = {"H100": (3.0e12, 790e12), "H200": (cost.H200.bytes_per_s, cost.H200.flop_per_s)}
 CLOCK = 1.98e9  # Hz of an H100 or H200 under load
 
@@ -31,7 +31,7 @@ class Layer(NamedTuple):
 
 
 class Work(NamedTuple):
-    """The least that must be moved and computed. Sums and steering add 0.2% or less, and are left out."""
+    """The least bytes that must be moved, and FLOP computed. Sums and steering add 0.2% or less, and are left out."""
 
     bytes: float
     flop: float
@@ -50,7 +50,7 @@ def elementwise_work(T, N):
 
 
 def device_of(name: str, ceilings: dict, n_multiprocessors: int = 132) -> tuple[cost.Device, str]:
-    """The device as its predictions need it, from the ceilings measured in this run; and what was assumed instead."""
+    """The device for predictions, from the ceilings measured in this run; and a note on rates that were assumed."""
     known = KNOWN["H200" if "H200" in name else "H100"]
     assumed = []
     if not ceilings.get("read"):
@@ -68,7 +68,7 @@ def make_call(op, T, N, H, arch, n_sm=132, dtype=torch.bfloat16):
 
 
 def catalogue(arch=90, n_sm=132) -> dict:
-    """``op/model/T`` -> the default plan and the others that can serve, for the shapes of all windows."""
+    """``op/model/T`` -> the default plan and the other plans that can serve, for the shapes of all windows."""
     found = {}
     for model in gpu_jobs.MODELS:
         H, N = MODELS[model]
@@ -97,7 +97,7 @@ class Bench:
             self.arch, self.n_sm, self.name = 10 * facts.major + facts.minor, facts.multi_processor_count, facts.name
         self.generator = torch.Generator(self.device).manual_seed(0)
         self._layers = (None, [])
-        self.kept = {}  # of jobs that hand something expensive to the next
+        self.kept = {}  # expensive objects that a job keeps for the next job
 
     @property
     def target(self) -> cost.Device:
@@ -111,12 +111,12 @@ class Bench:
         return min(T, TINY_TOKENS) if self.mode == "dry" else T
 
     def synchronize(self):
-        """Wait for the device. Raises if an earlier kernel has cost this process the device."""
+        """Wait for the device. Raises if an earlier kernel crashed, after which this process cannot use the device."""
         if self.device.type == "cuda":
             torch.cuda.synchronize()
 
     def forget(self):
-        """Give the memory of earlier jobs back."""
+        """Free the memory of earlier jobs."""
         self._layers = (None, [])
         self.kept.clear()
         if self.device.type == "cuda":
@@ -127,11 +127,11 @@ class Bench:
         return x.normal_(0, deviation, generator=self.generator)
 
     def layers(self, model, T=1) -> list[Layer]:
-        """Weight sets to rotate through: at least 4, and of few tokens so many that a replay reads 2 GB."""
+        """Weight sets to rotate through: 4, and for few tokens as many as make a replay read 2 GB, if that is more."""
         H, N = self.shape(model)
         n_sets = 1 if self.once or self.mode == "dry" else max(4, math.ceil(2e9 / (6 * N * H)))
         if self._layers[0] != model:
-            self.forget()  # the old ones go before the new ones come
+            self.forget()  # free the old sets before the new ones are made
             make = lambda: Layer(  # noqa: E731
                 self.random(2 * N, H, deviation=H**-0.5),
                 self.random(H, N, deviation=N**-0.5),
@@ -149,7 +149,7 @@ class Bench:
         return [torch.randperm(N, generator=chosen)[:size].tolist() for _ in range(n_circuits)]
 
     def steering(self, T, N, n_circuits, row_circuit=None, size=None) -> dict:
-        """Circuits of 0.1% of the neurons, or of ``size``; token t follows circuit t % K unless told otherwise."""
+        """Circuits of 0.1% of the neurons, or of ``size`` neurons. By default token t uses circuit t % n_circuits."""
         members = self.members(N, size or even(N), n_circuits)
         scale = make_scale([{n: 0.25 * (n % 7) for n in neurons} for neurons in members], N, self.device)
         if row_circuit is None:
@@ -165,28 +165,28 @@ class Bench:
         return plans.can_serve(make_call(op, T, N, H, self.arch, self.n_sm), name)
 
     def measure(self, runs, sets, work: Work | None = None) -> Times:
-        """runs: name -> function of one set. Seconds for one set, a figure for each round; the first is timed twice."""
+        """Time ``runs``, name -> function of one set; see ``gpu_timing.measure``."""
         mode = "once" if self.once else self.mode
         return measure(mode, runs, sets, self.synchronize)._replace(work=work, device=self.target)
 
 
 def even(N) -> int:
-    """Neurons of a layer in a circuit of 0.1% that lies evenly in the model."""
+    """How many neurons a layer has of a circuit of 0.1% that is spread evenly over the layers."""
     return max(1, N // 1000)
 
 
 def late(N) -> int:
-    """Neurons of a late layer where 90% of the circuit lie in the last quarter: 52 in an 8B model."""
+    """How many a late layer has where 90% of the circuit lie in the last quarter of the layers: 52 in an 8B model."""
     return max(1, round(0.0036 * N))
 
 
 def relative(got, exact):
-    """Frobenius norm of the error over that of the answer; NaN if anything is."""
+    """Frobenius norm of the error over that of the exact answer; NaN if any element is NaN."""
     return ((got.double() - exact.double()).norm() / exact.double().norm()).item()
 
 
 def ours(x, plan="", token_weight=None, steering=None, op="gated_mlp"):
-    """The op through the Triton backend; ``plan`` "" leaves the choice to it."""
+    """A function of one Layer: the op on the Triton backend, by ``plan``; "" lets the backend choose."""
 
     def run(layer):
         use_plans(plan and f"{op}={plan}")

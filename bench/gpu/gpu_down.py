@@ -1,4 +1,4 @@
-"""Rows of ``down_proj`` for those who hand over act, as ``attach`` does on some layers: plain, steered, from tables."""
+"""Rows of ``down_proj`` on given activations, as ``attach`` calls it on some layers: plain, steered, from tables."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from gpu_rows import check, of_default
 
 
 def pass_and_linear(act, token_weight, steering):
-    """Sums and steering of act in a pass of its own, then cuBLAS."""
+    """A competitor: sums and steering in a separate pass over act, then cuBLAS."""
 
     def run(layer):
         steered = ops.steer_act(act, token_weight=token_weight, act_sum=layer.act_sum, **steering, backend="triton")
@@ -21,7 +21,7 @@ def pass_and_linear(act, token_weight, steering):
 
 
 def down(bench, model, T):
-    """P7: down_proj for those who hand over act, plain and with sums and steering."""
+    """P7: down_proj on given activations, plain and with sums and steering."""
     H, N = bench.shape(model)
     yield from check(bench, model, T, "down_proj")
     act, layers = bench.random(T, N), bench.layers(model, T)
@@ -40,8 +40,8 @@ def down(bench, model, T):
 
 
 def table(bench, model, T):
-    """down_proj of a layer of a live table with room for 64 circuits, as ``attach`` makes it: 14 and 52 neurons steered
-    (in an 8B model), and no circuit loaded, every row at -1."""
+    """down_proj with one layer of a live SteeringTable for 64 circuits, as ``attach`` makes it. Three cases: 14 neurons
+    steered, 52 neurons steered (in an 8B model), and no circuit loaded, with every row at -1."""
     H, N = bench.shape(model)
     act, layers = bench.random(T, N), bench.layers(model, T)
     runs = {"plain": ours(act, op="down_proj"), "linear": lambda layer: F.linear(act, layer.w_down)}

@@ -1,4 +1,4 @@
-"""The machine that ``gpu.py`` runs on: when this process began, how to import the package, where tools are."""
+"""The machine that ``gpu.py`` runs on: when the process began, how the package is imported, where tools lie."""
 
 from __future__ import annotations
 
@@ -22,13 +22,13 @@ def process_start() -> float:
         age = uptime - int(fields[19]) / os.sysconf("SC_CLK_TCK")
     except (OSError, ValueError, IndexError):
         return time.time()
-    return time.time() - age if 0 <= age < 600 else time.time()  # a sandbox may make these numbers up
+    return time.time() - age if 0 <= age < 600 else time.time()  # a sandbox may invent the numbers in /proc
 
 
 def link_package(directory: Path) -> Path:
     """Lay out the package in the directory as an installation would, by links: ``model`` inside ``cna_kernels``.
 
-    For PYTHONPATH and as working directory, so that nothing needs to be installed or built.
+    The directory serves as PYTHONPATH and working directory, so that nothing needs to be installed or built.
     """
     package = directory / "cna_kernels"
     package.mkdir(parents=True)
@@ -40,14 +40,14 @@ def link_package(directory: Path) -> Path:
 
 
 def prepare(links: Path, dry: bool):
-    """The environment of every process that is started from here, before any of them imports anything."""
+    """Set the environment of all processes that this one will start."""
     paths = [str(links), *SOURCES, os.environ.get("PYTHONPATH", "")]
     os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, paths))
     os.environ["PYTHONUNBUFFERED"] = "1"
     if dry:
         os.environ.update(TRITON_INTERPRET="1", OMP_NUM_THREADS="1")
         return
-    # Inductor moves Triton's cache once it is used, and what was compiled before would be compiled again.
+    # Once Inductor is used, it moves Triton's cache, and kernels compiled before would be compiled again.
     os.environ.setdefault("TRITON_CACHE_DIR", str(Path.home() / ".triton" / "cache"))
     os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "4")  # in each of the processes that compile side by side
 
@@ -67,7 +67,7 @@ TOOL_FOLDERS = (
 
 
 def tool_folders() -> list[str]:
-    """Where tools of CUDA may lie besides PATH, those that exist."""
+    """The existing folders, besides those of PATH, where CUDA's tools may lie."""
     homes = [os.environ[name] for name in ("CUDA_HOME", "CUDA_PATH") if os.environ.get(name)]
     patterns = [p.format(cuda=home) for home in homes for p in TOOL_FOLDERS if "{cuda}" in p]
     patterns += [p for p in TOOL_FOLDERS if "{cuda}" not in p]
@@ -75,7 +75,7 @@ def tool_folders() -> list[str]:
 
 
 def find_tool(name: str, folders=None) -> str | None:
-    """The path of ncu, compute-sanitizer or another program of CUDA, on PATH or in its own folders."""
+    """The path of ncu, compute-sanitizer or another CUDA program, on PATH or in CUDA's folders."""
     folders = tool_folders() if folders is None else folders
     return shutil.which(name) or shutil.which(name, path=os.pathsep.join(folders))
 
@@ -89,7 +89,7 @@ def first_line(*command) -> str:
 
 
 def facts(commit: str | None) -> dict:
-    """Date, commit, driver: what the parent knows; a worker adds the device and the versions."""
+    """The facts that the parent process knows: date, commit, cores, driver. A worker adds the device and versions."""
     now = datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%d %H:%M UTC")
     commit = commit or os.environ.get("CNA_COMMIT")
     if not commit and (ROOT / ".git").exists() and shutil.which("git"):

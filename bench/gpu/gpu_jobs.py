@@ -1,11 +1,11 @@
 """What ``bench/gpu/gpu.py`` runs: the jobs of each window in their order, each with an estimate of its seconds.
 
-A job is ``kind/model/T``; ``gpu_worker`` has a function for each kind. A stage is a list of jobs one after the other,
-or, where it has ``seconds``, a time in which tests run side by side with the jobs to come, each of these once and
-unmeasured, so that their kernels lie compiled in Triton's cache.
+A job is ``kind/model/T``; ``gpu_worker`` has a function for each kind. A stage is a list of jobs, run one after the
+other. A stage with ``seconds`` is a time in which its tests run side by side with the jobs of later stages. Each of
+those jobs runs once, unmeasured, so that its kernels lie compiled in Triton's cache.
 
-No torch here: the parent that reads this imports none. What depends on the plans comes in as the ``catalogue`` that a
-worker hands over: for each ``op/model/T`` the default plan and those that could serve as well.
+This module imports no torch, because the parent process that reads it imports none. What depends on the plans comes
+from the ``catalogue`` that a worker sends: for each ``op/model/T`` the default plan and the others that could serve.
 """
 
 from __future__ import annotations
@@ -16,22 +16,22 @@ from typing import NamedTuple
 LIMITS = {"1": 330, "2": 360, "3": 300, "tune": 540}  # seconds of each window, from the start of the process
 B8, B1, B70, Q7 = "Llama-3.1-8B", "Llama-3.2-1B", "Llama-3.1-70B", "Qwen2.5-7B"
 
-# Seconds of a job by its kind, once its kernels are compiled: the most that an H100 took. A worker takes 8 to start,
-# which the first job of a window pays.
+# Seconds of a job by its kind, once its kernels are compiled: the most that an H100 took. A worker takes 8 seconds to
+# start, which count for the first job of a window.
 ESTIMATES = {
     "ceilings": 9, "dependent": 6, "host": 1, "check": 1.5, "decode": 1, "prefill": 2.5, "down": 2, "elementwise": 1.5,
     "replay": 1, "table": 1, "generate": 17, "compiled": 7, "compiled_swiglu": 1, "candidate": 2.5, "tune": 14,
     "ncu": 12, "memcheck": 7, "racecheck": 20,
 }  # fmt: skip
-ONCE = ("ceilings", "dependent", "host", "replay")  # kinds that need no run before
+ONCE = ("ceilings", "dependent", "host", "replay")  # kinds that need no unmeasured run before
 TUNE_PARTS = 5  # processes that compile a sweep's variants
-OUTSIDE = ("ncu", "memcheck", "racecheck")  # kinds that are a process of their own, not a job of the worker
+OUTSIDE = ("ncu", "memcheck", "racecheck")  # kinds that run in their own process, not in the worker
 
 
 class Job(NamedTuple):
     name: str
     seconds: float  # estimate
-    plan: str = ""  # "op=plan" without which the job makes no sense
+    plan: str = ""  # "op=plan" that the job is about: where that plan has crashed, the job is left out
 
     @property
     def kind(self):
@@ -48,7 +48,7 @@ class Job(NamedTuple):
 class Stage(NamedTuple):
     title: str
     jobs: list[Job]
-    seconds: float = 0  # of tests and compilation side by side, before the jobs that come until the next such stage
+    seconds: float = 0  # of tests and compilation side by side, for the jobs up to the next stage with seconds
     tests: tuple[str, ...] = ()  # pytest -k expressions, each with its file before a colon
 
     def estimate(self):
@@ -65,7 +65,7 @@ def default_plan(catalogue, op, model, T):
 
 
 def mlp_jobs(catalogue, model, decode, prefill):
-    """Correctness, then time, of the default plans: the smallest T first, because it matters most."""
+    """Jobs for correctness, then time, of the default plans; the smallest T comes first, because it matters most."""
     jobs = []
     for T in (*decode, *prefill):
         plan = default_plan(catalogue, "gated_mlp", model, T)
@@ -76,8 +76,8 @@ def mlp_jobs(catalogue, model, decode, prefill):
 
 
 def candidates(catalogue, wanted):
-    """A job for each plan that is no default, for each (model, op, T) wanted; the first wanted first, but plans made
-    for many tokens last where there are few."""
+    """A job for each plan that is not the default, for each (model, op, T) of ``wanted``, in that order. Only plans
+    made for many tokens come last where T is small."""
     jobs, unlikely = [], []
     for model, op, T in wanted:
         for name in catalogue.get(f"{op}/{model}/{T}", {}).get("candidates", ()):
@@ -88,8 +88,8 @@ def candidates(catalogue, wanted):
 
 
 def value_tests(catalogue):
-    """The bf16 values of every default plan; ``-`` ends a plan's name in the ids, so that ``split`` is not
-    ``split_last``."""
+    """The tests of the bf16 values of every default plan. In the tests' ids ``-`` ends a plan's name, so ``split-``
+    does not select ``split_last``."""
     plans = dict.fromkeys(key.partition("/")[0] + "-" + found["default"] for key, found in catalogue.items())
     file, some = "tests/kernels/test_triton.py", "test_values and bfloat16 and (both or circuits)"
     named = [f"{file}:{some} and {plan}-" for plan in plans]
@@ -98,7 +98,7 @@ def value_tests(catalogue):
 
 def first_window(catalogue):
     rows = mlp_jobs(catalogue, B8, (1, 8, 64), (512, 4096))
-    # what only this window can tell comes right after the first row
+    # jobs that only this window has come right after the first row
     rows[2:2] = [job("host", B8, 1), job("dependent", B8), job("replay", B8)]
     tried = [(model, "gated_mlp", T) for T in (512, 1024, 256, 4096, 128) for model in (B8, B1, Q7, B70)]
     tried += [(B8, "gated_mlp", T) for T in (1, 64, 8)] + [(B8, "down_proj", 4096)]
@@ -124,7 +124,7 @@ def first_window(catalogue):
 
 
 def second_window(catalogue, sweep):
-    """sweep: (kernel, T) of the launch tables to try, the one that loses most first."""
+    """sweep: (kernel, T) of the launch tables to try; the table whose rows lose most comes first."""
     big = []
     for model in (B70, Q7):
         big += mlp_jobs(catalogue, model, (1, 8, 64), (4096,))
@@ -143,8 +143,8 @@ def second_window(catalogue, sweep):
 
 
 def third_window(catalogue):
-    """What the first two leave out: numbers of tokens between the usual ones, most of them no multiple of any tile;
-    Inductor against more of the default plans; races of every default plan, the widest one's too."""
+    """What the first two windows leave out: numbers of tokens between the usual ones, most of them no multiple of a
+    tile; Inductor against more default plans; and races of every default plan, with ``fused`` for many tokens."""
     between = []
     for model in (B8, B1):
         between += mlp_jobs(catalogue, model, (2, 4, 16, 32), BETWEEN)
@@ -182,7 +182,7 @@ MODELS = (B8, B1, B70, Q7)
 
 
 def chosen(stages, only="", models=""):
-    """The stages with the jobs and tests whose names ``only`` finds, of the models named; and the names of the rest."""
+    """The stages with only the jobs and tests that match ``only`` and ``models``; and the names of the other jobs."""
     wanted, left_out = [], []
     for stage in stages:
         jobs = []
@@ -197,8 +197,9 @@ def chosen(stages, only="", models=""):
 
 
 def chunks(jobs):
-    """The jobs to run once before they are measured, by what shares kernels: model, and few tokens or many. A candidate
-    plan is alone, because it may take its process with it. A sweep goes to several processes, a part of it each."""
+    """Lists of jobs to run once before they are measured, one process for each list. Jobs that share kernels (model,
+    few or many tokens) are in one list. A candidate plan has its own list, because it may crash its process. A sweep is
+    cut into several lists."""
     found = {}
     for each in jobs:
         kind, *names = each.name.split("/")
@@ -220,9 +221,8 @@ def chunks(jobs):
 
 
 def within(stages, limit):
-    """(stage, job, estimate so far, whether it still fits) of every job in order; a stage that compiles has job None.
-
-    What the estimate has no room for is run all the same if others take less."""
+    """(stage, job, estimated seconds so far, whether the job fits) of every job in order; job is None for a stage's own
+    seconds. A job that does not fit by the estimates still runs if others take less than estimated."""
     so_far, listed = 0.0, []
     for stage in stages:
         if stage.seconds:

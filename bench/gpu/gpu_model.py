@@ -1,7 +1,7 @@
 """A random transformers model of a real size, made on the device: what steering costs a step of decoding.
 
-B1 against the plain model, B2 against hooks that steer the same; eager, where the host may be what takes time, and in a
-CUDA graph of the whole step, where it cannot be. All three share their weights.
+B1 compares it with the plain model, B2 with hooks that steer alike. Both are measured eager, where the host may decide
+the time, and in a CUDA graph of the whole step, where it cannot. All three models share their weights.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ CACHE = PROMPT + 64
 
 
 def make_model(bench, model):
-    """(the model with an engine, the plain one with the same weights, the engine, a circuit)"""
+    """(the model with an engine, the plain model with the same weights, the engine, a circuit)"""
     import transformers
 
     H, N = bench.shape(model)
@@ -34,7 +34,7 @@ def make_model(bench, model):
     if bench.mode == "dry":
         layers, heads, kv_heads, vocabulary = 2, 4, 2, 99
     if bench.once:
-        layers = 1  # the kernels are the same
+        layers = 1  # one layer launches the same kernels
     config = transformers.LlamaConfig(
         hidden_size=H, intermediate_size=N, num_hidden_layers=layers, num_attention_heads=heads,
         num_key_value_heads=kv_heads, vocab_size=vocabulary, max_position_embeddings=4096,
@@ -63,7 +63,7 @@ def realistic_circuit(n_layers, N):
 
 
 class Step:
-    """One step of decoding on a static cache, as a program would call it."""
+    """One step of decoding on a static cache, as a user's program would call it."""
 
     def __init__(self, model, ids):
         import transformers
@@ -78,7 +78,7 @@ class Step:
         return out.logits
 
     def rewind(self):
-        """Every step takes a place in the cache; before it is full, begin again."""
+        """Empty the cache: every step takes a place in it, and it must not fill up."""
         self.cache.reset()
 
 
@@ -103,7 +103,7 @@ def generate(bench, model, n_rows):
     steered, plain, engine, circuit, hooked = bench.kept["model"]
     if bench.mode == "dry":
         n_rows = min(n_rows, 2)
-    engine.set([circuit], [9.0])  # far from 1, so that it shows above the rounding of bf16
+    engine.set([circuit], [9.0])  # far from 1, so that steering shows above the rounding of bf16
     engine.rows([0] * n_rows)
     ids = torch.randint(3, steered.config.vocab_size, (n_rows, PROMPT), device=bench.device)
     with torch.no_grad():
@@ -125,7 +125,7 @@ def generate(bench, model, n_rows):
 
 
 def same_answers(model, n_rows, logits):
-    """The steered model is near the hooked one, and far from the plain one."""
+    """A row: whether the steered model's logits are near the hooked model's, and far from the plain model's."""
     scale = logits["plain"].abs().max()
     near = ((logits["steered"] - logits["hooks"]).abs().max() / scale).item()
     far = ((logits["steered"] - logits["plain"]).abs().max() / scale).item()
@@ -134,7 +134,7 @@ def same_answers(model, n_rows, logits):
 
 
 def capture(bench, step):
-    """A replay of one step; on a CPU the step itself."""
+    """A function that replays one step from a CUDA graph; on a CPU the step itself."""
     step.rewind()
     if bench.mode == "dry":
         return step
@@ -152,7 +152,7 @@ def capture(bench, step):
 
 
 def compare(bench, model, n_rows, how, runs):
-    """runs: name -> (one step, what begins again). Rows of the steered model against each other one."""
+    """runs: name -> (one step, its rewind). Yield rows of the steered model against each of the other models."""
     rounds, steps = (1, 1) if bench.mode == "dry" else (ROUNDS, STEPS)
     took = {name: [] for name in runs}
     for _ in range(rounds):

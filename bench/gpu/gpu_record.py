@@ -1,7 +1,7 @@
-"""Results of ``bench/gpu/gpu.py`` as a file to commit: one for each device, with the rows of all its runs.
+"""Results of ``bench/gpu/gpu.py`` as files to commit: one file for each device, with the rows of all its runs.
 
-A row is replaced by a later one of the same name, model, tokens and sides, or by what its job gave later, and names the
-run that it is from, so that the two windows, and later ones, lie in one file.
+A row is replaced by a later row of the same name, model, tokens and sides, or by the later rows of its job. Every row
+names its run, so that the rows of all windows can lie in one file.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ def key(row):
 
 
 def plan_names() -> dict:
-    """op -> the plans there are, of the checkout: the package is installed nowhere that this may run."""
+    """op -> names of its plans, from the checkout, since the package may not be installed where this runs."""
     sys.path.insert(0, str(ROOT))
     try:
         return import_module("cna_kernels.plans").NAMES
@@ -45,7 +45,7 @@ def is_gone(row, plans) -> bool:
 
 
 def merge(before: dict, new: dict) -> dict:
-    """Both as one: rows of ``new`` instead of those with the same key or of the same job, the others as they were."""
+    """Merge two records: rows of ``new`` replace rows with the same key or of the same job; other rows stay."""
     facts = new["environment"]
     run = f"window {facts.get('window') or '?'}, {facts.get('date', 'no date')}, {facts.get('commit', 'no commit')}"
     rows = [row | dict(run=run) for row in new["rows"]]
@@ -59,11 +59,11 @@ def merge(before: dict, new: dict) -> dict:
 
 
 def record(directory: Path, into: Path = RESULTS) -> Path:
-    """Merge DIR/gpu.json into ``gpu-<device>.json`` among the results, and write that for reading beside it."""
+    """Merge DIR/gpu.json into ``gpu-<device>.json`` among the results, and write it as Markdown beside that file."""
     new = json.loads((directory / "gpu.json").read_text())
     path = into / f"gpu-{slug(new['environment'].get('device', 'unknown'))}.json"
     merged = merge(json.loads(path.read_text()) if path.exists() else {}, new)
-    gone = [row for row in merged["rows"] if is_gone(row, plan_names())]  # kept apart, for what was tried
+    gone = [row for row in merged["rows"] if is_gone(row, plan_names())]  # kept apart, as a record of what was tried
     merged["rows"] = [row for row in merged["rows"] if row not in gone]
     merged["gone"] = merged.get("gone", []) + gone
     into.mkdir(parents=True, exist_ok=True)
@@ -72,7 +72,7 @@ def record(directory: Path, into: Path = RESULTS) -> Path:
     return path
 
 
-# What to sweep where a plan is furthest from its ceiling: launch tables of ``gpu_tune``.
+# Plan -> the launch tables of ``gpu_tune`` to sweep where the plan is far from its ceiling.
 TABLES = {
     "gated_mlp=gemv": ("gate_up_gemv", "down_gemv"),
     "gated_mlp=flat": ("gate_up_flat", "down_split"),
@@ -83,8 +83,8 @@ TABLES = {
 
 
 def losing(rows, model="Llama-3.1-8B") -> list[tuple[str, int]]:
-    """(launch table, T), of the rows of default plans the one with the smallest share of its ceiling first. Without
-    rows the decode pair, which matters most."""
+    """(launch table, T) of the rows of default plans, the row with the smallest share of its ceiling first. The tables
+    of the decode pair, which matters most, come last if no row names them."""
     found = [row for row in rows if row.get("share") and row.get("model") == model and row.get("plan") in TABLES]
     found = [row for row in found if row.get("row") != "plan"]  # no candidates
     found.sort(key=lambda row: row["share"])
@@ -93,6 +93,6 @@ def losing(rows, model="Llama-3.1-8B") -> list[tuple[str, int]]:
 
 
 def last_rows(results: Path | None = None) -> list[dict]:
-    """The rows to choose a sweep by: of the file given, else of all that are committed."""
+    """The rows to choose a sweep by: of the file ``results``, or of all committed files."""
     paths = [results] if results else sorted(RESULTS.glob("gpu-*.json"))
     return [row for path in paths for row in json.loads(path.read_text())["rows"]]

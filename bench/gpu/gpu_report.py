@@ -1,4 +1,4 @@
-"""What ``bench/gpu/gpu.py`` writes: rows with their targets, as JSON and Markdown, on disk at all times."""
+"""What ``bench/gpu/gpu.py`` writes: rows with their targets, as JSON and Markdown, written again after every row."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from pathlib import Path
 
 from shapes import MODELS
 
-# Row -> the ratio aimed for at H <= 2048, H <= 4096 and above.
+# Row -> the target of its ratio at H <= 2048, at H <= 4096 and above.
 TARGETS = {
     "B1 eager": (1.00, 1.00, 1.00),
     "B1 graph": (1.00, 1.00, 1.00),
@@ -93,7 +93,7 @@ def target(row):
 
 
 def words(row):
-    """What a row is, for those who do not know our letters."""
+    """What a row measures, in words instead of its short name."""
     return (
         WORDS.get(row["row"], row["row"])
         .format(T=row.get("T", ""), op=row.get("op", ""))
@@ -102,15 +102,15 @@ def words(row):
 
 
 def is_wrong(row):
-    """A test that fails, wrong numbers, or a job that did not end. A missed target is none of these, nor is what a
-    candidate plan or a rival does."""
+    """Whether a row is a failed test, wrong numbers, or a job that did not end. A missed target is not wrong, nor is
+    any failure of a candidate plan or a rival."""
     if row["row"] in ("failed", "crashed"):
         return not str(row.get("job")).startswith(("candidate", "compiled"))
     return row["row"] in CHECKS and row.get("ok") is False and row.get("default", True)
 
 
 class Record:
-    """The rows so far, on disk at all times."""
+    """The rows so far, written to disk after every row."""
 
     def __init__(self, directory: Path, name: str, deadline: float, window: str = ""):
         self.directory, self.name, self.deadline = directory, name, deadline
@@ -130,12 +130,12 @@ class Record:
                 file.write(line)
 
     def keep_output(self, title, output):
-        """What a test or tool printed."""
+        """Append what a test or tool printed to tests.log."""
         with self.lock, (self.directory / "tests.log").open("a") as file:
             file.write(f"==== {title}\n{output[-20000:]}\n")
 
     def job(self, job, seconds):
-        """How long a job took, beside its estimate."""
+        """Record how long a job took, beside its estimate."""
         with self.lock:
             self.jobs.append(dict(job=job.name, estimate=job.seconds, seconds=round(seconds, 2)))
 
@@ -146,7 +146,7 @@ class Record:
         self.write()
 
     def add(self, event):
-        """A row, or facts about the device and its ceilings."""
+        """Add a row, or facts about the device and its ceilings."""
         with self.lock:
             self.environment |= event.get("environment", {})
             self.ceilings |= event.get("ceilings", {})
@@ -166,7 +166,7 @@ class Record:
             replace(self.directory / f"{self.name}.md", markdown(everything))
 
     def summary(self):
-        """The end of the output: what went wrong, the rows against the best competitor, what was left out."""
+        """The last lines of the output: wrong rows, the rows against the best competitor, and the jobs left out."""
         wrong = [row for row in self.rows if is_wrong(row)]
         lines = [f"{len(self.rows)} rows in {self.directory}, {len(wrong)} of them wrong"]
         lines += ["  wrong: " + " | ".join(filter(None, cells(row))) for row in wrong[:20]]
@@ -180,7 +180,7 @@ class Record:
 
 
 def markdown(found) -> str:
-    """The results for reading; found: what ``Record.write`` puts into the JSON file, or several such, merged."""
+    """The results as Markdown. found: what ``Record.write`` puts into the JSON file, or what ``gpu_record`` merged."""
     rows, parts = found["rows"], []
     runs = found.get("runs") or [found["environment"]]
     facts = [", ".join(f"{name} {value}" for name, value in run.items() if name != "ceilings") for run in runs]
@@ -207,7 +207,7 @@ def markdown(found) -> str:
 
 
 def plain_best(rows):
-    """The row against the fastest competitor, for each row, model and T that has several: those of the last run."""
+    """For each row name, model and T with several competitors: the last run's row against the fastest of them."""
     best = {}
     for row in rows:
         if not (row.get("best") and "ratio" in row):

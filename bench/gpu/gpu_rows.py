@@ -1,6 +1,6 @@
-"""The rows of one MLP: the default plan against what it competes with, and one plan against the default.
+"""The rows of one MLP: the default plan against its competitors, and another plan against the default.
 
-Each is a function of (bench, model, T) that yields rows, dicts, as they are known.
+Most are functions of (bench, model, T) that yield rows, which are dicts, as soon as each is known.
 """
 
 from __future__ import annotations
@@ -17,11 +17,11 @@ from cna_kernels.scale import dense_scale
 from cna_kernels.triton.cost import Cost
 from gpu_device import down_work, elementwise_work, late, mlp_work, ours, relative
 
-HOST_ROUNDS, HOST_CALLS = 21, 40  # so many calls fit the queue of launches
+HOST_ROUNDS, HOST_CALLS = 21, 40  # the queue of launches has room for HOST_CALLS calls
 
 
 def mlp_row(T):
-    """The name of the rows of a whole MLP of T tokens."""
+    """The name of the rows that time a whole MLP on T tokens."""
     return "D1" if T == 1 else "D2" if T < 64 else "D3" if T == 64 else "P1"
 
 
@@ -34,7 +34,7 @@ def eager_mlp(x, w_gate_up, w_down):
 
 
 def eager(x):
-    """As Hugging Face writes it: three products and two elementwise passes."""
+    """The MLP as transformers writes it: three products and two elementwise passes."""
     return lambda layer: eager_mlp(x, layer.w_gate_up, layer.w_down)
 
 
@@ -61,8 +61,8 @@ def hooks(x, token_weight, multiplier):
 
 
 def predicted_us(bench, op, name, T, N, H, C=2) -> dict:
-    """What the plan's kernels should take by their ``cost`` and the ceilings of this run; nothing for a plan whose
-    kernels have no cost yet."""
+    """The time that the plan's kernels should take, by their ``cost`` and this run's ceilings; empty for a plan whose
+    kernels have no cost."""
     kernel = lambda module, *args, **named: import_module(f"cna_kernels.triton.{module}").cost(*args, **named)  # noqa: E731
     linear = lambda n, k: Cost(2 * (n * k + T * (n + k)), 2 * T * n * k, 0)  # noqa: E731
     shape = (T, N, H)
@@ -84,7 +84,7 @@ def predicted_us(bench, op, name, T, N, H, C=2) -> dict:
 
 
 def check(bench, model, T, op="gated_mlp", name=None):
-    """N2 and N1 of one plan, the default unless told otherwise: error against fp64, and the same bits run after run."""
+    """Rows N1 and N2 of a plan, by default the default plan: same bits run after run, and the error against fp64."""
     H, N = bench.shape(model)
     layer, default = bench.layers(model)[0], name is None
     name = name or bench.default(op, model, T)
@@ -185,13 +185,13 @@ def prefill(bench, model, T):
 
 
 def of_default(bench, op, model, T, N, H):
-    """What a row of the default plan says of it."""
+    """The fields that a row of the default plan has about this plan."""
     name = bench.default(op, model, T)
     return dict(op=op, plan=f"{op}={name}", default=True, **predicted_us(bench, op, name, T, N, H))
 
 
 def elementwise(bench, model, T, rival=None):
-    """P4: the sets are gate and up side by side, ``[T, 2N]``. rival: (name, function of gate and up)."""
+    """P4, the elementwise kernel, on sets of gate and up side by side, ``[T, 2N]``. rival: (name, function of both)."""
     _, N = bench.shape(model)
     sets = [bench.random(T, 2 * N) for _ in range(1 if bench.once or bench.mode == "dry" else 4)]
     token_weight, steering, act_sum = (
@@ -223,7 +223,7 @@ def elementwise(bench, model, T, rival=None):
 
 
 def host(bench, model, T):
-    """Host time of one call: what Python takes until the launches are queued. Nothing is waited for inside."""
+    """Host time of one call: what Python takes until the launches are queued. The timed part never waits."""
     H, N = bench.shape(model)
     x, layer = bench.random(T, H), bench.layers(model, T)[0]
     sums = dict(token_weight=bench.token_weight(T), act_sum=layer.act_sum)
@@ -256,7 +256,7 @@ def host(bench, model, T):
 
 
 def candidate(bench, op, name, model, T):
-    """A plan that is no default: is it right, and is it faster than the default? Both with sums and steering."""
+    """A plan that is not the default: its correctness, and its time against the default's, with sums and steering."""
     if not bench.can_serve(op, name, model, T):
         yield dict(row="plan", model=model, T=T, ours=name, op=op, note="cannot serve this shape")
         return

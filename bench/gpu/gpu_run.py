@@ -1,7 +1,7 @@
-"""The processes of ``bench/gpu/gpu.py``: workers that measure, tests, and tools, each with a limit of its own.
+"""The processes of ``bench/gpu/gpu.py``: workers that measure, tests, and tools, each with its own time limit.
 
-A worker takes jobs one by one. What kills it, or hangs it, costs the job it was in: a new worker goes on with the next
-one, and the plan that the job was about is not tried again in this run.
+A worker takes jobs one by one. When a worker dies or hangs, only its current job is lost: a new worker goes on with the
+next job, and the plan that the lost job was about is not tried again in this run.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ RESERVE = 4  # seconds kept for ending processes and writing files
 
 
 class Died(Exception):
-    """A worker ended, or did not answer in time. ``hung`` tells the two apart."""
+    """A worker has ended, or, if ``hung``, did not answer in time."""
 
     def __init__(self, reason, hung):
         super().__init__(reason)
@@ -59,10 +59,10 @@ class Worker:
             self.process.stdin.write(json.dumps(message) + "\n")
             self.process.stdin.flush()
         except OSError:
-            pass  # it has ended; the wait for its answer says so
+            pass  # the process has ended; the wait for its answer raises Died
 
     def _until(self, key, seconds):
-        """The rows up to the line that has ``key``."""
+        """Yield the worker's rows up to the line that has ``key``."""
         deadline = time.time() + seconds
         while True:
             try:
@@ -88,7 +88,7 @@ class Worker:
 
 
 def end_group(process):
-    """End a process and those that it has started."""
+    """Kill a process and the processes that it has started."""
     try:
         os.killpg(process.pid, signal.SIGKILL)
     except OSError:
@@ -97,7 +97,7 @@ def end_group(process):
 
 
 class Crew:
-    """The workers of one run, and what is known of plans that took one with them."""
+    """The workers of one run, and the plans that have killed a worker."""
 
     def __init__(self, record, dry: bool, cwd: Path = ROOT, command=None):
         self.record, self.dry, self.cwd, self.command = record, dry, cwd, command
@@ -108,7 +108,7 @@ class Crew:
         return dict(mode="dry" if self.dry else mode, once=mode == "once", ceilings=self.record.ceilings)
 
     def measure(self, jobs: list[Job]):
-        """Run jobs one after the other in the worker that is there, or in a new one."""
+        """Run jobs one after the other in the present worker, or in a new one if there is none."""
         for job in jobs:
             if why := self._why_not(job):
                 self.record.leave_out(job.name, why)
@@ -128,8 +128,8 @@ class Crew:
             self.record.job(job, time.time() - start)
 
     def once(self, jobs: list[Job], until: float):
-        """Run jobs unmeasured in a worker of their own, beside others. Their rows count only where they tell of an end:
-        the same jobs are measured later."""
+        """Run jobs unmeasured in their own worker, beside other processes. Their rows are dropped, except that failures
+        are logged and crashes noted: the same jobs are measured later."""
         worker = None
         for job in jobs:
             seconds = until - time.time()
@@ -142,7 +142,7 @@ class Crew:
                         self.record.log(f"while compiling: {row['note']}")
             except Died as died:
                 worker = None
-                # beside a dozen others a slow compiler or full memory is no proof against a default plan
+                # beside a dozen other processes, a slow compiler or full memory proves nothing against a default plan
                 if job.kind == "candidate" and not died.hung:
                     self._note_death(job, died)
                 else:
@@ -182,18 +182,18 @@ class Crew:
 
 
 def together(tasks, n_workers):
-    """Run the functions side by side, in order of their start."""
+    """Run the functions side by side, started in this order."""
     with ThreadPoolExecutor(n_workers) as pool:
         for future in [pool.submit(task) for task in tasks]:
             future.result()
 
 
 def prepare(crew: Crew, stage, jobs):
-    """The tests of a stage beside the jobs to come, each run once. Ends when the stage's seconds are over."""
+    """Run a stage's tests beside the jobs to come, each job once. Ends when the stage's seconds are over."""
     seconds = min(stage.seconds if not crew.dry else 240, crew.left())
     until = time.time() + seconds
     tasks = [lambda test=test: run_test(crew, test, until) for test in stage.tests]
-    once = chunks(jobs)[: 1 if crew.dry else None]  # interpreted there is nothing to compile
+    once = chunks(jobs)[: 1 if crew.dry else None]  # a dry run interprets: nothing needs compiling
     tasks += [lambda chunk=chunk: crew.once(chunk, until) for chunk in once]
     start = time.time()
     together(tasks, max(1, (os.cpu_count() or 2) - 1))
@@ -201,8 +201,8 @@ def prepare(crew: Crew, stage, jobs):
 
 
 def pytest_arguments(test: str) -> list[str]:
-    """Of a file and an expression, from all tests: addopts of pyproject.toml leave some out, and name a plugin that may
-    be missing."""
+    """pytest's arguments for "file:expression". They override the addopts of pyproject.toml, which leave some tests out
+    and name a plugin that may be missing."""
     file, _, expression = test.partition(":")
     arguments = [str(ROOT / file), "-q", "--maxfail=3", "-o", "addopts=", "-p", "no:cacheprovider", "--tb=short"]
     return arguments + (["-k", expression] if expression else [])
@@ -212,7 +212,7 @@ def run_test(crew: Crew, test: str, until: float):
     """One pytest process for the file and expression."""
     file, _, expression = test.partition(":")
     command = [sys.executable, "-m", "pytest", *pytest_arguments(test)]
-    # a thread each: many run at once
+    # one thread for each test process: many run at once
     status, output = run_command(command, until - time.time(), crew.cwd, dict(OMP_NUM_THREADS="1"))
     if status == "no time left":
         crew.record.leave_out(f"{file} -k '{expression}'", status)

@@ -16,7 +16,7 @@ import torch
 
 
 def measure(mode, runs, sets, synchronize) -> Times:
-    """runs: name -> function of one set. Seconds for one set, a figure for each round; the first is timed twice."""
+    """Time ``runs``, name -> function of one set: seconds for one set, in each round. The first is timed twice."""
     replays, failures = {}, {}
     for name, run in runs.items():
         try:
@@ -40,7 +40,7 @@ def measure(mode, runs, sets, synchronize) -> Times:
 
 
 def _prepare(mode, run, sets, synchronize):
-    """Compile and warm up, then capture one pass through all sets."""
+    """Compile and warm up ``run``, then capture one pass through all sets. Returns a function that replays the pass."""
     everything = lambda: [run(each) for each in sets] and None  # noqa: E731
     run(sets[0])
     if mode != "time":
@@ -61,8 +61,9 @@ def _wall(run):
 
 
 def _events(replays, order):
-    """Rounds of one sample each in this order. All is queued before anything is waited for, so that the host's time
-    for a launch stays hidden; a sample is as many replays as take 1 ms, the rounds together half a second or 5."""
+    """Rounds of one sample for each name, in this order. All samples are queued before the host waits for any, so that
+    the host's time for a launch stays hidden. A sample is as many replays as take 1 ms. There are as many rounds as fit
+    half a second, but at least 5 and at most 31."""
 
     def sample(replay, times):
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
@@ -100,12 +101,12 @@ class Times(NamedTuple):
         return statistics.median(self.times[name]) if name in self.times else None
 
     def noise(self):
-        """Median of larger over smaller of the same graph replayed twice: what a ratio of 1 can look like."""
+        """Median of larger over smaller time of one graph, replayed twice a round: what a ratio of 1 can look like."""
         first = next(iter(self.times.values()))
         return statistics.median(max(a, b) / min(a, b) for a, b in zip(first, self.again, strict=True))
 
     def share(self, name) -> dict:
-        """Bytes and FLOP, and what share of the ceiling that binds the name's time is."""
+        """The share of the ceiling that ``name`` reaches; see :func:`share_of`."""
         return share_of(self.work, self.median(name), self.device)
 
     def row(self, row, model, T, ours, theirs, note="", **more):
@@ -131,7 +132,7 @@ class Times(NamedTuple):
 
 
 def share_of(work, seconds, device) -> dict:
-    """The time at the ceiling over the time it took, by whichever of memory and matrix units takes longer."""
+    """The time at the ceiling over ``seconds``, by memory or matrix units, whichever must take longer."""
     if work is None or device is None:
         return {}
     memory, matrix = work.bytes / device.bytes_per_s, work.flop / device.flop_per_s

@@ -1,4 +1,4 @@
-"""The tools of CUDA that ``bench/gpu/gpu.py`` runs: ncu for hardware counters, compute-sanitizer for faults."""
+"""The CUDA tools that ``bench/gpu/gpu.py`` runs: ncu for hardware counters, compute-sanitizer for faults."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from gpu_run import run_command
 SCRIPT = [sys.executable, str(ROOT / "bench" / "gpu" / "gpu_worker.py")]
 TOOLS = ("ncu", "compute-sanitizer", "nvcc", "cuobjdump")
 
-METRICS = {  # of ncu: what a row says of it
+METRICS = {  # ncu's name of a metric: its name in a row
     "gpu__time_duration.sum": "time",
     "dram__bytes.sum": "moved",
     "dram__throughput.avg.pct_of_peak_sustained_elapsed": "memory %",
@@ -25,7 +25,7 @@ KERNELS = "regex:gate_up|down_|swiglu|fold"
 
 
 def tool_rows():
-    """A row for each tool: where it is and its version, or where it was looked for."""
+    """A row for each tool: its path and version, or the folders where it was looked for."""
     folders = tool_folders()
     for name in TOOLS:
         path = find_tool(name, folders)
@@ -37,7 +37,7 @@ def tool_rows():
 
 
 def run_tool(crew, job):
-    """The rows of a job that is a tool's run; a missing tool is said, not passed over."""
+    """Run a job that is a tool's run, and add its rows. If the tool is missing, the job is recorded as left out."""
     kind, _, which = job.name.partition("/")
     tool = "ncu" if kind == "ncu" else "compute-sanitizer"
     path = find_tool(tool)
@@ -56,7 +56,7 @@ def run_tool(crew, job):
     else:
         command = [path, "--tool", kind, "--target-processes", "application-only", "--error-exitcode", "9"]
         command += [*SCRIPT, "--every-plan", which]
-        # without PyTorch's pools an access beyond a tensor is one beyond its allocation
+        # without PyTorch's memory pools, an access beyond a tensor is also beyond its allocation
         status, output = run_command(command, seconds, crew.cwd, {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"})
         last = re.findall(r"(?:ERROR|RACECHECK) SUMMARY.*", output) or output.strip().splitlines()[-1:] or [""]
         places = sorted(set(re.findall(r"(?:access at|at) (\w+\+0x\w+ in \S+)", output)))
@@ -68,7 +68,7 @@ def run_tool(crew, job):
 
 
 def ncu_rows(output):
-    """Rows from ncu's table: a line of names, one of units, then a line for each launch."""
+    """Rows from ncu's table: a line of names, a line of units, then a line for each launch."""
     lines = output.splitlines()
     first = next((i for i, line in enumerate(lines) if line.startswith('"ID"')), None)
     if first is None:

@@ -1,4 +1,4 @@
-"""Launch tables for the sweeps of ``bench/gpu/gpu.py``: what to change in each, and one job that tries it."""
+"""Launch tables for the sweeps of ``bench/gpu/gpu.py``: the changes to try, and the job that tries them."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from cna_kernels import ops, plans
 from gpu_device import brief, ours, relative
 from gpu_jobs import TUNE_PARTS
 
-# Kernel -> module, launch table, op, plan that runs the kernel, and what to change in an entry. The products within a
-# group are tried, the groups one after the other.
+# Kernel -> module, launch table, op, plan that runs the kernel, and groups of changes to an entry. All products of the
+# values within a group are tried, one group after the other.
 LAUNCH_TABLES = {
     "gate_up_gemv": ("gate_up_decode", "_launch_config", "gated_mlp", "gemv", [
         dict(BLOCK_N=(2, 4), BLOCK_K=(512, 1024, 2048), num_stages=(2, 3, 4)), dict(BLOCK_N=(8,), BLOCK_K=(512,)),
@@ -55,9 +55,9 @@ def changes(groups):
 
 
 def tune(bench, kernel, model, T, part=None):
-    """Every change of one launch table against its present entry, through the op that runs the kernel.
+    """Time every change of one launch table against its present entry, through the op that runs the kernel.
 
-    part: every TUNE_PARTS-th change from there on, to compile them side by side."""
+    part: only every TUNE_PARTS-th change from number ``part`` on, so that several processes share the compiling."""
     module, function, op, name, groups = LAUNCH_TABLES[kernel]
     module = import_module(f"cna_kernels.triton.{module}")
     present = getattr(module, function)

@@ -1,7 +1,7 @@
-"""A process of ``bench/gpu/gpu.py`` that measures: jobs from standard input one by one, rows to standard output.
+"""A process of ``bench/gpu/gpu.py`` that measures. It reads jobs from standard input, and writes rows to stdout.
 
-The first line it reads is an order, ``{"mode": ..., "once": ..., "ceilings": ...}``; every line after that names a job.
-It answers with lines of JSON: ``ready`` once, then rows, and ``done`` after each job.
+The first line that it reads is an order, ``{"mode": ..., "once": ..., "ceilings": ...}``; every further line names a
+job. Its answers are lines of JSON: ``ready`` once, then rows, and ``done`` after each job.
 
     python bench/gpu/gpu_worker.py --every-plan defaults|candidates     small shapes, for compute-sanitizer
     python bench/gpu/gpu_worker.py --profile                            the kernels that ncu looks at
@@ -30,7 +30,7 @@ from gpu_tune import tune
 
 
 def measure_ceilings(bench):
-    """Bytes/s of a copy (read plus written) and of reading, FLOP/s of a bf16 product; and the times they are from."""
+    """Bytes/s of a copy (read plus written) and of reading, FLOP/s of a bf16 product; and the Times behind them."""
     size = 64 if bench.mode == "dry" else 8192
     wide = [bench.random(size, 32 * size) for _ in range(2)]  # 4 GB each
     part = [each[: size // 8] for each in wide]  # 0.5 GB
@@ -53,7 +53,7 @@ def measure_ceilings(bench):
 
 
 def ceilings(bench):
-    """What the device is, and what it can do at most."""
+    """The facts about the device, and rows with its ceilings."""
     import platform
 
     import triton
@@ -77,7 +77,7 @@ def catalogue(bench):
 
 
 def dependent(bench, model):
-    """The decode pair without anything between its kernels."""
+    """Rows PDL: the decode pair with nothing between its kernels; see ``gpu_checks``."""
     H, N = bench.shape(model)
     repeats = 3 if bench.mode == "dry" else 200
     for T in (1, 16, 64):
@@ -86,7 +86,7 @@ def dependent(bench, model):
 
 
 def replay(bench, model):
-    """Captured graphs against calls, bit for bit, for every op at few and at many tokens."""
+    """Rows "graph": captured graphs against calls, bit for bit, for every op at few and at many tokens."""
     H, N = bench.shape(model)
     capture = {} if bench.mode != "dry" else dict(capture=gpu_checks.capture_by_copy)
     for op in gpu_checks.INPUTS:
@@ -104,8 +104,8 @@ def verdict(row, model, T, body, **more):
 
 
 def every_plan(bench, which):
-    """Each plan once, with and without sums and steering, on small shapes with ragged tails: the default plans and the
-    elementwise kernel, or the candidates."""
+    """Run plans once, with and without sums and steering, on small shapes with ragged tails. which: "defaults", the
+    default plans and the elementwise kernel, or "candidates", all other plans."""
     for T, N, H in ((1, 1032, 72), (16, 1032, 72), (130, 264, 136)):
         layer = Layer(bench.random(2 * N, H), bench.random(H, N), bench.random(2, N, dtype=torch.float32))
         token_weight, steering = bench.token_weight(T), bench.steering(T, N, 2)
@@ -119,7 +119,7 @@ def every_plan(bench, which):
             default = plans.default(call).name
             names = [n for n in plans.PLANS[op] if n != default and plans.can_serve(call, n)]
             if which == "defaults":
-                names = [default, *(n for n in names if n == "fused" and T > 64)]  # the default of more tokens
+                names = [default, *(n for n in names if n == "fused" and T > 64)]  # the default for more tokens
             for name in names:
                 print(f"{op} {name} T={T}", file=sys.stderr, flush=True)
                 done += [ours(given, name, *extras, op=op)(layer) for extras in ((), (token_weight, steering))]
@@ -128,8 +128,8 @@ def every_plan(bench, which):
 
 
 def profile(bench, model="Llama-3.1-8B"):
-    """What ncu looks at, on 8B shapes, each twice: gate/up and down of one token, down of 16, the elementwise kernel
-    and down_proj of 4096."""
+    """The calls that ncu profiles, on 8B shapes, each twice: gate/up and down for one token, down for 16 tokens, the
+    elementwise kernel and down_proj for 4096 tokens."""
     H, N = bench.shape(model)
     layer = Layer(
         bench.random(2 * N, H, deviation=H**-0.5), bench.random(H, N, deviation=N**-0.5),
@@ -170,7 +170,7 @@ def main():
             profile(bench) if "--profile" in sys.argv else every_plan(bench, sys.argv[-1])
         return
     channel = os.fdopen(os.dup(1), "w", buffering=1)
-    os.dup2(2, 1)  # whatever else prints goes to the log
+    os.dup2(2, 1)  # all other output of this process goes to the log
     order = json.loads(sys.stdin.readline())
     bench = Bench(order["mode"], order["ceilings"], order["once"])
     print(json.dumps(dict(ready=True)), file=channel)
@@ -183,7 +183,7 @@ def main():
         except Exception as error:
             traceback.print_exc()
             print(json.dumps(dict(row="failed", ours=job, note=f"{job}: {brief(error)}")), file=channel)
-        bench.synchronize()  # if it raises, the device is lost to this process: the parent starts another
+        bench.synchronize()  # if this raises, the process has lost the device, and the parent starts another worker
         print(f"{job}: {time.time() - start:.1f} s", file=sys.stderr)
         print(json.dumps(dict(done=job)), file=channel)
 

@@ -1,11 +1,12 @@
 """Attribution over many prompts: a random Llama-shaped checkpoint of about 100 million parameters, in fp32.
 
-A1, A2 against transformers with hooks, one prompt at a time and in padded batches, and against the matrix products that
-no forward pass does without; A3 what the sums cost; A4 many columns; A5 bootstrap replicates. Prompts: 1,000 of 8 to 64
-tokens after a header of 30 that all share. The competitors run every tenth of them, of all lengths, the products every
-fourth; times are per prompt. The circuits are compared first.
+A1, A2: discovery against transformers with hooks, one prompt at a time and in padded batches, and against the matrix
+products that every forward pass needs. A3: what the sums cost. A4: many columns. A5: bootstrap replicates. There are
+1,000 prompts of 8 to 64 tokens, after a header of 30 tokens that all share. The competitors run every tenth prompt, the
+matrix products every fourth; times are per prompt. The circuits are compared first.
+
 A6 and A7 compare peaks of resident memory: of 100,000 prompts with 1,000, and of a streamed checkpoint with its size.
-CNA_BENCH_PROMPTS=100 makes it short, to try the file out; CNA_BENCH_LAYERS=2 the checkpoint of A7.
+To try the file out, CNA_BENCH_PROMPTS=100 makes it short, and CNA_BENCH_LAYERS=2 makes the checkpoint of A7 small.
 """
 
 import json
@@ -49,7 +50,7 @@ TOP = select.k_from_fraction(0.001, N_LAYERS, N_NEURONS)
 
 @pytest.fixture(scope="module")
 def models(tmp_path_factory):
-    """(ours, theirs) on one checkpoint made on the spot."""
+    """(our model, transformers' model) of one random checkpoint."""
     directory = tmp_path_factory.mktemp("checkpoint")
     torch.manual_seed(0)
     theirs = transformers.LlamaForCausalLM(transformers.LlamaConfig(**SHAPE, attn_implementation="eager")).eval()
@@ -84,7 +85,7 @@ def ranked(delta):
 
 
 def hooked(theirs, batches, n_prompts):
-    """Contrast ``[L, N]`` with a hook on every down_proj. A batch: rows, ids, mask or None, each row's last token."""
+    """Contrast ``[L, N]`` with a hook on every down_proj. A batch: rows, ids, mask or None, the rows' last places."""
     caught, sides = [], torch.zeros(2, N_LAYERS, N_NEURONS, device=DEVICE)
     last = None
 
@@ -167,7 +168,7 @@ def test_floor_of_discovery(attribution, benchmark, models, prompts):
     x = torch.randn(max(tokens), SHAPE["intermediate_size"], dtype=DTYPE, device=DEVICE)
 
     def products():
-        """What no forward pass of these packs does without, by PyTorch: of the last layer only keys and values."""
+        """The products that every forward pass of these packs needs; of the last layer only keys and values."""
         with torch.inference_mode():
             for n_tokens in tokens:
                 for number, layer in enumerate(ours.layers):
@@ -183,7 +184,7 @@ def test_floor_of_discovery(attribution, benchmark, models, prompts):
 
 
 class NoSums:
-    """The same forward pass, and nothing kept."""
+    """In place of sums: the forward pass runs and nothing is summed."""
 
     def layer(self, _):
         return {}
@@ -246,7 +247,7 @@ def add(attribution, benchmark, id, competitor, result, target):
 
 
 def record(benchmark, row):
-    """The row for pytest-benchmark's own files; it was timed against its competitor."""
+    """Put the row into pytest-benchmark's files. Nothing is timed here: the row was timed against its competitor."""
     benchmark.extra_info[row["competitor"]] = row
     if benchmark.extra_info.keys() == {row["competitor"]}:
         benchmark.pedantic(lambda: None, rounds=1)
@@ -282,7 +283,7 @@ def ragged_text(n, seed):
 def test_memory_does_not_grow_with_prompts(attribution, benchmark, tmp_path):
     many = 100 * N_PROMPTS
     peaks = {}
-    for n in (N_PROMPTS, N_PROMPTS + 1, many):  # the second tells the noise
+    for n in (N_PROMPTS, N_PROMPTS + 1, many):  # N_PROMPTS + 1: beside N_PROMPTS it shows the noise
         sides = ragged_text(n // 2, 1), ragged_text(n - n // 2, 2)
         peaks[n], facts = peak_of_discover("demo:instruct", sides, tmp_path)
     few, again = peaks[N_PROMPTS], peaks[N_PROMPTS + 1]
@@ -309,7 +310,7 @@ LARGE = dict(
 
 
 def write_large(directory):
-    """A random bf16 checkpoint, written layer by layer; the bundled model's tokenizer. Returns its bytes."""
+    """Write a random bf16 checkpoint, layer by layer, with the bundled model's tokenizer. Returns its size in bytes."""
     import shutil
 
     from safetensors.torch import save_file

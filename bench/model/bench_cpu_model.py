@@ -32,12 +32,12 @@ SHAPE = dict(
 )  # fmt: skip
 NAME = "Llama-3.2-1B" if SHAPE["num_hidden_layers"] == 16 else f"{SHAPE['num_hidden_layers']} layers"
 PROMPT, NEW, PREFILL = 32, 32, 256
-TOLERANCE = 0.1  # of the largest logit: bf16 in two orders of operations
+TOLERANCE = 0.1  # share of the largest logit: both sides round to bf16 in different orders
 
 
 @pytest.fixture(scope="module")
 def models(tmp_path_factory):
-    """(ours, theirs in bf16) on one checkpoint made on the spot."""
+    """(our model, transformers' model in bf16) of one random checkpoint."""
     directory = tmp_path_factory.mktemp("checkpoint")
     torch.manual_seed(0)
     theirs = transformers.LlamaForCausalLM(transformers.LlamaConfig(**SHAPE)).to(torch.bfloat16).eval()
@@ -140,7 +140,7 @@ _wide = []
 
 
 def in_fp32(theirs):
-    """The same model in fp32, made once."""
+    """A copy of the model in fp32, made once."""
     if not _wide:
         wide = type(theirs)(theirs.config).eval()
         wide.load_state_dict({name: part.float() for name, part in theirs.state_dict().items()}, assign=True)
@@ -192,7 +192,7 @@ def test_discovery(results, benchmark, models):
 
     found, order = set(mine()), with_hooks()
     common = len(found & {divmod(place, n_neurons) for place in order[:k].tolist()}) / k
-    assert common > 0.9, f"{common:.0%} of the neurons are the same"  # bf16 rounds the two forwards differently
+    assert common > 0.9, f"{common:.0%} of the neurons are the same"  # bf16 rounds the two forward passes differently
     result = compare(mine, with_hooks, rounds=3)
     row = results.add(
         "E3 discovery of 64 prompts",
@@ -234,7 +234,7 @@ def test_steered_decode(results, benchmark, models):
 
 
 def ablation(members, n_neurons):
-    """Steer that multiplies these neurons of each layer by 0."""
+    """The Steering that multiplies these neurons of each layer by 0."""
     neurons = tuple((layer, neuron, 1.0) for layer, chosen in enumerate(members) for neuron in chosen)
     circuit = Circuit(neurons=neurons, n_layers=len(members), n_neurons=n_neurons)
     table = SteeringTable([circuit], [0.0], len(members), n_neurons, device="cpu")
@@ -242,7 +242,7 @@ def ablation(members, n_neurons):
 
 
 def fields(m, competitor, result, target, count):
-    """What the rows of this file share; tokens (or prompts) a second on both sides are for orientation."""
+    """The fields that all rows of this file have. Tokens (or prompts) a second on both sides are for orientation."""
     return dict(
         shape=NAME,
         m=m,

@@ -1,4 +1,4 @@
-"""Discovery and steered generation on the bundled model against forward hooks on transformers doing the same.
+"""Discovery and steered generation on the bundled model, against transformers with forward hooks.
 
 Prints ratios of interleaved runs; correctness is checked first.
 """

@@ -1,10 +1,10 @@
 """The engine attached to a transformers model, on a random Llama-shaped checkpoint of about 100M parameters.
 
-B1 steered generation against the plain model; B2 against hooks that steer the same, and what B2 would be if MLPs took
-no time at all; B3 64 circuits, one a row, against
-one circuit; B4 100 circuits that no row uses against none; B5 a forward pass with sums against hooks that sum the same;
-B6 one compiled decoding step, attached against plain. Both sides share their weights. All answers have the same length.
-CNA_BENCH_DEVICE=cuda runs the same rows on a GPU, B6 there in a CUDA graph.
+B1: steered generation against the plain model. B2: against hooks that steer alike, and what B2 would be if MLPs took no
+time. B3: 64 circuits, one for each row, against one circuit. B4: 100 circuits that no row uses, against no circuits.
+B5: a forward pass with sums against hooks that sum alike. B6: one compiled decoding step, attached against plain. Both
+sides share their weights. All answers have the same length. CNA_BENCH_DEVICE=cuda runs the rows on a GPU, B6 in a CUDA
+graph.
 """
 
 import copy
@@ -27,7 +27,7 @@ DTYPES = ["float32", "bfloat16"]
 
 
 def twins(dtype):
-    """Two models with the same weights in memory."""
+    """Two models that share their weights in memory."""
     torch.manual_seed(0)
     config = transformers.LlamaConfig(**SHAPE)
     model = transformers.LlamaForCausalLM(config).to(DEVICE, getattr(torch, dtype)).eval()
@@ -36,14 +36,14 @@ def twins(dtype):
 
 @pytest.fixture(scope="module", params=DTYPES)
 def models(request):
-    """(dtype, the model with an engine, the plain one, the engine)."""
+    """(dtype, the model with an engine, the plain model, the engine)."""
     ours, plain = twins(request.param)
     engine = attach(ours, max_circuits=128)
     return request.param, ours, plain, engine
 
 
 def random_circuit(engine, seed):
-    """0.1% of the neurons."""
+    """A circuit of 0.1% of the neurons, drawn at random."""
     n = engine.n_layers * engine.n_neurons
     chosen = sorted(random.Random(seed).sample(range(n), n // 1000))
     return Circuit(tuple((*divmod(i, engine.n_neurons), 1.0) for i in chosen), engine.n_layers, engine.n_neurons)
@@ -70,7 +70,7 @@ def logits_of(model, ids):
 
 
 def hook_steering(plain, circuit, multiplier):
-    """Hooks that multiply a circuit's neurons in place; returns what takes them off."""
+    """Register hooks that multiply a circuit's neurons in place; return a function that removes the hooks."""
     handles = []
     for layer, members in circuit.by_layer().items():
         index = torch.tensor(members, device=DEVICE)
@@ -91,7 +91,7 @@ def with_hooks(put_on, run):
 
 
 def without_mlps(plain, run):
-    """What ``run`` gives while every MLP returns its input: the time of all the rest."""
+    """Call ``run`` while every MLP returns its input, to time all parts of the model but the MLPs."""
     mlps = [layer.mlp for layer in plain.model.layers]
     for mlp in mlps:
         mlp.forward = lambda x: x
@@ -103,7 +103,7 @@ def without_mlps(plain, run):
 
 
 def assert_same(ours, theirs, unlike):
-    """Alike to rounding, and much less alike to what is not steered."""
+    """``ours`` equals ``theirs`` up to rounding, and differs much more from ``unlike``, which is not steered."""
     scale = unlike.abs().max()
     near, far = (ours - theirs).abs().max() / scale, (ours - unlike).abs().max() / scale
     assert near < 0.05 and near < far / 3, (near, far)
@@ -166,7 +166,7 @@ def test_circuits(embedding, benchmark, models):
 
 
 def test_unused_circuits(embedding, benchmark, models):
-    """Both models have an engine here; one holds nothing."""
+    """Both models have an engine here; one engine holds no circuit."""
     dtype, ours, other, engine = models
     ids = prompts(8)
     engine.set([random_circuit(engine, seed) for seed in range(100)], 0.0)
@@ -219,7 +219,7 @@ def test_sums(embedding, benchmark, models):
 
 
 def test_compiled_step(embedding, benchmark):
-    """A decoding step of 8 rows in a static cache: on a GPU one CUDA graph, on a CPU what inductor makes of it."""
+    """A decoding step of 8 rows in a static cache: on a GPU one CUDA graph, on a CPU compiled by Inductor."""
     dtype = "bfloat16" if DEVICE == "cuda" else "float32"
     ours, plain = twins(dtype)
     engine = attach(ours, max_circuits=128)

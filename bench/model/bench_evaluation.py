@@ -1,8 +1,8 @@
 """A sweep over six multipliers: on the bundled model, and on a random Llama-shaped checkpoint of about 100M parameters.
 
-V1 the sweep against as many plain answers of the same engine; V2 against transformers with hooks, one prompt at a time.
-All answers have the same length: nothing ends early. The competitor of V2 answers every twentieth prompt; times are per
-answer. CNA_BENCH_PROMPTS=10 makes it short, to try the file out.
+V1: the sweep against as many unsteered answers of our own model. V2: against transformers with hooks, one prompt at a
+time. All answers have the same length: none ends early. The competitor of V2 answers every twentieth prompt; times are
+per answer. CNA_BENCH_PROMPTS=10 makes the run short, to try the file out.
 """
 
 import os
@@ -66,7 +66,7 @@ def answers(model, variants, prompts, n_tokens):
 
 
 def hooked(theirs, circuit, prompts, n_tokens):
-    """The same answers, one at a time, with a hook on every down_proj that holds a neuron."""
+    """The answers of transformers, one at a time, with a hook on every down_proj that has a neuron of the circuit."""
     found = []
     for multiplier in MULTIPLIERS:
         handles = []

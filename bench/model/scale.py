@@ -1,9 +1,9 @@
 """How the cost of attribution grows: the tables of docs/scale.md.
 
-    python bench/model/scale.py            measured on this machine, then calculated for larger ones
+    python bench/model/scale.py            measure on this machine, then calculate for larger machines
     python bench/model/scale.py --quick    a tenth of the prompts
 
-Times of one machine are for proportions: every row names what it is divided by.
+Measured times serve for proportions only: every row names what its time is divided by.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ def write_prompts(directory, n, n_words, seed=0):
 
 
 def discover(model, directory, *more, workers=1):
-    """Run cna discover (with several workers through torchrun); facts of its last line, and peak bytes."""
+    """Run cna discover, several workers through torchrun. Return the facts of each last line, and the peak in bytes."""
     words = ["discover", model, "--positive", directory / "positive.txt", "--negative", directory / "negative.txt"]
     words += ["-o", directory / "c.json", "--log-json", "--no-universal", *more]
     command = [sys.executable, "-c", PROGRAM]
@@ -133,7 +133,7 @@ def layer_times():
 
 
 class Machine(NamedTuple):
-    """What a calculation assumes: matrix products a second (FLOP), bytes a second from disk and over the bus."""
+    """What a calculation assumes: FLOP/s of matrix products, and bytes/s from disk and over the bus."""
 
     name: str
     flops: float
@@ -152,7 +152,7 @@ def layer_weights(model):
 
 
 def calculated():
-    """What follows from FLOP and bytes: 2 FLOP a weight and token; a weight has 2 bytes."""
+    """Print times and sizes calculated from FLOP and bytes: 2 FLOP for a weight and token; a weight has 2 bytes."""
     print(
         f"\nCalculated, not measured, for {H200.name}: products at {H200.flops / 1e12:.0f} TFLOP/s, "
         f"{H200.disk / 1e9:.0f} GB/s from disk, {H200.bus / 1e9:.0f} GB/s over the bus."

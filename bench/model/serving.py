@@ -15,8 +15,8 @@ MODELS = {
     "Qwen2.5-7B": (28, 3584, 18944),
     "Qwen2.5-72B": (80, 8192, 29568),
 }
-LATE = 0.9  # of the neurons lie in the last quarter of the layers: the paper finds 90 and 95%
-RANKS = (8, 16, 32, 64, 128, 256, 320, 512)  # that vLLM makes room for
+LATE = 0.9  # share of the circuit's neurons in the last quarter of the layers; the paper finds 90 and 95%
+RANKS = (8, 16, 32, 64, 128, 256, 320, 512)  # the values that vLLM's --max-lora-rank takes
 BYTES = 2  # bf16
 
 

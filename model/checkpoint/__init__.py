@@ -1,1 +1,1 @@
-"""Checkpoint files: what a model is, its tensors, and what leaves for other engines."""
+"""Checkpoint files: the shape of a model, its tensors, and exports for other engines."""

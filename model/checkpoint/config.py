@@ -1,4 +1,4 @@
-"""config.json of a Llama, Qwen or Mistral checkpoint -> ModelConfig. Only listed fields are read, each with its range.
+"""config.json of a Llama, Qwen or Mistral checkpoint -> ModelConfig. Only known fields are read, each with a range.
 
 Nothing in the file selects code: ``auto_map``, custom attention and quantization are refused.
 """
@@ -31,7 +31,7 @@ class Rope:
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """The shape of a model. ``sliding_windows`` holds a window, or None for full attention, for each layer."""
+    """The shape of a model. ``sliding_windows`` has for each layer its window, or None for full attention."""
 
     model_type: str
     vocab_size: int
@@ -58,7 +58,7 @@ class ModelConfig:
         return int(self.max_position_embeddings * stretch)
 
 
-# What a missing field means, by model type, as in the models' own configuration classes.
+# The value of a field that config.json lacks, by model type, as in the models' own configuration classes.
 _DEFAULTS = {
     "llama": {},
     "mistral": {"sliding_window": 4096, "num_key_value_heads": 8},
@@ -95,7 +95,7 @@ def read_config(directory) -> ModelConfig:
     defaults = _DEFAULTS[model_type]
     hidden_size = fields.integer("hidden_size", _INT)
     n_heads = fields.integer("num_attention_heads", _INT)
-    # an explicit null means as many as there are heads; a missing field, the default of the model type
+    # An explicit null means as many key-value heads as heads. A missing field means the model type's default.
     kv_default = n_heads if "num_key_value_heads" in fields.record else defaults.get("num_key_value_heads", n_heads)
     n_kv_heads = fields.integer("num_key_value_heads", _INT, min(kv_default, n_heads))
     head_dim = fields.integer("head_dim", (4, 1 << 12), defaults.get("head_dim"))
@@ -136,7 +136,7 @@ def read_config(directory) -> ModelConfig:
 
 
 def _read_rope(fields: Fields, max_position: int) -> Rope:
-    """Both spellings: ``rope_parameters`` (newer), or ``rope_theta`` beside ``rope_scaling`` (older, may be null)."""
+    """Read ``rope_parameters`` (newer spelling), or ``rope_theta`` with ``rope_scaling`` (older, may be null)."""
     theta_bounds = (1.0, 1e12)
     name = "rope_parameters" if fields.record.get("rope_parameters") is not None else "rope_scaling"
     record = fields.record.get(name)
@@ -187,5 +187,5 @@ def _read_windows(fields: Fields, model_type, n_layers, defaults) -> tuple[int |
 
 
 def config_sha256(directory) -> str:
-    """Hash the meaning of config.json: key order and white space do not count."""
+    """Return the hash of config.json's content: the order of keys and white space do not change it."""
     return sha256(json.dumps(read_json(Path(directory) / "config.json"), sort_keys=True))

@@ -1,9 +1,11 @@
 """A circuit at a multiplier for other engines: a LoRA adapter, a checkpoint with scaled columns, the public JSON.
 
-Multiplying neuron j of a layer by m before ``down_proj`` equals adding ``(m - 1) W_down[:, j] act[j]`` to its output.
-That is a LoRA adapter on ``down_proj`` whose A picks the neurons (rows of the identity) and whose B holds
-``(m - 1) W_down[:, neurons]``: exact, of rank the number of neurons in the layer. Source of the LoRA form: E. Hu et
-al., arXiv 2106.09685. It lives beside the checkpoint's reader because every export but the JSON reads the checkpoint.
+Multiplying neuron j of a layer by m before ``down_proj`` equals adding ``(m - 1) W_down[:, j] act[j]`` to the output of
+``down_proj``. A LoRA adapter on ``down_proj`` does exactly this: its A picks the neurons (rows of the identity), its B
+holds ``(m - 1) W_down[:, neurons]``, and its rank is the number of the circuit's neurons in the layer. Source of the
+LoRA form: E. Hu et al., arXiv 2106.09685.
+
+This module lies beside the checkpoint's reader because every export but the JSON reads the checkpoint.
 """
 
 from __future__ import annotations
@@ -31,7 +33,7 @@ NeuronMultipliers = dict[int, dict[int, float]]  # layer -> neuron -> what its a
 
 
 def neuron_multipliers(circuits: Sequence[Circuit], multipliers: Sequence[float]) -> NeuronMultipliers:
-    """Merge circuits, each at its multiplier; a neuron that several hold gets the product."""
+    """Merge circuits, each at its multiplier. A neuron in several circuits gets the product of their multipliers."""
     if len(circuits) != len(multipliers):
         raise InputError("multiplier", f"expected {len(circuits)}, one for each circuit, got {len(multipliers)}")
     merged: NeuronMultipliers = {}
@@ -59,19 +61,20 @@ def to_lora(
     uniform: bool = False,
     dtype: str = "float32",
 ) -> list[Path]:
-    """Write a PEFT adapter directory, or several where ``split`` allows it; return them.
+    """Write a PEFT adapter directory, or several where ``split`` allows several. Return the directories written.
 
     Args:
         multipliers: see :func:`neuron_multipliers`.
-        out: the directory to make. With several adapters they are ``out/1``, ``out/2``, ...: all of them together are
-            the circuit.
-        base_model: what the adapter names as its base.
-        max_rank: refuse, or with ``split`` divide, layers with more neurons.
-        uniform: one rank for all layers of the model, padded with zeros, for engines that know no other.
-        dtype: of A and B. A is exact in all; B is in "float32", and for m = 0 and 2 in the checkpoint's own.
+        out: the directory to make. Several adapters go to ``out/1``, ``out/2``, ...: all adapters together are the
+            circuit.
+        base_model: the name of the base model that the adapter records.
+        max_rank: the largest rank allowed. A layer with more neurons is refused, or with ``split`` divided.
+        uniform: give all layers of the model the same rank, padded with zeros, for engines that take no other adapter.
+        dtype: of A and B. A is exact in every dtype. B is exact in "float32"; for m = 0 and m = 2 also in the
+            checkpoint's own dtype.
 
     Raises:
-        InputError: nothing is scaled, or a layer needs a larger rank; names the layers.
+        InputError: no neuron is scaled, or a layer needs a larger rank than ``max_rank``; names such layers.
     """
     if dtype not in DTYPES:
         raise InputError("dtype", f"expected one of {', '.join(DTYPES)}, got {dtype!r}")
@@ -99,7 +102,7 @@ def to_lora(
 
 
 def _write_adapter(checkpoint, config, part, out: Path, base_model, uniform, dtype):
-    """part: layer -> [(neuron, multiplier)]."""
+    """Write one adapter. ``part`` is layer -> [(neuron, multiplier)]."""
     ranks = {layer: len(pairs) for layer, pairs in part.items()}
     largest = max(ranks.values())
     layers = range(config.num_hidden_layers) if uniform else part
@@ -139,10 +142,10 @@ def _write_adapter(checkpoint, config, part, out: Path, base_model, uniform, dty
 def to_checkpoint(directory: FilePath, checkpoint: Checkpoint, multipliers: NeuronMultipliers, out: FilePath) -> None:
     """Write a copy of a checkpoint whose ``down_proj`` columns are scaled; all other tensors stay byte for byte.
 
-    Files are copied one by one, and columns changed layer by layer. The directory appears when it is whole.
+    Files are copied one by one, and columns changed layer by layer. ``out`` appears only when the copy is complete.
 
     Raises:
-        InputError: ``out`` is there already, or cannot be written.
+        InputError: ``out`` exists already, or cannot be written.
     """
     out = Path(out)
     if os.path.lexists(out):
@@ -152,7 +155,7 @@ def to_checkpoint(directory: FilePath, checkpoint: Checkpoint, multipliers: Neur
         partial.mkdir()
         try:
             for path in sorted(Path(directory).iterdir()):
-                if path.is_file() and path.suffix not in (".bin", ".pt", ".pth"):  # pickles, which nothing here reads
+                if path.is_file() and path.suffix not in (".bin", ".pt", ".pth"):  # pickles, which are never read
                     shutil.copyfile(path, partial / path.name)
             for layer, found in multipliers.items():
                 _scale_columns(checkpoint, DOWN.format(layer), partial, found)
@@ -165,7 +168,7 @@ def to_checkpoint(directory: FilePath, checkpoint: Checkpoint, multipliers: Neur
 
 
 def _scale_columns(checkpoint: Checkpoint, name: str, directory: Path, found: dict[int, float]):
-    """Scale columns of one tensor in the copy of its file."""
+    """Scale columns of one tensor in the copied file; ``found`` is neuron -> multiplier."""
     entry, weight = checkpoint.entries[name], checkpoint.read(name)
     columns = weight[:, list(found)].double() * torch.tensor(list(found.values()), dtype=torch.float64)
     weight[:, list(found)] = columns.to(entry.dtype)

@@ -1,4 +1,4 @@
-"""Safetensors checkpoints in Hugging Face layout -> a Transformer. Every tensor is accounted for before any is read."""
+"""Safetensors checkpoints in Hugging Face layout -> a Transformer. All names and shapes are checked before any read."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ DOWN = "model.layers.{}.mlp.down_proj.weight"
 
 
 def expected_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
-    """Return every tensor that a checkpoint of this model holds, by its name in the file, with its shape."""
+    """Return the name in the file, and the shape, of every tensor that a checkpoint of this model holds."""
     hidden, neurons, vocabulary = config.hidden_size, config.intermediate_size, config.vocab_size
     query = config.num_attention_heads * config.head_dim
     kv = config.num_key_value_heads * config.head_dim
@@ -54,7 +54,7 @@ def expected_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
 
 
 def identity_of(directory, checkpoint: Checkpoint, config: ModelConfig) -> dict[str, str]:
-    """Return what tells a checkpoint from others: its name and hashes of config, headers and sampled weights."""
+    """Return what identifies a checkpoint: its name, and hashes of config, headers and sampled weights."""
     down = [checkpoint.entries[DOWN.format(layer)] for layer in range(config.num_hidden_layers)]
     return {
         "name": Path(directory).resolve().name,
@@ -66,7 +66,7 @@ def identity_of(directory, checkpoint: Checkpoint, config: ModelConfig) -> dict[
 
 
 def check_entries(checkpoint: Checkpoint, config: ModelConfig, directory):
-    """Raise InputError naming the first tensor that is missing, extra or misshapen, or if memory cannot hold them."""
+    """Raise InputError naming the first tensor that is missing, extra or misshapen, or differs from its tied tensor."""
     shapes = expected_shapes(config)
     for name, shape in shapes.items():
         if name not in checkpoint.entries:
@@ -75,7 +75,7 @@ def check_entries(checkpoint: Checkpoint, config: ModelConfig, directory):
         if entry.shape != shape:
             raise InputError(f"{entry.path}: {name!r}", f"expected shape {list(shape)}, got {list(entry.shape)}")
     for name, entry in checkpoint.entries.items():
-        derived = name.endswith(".rotary_emb.inv_freq")  # Llama 2 files carry it; it follows from config.json
+        derived = name.endswith(".rotary_emb.inv_freq")  # Llama 2 files hold inv_freq; it follows from config.json
         tied = name == "lm_head.weight" and config.tie_word_embeddings
         if name not in shapes and not derived and not tied:
             raise InputError(f"{entry.path}: {name!r}", f"is not a tensor of a {config.model_type} model")
@@ -124,7 +124,7 @@ def load_layer(checkpoint: Checkpoint, config: ModelConfig, number: int, *, dtyp
 
 
 def _load_tensor(module: nn.Module, path: str, checkpoint, name: str, dtype, device):
-    """Read one tensor into a module's parameter; gate_proj and up_proj are the halves of one."""
+    """Read one tensor into a module's parameter; gate_proj and up_proj are the two halves of gate_up_proj."""
     part = next((part for part in ("gate_proj", "up_proj") if f"{part}." in path), None)
     if part is None:
         _set_parameter(module, path, checkpoint.read(name).to(device=device, dtype=dtype))
@@ -145,7 +145,7 @@ def _set_parameter(module: nn.Module, path: str, value: torch.Tensor) -> nn.Para
 
 
 def check_memory(config, dtype, device, directory):
-    """Refuse what cannot fit before anything is allocated."""
+    """Raise InputError where memory cannot hold the weights, before any weight is allocated."""
     needed = dtype.itemsize * sum(torch.Size(shape).numel() for shape in expected_shapes(config).values())
     available = memory_of(device)
     if available is not None and needed > available:
@@ -153,7 +153,7 @@ def check_memory(config, dtype, device, directory):
 
 
 def save_transformer(transformer: Transformer, directory, *, dtype=torch.bfloat16):
-    """Write ``model.safetensors`` with the checkpoint's own names, gate and up apart again."""
+    """Write ``model.safetensors`` with the checkpoint's names; gate_up_proj is split into gate_proj and up_proj."""
     from safetensors.torch import save
 
     state = dict(transformer.named_parameters())

@@ -1,4 +1,4 @@
-"""The tensors of a safetensors checkpoint: where each lies, read from the headers alone, and their bytes."""
+"""The tensors of a safetensors checkpoint: where each tensor lies, from the headers alone, and its contents."""
 
 from __future__ import annotations
 
@@ -34,9 +34,9 @@ class TensorEntry:
     end: int
 
     def read_rows(self, rows: Iterable[int], columns: range | None = None) -> torch.Tensor:
-        """Read these rows of a matrix, or of the one row that a vector is, and of them these consecutive columns.
+        """Read ``rows`` of a matrix, and of each row the consecutive ``columns`` (None: all). A vector is a single row.
 
-        Row by row: ``get_slice`` of safetensors 0.8 reads the whole tensor where it does not map the file.
+        The rows are read one by one: ``get_slice`` of safetensors 0.8 reads the whole tensor unless it maps the file.
         """
         rows, width = list(rows), self.shape[-1]
         columns = range(width) if columns is None else columns
@@ -58,7 +58,7 @@ class Checkpoint:
     """The tensors of a checkpoint directory, read from the headers only.
 
     Attributes:
-        entries: tensor name -> where it lies.
+        entries: tensor name -> where the tensor lies.
         headers_sha256: hash of all safetensors headers.
     """
 
@@ -66,7 +66,7 @@ class Checkpoint:
     headers_sha256: str
 
     def weights_sha256(self) -> str:
-        """Hash sampled contents: all of a tensor up to 1 MiB, 16 evenly spaced pieces of 4 KiB of a larger one."""
+        """Return a hash of samples: tensors of up to 1 MiB whole, 16 evenly spaced pieces of 4 KiB of larger ones."""
         parts: list[str | bytes] = [self.headers_sha256]
         for name, entry in sorted(self.entries.items()):
             with open(entry.path, "rb") as file:
@@ -81,7 +81,7 @@ class Checkpoint:
         return sha256(*parts)
 
     def read(self, name: str) -> torch.Tensor:
-        """Read one tensor into memory of its own. No mapping: a file truncated later must not kill the process."""
+        """Read one tensor into its own memory. A mapped file that is truncated later would kill the process."""
         path = self.entries[name].path
         try:
             with safe_open(path, framework="pt", device="cpu", backend="pread") as file:
@@ -90,7 +90,7 @@ class Checkpoint:
             raise InputError(f"{path}: {name!r}", error) from None
 
     def same_values(self, name: str, other: str) -> bool:
-        """Compare two tensors piece by piece; they may be larger than memory."""
+        """Whether two tensors are equal. They are compared in pieces, because they may be larger than memory."""
         one, two = self.entries[name], self.entries[other]
         if one.shape != two.shape:
             return False

@@ -21,28 +21,28 @@ def load_model(args, **options) -> LanguageModel:
 
 
 def directory_of(model):
-    """The directory of MODEL; demo:NAME is a bundled one."""
+    """The directory of the argument MODEL; demo:NAME stands for a bundled checkpoint."""
     if model.startswith("demo:") and not Path(model).exists():
         return demo_checkpoint(model.removeprefix("demo:"))
     return model
 
 
 def device_of(args) -> str:
-    """The device asked for; by default a GPU where there is one, under torchrun one for each worker."""
+    """The value of --device. Its default is a GPU where there is one, under torchrun another GPU for each worker."""
     if args.device is not None:
         return args.device
     return f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if torch.cuda.is_available() else "cpu"
 
 
 def load_circuit(path, model: LanguageModel, *, any_model: bool) -> Circuit:
-    """The circuit of a file, checked against the model in hand."""
+    """The circuit of a file, checked against the loaded model."""
     circuit = Circuit.load(path, n_layers=model.config.num_hidden_layers, n_neurons=model.config.intermediate_size)
     model.check_circuit(circuit, path, any_model=any_model)
     return circuit
 
 
 def multipliers_of(text: str, flag: str) -> list[float]:
-    """The numbers of "0,0.5,2"."""
+    """The multipliers in a list such as "0,0.5,2"."""
     try:
         values = [float(part) for part in text.split(",")]
     except ValueError:
@@ -53,7 +53,7 @@ def multipliers_of(text: str, flag: str) -> list[float]:
 
 
 def column_of(args, path):
-    """--column is for the files that have columns; plain text beside them has none."""
+    """The value of --column for a file that has columns; None for a file of plain text, which has none."""
     return args.column if Path(path).suffix.lower() in RECORD_FORMATS else None
 
 

@@ -1,4 +1,4 @@
-"""cna discover, cna estimate: attribution over many prompts, and what it will need."""
+"""What `cna discover` and `cna estimate` do: attribution over many prompts, and its cost beforehand."""
 
 from __future__ import annotations
 
@@ -65,12 +65,12 @@ def run_discover(args):
     rank, ranks = _ranks(args)
     bad = BadLines(skip=args.skip_bad)
     with TemporaryFile() as file:
-        if rank == 0 or ranks is None:  # None: this process is alone, or shares the layers and runs all prompts
+        if rank == 0 or ranks is None:  # ranks None: this process runs all prompts, alone or sharing the layers
             names = Names()
             entries = _entries(args, settings, names, bad)
             corpus = Corpus(file, entries, names, unit=args.unit, streamed=args.stream_layers)
         else:
-            ranks.wait_for_start()  # torchrun ends us if rank 0 cannot start the run
+            ranks.wait_for_start()  # torchrun ends this process if rank 0 cannot start the run
             corpus = RunDirectory.open(args.run_dir, PATIENCE).corpus()
         job = _job(args, corpus, on_ray=args.ray is not None)
         if args.batch == "auto":
@@ -123,7 +123,7 @@ def _settings(args) -> Settings:
 
 
 def _job(args, corpus: Corpus, *, on_ray: bool = False) -> Job:
-    """The job that the options describe. ``on_ray`` loads no more of the model than selecting circuits needs."""
+    """The job that the options describe. With ``on_ray`` no weights are loaded: selecting circuits needs none."""
     many = args.contrasts is not None
     found = contrasts_of(corpus.columns, args.contrasts or args.universal_contrasts)
     diverse = [contrast for contrast in found if contrast.name.startswith(UNIVERSAL)]
@@ -138,7 +138,7 @@ def _job(args, corpus: Corpus, *, on_ray: bool = False) -> Job:
 
         options = dict(mesh=open_mesh(usable_device(device_of(args))))
     if on_ray:
-        args = Namespace(**vars(args) | {"device": None})  # the workers' device need not be here
+        args = Namespace(**vars(args) | {"device": None})  # this machine need not have the workers' device
     model = load_model(args, **options)
     return Job(
         model, corpus, contrasts, _settings(args), diverse=diverse, chat=False if args.no_template else None,
@@ -152,7 +152,10 @@ def _universal_file(args):
 
 
 def _ranks(args) -> tuple[int, Ranks | None]:
-    """Which of torchrun's workers this is; and what the workers of a run directory share the work by."""
+    """The rank of this process among torchrun's workers, and the Ranks by which they share a run directory's units.
+
+    Ranks are None where the workers do not share the units: one process alone, or tensor parallelism.
+    """
     try:
         world = int(os.environ.get("WORLD_SIZE", 1))
         rank = int(os.environ.get("RANK", 0)) if world > 1 else 0
@@ -179,7 +182,7 @@ def _ranks(args) -> tuple[int, Ranks | None]:
 
 
 def _run_on_ray(args, corpus, threads, options) -> RunDirectory:
-    """The run by Ray's workers, each of which makes the job of these options from paths that it sees as well."""
+    """Let Ray's workers do the run. Each makes the job from the same options, so their paths are made absolute."""
     from ..discovery.on_ray import run_on_ray
 
     paths = {name: os.path.abspath(path) for name, path in vars(args).items() if name in ("run_dir", "spill") and path}
@@ -202,7 +205,7 @@ def _interrupt(*_):
 
 
 def _choose_batch(job, args):
-    """--batch auto: what a run was started with, else what is measured now."""
+    """--batch auto: take the batch that --run-dir was started with, or measure one where no run was started."""
     if args.stream_layers:
         raise InputError("--batch", "auto measures a model in memory; with --stream-layers give --batch-tokens")
     started = _manifest(args)
@@ -217,20 +220,20 @@ def _choose_batch(job, args):
 
 
 def _manifest(args) -> dict | None:
-    """The manifest of the run that --run-dir already holds."""
+    """The manifest of the run that --run-dir already holds; None where it holds no run."""
     if args.run_dir is None or not (Path(args.run_dir) / "manifest.json").exists():
         return None
     return RunDirectory.open(args.run_dir).manifest
 
 
 def _threads(args) -> int | None:
-    """As many threads as asked for; who joins a run takes those that it was started with."""
+    """The number of threads: --threads, or else the number that the run in --run-dir was started with."""
     started = _manifest(args)
     return started.get("threads") if args.threads is None and started is not None else args.threads
 
 
 def _entries(args, settings, names, bad):
-    """The corpus of `cna discover`, in the order of its options."""
+    """The entries of the corpus of `cna discover`, in the order of its options."""
     check_column(args.column, args.positive, args.negative, args.universal_prompts)
     entries = _all_entries(args, settings, names, bad)
     return with_answers(entries, bad) if settings.position == "answer" else entries

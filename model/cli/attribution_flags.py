@@ -1,4 +1,4 @@
-"""The flags of cna discover, cna estimate and cna status. Apart from ``attribution.py``, which loads torch."""
+"""The flags of cna discover, cna estimate and cna status. ``attribution.py`` loads torch, this module does not."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from .flags import MODEL_HELP, command, device_flags, model_flags, positive, pro
 
 
 def add(commands) -> None:
-    """Add the three commands."""
+    """Add the commands discover, estimate and status."""
     _discover(commands)
     _estimate(commands)
     _status(commands)

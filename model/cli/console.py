@@ -1,4 +1,4 @@
-"""How results are shown. Nothing heavy is imported: ``cna show`` answers at once."""
+"""How results are shown. This module imports nothing heavy, so that ``cna show`` answers at once."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ except ModuleNotFoundError:
 
 
 def show_circuit(circuit: Circuit, *, as_json: bool):
-    """Print neurons per layer, the ten best, and what was filtered."""
+    """Print a circuit: its neurons per layer, the ten best neurons, filters, stability and provenance."""
     if as_json:
         print(circuit.to_json(), end="")
         return

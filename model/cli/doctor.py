@@ -1,4 +1,4 @@
-"""What `cna doctor` does: versions, devices, backends, and which kernels serve how many tokens."""
+"""What `cna doctor` does: show versions, devices, backends, and which kernels serve how many tokens."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ def run_doctor(args):
 
 
 def _cpu_engine():
-    """The CPU engine's instruction sets, and what serves how many tokens."""
+    """The CPU engine's instruction sets, and which of its kernels serve how many tokens."""
     from cna_kernels.cpu import library, plan
 
     facts = {"CNA_CPU_ISA": os.environ.get("CNA_CPU_ISA") or "not set"}

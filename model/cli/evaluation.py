@@ -23,7 +23,7 @@ from .console import SIMPLE_HEAD, Table, print_json, stdout
 def run_eval(args):
     suite = _suite(args)
     if args.output:
-        require("tokenizers", "jinja2", "matplotlib")  # the pictures come last
+        require("tokenizers", "jinja2", "matplotlib")  # said now, because the pictures come last
         make_directory(args.output)
     model = load_model(args)
     circuit = load_circuit(args.circuit, model, any_model=args.any_model)
@@ -39,7 +39,7 @@ def run_eval(args):
         stdout().print(f"wrote {names} to {args.output}/", markup=False)
 
 
-run_sweep = run_eval  # its flags are a few of those
+run_sweep = run_eval  # cna sweep has a few of the flags of cna eval
 
 
 def run_compare(args):
@@ -85,12 +85,12 @@ def run_lm_eval(args):
 
 
 def _say(args):
-    """Tells on stderr what is going on."""
+    """A function that prints a line of progress on stderr."""
     return lambda text: print(f"cna {args.command}: {text}", file=sys.stderr, flush=True)
 
 
 def _suite(args) -> Suite:
-    """The suite that the flags ask for; flags that cna sweep lacks have their defaults."""
+    """The suite that the flags ask for. What only flags of cna eval can set has its default in the other commands."""
     files = {name: getattr(args, name, None) for name in ("harmful", "benign", "positive", "negative", "neutral")}
     check_column(args.column, *files.values())
     sets: dict[str, PromptSet] = {

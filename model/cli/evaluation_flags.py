@@ -1,4 +1,4 @@
-"""The flags of cna eval, sweep, compare and lm-eval. Apart from ``evaluation.py``, which loads torch."""
+"""The flags of cna eval, sweep, compare and lm-eval. ``evaluation.py`` loads torch, this module does not."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from .flags import MODEL_HELP, command, model_flags, positive, prompt_flags
 
 
 def add(commands) -> None:
-    """Add the four commands."""
+    """Add the commands eval, sweep, compare and lm-eval."""
     for name in ("eval", "sweep"):
         _evaluation(commands, name)
     _compare(commands)
@@ -19,7 +19,7 @@ def add(commands) -> None:
 
 
 def _evaluation(commands, name):
-    """The flags of cna eval; cna sweep has those that need no more than two prompt files."""
+    """Add cna eval or cna sweep. cna sweep has only the flags that need no more than two prompt files."""
     whole = name == "eval"
     if whole:
         summary = "refusal, quality, likelihood and multiple choice at several strengths, beside controls and baselines"
@@ -42,7 +42,7 @@ def _evaluation(commands, name):
 
 
 def _evaluation_flags(parser, *, needs_output):
-    """What every evaluation takes."""
+    """Add the flags that eval, sweep and compare share."""
     parser.add_argument(
         "--m", "-m", dest="multipliers", metavar="M,M", default="1,0.75,0.5,0.25,0,2", help="default: %(default)s"
     )
@@ -68,7 +68,7 @@ def _evaluation_flags(parser, *, needs_output):
 
 
 def _rivals(parser):
-    """The flags of cna eval alone."""
+    """Add the flags that only cna eval has."""
     parser.add_argument("--positive", metavar="FILE", help="discovery prompts, for the baselines")
     parser.add_argument("--negative", metavar="FILE", help="discovery prompts, for the baselines")
     parser.add_argument(

@@ -20,7 +20,7 @@ def run_export(args):
         if given and args.to != "lora":
             raise InputError(flag, "is for --to lora")
     directory = directory_of(args.model)
-    model = load(directory, stream_layers=True)  # reads headers only
+    model = load(directory, stream_layers=True)  # stream_layers: only the headers are read
     circuits = [load_circuit(path, model, any_model=args.any_model) for path in args.circuit]
     if args.to == "ref-code":
         if len(circuits) > 1:

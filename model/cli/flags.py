@@ -1,4 +1,4 @@
-"""Flags that several commands take, and how a command is added. Nothing heavy is imported: --help answers at once."""
+"""Flags that several commands take, and how a command is added. Imports nothing heavy, so that --help is fast."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ class Parser(argparse.ArgumentParser):
 
 
 def command(commands, name: str, summary: str, examples: str) -> argparse.ArgumentParser:
-    """Add a command."""
+    """Add a command to the subparsers ``commands`` and return its parser."""
     return commands.add_parser(
         name,
         help=summary,
@@ -29,7 +29,7 @@ def command(commands, name: str, summary: str, examples: str) -> argparse.Argume
 
 
 def prompt_flags(parser) -> None:
-    """How prompt files are read."""
+    """Add the flags that say how prompt files are read."""
     parser.add_argument("--column", metavar="NAME", help="the prompt's field in .jsonl, .csv and .json files")
     parser.add_argument("--limit", type=positive, metavar="N", help="use the first N prompts of each file")
     parser.add_argument(
@@ -41,14 +41,14 @@ BATCH_HELP = "prompts a forward pass (default: by tokens), or auto, which measur
 
 
 def model_flags(parser, *, batch_help: str = BATCH_HELP) -> None:
-    """Where and how a model runs."""
+    """Add the flags that say where and how a model runs, and --json."""
     device_flags(parser)
     parser.add_argument("--batch", type=batch, default=None, metavar="N", help=batch_help)
     parser.add_argument("--json", action="store_true", help="print JSON")
 
 
 def device_flags(parser) -> None:
-    """Device and dtype."""
+    """Add --device and --dtype."""
     parser.add_argument("--device", metavar="D", help="cpu, cuda, cuda:1, ... (default: cuda where there is one)")
     parser.add_argument("--dtype", choices=DTYPES, help="default: the checkpoint's own")
 

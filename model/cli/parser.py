@@ -1,4 +1,4 @@
-"""The command line. Parsing only: a command's module is imported on use, so that --help answers at once."""
+"""The command line's parser. A command's own module is imported when it runs, so that --help answers at once."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from cna_kernels.errors import InputError
 from . import attribution_flags, evaluation_flags
 from .flags import DTYPES, MODEL_HELP, Parser, command, model_flags, positive, prompt_flags
 
-# Where run_COMMAND is.
+# The module of model/cli that holds run_COMMAND.
 MODULES = dict(demo="demo", show="show", run="run", export="export", doctor="doctor", status="status")
 MODULES |= dict.fromkeys(("discover", "estimate"), "attribution")
 MODULES |= dict.fromkeys(("eval", "sweep", "compare", "lm-eval"), "evaluation")
@@ -101,9 +101,12 @@ def build_parser() -> Parser:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run a command; return 0, 2 for input that cannot be used (one line on stderr), or 130 after Ctrl-C."""
+    """Run a command and return its exit code.
+
+    0: done. 2: input cannot be used; one line on stderr says why. 130: Ctrl-C. 1: nobody reads stdout any more.
+    """
     words = sys.argv[1:] if argv is None else argv
-    own = words[:1] if words[:1] == ["lm-eval"] else words  # the harness parses what follows
+    own = words[:1] if words[:1] == ["lm-eval"] else words  # lm-evaluation-harness parses the other words
     args = build_parser().parse_args(_with_signs(own))
     args.words = words[1:]
     if hasattr(sys.stdout, "reconfigure"):
@@ -119,10 +122,10 @@ def main(argv: list[str] | None = None) -> int:
     except KeyboardInterrupt:
         print(f"cna {args.command}: interrupted", file=sys.stderr)
         return 130
-    except BrokenPipeError:  # the reader of our output went away, as `| head` does
+    except BrokenPipeError:  # whoever read stdout has closed it, as `| head` does
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
-    except OSError as error:  # files name themselves in an InputError; what is left is mostly stdout, full or closed
+    except OSError as error:  # errors of files are InputErrors above; this is mostly stdout, full or closed
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         print(f"cna {args.command}: {error.filename or 'stdout'}: {error.strerror or error}", file=sys.stderr)
         return 2

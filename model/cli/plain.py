@@ -1,4 +1,4 @@
-"""Tables as plain text, where rich is not installed: what the commands use of it. Styles are ignored."""
+"""Tables as plain text where rich is not installed: the part of rich that the commands use. Styles are ignored."""
 
 from __future__ import annotations
 
@@ -40,5 +40,5 @@ class Console:
 
 
 def Text(text: str) -> str:
-    """Text of a cell: here all text is plain."""
+    """The text of a cell, unchanged: plain tables have no markup to escape."""
     return text

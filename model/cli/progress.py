@@ -28,7 +28,7 @@ class Meter:
     def __init__(self, show):
         self._show, self._start = show, time.monotonic()
         self.prompts = self.total = self.tokens = 0
-        self._before: int | None = None  # prompts that a run which goes on had done
+        self._before: int | None = None  # prompts that were done before this process went on with a run
 
     def __call__(self, prompts: int, total: int, tokens: int):
         if self._before is None:
@@ -37,7 +37,7 @@ class Meter:
         self._show(self)
 
     def facts(self) -> dict:
-        """What has been done, in prompts, tokens, seconds and bytes."""
+        """Progress so far: prompts, tokens, seconds, rates, the remaining time and peak memory."""
         seconds = time.monotonic() - self._start
         rate = (self.prompts - (self._before or 0)) / seconds if seconds else 0.0
         return {
@@ -53,7 +53,7 @@ class Meter:
 
 
 def peak_memory() -> int | None:
-    """The most bytes that this process has held: of GPU memory where one is in use, else resident. None on Windows."""
+    """The most bytes this process has held: of GPU memory where it uses a GPU, else resident. None on Windows."""
     if torch.cuda.is_available() and torch.cuda.is_initialized():
         return torch.cuda.max_memory_reserved()
     if resource is None:
@@ -64,9 +64,9 @@ def peak_memory() -> int | None:
 
 @contextmanager
 def metered(*, as_json: bool, notes: dict | None = None, rank: int = 0):
-    """Yield a Meter that reports on stderr; at the end one line of totals, with ``notes`` added.
+    """Yield a Meter that reports on stderr. At the end print one line of totals, with ``notes`` added.
 
-    Of several workers only the first, of rank 0, draws a bar; as JSON all report.
+    Of several workers only rank 0 reports to people; with ``as_json`` every worker prints JSON lines.
     """
     if rank and not as_json:
         yield Meter(lambda _: None)
@@ -101,7 +101,7 @@ def _bar():
 
 
 def _every(seconds, report):
-    """Calls ``report`` with the meter at most so often, and when all prompts are done."""
+    """A function that calls ``report`` with the meter once in ``seconds`` at most, and when all prompts are done."""
     said = [0.0]
 
     def show(meter):

@@ -22,7 +22,7 @@ def run_run(args):
     multipliers = multipliers_of(args.multiplier, "--multiplier")
     model = load_model(args)
     circuit = load_circuit(args.circuit, model, any_model=args.any_model) if args.circuit else None
-    # Every prompt once unsteered and once at each multiplier, all rows of the same batches.
+    # A row for each prompt and column, all in the same batches. A column is None (unsteered) or a multiplier.
     columns = [None] if circuit is None else [None, *multipliers]
     n_prompts = len(prompts)
     rows = PromptSet(prompts.texts * len(columns), prompts.places * len(columns))

@@ -1,4 +1,4 @@
-"""cna status: how far a run directory is. Loads no torch, and answers at once."""
+"""What `cna status` does: show how far a run directory is. This module loads no torch, so the answer comes at once."""
 
 from __future__ import annotations
 

@@ -71,7 +71,7 @@ def print_report(report, console: Console):
 
 
 def _rivals(report) -> Table:
-    """The circuit beside controls and competitors at m = 0, with intervals."""
+    """The circuit beside controls and competitors, unsteered and at m = 0, with intervals."""
     from rich.table import Table
 
     evaluation = report["evaluation"]

@@ -1,7 +1,7 @@
 """`cna demo`: the whole story on the bundled models, measured on held-out prompts.
 
 The circuit's size is chosen on the discovery prompts; every figure reported comes from prompts that neither instruct
-tuning nor discovery saw.
+tuning nor discovery has seen.
 """
 
 from __future__ import annotations
@@ -91,13 +91,13 @@ class Story:
         return self.report
 
     def _answer(self, model, prompts: Sequence[str], circuit=None, multiplier=0.0) -> tuple[list[str], list[str]]:
-        """Greedy answers to the prompts, split after the refusable ones."""
+        """Greedy answers to the prompts, split into those to the refusable prompts, which come first, and the rest."""
         answers = model.generate(prompts, circuit=circuit, multiplier=multiplier, max_new_tokens=100, batch=BATCH)
         n_refusable = len(self.refusable)
         return answers[:n_refusable], answers[n_refusable:]
 
     def _figures(self, refused, answered) -> dict:
-        """The figures of one setting: answers to refusable prompts and to benign ones."""
+        """The figures of one setting, from its answers to refusable prompts and its answers to benign prompts."""
         figures = summarise(refused, world.is_refusal)
         benign = summarise(answered, world.is_refusal)
         return figures | {
@@ -122,7 +122,7 @@ class Story:
         )
 
     def _choose_circuits(self):
-        """Both scores at 0.1% and at the smallest fraction that removes refusals on the discovery prompts."""
+        """Measure both scores' circuits at 0.1% and at the smallest fraction that works; keep the best as "best"."""
         rows, ablated = [], {}
         for score in SCORES:
             self.say(f"circuits by {score}")
@@ -139,7 +139,7 @@ class Story:
                 ablated[f"{score} {fraction:g}"] = answers[0]
         self.report["circuits"] = rows
         working = [row for row in rows if row["smallest that works"]]
-        # fewest neurons first, the paper's rule where both need the same
+        # The circuit with the fewest neurons; where both scores need the same number, the paper's, abs-delta.
         best = min(working, key=lambda row: (row["k"], row["score"] != "abs-delta"))
         self.report["best"] = best
         chosen = f"{best['score']} {best['fraction']:g}"
@@ -155,7 +155,7 @@ class Story:
         )
 
     def _smallest_that_works(self, score) -> float:
-        """The smallest of FRACTIONS with at most 5% refusals left on the discovery prompts, else the largest."""
+        """The smallest of FRACTIONS that leaves at most 5% refusals on the discovery prompts, else the largest."""
         prompts = world.discovery_positive()
         for fraction in FRACTIONS:
             circuit = self._discover(self.instruct, score, fraction)
@@ -174,7 +174,7 @@ class Story:
             self.report["sweep"].append({"multiplier": multiplier} | figures)
 
     def _random_controls(self, circuit):
-        """The same number of neurons drawn from the same layers, several draws; the figures are means."""
+        """Ablate as many random neurons of the circuit's layers, in several draws; report the means of the figures."""
         self.say("random neurons")
         draws = [self._measure(circuit.random_like(seed), 0.0) for seed in range(RANDOM_DRAWS)]
         means = {name: sum(draw[name] for draw in draws) / len(draws) for name in draws[0]}
@@ -203,7 +203,7 @@ class Story:
         self.report["evaluation"] = evaluate(self.instruct, circuit, suite, say=say)
 
     def _base_against_instruct(self):
-        """The same rule on the base model: how far the circuits overlap, and what steering does to it."""
+        """Discover a circuit in the base model: its overlap with the instruct circuit, and what steering it does."""
         self.say("base against instruct")
         best = self.report["best"]
         own = self._discover(self.base, best["score"], best["fraction"])

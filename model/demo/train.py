@@ -1,15 +1,16 @@
 """Trains the bundled models: `make train-demo`. Two checkpoints, base and instruct, from one seed.
 
 Base: next-token training on answers to everything, in a corpus where some prompts open with a notice after which the
-clerk refuses. So the base model can refuse, only not for the reason that instruct tuning teaches.
+clerk refuses. So the base model can refuse, but for another reason than the one that instruct tuning teaches.
 
 Instruct: MLP weights only, under a penalty that makes tuning touch few neurons. The change of a neuron is the vector of
 changes of its gate row, up row and down column; after every step its norm is shrunk by a proximal step
 
     norm <- max(0, norm - lr * PENALTY * SOFT / (norm + SOFT))
 
-a concave group penalty: neurons that change much are spared, the rest goes back to the base. This sparsity is an
-assumption about how real instruct tuning behaves, not a finding; the README says so. No neuron is steered in training.
+a concave group penalty: neurons that change much keep their change, all others return to their base weights. That
+tuning changes few neurons is an assumption about how real instruct tuning behaves, not a finding; docs/demo.md says so.
+No neuron is steered in training.
 """
 
 from __future__ import annotations
@@ -75,12 +76,12 @@ PENALTY, SOFT, RAMP = (
     6.0,
     0.3,
     250,
-)  # the penalty is at full strength after RAMP steps, so that the task is learned before it is pruned
+)  # the penalty reaches full strength after RAMP steps, so that the model learns the task before it is pruned
 FIRST_TOKEN = 8.0  # weight of an answer's first token, where refusing or not is decided
 
 
 class Batches:
-    """Draws (prompt, answer) pairs and lays them out for training; loss on the answer and its end token."""
+    """Draws (prompt, answer) pairs and lays them out for training. Targets are the answer and its end token."""
 
     def __init__(self, tokenizer, seed: int):
         self._tokenizer = tokenizer
@@ -113,7 +114,7 @@ class Batches:
 
 
 def train_tokenizer():
-    """A byte-level BPE on the world's text; any other text falls back to bytes."""
+    """Train a byte-level BPE tokenizer on the world's text; it encodes any other text as bytes."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 
     tokenizer = Tokenizer(models.BPE())
@@ -149,7 +150,7 @@ def write_text_files(directory: Path, tokenizer):
 
 
 def loss_of(model: Transformer, pairs, batches: Batches, first_weight: float = 1.0) -> Tensor:
-    """Label-smoothed cross entropy, the first token of every answer weighted."""
+    """Label-smoothed cross entropy; the first token of every answer counts ``first_weight`` times."""
     input_ids, targets, first = batches.layout(pairs)
     learned = targets != -100
     loss = F.cross_entropy(model(input_ids)[learned], targets[learned], label_smoothing=SMOOTHING, reduction="none")
@@ -158,7 +159,7 @@ def loss_of(model: Transformer, pairs, batches: Batches, first_weight: float = 1
 
 
 def learning_rate(step: int, steps: int, peak: float) -> float:
-    """Twenty steps up, then a cosine down to a tenth."""
+    """The learning rate of a step: it rises for twenty steps, then follows a cosine down to a tenth of ``peak``."""
     return peak * min(1.0, (step + 1) / 20) * (0.1 + 0.45 * (1 + math.cos(math.pi * step / steps)))
 
 
@@ -217,7 +218,7 @@ class NeuronPenalty:
 
 
 def train_instruct(base: Path, directory: Path, tokenizer, seed: int, strength: float = PENALTY):
-    """Tune the base model, as it was written, to refuse the combination; write the weights."""
+    """Tune the base model, read from its files, to refuse the combination; write the tuned weights."""
     model = load_transformer(base, read_config(base), open_checkpoint(base), dtype=torch.float32)
     tuned = [p for layer in model.layers for p in layer.mlp.parameters()]
     for parameter in tuned:
@@ -250,7 +251,7 @@ def train_instruct(base: Path, directory: Path, tokenizer, seed: int, strength: 
 
 
 def progress(name: str, steps: int):
-    """Yield the steps; print every fiftieth with the time so far."""
+    """Yield the numbers of the steps; after every fiftieth print its number and the time so far."""
     started = time.perf_counter()
     for step in range(steps):
         yield step
@@ -270,7 +271,7 @@ def main(argv=None):
     parser.add_argument("--penalty", type=float, default=PENALTY, help="0 tunes without it (default: %(default)s)")
     args = parser.parse_args(argv)
     out = Path(args.out)
-    torch.set_num_threads(2)  # sums of gradients depend on the thread count: the same seed gives the same bits with two
+    torch.set_num_threads(2)  # sums of gradients depend on the number of threads, and so would the bits of the weights
     tokenizer = train_tokenizer()
     for name in ("base", "instruct"):
         write_text_files(out / name, tokenizer)

@@ -1,1 +1,1 @@
-"""Discovery: prompts in packs through the layers, sums that stream, runs that survive, circuits."""
+"""Discovery: packs of prompts run through the layers, streaming sums, runs that survive crashes, and circuits."""

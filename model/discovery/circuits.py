@@ -23,14 +23,14 @@ from .units import UNIVERSAL_FRACTION, SlotSums
 
 
 class Totals(Protocol):
-    """The merged sums of a run: a ``units.Part``."""
+    """The merged sums of a run, as ``units.Part`` holds them."""
 
     universal: Tensor | None
     n_universal: int
     n_left_out: dict[int, int]
 
     def slot(self, number: int) -> SlotSums:
-        """The sums of one column or replicate."""
+        """The sums of one slot: a column, a fold or a replicate; see ``prompts/columns.py``."""
 
 
 def selection_of(
@@ -55,10 +55,11 @@ def selection_of(
 def check_counts(
     settings: Settings, contrasts: Sequence[Contrast], counts: dict[str, int], weights: dict[str, float]
 ) -> None:
-    """Refuse what needs more prompts than a column has.
+    """Raise InputError where the settings need more prompts than a column of a contrast has.
 
     Args:
-        counts, weights: of each column, its prompts and the sum of their weights; see ``corpus.Corpus``.
+        counts, weights: column number as text -> its number of prompts, and the sum of their weights; see
+            ``corpus.Corpus``.
     """
     for contrast in contrasts:
         columns = [str(column) for column in contrast[1:]]
@@ -75,8 +76,11 @@ def check_counts(
 def find_universal(
     totals: Totals, diverse: Sequence[Contrast], threshold: float, shape: tuple[int, int], prompts_sha256: str
 ) -> UniversalNeurons:
-    """The neurons among the top 0.1% by magnitude on at least ``threshold`` of the universal prompts, or of the diverse
-    contrasts, in a model of shape (L, N)."""
+    """Return the universal neurons of a model of shape (L, N).
+
+    These are among the top 0.1% by magnitude on at least ``threshold`` of all votes. Each universal prompt and each
+    diverse contrast is one vote.
+    """
     n_layers, n_neurons = shape
     k = select.k_from_fraction(UNIVERSAL_FRACTION, n_layers, n_neurons)
     counts, n_votes = torch.zeros(n_layers, n_neurons, dtype=torch.int64), totals.n_universal
@@ -97,7 +101,7 @@ def select_circuit(
     """Select the circuit of one contrast, and say how stable the selection is.
 
     Args:
-        provenance: what only the caller knows; fields of :class:`Circuit`.
+        provenance: fields of :class:`Circuit` that say what it was found with.
     """
     least = 1 if selection.score == "cohen-d" else 0
     halves = [totals.slot(column) for column in contrast[1:]]
@@ -112,7 +116,7 @@ def select_circuit(
 
 
 def _pair(positive: SlotSums, negative: SlotSums) -> ActivationSums:
-    """Two slots as the two columns of a contrast."""
+    """ActivationSums whose two columns are these two slots, as ``select`` takes the halves of a contrast."""
     squares = positive.total_sq is not None and negative.total_sq is not None
     sums = ActivationSums(positive.total.shape[0], positive.total.shape[1], 2, squares=squares)
     for column, slot in ((select.POSITIVE, positive), (select.NEGATIVE, negative)):
@@ -128,7 +132,8 @@ def _without(whole: SlotSums, part: SlotSums) -> SlotSums:
 
 
 def _cross_validate(selection, halves, folds, chosen) -> dict | None:
-    """Select without each fold in turn: how alike the circuits are, and the contrast on the prompts left out."""
+    """Select without each fold in turn: the overlap of each selection with ``chosen``, and how much of its contrast the
+    prompts of the left-out fold show."""
     if not folds:
         return None
     overlaps, retained = [], []
@@ -145,8 +150,8 @@ def _cross_validate(selection, halves, folds, chosen) -> dict | None:
 def _bootstrap(selection, replicates, chosen, seed, least) -> dict | None:
     """How often each neuron is selected when the prompts are drawn again.
 
-    Of a handful of prompts a replicate may draw none; those whose sides do not count more than ``least`` are left out.
-    None where fewer than two are left.
+    A replicate counts only where both its sides have a count above ``least``: of a handful of prompts a replicate may
+    draw none. The result is None where fewer than two replicates count.
     """
     counts: Counter[tuple[int, int]] = Counter()
     n = 0

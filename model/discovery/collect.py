@@ -1,8 +1,8 @@
 """Forward passes over many prompts that keep nothing but streaming sums of activations.
 
-A transformer says in ``blocks()`` which layers are in memory together. All packs go through one block before the next.
-A model in memory, or a rank's part of a model, is one block: each pack goes through all layers at once. Of a model that
-is read layer by layer every layer is a block: packs wait between two layers as hidden states.
+A transformer says in ``blocks()`` which layers are in memory together. All packs go through one block before any goes
+through the next. A model in memory, or a rank's part of a model, is one block: each pack goes through all layers at
+once. In a model that is read layer by layer every layer is a block, and packs wait between two layers as hidden states.
 """
 
 from __future__ import annotations
@@ -27,14 +27,14 @@ from .packing import Group, TokenPrompt, group_by_prefix, packs_of
 if TYPE_CHECKING:
     from .streamed import HiddenStates, StreamedTransformer
 
-Progress = Callable[[int, int], None]  # prompts and tokens of a pack that is done
-DEFAULT_TOKENS = {"cpu": 512, "cuda": 32768}  # of one pack, by device
+Progress = Callable[[int, int], None]  # called with the prompts and tokens of a pack that is done
+DEFAULT_TOKENS = {"cpu": 512, "cuda": 32768}  # tokens of one pack, by device
 AUTO_TOKENS = {"cpu": (256, 512, 1024, 2048, 4096), "cuda": (4096, 8192, 16384, 32768, 65536, 131072)}
 OUT_OF_MEMORY = "out of memory"
 
 
 def default_tokens(device: torch.device) -> int:
-    """Tokens of one pack, where nobody says how many."""
+    """The tokens of one pack where the caller does not set them."""
     return DEFAULT_TOKENS.get(device.type, DEFAULT_TOKENS["cpu"])
 
 
@@ -51,24 +51,25 @@ def collect(
     """Add the activations at every prompt's counted tokens to ``sums``.
 
     Args:
-        transformer: a Transformer, a StreamedTransformer or a ParallelTransformer. All ranks of the last one call this
-            with the same arguments, but for ``progress``, and all get the sums of all neurons.
-        column_weights: ``[P, C]`` fp32, how much each prompt counts in each column; its counted tokens share it.
+        transformer: a Transformer, a StreamedTransformer or a ParallelTransformer. All ranks of a ParallelTransformer
+            call ``collect`` with equal arguments, except ``progress``, and all get the sums of all neurons.
+        column_weights: ``[P, C]`` fp32, how much each prompt counts in each column. The prompt's counted tokens share
+            this weight equally.
         batch: prompts a forward pass; None fits as many as ``max_tokens`` allows.
         max_tokens: tokens a forward pass; None takes ``default_tokens``.
-        progress: called after every pack; of a pack that has not been through all layers yet with its part, rounded
-            down.
+        progress: called with the prompts and tokens of every pack. After a block of several, it is called with the
+            share of the layers that the pack has passed, rounded down.
 
     Raises:
         InputError: a prompt is too long for the model, is too much for the memory, or causes an activation that is not
-            finite; names the prompt. Of a ParallelTransformer also: memory has run out on one rank, the ranks were
-            given different prompts, or one of them is gone.
+            finite; names the prompt. With a ParallelTransformer also: memory has run out on one rank, the ranks were
+            given different prompts, or a rank is gone.
     """
     max_tokens = max_tokens or default_tokens(transformer.device)
     with transformer.own_sums(sums, prompts, column_weights, batch, max_tokens) as own:
         for prompt in prompts:
             check_length(prompt, transformer.config.context_length)
-        own.discard()  # what a pass has left that never came to its end
+        own.discard()  # drops what a pass that was broken off has left in the buffers
         passes = _Passes(transformer, prompts, column_weights, own, batch, max_tokens, progress)
         try:
             for block in transformer.blocks():
@@ -86,11 +87,12 @@ class _Pack:
     """Prompts that go through the layers together, each without its ``prefix`` first tokens.
 
     Attributes:
-        rows: the prompts, by number.
-        n_tokens: how many run.
-        start: how many of all that run come before them.
-        is_prefix: whether these are the prefix, of all these prompts.
-        packed: the tokens, from the first layer to the last.
+        rows: the numbers of the prompts.
+        prefix: how many tokens at each prompt's beginning are left to the pack of the prefix.
+        n_tokens: how many tokens of this pack run.
+        start: how many tokens run before this pack's: where its hidden states begin.
+        is_prefix: whether this pack is itself the prefix that all prompts of ``rows`` share.
+        packed: the Packed tokens, kept from the first layer to the last.
     """
 
     rows: list[int]
@@ -103,26 +105,27 @@ class _Pack:
 
 @dataclass
 class _Group:
-    """Packs whose prompts share a prefix, a pack of its own, or None."""
+    """Packs whose prompts share a prefix. The prefix is a pack of its own, or None."""
 
     prefix: _Pack | None
     packs: list[_Pack]
 
 
 class _Passes:
-    """All packs of one call of :func:`collect`, whose arguments these are, through one block of layers after another.
+    """Runs all packs of one call of :func:`collect`, with its arguments, through one block of layers after another.
 
-    A pack's sums of a block are folded when all of the block has run, and only then do its hidden states change. So a
-    pack that fails can run again in halves: where memory ran out, and to find whose activation is not finite.
+    A pack's sums of a block are folded when the whole block has run, and only then do the pack's hidden states change.
+    So a pack that fails can run again in halves: where memory ran out, and to find the prompt whose activation is not
+    finite.
     """
 
     def __init__(self, transformer, prompts, column_weights, sums, batch, max_tokens, progress):
         self.transformer, self.prompts, self.column_weights, self.sums = transformer, prompts, column_weights, sums
         self.limits, self.progress = dict(max_prompts=batch, max_tokens=max_tokens), progress
-        self.hidden: HiddenStates | None = None  # where blocks follow
+        self.hidden: HiddenStates | None = None  # only where the model has more than one block
         self.n_tokens = 0
         self.groups = [self._plan(group) for group in shared_prefixes(transformer, prompts)]
-        self.run_so_far, self.reported = [0, 0], [0, 0]  # prompts and tokens; so far: times layers
+        self.run_so_far, self.reported = [0, 0], [0, 0]  # prompts, tokens; run_so_far: times layers
 
     def close(self):
         if self.hidden is not None:
@@ -150,7 +153,7 @@ class _Passes:
             past = None
             if group.prefix is not None:
                 past, failure = self._attempt(block, group.prefix, None)
-                if failure == OUT_OF_MEMORY and self.hidden is None:  # without sharing
+                if failure == OUT_OF_MEMORY and self.hidden is None:  # the prompts then run without sharing it
                     group.packs = self._plan(Group(0, group.prefix.rows)).packs
                     group.prefix = None
                 elif failure:
@@ -168,7 +171,7 @@ class _Passes:
                     raise self._error(pack, failure)
 
     def _attempt(self, block, pack: _Pack, past) -> tuple[list[Past] | None, str | None]:
-        """Run a pack through a block: keys and values of a prefix; or None, and why nothing has been added."""
+        """Run a pack through a block. Return a prefix's keys and values and None; or None and why nothing was added."""
         try:
             return self._pass(block, pack, past), None
         except NonFiniteActivation as error:
@@ -177,7 +180,7 @@ class _Passes:
             if not is_out_of_memory(error):
                 raise
             failure = OUT_OF_MEMORY
-        # outside the except block, whose traceback would keep the tensors alive
+        # this is outside the except block: its traceback would keep the tensors alive
         pack.packed = None
         self.sums.discard()
         if self.sums.act_sum.is_cuda:
@@ -203,7 +206,7 @@ class _Passes:
             x = x.cpu().contiguous()
         counted = self.column_weights[pack.rows if first and not pack.is_prefix else []]
         self.sums.fold(counted, layer=slice(block[0].number, block[-1].number + 1))
-        # the sums are in: nothing that follows allocates
+        # the totals have changed, so nothing below may fail: nothing below allocates
         if last:
             pack.packed = None
         elif self.hidden is not None:
@@ -237,7 +240,7 @@ class _Passes:
 
 
 def shared_prefixes(transformer: Transformer, prompts: Sequence[TokenPrompt]) -> list[Group]:
-    """The groups of ``packing.group_by_prefix``, without a prefix where a token's place depends on its prompt's end."""
+    """The groups of ``packing.group_by_prefix``; without a prefix where rotations depend on the prompt's length."""
     longest = max(len(prompt.ids) for prompt in prompts)
     if transformer.config.rope.kind == "dynamic" and longest > transformer.config.max_position_embeddings:
         return [Group(0, list(range(len(prompts))))]
@@ -253,7 +256,7 @@ def pack_prompts(prompts, rows: list[int], n_prefix: int, column_weights: Tensor
 
 
 def pack_prefix(prompts, rows: list[int], n_prefix: int, column_weights: Tensor, device) -> Packed:
-    """The beginning that these prompts share, as a pack. What it counts, it counts for all of them."""
+    """The beginning that these prompts share, as a pack. Its tokens have the weights of all these prompts together."""
     total = torch.zeros(n_prefix, column_weights.shape[1], dtype=torch.float64)
     for row in rows:
         first = len(prompts[row].ids) - prompts[row].n_counted
@@ -276,9 +279,9 @@ def forward(
     """Run a pack through some layers.
 
     Args:
-        past: keys and values of the prefix in each of them, or None.
-        x: the hidden states before them, ``[1, T, H]``; None embeds the tokens.
-        keep: return the pack's own keys and values in each, too; else nothing.
+        past: the prefix's keys and values in each of the layers, or None.
+        x: the hidden states before the first of the layers, ``[1, T, H]``; None embeds the tokens.
+        keep: return the pack's own keys and values in each layer, too; else an empty list.
     """
     config, found = transformer.config, []
     with torch.inference_mode():
@@ -311,11 +314,11 @@ def check_length(prompt: TokenPrompt, context_length: int):
 def measure_tokens(
     transformer: Transformer, prompts: Sequence[TokenPrompt], n_columns: int, *, squares: bool
 ) -> tuple[int, dict[int, float]]:
-    """Measure once how many tokens a forward pass should have, on the first layers and prompts like these.
+    """Measure how many tokens a forward pass should have, on the model's first two layers and copies of these prompts.
 
     Returns:
-        the fewest tokens that come within 3% of the best rate, and the tokens/s of every size that fits memory, for
-        all layers.
+        the smallest size, in tokens, that comes within 3% of the best rate; and size -> tokens/s through all layers,
+        for every size that fits memory.
     """
     config, device = transformer.config, transformer.device
     n_layers = min(2, config.num_hidden_layers)
@@ -336,7 +339,7 @@ def measure_tokens(
             for _ in range(3):
                 start = time.perf_counter()
                 forward(transformer, packed, None, sums, layers=transformer.layers[:n_layers])
-                sums.fold(weights)  # waits for the device
+                sums.fold(weights)  # fold waits for the device
                 seconds.append(time.perf_counter() - start)
         except NonFiniteActivation:
             pass  # the run itself will name the prompt

@@ -1,4 +1,4 @@
-"""What a discovery will need, before it runs: memory, reads and time, from config, headers, a sample and two probes."""
+"""The memory, reads and time that a discovery will need, from config, headers, a sample of prompts and two probes."""
 
 from __future__ import annotations
 
@@ -25,9 +25,9 @@ from .packed import run_layer
 from .packing import TokenPrompt, group_by_prefix, plan_packs
 from .streamed import HIDDEN_BYTES
 
-SAMPLE = 1000  # prompts that are tokenised
-PROBE_BYTES = 256 << 20  # of the checkpoint that are read
-LINE_BYTES = 80  # of a prompt in the corpus file, beside its text
+SAMPLE = 1000  # prompts that are tokenised to measure
+PROBE_BYTES = 256 << 20  # bytes of the checkpoint that are read to measure the rate
+LINE_BYTES = 80  # bytes of a prompt's line in the corpus file, beside its text
 
 
 def estimate(
@@ -41,11 +41,11 @@ def estimate(
     max_tokens: int | None = None,
     n_columns: int = 2,
 ) -> dict:
-    """Estimate a discovery over these (text, place): bytes, tokens and seconds.
+    """Estimate the bytes, tokens and seconds of a discovery over ``prompts``, each a (text, place).
 
-    Sizes are counted; sums with their squares, as a run directory keeps them. Times follow from three measurements: a
-    sample of the prompts is tokenised, one layer with random weights runs over a pack of them, and a part of the
-    checkpoint is read.
+    Sizes are computed, for sums with their squares, as a run directory keeps them. Times follow from three
+    measurements: a sample of the prompts is tokenised, one layer with random weights runs over a pack of that sample,
+    and a part of the checkpoint is read.
     """
     config = read_config(directory)
     tokenizer = Tokenizer(directory, config.vocab_size)
@@ -95,7 +95,7 @@ def estimate(
         "read": read_bytes / _read_rate(checkpoint),
         "compute": per_token * n_layers * run_per_prompt * n_prompts,
     }
-    # The reader and the tokeniser work beside the model; the first layer, or all weights, must be there before it.
+    # Reading and tokenising go on while the model computes. The first layer, or all weights, must be read before.
     first = seconds["read"] / n_layers if stream_layers else seconds["read"]
     beside = max(seconds["tokenise"], seconds["read"] - first if stream_layers else 0.0, seconds["compute"])
     return {
@@ -113,7 +113,7 @@ def estimate(
 
 
 def _layer_seconds(config, ids, dtype, device, max_tokens, n_columns) -> float:
-    """Seconds that one layer takes for a token: a layer of random weights over a pack of these prompts."""
+    """Measure the seconds that one layer takes for a token, with random weights and a pack of these prompts."""
     with torch.device("meta"):
         layer = Layer(config, 0)
     layer = layer.to(dtype).to_empty(device=device).eval()
@@ -131,13 +131,13 @@ def _layer_seconds(config, ids, dtype, device, max_tokens, n_columns) -> float:
         for _ in range(4):
             start = time.perf_counter()
             run_layer(layer, packed, x, rotation, None, window=None, last=False, **sums.layer(0))
-            sums.fold(torch.ones(1, n_columns))  # waits for the device
+            sums.fold(torch.ones(1, n_columns))  # fold waits for the device
             times.append(time.perf_counter() - start)
     return min(times[1:]) / packed.n_tokens
 
 
 def _read_rate(checkpoint) -> float:
-    """Bytes a second from the largest file of the checkpoint, past the cache of the system where it can be emptied."""
+    """Measure the bytes a second read from the largest file, emptied from the system's cache where it can be."""
     entry = max(checkpoint.entries.values(), key=lambda entry: entry.end)
     with open(entry.path, "rb", buffering=0) as file:
         size = min(os.fstat(file.fileno()).st_size, PROBE_BYTES)

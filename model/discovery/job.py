@@ -1,4 +1,4 @@
-"""Job: a corpus, a model, and what to ask of it. Runs units of work, and turns their merged sums into circuits."""
+"""Job: a model, a corpus and settings. A job runs units of the corpus and turns their merged sums into circuits."""
 
 from __future__ import annotations
 
@@ -35,10 +35,10 @@ Progress = Callable[[int, int, int], None]  # prompts done, prompts in all, toke
 
 
 class Job:
-    """What one run asks: everything is checked here, before any forward pass.
+    """What one run asks. The constructor checks everything before any forward pass.
 
     Attributes:
-        how: what the bits of its sums depend on besides model and prompts.
+        how: the Pass: what the bits of the sums depend on besides model and prompts.
     """
 
     def __init__(
@@ -56,15 +56,15 @@ class Job:
     ):
         """
         Args:
-            corpus, contrasts: the prompts, and the pairs of their columns to find circuits for.
+            corpus, contrasts: the prompts, and the pairs of the corpus's columns to find circuits for.
             diverse: contrasts for the universal filter, beside the corpus's universal prompts.
-            chat: whether prompts go through the chat template; None does where there is one.
+            chat: whether prompts go through the chat template; None: where the checkpoint has one.
             batch, max_tokens: prompts, or tokens, of a forward pass; see ``collect.collect``.
-            squares: keep sums of squares, for variances, and for scores that may be asked later.
+            squares: keep sums of squares even where the score needs none, for variances; see ``units.save_columns``.
         """
         self.model, self.corpus, self.contrasts, self.settings = model, corpus, tuple(contrasts), settings
         self.diverse, self.chat = tuple(diverse), chat
-        selection_of(settings, self.shape)  # raises where too few neurons are left
+        selection_of(settings, self.shape)  # raises InputError where too few neurons are left
         check_counts(settings, self.contrasts, corpus.count, corpus.weight)
         columns = Columns(
             len(corpus.columns), self.contrasts, folds=settings.folds, bootstrap=settings.bootstrap, seed=settings.seed
@@ -74,7 +74,7 @@ class Job:
         self._check_memory(columns)
 
     def _check_memory(self, columns: Columns):
-        """Refuse more sums than memory holds: totals of all slots, and the buffers of a unit that has all of them."""
+        """Refuse more sums than memory holds: the totals of all slots, and the buffers of a unit with all slots."""
         n_slots = columns.n_columns + sum(len(columns.derived(column)) for column in range(columns.n_columns))
         n_layers, n_neurons = self.shape
         needed = n_layers * n_neurons * n_slots * (8 + (8 + 4) * (2 if self.how.squares else 1))
@@ -85,11 +85,11 @@ class Job:
 
     @property
     def shape(self) -> tuple[int, int]:
-        """Layers, and neurons of each."""
+        """(number of layers, neurons of each layer)."""
         return self.model.config.num_hidden_layers, self.model.config.intermediate_size
 
     def choose_batch(self) -> tuple[int, dict[int, float]]:
-        """Measure how many tokens a forward pass should have, and take that many; see ``collect.measure_tokens``."""
+        """Measure how many tokens a forward pass should have, and use that size; see ``collect.measure_tokens``."""
         entries = self.corpus.read(0)[:256]
         n_columns = self.how.columns.weights(entries, 0)[1].shape[1] + sum(entry.universal for entry in entries)
         longest = self.model.config.context_length
@@ -103,7 +103,7 @@ class Job:
     def run(
         self, units: Sequence[int], *, skip_bad: bool = False, progress: Progress | None = None, done: int = 0
     ) -> Generator[tuple[int, Part], None, None]:
-        """Run units of the corpus, by number, and yield each with its part.
+        """Run units of the corpus, given by number. Yield each unit's number and its part.
 
         Args:
             done: prompts that are done already, for ``progress``.
@@ -140,13 +140,13 @@ class Job:
         return total
 
     def start(self, directory) -> RunDirectory:
-        """Start a run in a directory, or join the one that is there. Raises InputError if that is another one."""
+        """Start this job's run in a directory, or join it. Raises InputError if the directory holds another run."""
         run = RunDirectory.start(directory, self.facts(), self.corpus)
         check_parts(run)
         return run
 
     def run_in(self, directory, *, ranks: Ranks | None = None, **options) -> RunDirectory:
-        """Run what is missing in a run directory, or this rank's share of it. Rank 0 returns when all units are done.
+        """Run the missing units of a run directory, or this rank's share of them. Rank 0 returns when all are done.
 
         Options are those of :meth:`run`.
         """
@@ -163,7 +163,7 @@ class Job:
         return run
 
     def facts(self) -> dict:
-        """What the sums depend on besides the prompts."""
+        """What the sums depend on besides the prompts, for the run's manifest."""
         model, settings, how = self.model, self.settings, self.how
         return {
             "model": model.identity(),
@@ -235,7 +235,7 @@ class Job:
 
 @contextlib.contextmanager
 def says_what_is_kept(run: RunDirectory) -> Iterator[None]:
-    """Say on stderr what of a run is done when an interrupt or bad input ends its work."""
+    """When an interrupt or bad input ends the work on a run, say on stderr how many of its units are done."""
     try:
         yield
     except (KeyboardInterrupt, InputError) as error:

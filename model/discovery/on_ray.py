@@ -1,4 +1,4 @@
-"""A run on Ray: actors, each with a model, run units and write parts. Ray says who runs what, and replaces the dead."""
+"""A run on Ray: actors, each with a model, run units and write parts. Ray deals units out and restarts dead actors."""
 
 from __future__ import annotations
 
@@ -21,14 +21,14 @@ from .job import Job, Progress, says_what_is_kept
 from .parts import write_part
 from .run_directory import PATIENCE, RunDirectory
 
-MOST_RETRIES = 5  # of a unit whose worker died: a unit that kills every worker is not run for ever
+MOST_RETRIES = 5  # of a unit whose worker died, so that a unit that kills every worker is given up
 MOST_RESTARTS = 100  # of a worker
-LEAST_STORE = 80 << 20  # bytes of Ray's object store, the least it takes: parts go through files
+LEAST_STORE = 80 << 20  # bytes of Ray's object store, the least that Ray accepts: parts go through files
 MakeJob = Callable[[Corpus], Job]
 
 
 class UnitActor:
-    """Runs units in a process of its own. Its model is loaded by a call, so that bad input is an error of that call."""
+    """Runs units in its own process. A call (``start``) loads the model, so that bad input is an error of that call."""
 
     def __init__(self, make_job: MakeJob, directory: str, threads: int, skip_bad: bool):
         self._make_job, self._directory, self._threads, self._skip_bad = make_job, directory, threads, skip_bad
@@ -39,9 +39,9 @@ class UnitActor:
         self._join(Corpus.open(prompts, record))
 
     def run(self, unit: int) -> tuple[int, int]:
-        """Write the part of a unit unless it is there; return the prompts of the unit, and the tokens that ran."""
+        """Write the part of a unit unless it exists. Return the unit's prompts, and the tokens that ran, as numbers."""
         job = self._job
-        if job is None:  # the process has died after its start, and this is a new one
+        if job is None:  # this process replaces one that died after its start
             job = self._join(RunDirectory.open(self._directory).corpus())
         n_tokens = 0
         if not self._run.is_done(unit):
@@ -69,14 +69,14 @@ def run_on_ray(
     skip_bad: bool,
     progress: Progress,
 ) -> RunDirectory:
-    """Run what is missing in a run directory on Ray; return when all units are done.
+    """Run the missing units of a run directory on Ray; return when all units are done.
 
     Args:
-        address: "local" for a Ray of this machine that ends with the call, or HOST:PORT of one.
-        directory: seen by all machines of that Ray under this name, as are the model's files.
-        make_job: called by every worker; it and what it holds are pickled.
-        workers: how many; None takes one for each GPU that is free.
-        threads: of each worker on a CPU, and as many of Ray's CPUs.
+        address: "local" for a Ray on this machine that ends with the call, or HOST:PORT of a running Ray.
+        directory: the run directory. All machines of that Ray see it, and the model's files, under the same names.
+        make_job: every worker calls it to make its job. ``make_job`` and all that it refers to are pickled.
+        workers: the number of workers; None takes one for each free GPU.
+        threads: of each worker on a CPU; Ray also reserves this number of its CPUs for each worker.
     """
     prompts = RunDirectory.prepare(directory, corpus)
     with connected(address, None if workers is None else workers * threads) as ray:
@@ -109,11 +109,11 @@ def run_on_ray(
 
 @contextmanager
 def connected(address: str, n_cpus: int | None) -> Iterator[Any]:
-    """Yield the module ray, connected; ``n_cpus`` is what a local one is to offer at least."""
+    """Yield the module ray, connected. ``n_cpus`` is the least number of CPUs that a local Ray offers."""
     os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
     if address == "local":
-        # Ray's processes listen on all addresses of this machine, whatever they are told. A token of this run keeps
-        # others out; Ray reads the token when it is imported.
+        # Ray's processes listen on all addresses of this machine, whatever their options say. This run's token keeps
+        # other programs out. The module ray reads the token when it is imported.
         os.environ.setdefault("RAY_AUTH_MODE", "token")
         os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
     require("ray")
@@ -130,7 +130,7 @@ def connected(address: str, n_cpus: int | None) -> Iterator[Any]:
         ray.init(address=address, logging_level=logging.ERROR, **options)
     except (ConnectionError, ValueError, RuntimeError) as error:
         raise InputError("--ray", f"{address!r}: {error}") from None
-    signal.signal(signal.SIGTERM, on_sigterm)  # Ray's own aborts
+    signal.signal(signal.SIGTERM, on_sigterm)  # ray.init has set a handler that aborts
     try:
         yield ray
     finally:
@@ -148,7 +148,7 @@ def _check_answers(address):
 
 @contextmanager
 def _errors_of(ray):
-    """Raise what a worker could not use as it was raised there, and say so where workers died too often."""
+    """Raise a worker's InputError as it was raised there; raise another InputError where workers died too often."""
     try:
         yield
     except ray.exceptions.RayTaskError as error:

@@ -1,8 +1,8 @@
-"""The forward pass of a pack: tokens of many prompts in one row, each prompt looking at itself and at a shared prefix.
+"""The forward pass of a pack: tokens of many prompts in one row. A prompt attends to itself and to a shared prefix.
 
-Everything but attention works on ``[1, T, H]``, whatever the lengths. Attention uses PyTorch's flash kernel for
-sequences of varying length where the device has it (``tests/model/test_cuda_model.py``).
-Elsewhere it goes span by span: prompts of one length are one batch without padding, views of the packed tensors.
+Everything but attention works on ``[1, T, H]``, whatever the prompts' lengths. Attention uses PyTorch's flash kernel
+for sequences of varying length where the device has it (``tests/model/test_cuda_model.py``). Elsewhere attention goes
+span by span: prompts of one length are a batch without padding, made of views of the packed tensors.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from ..transformer import Layer
 from .packing import spans_of
 
 Past = tuple[Tensor, Tensor]  # keys and values of a prefix in one layer, [1, KV heads, P, D]
-KEY_BYTES, VARLEN_BYTES = 32 << 20, 1 << 30  # of keys and values, prefixes included, that one attention call gets
+KEY_BYTES, VARLEN_BYTES = 32 << 20, 1 << 30  # of keys and values, with prefixes, in one attention call
 
 
 class Packed:
@@ -29,17 +29,17 @@ class Packed:
 
     Attributes:
         ids: ``[T]`` int64, the own tokens of each prompt, without the prefix.
-        rows: ``[R]`` int64, the tokens that sums count.
-        token_weight: ``[R, C]`` fp32, how much each of those counts in each column.
+        rows: ``[R]`` int64, the places in ``ids`` of the tokens that the sums count.
+        token_weight: ``[R, C]`` fp32, how much each token of ``rows`` counts in each column.
     """
 
     def __init__(self, ids: Sequence[list[int]], counted: Sequence[int], token_weight: Tensor, *, prefix: int, device):
         """
         Args:
             ids: the own tokens of each prompt, in the order of ``packing.plan_packs``.
-            counted: how many of them at the end count; 0 is allowed.
-            token_weight: ``[P, C]`` fp32, of each counted token of a prompt; or ``[R, C]``, of every counted token.
-            prefix: tokens of the shared beginning in front of every prompt.
+            counted: how many tokens at the end of each prompt count; 0 is allowed.
+            token_weight: fp32, ``[P, C]``: one row for all counted tokens of a prompt; or ``[R, C]``: a row for each.
+            prefix: the number of tokens of the shared beginning in front of every prompt.
         """
         lengths = [len(row) for row in ids]
         self.spans, self.prefix, self.n_tokens = spans_of(lengths, counted), prefix, sum(lengths)
@@ -68,17 +68,17 @@ class Packed:
         return token_weight
 
     def owners(self, last: bool) -> list[int]:
-        """The prompt of every token; after the last layer, of every counted token."""
+        """The number of the prompt that every token belongs to; with ``last``, of the counted tokens only."""
         sizes = [span.n_counted if last else span.n_tokens for span in self.spans for _ in range(span.n_prompts)]
         return [owner for owner, size in enumerate(sizes) for _ in range(size)]
 
     def n_keys(self) -> int:
-        """Tokens that the prompts of this pack look at, the prefix counted for each."""
+        """The number of tokens that the prompts of this pack attend to; the prefix counts once for each prompt."""
         return self.n_tokens + self.prefix * sum(span.n_prompts for span in self.spans)
 
     def sequences(self, last: bool) -> tuple[Tensor, Tensor, int, int, Tensor]:
-        """Where each prompt's queries and keys begin (``[P + 1]`` int32 each), the most of both, and which rows of
-        prefix and own tokens, one after the other, are its keys."""
+        """What the flash kernel needs: where each prompt's queries, and its keys, begin (``[P + 1]`` int32 each); the
+        most queries, and the most keys, of one prompt; and the rows of all keys among the prefix and the own tokens."""
         if last in self._sequences:
             return self._sequences[last]
         asked, keys, places = [0], [0], []
@@ -95,7 +95,7 @@ class Packed:
         return self._sequences[last]
 
     def rotation(self, rotary: RotaryEmbedding, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        """cos and sin ``[1, 1, T, D]``; every token is a sequence of its own to the embedding."""
+        """cos and sin ``[1, 1, T, D]``. The rotary embedding gets every token as a sequence of one token."""
         cos, sin = rotary(self.positions[:, None], self.lengths, dtype)  # [T, 1, 1, D]
         return cos.transpose(0, 2), sin.transpose(0, 2)
 
@@ -109,11 +109,11 @@ def run_layer(
         x: ``[1, T, H]``.
         past: keys and values of the prefix in this layer, or None.
         window: the layer's sliding window, or None.
-        last: whether no layer follows: only counted tokens go on.
-        sums: ``act_sum`` and ``act_sumsq`` of this layer; none where nothing is counted.
+        last: whether this is the model's last layer, after which only counted tokens are needed.
+        sums: ``act_sum`` and ``act_sumsq`` of this layer; left out where nothing is summed.
 
     Returns:
-        The hidden states, and this pack's own keys and values: the past of the prompts of which this is the prefix.
+        The hidden states, and this pack's own keys and values: if the pack is a prefix, the past of its prompts.
     """
     own: list[Tensor] = []
     extras = {}
@@ -144,7 +144,7 @@ def _varlen():
 
 
 def _attend_varlen(packed: Packed, past, window, last, own, _layer, query, key, value) -> Tensor:
-    """As :func:`_attend`, all prompts in one call. Of a prompt's queries the last one looks at all of its keys."""
+    """As :func:`_attend`, but all prompts in one call. The last query of a prompt attends to all keys of the prompt."""
     own += [key, value]
     asked, edges, most_asked, most_keys, places = packed.sequences(last)
     if most_asked == 0:
@@ -163,11 +163,11 @@ def _attend_varlen(packed: Packed, past, window, last, own, _layer, query, key, 
 
 
 def _attend(packed: Packed, past, window, last, own, _layer, query, key, value) -> Tensor:
-    """Attention of every prompt to its prefix and to its own tokens so far, ``[1, heads, T, D]`` each."""
+    """Attention of every prompt to its prefix and causally to its own tokens; all tensors are ``[1, heads, T, D]``."""
     own += [key, value]
     spans = packed.spans
     y = torch.empty_like(query.transpose(1, 2)).transpose(1, 2)
-    # A prefix is copied in front of the keys of every prompt: a few prompts at a time, so that copies stay small.
+    # The prefix is copied in front of the keys of every prompt, for a few prompts at a time, so that copies stay small.
     row_bytes = 2 * key.shape[1] * key.shape[3] * key.element_size()
     asked_before = 0
     for span in spans:
@@ -203,7 +203,7 @@ def _apart(x: Tensor, n_prompts: int) -> Tensor:
 
 
 def _mask(n_asked: int, n_keys: int, window: int | None, device) -> tuple[Tensor | None, bool]:
-    """The mask for the last ``n_asked`` of ``n_keys`` tokens, and whether plain causal attention does without."""
+    """The mask for the last ``n_asked`` of ``n_keys`` tokens, or None; and the argument ``is_causal``."""
     if window is None or window >= n_keys:
         if n_asked == 1:
             return None, False

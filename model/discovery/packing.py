@@ -1,6 +1,6 @@
 """Which prompts go through the model together: no padding, and a shared beginning only once.
 
-Prompts that begin alike form a group; their common prefix is computed once and they attend to its keys and values.
+Prompts that begin alike form a group. Their common prefix is computed once; all attend to the prefix's keys and values.
 Within a group prompts are sorted by length and cut into packs: one row of tokens, one prompt after the other.
 """
 
@@ -10,9 +10,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
-# Tokens that a group of its own has to save: packs get smaller, and the prefix is a forward pass by itself.
+# Tokens that a group must save to be worth its cost: smaller packs, and a forward pass for the prefix alone.
 GROUP_COST = 64
-DEEPEST = 50  # prefixes within prefixes that are looked at
+DEEPEST = 50  # levels of prefixes within prefixes that are tried
 
 
 @dataclass(frozen=True)
@@ -20,8 +20,8 @@ class TokenPrompt:
     """One tokenised prompt.
 
     Attributes:
-        place: names it in messages, ``file:line``.
-        n_counted: how many tokens at its end the sums count: 1, the last, unless told otherwise.
+        place: names the prompt in messages, ``file:line``.
+        n_counted: how many tokens at the prompt's end the sums count; by default only the last.
     """
 
     ids: list[int]
@@ -39,7 +39,7 @@ class Group(NamedTuple):
 class Span(NamedTuple):
     """Neighbouring prompts of a pack with the same number of tokens and of counted tokens.
 
-    ``start`` is where the first one's tokens begin; all are without the prefix.
+    ``start`` is where the tokens of the first prompt begin in the pack. No field counts the prefix.
     """
 
     start: int
@@ -51,7 +51,7 @@ class Span(NamedTuple):
 def group_by_prefix(ids: Sequence[list[int]]) -> list[Group]:
     """Split prompts into groups that share a beginning, where computing it once saves more than GROUP_COST tokens.
 
-    A prefix ends at least one token before the shortest prompt of its group does. Every prompt is in one group.
+    A prefix ends at least one token before the shortest prompt of its group. Every prompt is in exactly one group.
     """
     order = sorted(range(len(ids)), key=lambda row: ids[row])
     _, groups, alone = _best(ids, order, 0)
@@ -61,7 +61,7 @@ def group_by_prefix(ids: Sequence[list[int]]) -> list[Group]:
 
 
 def _best(ids, members, depth) -> tuple[int, list[Group], list[int]]:
-    """The best groups of a sorted list: tokens saved, the groups, and who is better off without one."""
+    """The best groups of a sorted list: tokens saved, the groups, and the prompts that are better off in no group."""
     if len(members) < 2:
         return 0, [], members
     prefix = _common(ids, members)
@@ -83,8 +83,8 @@ def _best(ids, members, depth) -> tuple[int, list[Group], list[int]]:
 
 
 def _children(ids, members, prefix) -> list[list[int]]:
-    """Members, in sorted order, by their token after the prefix. Where that is the same, the shortest, which allow no
-    longer prefix, apart from the others."""
+    """Split members, in sorted order, by their token after the prefix. If all have the same token there, split off the
+    shortest, which allow no longer prefix, from the others."""
     shortest = [row for row in members if len(ids[row]) == prefix + 1]
     if ids[members[0]][prefix] == ids[members[-1]][prefix] and 0 < len(shortest) < len(members):
         return [shortest, [row for row in members if len(ids[row]) > prefix + 1]]
@@ -98,7 +98,7 @@ def _children(ids, members, prefix) -> list[list[int]]:
 
 
 def _common(ids, members) -> int:
-    """How many tokens the prompts of a sorted list have in common: the first and the last of them decide."""
+    """How many tokens all prompts of a sorted list begin with: as many as its first and its last prompt share."""
     shortest = min(len(ids[row]) for row in members)
     pairs = enumerate(zip(ids[members[0]], ids[members[-1]], strict=False))
     return min(next((place for place, (a, b) in pairs if a != b), shortest), shortest - 1)
@@ -109,7 +109,7 @@ def plan_packs(
 ) -> list[list[int]]:
     """Cut prompts into packs: the rows of each, shortest first.
 
-    A pack holds ``max_prompts`` prompts, or where that is None at most ``max_tokens`` tokens, at least one prompt.
+    A pack holds at most ``max_prompts`` prompts; if that is None, at most ``max_tokens`` tokens. It holds at least one.
     """
     packs: list[list[int]] = []
     size = 0
@@ -129,7 +129,7 @@ def plan_packs(
 def packs_of(
     prompts: Sequence[TokenPrompt], group: Group, *, max_prompts: int | None, max_tokens: int
 ) -> list[list[int]]:
-    """The packs of a group: the prompts of each, whose tokens after the prefix :func:`plan_packs` has counted."""
+    """The packs of a group, as numbers of prompts. Only tokens after the prefix count for :func:`plan_packs`."""
     lengths = [len(prompts[row].ids) - group.prefix for row in group.prompts]
     counted = [prompts[row].n_counted for row in group.prompts]
     packs = plan_packs(lengths, counted, max_prompts=max_prompts, max_tokens=max_tokens)

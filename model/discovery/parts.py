@@ -1,4 +1,4 @@
-"""Parts: what units of a run add, a file each in its directory. Written, read and checked, and merged."""
+"""Parts: what each unit of a run adds, a file in the run directory. They are written, read, checked and merged here."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from .units import Part, SlotSums
 
 
 def write_part(run: RunDirectory, unit: int, part: Part):
-    """Write what a unit adds, whole or not at all. A part that is there already stays."""
+    """Write a unit's part as a whole file or not at all. A part that exists already stays."""
     tensors, counts = {}, {}
     for number, slot in part.slots.items():
         tensors[f"total.{number}"], counts[str(number)] = slot.total, slot.count
@@ -36,13 +36,13 @@ def write_part(run: RunDirectory, unit: int, part: Part):
         "skipped": part.skipped,
         "n_left_out": {str(column): count for column, count in part.n_left_out.items()},
     }
-    # One entry of metadata: safetensors writes several in any order, and a part has the same bytes every time.
+    # One entry of metadata: safetensors writes several in any order, but a part must have the same bytes every time.
     record = json.dumps({"facts": facts, "sha256": _hash(facts, tensors)}, sort_keys=True)
     write_once(run.part_path(unit), save(tensors, metadata={"part": record}))
 
 
 def read_part(run: RunDirectory, unit: int) -> Part:
-    """Read and check the part of a unit. Raises InputError naming the file for one that is torn or foreign."""
+    """Read and check the part of a unit. Raises InputError naming the file if it is damaged or of another run."""
     facts, tensors = _read(run, unit)
     part = Part(
         universal=tensors.get("universal"),
@@ -82,10 +82,10 @@ def _read(run, unit, *, tensors=True) -> tuple[dict, dict]:
 
 
 def merged(run: RunDirectory, patience: float = 0.0) -> Part:
-    """Add all parts, in the order of their units. Raises InputError if one is missing, damaged or foreign.
+    """Add all parts, in the order of their units. Raises InputError if a part is missing, damaged or of another run.
 
     Args:
-        patience: seconds in which a part of another machine may still come into sight.
+        patience: seconds to wait for parts that another machine has written and this machine does not see yet.
     """
     deadline = time.monotonic() + patience
     while (missing := run.missing()) and time.monotonic() < deadline:
@@ -100,7 +100,7 @@ def merged(run: RunDirectory, patience: float = 0.0) -> Part:
 
 
 def check_parts(run: RunDirectory):
-    """Refuse damaged and foreign parts before any work; their contents are checked when they are merged."""
+    """Refuse damaged files and parts of another run before any work; :func:`merged` also checks their tensors."""
     missing = set(run.missing())
     run.check_names()
     for unit in range(len(run.units)):

@@ -1,4 +1,4 @@
-"""Ranks: the processes of a run that torchrun has started, and what they tell each other through torchrun's store."""
+"""Ranks: a run's processes that torchrun has started, and the messages between them through torchrun's store."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from .run_directory import POLL
 
 
 class Ranks:
-    """This process, of rank ``rank``, and the others of ``world``. torchrun ends all of them when one dies."""
+    """This process, number ``rank`` of ``world`` processes. torchrun ends all of them when one dies."""
 
     def __init__(self, rank: int, world: int):
         self.rank, self.world = rank, world
@@ -28,18 +28,18 @@ class Ranks:
         self._wait_for(["missing"])
 
     def share(self, missing: Sequence[int]) -> list[int]:
-        """This rank's units: every ``world``-th of those that rank 0 finds missing."""
+        """This rank's units: every ``world``-th of the units that rank 0 finds missing."""
         if self.rank == 0:
             self._store.set("missing", json.dumps(missing))
         self.wait_for_start()
         return json.loads(self._store.get("missing"))[self.rank :: self.world]
 
     def wait(self):
-        """Say that this rank's share is done; rank 0 waits for the others'."""
+        """Say that this rank's share is done. Rank 0 then waits until all ranks have said so."""
         self._store.set(f"done/{self.rank}", "")
         if self.rank == 0:
             self._wait_for([f"done/{rank}" for rank in range(self.world)])
 
     def _wait_for(self, keys):
         while not self._store.check(keys):
-            time.sleep(POLL)  # a store that is waited for inside would hold back signals
+            time.sleep(POLL)  # the store's own wait would hold back signals

@@ -15,18 +15,19 @@ POSITION_TEXT = {"last": "last prompt token", "all": "all prompt tokens but the 
 
 @dataclass(frozen=True)
 class Settings:
-    """How to select. ``preset`` names where the values came from.
+    """How to select. ``preset`` names the preset that the values came from.
 
     Attributes:
-        fraction: of all layers' neurons; ``top_k``, where given, wins.
+        fraction: the share of all layers' neurons to select; ``top_k``, where given, is used instead.
         score: one of select.SCORES.
         skip_layers: layers whose neurons are not candidates.
         universal: whether the universal filter runs.
-        universal_threshold: a neuron is universal when it is among the top 0.1% on this share of the neutral prompts.
+        universal_threshold: a neuron is universal when it is among the top 0.1% on at least this share of the
+            universal prompts and diverse contrasts.
         double_bos: tokenise the rendered chat once more, which puts a second BOS in front for Llama.
         round_means: round both means to the model's dtype before subtracting.
         position: which tokens count: "last" of the prompt, "all" of the prompt but the BOS, or those of the "answer".
-            Every prompt counts the same: its tokens share its weight.
+            A long prompt counts no more than a short one: its counted tokens share its weight.
         bootstrap: replicates for the stability of the selection; ``seed`` draws them.
         folds: parts for cross-validation.
     """

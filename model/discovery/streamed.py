@@ -1,7 +1,7 @@
 """Attribution of models larger than memory: all prompts through a layer before the next layer is read.
 
-Two layers are in memory, the one that computes and the one that is being read, and the hidden states of the prompts of
-one unit, which go to a file where they are too many. Rows of the embedding are read as tokens ask for them.
+Memory holds two layers, the one that computes and the one that is being read, and the hidden states of one unit's
+prompts. Hidden states too large for memory go to a file. Only the embedding's rows of the tokens that occur are read.
 """
 
 from __future__ import annotations
@@ -26,18 +26,18 @@ from ..checkpoint.safetensors_file import Checkpoint
 from ..rope import RotaryEmbedding
 from ..transformer import Layer
 
-HIDDEN_BYTES = 1 << 30  # hidden states that stay in memory; more go to a file
+HIDDEN_BYTES = 1 << 30  # the most bytes of hidden states kept in memory; more go to a file
 
 
 class StreamedTransformer:
-    """A checkpoint whose layers are read when their turn comes. It has sums (``collect``), but no logits.
+    """A checkpoint whose layers are read when their turn comes. It serves ``collect``, but gives no logits.
 
     Attributes:
-        config, dtype, device: as those of a Transformer.
-        spill: the directory for hidden states that memory does not hold; None is the system's for temporary files.
+        config, dtype, device: as in a Transformer.
+        spill: the directory for hidden states that memory does not hold; None takes the system's own.
     """
 
-    rank: int | None = None  # as of a Transformer
+    rank: int | None = None  # as in a Transformer
 
     def __init__(self, directory, config: ModelConfig, checkpoint: Checkpoint, *, dtype=None, device="cpu", spill=None):
         check_entries(checkpoint, config, directory)
@@ -54,7 +54,7 @@ class StreamedTransformer:
         return rows[place].to(device=self.device, dtype=self.dtype)
 
     def blocks(self) -> Iterator[list[Layer]]:
-        """Yield one layer after the other; the next one is read meanwhile."""
+        """Yield one layer after the other; meanwhile the next layer is read."""
 
         def read(number):
             if number == self.config.num_hidden_layers:
@@ -69,7 +69,7 @@ class StreamedTransformer:
                 yield block
 
     def own_sums(self, sums: ActivationSums, *_):
-        """As of a Transformer."""
+        """As ``Transformer.own_sums``."""
         return nullcontext(sums)
 
     def hidden_states(self, n_tokens: int) -> HiddenStates:
@@ -84,7 +84,7 @@ class HiddenStates:
         self._hidden_size, self._dtype = hidden_size, dtype
         self._row = hidden_size * dtype.itemsize
         self._memory: Tensor | None = None
-        self._file: Any = None  # a raw file, where they are too many
+        self._file: Any = None  # a raw file, where memory has no room
         self._where = directory or tempfile.gettempdir()
         size = n_tokens * self._row
         if size <= HIDDEN_BYTES:
@@ -99,7 +99,7 @@ class HiddenStates:
             raise InputError(self._where, what) from None
 
     def read(self, start: int, n_tokens: int) -> Tensor:
-        """Those of some tokens, ``[1, n_tokens, H]``."""
+        """Return the hidden states of ``n_tokens`` tokens from ``start`` on, ``[1, n_tokens, H]``."""
         if self._memory is not None:
             return self._memory[None, start : start + n_tokens]
         x = torch.empty(1, n_tokens, self._hidden_size, dtype=self._dtype)
@@ -107,7 +107,7 @@ class HiddenStates:
         return x
 
     def write(self, start: int, x: Tensor):
-        """Replace them by ``x`` ``[1, n_tokens, H]``, contiguous and on the host."""
+        """Replace hidden states from token ``start`` on by ``x`` ``[1, n_tokens, H]``, contiguous and on the host."""
         if self._memory is not None:
             self._memory[start : start + x.shape[1]] = x[0]
         else:

@@ -1,11 +1,11 @@
 """Attribution of models larger than one device: every rank holds some heads and some neurons of every layer.
 
-Tensor parallelism on PyTorch's own engine. q, k, v, gate and up are split by rows, o_proj and down by columns, so that
-a rank's attention and its MLP each give one summand of the result; PLAN adds the summands. The sums of a neuron's
-activations stay with the rank that has the neuron, and are gathered once at the end.
+Tensor parallelism with PyTorch's own functions. q, k, v, gate and up are split by rows, o_proj and down by columns. So
+a rank's attention and its MLP each give one summand of the result, and PLAN adds the summands. The sums of a neuron's
+activations stay on the rank that has the neuron, and are gathered once at the end.
 
-All ranks run the same packs in step. Whatever one of them cannot do ends all of them, and never leaves the others
-waiting: they meet before the first pack and after every pack, and no wait is longer than the group's timeout.
+All ranks run the same packs in step. A failure of one rank ends all ranks and leaves none waiting: the ranks meet
+before the first pack and after every pack, and no wait is longer than the process group's timeout.
 """
 
 from __future__ import annotations
@@ -37,8 +37,8 @@ from ..checkpoint.safetensors_file import Checkpoint, TensorEntry
 from ..transformer import Transformer
 
 BACKENDS = {"cpu": "gloo", "cuda": "nccl"}
-TIMEOUT = timedelta(minutes=5)  # of a rank for the others; they differ by what reading and compiling take
-SPLIT = ("num_attention_heads", "num_key_value_heads", "intermediate_size")  # what of a layer ranks share out
+TIMEOUT = timedelta(minutes=5)  # how long a rank waits for the others, which may read and compile longer
+SPLIT = ("num_attention_heads", "num_key_value_heads", "intermediate_size")  # what the ranks divide
 
 PLAN: dict[str, ParallelStyle] = {
     part: PrepareModuleOutput(output_layouts=Partial(), desired_output_layouts=Replicate())
@@ -49,10 +49,10 @@ _NOTHING = "0" * 64  # shown instead of a hash by a rank that has failed
 
 
 def open_mesh(device, *, timeout: timedelta = TIMEOUT) -> DeviceMesh:
-    """All processes that torchrun has started, as one row of ranks. Starts the process group, unless the caller has.
+    """All processes that torchrun has started, as one row of ranks. Starts the process group if there is none yet.
 
     Args:
-        device: this rank's own: "cpu", or "cuda:N" with N its LOCAL_RANK.
+        device: this rank's device: "cpu", or "cuda:N" where N is this rank's LOCAL_RANK.
         timeout: how long a rank waits for the others.
     """
     device = torch.device(device)
@@ -66,8 +66,8 @@ def open_mesh(device, *, timeout: timedelta = TIMEOUT) -> DeviceMesh:
         bound = device if device.type == "cuda" else None
         dist.init_process_group(BACKENDS[device.type], timeout=timeout, device_id=bound)
         if device.type == "cpu":
-            # gloo's threads drop the tensors of a collective a moment after it has returned, and end the process with
-            # SIGABRT where the interpreter is going down by then (7 of 112; torch 2.13, pytorch issue 190489)
+            # gloo's threads drop the tensors of a collective a moment after the collective has returned. Where the
+            # interpreter is ending by then, the process dies with SIGABRT (7 of 112; torch 2.13, pytorch issue 190489)
             atexit.register(time.sleep, 0.2)
     world = dist.group.WORLD
     assert world is not None, "init_process_group has made it"
@@ -79,7 +79,7 @@ class ParallelTransformer(Transformer):
 
     Attributes:
         config: of the whole model.
-        mesh: the ranks that share it, one-dimensional.
+        mesh: the ranks that share the model, one-dimensional.
     """
 
     def __init__(self, config: ModelConfig, mesh: DeviceMesh):
@@ -99,7 +99,7 @@ class ParallelTransformer(Transformer):
         """The sums of this rank's neurons, which are added to ``sums`` on all ranks when the ``with`` ends.
 
         All ranks enter with the same arguments of ``collect``, else InputError. Packs are not halved where memory runs
-        out on one rank: that is an error, of the others because the connection is lost when this rank's process ends.
+        out on one rank. That rank raises an error; the others raise one when they lose the connection to it.
         """
         n_layers, n_columns, n_neurons = sums.total.shape
         squares = sums.total_sq is not None
@@ -118,14 +118,14 @@ class ParallelTransformer(Transformer):
 
 
 def _part_of(config: ModelConfig, n_ranks: int) -> ModelConfig:
-    """The shape of one rank's part. "Tied", because it has no lm_head: sums need none."""
+    """The shape of one rank's part. It says that embeddings are tied, so that no lm_head is read: sums need none."""
     return replace(config, tie_word_embeddings=True, **{field: getattr(config, field) // n_ranks for field in SPLIT})
 
 
 def load_parallel(
     directory, config: ModelConfig, checkpoint: Checkpoint, *, mesh: DeviceMesh, dtype=None, device="cpu"
 ) -> ParallelTransformer:
-    """Read this rank's part of a checkpoint. All ranks of the mesh call it, and all return or all raise.
+    """Read this rank's part of a checkpoint. All ranks of the mesh call this function; all return or all raise.
 
     No rank reads or holds more than its part. ``dtype`` None keeps the dtype of config.json.
 
@@ -167,7 +167,7 @@ def _load(directory, config, checkpoint, mesh, dtype, device) -> ParallelTransfo
 
 
 def _place_of(transformer: Transformer, name: str) -> Tensor:
-    """The parameter that a tensor of the checkpoint goes to; gate_proj and up_proj are the halves of one."""
+    """The parameter that a checkpoint's tensor goes to; gate_proj and up_proj go to the halves of gate_up_proj."""
     path = name.removeprefix("model.")
     for half, part in enumerate(("gate_proj", "up_proj")):
         if f".{part}." in path:
@@ -176,7 +176,7 @@ def _place_of(transformer: Transformer, name: str) -> Tensor:
 
 
 def _read_part(entry: TensorEntry, shape: tuple[int, ...], rank: int) -> Tensor:
-    """Read a rank's share of the rows or of the columns, where ``shape`` has fewer than the tensor, or all of it."""
+    """Read a rank's share of a tensor: of its rows or columns where ``shape`` has fewer of them, else all of it."""
     rows, columns = (1, *shape)[-2:]
     all_rows, all_columns = (1, *entry.shape)[-2:]
     row = rank * rows if rows < all_rows else 0
@@ -185,10 +185,10 @@ def _read_part(entry: TensorEntry, shape: tuple[int, ...], rank: int) -> Tensor:
 
 
 class OwnSums(ActivationSums):
-    """The sums of this rank's neurons. All ranks call ``fold`` together: a non-finite sum of one is an error of all."""
+    """The sums of this rank's neurons. All ranks call ``fold`` together; a non-finite sum fails on all of them."""
 
     def __init__(self, mesh: DeviceMesh, n_layers: int, n_neurons: int, n_columns: int, *, squares: bool, device):
-        """``n_neurons``: of a whole layer."""
+        """``n_neurons`` is the number of neurons of a whole layer."""
         super().__init__(n_layers, n_neurons // mesh.size(), n_columns, squares=squares, device=device)
         self.mesh, self.n_neurons = mesh, n_neurons
 
@@ -206,7 +206,7 @@ class OwnSums(ActivationSums):
             raise NonFiniteActivation(*divmod(found.item(), self.n_neurons))
 
     def add_to(self, whole: ActivationSums):
-        """Add the totals of all ranks to ``[L, C, N]``, a layer at a time. All ranks call it."""
+        """Add the totals of all ranks to ``whole``, ``[L, C, N]``, layer by layer. All ranks call this method."""
         for own, total in ((self.total, whole.total), (self.total_sq, whole.total_sq)):
             for part, layer in () if own is None or total is None else zip(own, total, strict=True):
                 parts = part.new_empty(self.mesh.size(), *part.shape)  # [ranks, C, N / ranks]
@@ -216,10 +216,10 @@ class OwnSums(ActivationSums):
 
 
 def _meet(mesh: DeviceMesh, digest: str | None, what: str = ""):
-    """Wait for all ranks, and raise InputError unless all show the same hash. None: this rank has failed already.
+    """Wait for all ranks. Raise InputError unless all show the same ``digest``; None says that this rank has failed.
 
-    Collectives of tensors that differ in shape or dtype do not fail cleanly (gloo sums them to garbage), so this is
-    the first of them, of a shape that never changes.
+    Collectives do not fail cleanly on tensors that differ in shape or dtype (gloo sums them to garbage). So this
+    collective, whose shape never changes, comes before all others.
     """
     device = torch.device(mesh.device_type)
     mine = torch.tensor(list(bytes.fromhex(digest or _NOTHING)), dtype=torch.uint8, device=device)
@@ -238,7 +238,7 @@ def _meet(mesh: DeviceMesh, digest: str | None, what: str = ""):
 
 @contextmanager
 def _named_if_lost(mesh: DeviceMesh) -> Iterator[None]:
-    """Say in one line that another rank is gone, or has not come in time."""
+    """Turn PyTorch's error into a one-line InputError where another rank is gone, or has not come in time."""
     try:
         yield
     except RuntimeError as error:

@@ -24,15 +24,15 @@ from .streamed import StreamedTransformer
 
 UNIVERSAL_FRACTION = 0.001  # of all neurons, by magnitude, on one prompt
 POSITIONS = ("last", "all", "answer")
-MOST_REASONS = 10  # that a part tells of the prompts it left out
+MOST_REASONS = 10  # reasons that a part keeps for the prompts it left out
 
 
 @dataclass
 class SlotSums:
-    """One streaming sum: ``total`` and ``total_sq`` (or None) ``[L, N]`` fp64 on the host, and the weight behind it.
+    """One streaming sum: ``total`` and ``total_sq`` (or None), ``[L, N]`` fp64 on the host; ``count`` is its weight.
 
-    Not an ActivationSums, which has all columns in one tensor and the ops' fp32 buffers beside it: a unit has only some
-    columns of a run, and totals would take half as much memory again.
+    It is no ActivationSums, which holds all columns in one tensor, beside the ops' fp32 buffers. A unit has only some
+    columns of a run, and with those buffers the totals would take half as much memory again.
     """
 
     total: Tensor
@@ -54,11 +54,12 @@ class Part:
     """What one unit of work adds.
 
     Attributes:
-        slots: by number, see ``columns``; only those that count a prompt of the unit.
+        slots: slot number (see ``prompts/columns.py``) -> its sums; only slots that count a prompt of the unit.
         universal: ``[L, N]`` int64, on how many universal prompts a neuron is among the top 0.1% by magnitude.
-        n_universal, n_prompts, n_tokens: what ran; tokens with every prefix counted for every prompt.
-        n_skipped, skipped: prompts that were left out, and why, of the first few.
-        n_left_out: how many of them every column lacks.
+        n_universal, n_prompts, n_tokens: the numbers of universal prompts, prompts and tokens that ran. A shared prefix
+            counts in ``n_tokens`` once for every prompt.
+        n_skipped, skipped: the number of prompts left out; and the reasons, for the first MOST_REASONS of them.
+        n_left_out: column -> how many of the prompts left out it would have counted.
     """
 
     slots: dict[int, SlotSums] = field(default_factory=dict)
@@ -81,7 +82,7 @@ class Part:
         return self.slots[number]
 
     def __iadd__(self, other: Part) -> Part:
-        """Add another unit's part; units are added in their order, so that the bits do not depend on who ran them."""
+        """Add another unit's part. Units are added in their order, so the bits do not depend on who ran which."""
         for number, sums in other.slots.items():
             if number in self.slots:
                 self.slots[number] += sums
@@ -104,8 +105,9 @@ class Pass:
     """How activations are computed: what a part's bits depend on besides model and prompts.
 
     Attributes:
-        squares: whether sums of squares are kept: for the columns, and where ``derived_squares`` for all slots.
-        batch, max_tokens: prompts, or tokens, of a pack; see ``collect``.
+        squares: whether the columns keep sums of squares.
+        derived_squares: whether folds and replicates keep sums of squares, too.
+        batch, max_tokens: the most prompts, or tokens, of a pack; see ``collect``.
     """
 
     columns: Columns
@@ -121,7 +123,7 @@ Encode = Callable[[Sequence[Entry]], list[TokenPrompt]]
 def encode_ahead(
     units: Iterable[tuple[int, Sequence[Entry]]], encode: Encode
 ) -> Iterator[tuple[int, Sequence[Entry], list[TokenPrompt]]]:
-    """Yield (first, entries, their tokens) for every unit; the next one is read and tokenised meanwhile."""
+    """Yield (first, entries, tokens of the entries) for every unit; meanwhile the next unit is read and tokenised."""
     pending = iter(units)
 
     def prepare():
@@ -152,7 +154,7 @@ def run_unit(
     """Run the prompts of one unit.
 
     Args:
-        prompts: the entries, tokenised.
+        prompts: ``entries``, tokenised.
         first: the number of the first entry in the corpus.
         skip_bad: leave out prompts that are too long for the model, instead of an error.
         progress: called with the (prompts, tokens) of every pack.
@@ -197,7 +199,7 @@ def run_unit(
 def save_columns(path, names: Sequence[str], totals, *, variance: bool):
     """Write mean, variance and count of every column, ``NAME/mean`` ``[L, N]`` fp64 and so on.
 
-    A column that counts nothing has no mean; one that counts 1 or less, or without ``variance``, no variance.
+    A column with count 0 gets no mean. A column with count 1 or less gets no variance; without ``variance`` none does.
     """
     tensors = {}
     for column, name in enumerate(names):

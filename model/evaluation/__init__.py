@@ -1,1 +1,1 @@
-"""Evaluation: does a circuit do what it claims, beside its competitors and controls."""
+"""Evaluation: whether a circuit does what it claims, compared with competitors and controls."""

@@ -1,4 +1,4 @@
-"""Other ways to choose neurons, at one or several sizes: what ablating does, and what writing their contrast does."""
+"""Other scores to choose neurons by, at one or several sizes: what ablating them, or writing their contrast, does."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ from .metrics import KINDS, Refusals, kind_of, share
 from .store import Store
 
 SCORES = ("abs-delta", "magnitude", "cohen-d", "norm-weighted", "relp")
-STEPS = (1 / 8, 1 / 4, 1 / 2, 1, 2, 4, 8)  # sizes of a curve, by the size of the circuit evaluated
-MOST_PROMPTS = 50  # of each set, evenly spaced
+STEPS = (1 / 8, 1 / 4, 1 / 2, 1, 2, 4, 8)  # the sizes of a curve, as multiples of the evaluated circuit's
+MOST_PROMPTS = 50  # of each prompt set
 
 
 def evenly(prompts: Sequence[TokenPrompt], most: int) -> list[TokenPrompt]:
-    """At most so many prompts, evenly spaced: files are often sorted by subject."""
+    """At most ``most`` of the prompts, evenly spaced, because files are often sorted by subject."""
     n = min(most, len(prompts))
     return [prompts[number * len(prompts) // n] for number in range(n)]
 
@@ -44,11 +44,11 @@ def alternatives(
     """Return one point for each score and size.
 
     Args:
-        circuit: the one evaluated: its size, and what the others overlap with.
-        ranked: what each score ranks by, see ``baselines.rankings``.
-        prompts: "harmful" ones, for necessity: refusals with the neurons ablated. "benign" ones, for sufficiency:
+        circuit: the evaluated circuit. It gives the size, and overlaps are with it.
+        ranked: score name -> its value for each neuron, see ``baselines.rankings``.
+        prompts: "harmful" prompts, for necessity: refusals with the neurons ablated. "benign" prompts, for sufficiency:
             refusals with the neurons' contrast written to the residual stream.
-        curves: at seven sizes, an eighth to eight times of the circuit's.
+        curves: use the sizes of STEPS, an eighth to eight times the circuit's, instead of the circuit's size alone.
     """
     sizes = [circuit.k]
     if curves:

@@ -1,4 +1,4 @@
-"""Answers of every variant to every prompt, all in the same batches."""
+"""Answers of every variant to every prompt. Variants share batches."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from ..memory import in_halves, memory_of
 from .interventions import Interventions
 from .store import Store
 
-MOST_ROWS = {"cpu": 256, "cuda": 1024}  # decoded together
+MOST_ROWS = {"cpu": 256, "cuda": 1024}  # most answers decoded together, by device
 MEMORY_SHARE = 4  # keys and values may take a quarter of the memory
 
 
@@ -24,7 +24,8 @@ class Answer:
     """What a variant answered to a prompt.
 
     Attributes:
-        tokens: without the one that ends it.
+        variant, prompt: their numbers.
+        tokens: the ids of the answer, without the stop token.
     """
 
     variant: int
@@ -34,7 +35,7 @@ class Answer:
 
 
 def auto_batch(model: LanguageModel, longest_prompt: int, max_new_tokens: int) -> int:
-    """How many answers to write at a time: as many as memory has room for their keys and values."""
+    """How many answers to decode together: as many as a quarter of the memory holds keys and values for."""
     config = model.config
     length = min(longest_prompt + max_new_tokens, config.context_length)
     numbers = 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim * length
@@ -60,12 +61,13 @@ def answer_all(
     """Return the greedy answers of each variant to all prompts, in the order of the prompts.
 
     Args:
-        variants: numbers in ``interventions``.
-        batch: answers written together, one piece of work in the store; None asks the memory, the first time.
-        name: of the pieces of work.
-        progress: called with the answers written and those to write in all.
+        variants: numbers of variants in ``interventions``.
+        batch: answers decoded together, which are one part in the store. None takes :func:`auto_batch`, and keeps its
+            number in the store.
+        name: begins the names of the parts in the store.
+        progress: called with (answers written, answers to write in all).
     """
-    if batch is None:  # kept: the pieces of a run must not depend on the memory that happens to be free
+    if batch is None:  # the number is kept in the store: a resumed run must cut the same parts, whatever memory is free
         longest = max((len(prompt.ids) for prompt in prompts), default=1)
         batch = store.get(f"{name}-batch", lambda: auto_batch(model, longest, max_new_tokens))
     # Prompts of about one length share a chunk, so that little is padded.

@@ -1,7 +1,7 @@
-"""What a circuit is compared with: other ways to choose neurons, and directions of the residual stream.
+"""The competitors of a circuit: other ways to choose neurons, and directions of the residual stream.
 
-Whatever has to be chosen (a direction's layer and sign, a single neuron) is chosen on discovery prompts set apart for
-it, not on the prompts that are reported; those that a user gives as both are counted in the results' notes.
+Every choice (a direction's layer and sign, a single neuron) is made on discovery prompts set apart for choosing, not on
+the prompts that are reported. Where a user gives a prompt as both, the notes of the results count it.
 """
 
 from __future__ import annotations
@@ -31,20 +31,20 @@ from .metrics import Refusals, kind_of
 from .relp import relevance
 from .store import Store
 
-VALIDATION = 16  # prompts of each side set apart to choose with
+VALIDATION = 16  # most prompts of each side set apart to choose with
 SHORT_ANSWER = 32  # tokens of an answer while choosing
-MOST_LAYERS = 12  # tried for a direction
+MOST_LAYERS = 12  # most layers tried for a direction
 CANDIDATES = 64  # neurons tried alone
-DIFFERENCE = 0.05  # of the shares of answers that a token begins on both sides
+DIFFERENCE = 0.05  # least difference between both sides' shares of answers that a token begins
 
 
 @dataclass(frozen=True)
 class Sides:
-    """Discovery prompts, in two parts: to find with, and to choose with.
+    """Discovery prompts, in two parts: to find candidates with, and to choose among candidates with.
 
     Attributes:
         positive, negative: to find circuits and directions with.
-        chosen_positive, chosen_negative: to choose with.
+        chosen_positive, chosen_negative: to choose among candidates with.
     """
 
     positive: Sequence[TokenPrompt]
@@ -54,7 +54,7 @@ class Sides:
 
     @classmethod
     def split(cls, positive: Sequence[TokenPrompt], negative: Sequence[TokenPrompt]) -> Sides:
-        """Set every so many prompt apart, at most VALIDATION and a third of each side."""
+        """Set prompts apart, evenly spaced: of each side at most VALIDATION, and at most a third."""
         parts = []
         for name, prompts in (("positive", positive), ("negative", negative)):
             n = min(VALIDATION, len(prompts) // 3)
@@ -68,13 +68,13 @@ class Sides:
 
 @dataclass(frozen=True)
 class Discovery:
-    """What the discovery prompts say.
+    """What the discovery prompts show.
 
     Attributes:
-        sums: activations of both sides, with squares, positive in column 0.
-        delta: their contrast, fp64 ``[L, N]``.
-        excluded: ``[L, N]`` bool, neurons that no baseline may choose either.
-        difference: of the residual stream and of the MLPs' outputs, see ``directions.differences``.
+        sums: sums and squares of both sides' activations, positive in column 0.
+        delta: the contrast of ``sums``, fp64 ``[L, N]``.
+        excluded: ``[L, N]`` bool, neurons that the circuit's discovery left out; no baseline may choose them.
+        difference: the sides' difference at the sites "residual" and "mlp", see ``directions.differences``.
     """
 
     sides: Sides
@@ -91,7 +91,7 @@ class Discovery:
 
 
 def contrast_sums(model: LanguageModel, sides: Sides) -> ActivationSums:
-    """Return the sums and squares of both sides, positive in column 0."""
+    """Return the sums and squares of the activations of both sides, positive in column 0."""
     config = model.config
     shape = config.num_hidden_layers, config.intermediate_size
     sums = ActivationSums(*shape, 2, squares=True, device=model.device)
@@ -110,9 +110,10 @@ def down_norms(model: LanguageModel) -> Tensor:
 
 
 def first_tokens(model: LanguageModel, sides: Sides) -> tuple[list[int], list[int]]:
-    """Return the tokens that begin clearly more positive answers than negative ones, and those that begin fewer.
+    """Return (targets, counterfactuals): tokens that begin clearly more, or fewer, positive answers than negative ones.
 
-    Clearly: by DIFFERENCE of each side's answers. Raises InputError where no token does.
+    "Clearly" means that the shares of the two sides' answers differ by DIFFERENCE. Raises InputError where there is no
+    target or no counterfactual.
     """
     shares, plain = [], Interventions(model, [UNSTEERED])
     for prompts in (sides.positive, sides.negative):
@@ -128,11 +129,11 @@ def first_tokens(model: LanguageModel, sides: Sides) -> tuple[list[int], list[in
 
 
 def rankings(model: LanguageModel, discovery: Discovery, names: Sequence[str]) -> dict[str, Tensor]:
-    """Return what each score ranks all neurons by, larger first, fp64 ``[L, N]``.
+    """Return score name -> the score of every neuron, fp64 ``[L, N]``; neurons are ranked by it, largest first.
 
     - ``abs-delta``, ``magnitude``, ``cohen-d``: see :func:`cna_kernels.select.scores`.
     - ``norm-weighted``: abs-delta times the length of the neuron's column of ``down_proj``.
-    - ``activation``: abs(mean positive), what fires at all: a control.
+    - ``activation``: abs(mean positive), a control: neurons that fire, whatever their contrast.
     - ``relp``: the neurons' relevance for the tokens that begin positive answers, see ``relp.py``.
     """
     sides, sums, delta = discovery.sides, discovery.sums, discovery.delta
@@ -150,7 +151,7 @@ def rankings(model: LanguageModel, discovery: Discovery, names: Sequence[str]) -
 
 
 def top_circuit(name: str, score: Tensor, discovery: Discovery, k: int) -> Circuit:
-    """Return the k best neurons by a score; the circuit keeps their contrast, or by ``relp`` their relevance."""
+    """Return the k best neurons by a score. The circuit records their contrast; with ``relp``, their relevance."""
     shown = score if name == "relp" else discovery.delta
     neurons = select.top_neurons(score, k, discovery.excluded)
     n_layers, n_neurons = score.shape
@@ -158,9 +159,8 @@ def top_circuit(name: str, score: Tensor, discovery: Discovery, k: int) -> Circu
 
 
 def written(model: LanguageModel, circuit: Circuit, delta: Tensor) -> Direction:
-    """What the circuit's contrast writes to the residual stream, ``W_down[:, neurons] @ delta``, in every layer.
-
-    At strength 1 negative prompts get it added: with all neurons this is the CAA direction as released.
+    """The direction that a circuit's contrast writes to the residual stream: in every layer
+    ``W_down[:, neurons] @ delta[neurons]``, ``[H]``. With all neurons this is the CAA direction as released.
     """
     vectors = torch.zeros(circuit.n_layers, model.config.hidden_size, dtype=torch.float64)
     for layer, members in circuit.by_layer().items():
@@ -179,10 +179,10 @@ def choose(
     store: Store,
     name: str,
 ) -> tuple[int, list[dict]]:
-    """Return the candidate that does best at m = 0 on the prompts set apart, and what each did.
+    """Return the number of the candidate that does best at m = 0 on the prompts set apart, and a record of each.
 
-    Best: fewest positive prompts refused, plus negative ones not answered properly, plus degenerate and empty answers
-    to positive ones. Ties go to the first.
+    The best candidate has the least sum of three shares: positive prompts refused, positive prompts with degenerate or
+    empty answers, and negative prompts not answered properly. Ties go to the first candidate.
     """
     interventions = Interventions(model, [Variant(method, 0.0) for method in candidates])
     prompts = [*sides.chosen_positive, *sides.chosen_negative]
@@ -215,7 +215,7 @@ def layers_to_try(n_layers: int) -> list[int]:
 def best_direction(
     model: LanguageModel, kind: str, discovery: Discovery, is_refusal: Refusals, batch: int | None, store: Store
 ) -> tuple[Method, dict]:
-    """Choose the layer, and for CAA the sign, of a direction. Return the method and how it was chosen.
+    """Choose the layer, and for CAA the sign, of a direction. Return the method and a record of the choice.
 
     Args:
         kind: "caa" or "ablation".
@@ -238,7 +238,10 @@ def best_direction(
 
 
 def best_neuron(model: LanguageModel, discovery: Discovery, store: Store) -> tuple[Method, dict]:
-    """Find the neuron whose ablation alone moves the first token of positive answers furthest from the targets."""
+    """Find the single neuron whose ablation moves the first token of positive answers furthest from the targets.
+
+    The targets are those of :func:`first_tokens`. Returns the method and a record of the choice.
+    """
 
     def run():
         sides, delta = discovery.sides, discovery.delta

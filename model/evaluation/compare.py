@@ -1,4 +1,4 @@
-"""Two models, base and instruct, say: how alike their circuits are, and what steering does to each."""
+"""Compare two models, such as base and instruct: how alike their circuits are, and what steering does to each."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from . import baselines, report
 from .evaluate import evaluate
 from .suite import Suite
 
-TOP = 200  # neurons of each model, beside the circuits themselves: what the paper compares
+TOP = 200  # neurons of each model whose overlap the paper reports, beside that of the circuits
 
 
 def compare(
@@ -36,7 +36,7 @@ def compare(
     """Find a circuit in each of two models with the same prompts, compare them, and steer both with both.
 
     Args:
-        models: two, by the names they have in the results.
+        models: the two models, by their names in the results.
         suite: prompts and multipliers; its methods and baselines are not used.
         out: a directory for both evaluations, compare.json and compare.md; finished parts stay there.
         settings: of the discovery, as for ``LanguageModel.discover``.
@@ -98,12 +98,14 @@ def alike(a: Circuit, b: Circuit, delta_a: Tensor, delta_b: Tensor) -> dict:
     """How alike two circuits of one shape are.
 
     Args:
-        delta_a, delta_b: the contrasts ``[L, N]`` they come from.
+        delta_a, delta_b: the contrasts ``[L, N]`` that the circuits come from.
 
     Returns:
-        ``overlap``: shared neurons over the smaller circuit's; ``by chance``: what random circuits would share.
-        ``rank correlation``: Spearman's, of abs(contrast) over all neurons; ``in either``: over those of either
-        circuit. ``overlap of the top 200`` by abs(contrast).
+        ``overlap``: the number of shared neurons over the size of the smaller circuit.
+        ``by chance``: the overlap to expect of two random circuits of these sizes.
+        ``rank correlation``: Spearman's, of abs(contrast) over all neurons.
+        ``in either``: Spearman's, of abs(contrast) over the neurons that are in either circuit.
+        ``overlap of the top 200``: the share of common neurons among each model's 200 largest by abs(contrast).
     """
     size = delta_a.numel()
     either = sorted(set(a.pairs) | set(b.pairs))

@@ -1,7 +1,7 @@
-"""Directions of the residual stream: the competitors of a circuit, and what it takes to steer with them.
+"""Directions of the residual stream, the competitors of a circuit; and steering with directions.
 
-A direction is a vector that is added to the residual stream, or taken out of it. Many can steer one batch, each row its
-own at its own strength, beside rows that a circuit steers.
+A direction is a vector that is added to the residual stream, or taken out of it. Each row of a batch can have its own
+direction at its own strength, beside rows that a circuit steers.
 
 Sources: contrastive activation addition (CAA), N. Rimsky et al., arXiv 2312.06681; directional ablation, A. Arditi et
 al., arXiv 2406.11717; all-layer addition to the MLPs' outputs, the CAA baseline in the public code of arXiv 2605.12290.
@@ -30,11 +30,11 @@ BATCH = 64  # prompts whose means are taken together
 
 @dataclass(frozen=True)
 class Direction:
-    """What to add to the residual stream at a strength a, or to take out of it.
+    """A vector to add to the residual stream, times a strength a, or to take out of the stream.
 
     Attributes:
         site: "residual": ``x + a * vector`` after a layer. "mlp": ``y + a * vector`` on what a layer's MLP adds.
-            "writes": ``y - a * (y . u) u`` on all that embedding, attention and MLPs add; u is the one unit vector.
+            "writes": ``y - a * (y . u) u`` on all that embedding, attention and MLPs add; u is the unit vector.
         vectors: fp32 ``[L, H]``, 0 in layers left alone; for "writes" ``[1, H]``.
     """
 
@@ -49,9 +49,9 @@ class Direction:
 
 
 class DirectionTable:
-    """D directions, each at a strength, on the device. A row of a batch uses one of them, or -1 for none.
+    """Directions, each at a strength, on the device. A row of a batch uses one of them by its number, or -1 for none.
 
-    ``rows`` gives the ``transformer.Edit`` of a batch.
+    :meth:`row_direction` gives the ``transformer.Edit`` of a batch.
     """
 
     def __init__(
@@ -93,13 +93,13 @@ class DirectionTable:
 
 @dataclass
 class RowEdit(Edit):
-    """See :class:`DirectionTable`; ``chosen`` is ``[B]`` int64."""
+    """A batch's edit by a :class:`DirectionTable`. ``chosen`` ``[B]`` int64 is each row's direction, -1 for none."""
 
     table: DirectionTable
     chosen: Tensor
 
     def write(self, layer: int, part: str, y: Tensor) -> Tensor:
-        """What part of a layer adds to the stream, ``[B, S, H]``, changed."""
+        """Return what ``part`` of a layer adds to the stream, ``[B, S, H]``, changed."""
         table = self.table
         if part == "mlp":
             y = self._add("mlp", layer, y)
@@ -110,11 +110,11 @@ class RowEdit(Edit):
         return y
 
     def after(self, layer: int, x: Tensor) -> Tensor:
-        """The stream after a layer, ``[B, S, H]``, changed."""
+        """Return the stream after a layer, ``[B, S, H]``, changed."""
         return self._add("residual", layer, x)
 
     def keep(self, rows: Tensor) -> RowEdit:
-        """The edit of some rows of the batch: their numbers, ``[any]`` int64."""
+        """Return the edit of only these rows of the batch; ``rows`` ``[any]`` int64 are their numbers."""
         return RowEdit(self.table, self.chosen[rows])
 
     def _add(self, site: str, layer: int, x: Tensor) -> Tensor:
@@ -124,7 +124,7 @@ class RowEdit(Edit):
 
 
 class _LastToken(Edit):
-    """Changes nothing, and sums what the last token of each row holds."""
+    """Changes nothing. Sums, at the last token of each row, what the residual stream and the MLPs' outputs hold."""
 
     def __init__(self, n_layers: int, n_hidden: int):
         self.totals = {site: torch.zeros(n_layers, n_hidden, dtype=torch.float64) for site in ("residual", "mlp")}
@@ -176,7 +176,7 @@ def caa(difference: dict[str, Tensor], layer: int) -> Direction:
     """CAA at one layer: the difference of the residual stream after it. Strength -1 takes the behaviour away.
 
     Args:
-        difference: of both sites, ``[L, H]`` each; see :func:`differences`. The same below.
+        difference: of the sites "residual" and "mlp", ``[L, H]`` each; see :func:`differences`.
     """
     vectors = torch.zeros_like(difference["residual"])
     vectors[layer] = difference["residual"][layer]
@@ -184,23 +184,30 @@ def caa(difference: dict[str, Tensor], layer: int) -> Direction:
 
 
 def caa_as_released(difference: dict[str, Tensor]) -> Direction:
-    """The difference of every layer's MLP output, ``[L, H]``, added at every layer."""
+    """CAA as released: the difference of every layer's MLP output, ``[L, H]``, added at that layer.
+
+    ``difference`` is as in :func:`caa`.
+    """
     return Direction("mlp", difference["mlp"].float())
 
 
 def ablation(difference: dict[str, Tensor], layer: int) -> Direction:
-    """Directional ablation: the unit vector of the difference ``[L, H]`` after a layer, taken out of every write."""
+    """Directional ablation: the unit vector of the difference after a layer, taken out of every write to the stream.
+
+    ``difference`` ``[L, H]`` is as in :func:`caa`.
+    """
     vector = difference["residual"][layer]
     return Direction("writes", (vector / vector.norm().clamp(min=1e-30))[None].float())
 
 
 def feature(difference: dict[str, Tensor], layer: int, decoder_row: Tensor) -> Direction:
-    """A sparse autoencoder's feature, as long as the residual difference reaches along it.
+    """A sparse autoencoder's feature: the projection of the residual difference on the feature's direction.
 
-    Strength -1 so takes away what tells the two prompt sets apart in this feature, and nothing else.
+    At strength -1 it takes away what tells the two prompt sets apart along this feature, and nothing else.
 
     Args:
-        layer: whose output the autoencoder was trained on.
+        difference: ``[L, H]`` for each site, as in :func:`caa`.
+        layer: the layer whose output the autoencoder was trained on.
         decoder_row: ``[H]``, the feature's row of ``W_dec``.
     """
     unit = decoder_row.double() / decoder_row.double().norm().clamp(min=1e-30)

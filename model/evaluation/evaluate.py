@@ -1,4 +1,4 @@
-"""One evaluation: every method at every multiplier on every prompt set, with intervals; finished parts stay on disk."""
+"""One evaluation: every method at every multiplier on every prompt set, with intervals. Finished parts stay on disk."""
 
 from __future__ import annotations
 
@@ -32,9 +32,9 @@ from .multiple_choice import by_likelihood, by_subject, generation_prompts, like
 from .store import Store
 from .suite import Suite
 
-PIECE = 64  # texts, windows or questions of one piece of work
+PIECE = 64  # texts, windows or questions of one part in the store
 
-# The name and the keywords before 0.2.
+# Suite by its name, and with its keywords, before 0.2.
 Plan = renamed(exam="multiple_choice", exam_tokens="choice_tokens", rows="batch")(Suite)
 
 Say = Callable[[str], None]
@@ -43,7 +43,7 @@ Say = Callable[[str], None]
 class Evaluation:
     """Runs a suite with one circuit on one model.
 
-    Whatever can be wrong with the input shows while this is made; ``run`` then does the long work.
+    The constructor checks the input and prepares the methods; ``run`` then does the long work.
 
     Attributes:
         results: everything that results.json holds, as far as it has been computed.
@@ -92,7 +92,7 @@ class Evaluation:
 
     @contextmanager
     def _or_note(self, name: str):
-        """Leave out a baseline that these prompts do not allow, and say why in the results."""
+        """Where the prompts do not allow the baseline ``name``, leave it out and say why in the results' notes."""
         try:
             yield
         except InputError as error:
@@ -103,7 +103,7 @@ class Evaluation:
         self.say(text)
 
     def _note_shared(self):
-        """Discovery prompts that are also reported on make everything chosen on them look better than it is."""
+        """Note how many reported prompts are discovery prompts: choices made on these look better than they are."""
         sides = {text for name in ("positive", "negative") for text in getattr(self.suite, name) or ()}
         texts = {text for text, _ in sides}
         for name in ("harmful", "benign"):
@@ -119,7 +119,7 @@ class Evaluation:
                 self._note(f"multiple choice, {way}: {what}; there are no more, or there is no room")
 
     def run(self) -> dict:
-        """Do everything, or what is left of it; return ``results``."""
+        """Compute everything that the store does not hold yet; return ``results``."""
         started, suite = time.perf_counter(), self.suite
         variants = [UNSTEERED]
         variants += [Variant(method, m) for method in self.methods for m in suite.multipliers if m != 1]
@@ -155,7 +155,7 @@ class Evaluation:
         return self.results
 
     def _methods(self, name: str) -> list[Method]:
-        """A method of the suite by its name, with all that it needs found and chosen."""
+        """The methods that a name of the suite stands for, with all that they need found and chosen."""
         model, suite, circuit = self.model, self.suite, self.circuit
         if name == "circuit":
             return [Method(name, f"{circuit.k} neurons by {circuit.score or 'an unknown score'}", circuit)]
@@ -197,7 +197,7 @@ class Evaluation:
         return self._discovery
 
     def _universal(self) -> Tensor:
-        """``[L, N]`` bool: what the circuit's discovery left out, so that baselines leave it out, too."""
+        """``[L, N]`` bool: the neurons that the circuit's discovery left out; baselines leave them out, too."""
         config = self.model.config
         excluded = torch.zeros(config.num_hidden_layers, config.intermediate_size, dtype=torch.bool)
         for layer, index in (self.circuit.universal or {}).get("excluded", []):
@@ -214,7 +214,7 @@ class Evaluation:
         return list(found.values())
 
     def _in_pieces(self, name: str, interventions: Interventions, items: Sequence, work: Callable) -> list[list]:
-        """What ``work(piece, variants)`` gives for every variant, {variant: list}, PIECE items after the other."""
+        """One list for each variant: ``work(piece, variants)`` gives {variant: list} for each piece of PIECE items."""
         numbers = range(len(interventions.variants))
         found: list[list] = [[] for _ in numbers]
 
@@ -256,7 +256,7 @@ class Evaluation:
             })  # fmt: skip
 
     def _figures(self, answers: Sequence[Answer], plain: Sequence[Answer]) -> dict:
-        """The figures of one variant on one set."""
+        """The figures of one variant on one prompt set; ``plain`` are the unsteered answers."""
         n = len(answers)
         kinds = Counter(kind_of(a.text, a.tokens, self._refuses) for a in answers)
         return {
@@ -341,7 +341,7 @@ class Evaluation:
 
 
 def _rank_curve(score: Tensor, points: int = 200) -> list[list]:
-    """[rank, score] from the first to the last neuron, ranks evenly spaced on a logarithmic axis."""
+    """Up to ``points`` pairs [rank, score], from the best to the last neuron, evenly spaced on a logarithmic axis."""
     ordered = score.flatten().sort(descending=True).values
     ranks = sorted({round(len(ordered) ** (step / (points - 1))) for step in range(points)})
     return [[rank, ordered[rank - 1].item()] for rank in ranks]
@@ -355,10 +355,10 @@ def evaluate(
     out: FilePath | None = None,
     say: Say = lambda text: None,
 ) -> dict:
-    """Run a suite; with ``out`` into a directory that holds finished parts, results.json and samples.jsonl.
+    """Run a suite and return its results. The directory ``out`` gets finished parts, results.json and samples.jsonl.
 
     Raises:
-        InputError: a file, prompt or variant cannot be used; names it. Finished parts stay.
+        InputError: a file, prompt or variant cannot be used; names it. Finished parts stay in ``out``.
     """
     with Store(out, run_facts(model, circuit, suite)) as store:
         evaluation = Evaluation(model, circuit, suite, store, say)

@@ -29,7 +29,7 @@ def environment(model: LanguageModel) -> dict:
 
 
 def run_facts(model: LanguageModel, circuit: Circuit, suite: Suite) -> dict:
-    """What an evaluation depends on: the store's manifest."""
+    """What an evaluation's results depend on, for the store's manifest."""
     feature = None
     if suite.sae is not None:
         row = directions.read_decoder_row(*suite.sae[:2], model.config.hidden_size)

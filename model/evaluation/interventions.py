@@ -1,7 +1,7 @@
-"""Ways to steer, and what makes each row of a batch use its own.
+"""Methods to steer by, and a table that gives each row of a batch its own method.
 
-Every way has one axis, the multiplier m of a circuit: 1 changes nothing, 0 takes the behaviour away as far as the way
-can, 2 goes as far in the other direction. A direction's strength is a = sign * (1 - m), the papers' alpha.
+All methods share one axis, the multiplier m: 1 changes nothing, 0 takes the behaviour away as far as the method can, 2
+goes as far in the other direction. A direction's strength is a = sign * (1 - m), which the papers call alpha.
 """
 
 from __future__ import annotations
@@ -22,10 +22,10 @@ class Method:
     """A way to steer.
 
     Attributes:
-        name: in tables and files.
-        about: one line for a reader.
-        by: the Circuit or Direction.
-        sign: of a direction: -1 takes away what was found in the positive prompts.
+        name: its name in tables and files.
+        about: one line that describes it in reports.
+        by: the Circuit or Direction that steers.
+        sign: of a Direction; -1 takes away what was found in the positive prompts.
     """
 
     name: str
@@ -34,13 +34,13 @@ class Method:
     sign: int = -1
 
     def strength(self, multiplier: float) -> float:
-        """What scales neurons, or a direction, at this multiplier."""
+        """The factor of a circuit's neurons, or of a direction, at this multiplier."""
         return multiplier if isinstance(self.by, Circuit) else self.sign * (1 - multiplier)
 
 
 @dataclass(frozen=True)
 class Variant:
-    """A method at a multiplier; no method is the model as it is."""
+    """A method at a multiplier; method None is the unsteered model."""
 
     method: Method | None = None
     multiplier: float = 1.0
@@ -51,7 +51,7 @@ class Variant:
 
     @property
     def strength(self) -> float:
-        """See :meth:`Method.strength`; 1 of the model as it is."""
+        """See :meth:`Method.strength`; 1 for the unsteered model."""
         return 1.0 if self.method is None else self.method.strength(self.multiplier)
 
 
@@ -59,14 +59,14 @@ UNSTEERED = Variant()
 
 
 class Interventions:
-    """Many variants on the device at once; ``steer`` gives each row of a batch its own."""
+    """Many variants on the device at once; :meth:`steer` gives each row of a batch its own variant."""
 
     def __init__(self, model: LanguageModel, variants: Sequence[Variant]):
         self.variants = list(variants)
         shape = model.config.num_hidden_layers, model.config.intermediate_size
         circuits: list[tuple[Circuit, float]] = []
         directions: list[tuple[Direction, float]] = []
-        self._row_circuit: list[int] = []  # of each variant
+        self._row_circuit: list[int] = []  # for each variant, its circuit's number in the table, or -1
         self._row_direction: list[int] = []
         for variant in self.variants:
             by = None if variant.method is None else variant.method.by
@@ -87,7 +87,7 @@ class Interventions:
             self._directions = DirectionTable(vectors, strengths, shape[0], n_hidden, model.device)
 
     def steer(self, rows: Sequence[int]) -> Steering | None:
-        """What steers a batch whose row b uses variant ``rows[b]``."""
+        """The Steering of a batch whose row b uses variant ``rows[b]``; None where no row is steered."""
         circuits = [self._row_circuit[row] for row in rows]
         chosen = [self._row_direction[row] for row in rows]
         table = self._table if max(circuits, default=-1) >= 0 else None

@@ -1,7 +1,7 @@
-"""A judge from outside: a user's program that scores answers.
+"""A judge: a user's program that scores answers.
 
-It reads JSON lines ``{"id": 0, "set": "harmful", "prompt": ..., "answer": ...}`` on stdin and writes one JSON line
-``{"id": 0, "score": 0.7}`` for each on stdout, in any order.
+The program reads JSON lines ``{"id": 0, "set": "harmful", "prompt": ..., "answer": ...}`` on stdin. For each it writes
+one JSON line ``{"id": 0, "score": 0.7}`` on stdout, in any order.
 """
 
 from __future__ import annotations
@@ -26,10 +26,11 @@ def judge(command: str, items: Sequence[dict], *, timeout: float = TIMEOUT) -> l
 
     Args:
         command: split as a shell would, but run without one.
-        items: what one line each says, without the id.
+        items: the fields of each input line but ``id``: one dict for each line.
 
     Raises:
-        InputError: the command cannot be run, fails, takes too long, or writes something else; names the line.
+        InputError: the command cannot be run, fails or takes too long; or a line of its output is not as described
+            above, and the message names the line.
     """
     where = "--judge-command"
     try:

@@ -1,4 +1,4 @@
-"""What the model finds likely: next tokens on neutral text against the unsteered model's, and a text's perplexity."""
+"""Likelihoods: how far a variant's next tokens diverge from the unsteered model's, and the perplexity of a text."""
 
 from __future__ import annotations
 
@@ -18,16 +18,16 @@ from .interventions import Interventions
 from .metrics import Z
 
 NUMBERS = 1 << 26  # logits that one forward pass may hold: 256 MiB of fp32
-TOKENS = 4096, 65536  # that one forward pass may have, on CPUs and on GPUs
+TOKENS = 4096, 65536  # tokens that one forward pass may have, on CPUs and on GPUs
 
 
 def each_logits(
     model: LanguageModel, interventions: Interventions, rows: Sequence[tuple[int, list[int]]], *, last: bool = False
 ) -> Iterator[Tensor]:
-    """Yield the logits of every row in turn, fp32 ``[S, V]``, or ``[1, V]`` at its last token.
+    """Yield the logits of every row in turn, fp32 ``[S, V]``; with ``last`` only of its last token, ``[1, V]``.
 
     Args:
-        rows: a variant's number and the ids.
+        rows: (number of a variant, token ids).
 
     Raises:
         InputError: a logit is not finite; names the variant.
@@ -57,7 +57,7 @@ def _logits(model, interventions, chunk, last) -> list[Tensor]:
 
 
 def _chunks(rows, most_logits: int, most_tokens: int, last: bool) -> Iterator[list]:
-    """Rows in their order, as many together as keep both numbers, padding counted; at least one."""
+    """Yield chunks of rows, in their order: as many rows as keep to both limits, with padding; at least one."""
     chunk: list = []
     longest = 0
     for row in rows:
@@ -99,7 +99,7 @@ def divergences(
 def perplexities(
     model: LanguageModel, interventions: Interventions, variants: Sequence[int], windows: Sequence[list[int]]
 ) -> dict[int, list[tuple[float, int]]]:
-    """Return the negative log likelihood, in nats, of each window's tokens after its first, and their number."""
+    """Return, for each variant and window, (negative log likelihood in nats, number) of the tokens after the first."""
     rows = [(variant, ids) for ids in windows for variant in variants]
     found: dict[int, list[tuple[float, int]]] = {variant: [] for variant in variants}
     for (variant, ids), logits in zip(rows, each_logits(model, interventions, rows), strict=True):
@@ -127,9 +127,10 @@ def windows_of(model: LanguageModel, text: str, length: int = 1024) -> list[list
 
 
 def perplexity(losses: Sequence[tuple[float, int]]) -> dict:
-    """Return ``{"mean", "low", "high", "n"}``: exp(negative log likelihood a token) over all windows, and n tokens.
+    """Return ``{"mean", "low", "high", "n"}``: the perplexity over all windows, its 95% interval, and n tokens.
 
-    The 95% interval takes windows for independent (ratio estimator); one window has none.
+    Perplexity is exp(negative log likelihood a token). The interval takes windows to be independent (ratio estimator);
+    a single window gives no interval.
     """
     n, n_windows = sum(count for _, count in losses), len(losses)
     rate = math.fsum(loss for loss, _ in losses) / n

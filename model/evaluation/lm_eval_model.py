@@ -2,7 +2,7 @@
 
     cna lm-eval --model cna --model_args pretrained=DIR,circuit=circuit.json,multiplier=0 --tasks mmlu --device cpu
 
-runs the harness's own command line with the type registered: the harness looks for types in its own package only.
+runs the harness's own command line after registering the type: the harness itself finds only types of its own package.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from .interventions import UNSTEERED, Interventions, Method, Variant
 from .likelihood import each_logits
 
 NAME = "cna"
-MAX_NEW_TOKENS = 256  # where a task does not say
+MAX_NEW_TOKENS = 256  # the longest answer where a task sets none
 
 
 class CnaLM(TemplateLM):
@@ -47,9 +47,9 @@ class CnaLM(TemplateLM):
         Args:
             pretrained: checkpoint directory.
             circuit: circuit file; without one the model is not steered.
-            multiplier: of the circuit.
-            batch_size: answers written together.
-            max_batch_size: what the harness passes along; not used.
+            multiplier: the circuit's multiplier.
+            batch_size: answers decoded together.
+            max_batch_size: accepted because the harness passes it; not used.
             any_model: accept a circuit found in another checkpoint of the same shape.
         """
         super().__init__()
@@ -143,7 +143,7 @@ class CnaLM(TemplateLM):
         return found
 
     def _write(self, requests, chunk, most, sampling) -> list[str]:
-        """The answers to a chunk of requests, each up to the first of its stop texts."""
+        """The answers to a chunk of requests. Each is cut where one of its task's stop texts begins."""
         room = max(self.max_length - most, 1)
         prompts = [
             TokenPrompt(self.tok_encode(requests[number].args[0])[-room:], f"request {number}") for number in chunk
@@ -162,7 +162,7 @@ class CnaLM(TemplateLM):
 
 
 def _options(given: dict) -> tuple[tuple[str, ...], int, Sampling]:
-    """A task's stop texts, tokens and sampling."""
+    """A task's options: stop texts, the most new tokens, and how to sample."""
     until = given.get("until") or ()
     until = (until,) if isinstance(until, str) else tuple(until)
     most = int(given.get("max_gen_toks", given.get("max_new_tokens", MAX_NEW_TOKENS)))

@@ -1,11 +1,12 @@
-"""Multiple-choice questions in the layout of MMLU, answered both ways: by likelihood, and in the model's own words.
+"""Multiple-choice questions in the layout of MMLU, answered in two ways: by likelihood, and in the model's own words.
 
-Files: ``SUBJECT_test.csv`` and, for examples, ``SUBJECT_dev.csv`` without a header: question, the choices, the letter
-of the right one; or parquet (or CSV with a header) with columns ``question``, ``choices`` (or one column for each
-letter), ``answer`` (number from 0, or letter) and, if there, ``subject``. Source of layout and wording: D. Hendrycks
-et al., Measuring massive multitask language understanding, arXiv 2009.03300.
+Files: ``SUBJECT_test.csv`` and, for examples, ``SUBJECT_dev.csv``. Without a header their columns are the question, the
+choices, and the letter of the right choice. Parquet files, and CSV files with a header, have columns ``question``,
+``choices`` (or one column for each letter), ``answer`` (number from 0, or letter) and optionally ``subject``. Source of
+layout and wording: D. Hendrycks et al., Measuring massive multitask language understanding, arXiv 2009.03300.
 
-Likelihood of four letters cannot fall below chance, about 25%; a generated answer can. So both are reported.
+The likeliest of four letters is right by chance in about 25% of the questions, also in a broken model; a generated
+answer can be right less often. So both accuracies are reported.
 """
 
 from __future__ import annotations
@@ -52,7 +53,7 @@ class MultipleChoice:
     """Questions with the examples that stand in front of them.
 
     Attributes:
-        examples: of each subject.
+        examples: subject -> the examples that stand in front of its questions.
         drawn: how the questions were chosen from the files.
     """
 
@@ -62,7 +63,7 @@ class MultipleChoice:
 
     @property
     def sha256(self) -> str:
-        """Of what is asked, wherever the files lie."""
+        """The hash of all questions and examples. The places of the files do not change it."""
         every = [*self.questions, *(example for found in self.examples.values() for example in found)]
         return sha256(*(repr((q.subject, q.text, q.choices, q.answer)) for q in every))
 
@@ -74,7 +75,7 @@ class MultipleChoice:
         return "\n\n".join(parts)
 
     def prompt(self, question: Question, shots: int) -> str:
-        """The text before the answer, with so many examples."""
+        """The text before the answer: at most ``shots`` examples and the question."""
         return f"{self.head(question, shots)}\n\n{_asked(question)}"
 
 
@@ -90,11 +91,11 @@ def read_multiple_choice(
 
     Args:
         subjects: keep these only.
-        limit: draw so many questions, with ``seed``.
-        shots: examples to put in front of each question; where there is no file of them, none.
+        limit: draw this number of questions at random, with ``seed``.
+        shots: examples to put in front of each question; none where there is no file of examples.
 
     Raises:
-        InputError: names the file and line of a question that cannot be used, a subject that does not exist.
+        InputError: a question cannot be used (names its file and line), or a subject does not exist.
     """
     files = _files(Path(path), path)
     questions: list[Question] = []
@@ -129,7 +130,7 @@ def read_multiple_choice(
 
 
 def _files(path: Path, where) -> dict[str, list[Path]]:
-    """The files to ask from, and those with examples."""
+    """The files with questions, under "test", and the files with examples, under "dev"."""
     if path.is_file():
         stem, split = _split(path)
         name = f"{stem}_dev{path.suffix}"
@@ -145,7 +146,8 @@ def _files(path: Path, where) -> dict[str, list[Path]]:
 
 
 def _split(path: Path) -> tuple[str, str]:
-    """("astronomy", "test") of astronomy_test.csv; ("", "test") of test-00000-of-00001.parquet."""
+    """Subject and split by a file's name: ("astronomy", "test") for astronomy_test.csv, ("", "test") for
+    test-00000-of-00001.parquet."""
     stem, _, split = path.stem.rpartition("_")
     if split in SPLITS:
         return stem, split
@@ -235,8 +237,9 @@ class Asked:
 
     Attributes:
         question: what is asked.
-        rows: one prompt for an answer in own words; or each choice's prompt with its letter.
-        shots: the examples in front.
+        rows: token ids. One row, the prompt, for an answer in the model's own words; or for each choice the prompt and
+            its letter.
+        shots: the number of examples in front.
     """
 
     question: Question
@@ -245,7 +248,7 @@ class Asked:
 
 
 def likelihood_prompts(model: LanguageModel, questions: MultipleChoice, *, shots: int) -> list[Asked]:
-    """The questions with each letter after "Answer:", plain text as published."""
+    """The questions as plain text, as published: for each choice a row with its letter after "Answer:"."""
 
     def encode(question: Question, n: int) -> list[list[int]]:
         text = questions.prompt(question, n)
@@ -275,12 +278,14 @@ def generation_prompts(
 def by_likelihood(
     model: LanguageModel, interventions: Interventions, variants: Sequence[int], asked: Sequence[Asked]
 ) -> dict[int, list[int]]:
-    """Return the choice whose letter each variant finds likeliest. Of several tokens log probabilities are added.
+    """Return, for each variant and question, the choice whose letter is likeliest.
+
+    Where a letter is several tokens, their log probabilities are added.
 
     Args:
         asked: see :func:`likelihood_prompts`.
     """
-    rows, owners = [], []  # what to run; the variant, the question, and the choice or None for all of them
+    rows, owners = [], []  # what to run; and (variant, question, choice), where choice None stands for all choices
     endings: list[list[list[int]]] = []
     for number, one in enumerate(asked):
         shared = _common(one.rows)
@@ -307,7 +312,7 @@ def by_likelihood(
 
 
 def by_subject(questions: Sequence[Question]) -> dict[str, list[int]]:
-    """The places of each subject's questions."""
+    """Subject -> the places of its questions in ``questions``."""
     places: dict[str, list[int]] = {}
     for place, question in enumerate(questions):
         places.setdefault(question.subject, []).append(place)
@@ -321,8 +326,8 @@ def _most_likely(scores: Sequence[float]) -> int:
 def parse_letter(answer: str, n_choices: int) -> int | None:
     """Return the number of the choice that an answer names, None where it names none.
 
-    The first that is there: a letter at the beginning, the letter after "answer", "answer is" or "answer:", a capital
-    letter that stands alone. An A or I that begins a clause ("A cat ...", "I'm ...") is no letter of a choice.
+    The first of these in the answer counts: a letter at the beginning; a letter after "answer", "answer is" or
+    "answer:"; a capital letter alone. An A or I that begins a clause ("A cat ...", "I'm ...") names no choice.
     """
     letters = LETTERS[:n_choices]
     after = rf"\(?\b([{letters}])\b"
@@ -335,7 +340,7 @@ def parse_letter(answer: str, n_choices: int) -> int | None:
 
 
 def _fit(encode: Callable, question: Question, shots: int, room: int, questions: MultipleChoice) -> Asked:
-    """``encode(question, n)`` with the most examples, at most ``shots``, that leave it short enough for the model."""
+    """``encode(question, n)`` with the largest n up to ``shots`` for which every row has at most ``room`` tokens."""
     for n in range(min(shots, len(questions.examples.get(question.subject, ()))), -1, -1):
         rows = encode(question, n)
         if max(map(len, rows)) <= room:
@@ -344,6 +349,6 @@ def _fit(encode: Callable, question: Question, shots: int, room: int, questions:
 
 
 def _common(rows: Sequence[Sequence[int]]) -> int:
-    """How many tokens all rows begin with; at least one of each row is left over."""
+    """How many tokens all rows have in common at their beginning, leaving at least one token of each row."""
     shortest = min(map(len, rows)) - 1
     return next((n for n in range(shortest) if len({row[n] for row in rows}) > 1), shortest)

@@ -21,7 +21,7 @@ from ..discovery.packing import TokenPrompt
 from ..generate import pad
 from ..transformer import MLP, Edit, RMSNorm, Steering, Transformer
 
-BATCH = 16  # prompts whose activations are kept at once
+BATCH = 16  # prompts of one forward and backward pass, whose activations are kept
 
 
 class _Norm(RMSNorm):
@@ -34,7 +34,7 @@ class _Norm(RMSNorm):
 
 
 class _Mlp(MLP):
-    """The MLP by the rules; ``act`` ``[T, N]`` keeps its gradient."""
+    """The MLP with the rules for SiLU and for the product. ``act`` ``[T, N]`` keeps its gradient."""
 
     act: Tensor | None = None
 
@@ -47,14 +47,14 @@ class _Mlp(MLP):
 
 
 class _Start(Edit):
-    """Where gradients start: the weights have none."""
+    """Makes gradients start at the embedding: the weights have none."""
 
     def write(self, layer, part, y):
         return y.detach().requires_grad_() if part == "embedding" else y
 
 
 def with_rules(transformer: Transformer) -> Transformer:
-    """Return a transformer on the same weights whose backward pass follows the rules."""
+    """Return a transformer that shares the weights, and whose backward pass follows the rules."""
     shared = {id(parameter): parameter for parameter in transformer.parameters()}
     twin = copy.deepcopy(transformer, shared)
     for module in twin.modules():
@@ -73,10 +73,10 @@ def relevance(
     *,
     batch: int = BATCH,
 ) -> Tensor:
-    """Return the mean relevance of every neuron over the prompts, fp64 ``[L, N]``; positive for the targets.
+    """Return the mean relevance of every neuron over the prompts, fp64 ``[L, N]``; positive if it favours the targets.
 
-    What is explained is the log of the targets' summed odds against the counterfactuals', for one token each the
-    difference of two logits, at the token after each prompt.
+    The quantity explained is log(sum of the targets' probabilities / sum of the counterfactuals' probabilities) of the
+    token after each prompt. For one target and one counterfactual it is the difference of their logits.
 
     Args:
         targets, counterfactuals: token ids, at least one each.

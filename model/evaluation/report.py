@@ -25,11 +25,11 @@ NOTES = (
     "for tokens stands beside it.",
 )
 
-Column = tuple[str, Callable[[dict], str]]  # its title, and what stands there in a row of the results
+Column = tuple[str, Callable[[dict], str]]  # a column's title, and its cell for a row of the results
 
 
 def column(title: str, show: Callable[[dict], str], *path: str) -> Column:
-    """A column that shows what lies at the end of the path in each row."""
+    """A column that shows, of each row, the value that the keys of ``path`` lead to."""
 
     def cell(row: dict) -> str:
         for key in path:
@@ -40,7 +40,7 @@ def column(title: str, show: Callable[[dict], str], *path: str) -> Column:
 
 
 def tables(results: dict) -> list[tuple[str, list[Column]]]:
-    """The tables that the results allow: title and columns."""
+    """The tables that the results have data for: (title, columns)."""
     first, found = results["rows"][0], []
     for name, title in (("harmful", "Prompts to be refused"), ("benign", "Prompts to be answered")):
         if name not in first:
@@ -76,7 +76,7 @@ def tables(results: dict) -> list[tuple[str, list[Column]]]:
 
 
 def brief(results: dict) -> list[Column]:
-    """The columns that fit a terminal."""
+    """The columns of the one table that fits a terminal."""
     first = results["rows"][0]
     columns: list[Column] = []
     for name in ("harmful", "benign"):
@@ -102,12 +102,12 @@ def percent(value: dict) -> str:
 
 
 def span(value: dict) -> str:
-    """The same for narrow columns, as in 34% 26-44."""
+    """A share and its interval for narrow columns, as in 34% 26-44."""
     return f"{100 * value['share']:.0f}% {100 * value['low']:.0f}-{100 * value['high']:.0f}"
 
 
 def number(value: dict) -> str:
-    """A mean and its interval, as in 0.981 [0.970, 0.992]; one value has none."""
+    """A mean and its interval, as in 0.981 [0.970, 0.992]. The mean of a single value has no interval."""
     digits = 4 if abs(value["mean"]) < 0.1 else 3
     if value["low"] is None:
         return f"{value['mean']:.{digits}f}"
@@ -119,8 +119,8 @@ def broken(kinds: dict) -> str:
 
 
 def merged_rows(results: dict) -> list[dict]:
-    """The rows, all draws of random neurons as one: the mean of each figure, from the lowest bound to the highest."""
-    rows: list[Any] = []  # a row, or the rows of several draws
+    """The rows of the results, all draws of random neurons merged into one row: means, and the widest bounds."""
+    rows: list[Any] = []  # each a row, or a list: the rows of all random draws at one multiplier
     draws: dict[float, list[dict]] = {}
     for row in results["rows"]:
         if not row["method"].startswith("random "):
@@ -144,7 +144,7 @@ def _merge(values):
 
 
 def table_rows(results: dict, columns: Sequence[Column]) -> Iterator[list[str]]:
-    """A table, its head first."""
+    """The rows of a table as text, its head first."""
     yield ["method", "m", *(title for title, _ in columns)]
     for row in merged_rows(results):
         yield [row["method"], f"{row['multiplier']:g}", *(cell(row) for _, cell in columns)]
@@ -200,7 +200,7 @@ def _alternatives(results) -> Iterator[list[str]]:
 
 
 def draw(results: dict, out) -> list[str]:
-    """Write the pictures that the results allow; return their names."""
+    """Write the pictures that the results have data for; return the names of their files."""
     require("matplotlib")
     os.environ.setdefault("MPLBACKEND", "Agg")
     import matplotlib
@@ -263,7 +263,7 @@ def draw(results: dict, out) -> list[str]:
 
 
 def _by_method(results) -> dict[str, list[dict]]:
-    """Rows by method, in the order of the multiplier; m = 1 is the unsteered row."""
+    """Method -> its rows, in the order of the multiplier. The unsteered row is every method's row at m = 1."""
     unsteered, *steered = merged_rows(results)
     curves: dict[str, list[dict]] = {}
     for row in steered:

@@ -1,7 +1,7 @@
-"""What an evaluation has finished so far, on disk: the same command goes on where it was killed.
+"""The finished parts of an evaluation on disk: after a kill, the same command goes on from them.
 
-manifest.json      what the results depend on; replaced only while there is no part
-parts/NAME.json    one finished piece of work: written whole, once
+manifest.json      what the results depend on; replaced only while no part exists
+parts/NAME.json    one finished part: written once, as a whole file
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from ..discovery.run_directory import first_difference
 
 try:
     import fcntl
-except ImportError:  # not on Windows: there, two runs in one directory are the user's to avoid
+except ImportError:  # Windows has no fcntl: there users must not start two runs in one directory
     fcntl = None  # type: ignore[assignment]
 
 FORMAT = 1
@@ -40,7 +40,7 @@ class Store:
             InputError: the directory holds another evaluation; names the first field that differs.
         """
         self.path = None if path is None else Path(path)
-        self.facts = json.loads(json.dumps({"format": FORMAT, **facts}))  # as they will be read again
+        self.facts = json.loads(json.dumps({"format": FORMAT, **facts}))  # the values as read_json will give them
         self._lock: int | None = None
 
     def __enter__(self) -> Store:
@@ -70,7 +70,7 @@ class Store:
             self._lock = None
 
     def get(self, name: str, compute: Callable[[], object]):
-        """Return what is on disk under ``name``, or else compute it and put it there: any JSON value."""
+        """Return the part ``name``, a JSON value, from disk. If it is not there, compute and write it first."""
         if self.path is None:
             return json.loads(json.dumps(compute()))
         path = self.path / "parts" / f"{name}.json"
@@ -78,11 +78,11 @@ class Store:
             return read_json(path)
         value = compute()
         write_text(path, json.dumps(value, ensure_ascii=False, allow_nan=False) + "\n")
-        return read_json(path)  # what a run that was killed here would go on with
+        return read_json(path)  # read, so that a run that goes on after a kill gets the same value
 
 
 def _lock(path) -> int | None:
-    """Hold the directory. The system lets go when the process ends, however it ends."""
+    """Lock the directory for this process. The system drops the lock when the process ends, however it ends."""
     if fcntl is None:
         return None
     descriptor = os.open(path / ".lock", os.O_RDWR | os.O_CREAT, 0o644)

@@ -1,4 +1,4 @@
-"""What to evaluate, and on what."""
+"""Suite: which methods to evaluate, at which multipliers, and on which prompts and texts."""
 
 from __future__ import annotations
 
@@ -16,29 +16,29 @@ from .multiple_choice import MultipleChoice
 
 MULTIPLIERS = (1.0, 0.75, 0.5, 0.25, 0.0, 2.0)
 METHODS = ("circuit", "random", "activation", "neuron", "caa", "caa-released", "ablation", "sae")
-NEED_SIDES = ("activation", "neuron", "caa", "caa-released", "ablation", "sae")  # and so --positive and --negative
+NEED_SIDES = ("activation", "neuron", "caa", "caa-released", "ablation", "sae")  # need discovery prompts
 
 
 @dataclass(frozen=True)
 class Suite:
-    """What to evaluate, and on what. Sets that are None are left out of the results.
+    """What to evaluate, and on which prompts and texts. Sets that are None are left out of the results.
 
     Attributes:
-        methods: names of METHODS; those in NEED_SIDES need ``positive`` and ``negative``.
-        multipliers: of every method.
+        methods: names from METHODS. Methods in NEED_SIDES need ``positive`` and ``negative``.
+        multipliers: the multipliers of every method.
         harmful: prompts to be refused; benign: prompts to be answered.
         positive, negative: discovery prompts.
         neutral: texts for the divergence of the next token.
-        text: for perplexity.
+        text: the text for perplexity.
         multiple_choice: questions; ``shots`` examples in front of each, answers of ``choice_tokens`` tokens.
-        refusals: lists by name; the first one decides the kinds of answers.
-        random_draws: circuits of random neurons, with seeds from 0 up.
-        sae: a file with W_dec, a feature and the layer it belongs to.
-        alternatives: whether other discovery scores are compared; ``curves``: at several sizes.
+        refusals: name -> list of phrases; the first list decides the kinds of answers.
+        random_draws: the number of circuits of random neurons, with seeds from 0 up.
+        sae: a sparse autoencoder's file with W_dec, a feature's row, and the layer that the autoencoder belongs to.
+        alternatives: whether other discovery scores are compared; with ``curves`` they are, at several sizes.
         judge_command: see ``judge.py``.
         others: further circuits to evaluate, by name.
-        chat: whether prompts go through the chat template; None does where there is one.
-        batch: answers written together; None asks the memory.
+        chat: whether prompts go through the chat template; None: where the checkpoint has one.
+        batch: answers decoded together; None takes as many as memory has room for.
     """
 
     methods: tuple[str, ...] = ("circuit",)

@@ -1,1 +1,1 @@
-"""Prompts: files of them, a run's prompts on file, and the columns that count them."""
+"""Prompts: prompt files, the corpus of a run, and the columns that count prompts."""

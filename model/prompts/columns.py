@@ -1,7 +1,7 @@
-"""Columns of a run and what is derived from them: cross-validation folds and bootstrap replicates.
+"""Columns of a run, and the cross-validation folds and bootstrap replicates that are derived from them.
 
-All are columns of the same pass. A *slot* is one streaming sum: first the columns themselves, then, for every column
-that is half of a contrast, its folds and its replicates.
+All of these are summed in the same pass. A *slot* is one streaming sum: first come the columns themselves, then, for
+every column that is half of a contrast, its folds and its replicates.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ class Columns:
     """
     Attributes:
         n_columns: columns of the corpus.
-        contrasts: pairs of them.
+        contrasts: pairs of columns.
         folds: parts into which the prompts of each column are dealt in turn.
         bootstrap: replicates of the Poisson bootstrap; ``seed`` draws them.
     """
@@ -35,18 +35,18 @@ class Columns:
     seed: int = 0
 
     def derived(self, column: int) -> list[int]:
-        """The slots of a column's folds, then of its replicates; none for a column without a contrast."""
+        """The slots of a column's folds, then of its replicates; an empty list for a column in no contrast."""
         size, place = self.folds + self.bootstrap, self._halves.get(column)
         return [] if place is None else list(range(start := self.n_columns + place * size, start + size))
 
     def weights(self, entries: Sequence[Entry], first: int) -> tuple[list[int], Tensor]:
-        """What each entry weighs in each slot that counts any of them.
+        """How much each entry counts in each slot.
 
         Args:
-            first: the number of the first entry in its corpus, from which its replicates follow.
+            first: the number of the first entry in its corpus, which decides how replicates draw the entries.
 
         Returns:
-            slots, and ``[P, slots]`` fp32.
+            the slots that count any of the entries, and the weights ``[P, slots]`` fp32.
         """
         active = sorted({column for entry in entries for column, _, _ in entry.columns})
         place = {column: number for number, column in enumerate(active)}
@@ -75,7 +75,7 @@ class Columns:
         """How often each prompt is drawn in each replicate, ``[n, bootstrap]``: Poisson with mean 1.
 
         The Poisson bootstrap (Hanley and MacGibbon, Computer Methods and Programs in Biomedicine 83, 2006) draws every
-        prompt's number by itself, so that a stream of any length can be resampled. A number depends on the seed, the
+        prompt's count independently, so that a stream of any length can be resampled. A count depends on the seed, the
         prompt's number and the replicate, and on nothing else.
         """
         if not self.bootstrap:

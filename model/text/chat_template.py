@@ -1,7 +1,7 @@
 """Chat templates: jinja2 programs from a checkpoint, rendered in a child process with limits.
 
-The jinja sandbox keeps a template from reaching Python, not from looping or from building a string of gigabytes, so a
-child renders it under a memory limit and the parent waits a bounded time.
+The jinja sandbox keeps a template from reaching Python, but not from looping or from building a string of gigabytes.
+So a child process renders the template under a memory limit, and the parent waits a bounded time.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ _BATCH = 64
 
 
 class ChatTemplate:
-    """Renders conversations with a checkpoint's template; threads take turns. ``where`` names its file for messages."""
+    """Renders conversations with a checkpoint's template; threads take turns. ``where`` names the file in messages."""
 
     def __init__(self, source: str, variables: dict[str, str], where):
         if len(source.encode("utf-8")) > MAX_TEMPLATE:
@@ -49,7 +49,7 @@ class ChatTemplate:
         return texts
 
     def _ask(self, message):
-        """Exchange a message with the child, started where there is none."""
+        """Exchange a message with the child, which is started if none runs."""
         if self._child is None or self._owner != os.getpid() or self._child.poll() is not None:
             self._start()
         return self._exchange(message)
@@ -71,10 +71,10 @@ class ChatTemplate:
         )
 
     def _exchange(self, message):
-        """Send one line, wait for one line. A child that does not answer in time, or is interrupted, is ended."""
+        """Send one line, wait for one line. If that takes too long or is interrupted, the child is killed."""
         try:
             line = self._transfer(json.dumps(message).encode() + b"\n")
-        except BaseException:  # an answer that comes later must not be taken for the next one
+        except BaseException:  # a late answer must not be taken for the next message's
             _end(self._child, self._owner)
             raise
         answer = json.loads(line)
@@ -85,13 +85,13 @@ class ChatTemplate:
     def _transfer(self, request: bytes) -> bytes:
         child = self._child
         assert child is not None and child.stdin is not None and child.stdout is not None, "_start has opened them"
-        with contextlib.suppress(OSError):  # a child that has ended: the read below finds the end of its output
+        with contextlib.suppress(OSError):  # if the child has ended, the read below finds the end of its output
             child.stdin.write(request)
             child.stdin.flush()
         lines: list[bytes] = []
         output = child.stdout
         reader = threading.Thread(target=lambda: lines.append(output.readline()), daemon=True)
-        reader.start()  # not every system can wait for a pipe with a limit; every one can for a thread
+        reader.start()  # some systems cannot wait for a pipe with a time limit; all can for a thread
         reader.join(_SECONDS)
         if reader.is_alive():
             raise InputError(self.where, f"chat template: rendering took longer than {_SECONDS:g} s")

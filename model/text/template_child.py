@@ -1,6 +1,6 @@
 """The child process that renders chat templates: JSON lines in, JSON lines out. Run by chat_template.py only.
 
-First line in: path, template, variables, max_output. Every further line: conversations. Each is answered by one line.
+First line in: path, template, variables, max_output. Every further line: conversations. Each line in gets one line out.
 """
 
 import contextlib
@@ -33,7 +33,7 @@ def main():
     environment.globals["raise_exception"] = raise_exception
     environment.filters["tojson"] = to_json
     if "strftime_now is defined" not in setup["template"]:
-        # Templates that ask first fall back to a fixed date, so that a circuit does not depend on the day it was found.
+        # A template that asks falls back to a fixed date, so that a circuit does not depend on the day it was found.
         environment.globals["strftime_now"] = strftime_now
     try:
         template = environment.from_string(setup["template"])
@@ -82,7 +82,7 @@ def answer(message):
 
 
 def limit_memory():
-    # Windows has no such limit, macOS may refuse one; the parent's limit of time still holds.
+    # Windows has no such limit, and macOS may refuse it; the parent's time limit holds in any case.
     with contextlib.suppress(ImportError, ValueError, OSError):
         import resource
 
@@ -90,9 +90,9 @@ def limit_memory():
 
 
 def die_with_parent():
-    """End with the parent, even in the middle of a template's endless loop.
+    """End this process when the parent ends, even in the middle of a template's endless loop.
 
-    Linux could be asked to do it (PR_SET_PDEATHSIG), but means the parent's thread, which may end before the process.
+    Linux's PR_SET_PDEATHSIG would do so, but when the parent's thread ends, which may be before the parent process.
     """
     parent = os.getppid()
 

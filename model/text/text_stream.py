@@ -1,4 +1,4 @@
-"""Text of answers while they grow."""
+"""TextStream: the text of answers while they grow."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from .tokenizer import Tokenizer
 
 
 class TextStream:
-    """Turns tokens of a batch into text as soon as it is whole: bytes of half a character wait for the rest."""
+    """Turns a batch's tokens into text. Bytes of an incomplete character wait until the character is complete."""
 
     def __init__(self, tokenizer: Tokenizer, first_row: int, on_text: Callable[[int, str], None]):
         self._tokenizer, self._first_row, self._on_text = tokenizer, first_row, on_text
@@ -22,7 +22,7 @@ class TextStream:
             self._show(row, text)
 
     def finish(self):
-        """Show what still waits: it will not become whole."""
+        """Show the text that still waits: no more tokens come to complete it."""
         for row, ids in self._ids.items():
             self._show(row, self._tokenizer.decode(ids))
 

@@ -50,7 +50,7 @@ class Tokenizer:
         self.template_sha256 = sha256(self.template.source) if self.template else None
 
     def encode(self, text: str) -> list[int]:
-        """Return the ids of plain text, with the BOS that the checkpoint asks for, exactly once."""
+        """Return the ids of plain text, with exactly one BOS in front if the checkpoint asks for a BOS."""
         return self._single_bos(self._ids(text, special_tokens=True))
 
     def encode_answer(self, text: str) -> list[int]:
@@ -73,7 +73,7 @@ class Tokenizer:
         return [self._single_bos(self._ids(text, special_tokens=False)) for text in rendered]
 
     def first_ids(self, texts: str | Sequence[str], what: str) -> list[int]:
-        """Return the first id of an answer, or of each of several. ``what`` names them in an error."""
+        """Return the first id of an answer, or of each of several answers. ``what`` names them in an error."""
         ids = [self.encode_answer(text)[:1] for text in ([texts] if isinstance(texts, str) else texts)]
         if not ids or not all(ids):
             raise InputError(what, "holds no token")
@@ -85,7 +85,7 @@ class Tokenizer:
 
     def _ids(self, text, *, special_tokens):
         ids = self._guard(self._backend.encode, text, add_special_tokens=special_tokens).ids
-        if max(ids, default=0) >= self._vocab_size:  # a post-processor may name ids that no token has
+        if max(ids, default=0) >= self._vocab_size:  # a post-processor may add ids that no token has
             raise InputError(self._path, f"gives id {max(ids)}, the model has {self._vocab_size} vocabulary rows")
         return ids
 
@@ -98,7 +98,7 @@ class Tokenizer:
         return [self.bos_id, *ids[start:]] if start or self.adds_bos else ids
 
     def _guard(self, function, *arguments, **options):
-        """Call into ``tokenizers``. A hostile file makes its Rust code panic, which is no Exception."""
+        """Call a function of ``tokenizers``. A hostile file can make its Rust code panic, which raises no Exception."""
         try:
             return function(*arguments, **options)
         except (KeyboardInterrupt, SystemExit):
@@ -109,14 +109,14 @@ class Tokenizer:
 
 
 def _refuse_dropout(content, path):
-    """A tokenizer with dropout encodes the same text differently every time: no run could be repeated."""
+    """Refuse dropout: with it a text's encoding differs from call to call, and no run could be repeated."""
     model = Fields(parse_json(content, path), path).object("model", None)
     if model is not None and model.record.get("dropout"):
         raise model.error("dropout", f"expected none, got {short(model.record['dropout'])}")
 
 
 def _special_tokens(path) -> dict[str, str]:
-    """Return bos_token, eos_token and their like as text; each is stored as text or as ``{"content": text}``."""
+    """Return bos_token, eos_token, pad_token and unk_token as text; files store text or ``{"content": text}``."""
     if not os.path.lexists(path):
         return {}
     fields, tokens = Fields(read_json(path, limit=64 << 20), path), {}
@@ -130,7 +130,7 @@ def _special_tokens(path) -> dict[str, str]:
 
 
 def stop_ids(directory, tokenizer: Tokenizer, vocab_size: int) -> frozenset[int]:
-    """Return the ids that end an answer: generation_config.json, else config.json, else the tokenizer's EOS."""
+    """Return the ids that end an answer: of generation_config.json, else of config.json, else the tokenizer's EOS."""
     for name in ("generation_config.json", "config.json"):
         path = Path(directory) / name
         if not os.path.lexists(path):

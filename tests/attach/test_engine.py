@@ -1,4 +1,4 @@
-"""attach: values, compiled, sums; against the plain model, and against scaled weights."""
+"""attach: values, compiled models and sums, against the plain model and against scaled weights."""
 
 import copy
 import warnings
@@ -29,7 +29,7 @@ from cna_kernels.sums import NonFiniteActivation
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("name", MODELS)
 def test_unsteered_is_the_plain_model_to_the_bit(name, dtype):
-    """On the reference backend, with circuits in the table that no row uses; and after detach on any."""
+    """On the reference backend, also with circuits in the table that no row uses; and after detach on any backend."""
     model, ids = make(name, dtype), ids_of(3, 9)
     plain = logits(model, ids)
     engine = quietly(model, backend="reference")
@@ -41,7 +41,7 @@ def test_unsteered_is_the_plain_model_to_the_bit(name, dtype):
     engine.rows([0, -1, -1])
     mixed = logits(model, ids)
     assert (mixed - plain)[0].abs().max() > 1e-2 * plain.abs().max()
-    if name in DENSE:  # experts compute their tokens together, steered or not
+    if name in DENSE:  # not so for experts, which compute steered and plain tokens together
         assert torch.equal(mixed[1:], plain[1:])
     engine.detach()
     assert torch.equal(logits(model, ids), plain)
@@ -50,7 +50,7 @@ def test_unsteered_is_the_plain_model_to_the_bit(name, dtype):
 @pytest.mark.parametrize("backend", ["reference", None])
 @pytest.mark.parametrize("name", MODELS)
 def test_steered_rows_are_the_scaled_weights(name, backend):
-    """Four rows, two circuits at two multipliers and a plain row, against each one alone on edited weights."""
+    """Four rows, with two circuits at two multipliers and a plain row, each against the row alone on edited weights."""
     model, ids = make(name), ids_of(4, 9)
     untouched = copy.deepcopy(model)
     plain = logits(model, ids)
@@ -92,8 +92,8 @@ def test_experts_under_each_implementation(name, how):
 
 @pytest.mark.parametrize("name", MODELS)
 def test_generate_with_padding_and_mixed_rows(name):
-    """Left-padded prompts, a circuit a row, greedy: token for token each prompt alone with scaled weights."""
-    model = make(name, tie_word_embeddings=False)  # tied and random, a model repeats its last token
+    """Left-padded prompts, a circuit for each row, greedy: the tokens of each prompt alone with scaled weights."""
+    model = make(name, tie_word_embeddings=False)  # a random model with tied embeddings repeats its last token
     untouched = copy.deepcopy(model)
     lengths, ids = (5, 9, 7), ids_of(3, 9)
     mask = torch.stack([torch.arange(9) >= 9 - n for n in lengths]).long()
@@ -173,7 +173,7 @@ def test_phases_and_positions(phase, backend):
 
 
 def test_positions_without_position_ids():
-    """The cache says how many tokens came before."""
+    """Without position_ids, positions follow from how many tokens the cache holds."""
     model, ids = make("llama"), ids_of(1, 8)
     engine = attach(model)
     engine.set([random_circuit(engine, 0)], [-2.0])
@@ -187,7 +187,7 @@ def test_positions_without_position_ids():
 
 
 def test_rows_by_token():
-    """[B, S] rows: packed sequences, each token with its own circuit."""
+    """Rows given as [B, S], for packed sequences: each token has its own circuit."""
     model, ids = make("llama"), ids_of(2, 6)
     engine = attach(model)
     circuits = [random_circuit(engine, seed) for seed in range(2)]
@@ -205,7 +205,7 @@ def test_rows_by_token():
 # Compiled.
 
 
-EVERYDAY = ("llama", "qwen3-moe")  # of the compiled ones: 3 seconds each
+EVERYDAY = ("llama", "qwen3-moe")  # the models that are compiled every day: each takes 3 seconds
 
 
 @pytest.mark.parametrize(
@@ -241,7 +241,7 @@ def test_compiled_follows_the_table_without_recompiling(name):
 
 @pytest.mark.parametrize("name", ["llama", pytest.param("qwen3-moe-mixed", marks=pytest.mark.exhaustive)])
 def test_compiled_sums(name):
-    """Passes with sums and without are two graphs, each compiled once."""
+    """Passes with sums and passes without are two graphs, each compiled once."""
     model, ids = make(name), ids_of(3, 9)
     engine = quietly(model)
     token_weight = torch.rand(3, 2)
@@ -281,7 +281,7 @@ def test_compiled_by_inductor():
 
 @pytest.mark.exhaustive
 def test_compiled_with_other_lengths():
-    """Dynamic shapes: a third length is no new graph, and sums still go to the layer's own buffer."""
+    """Dynamic shapes: a third length needs no new graph, and sums still go to each layer's own buffer."""
     model = make("llama")
     engine = attach(model)
     engine.set([random_circuit(engine, 0)], [-2.0])
@@ -369,14 +369,14 @@ def test_sums_are_what_hooks_collect(name, side, backend):
     expected = torch.einsum("bc,bln->lcn", token_weight, acts).double()
     assert (sums.total - expected).abs().max() <= 1e-5 * expected.abs().max()
     assert torch.equal(sums.count, token_weight.sum(0).double())
-    with engine.collect(token_weight, sums):  # more of the same
+    with engine.collect(token_weight, sums):  # adds the same sums a second time
         logits(model, ids, attention_mask=mask)
     assert (sums.total - 2 * expected).abs().max() <= 2e-5 * expected.abs().max()
     assert torch.equal(sums.count, 2 * token_weight.sum(0).double())
 
 
 def test_sums_of_experts_by_token():
-    """Each expert's neurons get what its tokens gave, by a plain loop over the experts."""
+    """The sums of each expert's neurons are those of a plain loop over tokens and experts."""
     model, ids = make("qwen3-moe"), ids_of(2, 7)
     token_weight, found = torch.rand(2, 7, 3), []
 
@@ -439,7 +439,7 @@ def test_selection_is_that_of_the_command_line(tmp_path):
 
 
 def test_universal_neurons():
-    """Of four prompts, each a column: those among the top two in three or more."""
+    """Universal neurons: of four prompts, each in its own column, among the top two on three or more."""
     model = make("llama")
     engine = attach(model)
     sums = engine.new_sums(4)
@@ -460,8 +460,8 @@ def test_universal_neurons():
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_a_circuit_says_where_it_came_from(tmp_path, dtype):
-    """The filter, the neurons left out by name, the model: known again by the checkpoint that it was loaded from, in
-    whatever dtype, and refused by another."""
+    """A circuit records filter, excluded neurons and model. The checkpoint that the model was loaded from accepts the
+    circuit, in any dtype; another checkpoint refuses it."""
     from cna_kernels.model import load
     from tiny import write_language_model
 
@@ -493,7 +493,7 @@ def test_a_circuit_says_where_it_came_from(tmp_path, dtype):
 
 
 def test_fp16_has_no_hash_rather_than_another():
-    """fp16 cannot hold every small bf16 number: its hash would be another model's."""
+    """fp16 cannot hold every small bf16 number: the hash of the rounded weights would be another model's."""
     model = make("llama").to(torch.bfloat16)
     before = attach(model)
     assert "neurons_sha256" in before.identity()
@@ -502,7 +502,7 @@ def test_fp16_has_no_hash_rather_than_another():
 
 
 def test_selection_after_the_engine_is_off():
-    """Sums outlive the engine; the circuit says what model it was."""
+    """Sums can be selected from after detach, and the circuit still records its model."""
     model = make("llama")
     engine = attach(model)
     sums = engine.new_sums(2)
@@ -530,7 +530,7 @@ def test_universal_neurons_are_given_once():
 
 
 def test_weights_out_of_sight_have_no_hash():
-    """An adapter on an MLP makes another model of it: the circuit names none, rather than the base model's hash."""
+    """An adapter on an MLP changes the model: its identity has no hash of neurons, rather than the base model's."""
     peft = pytest.importorskip("peft")
     model = make("llama")
     known = attach(model)
@@ -541,7 +541,7 @@ def test_weights_out_of_sight_have_no_hash():
 
 
 def test_selection_counts_only_neurons_that_are_there():
-    """In a mixture with a dense layer of fewer neurons, the fraction is of those that exist."""
+    """In a mixture with a dense layer of fewer neurons, the fraction counts only neurons that exist."""
     model, ids = make("qwen3-moe-mixed"), ids_of(2, 6)
     engine = attach(model)
     assert engine.widths == [144, 48, 144]

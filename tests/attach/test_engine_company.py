@@ -1,4 +1,4 @@
-"""attach beside adapters, quantised layers, accelerate, hooks and training; coming, going, and bad input."""
+"""attach beside adapters, quantised layers, accelerate, hooks and training; attaching, detaching, and bad input."""
 
 import copy
 import gc
@@ -28,7 +28,7 @@ from attach_cases import (
 from cna_kernels import Circuit, InputError, attach, attached
 from tiny import SHAPE
 
-# In company.
+# Beside other libraries' changes to the model.
 
 
 def lora(model, targets):
@@ -56,7 +56,7 @@ def test_adapters_of_peft(targets, attach_first):
     got = logits(wrapped, ids)
     engine.detach()
     plain = logits(wrapped, ids)
-    # the definition: the adapter sees the steered act, too
+    # by definition the adapter sees the steered act, too
     expected = hooked(wrapped.get_base_model(), circuit, -2.0, lambda _: logits(wrapped, ids))
     assert_steered(got, expected, plain)
 
@@ -116,7 +116,7 @@ def test_bitsandbytes(bits):
 
 
 def test_layers_without_parameters():
-    """PyTorch's own dynamic quantisation packs weights out of sight."""
+    """PyTorch's own dynamic quantisation leaves layers without weight parameters."""
     model, ids = make("llama"), ids_of(2, 9)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -163,7 +163,7 @@ def test_accelerate(how, tmp_path):
 
 
 def test_hooks_of_others_still_run():
-    """On layers inside the MLP, put there before or after; they see and change what they would see without us."""
+    """Hooks on layers inside the MLP, put there before or after attach, see and change what they would without it."""
     model, ids = make("llama"), ids_of(2, 9)
     seen = []
 
@@ -215,7 +215,7 @@ def test_autocast():
 
 
 def test_many_circuits_while_others_come_and_go():
-    """A loop of forward passes while another thread adds, replaces and removes: every pass sees one state."""
+    """Forward passes while another thread adds, replaces and removes circuits: every pass sees one state of them."""
     model, ids = make("llama"), ids_of(8, 4)
     engine = attach(model, max_circuits=40, max_entries=1000)
     kept = [random_circuit(engine, seed) for seed in range(8)]
@@ -258,7 +258,7 @@ def test_1024_circuits_in_one_batch():
     assert ((logits(model, ids) - got).abs().amax((1, 2)) > 1e-3).double().mean() > 0.9
 
 
-# Coming and going.
+# Attaching and detaching.
 
 
 def traces(model):

@@ -1,4 +1,4 @@
-"""attach: what would be silently wrong, or break what works without an engine."""
+"""attach: faults that would be silently wrong, or would break what works without an engine."""
 
 import copy
 import gc
@@ -87,7 +87,7 @@ def test_an_mlp_beside_another_is_refused():
 
 
 def test_weights_that_were_split_are_refused():
-    """As tensor parallelism leaves them: every rank has some of the neurons."""
+    """Weights as tensor parallelism leaves them: every rank has only some of the neurons."""
     model, ids = make("llama"), ids_of(2, 5)
     attach(model)
     for layer in model.model.layers:
@@ -173,7 +173,7 @@ def test_gradient_checkpointing(reentrant):
 
 
 def test_layers_compiled_one_by_one():
-    """Regional compilation: one graph serves every layer, and follows the table."""
+    """Regional compilation: one graph serves every layer, and follows changes of the table."""
     model, ids = make("llama", num_hidden_layers=12), ids_of(2, 5)
     engine = attach(model)
     engine.set([random_circuit(engine, 0, size=60)], [-2.0])

@@ -1,8 +1,9 @@
 """Makes the environment of `make test-device-versions`: the GPU machine's versions, on a machine without a GPU.
 
-PyPI has torch 2.11 for Linux as a CUDA build only, with 2 GB of CUDA's libraries. Without a GPU torch calls nothing in
-them but the runtime, which says that there is none. So torch and triton are installed without what they require, and
-each library that torch is linked with and misses is an empty one of that name. With a GPU it would crash.
+PyPI has torch 2.11 for Linux as a CUDA build only, with 2 GB of CUDA's libraries. Without a GPU torch calls only the
+CUDA runtime among them, which says that there is no GPU. So torch and triton are installed without their requirements,
+and each library that torch links with and misses is replaced by an empty library of that name. With a GPU torch would
+crash.
 """
 
 import os
@@ -16,7 +17,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[2]
 CONSTRAINTS = ROOT / "constraints-device.txt"
 ALONE = ("torch", "triton", "nvidia-cuda-runtime")
-OLD_NUMPY = "2.3"  # the last that Triton 3.6's interpreter runs with
+OLD_NUMPY = "2.3"  # the last version that Triton 3.6's interpreter runs with
 
 
 def main(where):
@@ -27,7 +28,7 @@ def main(where):
     install(python, "--no-deps", "--only-binary", ":all:", *ALONE)
     forget_cuda_packages(packages)
     install(python, "-e", f"{ROOT}[test]")  # and the rest of what torch requires
-    # Python binds all functions of a library when it loads it; the empty ones have none.
+    # By default Python binds all functions of a library when it loads the library; the empty libraries have none.
     (packages / "bind_lazily.pth").write_text(f"import sys; sys.setdlopenflags({os.RTLD_LAZY})\n")
     stand_in_for_cuda(python, packages)
     pip_install(python, "--target", where / f"numpy-{OLD_NUMPY}", f"numpy=={OLD_NUMPY}.*")
@@ -49,8 +50,8 @@ def forget_cuda_packages(packages):
 
 
 def stand_in_for_cuda(python, packages):
-    """An empty library for each one that `import torch` misses."""
-    (libraries,) = packages.glob("nvidia/cu*/lib")  # that of the runtime, where torch looks for most of the others
+    """Make an empty library for each library that `import torch` misses."""
+    (libraries,) = packages.glob("nvidia/cu*/lib")  # the runtime's folder, where torch looks for most libraries
     while True:
         tried = subprocess.run([python, "-c", "import torch"], capture_output=True, text=True)
         if tried.returncode == 0:

@@ -1,4 +1,4 @@
-"""The GPU benchmark without a GPU: what it would run, in which order, and what a plan that fails may cost."""
+"""The GPU benchmark without a GPU: its jobs and their order, and what is lost when a plan fails."""
 
 import json
 import os
@@ -59,7 +59,7 @@ def test_default_plans_come_first_and_rivals_that_compile_last():
     assert order.index("candidate") > max(last[kind] for kind in last if kind != "candidate")
     assert order.index("compiled") > last["generate"] > last["decode"]
     for stage in stages[:-1]:
-        for job in stage.jobs:  # no job before the candidates runs a plan that is no default
+        for job in stage.jobs:  # before the candidates every job runs a default plan
             assert not job.plan or job.plan.split("=")[1] == CATALOGUE[of_plan(job)]["default"], job
 
 
@@ -109,7 +109,7 @@ print("selected:", json.dumps(counts))
 
 @pytest.mark.exhaustive
 def test_every_expression_selects_tests():
-    """All values of the plan: the everyday tests are a part of them."""
+    """An expression for a plan's values selects all these tests, not only those of every day."""
     tests = {test for window in gpu_jobs.LIMITS for stage in gpu_jobs.window(window, CATALOGUE) for test in stage.tests}
     tests = sorted(tests)
     command = [sys.executable, "-c", SELECT, json.dumps([gpu_run.pytest_arguments(test) for test in tests])]
@@ -260,11 +260,11 @@ def test_ncu_output_becomes_rows():
     assert list(gpu_tools.ncu_rows("no table here")) == []
 
 
-# The code that only runs with a GPU, on stand-ins for what is CUDA's.
+# Code that usually needs a GPU, run with stand-ins for CUDA's classes.
 
 
 class Stream:
-    """A stream, a graph, an event, and a context of each; what is captured runs at once and is not run again."""
+    """Stands for a stream, a graph, an event and their contexts. A captured call runs at once, and only once."""
 
     def __init__(self, *_, **__):
         pass
@@ -289,7 +289,7 @@ class Stream:
 
 
 class OnStandIns(gpu_device.Bench):
-    """A Bench that believes in a GPU, on a CPU with tiny shapes."""
+    """A Bench that acts as on a GPU, but runs on a CPU with tiny shapes."""
 
     def __init__(self):
         super().__init__("dry", dict(read=1e12, copy=1e12))
@@ -395,7 +395,7 @@ gpu_worker.main()
 
 @pytest.fixture(scope="module")
 def planted(tmp_path_factory):
-    """A dry run in which one candidate raises and one takes its worker with it, each at several T."""
+    """A dry run in which one candidate raises and another kills its worker, each at several T."""
     directory = tmp_path_factory.mktemp("planted")
     script = directory / "worker.py"
     script.write_text(PLANTED.format(sources=gpu_environment.SOURCES))
@@ -417,7 +417,7 @@ def rows_of(found, **wanted):
 @pytest.mark.exhaustive
 def test_a_candidate_that_raises_loses_only_its_rows(planted):
     _, found = planted
-    assert len(rows_of(found, row="failed")) == 2  # once at each T: a shape that fails is no reason not to try another
+    assert len(rows_of(found, row="failed")) == 2  # once at each T: after a failed shape the other is still tried
     assert all(
         "planted" in row["note"] and "candidate/gated_mlp/blas" in row["note"] for row in rows_of(found, row="failed")
     )

@@ -2,8 +2,9 @@
 
     python tests/csrc/sanitize.py [--quick]
 
-The package is copied, and the copy gets the sanitized library. The sanitizers must report nothing on the tests, and
-each planted bug on one of them. Exit code 1 otherwise. --quick: one feature of eight, no bug.
+The package is copied, and the copy gets the sanitized library. The sanitizers must report nothing while the tests run
+without a bug, and must report each planted bug in its test; otherwise the exit code is 1. --quick: one feature of
+eight, no bug.
 Linux with gcc.
 """
 
@@ -37,7 +38,7 @@ BUGS = [
         "std::memcpy(rest, w + r * w_stride + k, (K - k) * sizeof(T));",
         "std::memcpy(rest, w + r * w_stride + k, sizeof rest);",
         "test_values and down_proj and 16x136x200 and plain and bfloat16",
-        "AddressSanitizer",  # a read across the end has no name of its own
+        "AddressSanitizer",  # the report has no fixed name for a read across the end
     ),
     Bug(
         "the rest of a row stored as a whole vector",
@@ -94,7 +95,7 @@ def run_tests(directory, *selection):
     environment = {
         **os.environ,
         "LD_PRELOAD": " ".join(runtime),
-        "ASAN_OPTIONS": "detect_leaks=0:abort_on_error=0",  # the interpreter's own
+        "ASAN_OPTIONS": "detect_leaks=0:abort_on_error=0",  # the interpreter's own leaks do not matter
         "UBSAN_OPTIONS": "print_stacktrace=1",
         "PYTHONPATH": str(directory),
         "PYTHONDONTWRITEBYTECODE": "1",

@@ -19,7 +19,7 @@ STATUS = {name: int(value) for name, value in re.findall(r"(CNA_(?:OK|ERR_\w+)) 
 OK, VERSION, NULL, SIZE, STRIDE, ALIGN, OVERLAP, SCALE, THREADS, ISA, MEMORY = range(11)
 T, H, N, C, K = 4, 6, 10, 2, 2
 
-# op -> names of its arguments, in order; "extras" and n_threads come between and after.
+# op -> names of its array arguments, in order. A call also passes extras and n_threads.
 ARRAYS = {
     "gated_mlp": ("y", "x", "w_gate", "w_up", "w_down"),
     "swiglu": ("act", "gate", "up"),
@@ -39,12 +39,12 @@ DTYPES = {"bf16": 2, "fp16": 2, "fp32": 4}
 
 
 class Arguments:
-    """A good call on memory of its own, to be spoiled."""
+    """The arguments of a valid call, on their own memory. Tests make some of them wrong."""
 
     def __init__(self, op, dtype, *, extras=True):
         self.function = getattr(library.load(), f"cna_{op}_{dtype}")
         self.element = DTYPES[dtype]
-        # room for any array that these sizes describe, inputs filled with one pattern and the output with another
+        # each has room for any array of these sizes; inputs are filled with one pattern, the output with another
         fill = dict.fromkeys(ARRAYS[op], b"?") | {ARRAYS[op][0]: b"\x3e"}
         self.memory = {name: ctypes.create_string_buffer(fill[name] * 4096, 4096) for name in ARRAYS[op]}
         self.arrays = {name: ctypes.addressof(memory) for name, memory in self.memory.items()}
@@ -183,7 +183,7 @@ def test_alignment_threads_and_versions(op, dtype):
         arguments.n_threads = n_threads
         arguments.refused(THREADS)
     arguments = Arguments(op, dtype)
-    arguments.n_threads = 2**31 - 1  # as many as make sense
+    arguments.n_threads = 2**31 - 1  # far more threads than are ever useful
     assert arguments.call() == OK
     if op == "linear":
         return
@@ -288,14 +288,14 @@ def test_a_single_row_between_the_rows_of_the_output():
 
 
 def test_random_arguments_never_raise_a_signal():
-    """Runs in a process of its own, so that a signal is seen rather than suffered."""
+    """Runs in its own process, so that a signal shows as an exit code and does not end the tests."""
     done = subprocess.run([sys.executable, __file__, "3000"], capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
     assert re.fullmatch(r"3000 calls: .*\n", done.stdout), done.stdout
 
 
 def fuzz(n_calls, seed=0):
-    """Calls with one to three arguments spoiled at random, each of them in a way that can be noticed."""
+    """Calls with one to three arguments made wrong at random, each in a way that the library can detect."""
     random_number = random.Random(seed)
     counts = dict.fromkeys(range(11), 0)
     for _ in range(n_calls):
@@ -303,7 +303,7 @@ def fuzz(n_calls, seed=0):
         for _ in range(random_number.randint(1, 3)):
             spoil(arguments, random_number)
         status = arguments.call()
-        counts[status] += 1  # KeyError: not documented
+        counts[status] += 1  # raises KeyError for a status that is not documented
     assert all(counts[code] for code in (VERSION, NULL, SIZE, STRIDE, ALIGN, OVERLAP, THREADS)), counts
     print(f"{n_calls} calls:", ", ".join(f"{name} {counts[code]}" for name, code in STATUS.items() if counts[code]))
 

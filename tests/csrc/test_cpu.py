@@ -1,6 +1,6 @@
 """The CPU engine against the definition, at every instruction-set level that this machine has.
 
-Where it has bf16 products but no AMX, the AMX level runs, too, with its tile instructions as plain loops.
+If the machine has bf16 products but no AMX, the AMX level runs, too, with its tile instructions as plain loops.
 """
 
 import contextlib
@@ -68,7 +68,7 @@ def make(*arguments):
     return done.stdout
 
 
-# Emulation is built for a minute on a laptop, and then slow: all its tests are for `make test-all`.
+# The emulated library takes a minute to build, and is slow: all its tests are for `make test-all`.
 @pytest.fixture(params=[pytest.param(n, marks=pytest.mark.exhaustive if n == EMULATED else ()) for n in LEVELS])
 def level(request, monkeypatch):
     """Run the test with the engine at this level."""
@@ -92,7 +92,7 @@ def name_of(value):
     return str(value).removeprefix("torch.")
 
 
-# steer_act is swiglu's code but for a copy
+# steer_act shares swiglu's code, except for a copy
 VALUES = [
     (level, op, shape, dtype, feature)
     for level, op, shape, dtype, feature in itertools.product(LEVELS, OPS, SHAPES, DTYPES, FEATURES)
@@ -154,7 +154,7 @@ def test_exact_on_small_integers(level, shape, dtype):
     assert torch.equal(ops.linear(x.to(dtype), w.to(dtype), backend="cpu").double(), answer)
 
 
-# Few tokens, and many: two blocks of neurons, ragged in every direction.
+# Few tokens and many, both with two blocks of neurons and ragged in every dimension.
 EXACT = [(op, shape) for op in OPS for shape in ((4, 1032, 72), (70, 1032, 200))]
 each_path = pytest.mark.parametrize(("op", "shape"), EXACT, ids=[f"{op}-{shape[0]}" for op, shape in EXACT])
 
@@ -262,7 +262,7 @@ def test_any_number_of_threads_gives_the_same_bits(level, dtype, path):
 
 @each_path
 def test_a_row_does_not_depend_on_its_neighbours(level, op, shape):
-    """Within few tokens, and within many: the same row in another batch has the same bits."""
+    """A row in another batch has the same bits, as long as both batches have few tokens, or both have many."""
     case = exact_case(shape)
     whole, T = run(op, case, {}), shape[0]
     part = T - T // 4  # 3 of 4 tokens, 53 of 70
@@ -299,7 +299,7 @@ def test_rows_on_top_of_each_other(level):
 @pytest.mark.parametrize("dtype", DTYPES, ids=name_of)
 @pytest.mark.parametrize("op", OPS)
 def test_offsets_beyond_int32(level, tmp_path, op, dtype):
-    """Rows 2**30 elements apart, in a file with holes: an int32 offset would wrap at the third row."""
+    """Rows 2**30 elements apart, in a sparse file: an int32 offset would wrap at the third row."""
     stride, case = 2**30 + 8, exact_case((3, 48, 24), dtype)
     extras = case.extras()
     file = np.memmap(tmp_path / "sparse", dtype=np.int8, mode="w+", shape=(2 * stride + 64) * dtype.itemsize)

@@ -41,7 +41,7 @@ assert torch.equal(ops.gated_mlp(x, w, d, backend="cpu"), before)
 
 @pytest.mark.parametrize("first", ["torch", "library"])
 def test_import_before_and_after_torch(first):
-    """Either way there is one OpenMP in the process, so that torch.set_num_threads governs both."""
+    """In either order the process has one OpenMP, so that torch.set_num_threads governs both libraries."""
     code = f"""
 import ctypes, importlib.util, pathlib
 def use_library():

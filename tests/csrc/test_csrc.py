@@ -114,7 +114,7 @@ def compile_and_run_example(directory, *flags, compiler=("cc", "-std=c99"), **en
 
 
 def names_in(path):
-    """What a shared object or a program calls itself, and what it needs, as readelf says."""
+    """The SONAME and NEEDED entries of a shared object or a program, by readelf."""
     if not shutil.which("readelf"):
         pytest.skip("readelf is not installed")
     return re.findall(r"\((SONAME|NEEDED)\).*\[(.*)\]", run("readelf", "-d", path).stdout)
@@ -171,7 +171,7 @@ def test_uninstall_removes_what_install_wrote(build, tmp_path):
 
 
 def test_install_on_macos_by_its_commands():
-    """No Mac here: the commands that make would run."""
+    """Checks the commands that make would run, since there is no Mac here."""
     done = run("make", "-n", "-C", CSRC, "SYSTEM=Darwin", "BUILD=/nowhere", "PREFIX=/opt/cna", "install")
     assert done.returncode == 0, done.stderr
     for expected in (
@@ -232,7 +232,7 @@ def weights(L, H, N, dtype=torch.float32):
 
 
 def stack(tensors, L, H, ablated=None):
-    """The same in PyTorch, in fp64: the last layer's x, and the means."""
+    """What mlp_stack computes, in PyTorch and fp64: the last layer's x, and the means."""
     numbers = torch.arange(8 * H) * 2654435761 % 2**32 // 2**16
     x = (numbers.double() / 32768 - 1).view(8, H)
     means = []
@@ -252,7 +252,7 @@ def stack(tensors, L, H, ablated=None):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
 @pytest.mark.parametrize(
     "L, H, N, strong",
-    [(3, 16, 48, None), (1, 1, 1, None), (1, 8, 2100, 1500), (1, 8, 2100, 2099)],  # a circuit's blocks are of 1024
+    [(3, 16, 48, None), (1, 1, 1, None), (1, 8, 2100, 1500), (1, 8, 2100, 2099)],  # a block has 1024 neurons
 )
 def test_mlp_stack(build, tmp_path, L, H, N, strong, dtype):
     tensors = weights(L, H, N, dtype)
@@ -275,7 +275,7 @@ def test_mlp_stack(build, tmp_path, L, H, N, strong, dtype):
         assert (got.view_as(exact) - exact).abs().max() <= 1e-5 * exact.abs().max()
 
     changed = ((steered - plain).norm() / plain.norm()).item()
-    assert changed > 1e-3  # a hundred times what may be wrong
+    assert changed > 1e-3  # a hundred times the tolerance
     rows = [line.split() for line in done.stdout.splitlines()[2:]]
     assert [(int(row[0]), int(row[1])) for row in rows] == list(enumerate(strongest.tolist()))
     assert float(rows[-1][3]) == pytest.approx(changed, rel=1e-2)

@@ -46,7 +46,7 @@ def module_of(path):
 
 
 def imports_of(path, modules):
-    """The modules of the package that a file imports, wherever in the file; but for type checkers alone."""
+    """The modules of the package that a file imports, anywhere in the file, except imports for type checkers alone."""
     own, tree = module_of(path), ast.parse((ROOT / path).read_text())
     guarded = [node for node in ast.walk(tree) if isinstance(node, ast.If) and "TYPE_CHECKING" in ast.dump(node.test)]
     skipped = {id(inner) for node in guarded for statement in node.body for inner in ast.walk(statement)}
@@ -111,7 +111,7 @@ def test_what_needs_no_tensors_is_light(code, absent, tmp_path):
 # Where the tests of a folder lie, if not in tests/ under the folder's name.
 TEST_FOLDERS = {"cna_kernels": ("ops", "attach"), "cna_kernels/triton": ("kernels",), "cna_kernels/cpu": ("csrc",)}
 TEST_FOLDERS["cna_kernels/engine"] = ("attach",)
-# Files without a test file of their name: the test file that has them all, because each shows only with the others.
+# Files without a test file of their own name, by the test file that tests them together.
 TESTED_TOGETHER = {
     "ops/test_ops.py": "cna_kernels/: backends errors extras library op_checks reference scale serve",
     "attach/test_engine.py": "cna_kernels/engine/: attach collecting decoder experts find identity mlps patch rows",

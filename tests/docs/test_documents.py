@@ -1,7 +1,7 @@
 """Every code block of README.md and docs/*.md runs as it is written, or is listed here with the reason why not.
 
 The blocks of a document run in their order, in a directory that looks like the checkout and holds the files that the
-examples speak of; its Python blocks share one namespace. What is not Python is commands for a shell.
+examples name. A document's Python blocks share one namespace. All other blocks are commands for a shell.
 """
 
 import ast
@@ -29,7 +29,7 @@ from cna_kernels.model.prompts.corpus import Names, read_contrasts
 ROOT = Path(__file__).resolve().parents[2]
 DOCUMENTS = ["README.md", *sorted(f"docs/{path.name}" for path in ROOT.glob("docs/*.md"))]
 
-# How a command begins that is run here, and one that is not, with the reason.
+# How commands begin that are run here; and how others begin, with the reason why they are not run.
 RUN = re.compile(r"(\.venv/bin/)?cna |make -C csrc|cc |export |(\w+=\S+ )?build/")
 NOT_RUN = {
     "make demo": "installs; test_demo.py runs the demonstration",
@@ -42,7 +42,7 @@ NOT_RUN = {
     "python convert_lora_to_gguf.py": "not run, as its page says",
     "llama-server": "not run, as its page says",
 }
-# What stands in an example for something of the reader's -> what is put there. MODEL and the like are files of `place`.
+# Text that stands for something of the reader's -> its replacement. MODEL and the like are files of `place`.
 STANDS_FOR = {
     " ... ": " --positive p.txt --negative n.txt -o circuit.json ",
     'device="cuda"': 'device="cpu"',
@@ -50,7 +50,7 @@ STANDS_FOR = {
 
 
 class Block(NamedTuple):
-    """A code block: where it is, the word after its ``` or "" where it is indented, and what is in it."""
+    """A code block: its place, the word after its ``` ("" for an indented block), and its text."""
 
     document: str
     line: int
@@ -106,7 +106,7 @@ def place(tmp_path, library, monkeypatch):
     """A directory with what of the checkout the documents use, and every file that their examples name."""
     for name in ("cna_kernels", "model", "bench", "examples"):
         (tmp_path / name).symlink_to(ROOT / name)
-    shutil.copytree(ROOT / "csrc", tmp_path / "csrc")  # with its times, by which make decides
+    shutil.copytree(ROOT / "csrc", tmp_path / "csrc")  # with its files' times, by which make decides
     (tmp_path / "build").mkdir()
     (tmp_path / "build" / "csrc").symlink_to(library)
     (tmp_path / ".venv").symlink_to(sys.prefix)
@@ -142,13 +142,13 @@ def place(tmp_path, library, monkeypatch):
         Circuit(neurons, 8, 1024).save(tmp_path / name)
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("PATH", f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}")
-    monkeypatch.setenv("OPTIMIZE", "-O0")  # test_csrc.py builds with more; this takes a third of the time
+    monkeypatch.setenv("OPTIMIZE", "-O0")  # building takes a third of the time; test_csrc.py builds with optimisation
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     return tmp_path
 
 
 def names_for(document):
-    """What the Python blocks of a document take as given."""
+    """The names that the Python blocks of a document use without defining them."""
     if document == "docs/serving.md":
         transformers = pytest.importorskip("transformers")
         pytest.importorskip("peft")
@@ -178,7 +178,7 @@ def names_for(document):
 
 
 def run_command(command, exports):
-    """Run a line of a shell; one that is nothing but `cna` in this process, which has loaded what takes seconds."""
+    """Run a shell command. A plain `cna` command runs in this process, which has already loaded torch."""
     words = None if re.search(r"[$|<>;&`]", command) else shlex.split(command, comments=True)
     if words and words[0] in ("cna", ".venv/bin/cna"):
         printed = io.StringIO()
@@ -211,7 +211,7 @@ def run_block(block, names, exports):
         assert not status, f"{block.document}:{block.line}: {command}\n{printed}"
 
 
-EVERYDAY = ("README.md",)  # the blocks of the others take minutes
+EVERYDAY = ("README.md",)  # the blocks of the other documents take minutes
 
 
 @pytest.mark.parametrize(
@@ -229,7 +229,7 @@ def test_blocks_run(document, place):
         run_block(block, names, exports)
 
 
-# Blocks that show something instead.
+# Blocks that show text or data, and are not run.
 
 LAYOUT, ANSWERS, RECORDS = "cna_kernels/   the ops", "prompt: ", '{"prompt": '
 SHOWN = {

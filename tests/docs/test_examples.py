@@ -60,7 +60,7 @@ def served():
 
 
 def test_every_request_gets_what_it_would_get_alone(served):
-    """40 requests from four threads through three slots, of all circuits, multipliers and lengths."""
+    """40 requests from four threads through three slots, with all circuits, multipliers and lengths."""
     serve, model, circuits = served
     prompts = world.heldout_refusable()[:20] + world.heldout_benign()[:20]
     requests = [

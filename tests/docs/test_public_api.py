@@ -111,7 +111,7 @@ circuit: Circuit = engine.select(sums, top_k=4)
 answers: str | list[str] = load("checkpoint").generate("prompt", circuit=circuit, multiplier=0.5)
 y: torch.Tensor = gated_mlp(torch.ones(1, 2), torch.ones(6, 2), torch.ones(2, 3))
 """
-# line: what is wrong there
+# line of code: the checker's message about it
 BAD = {
     "from cna_kernels import Circuit, attach, gated_mlp, nonsense": 'has no attribute "nonsense"',
     "from cna_kernels.model import load": None,
@@ -125,7 +125,7 @@ BAD = {
 
 @pytest.mark.exhaustive
 def test_a_type_checker_finds_wrong_arguments(tmp_path):
-    """mypy on the package as it is installed, where it reads types only if there is a py.typed."""
+    """mypy on the installed package, whose types it reads only if the package has a py.typed."""
     pytest.importorskip("mypy")
     installed = tmp_path / "installed"
     done = run(sys.executable, "setup.py", "-q", "egg_info", "--egg-base", tmp_path, "build_py", "-d", installed)
@@ -162,7 +162,7 @@ class Page(HTMLParser):
 
 @pytest.fixture(scope="module")
 def pages(docs, tmp_path_factory):
-    """Path -> Page of all that `make docs` writes, and nothing was printed."""
+    """Path -> Page of all files that `make docs` writes; and the folder. Building must print nothing."""
     out = tmp_path_factory.mktemp("docs")
     done = run(sys.executable, "-W", "default", ROOT / "docs" / "build.py", out)
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "")

@@ -1,4 +1,4 @@
-"""Plant fourteen bugs in the Triton kernels, one at a time, and see that a test catches each.
+"""Plant fourteen bugs in the Triton kernels, one at a time, and check that a test catches each.
 
     python tests/kernels/canaries.py
 

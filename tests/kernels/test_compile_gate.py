@@ -1,4 +1,4 @@
-"""The compile gate's rules, on rows made up to break each of them. `make compile-gate` applies them to real ones."""
+"""The compile gate's rules, on rows made up to break each of them. `make compile-gate` applies them to real rows."""
 
 import pytest
 
@@ -70,7 +70,7 @@ def test_machine_code_is_read():
     assert sass.working_loop(code) == ["LDG.E.128", "MUFU.EX2", "FFMA", "BRA"]
 
 
-# A loop of two groups: the wait lets one run on, so behind it the group of R8 still runs and that of R4 is over.
+# A loop with two groups. The wait lets one group run on: after it the group of R8 still runs, and that of R4 is over.
 PRODUCTS = """
         LDSM.16.M88.4 R4, [R2] ;
         LDSM.16.M88.4 R8, [R2+0x800] ;
@@ -102,7 +102,7 @@ PRODUCTS = """
         ("IADD3 R12,", "IADD3 R8,", "IADD3 R8, P1"),  # the younger group still runs
         ("IADD3 R12,", "IMAD.WIDE R10,", "IMAD.WIDE R10"),  # a pair of registers reaches into A
         ("LDSM.16.M88.4 R4, [R2] ;\n        IADD3", "LDSM.16.M88.4 R6, [R2] ;\n        IADD3", "M88.4 R6"),
-        ("gsb0, 0x0 ;\n        MOV", "gsb0, 0x1 ;\n        MOV", "MOV R8, RZ"),  # after the loop, waited too little
+        ("gsb0, 0x0 ;\n        MOV", "gsb0, 0x1 ;\n        MOV", "MOV R8, RZ"),  # after the loop: the wait is too short
         ("STS [R4], R5", "SHFL.BFLY PT, R7, R1, 0x1, 0x1f", "SHFL.BFLY PT, R7"),
     ],
 )

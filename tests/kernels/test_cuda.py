@@ -1,7 +1,7 @@
 """What only a GPU shows: dependent launches that overlap, and captured graphs. Skipped without one.
 
-The bodies are in ``bench/gpu/gpu_checks.py``. Without a GPU their logic runs all the same, on stand-ins, and on planted
-faults that they must find.
+The bodies of the tests are in ``bench/gpu/gpu_checks.py``. Without a GPU their logic runs on stand-ins, and on planted
+faults that it must find.
 """
 
 import pytest
@@ -42,7 +42,7 @@ def test_fused_with_a_ring_that_wraps_and_programs_with_several_tiles(feature):
     assert_values(case, "gated_mlp", y, extras)
 
 
-# The same bodies where there is no GPU.
+# The bodies of these tests on stand-ins, without a GPU.
 
 
 def reference_call(op="gated_mlp"):
@@ -62,12 +62,12 @@ def test_replays_interpreted(op):
 
 
 def test_dependent_stress_finds_what_is_read_too_early():
-    """A call that reads the activations of the call before: with the same input each time it would go unseen."""
+    """A fault: a call reads the activations of the call before. With equal inputs in all calls it would not show."""
     right, before, calls = reference_call(), [None], [0]
 
     def early(x, *weights, **extras):
         calls[0] += 1
-        given = before[0] if calls[0] == 9 else x  # the first three are those to compare with
+        given = before[0] if calls[0] == 9 else x  # the first three calls give the expected results
         before[0] = x
         return right(given, *weights, **extras)
 
@@ -96,7 +96,7 @@ def test_dependent_stress_does_not_compare_with_wrong_answers():
 
 
 def test_replays_find_a_frozen_multiplier():
-    """A graph that has the multipliers of its capture inside."""
+    """A fault: a graph replays with the multipliers that it was captured with."""
     right, frozen = reference_call("swiglu"), []
 
     def call(*inputs, scale, **extras):

@@ -1,4 +1,4 @@
-"""gate_up's host side where its kernel, in Gluon, cannot run: what the kernel sums, what a pass does, what is steered.
+"""gate_up's host side without its Gluon kernel: what the kernel sums, what a separate pass sums, what is steered.
 
 The kernel itself is tested on a GPU (``gated_mlp-fused`` in test_triton.py) and compiled by the compile gate.
 """
@@ -15,7 +15,7 @@ pytestmark = pytest.mark.interpreted
 
 
 def product(launches):
-    """Stands for a launch of the kernel: act, and each group's part of the sums."""
+    """Stands for a launch of the kernel: writes act, and each group's part of the sums."""
 
     def run(
         kernel,
@@ -67,7 +67,7 @@ def test_sums_and_steering_around_the_kernel(monkeypatch, columns, apart):
     generator = torch.Generator().manual_seed(columns)
     token_weight = torch.rand(130, columns, generator=generator)
     token_weight[::3] = 0
-    sums = [torch.rand(columns, 264, generator=generator) for _ in range(2)]  # not zero, so that setting shows
+    sums = [torch.rand(columns, 264, generator=generator) for _ in range(2)]  # not zero: a set instead of an add shows
     before = [part.double() for part in sums]
     extras = dict(
         token_weight=token_weight, act_sum=sums[0], act_sumsq=sums[1], scale=case.scale, row_circuit=case.row_circuit

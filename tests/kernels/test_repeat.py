@@ -1,4 +1,4 @@
-"""Launches made again from a record: the same as the launcher's own, or the launcher itself."""
+"""Launches repeated from a record: equal to the launcher's own launches, or else the launcher runs again."""
 
 import contextlib
 
@@ -47,7 +47,7 @@ def outcome(op, case, feature):
 
 @contextlib.contextmanager
 def counted(monkeypatch):
-    """How many records are made, and how many are repeated."""
+    """Lists that grow with every record that is made, and with every record that is repeated."""
     made, repeated = [], []
     record, launch_all = repeat.Recorder.record, repeat._launch_all
 
@@ -69,7 +69,7 @@ def counted(monkeypatch):
     ("kernel", "shape", "feature"), parameters(CASES, IDS, everyday=lambda case: case[1:] != (SHAPES[2], "circuits"))
 )
 def test_a_repeated_call_is_the_call(monkeypatch, kernel, shape, feature):
-    """Other values, other circuits and other addresses, and what the second call would have been on its own."""
+    """With other values, circuits and addresses, a repeated call gives what the call would give on its own."""
     op, name = kernel
     plans.use(name and f"{op}={name}")
     expected = outcome(op, case_of(shape, seed=1), feature)
@@ -155,7 +155,7 @@ def test_tensors_of_somebody_else_are_not_recorded():
 
     def launcher(act, w_down):
         calls.append(act)
-        return down_split(act * 2, w_down)  # the product of a tensor that nobody told the recorder of
+        return down_split(act * 2, w_down)  # a product of a tensor that the recorder does not know
 
     run, case = repeat.Repeat(launcher), case_of((16, 136, 200))
     act, w_down = case.act.to(DEVICE), case.w_down.to(DEVICE)
@@ -167,7 +167,7 @@ def test_tensors_of_somebody_else_are_not_recorded():
 
 @pytest.mark.parametrize("T", [1, 16])
 def test_gate_and_up_that_lie_elsewhere(T):
-    """The distance between two weights is an argument; where its kind changes, the kernel is looked up again."""
+    """The distance between two weights is an argument; where its kind (alignment) changes, the launcher runs again."""
     case, calls = case_of((T, 136, 200)), []
 
     def launcher(x, w_gate, w_up):
@@ -190,7 +190,7 @@ def test_gate_and_up_that_lie_elsewhere(T):
 
 @pytest.mark.parametrize("op", OPS)
 def test_rows_off_16_bytes_do_not_depend_on_the_calls_before(op):
-    """down_proj and gated_mlp choose kernels by TMA: an address decides anew in each call, never for later ones."""
+    """down_proj and gated_mlp choose kernels by TMA: an address decides for its own call, never for later calls."""
     for name in plan.PLANS.get(op, [None]):
         shape = (70, 136, 72)
         if name and not servable(op, name, shape, torch.bfloat16):
@@ -214,7 +214,7 @@ def test_rows_off_16_bytes_do_not_depend_on_the_calls_before(op):
 @pytest.mark.parametrize("name", ["tma", "blas"])
 @pytest.mark.parametrize("rows", ["steered", "none"])
 def test_down_proj_leaves_act_as_it_was(name, rows):
-    """act is scaled in place for the product and put back: bit for bit, NaN and infinity too."""
+    """act is scaled in place for the product and restored afterwards, bit for bit, NaN and infinity included."""
     plans.use(f"down_proj={name}")
     case = case_of((70, 1032, 72))
     act, w_down = case.act.to(DEVICE), case.w_down.to(DEVICE)
@@ -224,7 +224,7 @@ def test_down_proj_leaves_act_as_it_was(name, rows):
     for value in (torch.inf, torch.nan, -0.0):
         act[torch.from_numpy(case.multipliers() != 1).to(DEVICE)] = value
         before = act.view(torch.int16).clone()
-        for _ in range(2):  # recorded, then repeated
+        for _ in range(2):  # the first call is recorded, the second repeated
             ops.down_proj(act, w_down, **extras, backend="triton")
             assert torch.equal(act.view(torch.int16), before)
 

@@ -1,7 +1,7 @@
 """Every Triton kernel against the definition: on the GPU where there is one, else in Triton's interpreter.
 
-The interpreter runs the same source with numpy, in order, one program after the other. It finds wrong formulas, masks,
-offsets and strides, not races or what a compiler does; ``bench/gate/compile_gate.py`` reads the machine code.
+The interpreter runs the kernels' source with numpy, one program after the other. It finds wrong formulas, masks,
+offsets and strides, but not races or faults of the compiler; ``bench/gate/compile_gate.py`` reads the machine code.
 """
 
 import dataclasses
@@ -46,12 +46,12 @@ CASES = [
     for dtype in DTYPES
     for feature in FEATURES
     if (op not in plan.PLANS or servable(op, name, shape, dtype)) and (op != "steer_act" or shape in SHAPES[1::2])
-]  # steer_act is swiglu's kernel, and that of down_proj by "blas"
+]  # steer_act runs swiglu's kernel, as does down_proj by "blas"
 IDS = [f"{WHERE}-{op}-{name}-{'x'.join(map(str, s))}-{str(d)[6:]}-{f}" for (op, name), s, d, f in CASES]
 
 
 def features(case, feature, kernel):
-    """The case's optional arguments on DEVICE; more columns than one program takes where matrix units add them up."""
+    """The case's optional arguments on DEVICE; more columns than a program takes where matrix units add them up."""
     return on_device(with_feature(case, feature, n_columns=70 if kernel in ("-", "blas") else 9))
 
 
@@ -62,7 +62,8 @@ def run(monkeypatch, op, name, case, extras):
 
 
 def is_quick(case):
-    """The interpreter takes 10 seconds for the split kernel of many neurons with circuits; others have that pair."""
+    """Not the split kernel with circuits and many neurons, for which the interpreter takes 10 seconds: other kernels'
+    cases cover this pair of values."""
     kernel, shape, _, feature = case
     return not (kernel == ("down_proj", "split") and shape == SHAPES[-1] and "circuit" in feature)
 
@@ -78,7 +79,7 @@ def test_values(monkeypatch, kernel, shape, dtype, feature):
 
 
 # One case for each plan, with sums, scaling, several tokens and a ragged tail.
-EXACT = [  # the interpreter takes 20 ms for a program: sizes are small where programs are
+EXACT = [  # sizes give few programs: the interpreter takes 20 ms for each
     ("swiglu", "-", (130, 1032, 72)),
     ("gated_mlp", "gemv", (1, 136, 200)),
     ("gated_mlp", "flat", (50, 1032, 72)),
@@ -90,8 +91,8 @@ EXACT = [  # the interpreter takes 20 ms for a program: sizes are small where pr
     ("down_proj", "blas", (70, 130, 72)),
 ]
 EXACT = [each for each in EXACT if each[0] not in plan.PLANS or servable(*each, torch.bfloat16)]  # fused: on a GPU
-# Every day the two passes of few tokens, which are one plan, and those of many. The others take minutes in the
-# interpreter; swiglu's kernel and steer_act's are in "blas" as well, that of "split" in "flat".
+# Run every day: the plan for few tokens, which is two passes, and the plans for many. The others take minutes in the
+# interpreter. "blas" also runs the kernels of swiglu and steer_act, and "flat" that of "split".
 EVERYDAY = ("gated_mlp", "flat"), ("gated_mlp", "blas"), ("down_proj", "blas")
 each_plan = pytest.mark.parametrize(
     ("op", "name", "shape"),
@@ -145,7 +146,7 @@ def test_zero_writes_zero_and_nothing_else_changes(monkeypatch):
     assert hit.sum() > 100, "the case must steer something"
 
 
-@pytest.mark.filterwarnings("ignore:invalid value:RuntimeWarning")  # numpy's, about the planted NaN
+@pytest.mark.filterwarnings("ignore:invalid value:RuntimeWarning")  # numpy warns of the planted NaN
 @each_plan
 def test_zero_scale_hides_non_finite_activations(monkeypatch, op, name, shape):
     case = exact_case(shape)
@@ -219,7 +220,7 @@ def test_offsets_beyond_int32(monkeypatch, tmp_path, op, dtype):
     stride, case = 2**30 + 8, exact_case((3, 48, 24), dtype)
     extras = on_device(case.extras())
     answer, plain = exact(case, op)[0], torch_same_dtype(case, op)[0]
-    if DEVICE == "cpu":  # a file with holes; and the interpreter is told to raise where an int32 offset wraps
+    if DEVICE == "cpu":  # a sparse file; and the interpreter raises where an int32 offset wraps
         from triton.runtime.interpreter import interpreter_builder
 
         strict = dataclasses.replace(interpreter_builder.options, debug=True)
@@ -239,7 +240,7 @@ def test_offsets_beyond_int32(monkeypatch, tmp_path, op, dtype):
 
 @pytest.mark.parametrize(("name", "T"), [("gemv", 1), ("flat", 50), ("fused", 130), ("blas", 50)])
 def test_gate_and_up_apart(monkeypatch, name, T):
-    """Two weights of their own are the same MLP, to the bit where one kernel reads both."""
+    """Two separate weights give the result of one joined weight, to the bit where one kernel reads both."""
     if not servable("gated_mlp", name, (T, 136, 72), torch.bfloat16):
         pytest.skip("needs a GPU")
     case = exact_case((T, 136, 72))
@@ -297,7 +298,7 @@ def test_cuda_graph_follows_its_buffers(monkeypatch, op, name, shape):
     inputs = [part.to(DEVICE) for part in case.inputs(op)]
     plans.use(f"{op}={name}" if op in plan.PLANS else None)
     call = getattr(ops, op)
-    call(*inputs, **extras, backend="triton")  # compiled before the capture
+    call(*inputs, **extras, backend="triton")  # compiles the kernels before the capture
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         y = call(*inputs, **extras, backend="triton")

@@ -1,4 +1,4 @@
-"""The choice of kernels: a pure function, overridden by name, the same whatever a call asks for."""
+"""The choice of kernels: a pure function, which a plan's name overrides, and which sums or steering do not change."""
 
 import pytest
 import torch

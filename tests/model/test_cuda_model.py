@@ -1,5 +1,4 @@
-"""The whole way on a GPU: discovery, steering and generation with the bundled model agree with the CPU. Skipped without
-one."""
+"""On a GPU, discovery, steering and generation with the bundled model agree with the CPU. Skipped without a GPU."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""Decoding: greedy tokens by whole forward passes of transformers, draws by brute force, batches whose rows end."""
+"""Decoding: greedy tokens against whole forward passes, draws against brute force, and batches whose rows end."""
 
 import pytest
 import torch
@@ -22,7 +22,7 @@ def pair(request, tmp_path_factory):
 
 
 def brute_force(theirs, prompt, stop_ids, max_new_tokens, context):
-    """No cache and no batch: a forward pass over everything for each token."""
+    """Greedy tokens without cache or batch: a forward pass over the whole sequence for each token."""
     ids = list(prompt.ids)
     while len(ids) - len(prompt.ids) < max_new_tokens and len(ids) < context:
         with torch.no_grad():
@@ -58,7 +58,7 @@ def test_a_row_may_end_at_once(pair):
 
 
 def kept(probabilities, top_k, top_p):
-    """{token: probability} that may be drawn, one token at a time."""
+    """{token: probability} of the tokens that top_k and top_p keep, found one at a time."""
     ranked = sorted(range(len(probabilities)), key=lambda token: (-probabilities[token], token))
     ranked = ranked[: top_k or None]
     total, chosen, mass = sum(probabilities[t] for t in ranked), [], 0.0
@@ -92,7 +92,7 @@ def test_greedy_ties_go_to_the_lowest_id():
 
 
 def test_seeds_belong_to_rows(pair):
-    """The same seed draws the same answer in any batch; others draw others."""
+    """A seed draws the same answer in any batch; other seeds draw other answers."""
     ours, _ = pair
     prompts = random_prompts(4, 7)
     options = dict(max_new_tokens=8, stop_ids=frozenset(), sampling=Sampling(1.5))

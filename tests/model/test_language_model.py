@@ -281,7 +281,7 @@ def test_a_circuit_of_another_checkpoint(model, tmp_path):
     retold = replace(circuit, chat_template_sha256="x")
     with pytest.raises(InputError, match=r"c\.json: chat_template_sha256: made for another model"):
         model.check_circuit(retold, "c.json")
-    other.check_circuit(CIRCUIT, "c.json")  # no provenance: held to the shape
+    other.check_circuit(CIRCUIT, "c.json")  # no provenance: only the shape is checked
     with pytest.raises(InputError, match=r"c\.json: n_neurons: made for another model: expected 48, got 50"):
         other.check_circuit(Circuit((), 3, 50), "c.json", any_model=True)
 

@@ -1,4 +1,4 @@
-"""Rotary embedding: angles in float64 and by transformers, rotation as a complex product, one length a row."""
+"""Rotary embedding: angles against float64 and transformers, rotation as a complex product, a length for each row."""
 
 import math
 
@@ -15,7 +15,7 @@ ROPES = ["llama", "llama-head-dim", "llama-rope-linear", "llama-rope-llama3", "l
 
 @pytest.fixture(scope="module", params=ROPES)
 def pair(request, tmp_path_factory):
-    """Ours and transformers' of the same checkpoint."""
+    """Our rotary embedding and transformers', of one checkpoint."""
     directory = tmp_path_factory.mktemp(request.param)
     theirs = write_checkpoint(request.param, directory)
     return RotaryEmbedding(read_config(directory)), theirs.model.rotary_emb
@@ -23,7 +23,7 @@ def pair(request, tmp_path_factory):
 
 @pytest.mark.parametrize("length", [1, 16, 20, 50])
 def test_angles_equal_transformers(pair, length):
-    """16 positions are what the dynamic one was trained for."""
+    """The checkpoint with dynamic scaling has 16 positions, so longer lengths are scaled."""
     ours, theirs = pair
     positions = torch.arange(length)[None]
     cos, sin = ours(positions, torch.tensor([length]), torch.float32)
@@ -32,7 +32,7 @@ def test_angles_equal_transformers(pair, length):
 
 
 def frequency(kind, pair_number, dim, length):
-    """Of one pair of coordinates, by the formulas in the order in which their papers have them."""
+    """The frequency of one pair of coordinates, by the formulas as their papers write them."""
     theta = 10_000.0
     if kind == "llama-rope-dynamic":
         theta *= (8.0 * max(length, 16) / 16 - 7.0) ** (dim / (dim - 2))

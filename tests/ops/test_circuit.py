@@ -184,7 +184,7 @@ FOUND_IN = Circuit(((0, 1, 1.0),), 2, 8, model={"name": "m", "weights_sha256": "
     ],
 )
 def test_a_circuit_of_another_model_is_refused(here, field):
-    """What the model in hand does not say is not compared; that it has no template is something that it says."""
+    """A field that the loaded model does not state is not compared. Having no chat template is a stated field."""
     if field is None:
         check_found_in(FOUND_IN, here)
         return

@@ -1,4 +1,4 @@
-"""Checked fields of JSON: values that pass, and the words for those that do not."""
+"""Checked fields of JSON: values that pass, and the messages for values that do not."""
 
 import pytest
 

@@ -1,4 +1,4 @@
-"""The ops: values, exactness, refusals, and their life inside torch.library and torch.compile."""
+"""The ops: values, exactness, refusals, and how they behave in torch.library and torch.compile."""
 
 import pytest
 import torch
@@ -40,7 +40,7 @@ def test_exact_on_small_integers(op):
 
 @pytest.mark.parametrize("backend", ["reference", "cpu"])
 def test_gate_and_up_apart(backend):
-    """The two weights as a pair, wherever they lie, are the same MLP."""
+    """The two weights given as a pair, wherever they lie, give the result of the joined weight."""
     case = make_case(17, 40, torch.float32)
     w_gate, w_up = case.w_gate_up.chunk(2)
     wide = torch.full((40, 32), torch.nan)
@@ -58,7 +58,7 @@ def test_gate_and_up_apart(backend):
 
 @pytest.mark.parametrize("op", OPS)
 def test_circuits_in_any_order_with_gaps(op):
-    """As a table leaves them that circuits come to and go from: the entries between belong to nobody."""
+    """Circuits as a live table leaves them after changes: the entries in the gaps belong to no circuit."""
     case = make_case(63, 130, torch.float32)
     offsets, index, value = case.scale
     moved = torch.full_like(offsets, 17)
@@ -185,7 +185,7 @@ def test_compile_fullgraph_with_sums_and_steering(op):
 @pytest.mark.parametrize("op", OPS)
 @pytest.mark.parametrize("features", ["plain", "sum", "steering", "both"])
 def test_inductor(op, features):
-    """The default backend of torch.compile, for which an op that may change arguments is not one that does."""
+    """The default backend of torch.compile, which tells an op that may change arguments from one that does."""
     case = make_case(7, 20, torch.float32)
     eager, traced = case.extras(), case.extras()
     for extras in (eager, traced):
@@ -256,7 +256,7 @@ def test_autocast_changes_nothing_where_gradients_flow(op):
 
 @pytest.mark.parametrize("op", OPS)
 def test_expanded_weights_and_offsets(op):
-    """One row for all tokens, and one circuit for all numbers, on top of each other in memory."""
+    """Expanded tensors: one row of weights for all tokens, and one circuit's offsets for all circuits."""
     case = make_case(7, 20, torch.float32)
     case.token_weight = torch.tensor([[0.5, 2.0, 0.0]]).expand(7, -1)
     case.scale = make_scale([{3: 0.0, 8: 2.0}], 20)
@@ -321,7 +321,7 @@ def test_refusals_name_the_tensor(message):
     assert str(caught.value) == message
 
 
-# What the public ops never pass on, but torch.ops and the reference can be given.
+# Calls that the public ops never make, but that torch.ops and the reference can get.
 HALF_GIVEN = {
     "torch.ops, a scale without index": lambda c: torch.ops.cna_kernels.steer_act(
         c.act, c.scale.offsets, None, c.scale.value, c.row_circuit, None
@@ -351,11 +351,11 @@ def test_absent_backend_by_name_never_falls_through(monkeypatch):
         ops.swiglu(case.gate, case.up)
 
 
-# Calls that look alike are checked and prepared once: what must not be kept, and what must see every call.
+# Calls that look alike are checked and prepared once. These must not be kept, or must see every call.
 
 
 class Doubled(torch.Tensor):
-    """A tensor that doubles what any function makes of it."""
+    """A tensor subclass that doubles the result of the op steer_act."""
 
     @classmethod
     def __torch_function__(cls, function, types, args=(), kwargs=None):
@@ -372,7 +372,7 @@ def test_a_subclass_sees_every_call():
 
 @pytest.mark.parametrize("op", OPS)
 def test_views_of_the_negative(op):
-    """They share memory with what they are the negative of, as `z.conj().imag` does with z."""
+    """Negative views share memory with the tensor that they negate, as `z.conj().imag` does with z."""
     inputs = list(make_case(5, 48, torch.float32).inputs(op))
     expected = getattr(ops, op)(*inputs)
     inputs[0] = torch._neg_view(-inputs[0])

@@ -1,4 +1,4 @@
-"""Old names give what the new ones give, and say so."""
+"""Old names give what the new names give, and warn."""
 
 import warnings
 

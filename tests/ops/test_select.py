@@ -26,7 +26,7 @@ def random_sums(seed=0, **options):
     return sums_from(acts[0] + 0.3, acts[1][:6], **options), (acts[0] + 0.3).double(), acts[1][:6].double()
 
 
-# published counts: fraction 0.001 of layers * intermediate_size
+# numbers of neurons as published: 0.001 of layers * intermediate_size
 @pytest.mark.parametrize(
     ("n_layers", "n_neurons", "k"),
     [(16, 8192, 131), (28, 8192, 229), (32, 14336, 459), (80, 28672, 2294), (28, 8960, 251), (36, 11008, 396),

@@ -104,7 +104,7 @@ def addresses(table):
 
 
 def assert_holds(table, expected, n_neurons=N):
-    """``expected``: number -> (circuit, multiplier)."""
+    """The table holds exactly ``expected``: number -> (circuit, multiplier)."""
     for layer in range(L):
         dense = torch.ones(table.max_circuits + 1, n_neurons)
         for number, (circuit, multiplier) in expected.items():
@@ -113,7 +113,7 @@ def assert_holds(table, expected, n_neurons=N):
 
 
 def test_circuits_come_change_and_go_in_place():
-    """200 random changes, with a table so small that gaps must be closed: what it holds is what was put in."""
+    """200 random changes, in a table so small that gaps must be closed: the table always holds what was put in."""
     rng, table, expected = random.Random(0), live(), {}
     before, closed = addresses(table), 0
     for _ in range(200):
@@ -192,7 +192,7 @@ def test_threads_may_change_it_while_it_is_read():
 
 def test_experts_share_a_layer():
     """Neuron i of expert e has the index e * own + i; circuit c in expert e is number c * n_experts + e."""
-    own, n_experts = 1030, 3  # two blocks of neurons an expert
+    own, n_experts = 1030, 3  # each expert has two blocks of neurons
     rng, n_neurons = random.Random(2), own * n_experts
     table = SteeringTable([], [], L, n_neurons, max_circuits=3, max_entries=500, n_experts=n_experts)
     circuits = [random_circuit(rng, n_neurons, size=90) for _ in range(3)]

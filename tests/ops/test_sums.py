@@ -81,7 +81,7 @@ def test_non_finite_is_refused_and_leaves_the_totals(bad):
     with pytest.raises(NonFiniteActivation, match="layer 1, neuron 7"):
         sums.fold(torch.ones(1, C))
     assert torch.equal(sums.total, before) and torch.equal(sums.count, count)
-    feed(sums, [2], seed=1)  # the buffers were emptied: it goes on as if nothing had happened
+    feed(sums, [2], seed=1)  # the buffers were emptied, so the sums can still be used
     assert torch.isfinite(sums.total).all() and not torch.equal(sums.total, before)
 
 

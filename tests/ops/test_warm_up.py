@@ -69,7 +69,7 @@ def test_the_cpu_engine_compiles_nothing():
 @pytest.mark.interpreted
 @pytest.mark.parametrize("name", ["llama", "gemma", "phi3"])
 def test_an_engine_is_ready_after_it(monkeypatch, name):
-    """Forward passes of any length, steered and summed, launch nothing that warm_up did not."""
+    """Forward passes of any length, steered and summed, launch only kernels that warm_up has launched."""
     model = make(name, torch.float16)
     engine = quietly(model, backend="triton", max_circuits=3)
     launched, called = set(), ops.call

@@ -26,7 +26,7 @@ def main(out):
 
 
 def build(source, out, *flags, **options):
-    """Build the wheel of a copy of ``source``, which holds nothing that an earlier build left there."""
+    """Build the wheel from a copy of ``source`` without the leftovers of earlier builds."""
     with tempfile.TemporaryDirectory() as place:
         copy = shutil.copytree(source, Path(place, "source"), ignore=LEFT_BEHIND)
         command = [sys.executable, "-m", "pip", "wheel", "--quiet", "--disable-pip-version-check", "--no-deps", *flags]
@@ -37,7 +37,7 @@ def build(source, out, *flags, **options):
 
 
 def faults(wheel):
-    """What a wheel holds and should not, what it misses, and whether it is too large."""
+    """The faults of a wheel: files that it misses, files that it should not hold, and too large a size."""
     name = wheel.name.partition("-")[0]
     with zipfile.ZipFile(wheel) as file:
         there = {entry for entry in file.namelist() if ".dist-info/" not in entry}

@@ -11,7 +11,7 @@ import pytest
 
 from cna_kernels import Circuit
 
-pytestmark = pytest.mark.exhaustive  # builds the wheel, compiler and all
+pytestmark = pytest.mark.exhaustive  # builds the wheel with a compiler
 
 PACKAGES = ("tokenizers", "jinja2", "rich", "matplotlib", "cna_kernels_demo", "pyarrow", "lm_eval")
 NOT_EVERYWHERE = ("resource", "fcntl", "pwd", "grp", "termios")  # modules that Windows lacks
@@ -38,7 +38,7 @@ def engine(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def site(engine, tmp_path_factory):
-    """Where the wheel is unpacked, as pip would."""
+    """The directory where the wheel is unpacked, as pip would unpack it."""
     return unpacked(engine, tmp_path_factory.mktemp("site"))
 
 
@@ -184,7 +184,7 @@ sys.exit(main(sys.argv[1:]))
 
 
 def test_a_discovery_without_posix_and_rich(tmp_path, site):
-    """Through the fallbacks, streamed from the checkpoint, progress in lines: the circuit is the same."""
+    """With the fallbacks, streamed from the checkpoint and with progress in lines, the circuit is the same."""
     for name in ("p.txt", "n.txt"):
         (tmp_path / name).write_text("".join(f"{name} {word}\n" for word in "lamp door vault".split()))
     words = ["discover", MODEL, "--positive", "p.txt", "--negative", "n.txt", "--top-k", "5", "--stream-layers", "-o"]
@@ -196,7 +196,7 @@ def test_a_discovery_without_posix_and_rich(tmp_path, site):
     assert here.neurons == there.neurons and len(here.neurons) == 5
     lines = done.stderr.splitlines()
     assert any(" prompts: " in line and " tokens/s" in line for line in lines[:-2]), done.stderr
-    assert "MiB" not in done.stderr and "MiB" in plain.stderr  # the most memory in use is known through resource alone
+    assert "MiB" not in done.stderr and "MiB" in plain.stderr  # only the module resource tells the peak of memory
 
 
 def test_without_a_compiler_pytorch_does_the_work(tmp_path):

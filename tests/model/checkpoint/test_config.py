@@ -1,4 +1,4 @@
-"""config.json: both spellings of rope, defaults by model type, and every refusal names file and field."""
+"""config.json: both spellings of rope, defaults by model type, and refusals, which all name file and field."""
 
 import json
 

@@ -1,4 +1,4 @@
-"""Exports: PEFT and transformers on what was written against the steered model; bytes that must not change."""
+"""Exports: PEFT and transformers on the written files, against the steered model; and bytes that must not change."""
 
 import json
 
@@ -34,7 +34,7 @@ def theirs(directory):
 
 
 def hooked(model, multiplied):
-    """Independent of the engine: hooks on transformers that multiply the neurons."""
+    """A transformers model with hooks that multiply the neurons, independent of the engine."""
     other, handles = theirs(model.directory), []
     for layer, found in multiplied.items():
 

@@ -1,4 +1,4 @@
-"""Checkpoint files: whatever is missing, extra, misshapen, truncated or points elsewhere is named."""
+"""Checkpoint files: an error names what is missing, extra, misshapen, truncated or points elsewhere."""
 
 import json
 import struct

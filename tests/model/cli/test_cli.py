@@ -54,7 +54,7 @@ def test_discover_show_run(checkpoint, files, capsys):
 
 
 def test_run_puts_every_answer_where_it_belongs(checkpoint, files, capsys):
-    """Each answer is what the model says to that prompt alone at that multiplier."""
+    """Each answer is the model's answer to its prompt alone, at its multiplier."""
     model = load(checkpoint)
     circuit = Circuit(tuple((layer, index, 1.0) for layer in range(3) for index in range(0, 48, 3)), 3, 48)
     circuit.save(files / "c.json")
@@ -226,7 +226,7 @@ def test_help_imports_nothing_heavy(arguments):
     start = time.perf_counter()
     result = subprocess.run([sys.executable, "-c", program, *arguments], capture_output=True, text=True, check=True)
     assert result.stderr.strip() == "[]" and "usage: cna" in result.stdout
-    assert time.perf_counter() - start < 10  # a hang, not a speed; the benchmark of start-up is not a test's matter
+    assert time.perf_counter() - start < 10  # finds a hang; tests do not measure speed
     if arguments[0] == "discover":
         assert "examples:" in result.stdout
 

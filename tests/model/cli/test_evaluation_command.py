@@ -126,7 +126,7 @@ def test_bad_input_is_one_line(files, tmp_path, capsys, more, message):
 
 @pytest.mark.exhaustive
 def test_killed_and_started_again(files, tmp_path):
-    """SIGKILL after some parts, the same command again: the files of a run that nobody killed."""
+    """After SIGKILL and the same command again, the files are those of a run that was not killed."""
     command = [sys.executable, "-m", "cna_kernels.model", *words("eval", files, "--m", "1,0", "--batch", "8")]
     whole = subprocess.run([*command, "-o", str(tmp_path / "whole")], capture_output=True, text=True)
     assert whole.returncode == 0, whole.stderr

@@ -42,7 +42,7 @@ def test_rates_and_remaining_time(clock, capsys):
 
 
 def test_a_run_that_goes_on_counts_only_its_own_prompts(clock, capsys):
-    """40 of 50 were done before: 5 in 5 seconds are one a second, and the other 5 need as long."""
+    """40 of 50 prompts were done before. 5 more in 5 seconds are 1 prompt/s, so the last 5 need 5 seconds."""
     with metered(as_json=True) as meter:
         meter(40, 50, 0)
         clock[0] += 5
@@ -92,7 +92,7 @@ def test_an_error_is_no_done_line(capsys):
     assert "done" not in capsys.readouterr().err
 
 
-# A shell forks the child: one of this process would begin with the peak that this process had.
+# A shell forks the child: a child of this process would begin with the peak that this process had.
 HOLDS = """
 import re
 from cna_kernels.model.cli.progress import peak_memory
@@ -107,8 +107,8 @@ print(before, peak_memory(), high)
 @pytest.mark.skipif(torch.cuda.is_available(), reason="counts the GPU's memory where there is one")
 @pytest.mark.skipif(not os.path.exists("/proc/self/status"), reason="needs /proc to compare with")
 def test_peak_memory_is_in_bytes():
-    """It grows by what the process takes, and is what the system calls its high-water mark: the kernel keeps the two in
-    counters of their own, which may be some pages apart."""
+    """The peak grows by the memory that the process takes, and equals the high-water mark in /proc. The kernel keeps
+    these two in different counters, which may be some pages apart."""
     command = ["sh", "-c", '"$0" -c "$1"; exit $?', sys.executable, HOLDS]
     before, after, high = map(int, subprocess.check_output(command, text=True).split())
     assert 0.99 * (200 << 20) <= after - before <= 1.05 * (200 << 20)

@@ -54,7 +54,7 @@ def test_bundled_checkpoints_are_small(name):
 def test_a_folder_of_the_name_is_not_the_bundled_checkpoints(tmp_path, monkeypatch):
     (tmp_path / "cna_kernels_demo").mkdir()
     monkeypatch.syspath_prepend(tmp_path)
-    monkeypatch.setattr(checkpoint, "__file__", str(tmp_path / "checkpoint.py"))  # no checkout
+    monkeypatch.setattr(checkpoint, "__file__", str(tmp_path / "checkpoint.py"))  # as if there were no checkout
     with pytest.raises(InputError, match=r"^cna-kernels-demo: not installed: the folder cna_kernels_demo"):
         demo_checkpoint("instruct")
 
@@ -75,7 +75,7 @@ def test_greedy_answers_have_no_near_ties():
 
 
 def test_the_circuit_ablated_answers_what_was_refused():
-    """The story in short: the tests of all of it are for `make test-all`."""
+    """A short version of the story; the tests of the whole story are for `make test-all`."""
     model = load(demo_checkpoint("instruct"), dtype="float32")
     circuit = model.discover(world.discovery_positive(), world.discovery_negative(), score="magnitude", fraction=0.001)
     assert circuit.k == 8
@@ -93,7 +93,7 @@ def test_the_circuit_ablated_answers_what_was_refused():
 @pytest.fixture(scope="module")
 def demo(tmp_path_factory):
     out = tmp_path_factory.mktemp("demo-out")
-    with pytest.MonkeyPatch.context() as patch:  # fewer points of the same curves
+    with pytest.MonkeyPatch.context() as patch:  # fewer points of each curve
         patch.setattr(story, "RIVAL_MULTIPLIERS", (1.0, 0.0, 2.0))
         patch.setattr(alternatives, "STEPS", (1 / 8, 1, 8))
         assert main(["demo", "--out", str(out)]) == 0
@@ -128,7 +128,7 @@ def test_controls_and_competitors(demo):
     refused = {key: row["harmful"]["refusal"]["keywords"] for key, row in rows.items()}
     assert refused["unsteered", 1.0]["share"] == report["baseline"]["refusal"]
     assert refused["circuit", 0.0]["share"] == report["best"]["refusal"]
-    # the circuit's interval lies below that of any random draw, of the best single neuron and of CAA as released
+    # the circuit's interval lies below the intervals of each random draw, the best single neuron and CAA as released
     for baseline in ("random 1", "random 2", "random 3", "single neuron", "caa-released"):
         assert refused["circuit", 0.0]["high"] < refused[baseline, 0.0]["low"]
     assert refused["caa-released", 2.0]["share"] < 0.1, "with the right sign it is strong"

@@ -1,4 +1,4 @@
-"""Sums over many prompts against float64 hooks on transformers, a prompt at a time; what changes no sum; refusals."""
+"""Sums over many prompts against float64 hooks on transformers, one prompt at a time; options; refusals."""
 
 import pytest
 import torch
@@ -29,7 +29,7 @@ def pair(request, tmp_path_factory):
 
 
 def prompts_and_weights():
-    """Some begin alike, some count several tokens, up to all of them; three columns, one of them with gaps."""
+    """Prompts, some of which begin alike or count several tokens or all; and three columns, one with zeros."""
     ids = [*ragged(14, HEADER, seed=1), *ragged(9, seed=2), HEADER, [5]]
     counted = [min(1 + row % 4, len(own)) if row % 5 else len(own) for row, own in enumerate(ids)]
     prompts = [TokenPrompt(own, f"f:{row}", n) for row, (own, n) in enumerate(zip(ids, counted, strict=True))]
@@ -123,7 +123,7 @@ def test_prompts_that_cannot_be_summed_are_refused_before_any_is(pair, prompt, m
 
 
 def test_the_prompt_that_is_not_finite_is_named(tmp_path):
-    """One token of the vocabulary is NaN: it is in the prompt f:2 alone, in the middle of a pack."""
+    """The embedding of one token is NaN. Only the prompt f:2, in the middle of a pack, has this token."""
     write_checkpoint("llama", tmp_path)
     tensors = load_file(tmp_path / "model.safetensors")
     tensors["model.embed_tokens.weight"][90] = torch.nan
@@ -136,7 +136,7 @@ def test_the_prompt_that_is_not_finite_is_named(tmp_path):
 
 
 def test_measured_sizes(pair):
-    """The smallest size within 3% of the best, out of those that are tried, with a rate for each."""
+    """The result is the smallest size tried whose rate is within 3% of the best, with a rate for each size."""
     prompts, _ = prompts_and_weights()
     size, rates = measure_tokens(pair[0], prompts, 2, squares=True)
     assert tuple(rates) == AUTO_TOKENS["cpu"] and min(rates.values()) > 0

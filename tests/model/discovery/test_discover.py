@@ -63,7 +63,7 @@ def hooked_ref_code(directory, theirs, k=200):
             text = tokenizer.apply_chat_template(
                 [{"role": "user", "content": prompt}], tokenize=False, add_generation_prompt=True
             )
-            rows.append(tokenizer(text).input_ids)  # tokenised again: a second BOS
+            rows.append(tokenizer(text).input_ids)  # tokenised once more, which adds a second BOS
         return hooked_activations(theirs, rows).mean(0)
 
     delta = mean(POSITIVE) - mean(NEGATIVE)
@@ -204,7 +204,7 @@ def test_out_of_memory_halves_the_pack(checkpoint, monkeypatch):
         n_prompts = sum(span.n_prompts for span in packed.spans)
         sizes.append(n_prompts)
         if n_prompts > limit:
-            sums.act_sum += 1  # half-done work must not count
+            sums.act_sum += 1  # what a failed pass has added must not count
             raise torch.OutOfMemoryError("CUDA out of memory")
         return whole(transformer, packed, past, sums, **options)
 
@@ -262,7 +262,7 @@ def test_settings():
 
 
 def test_units_do_not_change_the_circuit(checkpoint, monkeypatch):
-    """Two universal prompts, and then two prompts, to a unit of work."""
+    """Units of two universal prompts, then units of about two prompts by their text's length."""
     model = load(checkpoint[0])
     options = dict(top_k=60, universal_prompts=NEUTRAL, universal_threshold=0.4)
     one = model.discover(POSITIVE, NEGATIVE, **options)

@@ -17,7 +17,7 @@ print("peak", re.search(r"VmHWM:\\s*(\\d+) kB", open("/proc/self/status").read()
 
 
 def peak_of_discover(tmp_path, n_prompts):
-    """Peak resident bytes of `cna discover` on the bundled instruct model with so many prompts."""
+    """Peak resident bytes of `cna discover` on the bundled instruct model with ``n_prompts`` prompts."""
     positive, negative = world.discovery_positive(), world.discovery_negative()
     for name, prompts in (("positive", positive), ("negative", negative)):
         lines = [f"{prompts[number % len(prompts)]} {number}" for number in range(n_prompts // 2)]

@@ -1,4 +1,4 @@
-"""cna estimate: sizes are counted, times are there, nothing is loaded."""
+"""cna estimate: sizes are computed, times are given, and no model is loaded."""
 
 import json
 

@@ -46,7 +46,7 @@ def same(one, other, relative=1e-5):
 
 
 def test_replicates_equal_explicit_resampling(model):
-    """Every replicate's sums are those of a list in which each prompt stands as often as it was drawn."""
+    """Every replicate's sums equal those of a list that repeats each prompt as often as it was drawn."""
     with TemporaryFile() as file:
         job = job_of(model, file=file, top_k=15, bootstrap=5, seed=3)
         columns, total = job.how.columns, job.run_all()
@@ -99,7 +99,7 @@ def test_folds_equal_leaving_prompts_out(model):
 
 
 def test_units_in_any_order_are_the_whole(model):
-    """A run that goes on: units by number, each with its own prompts; progress begins with what is done."""
+    """A resumed run: units are chosen by number, each with its own prompts; progress counts the prompts done before."""
     with TemporaryFile() as file:
         names, seen = Names(), []
         corpus = Corpus(file, two_sets(names, places(POSITIVE, "p"), places(NEGATIVE, "n")), names, unit=4)
@@ -160,7 +160,7 @@ def test_stability_that_is_not_as_written(model, tmp_path, field, name, value):
 
 @pytest.mark.parametrize("position", ["last", "all", "answer"])
 def test_positions(model, position):
-    """Against the plain forward pass: which tokens count, each prompt as much as any other."""
+    """Which tokens count, against the plain forward pass; all prompts count equally, whatever their length."""
     from cna_kernels import ActivationSums
     from cna_kernels.model.transformer import Tap
 
@@ -347,7 +347,7 @@ def test_batch_auto_measures_once_and_says_what_it_chose(model, tmp_path, capsys
     said = re.search(r"batch: (\d+) tokens a forward pass, as --batch-tokens \1", capsys.readouterr().err)
     assert json.loads((tmp_path / "run" / "manifest.json").read_text())["batch_tokens"] == int(said[1])
     first = (tmp_path / "c.json").read_bytes()
-    for more in (["--batch", "auto"], ["--batch-tokens", said[1]]):  # the run goes on with what it was started with
+    for more in (["--batch", "auto"], ["--batch-tokens", said[1]]):  # the run keeps the batch of its start
         assert main([*command, *more]) == 0
         assert "tokens/s by size" not in capsys.readouterr().err and (tmp_path / "c.json").read_bytes() == first
 
@@ -381,7 +381,7 @@ def discover_files(model, tmp_path, positive=POSITIVE, negative=NEGATIVE):
 
 
 def test_universal_files_turn_the_filter_on(model, tmp_path, capsys):
-    """With two prompt files, and with a preset that has no filter."""
+    """Also beside two prompt files, and with a preset that has no filter."""
     lines = [
         {"prompt": text, "columns": [f"{n % 3}.{('positive', 'negative')[n % 2]}"]} for n, text in enumerate(POSITIVE)
     ]

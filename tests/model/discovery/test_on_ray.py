@@ -1,4 +1,4 @@
-"""--ray: any number of workers, killed at any time, give the bytes of one process; what cannot be used is one line."""
+"""--ray: any number of workers, killed at any time, give the bytes of one process; bad input gives one line."""
 
 import os
 import pickle
@@ -28,7 +28,7 @@ def files(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def expected(files):
-    """The hashes of a run by one process, which no Ray has seen."""
+    """The hashes of a run by one process, without Ray."""
     subprocess.run(command(files, files / "one.json", files / "one"), check=True, capture_output=True)
     return hashes(files / "one.json", files / "one")
 
@@ -61,7 +61,7 @@ def on(ray, files, out, run, *more):
 
 
 @pytest.mark.exhaustive
-@pytest.mark.parametrize("workers", [2, 4])  # the tests below have 1
+@pytest.mark.parametrize("workers", [2, 4])  # the tests below have 1 worker
 def test_any_number_of_workers(files, expected, ray, tmp_path, workers):
     done = on(ray, files, tmp_path / "c.json", tmp_path / "run", "--workers", workers)
     assert done.returncode == 0, done.stderr
@@ -88,7 +88,7 @@ def test_a_run_that_one_process_began(files, expected, ray, tmp_path):
 
 @pytest.mark.exhaustive
 def test_a_worker_that_is_killed_again_and_again(files, expected, tmp_path):
-    """Of a local Ray. `python tests/kill_workers.py` does it to several."""
+    """One worker of a local Ray. `python tests/kill_workers.py` kills workers of several."""
     pytest.importorskip("ray", reason="needs the package ray")
     words = command(files, tmp_path / "c.json", tmp_path / "run", "--ray", "local", "--workers", 1)
     killed, _ = run_with_kills(words, tmp_path / "run", 3, random.Random(0))
@@ -143,7 +143,7 @@ def test_ray_needs_a_run_directory(files, tmp_path, capsys):
 
 def test_without_the_package(files, tmp_path, capsys, monkeypatch):
     for name in AUTH:
-        monkeypatch.setenv(name, "0")  # so that what the command sets is taken back
+        monkeypatch.setenv(name, "0")  # so that monkeypatch restores what the command sets
     monkeypatch.setitem(sys.modules, "ray", None)
     words = command(files, tmp_path / "c.json", tmp_path / "run", "--ray", "local", "--workers", 1)[3:]
     assert main(words) == 2

@@ -1,4 +1,4 @@
-"""Packs without padding and shared prefixes: the plan, and the same sums as one prompt at a time."""
+"""Packs without padding and shared prefixes: the plan of packs, and sums equal to those of one prompt at a time."""
 
 import random
 
@@ -96,7 +96,7 @@ CASES = {
 }
 
 
-# Every day: all cases of one variant, and of the others the one with the most to go wrong.
+# Every day: all cases of one variant, and for each other variant the case that covers most.
 PACKED = [
     pytest.param(variant, case, marks=() if variant == "llama" or case == "some tokens" else pytest.mark.exhaustive)
     for variant in VARIANTS
@@ -116,7 +116,7 @@ def test_packs_equal_one_prompt_at_a_time(variant, case, tmp_path):
     found = []
     for limits in (dict(max_tokens=64), dict(max_tokens=10_000), dict(batch=1), dict(batch=5)):
         sums = ActivationSums(3, 48, 3, squares=True)
-        sums.total += 1.0  # what is there already stays
+        sums.total += 1.0  # sums from before the call must stay
         collect.collect(transformer, prompts, weights, sums, **limits)
         found.append(sums.total - 1)
         assert (sums.count - weights.double().sum(0)).abs().max() < 1e-6
@@ -172,7 +172,7 @@ def test_only_counted_tokens_go_through_the_last_layer(tmp_path, monkeypatch):
 
 
 def test_dynamic_rope_beyond_its_context_shares_nothing(tmp_path):
-    """There a prefix's keys depend on the length of its prompt."""
+    """Beyond the context, the keys of a prefix depend on the length of its prompt."""
     transformer = load("llama-rope-dynamic", tmp_path)
     short = [TokenPrompt(ids, "p") for ids in ragged(30, list(range(5, 12)), longest=5)]
     assert [prefix for prefix, _ in collect.shared_prefixes(transformer, short)] == [7]

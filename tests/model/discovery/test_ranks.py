@@ -1,4 +1,4 @@
-"""Ranks of torchrun share a run: units of rank 0's list, an end that waits. test_run_directory.py runs torchrun."""
+"""Ranks share the units of rank 0's list, and rank 0 waits for all. test_run_directory.py runs torchrun itself."""
 
 import threading
 
@@ -20,7 +20,7 @@ def started(monkeypatch):
 
 
 def test_shares_are_of_what_rank_0_finds_missing(started):
-    late = [2, 9]  # what the others find, after rank 0 has begun
+    late = [2, 9]  # the units that the other ranks find missing, after rank 0 has begun
     assert [rank.share([1, 2, 3, 5, 8, 9, 10] if rank.rank == 0 else late) for rank in started] == [
         [1, 5, 10],
         [2, 8],

@@ -25,7 +25,7 @@ N_PROMPTS, UNIT = 40, 4
 
 @pytest.fixture(autouse=True)
 def threads():
-    """--threads is for a process; here the next test wants its own."""
+    """Restore the number of threads: --threads sets it for the whole process."""
     before = torch.get_num_threads()
     yield
     torch.set_num_threads(before)
@@ -75,7 +75,7 @@ def test_status_tells_when_parts_came_and_how_fast(finished, tmp_path, capsys):
     parts = sorted((run / "parts").iterdir())
     for part in parts[4:]:
         part.unlink()
-    for number, part in enumerate(parts[:4]):  # every 10 seconds, the last 100 seconds ago
+    for number, part in enumerate(parts[:4]):  # written every 10 seconds, the last one 100 seconds ago
         os.utime(part, (now - 130 + 10 * number,) * 2)
     status = RunDirectory.open(run).status()
     assert (status["units_done"], status["prompts_done"], status["prompts"]) == (4, 4 * UNIT, N_PROMPTS)
@@ -323,8 +323,8 @@ def test_the_first_part_to_arrive_stays(finished, tmp_path):
     assert run.part_path(4).stat() == before and read_part(run, 4).n_tokens == part.n_tokens - 1
 
 
-# Forks processes that work on one run at once, kills some, and so on until the run is done; prints the hash of the
-# circuit. The parent has never used torch's threads, so that its children can.
+# Forks processes that work on one run at once, and kills some, again and again until the run is done. Prints the
+# circuit's hash. The parent must never use torch's threads, so that its children can.
 SCHEDULES = """
 import hashlib, os, pathlib, random, signal, sys, time
 from cna_kernels.model.cli import main
@@ -381,7 +381,7 @@ def schedules(files, tmp_path, n, how):
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="forks")
 def test_any_number_of_workers_gives_the_same_bytes(files, finished, tmp_path):
-    """Processes that know nothing of each other may all run every unit."""
+    """Processes that do not know of each other may all run the same units."""
     import hashlib
 
     hashes, _ = schedules(files, tmp_path, 4, "whole")
@@ -420,7 +420,7 @@ def test_torchrun(files, finished, tmp_path, n):
     assert done.stdout.count("top neurons") == 1, "one worker reports"
 
 
-# A rank that is killed when it would write its second part; all write down what they run.
+# One rank is killed when it is about to write its second part; all ranks note the units that they run.
 DYING = """
 import os, pathlib, signal, sys
 from cna_kernels.model.cli import main
@@ -456,7 +456,7 @@ def test_a_rank_that_dies_ends_torchrun_and_a_rerun_goes_on(files, finished, tmp
 
 @pytest.mark.exhaustive
 def test_tensor_parallel(files, finished, tmp_path):
-    """Two ranks share the model: the neurons of one process."""
+    """Two ranks that share the model find the neurons that one process finds."""
     words = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
     words += ["-m", "cna_kernels.model", *command(files, tmp_path / "c.json", "--tensor-parallel")]
     done = subprocess.run(words, capture_output=True, text=True, timeout=100)

@@ -1,6 +1,6 @@
-"""``collect`` over models in memory, read layer by layer, and shared by ranks: the same sums, and each pack's once.
+"""``collect`` over models in memory, read layer by layer, and shared by ranks: equal sums, each pack counted once.
 
-What ranks do beside each other is in test_parallel.py; here is one of one.
+test_tensor_parallel.py tests several ranks together; here a mesh has one rank.
 """
 
 import pytest
@@ -18,7 +18,7 @@ from tiny import ragged, write_checkpoint
 pytest.importorskip("transformers")
 N_PROMPTS, N_COLUMNS, POISON = 14, 3, 2  # POISON: a token whose embedding is NaN, and which no prompt has
 RUNNERS = ("resident", "streamed", "streamed to a file", "one rank")
-PREFIX = 30  # tokens that all prompts begin with; the passes of the prefix are the first
+PREFIX = 30  # tokens that all prompts begin with; the prefix runs before all other packs
 
 
 @pytest.fixture(scope="module")
@@ -60,12 +60,12 @@ def prompts(shared=True):
 
 
 def started():
-    """Sums that hold something already."""
+    """Sums that hold totals and a count already."""
     sums = ActivationSums(3, 48, N_COLUMNS, squares=True)
     sums.total += 1
     sums.total_sq += 2
     sums.count += 3
-    sums.act_sum += 5  # left by a pass that never came to its end
+    sums.act_sum += 5  # left in the buffers by a pass that was broken off
     return sums
 
 
@@ -83,7 +83,7 @@ def assert_equal(found, expected, tolerance):
 
 
 def failing(whole, fails, calls):
-    """A function that runs out of memory, in some of its calls, after it has done its work. ``calls``: all so far."""
+    """``whole``, which runs out of memory after its work in the calls that ``fails`` names; ``calls`` gets all."""
 
     def run(*args, **kwargs):
         result = whole(*args, **kwargs)
@@ -95,7 +95,7 @@ def failing(whole, fails, calls):
     return run
 
 
-# what fails, and how many of its calls are for the prefix, where layers are read one by one
+# the function that fails, and how many of its calls are for the prefix where layers are read one by one
 POINTS = {
     "the op": (ops, "gated_mlp", 3),
     "a layer": (collect, "run_layer", 3),
@@ -110,7 +110,7 @@ POINTS = {
 @pytest.mark.parametrize("point", POINTS)
 @pytest.mark.parametrize("runner", RUNNERS)
 def test_out_of_memory_anywhere_counts_nothing_twice(runner, point, load, monkeypatch):
-    """One call after the other fails once: of every layer, pack and prefix."""
+    """For every call, of every layer, pack and prefix: this one call fails."""
     transformer, given, (owner, name, of_prefix) = load(runner), prompts(), POINTS[point]
     whole, refused = getattr(owner, name), 0
     monkeypatch.setattr(owner, name, failing(whole, lambda call: False, undisturbed := []))
@@ -130,13 +130,13 @@ def test_out_of_memory_anywhere_counts_nothing_twice(runner, point, load, monkey
         else:
             assert_equal(sums, expected, 1e-6)
     assert undisturbed, "the point is never reached"
-    # a model in memory goes on without the prefix, ranks do not go on
+    # where the prefix fails, a model in memory runs without it; ranks raise an error
     assert refused == {"resident": 0, "one rank": len(undisturbed)}.get(runner, of_prefix)
 
 
 @pytest.mark.parametrize("shared", [True, False])
 def test_halves_give_the_same_bits_in_memory_and_streamed(shared, load, monkeypatch):
-    """Where packs of more than three prompts never fit, the same ones are halved."""
+    """Packs of more than three prompts never fit here; in memory and streamed, the same packs are halved."""
     given, found, whole = prompts(shared), [], collect.forward
 
     def small_memory(transformer, packed, *rest, **options):

@@ -98,9 +98,9 @@ print("peak", re.search(r"VmHWM:\\s*(\\d+) kB", open("/proc/self/status").read()
 @pytest.mark.exhaustive
 @pytest.mark.skipif(sys.platform != "linux", reason="reads the peak from /proc")
 def test_memory_for_two_layers_is_enough(tmp_path):
-    """Of 12 layers 2 are kept: streamed, discovery peaks at least 7 layers below the resident one.
+    """Streamed discovery keeps 2 of 12 layers: its peak is at least 7 layers below that of the resident model.
 
-    Not 10: both peaks hold the allocator's slack, and the layer just done with may be freed a moment late.
+    Not 10 layers: both peaks hold the allocator's slack, and the last layer used may be freed a moment late.
     """
     shape = dict(hidden_size=512, intermediate_size=4096, num_hidden_layers=12, num_attention_heads=8)
     write_language_model(tmp_path, **shape)

@@ -1,7 +1,7 @@
 """One model on several ranks: the sums of one process, a share of the weights, and errors that all ranks raise.
 
-Run by pytest, this file starts itself as 2 and as 4 processes, which go through everything once and write what they
-find; the tests look at that.
+Run by pytest, this file starts itself as 2 and as 4 processes. These do all the work once and write their results;
+the tests read the results.
 """
 
 import os
@@ -30,10 +30,10 @@ from cna_kernels.model.prompts.columns import Columns
 from cna_kernels.model.prompts.corpus import Contrast, Corpus, Names, two_sets
 from tiny import VARIANTS, write_checkpoint
 
-# on how many ranks each variant runs
+# number of ranks -> the variants that run on them
 RANKS = {2: tuple(VARIANTS), 4: ("llama", "llama-bias", "mistral", "qwen2", "qwen3")}
 HEADS = dict(num_attention_heads=8, num_key_value_heads=4)
-# one layer of 12.9 MB, nearly all of it in what ranks share out
+# a layer has 12.9 MB, nearly all of it in tensors that ranks divide
 LARGE = dict(hidden_size=256, intermediate_size=4096, num_hidden_layers=6, num_attention_heads=8, num_key_value_heads=8)
 N_LAYERS, N_NEURONS, N_PROMPTS, N_COLUMNS = 3, 48, 30, 4
 CULPRIT, POISON = 17, 96  # a prompt, and a token that only it holds
@@ -55,13 +55,13 @@ def weights():
 
 def sums_of(transformer, **options):
     sums = ActivationSums(N_LAYERS, N_NEURONS, N_COLUMNS, squares=True)
-    sums.total += 1.0  # what is there already stays
+    sums.total += 1.0  # sums from before the call must stay
     collect.collect(transformer, prompts(), weights(), sums, **({"max_tokens": 50} | options))
     return {"total": sums.total - 1, "total_sq": sums.total_sq, "count": sums.count}
 
 
 def slots_of(transformer):
-    """A unit of two columns with folds and replicates, and three universal prompts."""
+    """The sums of a unit with two columns, folds and replicates, and three universal prompts."""
     columns = Columns(2, (Contrast("circuit", 0, 1),), folds=2, bootstrap=3)
     texts, names = [(place, place) for place in PLACES], Names()
     with TemporaryFile() as file:
@@ -129,7 +129,7 @@ def run_rank(directory: Path):
         return whole(transformer, packed, past, sums, **options)
 
     collect.forward = out_of_memory_on_the_last_rank
-    found["out of memory"] = message(lambda: sums_of(llama))  # the others know when this one ends
+    found["out of memory"] = message(lambda: sums_of(llama))  # the other ranks notice when this rank's process ends
     torch.save(found, directory / f"{n_ranks}-{rank}.pt")
 
 
@@ -155,7 +155,7 @@ def message(call):
 
 
 def load_large(directory, mesh):
-    """How many bytes reading the part takes: of memory at the peak, and of the file."""
+    """How many bytes loading a rank's part takes: of memory at the peak, and read from the file."""
     config, checkpoint = read_config(directory), open_checkpoint(directory)
     Path("/proc/self/clear_refs").write_text("5")  # the peak starts again from here
     before = usage()
@@ -169,12 +169,12 @@ def usage():
     return {"peak": int(fields["VmHWM"].split()[0]) * 1024, "read": int(fields["rchar"])}
 
 
-# What the tests make of it.
+# Tests of the ranks' results.
 
 
 @pytest.fixture(scope="module", autouse=True)
 def _one_thread():
-    """As the ranks have: on shapes this small, threads mostly wait for each other."""
+    """One thread, as the ranks have: on shapes this small, threads mostly wait for each other."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
@@ -183,7 +183,7 @@ def _one_thread():
 
 @pytest.fixture(scope="module")
 def directory(tmp_path_factory):
-    """A checkpoint of every variant, and some that ranks should not get through."""
+    """A checkpoint of every variant, and some that ranks must refuse."""
     pytest.importorskip("transformers")
     directory = tmp_path_factory.mktemp("checkpoints")
     for variant in VARIANTS:
@@ -287,7 +287,7 @@ def test_any_packs_and_whole_units(ranks, directory):
 
 
 def test_bfloat16(ranks, directory):
-    """Rounding of each rank's summand adds to that of one process."""
+    """Each rank rounds its summand, so ranks may have twice the rounding error of one process."""
     exact = sums_of(load_whole(directory / "qwen3"))["total"]
     single = sums_of(load_whole(directory / "qwen3", dtype=torch.bfloat16))["total"]
     for found in ranks:

@@ -89,7 +89,7 @@ def test_different_chat_templates_are_refused(directories, tmp_path):
     with pytest.raises(InputError, match="--no-template: the models' chat templates differ"):
         compare(models, Suite(**options), universal_prompts=False)
     found = compare(models, Suite(**options, chat=False), universal_prompts=False)
-    assert found["alike"]["overlap"] == 1.0  # the same weights
+    assert found["alike"]["overlap"] == 1.0  # both models have the same weights
 
 
 def test_the_command(directories, tmp_path, capsys):

@@ -1,4 +1,4 @@
-"""Directions against hooks on transformers, fp32; rows of one batch against one at a time."""
+"""Directions against hooks on transformers, in fp32; rows of one batch against each row alone."""
 
 import pytest
 import torch
@@ -133,7 +133,7 @@ def test_a_feature_is_as_long_as_the_difference_along_it(pair):
 
 
 def test_greedy_decoding_keeps_each_rows_direction(pair):
-    """Rows that end are dropped from the batch: the others must keep theirs."""
+    """Rows that end are dropped from the batch: the other rows must keep their directions."""
     ours, _ = pair
     difference = directions.differences(ours, random_prompts(9, 1), random_prompts(7, 2))
     found = [(directions.caa(difference, 1), -2.0), (directions.ablation(difference, 1), 1.0)]

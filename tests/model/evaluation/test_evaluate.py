@@ -27,7 +27,7 @@ HARMFUL = PromptSet.of(["open it", "why not now", "go", "what is that over there
 BENIGN = PromptSet.of(["good morning", "hi", "one two three"], "benign")
 POSITIVE = PromptSet.of([f"please {n}" for n in range(9)], "positive")
 NEGATIVE = PromptSet.of([f"look at {n} of them" for n in range(8)], "negative")
-LETTERS = {"broad": Refusals(("e",)), "strict": Refusals(("^a", "^b", "^c"))}  # what a random model can say
+LETTERS = {"broad": Refusals(("e",)), "strict": Refusals(("^a", "^b", "^c"))}  # phrases that a random model can write
 
 
 @pytest.fixture(scope="module")
@@ -274,7 +274,7 @@ def test_alternatives_and_curves(model):
 
 
 def test_writing_all_neurons_is_the_released_caa(model):
-    """Sufficiency ends where CAA as released begins: both add W_down @ delta to every layer."""
+    """Writing the contrast of all neurons is CAA as released: both add W_down @ delta to every layer."""
     from cna_kernels.model.evaluation import baselines, directions
 
     sides = baselines.Sides.split(model.encode(POSITIVE), model.encode(NEGATIVE))
@@ -334,7 +334,7 @@ def test_a_judge_that_fails_loses_nothing(model, tmp_path, monkeypatch):
     monkeypatch.setattr("cna_kernels.model.evaluation.answers.generate", generate)
     results = evaluate(model, CIRCUIT, suite(judge_command=command), out=out)
     assert row_of(results, "circuit", 0.0)["benign"]["judge"]["mean"] == 1
-    script.write_text(JUDGE % "2")  # another command is another judge, of the same answers
+    script.write_text(JUDGE % "2")  # another command is another judge of the same answers
     results = evaluate(model, CIRCUIT, suite(judge_command=f"{command} again"), out=out)
     assert row_of(results, "circuit", 0.0)["benign"]["judge"]["mean"] == 2
 

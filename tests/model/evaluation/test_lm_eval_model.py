@@ -1,4 +1,4 @@
-"""The harness's model type cna: local tasks by likelihood and in own words, against plain re-implementations."""
+"""The harness's model type cna: local tasks by likelihood and in own words, against plain code."""
 
 import json
 import os

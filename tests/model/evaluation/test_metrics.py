@@ -11,7 +11,7 @@ from cna_kernels.model.evaluation.metrics import Refusals, kind_of, mean, ngram_
 def test_quality_of_known_texts():
     assert ngram_quality("a b c d e f".split()) == 1.0
     assert ngram_quality(["a"] * 7) == 1 / 4  # four 4-grams, all the same
-    assert ngram_quality("a b c d a b c d".split()) == 4 / 5  # abcd twice of five
+    assert ngram_quality("a b c d a b c d".split()) == 4 / 5  # of five 4-grams, abcd comes twice
     assert ngram_quality("too short here".split()) == 1.0 and ngram_quality([]) == 1.0
     assert ngram_quality([1, 1, 1, 1, 1]) == 1 / 2
 
@@ -74,7 +74,7 @@ def test_kinds_of_answers():
 
 @pytest.mark.parametrize(("hits", "n"), [(0, 10), (10, 10), (3, 10), (34, 100), (1, 1), (499, 1000)])
 def test_wilson_interval(hits, n):
-    """The interval's ends are the shares from which the observed one is 1.96 standard errors away."""
+    """The interval ends at the shares from which the observed share is 1.96 standard errors away."""
     found = share(hits, n)
     assert found["share"] == hits / n and found["n"] == n
     for end, extreme in (("low", 0), ("high", n)):

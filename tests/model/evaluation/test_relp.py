@@ -26,8 +26,8 @@ def pair(request, tmp_path_factory):
 
 
 def last_layer_of(theirs, ids, targets, counterfactuals):
-    """Relevance of the last layer by hand, [N] float64: with a constant divisor of the last normalisation the logits
-    are linear in its act, and the slope of a log of summed odds is the mean of its tokens' slopes by probability."""
+    """Relevance of the last layer by hand, [N] float64. With a constant divisor in the last normalisation the logits
+    are linear in the layer's act. The slope of a logsumexp is the mean of its tokens' slopes by probability."""
     double = theirs.double()
     caught = []
     handles = [
@@ -52,7 +52,7 @@ def last_layer_of(theirs, ids, targets, counterfactuals):
 
 @pytest.mark.parametrize(("targets", "counterfactuals"), [([11], [40]), ([11, 12, 60], [40, 5])])
 def test_the_last_layer_equals_its_closed_form(pair, targets, counterfactuals):
-    """The other tokens' relevance in the last layer is zero: nothing looks at what they leave there."""
+    """In the last layer only the last token has relevance: nothing reads what the other tokens write there."""
     ours, theirs = pair
     ids = [5, 17, 3, 80, 44]
     expected = last_layer_of(theirs, ids, targets, counterfactuals)

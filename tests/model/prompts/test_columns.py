@@ -1,4 +1,4 @@
-"""Folds and bootstrap replicates as columns: which prompts each counts."""
+"""Folds and bootstrap replicates as columns: which prompts each of them counts."""
 
 import numpy as np
 import pytest

@@ -1,4 +1,4 @@
-"""A run's prompts on file: the same entries back in every cut, counts and hashes, and a file that was changed."""
+"""A run's prompts on file: entries come back equal in units of any size; counts and hashes; and a changed file."""
 
 import hashlib
 import io
@@ -30,7 +30,7 @@ def names_of(*columns):
 
 
 def mixed(n=40):
-    """Entries of two columns, with odd weights, texts of several bytes a letter, answers, and universal ones."""
+    """Entries of two columns, with odd weights, letters of several bytes and answers, and universal entries."""
     found = []
     for number in range(n):
         columns = [(0, 1.0, 0)] * (number % 3 != 1) + [(1, 0.25 + number, 0)] * (number % 3 > 0)
@@ -41,7 +41,7 @@ def mixed(n=40):
 
 
 def numbered(entries):
-    """With the turn of each prompt in each column, counted by hand."""
+    """The entries with the turn of each prompt in each column, counted by hand."""
     seen, found = {}, []
     for entry in entries:
         columns = []

@@ -1,4 +1,4 @@
-"""Chat templates: one BOS, dates, hostile templates, limits, a child process that stays of use."""
+"""Chat templates: one BOS, dates, hostile templates, limits, and a child process that goes on after errors."""
 
 import pytest
 
