@@ -1,6 +1,6 @@
 """The host's time for a call whose device work takes no time: what Python costs between a model's MLP and the kernel.
 
-H1: an op of the CPU engine on a tiny MLP, against PyTorch's four operations for that MLP. H2: only the two launches of
+H1: an op of the CPU engine on a tiny MLP, against PyTorch's five operations for that MLP. H2: only the two launches of
 the Triton backend's decode pair, and H3: the whole op that makes these launches, both against Triton's own launcher, on
 a driver that does nothing. H4: what an attached MLP does beside its op, against the whole MLP of transformers. Times in
 microseconds are medians of interleaved rounds; targets are microseconds on a machine of this kind.
@@ -69,7 +69,7 @@ def test_an_op_on_cpus(benchmark, host, feature, target_us):
         torch.testing.assert_close(ours(), torch_ops())
     result = compare(many(ours), many(torch_ops), rounds=ROUNDS)
     add(
-        host, "H1", shape=f"H={H} N={N}, {feature}", m=T, dtype="float32", competitor="PyTorch's four operations",
+        host, "H1", shape=f"H={H} N={N}, {feature}", m=T, dtype="float32", competitor="PyTorch's five operations",
         result=result, target_us=target_us,
     )  # fmt: skip
     benchmark.pedantic(ours, rounds=100)

@@ -8,6 +8,7 @@ Measured times serve for proportions only: every row names what its time is divi
 
 from __future__ import annotations
 
+import argparse
 import json
 import math
 import os
@@ -106,7 +107,7 @@ def layer_times():
         hidden_act="silu", torch_dtype="float32",
     )  # fmt: skip
 
-    def seconds(n_layers, n_tokens, n_prompts):
+    def discovery(n_layers, n_tokens, n_prompts):
         with tempfile.TemporaryDirectory() as name:
             config = shape | {"num_hidden_layers": n_layers, "tie_word_embeddings": True}
             Path(name, "config.json").write_text(json.dumps(config))
@@ -117,19 +118,26 @@ def layer_times():
             parameter.requires_grad_(False)
         draw = random.Random(0)
         prompts = [TokenPrompt([draw.randrange(1000) for _ in range(n_tokens)], "p") for _ in range(n_prompts)]
-        best = math.inf
-        for _ in range(3):
-            start = time.perf_counter()
-            collect(transformer, prompts, torch.ones(n_prompts, 2), ActivationSums(n_layers, 2048, 2))
-            best = min(best, time.perf_counter() - start)
-        return best
+        token_weight = torch.ones(n_prompts, 2)
+        return lambda: collect(transformer, prompts, token_weight, ActivationSums(n_layers, 2048, 2))
 
-    base = seconds(4, 16, 256) / (16 * 256)
-    rows = [[n, f"{seconds(4, n, 4096 // n) / (4096 // n * n) / base:.2f}"] for n in (16, 64, 256, 1024)]
-    table("Tokens of a prompt (125M shape, 4 layers)", ["tokens", "time a token / at 16 tokens"], rows)
-    base = seconds(4, 64, 32)
-    rows = [[n, f"{seconds(n, 64, 32) / base:.2f}"] for n in (4, 8, 16)]
-    table("Layers (125M shape, 64 tokens)", ["layers", "time / 4 layers"], rows)
+    lengths = {n: discovery(4, n, 4096 // n) for n in (16, 64, 256, 1024)}  # as many tokens in each
+    table("Tokens of a prompt (125M shape, 4 layers)", ["tokens", "time a token / at 16 tokens"], _shares(lengths))
+    layers = {n: discovery(n, 64, 32) for n in (4, 8, 16)}
+    table("Layers (125M shape, 64 tokens)", ["layers", "time / 4 layers"], _shares(layers))
+
+
+def _shares(calls):
+    """[name, time of the call / time of the first], each the best of interleaved rounds after one to warm up."""
+    best = dict.fromkeys(calls, math.inf)
+    for number in range(6):
+        for name, call in calls.items():
+            start = time.perf_counter()
+            call()
+            if number:
+                best[name] = min(best[name], time.perf_counter() - start)
+    first = next(iter(best.values()))
+    return [[name, f"{seconds / first:.2f}"] for name, seconds in best.items()]
 
 
 class Machine(NamedTuple):
@@ -200,5 +208,7 @@ def duration(seconds):
 
 if __name__ == "__main__":
     print(f"{platform.machine()}, {os.cpu_count()} cores, torch {torch.__version__}, {time.strftime('%Y-%m-%d')}")
-    measured(0.1 if "--quick" in sys.argv[1:] else 1.0)
+    parser = argparse.ArgumentParser(description="The tables of docs/scale.md, for this machine.")
+    parser.add_argument("--quick", action="store_true", help="a tenth of the prompts")
+    measured(0.1 if parser.parse_args().quick else 1.0)
     calculated()

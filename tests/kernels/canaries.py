@@ -71,7 +71,7 @@ CANARIES = [
     ),
     Canary(
         "scale before the sum",
-        "mlp.py",
+        "ops.py",
         "return launch.linear(pass_over(act, *extras), w_down)",
         "given = _keywords(extras)\n"
         "        steer = {name: given[name] for name in ('scale', 'row_circuit')}\n"
