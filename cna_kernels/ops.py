@@ -106,9 +106,10 @@ def down_proj(
 ) -> Tensor:
     """The down-projection, for stacks that hand over ``act``: ``y = (act * scale) @ w_down^T``.
 
-    On a GPU an ``act`` of more than 64 tokens is scaled in place for the product and put back after it, bit for bit:
-    while the call runs, nothing on another stream may use ``act``. In a call with sums, a contiguous ``act`` of fewer
-    than 2**24 elements is copied instead, and the copy is scaled.
+    On a GPU an ``act`` of more than 64 tokens (in fp32, 16) is scaled in place for the product and put back after it,
+    bit for bit: while the call runs, nothing on another stream may use ``act``. The plan ``blas``, the only one for
+    other makers' GPUs, does so for any number of tokens. In a call with sums, a contiguous ``act`` of fewer than 2**24
+    elements is copied instead, and the copy is scaled.
 
     Args:
         act: ``[T, N]`` bf16, fp16 or fp32.

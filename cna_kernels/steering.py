@@ -28,7 +28,8 @@ class Entries(NamedTuple):
 
 
 class SteeringTable:
-    """Circuits, each at a multiplier, as one sparse :class:`Scale` per layer. Memory grows with the neurons.
+    """Circuits, each at a multiplier, as one sparse :class:`Scale` per layer. Memory grows with the
+    neurons steered.
 
     Rows of a batch choose a circuit by its number (``row_circuit``); -1 is unsteered. Changing a multiplier writes a
     device buffer in place: nothing is rebuilt, recompiled or captured again.

@@ -19,7 +19,8 @@ namespace {
 bool always() { return true; }
 
 #if defined(__x86_64__)
-// __builtin_cpu_supports asks the operating system, too: without registers that the system saves, a level is missing.
+// __builtin_cpu_supports asks the operating system, too: a level whose registers the system does
+// not save counts as absent.
 bool has_f16c() {  // not a name that every compiler's __builtin_cpu_supports knows
   unsigned a, b, c, d;
   return __get_cpuid(1, &a, &b, &c, &d) && (c & 1u << 29);

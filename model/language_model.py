@@ -278,7 +278,9 @@ class LanguageModel:
         *,
         row_circuit: Sequence[int] | None = None,
     ) -> Iterator[SteeringTable]:
-        """Steer every call inside the ``with`` block, from any thread, at every position of prompt and answer.
+        """Steer every call inside the ``with`` block, at every position of prompt and answer.
+
+        The state belongs to the model, not to the thread: a model is used by one thread at a time.
 
         Yields the SteeringTable: its ``set_multipliers`` changes multipliers between calls without rebuilding.
 

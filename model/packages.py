@@ -19,9 +19,11 @@ EXTRA_OF = {
 
 
 def missing(*packages: str) -> str | None:
-    """Return the command that installs the absent ones of the packages, or None where all are installed."""
+    """Return that packages are not installed, with the command that installs them, or None where none is absent."""
     extras = ",".join(dict.fromkeys(EXTRA_OF[name] for name in _absent(packages)))
-    return f'not installed: pip install "cna-kernels[{extras}]", in a checkout ".[{extras}]"' if extras else None
+    beside = " ./model/demo/checkpoints" if "demo" in extras else ""
+    command = f'pip install "cna-kernels[{extras}]", in a checkout ".[{extras}]"{beside}'
+    return f"not installed: {command}" if extras else None
 
 
 def require(*packages: str) -> None:

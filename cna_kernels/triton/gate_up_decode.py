@@ -9,9 +9,9 @@ A program owns BLOCK_N neurons for all tokens: it streams their 2 * BLOCK_N weig
 and is the only writer of act[:, n] and act_sum[:, n]. No workspace, no atomics. Rows of w_up lie ``up_offset`` elements
 from those of w_gate, in one tensor or in two; a choice between two pointers would end the prefetch of weights.
 
-Two kernels. For one token, in fp32 for up to 4, plain multiply-adds (``_gate_up_gemv_kernel``). For more tokens the
-matrix units (``_gate_up_flat_kernel``) with the weights as the left factor, so that tokens are the short side: gate and
-up rows form one tile of 64 rows or more, one product.
+Two kernels. For one token, in fp32 for up to 4, plain multiply-adds (``_gate_up_gemv_kernel``). For more tokens in bf16
+and fp16 the matrix units (``_gate_up_flat_kernel``) with the weights as the left factor, so that tokens are the short
+side: gate and up rows form one tile of 64 rows or more, one product.
 
 Floor: 4 N H bytes of bf16 weights, once. At 64 tokens 4 T N H FLOP take a third of the time of those bytes on an H200.
 """
@@ -136,9 +136,8 @@ def _gate_up_gemv_kernel(
             for c in tl.static_range(FEW):
                 any_column = any_column | (weights[c][t] != 0.0).to(tl.int32)
             for c in range(FEW, C):
-                any_column = any_column | (tl.load(token_weight_ptr + t * stride_token_weight_t + c) != 0.0).to(
-                    tl.int32
-                )
+                weight = tl.load(token_weight_ptr + t * stride_token_weight_t + c)
+                any_column = any_column | (weight != 0.0).to(tl.int32)
             counted = counted + (tl.where(any_column != 0, acts[t].to(tl.float32), 0.0),)
         for c in tl.static_range(FEW):
             total, squares = _column(weights[c], counted, T)

@@ -260,7 +260,8 @@ def _fold_kernel(
         add_row(sumsq_ptr, 0, column * stride_sumsq_c, n, n_mask, total, False)
 
 
-# So many columns are summed by multiply-adds, one or two for each element; more go to the matrix units (8 would spill).
+# So many columns are summed by multiply-adds, one or two for each element and column. More columns go to the matrix
+# units: registers do not suffice for 8.
 FEW_COLUMNS = 4
 
 

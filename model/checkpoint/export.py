@@ -23,6 +23,7 @@ from safetensors.torch import save
 from cna_kernels.circuit import Circuit
 from cna_kernels.errors import InputError
 from cna_kernels.files import FilePath, make_directory, write_bytes, write_text
+from cna_kernels.renamed import renamed
 from cna_kernels.steering import check_multiplier
 
 from .config import DTYPES, ModelConfig
@@ -49,6 +50,7 @@ def neuron_multipliers(circuits: Sequence[Circuit], multipliers: Sequence[float]
 factors_of = neuron_multipliers  # the name before 0.2
 
 
+@renamed(factors="multipliers")
 def to_lora(
     checkpoint: Checkpoint,
     config: ModelConfig,
@@ -139,6 +141,7 @@ def _write_adapter(checkpoint, config, part, out: Path, base_model, uniform, dty
     write_text(out / "adapter_config.json", json.dumps(record, indent=2) + "\n")
 
 
+@renamed(factors="multipliers")
 def to_checkpoint(directory: FilePath, checkpoint: Checkpoint, multipliers: NeuronMultipliers, out: FilePath) -> None:
     """Write a copy of a checkpoint whose ``down_proj`` columns are scaled; all other tensors stay byte for byte.
 

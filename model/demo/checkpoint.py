@@ -20,7 +20,7 @@ def demo_checkpoint(name: str = "instruct") -> Path:
     if here.is_dir():
         return here
     if reason := missing("cna-kernels-demo"):
-        raise InputError("cna-kernels-demo", f"{reason} ./model/demo/checkpoints")
+        raise InputError("cna-kernels-demo", reason)
     spec = find_spec("cna_kernels_demo")
     if spec is None or spec.origin is None:
         raise InputError("cna-kernels-demo", "not installed: the folder cna_kernels_demo on the path is no package")

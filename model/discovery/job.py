@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import os
 import sys
 from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import replace
@@ -11,7 +10,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from cna_kernels import backends
+from cna_kernels import backends, plans
 from cna_kernels.circuit import Circuit
 from cna_kernels.cpu import library
 from cna_kernels.errors import InputError, one_line
@@ -175,7 +174,7 @@ class Job:
             # PyTorch's attention on CPUs rounds differently with another number of threads.
             "isa": library.isa() if backends.name_for(model.device) == "cpu" else None,
             "gpu": torch.cuda.get_device_name(model.device) if model.device.type == "cuda" else None,
-            "CNA_PLAN": os.environ.get("CNA_PLAN") or None,
+            "CNA_PLAN": ",".join(f"{op}={name}" for op, name in sorted(plans.asked().items())) or None,
             "threads": torch.get_num_threads() if model.device.type == "cpu" else None,
             "position": settings.position,
             "double_bos": settings.double_bos,

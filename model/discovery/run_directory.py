@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import math
 import os
 import time
 from pathlib import Path
@@ -165,7 +164,7 @@ def _check_manifest(manifest: object, where: Path):
     fields = Fields(manifest, where)
     fields.read("format", REQUIRED, str(FORMAT), lambda x: x == FORMAT)
     fields.object("model").text("name")
-    fields.integer("threads", (1, 1 << 16), None)
+    fields.integer("threads", (1, _MOST), None)
     corpus = fields.object("corpus")
     corpus.text("sha256")
     corpus.integer("n_prompts", (0, _MOST))
@@ -175,7 +174,7 @@ def _check_manifest(manifest: object, where: Path):
     for name in (count := corpus.object("count")).record:
         count.integer(name, (0, _MOST))
     for name in (weight := corpus.object("weight")).record:
-        weight.number(name, (0, math.inf))
+        weight.number(name, (0, 1e300))
     for name in (digests := corpus.object("digests")).record:
         digests.text(name)
 

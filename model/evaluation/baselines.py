@@ -160,7 +160,8 @@ def top_circuit(name: str, score: Tensor, discovery: Discovery, k: int) -> Circu
 
 def written(model: LanguageModel, circuit: Circuit, delta: Tensor) -> Direction:
     """The direction that a circuit's contrast writes to the residual stream: in every layer
-    ``W_down[:, neurons] @ delta[neurons]``, ``[H]``. With all neurons this is the CAA direction as released.
+    ``W_down[:, neurons] @ delta[neurons]``, ``[H]``. With all neurons this is the CAA direction as released. A test of
+    sufficiency adds the direction to negative prompts at strength 1.
     """
     vectors = torch.zeros(circuit.n_layers, model.config.hidden_size, dtype=torch.float64)
     for layer, members in circuit.by_layer().items():

@@ -15,6 +15,7 @@ from cna_kernels import select
 from cna_kernels.circuit import Circuit
 from cna_kernels.errors import InputError
 from cna_kernels.files import make_directory, write_text
+from cna_kernels.renamed import renamed
 
 from ..language_model import LanguageModel
 from ..prompts.files import PromptSet
@@ -25,6 +26,7 @@ from .suite import Suite
 TOP = 200  # neurons of each model whose overlap the paper reports, beside that of the circuits
 
 
+@renamed(plan="suite")
 def compare(
     models: dict[str, LanguageModel],
     suite: Suite,

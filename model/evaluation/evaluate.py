@@ -34,9 +34,6 @@ from .suite import Suite
 
 PIECE = 64  # texts, windows or questions of one part in the store
 
-# Suite by its name, and with its keywords, before 0.2.
-Plan = renamed(exam="multiple_choice", exam_tokens="choice_tokens", rows="batch")(Suite)
-
 Say = Callable[[str], None]
 
 
@@ -347,6 +344,7 @@ def _rank_curve(score: Tensor, points: int = 200) -> list[list]:
     return [[rank, ordered[rank - 1].item()] for rank in ranks]
 
 
+@renamed(plan="suite")
 def evaluate(
     model: LanguageModel,
     circuit: Circuit,
@@ -368,3 +366,9 @@ def evaluate(
             write_text(Path(out) / "samples.jsonl", "".join(lines))
             write_text(Path(out) / "results.json", json.dumps(results, indent=1, allow_nan=False) + "\n")
     return results
+
+
+class Plan(Suite):
+    """:class:`Suite` by the name and the keywords that it had before 0.2."""
+
+    __init__ = renamed(exam="multiple_choice", exam_tokens="choice_tokens", rows="batch")(Suite.__init__)

@@ -23,7 +23,7 @@ from cna_kernels.errors import InputError
 from cna_kernels.files import read_text, sha256
 
 from ..language_model import LanguageModel
-from ..packages import require
+from ..packages import missing
 from ..prompts.files import PromptSet
 from .interventions import Interventions
 from .likelihood import each_logits
@@ -191,10 +191,12 @@ def _csv(path: Path) -> Iterator[tuple[dict, str]]:
 
 
 def _parquet(path: Path) -> Iterator[tuple[dict, str]]:
-    require("pyarrow")
-    import pyarrow
-    import pyarrow.parquet
-
+    try:
+        import pyarrow
+        import pyarrow.parquet
+    except ImportError:
+        reason = missing("pyarrow") or "cannot be imported"
+        raise InputError(path, f"is parquet, which takes pyarrow: {reason}") from None
     try:
         rows = pyarrow.parquet.read_table(path).to_pylist()
     except (pyarrow.ArrowException, OSError) as error:
@@ -326,8 +328,9 @@ def _most_likely(scores: Sequence[float]) -> int:
 def parse_letter(answer: str, n_choices: int) -> int | None:
     """Return the number of the choice that an answer names, None where it names none.
 
-    The first of these in the answer counts: a letter at the beginning; a letter after "answer", "answer is" or
-    "answer:"; a capital letter alone. An A or I that begins a clause ("A cat ...", "I'm ...") names no choice.
+    A letter at the beginning counts. Where there is none, a letter after "answer", "answer is" or "answer:" counts;
+    where there is none of these, the first capital letter that stands alone. An A or I that begins a clause
+    ("A cat ...", "I'm ...") names no choice.
     """
     letters = LETTERS[:n_choices]
     after = rf"\(?\b([{letters}])\b"
@@ -352,3 +355,6 @@ def _common(rows: Sequence[Sequence[int]]) -> int:
     """How many tokens all rows have in common at their beginning, leaving at least one token of each row."""
     shortest = min(map(len, rows)) - 1
     return next((n for n in range(shortest) if len({row[n] for row in rows}) > 1), shortest)
+
+
+Exam, read_exam = MultipleChoice, read_multiple_choice  # the names before 0.2

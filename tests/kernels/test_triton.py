@@ -62,7 +62,7 @@ def run(monkeypatch, op, name, case, extras):
 
 
 def is_quick(case):
-    """Of circuits with many neurons, for which the interpreter takes up to 10 seconds, one kernel's cases are enough."""
+    """Circuits at the largest shape take the interpreter up to 10 seconds: one kernel's cases are enough."""
     (op, _), shape, _, feature = case
     return not (shape == SHAPES[-1] and "circuit" in feature) or (op, feature) == ("swiglu", "circuits")
 

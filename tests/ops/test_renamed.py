@@ -5,7 +5,7 @@ import warnings
 import pytest
 import torch
 
-from cna_kernels import ActivationSums, Circuit, SteeringTable, ops, plans
+from cna_kernels import ActivationSums, Circuit, SteeringTable, attach, ops, plans
 from cna_kernels.renamed import renamed
 from op_cases import make_case
 
@@ -32,14 +32,63 @@ def fold(name):
     return (sums.count,)
 
 
-@pytest.mark.parametrize(("call", "old", "new"), [*op_calls(), pytest.param(fold, "weight", "token_weight", id="fold")])
+def tiny_engine():
+    transformers = pytest.importorskip("transformers")
+    config = transformers.LlamaConfig(
+        hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=2, vocab_size=32
+    )
+    torch.manual_seed(0)
+    model = transformers.LlamaForCausalLM(config).eval()
+    return model, attach(model)
+
+
+@torch.no_grad()
+def collect(name):
+    model, engine = tiny_engine()
+    with engine.collect(**{name: torch.eye(2)}) as sums:
+        model(torch.arange(8).view(2, 4))
+    return (sums.total,)
+
+
+@torch.no_grad()
+def rows(name):
+    model, engine = tiny_engine()
+    engine.set(Circuit(((0, 3, 1.0), (1, 7, 1.0)), 2, 24), 30.0)
+    engine.rows(**{name: [-1, 0]})
+    return (model(torch.arange(8).view(2, 4)).logits,)
+
+
+def steered(name):
+    pytest.importorskip("tokenizers")
+    from cna_kernels.model import load
+    from cna_kernels.model.demo.checkpoint import demo_checkpoint
+
+    model, circuit = load(demo_checkpoint()), Circuit(((3, 435, 1.0),), 8, 1024)
+    with model.steered(circuit, 9.0, **{name: [-1, 0]}):
+        return (model(torch.tensor([[5, 6, 7], [5, 6, 7]])),)
+
+
+def named(call, old, new):
+    return pytest.param(call, old, new, id=call.__name__)
+
+
+@pytest.mark.parametrize(
+    ("call", "old", "new"),
+    [
+        *op_calls(),
+        named(fold, "weight", "token_weight"),
+        named(collect, "weight", "token_weight"),
+        named(rows, "circuit_of_row", "row_circuit"),
+        named(steered, "rows", "row_circuit"),
+    ],
+)
 def test_the_old_name_gives_the_same(call, old, new):
     with warnings.catch_warnings():
-        warnings.simplefilter("error")
+        warnings.filterwarnings("error", message="cna_kernels: the argument")
         expected = call(new)
     with pytest.warns(DeprecationWarning, match=f"the argument {old} is now named {new}") as seen:
         found = call(old)
-    assert seen[0].filename == __file__  # it names the caller's line
+    assert [w.filename for w in seen if "cna_kernels" in str(w.message)] == [__file__]  # the caller's line
     assert all(torch.equal(a, b) for a, b in zip(expected, found, strict=True))
 
 
@@ -51,8 +100,23 @@ def test_both_names_are_refused():
     function = renamed(before="now")(lambda **given: given)
     with pytest.raises(TypeError, match="before: is the old name of now, and both were given"):
         function(now=1, before=2)
+    with pytest.raises(TypeError, match="both were given"):
+        function(now=None, before=2)
     with pytest.warns(DeprecationWarning):
         assert function(before=2, other=3) == dict(now=2, other=3)
+
+
+def test_an_old_name_breaks_no_graph():
+    case, sums = make_case(7, 130, torch.float32), [torch.ones(3, 130) for _ in range(2)]
+    assert case.token_weight.shape[1] == 3
+
+    @torch.compile(fullgraph=True, backend="aot_eager")
+    def compiled(act, weight, act_sum):
+        return ops.steer_act(act, weight=weight, act_sum=act_sum)
+
+    compiled(case.act, case.token_weight, sums[0])
+    ops.steer_act(case.act, token_weight=case.token_weight, act_sum=sums[1])
+    assert torch.equal(*sums) and (sums[0] != 1).any()
 
 
 def test_rows_of_a_table():
@@ -68,11 +132,14 @@ def test_the_plan_engine_is_csrc():
 def test_names_of_the_model():
     pytest.importorskip("tokenizers")
     from cna_kernels.model.checkpoint import export
-    from cna_kernels.model.evaluation import evaluate
+    from cna_kernels.model.evaluation import evaluate, multiple_choice
     from cna_kernels.model.evaluation.suite import Suite
     from cna_kernels.model.transformer import Steer, Steering
 
     assert Steer is Steering and export.factors_of is export.neuron_multipliers
+    assert multiple_choice.Exam is multiple_choice.MultipleChoice
+    questions = multiple_choice.Exam((), {}, {})
     with pytest.warns(DeprecationWarning, match="exam_tokens is now named choice_tokens"):
-        suite = evaluate.Plan(text="a", exam_tokens=3)
-    assert type(suite) is Suite and suite.choice_tokens == 3
+        suite = evaluate.Plan(exam=questions, exam_tokens=3, rows=2)
+    assert isinstance(suite, Suite) and suite.multiple_choice is questions
+    assert (suite.choice_tokens, suite.batch) == (3, 2)

@@ -107,6 +107,7 @@ def test_ops_need_the_core_alone(site, tmp_path):
 
 PLAIN, MODEL = ["--positive", "p.txt", "--negative", "p.txt"], str(build_wheel.DEMO / "instruct")
 TO_DEMO = 'cna-kernels-demo: not installed: pip install "cna-kernels[demo]", in a checkout ".[demo]" '
+TO_DEMO += "./model/demo/checkpoints"
 REFUSED = {
     "discover": (["discover", MODEL, *PLAIN, "-o", "c.json"], "tokenizers, jinja2", "model"),
     "run": (["run", MODEL, "-p", "hi"], "tokenizers, jinja2", "model"),
@@ -144,7 +145,7 @@ def test_the_core_shows_circuits_and_says_what_is_missing(site, tmp_path):
     assert doctor.returncode == 0 and facts["torch"]
     assert facts["rich"] == 'not installed: pip install "cna-kernels[model]", in a checkout ".[model]"'
     assert facts["matplotlib"] == 'not installed: pip install "cna-kernels[plot]", in a checkout ".[plot]"'
-    assert facts["cna-kernels-demo"] == 'not installed: pip install "cna-kernels[demo]", in a checkout ".[demo]"'
+    assert f"cna-kernels-demo: {facts['cna-kernels-demo']}" == TO_DEMO
     assert run(CNA, "--help", paths=[site], cwd=tmp_path).returncode == 0
 
 
