@@ -1,6 +1,6 @@
 """Discovery and steered generation on the bundled model, against transformers with forward hooks.
 
-Prints ratios of interleaved runs; correctness is checked first.
+Ratios of interleaved runs; both sides must agree first.
 """
 
 import pytest
@@ -43,7 +43,7 @@ def hooked_contrast(theirs, positive, negative):
     return delta
 
 
-def test_discovery(models, benchmark):
+def test_discovery(models, benchmark, results):
     ours, theirs = models
     positive, negative = world.discovery_positive(), world.discovery_negative()
     rows = [ours.tokenizer.encode_chat(prompts) for prompts in (positive, negative)]
@@ -56,10 +56,10 @@ def test_discovery(models, benchmark):
     assert discover().pairs == [divmod(place, n_neurons) for place in order[: discover().k].tolist()]
 
     result = compare(discover, lambda: hooked_contrast(theirs, *rows))
-    report(benchmark, discover, "discovery of 200 prompts / one at a time with hooks", result)
+    report(benchmark, results, discover, "G1 discovery", 200, result)
 
 
-def test_generation(models, benchmark):
+def test_generation(models, benchmark, results):
     ours, theirs = models
     prompts = world.heldout_refusable()[:32]
     circuit = ours.discover(world.discovery_positive(), world.discovery_negative())
@@ -95,15 +95,13 @@ def test_generation(models, benchmark):
         return ours.generate(prompts, circuit=circuit, multiplier=0.0, max_new_tokens=100)
 
     assert steered() == hooked()
-    report(
-        benchmark,
-        steered,
-        "32 ablated answers in a batch / one at a time with hooks",
-        compare(steered, hooked, rounds=3),
-    )
+    report(benchmark, results, steered, "G2 ablated answers", 32, compare(steered, hooked, rounds=3))
 
 
-def report(benchmark, run, name, result):
+def report(benchmark, results, run, name, n_prompts, result):
     benchmark.extra_info.update(result)
     benchmark.pedantic(run, rounds=3)
-    print(f"\n{name}: {result['ratio']:.3f} (noise {result['noise']:.2f})")
+    results.add(
+        name, shape="bundled instruct model", m=f"{n_prompts} prompts", dtype="float32",
+        competitor="transformers + hooks, one at a time", result=result,
+    )  # fmt: skip
