@@ -4,7 +4,6 @@ import json
 import re
 
 import pytest
-
 from test_architecture import ROOT
 
 RESULTS = {path.stem: json.loads(path.read_text()) for path in (ROOT / "bench" / "results").glob("*.json")}
