@@ -259,6 +259,7 @@ def test_compiled_sums(name):
         torch.testing.assert_close(sums.total_sq, expected.total_sq, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.exhaustive
 def test_compiled_by_inductor():
     """The default backend of torch.compile: steering, sums, and a multiplier that changes."""
     model, ids = make("llama"), ids_of(2, 9)

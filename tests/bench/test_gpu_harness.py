@@ -324,7 +324,7 @@ def stand_ins(monkeypatch):
         "decode/{}/8",
         pytest.param("down/{}/512", marks=pytest.mark.exhaustive),
         "table/{}/128",
-        "host/{}/1",
+        pytest.param("host/{}/1", marks=pytest.mark.exhaustive),
         "generate/{}/2",
     ],
 )
