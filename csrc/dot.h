@@ -114,8 +114,9 @@ float dot_row(const T *w, const typename Dot<T>::Token *x, int64_t K) {
 }
 
 // c[T, O] from T prepared tokens and O rows of weights: DOT_ROWS rows stay in cache while all tokens pass, DOT_TOKENS
-// at a time. Memory would be idle during the passes after the first, so each pass fetches its share of the next rows: 10%
-// less time at 16 tokens. A single pass reads memory anyway, and fetching ahead costs it 5% (2 cores of Zen 4, 2026-11-21).
+// at a time. Memory would be idle during the passes after the first, so each pass fetches its share of the next rows:
+// 10% less time at 16 tokens. A single pass reads memory anyway, and fetching ahead costs it 5% (2 cores of Zen 4,
+// 2026-11-21).
 template <class T>
 void dot_tile(float *c, int64_t c_stride, const T *w, int64_t w_stride, int64_t O, const typename Dot<T>::Token *x,
               int64_t x_stride, int64_t n_tokens, int64_t K) {
