@@ -169,7 +169,7 @@ def _extras(
     row_circuit: Tensor | None, weight: Tensor | None,
 ) -> Extras:  # fmt: skip
     if weight is not None:
-        token_weight = by_new_name("weight", weight, "token_weight", token_weight)
+        token_weight = by_new_name("weight", weight, "token_weight", token_weight is not None)
     if scale is None:
         return Extras(token_weight, act_sum, act_sumsq, row_circuit=row_circuit)
     return Extras(token_weight, act_sum, act_sumsq, *scale, row_circuit)

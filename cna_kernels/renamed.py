@@ -26,9 +26,7 @@ def renamed(**names: str) -> Callable[[Function], Function]:
         def call(*args: Any, **given: Any) -> Any:
             for old in names.keys() & given.keys():
                 new = names[old]
-                if new in given:
-                    raise TypeError(f"{old}: is the old name of {new}, and both were given")
-                given[new] = by_new_name(old, given.pop(old), new, stacklevel=3)
+                given[new] = by_new_name(old, given.pop(old), new, new in given, stacklevel=3)
             return function(*args, **given)
 
         return cast(Function, call)
@@ -36,13 +34,13 @@ def renamed(**names: str) -> Callable[[Function], Function]:
     return decorate
 
 
-def by_new_name(old: str, value: Any, new: str, new_value: Any = None, *, stacklevel: int = 4) -> Any:
+def by_new_name(old: str, value: Any, new: str, both: bool, *, stacklevel: int = 4) -> Any:
     """Return the value that came by the old name of an argument.
 
     Raises:
-        TypeError: a value came by the new name, too.
+        TypeError: ``both``, a value came by the new name, too.
     """
-    if new_value is not None:
+    if both:
         raise TypeError(f"{old}: is the old name of {new}, and both were given")
     if not torch.compiler.is_compiling():  # a warning would break the graph
         warnings.warn(f"cna_kernels: the argument {old} is now named {new}", DeprecationWarning, stacklevel=stacklevel)
