@@ -1,0 +1,5 @@
+"""Bugs in identity and files."""
+
+from canary import Canary
+
+CANARIES: list[Canary] = []
