@@ -17,7 +17,8 @@ _MOST_LAYERS, _MOST_NEURONS, _MOST = 10_000, 10_000_000, (1 << 63) - 1
 _SHARE = (0, 1)  # the bounds of a share
 # the fields of a circuit that are texts, and the hashes inside its ``model``
 _TEXTS = ("score", "k_rule", "position", "tokenizer_sha256", "chat_template_sha256", "dtype", "preset")
-_HASHES = ("config_sha256", "headers_sha256", "weights_sha256", "neurons_sha256")
+_HASHES = ("settings_sha256", "tensors_sha256", "decoder_sha256")
+_OLD_HASHES = ("config_sha256", "headers_sha256", "weights_sha256", "neurons_sha256")  # of samples, before 0.2
 
 
 def to_json(circuit: Any) -> str:
@@ -93,9 +94,9 @@ def _check_universal(fields: Fields, shape: tuple[int, int], k: int) -> None:
 
 def _check_model(fields: Fields, shape: tuple[int, int], k: int) -> None:
     fields.text("name")
-    for name in _HASHES:
+    for name in (*_HASHES, *_OLD_HASHES):
         fields.text(name, None)
-    fields.only(("name", *_HASHES), _KIND)
+    fields.only(("name", *_HASHES, *_OLD_HASHES), _KIND)
 
 
 def _check_prompts(fields: Fields, shape: tuple[int, int], k: int) -> None:

@@ -20,7 +20,8 @@ from cna_kernels.renamed import renamed
 from cna_kernels.steering import SteeringTable, distinct
 
 from .checkpoint.config import DTYPES, read_config
-from .checkpoint.load import identity_of, load_transformer
+from .checkpoint.identity import Identity
+from .checkpoint.load import load_transformer
 from .checkpoint.safetensors_file import open_checkpoint
 from .discovery.job import Job, Progress
 from .discovery.packing import TokenPrompt
@@ -99,6 +100,7 @@ class LanguageModel:
         self.tokenizer = Tokenizer(directory, self.config.vocab_size)
         self.stop_ids = stop_ids(directory, self.tokenizer, self.config.vocab_size)
         self.checkpoint = open_checkpoint(directory)
+        self._identity = Identity(directory, self.checkpoint, self.config)
         options: dict[str, Any] = dict(dtype=None if dtype is None else DTYPES[dtype], device=self.device)
         self.transformer: Transformer
         if mesh is not None:
@@ -110,7 +112,6 @@ class LanguageModel:
             self.transformer = streamed  # type: ignore[assignment]  # _require_logits refuses calls that it lacks
         else:
             self.transformer = load_transformer(directory, self.config, self.checkpoint, **options)
-        self._identity: dict[str, str] | None = None
         self._steering: tuple[SteeringTable, Tensor | None] | None = None
 
     def __call__(self, input_ids: Tensor) -> Tensor:
@@ -137,10 +138,8 @@ class LanguageModel:
             raise InputError("model", "a model whose layers are streamed or shared finds circuits, and nothing else")
 
     def identity(self) -> dict[str, str]:
-        """Return the checkpoint's name and hashes; see ``checkpoint.load.identity_of``."""
-        if self._identity is None:
-            self._identity = identity_of(self.directory, self.checkpoint, self.config)
-        return dict(self._identity)
+        """Return the checkpoint's name and hashes; see :func:`.checkpoint.identity.identity_of`."""
+        return self._identity()
 
     def encode(self, prompts: PromptSet, *, chat: bool | None = None, double_bos: bool = False) -> list[TokenPrompt]:
         """Tokenise each prompt, as the user's message of a chat or as plain text.
@@ -360,17 +359,18 @@ class LanguageModel:
         texts = [self.tokenizer.decode(ids) for ids in answers]
         return texts[0] if single else texts
 
-    def check_circuit(self, circuit: Circuit, where: FilePath, *, any_model: bool = False) -> None:
+    def check_circuit(self, circuit: Circuit, where: FilePath, *, any_model=False, chat: bool | None = None) -> None:
         """Raise InputError naming the field unless the circuit was found in this very checkpoint.
 
-        Calls that take a circuit check only its shape; this check is for circuits from a file. Only the shape is
-        checked of circuits without provenance (imported circuits), and with ``any_model`` of all circuits.
+        This check is for circuits from a file. Calls that take a circuit check only its shape, as this one does for
+        imported circuits and with ``any_model``. A template other than prompts with ``chat`` go through is a warning.
         """
         check_fits(circuit, self.config.num_hidden_layers, self.config.intermediate_size, where)
         if any_model:
             return
         here: dict[str, str | None] = {f"model.{name}": value for name, value in self.identity().items()}
-        here |= dict(tokenizer_sha256=self.tokenizer.sha256, chat_template_sha256=self.tokenizer.template_sha256)
+        template = self.tokenizer.template_sha256 if self.uses_chat(chat) else None
+        here |= dict(tokenizer_sha256=self.tokenizer.sha256, chat_template_sha256=template)
         check_found_in(circuit, here, where)
 
     def uses_chat(self, chat: bool | None) -> bool:

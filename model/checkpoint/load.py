@@ -10,11 +10,10 @@ from torch import nn
 
 from cna_kernels.errors import InputError
 from cna_kernels.files import write_bytes
-from cna_kernels.fingerprint import neurons_sha256, sampled_rows
 
 from ..memory import memory_of
 from ..transformer import Layer, Transformer
-from .config import DTYPES, ModelConfig, config_sha256
+from .config import DTYPES, ModelConfig
 from .safetensors_file import SINGLE, Checkpoint
 
 _LAYER = "model.layers.{}."
@@ -51,18 +50,6 @@ def expected_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
     for number in range(config.num_hidden_layers):
         shapes |= {f"model.layers.{number}.{name}": shape for name, shape in layer.items()}
     return shapes
-
-
-def identity_of(directory, checkpoint: Checkpoint, config: ModelConfig) -> dict[str, str]:
-    """Return what identifies a checkpoint: its name, and hashes of config, headers and sampled weights."""
-    down = [checkpoint.entries[DOWN.format(layer)] for layer in range(config.num_hidden_layers)]
-    return {
-        "name": Path(directory).resolve().name,
-        "config_sha256": config_sha256(directory),
-        "headers_sha256": checkpoint.headers_sha256,
-        "weights_sha256": checkpoint.weights_sha256(),
-        "neurons_sha256": neurons_sha256(entry.read_rows(sampled_rows(entry.shape[0])) for entry in down),
-    }
 
 
 def check_entries(checkpoint: Checkpoint, config: ModelConfig, directory):

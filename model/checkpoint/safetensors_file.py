@@ -13,13 +13,12 @@ from safetensors import SafetensorError, safe_open
 
 from cna_kernels.errors import InputError
 from cna_kernels.fields import REQUIRED, Fields, is_whole
-from cna_kernels.files import open_regular, parse_json, read_json, sha256
+from cna_kernels.files import open_regular, parse_json, read_json
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 _DTYPE_NAMES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
 _MAX_HEADER, _MAX_TENSORS, _MAX_DIMS = 100 << 20, 1 << 16, 8
-_PIECE = 4096  # bytes hashed at each of _PIECES places of a tensor larger than _WHOLE
-_PIECES, _WHOLE = 16, 1 << 20
+_WHOLE = 1 << 20  # numbers compared at a time
 
 
 @dataclass(frozen=True)
@@ -59,26 +58,9 @@ class Checkpoint:
 
     Attributes:
         entries: tensor name -> where the tensor lies.
-        headers_sha256: hash of all safetensors headers.
     """
 
     entries: dict[str, TensorEntry]
-    headers_sha256: str
-
-    def weights_sha256(self) -> str:
-        """Return a hash of samples: tensors of up to 1 MiB whole, 16 evenly spaced pieces of 4 KiB of larger ones."""
-        parts: list[str | bytes] = [self.headers_sha256]
-        for name, entry in sorted(self.entries.items()):
-            with open(entry.path, "rb") as file:
-                size = entry.end - entry.start
-                places = [(0, size)]
-                if size > _WHOLE:
-                    places = [(number * (size - _PIECE) // (_PIECES - 1), _PIECE) for number in range(_PIECES)]
-                parts.append(name)
-                for place, length in places:
-                    file.seek(entry.start + place)
-                    parts.append(file.read(length))
-        return sha256(*parts)
 
     def read(self, name: str) -> torch.Tensor:
         """Read one tensor into its own memory. A mapped file that is truncated later would kill the process."""
@@ -120,11 +102,8 @@ def open_checkpoint(directory) -> Checkpoint:
         if not os.path.lexists(directory / SINGLE):
             raise InputError(directory, f"holds neither {SINGLE} nor {INDEX}")
     entries: dict[str, TensorEntry] = {}
-    headers: list[str | bytes] = []
     for shard in shards:
-        found, header = _read_header(directory / shard)
-        headers += [shard, header]
-        for name, entry in found.items():
+        for name, entry in _read_header(directory / shard).items():
             if name in entries:
                 raise InputError(f"{directory / shard}: {name!r}", f"is also in {entries[name].path.name}")
             if weight_map is not None and weight_map.get(name) != shard:
@@ -136,7 +115,7 @@ def open_checkpoint(directory) -> Checkpoint:
             raise InputError(
                 f"{directory / weight_map[absent[0]]}: {absent[0]!r}", f"is missing, though {INDEX} lists it"
             )
-    return Checkpoint(entries, sha256(*headers))
+    return Checkpoint(entries)
 
 
 def _read_index(path) -> tuple[dict[str, str], list[str]]:
@@ -151,8 +130,8 @@ def _read_index(path) -> tuple[dict[str, str], list[str]]:
     return weight_map, sorted(set(weight_map.values()))
 
 
-def _read_header(path: Path) -> tuple[dict[str, TensorEntry], bytes]:
-    """Return the tensors of one file and the raw header, after checking that the file holds what it declares."""
+def _read_header(path: Path) -> dict[str, TensorEntry]:
+    """Return the tensors of one file, after checking that the file holds what it declares."""
     with open_regular(path) as file:
         size = os.fstat(file.fileno()).st_size
         length = int.from_bytes(file.read(8), "little")
@@ -177,7 +156,7 @@ def _read_header(path: Path) -> tuple[dict[str, TensorEntry], bytes]:
     end_of_data = max((entry.end for entry in entries.values()), default=start_of_data)
     if end_of_data != size:
         raise InputError(path, f"is truncated or has extra bytes: expected {end_of_data}, got {size}")
-    return entries, raw
+    return entries
 
 
 def _tensor_entry(record, path, name, start_of_data) -> TensorEntry:

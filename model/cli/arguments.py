@@ -34,10 +34,10 @@ def device_of(args) -> str:
     return f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if torch.cuda.is_available() else "cpu"
 
 
-def load_circuit(path, model: LanguageModel, *, any_model: bool) -> Circuit:
-    """The circuit of a file, checked against the loaded model."""
+def load_circuit(path, model: LanguageModel, *, any_model: bool, chat: bool | None = None) -> Circuit:
+    """The circuit of a file, checked against the loaded model. ``chat``: whether prompts go through its template."""
     circuit = Circuit.load(path, n_layers=model.config.num_hidden_layers, n_neurons=model.config.intermediate_size)
-    model.check_circuit(circuit, path, any_model=any_model)
+    model.check_circuit(circuit, path, any_model=any_model, chat=chat)
     return circuit
 
 

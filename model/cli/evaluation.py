@@ -26,7 +26,7 @@ def run_eval(args):
         require("tokenizers", "jinja2", "matplotlib")  # said now, because the pictures come last
         make_directory(args.output)
     model = load_model(args)
-    circuit = load_circuit(args.circuit, model, any_model=args.any_model)
+    circuit = load_circuit(args.circuit, model, any_model=args.any_model, chat=suite.chat)
     results = evaluate.evaluate(model, circuit, suite, out=args.output, say=_say(args))
     if args.output:
         report.write(results, args.output)

@@ -111,6 +111,7 @@ def main(argv: list[str] | None = None) -> int:
     args.words = words[1:]
     if hasattr(sys.stdout, "reconfigure"):
         sys.stdout.reconfigure(errors="backslashreplace")  # an answer may hold what the terminal's encoding lacks
+    warnings.showwarning = partial(_show_warning, args.command)
     try:
         run = f"run_{args.command.replace('-', '_')}"
         getattr(import_module(f".{MODULES[args.command]}", __package__), run)(args)
@@ -129,6 +130,12 @@ def main(argv: list[str] | None = None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         print(f"cna {args.command}: {error.filename or 'stdout'}: {error.strerror or error}", file=sys.stderr)
         return 2
+
+
+def _show_warning(command: str, message, category, *_):
+    """A warning as one line, without the line of code that gave it."""
+    with contextlib.suppress(OSError, ValueError):
+        print(f"cna {command}: {one_line(str(message))}", file=sys.stderr)
 
 
 def _with_signs(argv: list[str]) -> list[str]:

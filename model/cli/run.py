@@ -21,7 +21,7 @@ def run_run(args):
         raise InputError("prompts", "give either -p TEXT or --prompts FILE")
     multipliers = multipliers_of(args.multiplier, "--multiplier")
     model = load_model(args)
-    circuit = load_circuit(args.circuit, model, any_model=args.any_model) if args.circuit else None
+    circuit = load_circuit(args.circuit, model, any_model=args.any_model, chat=False if args.no_template else None) if args.circuit else None
     # A row for each prompt and column, all in the same batches. A column is None (unsteered) or a multiplier.
     columns = [None] if circuit is None else [None, *multipliers]
     n_prompts = len(prompts)

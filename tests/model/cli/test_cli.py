@@ -183,7 +183,7 @@ def test_a_circuit_of_another_model(checkpoint, files, capsys, tmp_path_factory)
     arguments = ["run", other, "-c", str(files / "c.json"), "-p", "hi", "--max-new-tokens", "2"]
     capsys.readouterr()
     assert main(arguments) == 2
-    assert "c.json: model.weights_sha256: made for another model" in capsys.readouterr().err
+    assert "sha256: made for another model: found in" in capsys.readouterr().err
     assert main([*arguments, "--any-model"]) == 0
     wider = str(write_language_model(tmp_path_factory.mktemp("wider"), intermediate_size=50))
     assert main(["run", wider, *arguments[2:], "--any-model"]) == 2
