@@ -6,7 +6,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from cna_kernels.errors import InputError
+from cna_kernels.errors import InputError, one_line
 from cna_kernels.files import make_directory, read_text
 
 from ..evaluation import compare, evaluate, report
@@ -21,12 +21,16 @@ from .console import SIMPLE_HEAD, Table, print_json, stdout
 
 
 def run_eval(args):
+    if len(args.circuit) > 1:
+        raise InputError(
+            "--circuit", f"cna {args.command} takes one circuit; cna export writes several into one checkpoint"
+        )
     suite = _suite(args)
     if args.output:
         require("tokenizers", "jinja2", "matplotlib")  # said now, because the pictures come last
         make_directory(args.output)
     model = load_model(args)
-    circuit = load_circuit(args.circuit, model, any_model=args.any_model, chat=suite.chat)
+    circuit = load_circuit(args.circuit[0], model, any_model=args.any_model, chat=suite.chat)
     results = evaluate.evaluate(model, circuit, suite, out=args.output, say=_say(args))
     if args.output:
         report.write(results, args.output)
@@ -86,7 +90,7 @@ def run_lm_eval(args):
 
 def _say(args):
     """A function that prints a line of progress on stderr."""
-    return lambda text: print(f"cna {args.command}: {text}", file=sys.stderr, flush=True)
+    return lambda text: print(f"cna {args.command}: {one_line(text)}", file=sys.stderr, flush=True)
 
 
 def _suite(args) -> Suite:
@@ -135,8 +139,6 @@ def _methods(args) -> tuple[str, ...]:
 
 
 def _multiple_choice(args):
-    if not 0 <= args.shots <= 100:
-        raise InputError("--shots", f"expected 0 to 100, got {args.shots}")
     if args.mmlu is None:
         for flag, value in (("--subjects", args.subjects), ("--mmlu-limit", args.mmlu_limit)):
             if value:
