@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from .flags import MODEL_HELP, command, device_flags, model_flags, number, positive, prompt_flags, seed, threads, whole
+from .flags import MODEL_HELP, command, count, device_flags, model_flags, positive, prompt_flags, seed, threads, whole
 
 
 def add(commands) -> None:
@@ -37,8 +37,8 @@ def _discover(commands):
         help="the circuit file to write; with --contrasts a directory for one file each and columns.safetensors",
     )
     size = parser.add_mutually_exclusive_group()
-    size.add_argument("--fraction", type=number(0, 1), metavar="X", help="share of all neurons to keep (default: 0.001)")
-    size.add_argument("--top-k", type=positive, metavar="K", help="number of neurons to keep instead")
+    size.add_argument("--fraction", type=float, metavar="X", help="share of all neurons to keep (default: 0.001)")
+    size.add_argument("--top-k", type=count, metavar="K", help="number of neurons to keep instead")
     parser.add_argument(
         "--score", choices=["abs-delta", "magnitude", "cohen-d"], help="what to rank by (default: abs-delta)"
     )

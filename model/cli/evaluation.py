@@ -139,6 +139,8 @@ def _methods(args) -> tuple[str, ...]:
 
 
 def _multiple_choice(args):
+    if not 0 <= args.shots <= 100:
+        raise InputError("--shots", f"expected 0 to 100, got {args.shots}")
     if args.mmlu is None:
         for flag, value in (("--subjects", args.subjects), ("--mmlu-limit", args.mmlu_limit)):
             if value:

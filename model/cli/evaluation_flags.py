@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from .flags import MODEL_HELP, circuit_flags, command, model_flags, number, positive, prompt_flags, seed, whole
+from .flags import MODEL_HELP, circuit_flags, command, count, model_flags, positive, prompt_flags, seed, whole
 
 
 def add(commands) -> None:
@@ -89,7 +89,7 @@ def _rivals(parser):
     )
     parser.add_argument("--subjects", metavar="A,B", help="keep these subjects only")
     parser.add_argument("--mmlu-limit", type=positive, metavar="N", help="draw so many questions")
-    parser.add_argument("--shots", type=whole(0, 100), default=5, metavar="N", help="examples in front (default: %(default)s)")
+    parser.add_argument("--shots", type=count, default=5, metavar="N", help="examples in front (default: %(default)s)")
     parser.add_argument("--seed", type=seed, default=0, metavar="N", help="draws the questions (default: 0)")
     parser.add_argument("--alternatives", action="store_true", help="compare other discovery scores of the same size")
     parser.add_argument("--curves", action="store_true", help="compare them at seven sizes: necessity and sufficiency")
@@ -111,7 +111,7 @@ def _compare(commands):
     parser.add_argument("models", nargs=2, metavar="MODEL", help=MODEL_HELP)
     parser.add_argument("--positive", metavar="FILE", required=True, help="prompts that show the behaviour")
     parser.add_argument("--negative", metavar="FILE", required=True, help="prompts that do not")
-    parser.add_argument("--fraction", type=number(0, 1), metavar="X", help="as for cna discover")
+    parser.add_argument("--fraction", type=float, metavar="X", help="as for cna discover")
     parser.add_argument("--score", choices=["abs-delta", "magnitude", "cohen-d"], help="as for cna discover")
     parser.add_argument("--universal-prompts", metavar="FILE", help="as for cna discover")
     _evaluation_flags(parser, needs_output=True)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import math
 import os
 from collections.abc import Callable
 
@@ -70,14 +69,15 @@ def number(low: float, high: float) -> Callable[[str], float]:
         try:
             value = float(text)
         except ValueError:
-            value = math.nan
-        if not low <= value <= high:
+            value = None
+        if value is None or not low <= value <= high:
             raise argparse.ArgumentTypeError(f"expected a number from {low:g} to {high:g}, got {text!r}")
         return value
 
     return read
 
 
+count = whole(-(1 << 40), 1 << 40)  # a whole number whose bounds depend on the model or on other options
 positive = whole(1, 1 << 40)  # prompts, tokens, neurons: more than any machine has
 seed = whole(0, (1 << 62) - 1)  # a seed to which row numbers are added
 # A thread of OpenMP takes memory, and the system allows only so many: beyond that the process dies by a signal.

@@ -29,7 +29,8 @@ def files(tmp_path, checkpoint):
 
 
 def discover(checkpoint, files, *more, output="c.json"):
-    sides = ["--positive", str(files / "positive.txt"), "--negative", str(files / "negative.csv")]
+    sides = ["--positive", str(files / "positive.txt")]
+    sides += [] if "--negative" in more else ["--negative", str(files / "negative.csv")]
     return main(["discover", checkpoint, *sides, "-o", str(files / output), *map(str, more)])
 
 
