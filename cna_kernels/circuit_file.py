@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
 from typing import Any
 
 from .errors import InputError
@@ -59,7 +60,7 @@ def _from_record(fields: Fields) -> dict[str, Any]:
     )
     neurons = fields.items(
         "neurons",
-        lambda x: isinstance(x, list) and len(x) == 3 and all(map(is_whole, x[:2])) and is_number(x[2]),
+        lambda x: isinstance(x, list) and len(x) == 3 and all(map(is_whole, x[:2])) and (is_number(x[2]) or is_whole(x[2])),
         "[layer, index, contrast]",
     )
     known["neurons"] = tuple(
@@ -160,9 +161,9 @@ def _from_public_code(
     neurons = []
     for key, value in found.items():
         parts = key.split(",")
-        if len(parts) != 3 or not all(part.strip().lstrip("-").isdecimal() for part in parts):
+        if len(parts) != 3 or not all(re.fullmatch(r"-?[0-9]{1,18}", part.strip()) for part in parts):
             raise InputError(f"{path}: neurons", f"expected keys 'layer,position,index', got {short(key)}")
-        if not is_number(value):
+        if not is_number(value) and not is_whole(value):
             raise InputError(f"{path}: neurons[{key}]", f"expected a number, got {short(value)}")
         neurons.append((int(parts[0]), int(parts[2]), _contrast(value, f"{path}: neurons[{key}]")))
     for layer, index, _ in neurons:

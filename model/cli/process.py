@@ -91,7 +91,7 @@ class Quiet:
         """Write what can be written."""
         try:
             self._stream.write(text)
-        except (OSError, ValueError):
+        except (OSError, ValueError, AttributeError):  # AttributeError: there is no stream
             self._drop()
         return len(text)
 
@@ -99,7 +99,7 @@ class Quiet:
         """Flush if possible."""
         try:
             self._stream.flush()
-        except (OSError, ValueError):
+        except (OSError, ValueError, AttributeError):  # AttributeError: there is no stream
             self._drop()
 
     def _drop(self) -> None:
