@@ -144,7 +144,9 @@ def check_found_in(circuit: Circuit, here: dict[str, Any], where: FilePath = "ci
     for field, got in (hashes | {"tokenizer_sha256": circuit.tokenizer_sha256}).items():
         if field in here and got is not None and got != here[field]:
             what = f"made for another model: {names} ({got[:8]}, not {str(here[field])[:8]})"
-            raise InputError(f"{where}: {field}", f"{what}; --any-model, in Python any_model=True, takes it all the same")
+            raise InputError(
+                f"{where}: {field}", f"{what}; --any-model, in Python any_model=True, takes it all the same"
+            )
     if known and not hashes.keys() & of_model:
         why = "the circuit has no hash of it" if not hashes else "its hashes are of an earlier version"
         why = why if of_model else "this model's weights have no hash"

@@ -60,7 +60,9 @@ def _from_record(fields: Fields) -> dict[str, Any]:
     )
     neurons = fields.items(
         "neurons",
-        lambda x: isinstance(x, list) and len(x) == 3 and all(map(is_whole, x[:2])) and (is_number(x[2]) or is_whole(x[2])),
+        lambda x: (
+            isinstance(x, list) and len(x) == 3 and all(map(is_whole, x[:2])) and (is_number(x[2]) or is_whole(x[2]))
+        ),
         "[layer, index, contrast]",
     )
     known["neurons"] = tuple(

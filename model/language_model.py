@@ -53,8 +53,7 @@ def load(
 ) -> LanguageModel:
     """Load a checkpoint directory in Hugging Face layout. The options are as in :class:`LanguageModel`.
 
-    Raises:
-        InputError: the directory, a file or a tensor in it cannot be used; names it.
+    Raises InputError, naming the directory, file or tensor that cannot be used.
     """
     return LanguageModel(directory, device=device, dtype=dtype, stream_layers=stream_layers, spill=spill, mesh=mesh)
 
@@ -138,7 +137,7 @@ class LanguageModel:
             raise InputError("model", "a model whose layers are streamed or shared finds circuits, and nothing else")
 
     def identity(self) -> dict[str, str]:
-        """Return the checkpoint's name and hashes; see :func:`.checkpoint.identity.identity_of`."""
+        """Return the checkpoint's name and hashes; see ``checkpoint.identity.identity_of``."""
         return self._identity()
 
     def encode(self, prompts: PromptSet, *, chat: bool | None = None, double_bos: bool = False) -> list[TokenPrompt]:
@@ -359,18 +358,19 @@ class LanguageModel:
         texts = [self.tokenizer.decode(ids) for ids in answers]
         return texts[0] if single else texts
 
-    def check_circuit(self, circuit: Circuit, where: FilePath, *, any_model=False, chat: bool | None = None) -> None:
-        """Raise InputError naming the field unless the circuit was found in this very checkpoint.
+    def check_circuit(
+        self, circuit: Circuit, where: FilePath, *, any_model: bool = False, chat: bool | None = None
+    ) -> None:
+        """Raise InputError naming the field unless the circuit of a file was found in this very checkpoint.
 
-        This check is for circuits from a file. Calls that take a circuit check only its shape, as this one does for
-        imported circuits and with ``any_model``. A template other than prompts with ``chat`` go through is a warning.
+        Of imported circuits, and with ``any_model``, only the shape is checked. Another template is a warning.
         """
         check_fits(circuit, self.config.num_hidden_layers, self.config.intermediate_size, where)
         if any_model:
             return
-        here: dict[str, str | None] = {f"model.{name}": value for name, value in self.identity().items()}
         template = self.tokenizer.template_sha256 if self.uses_chat(chat) else None
-        here |= dict(tokenizer_sha256=self.tokenizer.sha256, chat_template_sha256=template)
+        here = {"tokenizer_sha256": self.tokenizer.sha256, "chat_template_sha256": template}
+        here |= {f"model.{name}": value for name, value in self.identity().items()}
         check_found_in(circuit, here, where)
 
     def uses_chat(self, chat: bool | None) -> bool:

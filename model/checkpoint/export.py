@@ -156,6 +156,7 @@ def _adapter_config(part, base_model, uniform) -> dict:
         "alpha_pattern": {} if uniform else own,
     }
 
+
 @renamed(factors="multipliers")
 def to_checkpoint(directory: FilePath, checkpoint: Checkpoint, multipliers: NeuronMultipliers, out: FilePath) -> None:
     """Write a copy of a checkpoint whose ``down_proj`` columns are scaled; all other tensors stay byte for byte.

@@ -84,7 +84,10 @@ def _discover(commands):
         help="run the units of --run-dir on Ray: local for one of this machine and this command, or HOST:PORT",
     )
     parser.add_argument(
-        "--workers", type=whole(1, 1 << 16), metavar="N", help="with --ray: how many, each with the model (default: one a GPU)"
+        "--workers",
+        type=whole(1, 1 << 16),
+        metavar="N",
+        help="with --ray: how many, each with the model (default: one a GPU)",
     )
     parser.add_argument("--unit", type=positive, metavar="N", help="prompts of a unit of work (default: 1024)")
     parser.add_argument(

@@ -78,7 +78,9 @@ def _rivals(parser):
     parser.add_argument("--random-draws", type=whole(1, 10_000), default=3, metavar="N", help="default: %(default)s")
     parser.add_argument("--sae", metavar="FILE", help="a sparse autoencoder's safetensors file with W_dec")
     parser.add_argument("--sae-feature", type=whole(0, 1 << 40), metavar="N", help="the row of W_dec")
-    parser.add_argument("--sae-layer", type=whole(0, 1 << 20), metavar="L", help="the layer whose output it was trained on")
+    parser.add_argument(
+        "--sae-layer", type=whole(0, 1 << 20), metavar="L", help="the layer whose output it was trained on"
+    )
     parser.add_argument(
         "--neutral", metavar="FILE", help="texts for the KL of the next token (default: 24 built-in ones)"
     )

@@ -52,9 +52,7 @@ def build_parser() -> Parser:
         "  cna run path/to/model -c circuit.json -m 0,0.5,2 --prompts questions.txt --json",
     )
     run.add_argument("model", metavar="MODEL", help=MODEL_HELP)
-    circuit_flags(
-        run, required=False, what="circuit file; several steer together; without one the model just answers"
-    )
+    circuit_flags(run, required=False, what="circuit file; several steer together; without one the model just answers")
     run.add_argument(
         "-m",
         "--multiplier",
@@ -69,10 +67,18 @@ def build_parser() -> Parser:
     )
     run.add_argument("--temperature", type=number(0, 1e6), default=0.0, metavar="T", help="0 is greedy (default)")
     run.add_argument(
-        "--sample-top-k", type=whole(0, 1 << 40), default=0, metavar="K", help="sample from the K likeliest tokens; 0 is off"
+        "--sample-top-k",
+        type=whole(0, 1 << 40),
+        default=0,
+        metavar="K",
+        help="sample from the K likeliest tokens; 0 is off",
     )
     run.add_argument(
-        "--top-p", type=number(0, 1), default=1.0, metavar="P", help="sample from the likeliest tokens up to this probability"
+        "--top-p",
+        type=number(0, 1),
+        default=1.0,
+        metavar="P",
+        help="sample from the likeliest tokens up to this probability",
     )
     run.add_argument("--seed", type=seed, default=0, metavar="N", help="seed for sampling (default: %(default)s)")
     prompt_flags(run)

@@ -69,7 +69,9 @@ def _header(path: Path) -> tuple[dict[str, Any], Any]:
             raise fields.error("data_offsets", f"do not span {dtype} {shape}")
         end = max(end, offsets[1])
     if 8 + length + end != size:
-        raise InputError(path, f"is no part of a run: cut off, or has extra bytes: expected {8 + length + end}, got {size}")
+        raise InputError(
+            path, f"is no part of a run: cut off, or has extra bytes: expected {8 + length + end}, got {size}"
+        )
     return tensors, parse_json(part, path)
 
 
@@ -88,7 +90,9 @@ def _check_facts(facts: Fields, n_prompts: int):
         facts.integer(name, (0, _MOST))
     ran, skipped = (facts.integer(name, (0, _MOST)) for name in ("n_prompts", "n_skipped"))
     if ran + skipped != n_prompts:
-        raise facts.error("n_prompts", f"expected {n_prompts} with those skipped, as the manifest says, got {ran + skipped}")
+        raise facts.error(
+            "n_prompts", f"expected {n_prompts} with those skipped, as the manifest says, got {ran + skipped}"
+        )
     facts.items("skipped", lambda x: isinstance(x, str), "reasons")
 
 

@@ -5,8 +5,8 @@ from dataclasses import replace
 import pytest
 import torch
 
-from cna_kernels.errors import InputWarning
 from cna_kernels import Circuit, InputError, SteeringTable
+from cna_kernels.errors import InputWarning
 from cna_kernels.model import load
 from cna_kernels.model.discovery.packing import TokenPrompt
 from cna_kernels.model.generate import Sampling, choose, generate

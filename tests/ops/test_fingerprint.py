@@ -35,7 +35,9 @@ def changed(x, place, value):
 
 ODD = weight(5, 11)
 OTHERS = {
-    "the smallest step of one number": ODD.view(torch.int16).bitwise_xor(torch.eye(5, 11).to(torch.int16)).view(ODD.dtype),
+    "the smallest step of one number": ODD.view(torch.int16)
+    .bitwise_xor(torch.eye(5, 11).to(torch.int16))
+    .view(ODD.dtype),
     "a sign": changed(ODD, (4, 10), -ODD[4, 10]),
     "a row of zeros": changed(ODD, 2, 0),
     "a column of zeros": changed(ODD, (slice(None), 10), 0),
@@ -57,7 +59,9 @@ def test_anything_else_changes_the_hash():
 
 def test_names_count():
     one = {"a": "1", "b": "2"}
-    hashes = [decoder_sha256(x) for x in (one, {"b": "2", "a": "1"}, {"a": "2", "b": "1"}, {"a": "1"}, {"a1": "", "b": "2"})]
+    hashes = [
+        decoder_sha256(x) for x in (one, {"b": "2", "a": "1"}, {"a": "2", "b": "1"}, {"a": "1"}, {"a1": "", "b": "2"})
+    ]
     assert hashes[0] == hashes[1] and len(set(hashes)) == 4
 
 

@@ -142,7 +142,6 @@ def test_the_same_hash_on_file_and_in_memory(variant, tmp_path):
 # The cache.
 
 
-
 @pytest.fixture
 def reads(checkpoint, monkeypatch):
     """The names of the tensors that were read, and a clock that is an hour ahead: files are old enough to remember."""

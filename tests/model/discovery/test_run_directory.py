@@ -271,7 +271,9 @@ VALUES = [
 ]
 
 
-@pytest.mark.parametrize(("change", "message"), HEADER + VALUES, ids=lambda value: value if isinstance(value, str) else "")
+@pytest.mark.parametrize(
+    ("change", "message"), HEADER + VALUES, ids=lambda value: value if isinstance(value, str) else ""
+)
 def test_parts_are_checked_against_the_manifest(finished, tmp_path, capsys, change, message):
     """Parts that hold the hash of their contents, but not what the manifest asks for."""
     run = tmp_path / "run"
