@@ -52,8 +52,8 @@ def run_discover(args):
         raise InputError("--output", "expected a file; --json prints the circuit on stdout")
     if args.batch is not None and args.batch_tokens is not None:
         raise InputError("--batch-tokens", "give it, or --batch")
-    if args.spill is not None and not (args.stream_layers and Path(args.spill).is_dir()):
-        raise InputError("--spill", "expected a directory, and --stream-layers")
+    if args.spill is not None and not (args.stream_layers and os.path.isdir(args.spill)):
+        raise InputError("--spill", f"expected a directory, and --stream-layers, got {args.spill!r}")
     if many == bool(args.positive or args.negative) or bool(args.positive) != bool(args.negative):
         raise InputError("prompts", "give --positive and --negative, or --contrasts")
     if many:
