@@ -28,7 +28,7 @@ from cna_kernels.steering import check_multiplier
 
 from .config import DTYPES, ModelConfig
 from .load import DOWN
-from .safetensors_file import Checkpoint
+from .safetensors_file import INDEX, SINGLE, Checkpoint
 
 NeuronMultipliers = dict[int, dict[int, float]]  # layer -> neuron -> what its activation is multiplied by
 
@@ -157,8 +157,9 @@ def to_checkpoint(directory: FilePath, checkpoint: Checkpoint, multipliers: Neur
     try:
         partial.mkdir()
         try:
+            read = {entry.path.name for entry in checkpoint.entries.values()}
             for path in sorted(Path(directory).iterdir()):
-                if path.is_file() and path.suffix not in (".bin", ".pt", ".pth"):  # pickles, which are never read
+                if path.is_file() and (path.name in read or not _may_hold_weights(path.name, read)):
                     shutil.copyfile(path, partial / path.name)
             for layer, found in multipliers.items():
                 _scale_columns(checkpoint, DOWN.format(layer), partial, found)
@@ -168,6 +169,12 @@ def to_checkpoint(directory: FilePath, checkpoint: Checkpoint, multipliers: Neur
             raise
     except OSError as error:
         raise InputError(out, f"cannot be written: {error.strerror or error}") from None
+
+
+def _may_hold_weights(name: str, read: set[str]) -> bool:
+    """Whether another loader might take unscaled weights from a file, or be led to them, instead of from ``read``."""
+    endings = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".gguf", ".h5", ".msgpack", ".onnx", ".index.json")
+    return name.endswith(endings) and not (name == INDEX and SINGLE not in read)
 
 
 def _scale_columns(checkpoint: Checkpoint, name: str, directory: Path, found: dict[int, float]):

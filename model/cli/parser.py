@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import os
 import sys
+import warnings
+from functools import partial
 from importlib import import_module
 
 import cna_kernels
-from cna_kernels.errors import InputError
+from cna_kernels.errors import InputError, one_line
 
 from . import attribution_flags, evaluation_flags
 from .flags import DTYPES, MODEL_HELP, Parser, command, model_flags, positive, prompt_flags
@@ -111,6 +113,7 @@ def main(argv: list[str] | None = None) -> int:
     args.words = words[1:]
     if hasattr(sys.stdout, "reconfigure"):
         sys.stdout.reconfigure(errors="backslashreplace")  # an answer may hold what the terminal's encoding lacks
+    before, warnings.showwarning = warnings.showwarning, partial(_say_warning, args.command)
     try:
         run = f"run_{args.command.replace('-', '_')}"
         getattr(import_module(f".{MODULES[args.command]}", __package__), run)(args)
@@ -129,6 +132,13 @@ def main(argv: list[str] | None = None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         print(f"cna {args.command}: {error.filename or 'stdout'}: {error.strerror or error}", file=sys.stderr)
         return 2
+    finally:
+        warnings.showwarning = before
+
+
+def _say_warning(command: str, message, *_, **__) -> None:
+    """Show a warning as one line, without the place in the source."""
+    print(f"cna {command}: {one_line(str(message))}", file=sys.stderr)
 
 
 def _with_signs(argv: list[str]) -> list[str]:

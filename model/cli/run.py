@@ -7,7 +7,7 @@ from typing import Any
 from cna_kernels.errors import InputError
 
 from ..prompts.files import PromptSet, read_prompts
-from .arguments import check_column, column_of, load_circuit, load_model, multipliers_of
+from .arguments import check_column, column_of, load_circuit, load_model, multipliers_of, say_model
 from .console import Table, cell, print_json, stdout
 
 
@@ -38,6 +38,7 @@ def run_run(args):
         chat=False if args.no_template else None,
         batch=None if args.batch == "auto" else args.batch,
     )
+    say_model(model, args, hashed=circuit is not None)
     results: list[dict[str, Any]] = [
         {
             "prompt": text,
