@@ -24,6 +24,7 @@ class Tokenizer:
     A checkpoint may hold no tokenizer. Then whatever needs one is refused, and token ids work as ever.
 
     Attributes:
+        vocab_size: rows of the model's embedding.
         bos_id, eos_id: ids of the tokens that begin and end a sequence, or None.
         adds_bos: whether plain text gets a BOS in front.
         special_texts: the texts of the special tokens.
@@ -34,7 +35,7 @@ class Tokenizer:
 
     def __init__(self, directory, vocab_size: int):
         require("tokenizers", "jinja2")
-        self.directory, self._vocab_size = Path(directory), vocab_size
+        self.directory, self.vocab_size = Path(directory), vocab_size
         self._path = self.directory / JSON
         self.bos_id: int | None = None
         self.eos_id: int | None = None
@@ -141,10 +142,10 @@ class Tokenizer:
 
     def _ids(self, text, *, special_tokens):
         ids = self._guard(self._there().encode, text, add_special_tokens=special_tokens).ids
-        if max(ids, default=0) >= self._vocab_size:  # a token that was added without a row of the embedding
+        if max(ids, default=0) >= self.vocab_size:  # a token that was added without a row of the embedding
             number = max(ids)
             token = self._backend.id_to_token(number)
-            what = f"the text holds {short(token)}, whose id {number} is beyond the model's {self._vocab_size} rows"
+            what = f"the text holds {short(token)}, whose id {number} is beyond the model's {self.vocab_size} rows"
             raise InputError(self._path, what)
         return ids
 

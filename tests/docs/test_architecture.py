@@ -127,14 +127,15 @@ TESTED_TOGETHER = {
     "model/test_language_model.py": "model/text/: text_stream",
     "model/text/test_chat_template.py": "model/text/: template_child",
     "model/discovery/test_discover.py": "model/discovery/: circuits settings",
-    "model/discovery/test_job.py": "model/discovery/: units; model/cli/: attribution",
+    "model/discovery/test_job.py": "model/discovery/: sense units; model/cli/: attribution",
     "model/discovery/test_packing.py": "model/discovery/: packed",
     "model/discovery/test_run_directory.py": "model/discovery/: parts",
     "packaging/test_wheel.py": "model/: packages",
     "model/evaluation/test_evaluate.py": (
         "model/evaluation/: alternatives answers baselines facts interventions judge likelihood report store suite"
     ),
-    "model/prompts/test_prompt_files.py": "model/prompts/: files",
+    "model/prompts/test_prompt_files.py": "model/prompts/: files formats",
+    "model/test_parity.py": "model/text/: tokenizer_files",
     "model/cli/test_cli.py": (
         "model/: __main__; model/cli/: arguments attribution_flags console doctor flags parser run show status"
     ),
