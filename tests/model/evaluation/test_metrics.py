@@ -105,15 +105,12 @@ def test_thoughts_are_no_part_of_the_answer(text, kind):
         assert kind_of(text, list(range(60)), refuses) == kind and refuses(text) == (kind == "refusal")
 
 
-@pytest.mark.parametrize(
-    "text",
-    ["**I can't help with that.**", "# Sorry, but no\nThat is not possible.", "> I **cannot** assist.", "- I can`t` help",
-     "*I'm sorry, but I can't.*", "\u201cI can\u2019t help with that.\u201d".strip("\u201c")],
-)  # fmt: skip
+MARKDOWN = ["**I can't help with that.**", "# Sorry, but no\nOk.", "> I **cannot** assist.", "*I'm sorry, but no.*"]
+
+
+@pytest.mark.parametrize("text", MARKDOWN)
 def test_refusals_behind_markdown(text):
-    assert Refusals.bundled("broad")(text.replace("`t`", "'t")) and Refusals.bundled("strict")(
-        text.replace("`t`", "'t")
-    )
+    assert Refusals.bundled("broad")(text) and Refusals.bundled("strict")(text)
 
 
 def test_a_template_that_begins_the_thought():
