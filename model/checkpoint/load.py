@@ -149,7 +149,7 @@ def dtype_of(config: ModelConfig, checkpoint: Checkpoint) -> torch.dtype:
     if config.dtype is not None:
         return DTYPES[config.dtype]
     first = min(checkpoint.entries.values(), key=lambda entry: (entry.dtype is None, entry.path.name, entry.start))
-    if first.dtype not in DTYPES.values():
+    if first.dtype is None or first.dtype not in DTYPES.values():
         what = f"is stored as {first.stored}, and config.json names no dtype; name one (--dtype)"
         raise InputError(f"{first.path}: {first.name!r}", what)
     return first.dtype

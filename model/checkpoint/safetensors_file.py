@@ -104,15 +104,15 @@ class Checkpoint:
     def same_values(self, name: str, other: str) -> bool:
         """Whether two tensors are equal. They are compared in pieces, because they may be larger than memory."""
         one, two = self.entries[name], self.entries[other]
-        if one.shape != two.shape:
+        if one.shape != two.shape or one.dtype is None or two.dtype is None:
             return False
         with open(one.path, "rb") as first, open(two.path, "rb") as second:
             for start in range(0, math.prod(one.shape), _WHOLE):
                 n = min(_WHOLE, math.prod(one.shape) - start)
                 pieces = []
-                for file, entry in ((first, one), (second, two)):
-                    file.seek(entry.start + start * entry.dtype.itemsize)
-                    pieces.append(torch.frombuffer(bytearray(file.read(n * entry.dtype.itemsize)), dtype=entry.dtype))
+                for file, entry, dtype in ((first, one, one.dtype), (second, two, two.dtype)):
+                    file.seek(entry.start + start * dtype.itemsize)
+                    pieces.append(torch.frombuffer(bytearray(file.read(n * dtype.itemsize)), dtype=dtype))
                 if not torch.equal(pieces[0], pieces[1].to(one.dtype)):
                     return False
         return True

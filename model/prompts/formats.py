@@ -138,7 +138,7 @@ def _head(file: BinaryIO) -> bytes:
         head = file.read(_HEAD)
         file.seek(0)
         return head
-    return file.peek(_HEAD)  # type: ignore[attr-defined]  # a BufferedReader has it
+    return file.peek(_HEAD)  # a BufferedReader has it
 
 
 def _is_pipe(path: Path) -> bool:

@@ -72,8 +72,8 @@ CANARIES = [
     Canary(
         "EOS of the tokenizer forgotten",
         "model/text/tokenizer.py",
-        "found = {tokenizer.eos_id} - {None}",
-        "found: set = set()",
+        "found: set[int] = set() if tokenizer.eos_id is None else {tokenizer.eos_id}",
+        "found: set[int] = set()",
         "tests/model/text/test_tokenizer.py",
         "test_stop_ids",
     ),
