@@ -20,6 +20,7 @@ UNIT_PROMPTS, UNIT_BYTES, UNIT_UNIVERSAL = 1024, 4 << 20, 32  # what a unit hold
 STREAMED_UNITS = 64  # times as much where every unit reads the whole checkpoint
 MOST_COLUMNS, LONGEST_NAME = 4096, 200
 SKETCH = 1024  # hashes of a column's sketch
+LONGEST_LINE = 1 << 30  # bytes of a prompt with what belongs to it
 POSITIVE, NEGATIVE = ".positive", ".negative"  # endings of the two columns of a contrast
 UNIVERSAL = "universal/"  # beginning of the columns that the universal filter looks at
 
@@ -205,12 +206,17 @@ class Corpus:
         self._file.seek(unit.offset)
         entries, lines = [], Digest()
         for _ in range(unit.n_prompts):
-            line = self._file.readline()
+            line = self._file.readline(LONGEST_LINE)
+            if not line.endswith(b"\n"):
+                break  # cut off; a manifest may say that there are more lines than time to read them
             lines.add(line)
             entries.append(line)
         if str(lines) != unit.sha256:
             raise InputError(self._where, f"is damaged: unit {number} is not as written")
-        return [_read_entry(line) for line in entries]
+        try:
+            return [_read_entry(line) for line in entries]
+        except (ValueError, TypeError, RecursionError):
+            raise InputError(self._where, f"is damaged: unit {number} holds lines that are no prompts") from None
 
 
 def _read_entry(line) -> Entry:

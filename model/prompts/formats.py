@@ -19,7 +19,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import BinaryIO
 
-from cna_kernels.errors import InputError
+from cna_kernels.errors import InputError, InputWarning
 from cna_kernels.fields import short
 from cna_kernels.files import FilePath, open_regular, open_stream, parse_json
 
@@ -156,7 +156,9 @@ def _utf8(path: Path, file: BinaryIO) -> BinaryIO:
         raise InputError(path, "holds NUL bytes where text should be; UTF-16 needs a byte order mark")
     if encoding is None and _is_western(head):
         encoding = "cp1252"
-        warnings.warn(f"{path}: is not UTF-8; read as Western text of one byte a character (Latin-1)", stacklevel=4)
+        warnings.warn(
+            f"{path}: is not UTF-8; read as Western text of one byte a character (Latin-1)", InputWarning, stacklevel=4
+        )
     if encoding is None:
         return file
     return io.BufferedReader(_Transcoded(path, file, encoding))  # type: ignore[return-value]
@@ -326,7 +328,9 @@ def _is_header(only: str, columns: Sequence[str], place: str) -> bool:
         return True
     words = only.split()
     if len(words) in (2, 3):
-        warnings.warn(f"{place}: {short(only)} is taken for a prompt, not for the name of a column", stacklevel=5)
+        warnings.warn(
+            f"{place}: {short(only)} is taken for a prompt, not for the name of a column", InputWarning, stacklevel=5
+        )
     return len(words) == 1
 
 

@@ -8,7 +8,7 @@ import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from cna_kernels.errors import InputError
+from cna_kernels.errors import InputError, InputWarning
 from cna_kernels.fields import short
 
 from ..discovery.collect import check_length
@@ -173,4 +173,4 @@ class PromptEncoder:
                 if self.n_marked == 1:
                     self.first_marked = place
                     what = "holds special tokens, which count as such: is it a rendered chat already?"
-                    warnings.warn(f"{place}: {what}", stacklevel=4)
+                    warnings.warn(f"{place}: {what}", InputWarning, stacklevel=4)
