@@ -118,8 +118,6 @@ class LanguageModel:
         self.encoder = PromptEncoder(
             self.tokenizer, self.config.context_length, system=system, template_args=template_args
         )
-        for note in self.tokenizer.notes:
-            warnings.warn(note, InputWarning, stacklevel=3)
         self.stop_ids = stop_ids(directory, self.tokenizer, self.config.vocab_size)
         self.checkpoint = open_checkpoint(directory)
         self._identity = Identity(directory, self.checkpoint, self.config)

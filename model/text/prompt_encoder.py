@@ -46,6 +46,7 @@ class PromptEncoder:
             if not name.isidentifier() or name in OWN_NAMES:
                 raise InputError("template_args", f"expected names of template variables, got {short(name)}")
         self.n_marked, self.first_marked = 0, ""
+        self._notes = list(tokenizer.notes)  # said when the first prompt is encoded
         self._marks = tuple(text for text in tokenizer.special_texts if len(text) >= _SHORTEST_MARK)
 
     def uses_chat(self, chat: bool | None) -> bool:
@@ -96,6 +97,8 @@ class PromptEncoder:
             InputError: naming the prompt's place.
         """
         as_chat = self.uses_chat(chat)
+        while self._notes:
+            warnings.warn(self._notes.pop(), InputWarning, stacklevel=3)
         self._count_marked(prompts)
         chats = [self._messages(text) for text in prompts.texts if as_chat and not isinstance(text, TokenText)]
         rendered = self.tokenizer.each(chats, template_args=self.template_args) if chats else iter(())
