@@ -28,7 +28,7 @@ class InputError(ValueError):
 
 
 class InputWarning(UserWarning):
-    """Input from outside the program that can be used, but not as its user may think. The command line prints a line."""
+    """Input that can be used, but perhaps not as its user thinks. The command line prints it as one line."""
 
 
 def warn(text: str) -> None:

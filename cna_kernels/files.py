@@ -162,6 +162,14 @@ def make_directory(path: FilePath) -> None:
         raise InputError(path, f"cannot be made a directory: {getattr(error, 'strerror', None) or error}") from None
 
 
+def check_directory(path: FilePath) -> None:
+    """As :func:`check_writable`, for a directory that will be made unless it exists, and for files in it."""
+    name = os.fspath(path)
+    if os.path.lexists(name) and not os.path.isdir(name):
+        raise InputError(path, "is not a directory")
+    check_writable(os.path.join(name, "a file") if os.path.isdir(name) else name.rstrip(os.sep))
+
+
 def check_writable(path: FilePath) -> None:
     """Raise InputError now, before hours of work, where ``path`` could not be written at the end.
 

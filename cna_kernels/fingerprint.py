@@ -1,8 +1,9 @@
 """A hash of a model's weights, the same for a checkpoint on file and for a model in memory.
 
-Every row of a weight gets a mark: the row's bits, as words of 64 bits, each times an odd number of its own, summed modulo
-2**64. The hash is that of all marks. Reading a model's marks takes as long as reading its memory, on the device where it
-is; a SHA-256 of all bytes would take ten times as long, and a copy to the host.
+Every row of a weight gets a mark: the row's bits, as words of 64 bits, each times an odd number of its own, summed
+modulo 2**64. The hash is that of all marks. Marks are computed on the device where the weight is, at the speed of its
+memory. A SHA-256 of all bytes would need a copy on the host, and three times the time on a CPU (5.5 against 1.8 GB/s on
+one thread of an AMD EPYC with SHA instructions, 2026-11-27).
 """
 
 from __future__ import annotations
@@ -23,7 +24,8 @@ _WORD = 8 // torch.bfloat16.itemsize  # bf16 numbers of a word
 _PIECE_CPU, _PIECE = 1 << 15, 1 << 23  # words at a time: on a CPU few enough that PyTorch starts no threads of its own
 _ON_DEVICE = ("cpu", "cuda")  # where PyTorch multiplies words; elsewhere pieces are copied to the host
 
-Item, Result = TypeVar("Item"), TypeVar("Result")
+Item = TypeVar("Item")
+Result = TypeVar("Result")
 
 
 class Marks:

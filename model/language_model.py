@@ -57,8 +57,7 @@ def load(
 ) -> LanguageModel:
     """Load a checkpoint directory in Hugging Face layout. The options are as in :class:`LanguageModel`.
 
-    Raises:
-        InputError: the directory, a file or a tensor in it cannot be used; names it.
+    Raises InputError, naming the directory, file or tensor that cannot be used.
     """
     return LanguageModel(
         directory,
@@ -158,7 +157,7 @@ class LanguageModel:
             raise InputError("model", "a model whose layers are streamed or shared finds circuits, and nothing else")
 
     def identity(self) -> dict[str, str]:
-        """Return the checkpoint's name and hashes; see :func:`.checkpoint.identity.identity_of`."""
+        """Return the checkpoint's name and hashes; see ``checkpoint.identity.identity_of``."""
         return self._identity()
 
     def describe(self, chat: bool | None = None, *, hashed: bool = True) -> str:
@@ -354,11 +353,12 @@ class LanguageModel:
         texts = [self.tokenizer.decode(ids) for ids in answers]
         return texts[0] if single else texts
 
-    def check_circuit(self, circuit: Circuit, where: FilePath, *, any_model=False, chat: bool | None = None) -> None:
-        """Raise InputError naming the field unless the circuit was found in this very checkpoint.
+    def check_circuit(
+        self, circuit: Circuit, where: FilePath, *, any_model: bool = False, chat: bool | None = None
+    ) -> None:
+        """Raise InputError naming the field unless the circuit of a file was found in this very checkpoint.
 
-        This check is for circuits from a file. Calls that take a circuit check only its shape, as this one does for
-        imported circuits and with ``any_model``. A template other than prompts with ``chat`` go through is a warning.
+        Of imported circuits, and with ``any_model``, only the shape is checked. Another template is a warning.
         """
         check_fits(circuit, self.config.num_hidden_layers, self.config.intermediate_size, where)
         if any_model:

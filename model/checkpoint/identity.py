@@ -139,14 +139,14 @@ def _hash(entry: TensorEntry) -> Hashes:
         for first in range(0, n_rows, step):
             rows = torch.empty(min(step, n_rows - first), width, dtype=entry.dtype)
             content = rows.view(torch.uint8).numpy().reshape(-1)
-            if file.readinto(content) != content.nbytes:
+            if file.readinto(content) != content.nbytes:  # type: ignore[attr-defined]
                 raise InputError(f"{entry.path}: {entry.name!r}", "was truncated while it was read")
-            whole.update(content)
+            whole.update(content.data)
             marks.add(rows)
     return whole.hexdigest(), marks.sha256(entry.shape)
 
 
-# The cache: a file for each checkpoint file, named by device and inode, so that a changed file takes its old one's place.
+# The cache: a file for each checkpoint file, named by device and inode: what is known of a changed file is replaced.
 
 
 def _stamp(path: Path) -> dict[str, int]:

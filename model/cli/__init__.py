@@ -10,7 +10,7 @@ def main(argv: list[str] | None = None) -> int:
     reads stdout any more.
 
     Args:
-        argv: the words after ``cna``. None takes those of this process, whose streams and signals are then the command's.
+        argv: the words after ``cna``. None takes those of this process, whose signals are then the command's.
     """
     try:
         from .process import run  # imported here so that Ctrl-C while it is imported is no traceback

@@ -77,8 +77,8 @@ def together(paths, circuits: Sequence[Circuit], multiplier: float) -> Circuit:
     for path, circuit in zip(paths, circuits, strict=True):
         for layer, index, contrast in circuit.neurons:
             if (layer, index) in neurons and multiplier not in (0, 1):
-                what = f"layer {layer}, neuron {index} is in another circuit, too, and m = {multiplier:g} would count twice"
-                raise InputError(path, f"{what}; cna export multiplies such factors")
+                what = f"neuron {index} of layer {layer} is in another circuit, too: {multiplier:g} would count twice"
+                raise InputError(path, f"{what}; cna export multiplies the multipliers of such neurons")
             neurons.setdefault((layer, index), contrast)
     found = tuple((*place, contrast) for place, contrast in neurons.items())
     return Circuit(found, circuits[0].n_layers, circuits[0].n_neurons)

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from cna_kernels.errors import InputError, one_line
-from cna_kernels.files import make_directory, read_text
+from cna_kernels.files import check_directory, make_directory, read_text
 
 from ..evaluation import compare, evaluate, report
 from ..evaluation.metrics import Refusals
@@ -28,6 +28,7 @@ def run_eval(args):
     if args.output:
         require("tokenizers", "jinja2", "matplotlib")  # said now, because the pictures come last
         make_directory(args.output)
+        check_directory(args.output)
     model = load_model(args)
     circuit = load_circuit(args.circuit[0], model, any_model=args.any_model, chat=suite.chat)
     say_model(model, args)
@@ -54,6 +55,7 @@ def run_compare(args):
         column = column_of(args, args.universal_prompts)
         settings["universal_prompts"] = read_prompts(args.universal_prompts, column=column)
     make_directory(args.output)
+    check_directory(args.output)
     models = {}
     for path in args.models:
         name = Path(directory_of(path)).resolve().name

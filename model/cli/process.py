@@ -8,7 +8,7 @@ import signal
 import sys
 import warnings
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, cast
 
 from cna_kernels.errors import InputError, InputWarning, one_line
 
@@ -105,8 +105,8 @@ class Quiet:
     def _drop(self) -> None:
         """What the stream still holds goes nowhere: else the interpreter's last flush would change the exit code."""
         with contextlib.suppress(OSError, ValueError):
-            if self._stream is sys.__stderr__:
-                os.dup2(os.open(os.devnull, os.O_WRONLY), self._stream.fileno())
+            if self._stream is not None and self._stream is sys.__stderr__:
+                os.dup2(os.open(os.devnull, os.O_WRONLY), cast(Any, self._stream).fileno())
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._stream, name)
@@ -126,7 +126,7 @@ def _streams() -> Iterator[None]:
         sys.stdout = open(os.open(os.devnull, os.O_RDONLY), "w")  # noqa: SIM115
     elif hasattr(sys.stdout, "reconfigure"):
         sys.stdout.reconfigure(errors="backslashreplace")  # an answer may hold what the terminal's encoding lacks
-    sys.stderr = Quiet(open(os.devnull, "w") if sys.stderr is None else sys.stderr)  # type: ignore[assignment] # noqa: SIM115
+    sys.stderr = cast(Any, Quiet(open(os.devnull, "w") if sys.stderr is None else sys.stderr))  # noqa: SIM115
     try:
         yield
     finally:

@@ -9,6 +9,7 @@ import json
 import sys
 import time
 from contextlib import contextmanager
+from typing import Any, cast
 
 import torch
 
@@ -98,7 +99,7 @@ def _bar():
         TextColumn("prompts"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[rates]}"),
         TimeRemainingColumn(),
     )  # fmt: skip
-    with Progress(*columns, console=Console(file=Quiet(sys.stderr))) as bar:
+    with Progress(*columns, console=Console(file=cast(Any, Quiet(sys.stderr)))) as bar:
         task = bar.add_task("prompts", total=None, rates="")
         yield Meter(
             lambda meter: bar.update(task, completed=meter.prompts, total=meter.total, rates=_rates(meter.facts()))

@@ -128,7 +128,8 @@ def load_parallel(
 ) -> ParallelTransformer:
     """Read this rank's part of a checkpoint. All ranks of the mesh call this function; all return or all raise.
 
-    No rank holds more than its part; every rank hashes the whole checkpoint, once. ``dtype`` None keeps the dtype of config.json.
+    No rank holds more than its part; every rank hashes the whole checkpoint, once. ``dtype`` None keeps the dtype of
+    config.json.
 
     Raises:
         InputError: heads, key-value heads or neurons cannot be shared out evenly, which is not supported; a tensor is

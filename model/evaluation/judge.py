@@ -56,33 +56,35 @@ def judge(command: str, items: Sequence[dict], *, timeout: float = TIMEOUT) -> l
 def _run(words: list[str], content: bytes, timeout: float, where: str) -> tuple[int, bytes, bytes]:
     """Run a program. Return its exit code, its output and the end of its stderr.
 
-    Output is read as it comes: a program that writes more than MOST bytes, or takes too long, is killed with all that it
-    has started.
+    Output is read as it comes: a program that writes more than MOST bytes, or takes too long, is killed, with all that
+    it has started.
     """
     pipe = subprocess.PIPE
     try:
         child = subprocess.Popen(words, stdin=pipe, stdout=pipe, stderr=pipe, start_new_session=True)
     except (OSError, ValueError) as error:
         raise InputError(where, f"cannot be run: {getattr(error, 'strerror', None) or error}") from None
+    assert child.stdin and child.stdout and child.stderr
+    stdin, stdout, stderr = child.stdin, child.stdout, child.stderr
     output, errors, too_long = bytearray(), bytearray(), threading.Event()
 
     def read_output():
-        while piece := child.stdout.read1(1 << 16):
+        while piece := os.read(stdout.fileno(), 1 << 16):
             output.extend(piece)
             if len(output) > MOST:
                 too_long.set()
                 return
 
     def read_errors():
-        while piece := child.stderr.read1(1 << 16):
+        while piece := os.read(stderr.fileno(), 1 << 16):
             errors.extend(piece)
             del errors[:-LAST]
 
     def write():
         with contextlib.suppress(OSError):  # a program may end before it has read all
-            child.stdin.write(content)
+            stdin.write(content)
         with contextlib.suppress(OSError):
-            child.stdin.close()
+            stdin.close()
 
     threads = [threading.Thread(target=work, daemon=True) for work in (read_output, read_errors, write)]
     for thread in threads:

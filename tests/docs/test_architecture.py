@@ -129,7 +129,7 @@ TESTED_TOGETHER = {
     "model/discovery/test_discover.py": "model/discovery/: circuits settings",
     "model/discovery/test_job.py": "model/discovery/: sense units; model/cli/: attribution",
     "model/discovery/test_packing.py": "model/discovery/: packed",
-    "model/discovery/test_run_directory.py": "model/discovery/: parts",
+    "model/discovery/test_run_directory.py": "model/discovery/: part_header parts",
     "packaging/test_wheel.py": "model/: packages",
     "model/evaluation/test_evaluate.py": (
         "model/evaluation/: alternatives answers baselines facts interventions judge likelihood report store suite"
