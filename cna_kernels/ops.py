@@ -219,12 +219,14 @@ def _observed() -> bool:
         or torch._C._is_any_autocast_enabled()
         or torch._C._autograd._profiler_enabled()
         or torch._C._get_tracing_state() is not None
-        or (torch._C._len_torch_function_stack() > 0 and _function_modes())
+        or has_function_modes()
     )
 
 
-def _function_modes() -> bool:
+def has_function_modes() -> bool:
     """Whether a mode for torch functions is active, other than that of ``torch.set_default_device``."""
+    if torch._C._len_torch_function_stack() == 0:
+        return False
     n_modes = torch._C._len_torch_function_stack()
     return any(type(torch._C._get_function_stack_at(i)) is not DeviceContext for i in range(n_modes))
 
