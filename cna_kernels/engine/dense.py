@@ -100,16 +100,17 @@ class Dense(SteeredMLP):
         """x ``[..., H]`` -> act ``[..., N]`` as the model itself computes it"""
         raise NotImplementedError
 
-    def run(self, *args: Any, **kwargs: Any) -> Any:
+    def run(self, x: Tensor, *more: Any, **kwargs: Any) -> Any:
         """x ``[..., H]`` -> y ``[..., H]``"""
-        state = self.state()
+        state = self.now.state
+        if state.tokens is None:
+            state = self.state()
         if state.token_weight is not None:
             self.runs += 1
         if not self.known:
-            return self.run_own(*args, **kwargs)
-        if kwargs or len(args) != 1:
-            return self.plain(*args, **kwargs)  # raises what it raises without an engine
-        x = args[0]
+            return self.run_own(x, *more, **kwargs)
+        if more or kwargs:
+            return self.plain(x, *more, **kwargs)  # raises what it raises without an engine
         if self.in_modules or state.in_modules or x.dtype not in ops.FLOATS:
             y: Tensor = self.module.down_proj(self.steer(self.plain_act(x)))
             return y
@@ -121,7 +122,7 @@ class Dense(SteeredMLP):
         plain = [weight for weight in weights if weight is not None]
         if silu and len(plain) == len(weights):
             w_gate_up = plain[0] if len(plain) == 2 else (plain[0], plain[1])
-            extras = self.extras(plain[-1].shape[1], x.device)
+            extras = self.extras(plain[-1].shape[1], x.device, state)
             return ops.gated_mlp(x.flatten(0, -2), w_gate_up, plain[-1], **extras, backend=self.backend).view_as(x)
         down = modules["down_proj"]
         if silu:

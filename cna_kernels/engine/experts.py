@@ -13,7 +13,7 @@ from .. import ops
 from ..errors import InputError
 from .forwards import is_in_file
 from .mlps import SteeredMLP, is_plain_silu, name_of
-from .passes import ForwardPass
+from .passes import ForwardPass, State
 from .patch import apply_gate
 
 # The values that these attributes of experts must have. No version of transformers has all of the attributes;
@@ -153,9 +153,9 @@ class Experts(SteeredMLP):
             return self.steer(self.module.act_fn(gate) * up)
         return ops.swiglu(gate, up, **self.extras(gate.shape[1], gate.device), backend=self.backend)
 
-    def extras(self, width: int, device: torch.device) -> dict[str, Any]:
+    def extras(self, width: int, device: torch.device, state: State | None = None) -> dict[str, Any]:
         """The optional arguments of an op on the act of (token, expert) pairs: one row for each pair, not token."""
-        extras = super().extras(width, device)
+        extras = super().extras(width, device, state)
         if self.pairs is None:
             raise InputError("attach", "a mixture's gate ran outside its forward pass, where no token is known")
         token, expert = self.pairs

@@ -90,7 +90,7 @@ def mlp_forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
     steered = getattr(self, STEERED, None)
     if steered is None:
         return call_plain(self, *args, **kwargs)
-    if steered.is_off():
+    if steered.now.state.tokens is None and steered.is_off():
         return steered.plain(*args, **kwargs)
     if kwargs:
         args, kwargs = steered.in_order(args, kwargs)

@@ -82,14 +82,16 @@ class Running:
         layers = self._decoder.layers
         if not isinstance(layers, nn.ModuleList) or len(layers) != len(self._layers):
             raise InputError("model", f"its layers were replaced after attach: {len(self._layers)} were there; {again}")
-        for number, layer in enumerate(layers):
-            if layer is not self._layers[number]:
-                raise InputError("model", f"layers[{number}] was replaced after attach; {again}")
+        for layer, before in zip(layers, self._layers, strict=True):
+            if layer is not before:
+                raise InputError("model", f"layers[{self._layers.index(before)}] was replaced after attach; {again}")
         for parent, name, child in self._links:
             if parent._modules.get(name) is not child:
                 raise InputError("model", f"{name} of a layer was replaced after attach; {again}")
+        compiling = torch.compiler.is_compiling()
         for mlp in self._mlps:
-            mlp.check_in_place()
+            if compiling or not mlp.is_in_place():
+                mlp.check_in_place()
 
     def _check_steering(self) -> None:
         """Say once if circuits are set and no row was ever told to use one; refuse rows that cannot be known."""
