@@ -130,6 +130,7 @@ def hashes_of(entries: Sequence[TensorEntry]) -> dict[str, Hashes]:
 
 
 def _hash(entry: TensorEntry) -> Hashes:
+    assert entry.dtype is not None, "check_entries has refused other tensors"
     whole, marks = hashlib.sha256(), Marks()
     width = entry.shape[-1] if len(entry.shape) > 1 else max(1, (entry.end - entry.start) // entry.dtype.itemsize)
     n_rows = (entry.end - entry.start) // max(1, width * entry.dtype.itemsize)

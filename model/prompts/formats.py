@@ -138,7 +138,7 @@ def _head(file: BinaryIO) -> bytes:
         head = file.read(_HEAD)
         file.seek(0)
         return head
-    return file.peek(_HEAD)  # a BufferedReader has it
+    return file.peek(_HEAD)  # type: ignore[attr-defined]  # files that are opened for reading have it
 
 
 def _is_pipe(path: Path) -> bool:
@@ -161,7 +161,7 @@ def _utf8(path: Path, file: BinaryIO) -> BinaryIO:
         )
     if encoding is None:
         return file
-    return io.BufferedReader(_Transcoded(path, file, encoding))  # type: ignore[return-value]
+    return io.BufferedReader(_Transcoded(path, file, encoding))
 
 
 def _is_western(head: bytes) -> bool:
