@@ -13,7 +13,7 @@ CANARIES: list[Canary] = [
         "        if not self.known:\n            return self.run_own",
         "        if False:\n            return self.run_own",
         PARITY,
-        "the class is patched before attach and None",
+        "patched and before",
     ),
     Canary(
         "a wrapped forward taken for what it wraps",
@@ -22,7 +22,7 @@ CANARIES: list[Canary] = [
         '    function = getattr(function, "__wrapped__", function)\n'
         "    return isinstance(function, FunctionType) and any(",
         PARITY,
-        "the class is patched by functools and None",
+        "functools",
     ),
     Canary(
         "hooks on all modules not looked for",
@@ -30,7 +30,7 @@ CANARIES: list[Canary] = [
         "        _HOOKS._global_forward_hooks\n        or ",
         "        ",
         PARITY,
-        "a hook on all modules and None and not compiled and not pre and not backward",
+        "hook and modules and not compiled and not pre and not backward",
     ),
     Canary(
         "layers that change places not noticed",
@@ -38,7 +38,7 @@ CANARIES: list[Canary] = [
         "            if layer is not before:",
         "            if layer not in self._layers:",
         PARITY,
-        "layers change places",
+        "change and places",
     ),
     Canary(
         "no check while a compiler traces",
@@ -46,7 +46,7 @@ CANARIES: list[Canary] = [
         "            if compiling or not mlp.is_in_place():",
         "            if not compiling and not mlp.is_in_place():",
         PARITY,
-        "compiled and the class is patched",
+        "compiled and patched",
     ),
     Canary(
         "layers run again with the rows of now",
