@@ -6,6 +6,7 @@ PyTorch's inductor (2.13) cannot compile an op that may change arguments and is 
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -75,7 +76,7 @@ def _implementation(op: str, n_inputs: int, with_sums: bool) -> Run:
     return run
 
 
-def _mapped(name: str) -> Run:
+def _mapped(name: str) -> Callable[..., tuple[Tensor, int]]:
     """Return an op's rule for torch.vmap: one call after the other. Sums of several calls have no one tensor."""
 
     def rule(info: Any, in_dims: tuple[int | None, ...], *arguments: Any) -> tuple[Tensor, int]:

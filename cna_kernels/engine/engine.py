@@ -149,7 +149,7 @@ class Engine:
 
         Args:
             circuits, multipliers: as of :meth:`set`.
-            rows: as of :meth:`rows`; None is the circuit, if it is the only one, for all rows.
+            rows: as of :meth:`rows`, a number, ``[B]`` or ``[B, S]``; None is the only circuit, for all rows.
             phase, start, stop: as of :meth:`rows`.
 
         Yields:

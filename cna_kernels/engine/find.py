@@ -37,7 +37,8 @@ def find_mlp(layer: nn.Module, where: str) -> tuple[str, type[SteeredMLP]]:
     found = {name: kind for name, module in named.items() if (kind := _kind_for(module)) is not None}
     what = f"{where}, a {type(layer).__name__}, has"
     if len(found) != 1:
-        known = "several MLPs" if found else "no MLP that is known (gate_proj or gate_up_proj with down_proj)"
+        known = "no MLP that is known (gate_proj or gate_up_proj with down_proj)"
+        known = f"several MLPs ({', '.join(found)})" if found else known
         raise InputError("model", f"{what} {known}; supported: {SUPPORTED}")
     ((name, kind),) = found.items()
     for other, module in named.items():
@@ -70,5 +71,8 @@ def _looks_like_an_mlp(module: nn.Module) -> bool:
     if isinstance(module, _ConvNd):
         return False
     words = type(module).__name__.lower()
-    stacked = any(parameter.dim() == 3 for parameter in module.parameters(recurse=False))
+    stacked = any(
+        parameter.dim() == 3 and ("proj" in name or name in ("weight", "w1", "w2", "w3"))
+        for name, parameter in module.named_parameters(recurse=False)
+    )
     return stacked or any(word in words for word in ("mlp", "expert", "feedforward", "ffn"))

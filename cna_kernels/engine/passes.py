@@ -7,12 +7,15 @@ and the node that is at work tells which pass it comes from. What a pass must kn
 
 from __future__ import annotations
 
+import sys
 import weakref
 from collections.abc import Iterator, Mapping, Sequence
+from types import FrameType
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.utils import checkpoint
 
 from ..errors import InputError
 from ..scale import Scale
@@ -85,15 +88,33 @@ class ForwardPass:
         Raises:
             InputError: passes of several threads have nodes of this number.
         """
-        node = torch._C._current_autograd_node() if torch.is_grad_enabled() else None
-        if node is None:
+        number = _number_at_work()
+        if number is None:
             return None
-        number = node._sequence_nr()
-        alive = [graded for ref in self.graded if (graded := ref()) is not None]
-        found = [graded.state for graded in alive if graded.first <= number < graded.last]
+        found = [graded.state for graded in self._alive() if graded.first <= number < graded.last]
         if len(found) > 1:
-            raise InputError("attach", "layers run again, and passes of several threads may be theirs")
+            raise InputError("attach", "layers run again, and passes of several threads may be their own")
         return found[0] if found else None
+
+    def again_as_a_whole(self) -> State | None:
+        """The state of the pass that a checkpoint around the whole model runs again; None if none runs again.
+
+        Raises:
+            InputError: which pass it is cannot be known.
+        """
+        number = _number_at_work()
+        if number is None or not _is_run_again():
+            return None
+        before = [graded for graded in self._alive() if graded.last <= number]
+        if before:  # the node at work comes after the decoder: it is of the model's head
+            return max(before, key=lambda graded: graded.last).state
+        if not self.rows.steers:
+            return None
+        what = "a checkpoint around the whole model runs it again, with which rows cannot be known"
+        raise InputError("rows", f"{what}; use use_reentrant=False, or gradient_checkpointing_enable()")
+
+    def _alive(self) -> list[Graded]:
+        return [graded for ref in self.graded if (graded := ref()) is not None]
 
     def _copy_scales(self) -> list[Scale]:
         """Copies of the table's tensors as they are now; one copy serves all passes until the table changes."""
@@ -111,6 +132,22 @@ class ForwardPass:
 def _next_number() -> int:
     """The number that autograd gives to the next node of this thread."""
     return torch._C._autograd._get_sequence_nr()
+
+
+def _number_at_work() -> int | None:
+    """The number of the node of autograd that is at work; None outside of backward passes that build graphs."""
+    node = torch._C._current_autograd_node() if torch.is_grad_enabled() else None
+    return None if node is None else int(node._sequence_nr())
+
+
+def _is_run_again() -> bool:
+    """Whether torch.utils.checkpoint runs a function again, for its gradients, around this call."""
+    frame: FrameType | None = sys._getframe()
+    while frame is not None:
+        if frame.f_code.co_filename == checkpoint.__file__ and frame.f_code.co_name in ("recompute_fn", "backward"):
+            return True
+        frame = frame.f_back
+    return False
 
 
 def _nodes(result: Any) -> Iterator[Any]:

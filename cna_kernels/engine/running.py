@@ -47,11 +47,11 @@ class Running:
         """Set what the MLPs need for a call of ``shape`` [B, S] tokens; what comes back is for ``end``."""
         self._check_in_place()
         now, compiling = self.now, torch.compiler.is_compiling()
-        again = None if compiling else now.again()
+        again = None if compiling else now.again() or now.again_as_a_whole()
         if again is not None and again.tokens is not None and len(again.tokens) == shape[0] * shape[1]:
-            return now.begin(again)  # a checkpoint around the whole model
-        if not compiling:
-            self._check_steering()
+            return now.begin(again)
+        if not compiling and not self.rows.were_given and self.table.n_circuits:
+            self._say_that_nothing_is_steered()
         tokens = self.rows.of_tokens(shape, device, position_ids, past)
         collecting, token_weight = self.collecting, None
         if collecting is not None and not collecting.done and now.state.tokens is None:
@@ -93,16 +93,10 @@ class Running:
             if compiling or not mlp.is_in_place():
                 mlp.check_in_place()
 
-    def _check_steering(self) -> None:
-        """Say once if circuits are set and no row was ever told to use one; refuse rows that cannot be known."""
-        if not self.rows.were_given and self.table.n_circuits:
-            self.rows.were_given = True
-            what = "circuits are set, but no row uses one; call Engine.rows, or steer inside `with Engine.steer(...)`"
-            warnings.warn(f"cna_kernels: {what}", stacklevel=4)
-        node = torch._C._current_autograd_node() if self.rows.steers and torch.is_grad_enabled() else None
-        if type(node).__name__ == "CheckpointFunctionBackward":
-            what = "a checkpoint around the whole model runs it again, with which rows cannot be known"
-            raise InputError("rows", f"{what}; use use_reentrant=False, or gradient_checkpointing_enable()")
+    def _say_that_nothing_is_steered(self) -> None:
+        self.rows.were_given = True  # say it once
+        what = "circuits are set, but no row uses one; call Engine.rows, or steer inside `with Engine.steer(...)`"
+        warnings.warn(f"cna_kernels: {what}", stacklevel=4)
 
 
 def _links(layer: nn.Module, name: str) -> Iterator[tuple[nn.Module, str, nn.Module]]:
