@@ -24,6 +24,8 @@ class Circuit:
         excluded: (layer, index) of neurons that were left out by name.
         model, tokenizer_sha256, chat_template_sha256: the model, tokenizer and chat template that the circuit was found
             with. ``model`` has a name and hashes; a hash is compared with the model in hand where both have it.
+        chat: what the chats held besides template and prompt: ``args`` of the template, ``system`` message, the ``day``
+            that a dated template saw. None for plain text, and where there was nothing of the kind.
         prompts: count and sha256 of both sets.
         dtype, versions, preset: how the activations were computed.
         bootstrap: how stable the selection is when prompts are drawn again: the ``overlap`` of the replicates with this
@@ -45,6 +47,7 @@ class Circuit:
     model: dict[str, str] | None = None
     tokenizer_sha256: str | None = None
     chat_template_sha256: str | None = None
+    chat: dict[str, Any] | None = None
     prompts: dict[str, Any] | None = None
     dtype: str | None = None
     versions: dict[str, str] | None = None

@@ -102,6 +102,13 @@ def _check_model(fields: Fields, shape: tuple[int, int], k: int) -> None:
     fields.only(("name", *_HASHES, *_OLD_HASHES), _KIND)
 
 
+def _check_chat(fields: Fields, shape: tuple[int, int], k: int) -> None:
+    fields.object("args", None)
+    fields.text("system", None)
+    fields.text("day", None)
+    fields.only(("args", "system", "day"), _KIND)
+
+
 def _check_prompts(fields: Fields, shape: tuple[int, int], k: int) -> None:
     for side in ("positive", "negative"):
         inside = fields.object(side)
@@ -137,8 +144,8 @@ def _check_versions(fields: Fields, shape: tuple[int, int], k: int) -> None:
 
 
 _OBJECTS = {
-    "universal": _check_universal, "model": _check_model, "prompts": _check_prompts, "versions": _check_versions,
-    "bootstrap": _check_bootstrap, "folds": _check_folds,
+    "universal": _check_universal, "model": _check_model, "chat": _check_chat, "prompts": _check_prompts,
+    "versions": _check_versions, "bootstrap": _check_bootstrap, "folds": _check_folds,
 }  # fmt: skip
 
 

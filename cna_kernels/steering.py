@@ -184,6 +184,21 @@ class SteeringTable:
             for number, multiplier in zip(self.numbers, multipliers, strict=True):
                 self.set_multiplier(number, multiplier)
 
+    def held(self) -> dict[int, Entries]:
+        """What the table holds, for :meth:`hold`."""
+        with self.lock:
+            return dict(self._circuits)
+
+    def hold(self, held: dict[int, Entries]) -> None:
+        """Hold what :meth:`held` gave, and no other circuits."""
+        with self.lock:
+            for number in self.numbers:
+                self.remove(number)
+            self._used = 0
+            for number, entries in held.items():
+                self._put(number, entries._replace(start=self._used))
+                self._used += len(entries.index)
+
     def layer(self, layer: int) -> Scale | None:
         """Return the layer's Scale; None in a table that is not live, where no circuit has a neuron in the layer."""
         if not self._live and layer not in self._steered:

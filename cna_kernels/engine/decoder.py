@@ -24,25 +24,32 @@ def decoder_forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
     if engine is None:
         return call_plain(self, *args, **kwargs)
 
-    def argument(name: str, place: int) -> Any:
-        return kwargs[name] if name in kwargs else args[place] if len(args) > place else None
+    def argument(name: str) -> Any:
+        if name in kwargs:
+            return kwargs[name]
+        place = engine._passes.places.get(name)
+        return args[place] if place is not None and len(args) > place else None
 
-    embeds, ids = argument("inputs_embeds", 4), argument("input_ids", 0)
-    source, finished = ids if embeds is None else embeds, False
+    embeds = argument("inputs_embeds")
+    source = argument("input_ids") if embeds is None else embeds
+    if source is None:
+        return call_plain(self, *args, **kwargs)  # raises what it raises without an engine
     with nullcontext() if torch.compiler.is_compiling() else engine.table.lock:
-        try:
-            engine._begin(
+        begun, y = (
+            engine._passes.begin(
                 source.shape[:2],
                 source.device,
-                argument("attention_mask", 1),
-                argument("position_ids", 2),
-                argument("past_key_values", 3),
-            )
+                argument("attention_mask"),
+                argument("position_ids"),
+                argument("past_key_values"),
+            ),
+            None,
+        )
+        try:
             y = call_plain(self, *args, **kwargs)
-            finished = True
             return y
         finally:
-            engine._end(finished)
+            engine._passes.end(begun, y)
 
 
 decoder_forward.__name__ = "forward"  # pickle then takes the ``forward`` of the model's class for it

@@ -28,7 +28,7 @@ from cna_kernels.steering import check_multiplier
 
 from .config import DTYPES, ModelConfig
 from .load import DOWN
-from .safetensors_file import Checkpoint
+from .safetensors_file import INDEX, SINGLE, Checkpoint
 
 NeuronMultipliers = dict[int, dict[int, float]]  # layer -> neuron -> what its activation is multiplied by
 
@@ -172,13 +172,14 @@ def to_checkpoint(directory: FilePath, checkpoint: Checkpoint, multipliers: Neur
     for layer, found in multipliers.items():  # before anything is written
         name = DOWN.format(layer)
         _require_finite(out, name, _scaled(checkpoint, name, found))
-    _check_space(directory, out)
+    read = {entry.path.name for entry in checkpoint.entries.values()}
+    _check_space(directory, read, out)
     partial = out.parent / f".{out.name}-{secrets.token_hex(4)}.partial"
     try:
         partial.mkdir()
         try:
             for path in sorted(Path(directory).iterdir()):
-                if _is_copied(path):
+                if _is_copied(path, read):
                     shutil.copyfile(path, partial / path.name)
             for layer, found in multipliers.items():
                 _scale_columns(checkpoint, DOWN.format(layer), partial, found)
@@ -190,14 +191,19 @@ def to_checkpoint(directory: FilePath, checkpoint: Checkpoint, multipliers: Neur
         raise InputError(out, f"cannot be written: {error.strerror or error}") from None
 
 
-def _is_copied(path: Path) -> bool:
-    return path.is_file() and path.suffix not in (".bin", ".pt", ".pth")  # pickles, which are never read
+def _is_copied(path: Path, read: set[str]) -> bool:
+    """Whether a file belongs to the copy: not where another loader might take unscaled weights from it instead of from
+    ``read``, or be led to them."""
+    endings = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".gguf", ".h5", ".msgpack", ".onnx", ".index.json")
+    name = path.name
+    other_weights = name.endswith(endings) and name not in read and not (name == INDEX and SINGLE not in read)
+    return path.is_file() and not other_weights
 
 
-def _check_space(directory: FilePath, out: Path):
+def _check_space(directory: FilePath, read: set[str], out: Path):
     """Refuse a copy for which the disk has no room, before it starts."""
     check_writable(out)
-    needed = sum(path.stat().st_size for path in Path(directory).iterdir() if _is_copied(path))
+    needed = sum(path.stat().st_size for path in Path(directory).iterdir() if _is_copied(path, read))
     free = shutil.disk_usage(out.parent).free
     if needed > free:
         raise InputError(out, f"cannot be written: needs {needed / 2**30:.2f} GiB, the disk has {free / 2**30:.2f}")

@@ -45,12 +45,14 @@ def identity_of(directory, checkpoint: Checkpoint, config: ModelConfig) -> dict[
 
     The tokenizer and the chat template have hashes of their own; generation_config.json does not count.
     """
-    used = [checkpoint.entries[name] for name in expected_shapes(config) if name in checkpoint.entries]
-    hashes = hashes_of(used)
+    used = {name: checkpoint.entries[name] for name in expected_shapes(config) if name in checkpoint.entries}
+    by_file_name = hashes_of(list({entry.name: entry for entry in used.values()}.values()))
     parts: list[str] = []
-    for entry in sorted(used, key=lambda entry: entry.name):
-        parts += [entry.name, str(entry.dtype), repr(list(entry.shape)), hashes[entry.name][0]]
-    decoder = {name.removeprefix(_BASE): marks for name, (_, marks) in hashes.items() if name.startswith(_BASE)}
+    for name, entry in sorted(used.items()):
+        parts += [name, str(entry.dtype), repr(list(entry.shape)), by_file_name[entry.name][0]]
+    decoder = {
+        name.removeprefix(_BASE): by_file_name[entry.name][1] for name, entry in used.items() if name.startswith(_BASE)
+    }
     return {
         "name": one_line(Path(directory).resolve().name),  # a name may be no text
         "settings_sha256": settings_sha256(config),
@@ -128,6 +130,7 @@ def hashes_of(entries: Sequence[TensorEntry]) -> dict[str, Hashes]:
 
 
 def _hash(entry: TensorEntry) -> Hashes:
+    assert entry.dtype is not None, "check_entries has refused other tensors"
     whole, marks = hashlib.sha256(), Marks()
     width = entry.shape[-1] if len(entry.shape) > 1 else max(1, (entry.end - entry.start) // entry.dtype.itemsize)
     n_rows = (entry.end - entry.start) // max(1, width * entry.dtype.itemsize)

@@ -2,7 +2,19 @@
 
 from __future__ import annotations
 
-from .flags import MODEL_HELP, command, count, device_flags, model_flags, positive, prompt_flags, seed, threads, whole
+from .flags import (
+    MODEL_HELP,
+    command,
+    count,
+    device_flags,
+    label,
+    model_flags,
+    positive,
+    prompt_flags,
+    seed,
+    threads,
+    whole,
+)
 
 
 def add(commands) -> None:
@@ -24,6 +36,13 @@ def _discover(commands):
     parser.add_argument("model", metavar="MODEL", help=MODEL_HELP)
     parser.add_argument("--positive", metavar="FILE", help="prompts that show the behaviour")
     parser.add_argument("--negative", metavar="FILE", help="prompts that do not")
+    parser.add_argument(
+        "--label",
+        metavar="NAME=VALUE",
+        type=label,
+        help="take both sides from --positive: records whose field NAME is VALUE (default 1) show the behaviour, the "
+        "others do not",
+    )
     parser.add_argument(
         "--contrasts",
         metavar="FILE",

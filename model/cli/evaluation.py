@@ -13,10 +13,9 @@ from ..evaluation import compare, evaluate, report
 from ..evaluation.metrics import Refusals
 from ..evaluation.multiple_choice import read_multiple_choice
 from ..evaluation.suite import METHODS, Suite
-from ..language_model import load
 from ..packages import require
 from ..prompts.files import PromptSet, neutral_prompts, read_prompts
-from .arguments import check_column, column_of, device_of, directory_of, load_circuit, load_model, multipliers_of
+from .arguments import check_column, column_of, directory_of, load_circuit, load_model, multipliers_of, say_model
 from .console import SIMPLE_HEAD, Table, print_json, stdout
 
 
@@ -32,6 +31,7 @@ def run_eval(args):
         check_directory(args.output)
     model = load_model(args)
     circuit = load_circuit(args.circuit[0], model, any_model=args.any_model, chat=suite.chat)
+    say_model(model, args)
     results = evaluate.evaluate(model, circuit, suite, out=args.output, say=_say(args))
     if args.output:
         report.write(results, args.output)
@@ -61,7 +61,8 @@ def run_compare(args):
         name = Path(directory_of(path)).resolve().name
         if name in models:
             name += " (second)"
-        models[name] = load(directory_of(path), device=device_of(args), dtype=args.dtype)
+        models[name] = load_model(args, path)
+        say_model(models[name], args)
     results = compare.compare(models, suite, out=args.output, say=_say(args), **settings)
     for name, evaluation in results["evaluations"].items():
         report.write(evaluation, Path(args.output) / name)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import json
 import os
 from collections.abc import Callable
 
@@ -95,10 +96,24 @@ def circuit_flags(parser, *, required: bool, what: str = "circuit file") -> None
 
 def prompt_flags(parser) -> None:
     """Add the flags that say how prompt files are read."""
-    parser.add_argument("--column", metavar="NAME", help="the prompt's field in .jsonl, .csv and .json files")
+    parser.add_argument(
+        "--column",
+        metavar="NAME",
+        help="the prompt's field where a file has fields; NAME,NAME takes the first that a file has. FILE:NAME names "
+        "it for one file",
+    )
     parser.add_argument("--limit", type=positive, metavar="N", help="use the first N prompts of each file")
     parser.add_argument(
         "--no-template", action="store_true", help="plain text instead of the checkpoint's chat template"
+    )
+    parser.add_argument("--system", metavar="TEXT", help="the system message of every chat")
+    parser.add_argument(
+        "--template-arg",
+        metavar="NAME=VALUE",
+        type=template_arg,
+        action="append",
+        default=[],
+        help="a variable of the chat template, as enable_thinking=false; may be given again",
     )
 
 
@@ -116,6 +131,26 @@ def device_flags(parser) -> None:
     """Add --device and --dtype."""
     parser.add_argument("--device", metavar="D", help="cpu, cuda, cuda:1, ... (default: cuda where there is one)")
     parser.add_argument("--dtype", choices=DTYPES, help="default: the checkpoint's own")
+
+
+def template_arg(text: str) -> tuple[str, object]:
+    """NAME=VALUE, where VALUE is JSON, or Python's True, False or None, or else text."""
+    name, equals, value = text.partition("=")
+    if not equals or not name.isidentifier():
+        raise argparse.ArgumentTypeError(f"expected NAME=VALUE, got {text!r}")
+    try:
+        return name, json.loads({"True": "true", "False": "false", "None": "null"}.get(value, value))
+    except (ValueError, RecursionError):
+        return name, value
+
+
+def label(text: str):
+    """NAME=VALUE, or NAME alone."""
+    from ..prompts.files import Label
+
+    if not text.partition("=")[0]:
+        raise argparse.ArgumentTypeError(f"expected NAME=VALUE, got {text!r}")
+    return Label.parse(text)
 
 
 def batch(text: str) -> int | str:

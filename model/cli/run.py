@@ -7,7 +7,7 @@ from typing import Any
 from cna_kernels.errors import InputError
 
 from ..prompts.files import PromptSet, read_prompts
-from .arguments import check_column, column_of, load_circuit, load_model, multipliers_of, together
+from .arguments import check_column, column_of, load_circuit, load_model, multipliers_of, say_model, together
 from .console import Table, cell, print_json, stdout
 
 
@@ -44,6 +44,7 @@ def run_run(args):
         chat=chat,
         batch=None if args.batch == "auto" else args.batch,
     )
+    say_model(model, args, hashed=circuit is not None)
     results: list[dict[str, Any]] = [
         {
             "prompt": text,

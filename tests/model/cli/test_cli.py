@@ -117,7 +117,7 @@ def test_columns_and_limits_are_for_the_files_they_fit(checkpoint, files, capsys
     (files / "negative.csv").unlink()
     plain = ["--negative", str(files / "positive.txt"), "--column", "Goal"]
     assert discover(checkpoint, files, *plain) == 2
-    assert "--column: is for .jsonl, .csv, .json files, and none is given" in capsys.readouterr().err
+    assert "--column: is for .jsonl, .ndjson, .jsonlines, .json, " in capsys.readouterr().err
 
 
 def test_negative_multipliers_need_no_equals_sign(checkpoint, files, capsys):
