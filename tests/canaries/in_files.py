@@ -83,7 +83,7 @@ CANARIES = [
         "judge without end",
         "model/evaluation/judge.py",
         "            if len(output) > MOST:",
-        "            if len(output) > 64 * MOST:",
+        "            if not output:",
         "tests/model/evaluation/test_evaluate.py",
         "test_a_judge_without_end_is_stopped",
     ),
@@ -117,7 +117,7 @@ CANARIES = [
         "        _on_interrupt(_leave)  # imports take",
         "        pass  # imports take",
         PROCESS,
-        "test_a_second_interrupt_ends_at_once or test_interrupts_at_any_moment",
+        "test_an_import_that_swallows_the_interrupt",
     ),
     Canary(
         "numbers of 400 digits",

@@ -69,7 +69,7 @@ def test_an_option_given_twice(name, option, value, capsys):
         assert any(isinstance(given, list) and len(given) == 2 for given in vars(args).values())
         return
     with pytest.raises(SystemExit) as caught:
-        main(words)
+        build_parser().parse_args(words)
     error = capsys.readouterr().err
     assert caught.value.code == 2 and error.count("\n") == 1 and f"{option}: given twice" in error
 

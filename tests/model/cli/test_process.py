@@ -116,6 +116,22 @@ def test_interrupts_at_any_moment(files, words):
     assert 130 in codes
 
 
+def test_an_import_that_swallows_the_interrupt(files):
+    """Some modules catch everything while they are imported: Ctrl-C ends the process there, too."""
+    code = (
+        "import os, signal, sys, time\n"
+        "from cna_kernels.model.cli import main, parser\n"
+        "def load(args):\n"
+        "    try:\n        os.kill(os.getpid(), signal.SIGINT); time.sleep(5)\n"
+        "    except BaseException:\n        pass\n"
+        "    return lambda args: print('ran all the same')\n"
+        "parser.load = load\n"
+        "sys.exit(main())\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code, "doctor"], capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stdout, done.stderr) == (130, "", "cna: interrupted\n")
+
+
 def test_a_second_interrupt_ends_at_once(files):
     code = (
         "import os, sys, time\n"

@@ -4,7 +4,6 @@ import itertools
 import math
 import os
 import sys
-import time
 
 import pytest
 import torch
@@ -361,18 +360,16 @@ def test_judges_that_fail(tmp_path, body, message):
         judge(f"{sys.executable} {script}", [{"answer": "a"}, {"answer": "b"}], timeout=3 if "sleep" in body else 60)
 
 
-ENDLESS = "import os,sys\nblock=b'x'*65536\nwhile 1: os.write(%d, block)\n"
+ENDLESS = "import os, time\nwhile 1:\n os.write(1, b'x' * 65536); time.sleep(0.01)\n"  # 6 MB a second
 
 
 def test_a_judge_without_end_is_stopped(tmp_path, monkeypatch):
     """Its output is bounded as it comes: no more than the bound is ever held, and the program does not go on."""
     monkeypatch.setattr("cna_kernels.model.evaluation.judge.MOST", 1 << 20)
     script = tmp_path / "judge.py"
-    script.write_text(f"import os; open({str(tmp_path / 'pid')!r}, 'w').write(str(os.getpid()))\n" + ENDLESS % 1)
-    start = time.monotonic()
+    script.write_text(f"import os; open({str(tmp_path / 'pid')!r}, 'w').write(str(os.getpid()))\n" + ENDLESS)
     with pytest.raises(InputError, match="wrote more than 1048576 bytes"):
-        judge(f"{sys.executable} {script}", [{"answer": "a" * (1 << 20)}])
-    assert time.monotonic() - start < 30
+        judge(f"{sys.executable} {script}", [{"answer": "a" * (1 << 20)}], timeout=15)
     with pytest.raises(ProcessLookupError):
         os.kill(int((tmp_path / "pid").read_text()), 0)
 
