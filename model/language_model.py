@@ -15,13 +15,14 @@ from torch import Tensor
 
 from cna_kernels import backends
 from cna_kernels.circuit import Circuit, check_fits, check_found_in
-from cna_kernels.errors import InputError
+from cna_kernels.errors import InputError, InputWarning
 from cna_kernels.files import FilePath
 from cna_kernels.renamed import renamed
 from cna_kernels.steering import SteeringTable, distinct
 
 from .checkpoint.config import DTYPES, read_config
-from .checkpoint.load import identity_of, load_transformer
+from .checkpoint.identity import Identity
+from .checkpoint.load import load_transformer
 from .checkpoint.safetensors_file import open_checkpoint
 from .discovery.job import Job, Progress
 from .discovery.packing import TokenPrompt
@@ -56,8 +57,7 @@ def load(
 ) -> LanguageModel:
     """Load a checkpoint directory in Hugging Face layout. The options are as in :class:`LanguageModel`.
 
-    Raises:
-        InputError: the directory, a file or a tensor in it cannot be used; names it.
+    Raises InputError, naming the directory, file or tensor that cannot be used.
     """
     return LanguageModel(
         directory,
@@ -117,10 +117,9 @@ class LanguageModel:
         self.encoder = PromptEncoder(
             self.tokenizer, self.config.context_length, system=system, template_args=template_args
         )
-        for note in self.tokenizer.notes:
-            warnings.warn(note, stacklevel=3)
         self.stop_ids = stop_ids(directory, self.tokenizer, self.config.vocab_size)
         self.checkpoint = open_checkpoint(directory)
+        self._identity = Identity(directory, self.checkpoint, self.config)
         options: dict[str, Any] = dict(dtype=None if dtype is None else DTYPES[dtype], device=self.device)
         self.transformer: Transformer
         if mesh is not None:
@@ -132,7 +131,6 @@ class LanguageModel:
             self.transformer = streamed  # type: ignore[assignment]  # _require_logits refuses calls that it lacks
         else:
             self.transformer = load_transformer(directory, self.config, self.checkpoint, **options)
-        self._identity: dict[str, str] | None = None
         self._steering: tuple[SteeringTable, Tensor | None] | None = None
 
     def __call__(self, input_ids: Tensor) -> Tensor:
@@ -159,10 +157,8 @@ class LanguageModel:
             raise InputError("model", "a model whose layers are streamed or shared finds circuits, and nothing else")
 
     def identity(self) -> dict[str, str]:
-        """Return the checkpoint's name and hashes; see ``checkpoint.load.identity_of``."""
-        if self._identity is None:
-            self._identity = identity_of(self.directory, self.checkpoint, self.config)
-        return dict(self._identity)
+        """Return the checkpoint's name and hashes; see ``checkpoint.identity.identity_of``."""
+        return self._identity()
 
     def describe(self, chat: bool | None = None, *, hashed: bool = True) -> str:
         """What prompts meet, in a line: the model, the chat template and what ends an answer.
@@ -171,7 +167,7 @@ class LanguageModel:
             hashed: whether the weights' hash is in it, for which all weights are read once.
         """
         name = self.directory.resolve().name
-        weights = f" {self.identity()['weights_sha256'][:8]}" if hashed else ""
+        weights = f" {self.identity()['tensors_sha256'][:8]}" if hashed else ""
         ends = ", ".join(f"{number} {self.tokenizer.token(number)!r}" for number in sorted(self.stop_ids)) or "no token"
         return f"model {name!r}{weights}; {self.encoder.describe(chat)}; an answer ends at {ends}"
 
@@ -241,7 +237,7 @@ class LanguageModel:
         """
         job = Job(self, corpus, contrasts, settings, **options)
         for note in job.notes:
-            warnings.warn(note, stacklevel=3)
+            warnings.warn(note, InputWarning, stacklevel=3)
         return job.circuits(job.run_all(skip_bad=skip_bad, progress=progress))
 
     def relevance(
@@ -357,24 +353,27 @@ class LanguageModel:
         texts = [self.tokenizer.decode(ids) for ids in answers]
         return texts[0] if single else texts
 
-    def check_circuit(self, circuit: Circuit, where: FilePath, *, any_model: bool = False) -> None:
-        """Raise InputError naming the field unless the circuit was found in this very checkpoint.
+    def check_circuit(
+        self, circuit: Circuit, where: FilePath, *, any_model: bool = False, chat: bool | None = None
+    ) -> None:
+        """Raise InputError naming the field unless the circuit of a file was found in this very checkpoint.
 
-        Calls that take a circuit check only its shape; this check is for circuits from a file. Only the shape is
-        checked of circuits without provenance (imported circuits), and with ``any_model`` of all circuits.
+        Of imported circuits, and with ``any_model``, only the shape is checked. Another template is a warning.
         """
         check_fits(circuit, self.config.num_hidden_layers, self.config.intermediate_size, where)
         if any_model:
             return
         here: dict[str, str | None] = {f"model.{name}": value for name, value in self.identity().items()}
-        here |= dict(tokenizer_sha256=self.tokenizer.sha256, chat_template_sha256=self.tokenizer.template_sha256)
+        template = self.tokenizer.template_sha256 if self.encoder.uses_chat(chat) else None
+        here |= dict(tokenizer_sha256=self.tokenizer.sha256, chat_template_sha256=template)
         check_found_in(circuit, here, where)
         found_with = {name: (circuit.chat or {}).get(name) for name in ("args", "system")}
         if circuit.chat_template_sha256 and found_with != {
             "args": self.encoder.template_args or (None if circuit.chat is None else {}),
             "system": self.encoder.system,
         }:
-            warnings.warn(f"{where}: found with {found_with}, which this model is not loaded with", stacklevel=3)
+            what = f"found with {found_with}, which this model is not loaded with"
+            warnings.warn(f"{where}: {what}", InputWarning, stacklevel=3)
 
     def _steered_rows(self, circuit, multiplier, n_rows):
         """The context that gives each row its circuit and multiplier; rows with equal pairs share a table entry."""

@@ -5,7 +5,6 @@ Nothing in the file selects code: ``auto_map``, custom attention and quantizatio
 
 from __future__ import annotations
 
-import json
 import math
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,7 +12,7 @@ from pathlib import Path
 import torch
 
 from cna_kernels.fields import REQUIRED, Fields, is_number
-from cna_kernels.files import read_json, sha256
+from cna_kernels.files import read_json
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 
@@ -271,8 +270,3 @@ def _read_windows(fields: Fields, model_type, n_layers, defaults) -> tuple[int |
     if window is None and "sliding_attention" in kinds:
         raise fields.error("layer_types", "asks for sliding_attention, but the sliding window is off")
     return tuple(window if kind == "sliding_attention" else None for kind in kinds)
-
-
-def config_sha256(directory) -> str:
-    """Return the hash of config.json's content: the order of keys and white space do not change it."""
-    return sha256(json.dumps(read_json(Path(directory) / "config.json"), sort_keys=True))

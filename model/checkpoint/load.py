@@ -10,13 +10,12 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from cna_kernels.errors import InputError
+from cna_kernels.errors import InputError, InputWarning
 from cna_kernels.files import write_bytes
-from cna_kernels.fingerprint import neurons_sha256, sampled_rows
 
 from ..memory import memory_of
 from ..transformer import Layer, Transformer
-from .config import DTYPES, ModelConfig, config_sha256
+from .config import DTYPES, ModelConfig
 from .safetensors_file import SINGLE, Checkpoint, TensorEntry
 
 _LAYER = "model.layers.{}."
@@ -58,18 +57,6 @@ def expected_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
     return shapes
 
 
-def identity_of(directory, checkpoint: Checkpoint, config: ModelConfig) -> dict[str, str]:
-    """Return what identifies a checkpoint: its name, and hashes of config, headers and sampled weights."""
-    down = [checkpoint.entries[DOWN.format(layer)] for layer in range(config.num_hidden_layers)]
-    return {
-        "name": Path(directory).resolve().name,
-        "config_sha256": config_sha256(directory),
-        "headers_sha256": checkpoint.headers_sha256,
-        "weights_sha256": checkpoint.weights_sha256(),
-        "neurons_sha256": neurons_sha256(entry.read_rows(sampled_rows(entry.shape[0])) for entry in down),
-    }
-
-
 # Tensors that change no logit: tables that follow from config.json, and scales of a quantised KV cache.
 _DERIVED = re.compile(
     r"(rotary_emb\.(inv_freq|cos_cached|sin_cached)|position_ids|attn(ention)?\.(bias|masked_bias)|[qkv]_scale|kv_scale)$"
@@ -104,7 +91,7 @@ def check_entries(checkpoint: Checkpoint, config: ModelConfig, directory):
             _require_harmless(checkpoint, config, name, entry)
     if beyond:
         what = f"holds {len(beyond)} layers more than the {config.num_hidden_layers} of config.json; they are not used"
-        warnings.warn(f"{directory}: {what}", stacklevel=4)
+        warnings.warn(f"{directory}: {what}", InputWarning, stacklevel=4)
     if config.tie_word_embeddings and _HEAD in entries and entries[_HEAD] is not entries[_EMBEDDING]:
         _require_equal(checkpoint, _HEAD, _EMBEDDING)
 
@@ -149,7 +136,7 @@ def dtype_of(config: ModelConfig, checkpoint: Checkpoint) -> torch.dtype:
     if config.dtype is not None:
         return DTYPES[config.dtype]
     first = min(checkpoint.entries.values(), key=lambda entry: (entry.dtype is None, entry.path.name, entry.start))
-    if first.dtype not in DTYPES.values():
+    if first.dtype is None or first.dtype not in DTYPES.values():
         what = f"is stored as {first.stored}, and config.json names no dtype; name one (--dtype)"
         raise InputError(f"{first.path}: {first.name!r}", what)
     return first.dtype

@@ -13,7 +13,7 @@ from safetensors import SafetensorError, safe_open
 
 from cna_kernels.errors import InputError
 from cna_kernels.fields import REQUIRED, Fields, is_whole
-from cna_kernels.files import open_regular, parse_json, read_json, sha256
+from cna_kernels.files import open_regular, parse_json, read_json
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 # Bits of an element, by the name of the dtype. A model's own tensors have one of the floating dtypes below them; other
@@ -24,8 +24,7 @@ _BITS |= dict.fromkeys(("I64", "U64", "F64", "C64"), 64)
 _DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32, "F64": torch.float64}
 _OF_BASE = ("embed_tokens.", "layers.", "norm.")  # beginnings of names in a file of the model without its head
 _MAX_HEADER, _MAX_TENSORS, _MAX_DIMS = 100 << 20, 1 << 16, 8
-_PIECE = 4096  # bytes hashed at each of _PIECES places of a tensor larger than _WHOLE
-_PIECES, _WHOLE = 16, 1 << 20
+_WHOLE = 1 << 20  # numbers compared at a time
 
 
 @dataclass(frozen=True)
@@ -70,26 +69,9 @@ class Checkpoint:
 
     Attributes:
         entries: tensor name, as of the model with its head, -> where the tensor lies.
-        headers_sha256: hash of all safetensors headers.
     """
 
     entries: dict[str, TensorEntry]
-    headers_sha256: str
-
-    def weights_sha256(self) -> str:
-        """Return a hash of samples: tensors of up to 1 MiB whole, 16 evenly spaced pieces of 4 KiB of larger ones."""
-        parts: list[str | bytes] = [self.headers_sha256]
-        for name, entry in sorted(self.entries.items()):
-            with open(entry.path, "rb") as file:
-                size = entry.end - entry.start
-                places = [(0, size)]
-                if size > _WHOLE:
-                    places = [(number * (size - _PIECE) // (_PIECES - 1), _PIECE) for number in range(_PIECES)]
-                parts.append(name)
-                for place, length in places:
-                    file.seek(entry.start + place)
-                    parts.append(file.read(length))
-        return sha256(*parts)
 
     def read(self, name: str) -> torch.Tensor:
         """Read one tensor into its own memory. A mapped file that is truncated later would kill the process."""
@@ -104,15 +86,15 @@ class Checkpoint:
     def same_values(self, name: str, other: str) -> bool:
         """Whether two tensors are equal. They are compared in pieces, because they may be larger than memory."""
         one, two = self.entries[name], self.entries[other]
-        if one.shape != two.shape:
+        if one.shape != two.shape or one.dtype is None or two.dtype is None:
             return False
         with open(one.path, "rb") as first, open(two.path, "rb") as second:
             for start in range(0, math.prod(one.shape), _WHOLE):
                 n = min(_WHOLE, math.prod(one.shape) - start)
                 pieces = []
-                for file, entry in ((first, one), (second, two)):
-                    file.seek(entry.start + start * entry.dtype.itemsize)
-                    pieces.append(torch.frombuffer(bytearray(file.read(n * entry.dtype.itemsize)), dtype=entry.dtype))
+                for file, entry, dtype in ((first, one, one.dtype), (second, two, two.dtype)):
+                    file.seek(entry.start + start * dtype.itemsize)
+                    pieces.append(torch.frombuffer(bytearray(file.read(n * dtype.itemsize)), dtype=dtype))
                 if not torch.equal(pieces[0], pieces[1].to(one.dtype)):
                     return False
         return True
@@ -135,17 +117,14 @@ def open_checkpoint(directory) -> Checkpoint:
     else:
         raise InputError(directory, f"holds neither {SINGLE} nor {INDEX}")
     entries: dict[str, TensorEntry] = {}
-    headers: list[str | bytes] = []
     for shard in shards:
-        found, header = _read_header(directory / shard)
-        headers += [shard, header]
-        for name, entry in found.items():
+        for name, entry in _read_header(directory / shard).items():
             if name in entries:
                 raise InputError(f"{directory / shard}: {name!r}", f"is also in {entries[name].path.name}")
             entries[name] = entry
     if "embed_tokens.weight" in entries and "model.embed_tokens.weight" not in entries:
         entries = {f"model.{name}" if name.startswith(_OF_BASE) else name: entry for name, entry in entries.items()}
-    return Checkpoint(entries, sha256(*headers))
+    return Checkpoint(entries)
 
 
 def _read_index(path) -> list[str]:
@@ -160,8 +139,8 @@ def _read_index(path) -> list[str]:
     return sorted(set(weight_map.values()))
 
 
-def _read_header(path: Path) -> tuple[dict[str, TensorEntry], bytes]:
-    """Return the tensors of one file and the raw header, after checking that the file holds what it declares."""
+def _read_header(path: Path) -> dict[str, TensorEntry]:
+    """Return the tensors of one file, after checking that the file holds what it declares."""
     with open_regular(path) as file:
         size = os.fstat(file.fileno()).st_size
         length = int.from_bytes(file.read(8), "little")
@@ -186,7 +165,7 @@ def _read_header(path: Path) -> tuple[dict[str, TensorEntry], bytes]:
     end_of_data = max((entry.end for entry in entries.values()), default=start_of_data)
     if end_of_data != size:
         raise InputError(path, f"is truncated or has extra bytes: expected {end_of_data}, got {size}")
-    return entries, raw
+    return entries
 
 
 def _tensor_entry(record, path, name, start_of_data) -> TensorEntry:

@@ -17,7 +17,7 @@ import torch
 
 from cna_kernels.circuit import Circuit
 from cna_kernels.errors import InputError, one_line
-from cna_kernels.files import check_writable, make_directory
+from cna_kernels.files import check_directory, check_writable, make_directory
 
 from ..discovery.job import Job
 from ..discovery.parts import merged
@@ -42,6 +42,7 @@ from ..prompts.corpus import (
 from ..prompts.files import BadLines, iter_prompts, neutral_prompts
 from .arguments import chat_options, check_column, column_of, device_of, directory_of, load_model, say_model
 from .console import Table, cell, print_json, show_circuit, stdout
+from .flags import MOST_THREADS
 from .progress import metered
 
 
@@ -61,6 +62,8 @@ def run_discover(args):
     if many:
         make_directory(args.output)
     check_writable(Path(args.output, "columns.safetensors") if many else args.output)
+    if args.run_dir is not None:
+        check_directory(args.run_dir)
     settings = _settings(args)
     threads = _threads(args)
     if threads is not None:
@@ -241,8 +244,12 @@ def _manifest(args) -> dict | None:
 
 def _threads(args) -> int | None:
     """The number of threads: --threads, or else the number that the run in --run-dir was started with."""
-    started = _manifest(args)
-    return started.get("threads") if args.threads is None and started is not None else args.threads
+    started = _manifest(args) if args.threads is None else None
+    threads = args.threads if started is None else started.get("threads")
+    if threads is not None and threads > MOST_THREADS:
+        what = f"expected at most {MOST_THREADS} on this machine, got {threads}; --threads gives another number"
+        raise InputError(Path(args.run_dir, "manifest.json: threads"), what)
+    return threads
 
 
 def _entries(args, settings, names, bad):

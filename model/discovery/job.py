@@ -75,6 +75,7 @@ class Job:
         by_spread = settings.score == "cohen-d"
         self.how = Pass(columns, squares or by_spread, by_spread, batch, max_tokens)
         self._check_memory(columns)
+        model.identity()  # before hours of work: files that have changed meanwhile are refused
 
     def _check_memory(self, columns: Columns):
         """Refuse more sums than memory holds: the totals of all slots, and the buffers of a unit with all slots."""
@@ -173,6 +174,7 @@ class Job:
             "tokenizer_sha256": model.tokenizer.sha256,
             "chat_template_sha256": self._template_sha256(),
             "chat": model.encoder.record(self.chat),
+            "shape": list(self.shape),
             "dtype": self._dtype(),
             "device": model.device.type,
             "backend": backends.name_for(model.device),

@@ -32,6 +32,7 @@ from cna_kernels.files import sha256
 from cna_kernels.sums import ActivationSums, NonFiniteActivation
 
 from ..checkpoint.config import ModelConfig
+from ..checkpoint.identity import identity_of
 from ..checkpoint.load import check_entries, check_memory, dtype_of, expected_shapes
 from ..checkpoint.safetensors_file import Checkpoint, TensorEntry
 from ..transformer import Transformer
@@ -127,7 +128,8 @@ def load_parallel(
 ) -> ParallelTransformer:
     """Read this rank's part of a checkpoint. All ranks of the mesh call this function; all return or all raise.
 
-    No rank reads or holds more than its part. ``dtype`` None keeps the dtype of config.json.
+    No rank holds more than its part; every rank hashes the whole checkpoint, once. ``dtype`` None keeps the dtype of
+    config.json.
 
     Raises:
         InputError: heads, key-value heads or neurons cannot be shared out evenly, which is not supported; a tensor is
@@ -137,7 +139,7 @@ def load_parallel(
     with _named_if_lost(mesh):
         try:
             transformer = _load(directory, config, checkpoint, mesh, dtype, device)
-            digest = sha256(repr(config), str(dtype), checkpoint.weights_sha256())
+            digest = sha256(repr(config), str(dtype), identity_of(directory, checkpoint, config)["tensors_sha256"])
         except Exception:
             _meet(mesh, None)
             raise

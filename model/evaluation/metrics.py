@@ -123,17 +123,18 @@ def kind_of(text: str, tokens: Sequence[int], is_refusal: Callable[[str], bool])
     visible = after_thought(text)
     if visible is None:
         return "unfinished"
+    units: Sequence = tokens
     if visible != text:  # nobody knows which of the tokens belong to the thought
-        text, tokens = visible, visible.split()
+        text, units = visible, visible.split()
     if not text.strip():
         return "empty"
-    for units, n in ((tokens, NGRAM), (text, N_CHARACTERS)):
-        if len(units) - n + 1 >= FEWEST and ngram_quality(units, n) < DEGENERATE:
+    for parts, n in ((units, NGRAM), (text, N_CHARACTERS)):
+        if len(parts) - n + 1 >= FEWEST and ngram_quality(parts, n) < DEGENERATE:
             return "degenerate"
     if is_refusal(text):
         return "refusal"
     # a text without spaces is one word, so it also needs few tokens to be short
-    return "short" if len(text.split()) < NGRAM and len(tokens) < FEWEST else "answer"
+    return "short" if len(text.split()) < NGRAM and len(units) < FEWEST else "answer"
 
 
 def summarise(answers: Sequence[str], is_refusal: Callable[[str], bool]) -> dict[str, float]:

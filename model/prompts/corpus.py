@@ -14,12 +14,13 @@ from cna_kernels.errors import InputError
 from cna_kernels.fields import REQUIRED, Fields
 from cna_kernels.files import Digest, open_regular, replaced, sha256
 
-from .files import BadLines, ChatText, accepted, prompt_of, require_text
+from .files import BadLines, ChatText, TokenText, accepted, prompt_of, require_text
 
 UNIT_PROMPTS, UNIT_BYTES, UNIT_UNIVERSAL = 1024, 4 << 20, 32  # what a unit holds at most: prompts, and their text
 STREAMED_UNITS = 64  # times as much where every unit reads the whole checkpoint
 MOST_COLUMNS, LONGEST_NAME = 4096, 200
 SKETCH = 1024  # hashes of a column's sketch
+LONGEST_LINE = 1 << 30  # bytes of a prompt with what belongs to it
 POSITIVE, NEGATIVE = ".positive", ".negative"  # endings of the two columns of a contrast
 UNIVERSAL = "universal/"  # beginning of the columns that the universal filter looks at
 
@@ -32,7 +33,7 @@ class Entry(NamedTuple):
         columns: (column, weight, turn) of every sum that counts it; it is the ``turn``-th prompt of that column.
         universal: whether it is a prompt of the universal filter, which looks at each of its prompts alone.
         answer: text that follows the prompt, for position "answer".
-        chat: whether the text is a whole chat, as JSON; see :class:`ChatText`.
+        kind: "text", or what the text is the JSON of: a "chat" or token "ids"; see ``files.py``.
     """
 
     text: str
@@ -40,12 +41,13 @@ class Entry(NamedTuple):
     columns: tuple[tuple[int, float, int], ...] = ()
     universal: bool = False
     answer: str | None = None
-    chat: bool = False
+    kind: str = "text"
 
     @property
     def prompt(self) -> str:
-        """The text, or the chat that it stands for."""
-        return ChatText(json.loads(self.text)) if self.chat else self.text
+        """The text, or the chat or ids that it stands for."""
+        of_kind = {"chat": ChatText, "ids": TokenText}.get(self.kind)
+        return self.text if of_kind is None else of_kind(json.loads(self.text))
 
 
 class Unit(NamedTuple):
@@ -204,18 +206,23 @@ class Corpus:
         self._file.seek(unit.offset)
         entries, lines = [], Digest()
         for _ in range(unit.n_prompts):
-            line = self._file.readline()
+            line = self._file.readline(LONGEST_LINE)
+            if not line.endswith(b"\n"):
+                break  # cut off; a manifest may say that there are more lines than time to read them
             lines.add(line)
             entries.append(line)
         if str(lines) != unit.sha256:
             raise InputError(self._where, f"is damaged: unit {number} is not as written")
-        return [_read_entry(line) for line in entries]
+        try:
+            return [_read_entry(line) for line in entries]
+        except (ValueError, TypeError, RecursionError):
+            raise InputError(self._where, f"is damaged: unit {number} holds lines that are no prompts") from None
 
 
 def _read_entry(line) -> Entry:
-    text, place, columns, universal, answer, chat = json.loads(line)
+    text, place, columns, universal, answer, kind = json.loads(line)
     counted = tuple((column, weight, turn) for column, weight, turn in columns)
-    return Entry(text, place, counted, universal, answer, chat)
+    return Entry(text, place, counted, universal, answer, kind)
 
 
 def _write(file, line):
@@ -231,9 +238,12 @@ def entries_of(prompts: Iterable[tuple[str, str]], *columns: int) -> Iterator[En
     """Entries from (text, place), each counted once in these columns; in none: for the universal filter."""
     for text, place in prompts:
         counted = tuple((column, 1.0, 0) for column in columns)
-        is_chat = isinstance(text, ChatText)
-        answer = text.answer if is_chat and columns else None
-        yield Entry(str(text), place, counted, universal=not columns, answer=answer, chat=is_chat)
+        answer = text.answer if isinstance(text, ChatText) and columns else None
+        yield Entry(str(text), place, counted, universal=not columns, answer=answer, kind=_kind(text))
+
+
+def _kind(text: str) -> str:
+    return "chat" if isinstance(text, ChatText) else "ids" if isinstance(text, TokenText) else "text"
 
 
 def two_sets(names: Names, positive, negative, neutral=()) -> Iterator[Entry]:
@@ -278,7 +288,7 @@ def _entry(record, place, names, prefix) -> Entry:
     if answer is not None:
         require_text(answer, f"{place}: answer")
     weighted = tuple((names(prefix + name), float(weight), 0) for name, weight in weights.record.items())
-    return Entry(str(text), text_place, weighted, False, answer, isinstance(text, ChatText))
+    return Entry(str(text), text_place, weighted, False, answer, _kind(text))
 
 
 def _are_columns(value: object) -> bool:

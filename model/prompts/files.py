@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from cna_kernels.errors import InputError
+from cna_kernels.fields import is_whole
 from cna_kernels.files import FilePath, sha256
 
 from .formats import WITH_COLUMNS, format_of, records_of
@@ -31,6 +32,21 @@ class ChatText(str):
         chat = super().__new__(cls, json.dumps(messages, ensure_ascii=False))
         chat.messages, chat.answer = messages, None
         return chat
+
+
+class TokenText(str):
+    """A prompt that is given as token ids. As text it is their JSON.
+
+    Attributes:
+        ids: the ids, as they go into the model.
+    """
+
+    ids: list[int]
+
+    def __new__(cls, ids: list[int]) -> TokenText:
+        text = super().__new__(cls, json.dumps(ids))
+        text.ids = ids
+        return text
 
 
 @dataclass(frozen=True)
@@ -87,7 +103,7 @@ def read_prompts(path: FilePath, *, column: str | None = None, limit: int | None
     Args:
         path: the file; ``FILE:COLUMN`` names the column, too.
         column: the field that holds the prompt, where records have fields; of several names with commas between them
-            the first that a file has. Default: ``prompt``, or the only field, or ``messages``.
+            the first that a file has. Default: ``prompt``, or the only field, or ``messages``, or ``input_ids``.
         limit: keep the first so many.
 
     Raises:
@@ -205,11 +221,14 @@ def neutral_prompts() -> PromptSet:
 def prompt_of(record: object, place: str, column: str | None) -> tuple[str, str]:
     """The prompt in a record, and its place: the record's own, or its column's.
 
-    A list of messages is a chat: its last message, if it is the assistant's, is no part of the prompt.
+    A list of messages is a chat: its last message, if it is the assistant's, is no part of the prompt. A list of whole
+    numbers is token ids.
     """
     if isinstance(record, dict):
         name = _column_in(record, column, place)
         place, record = f"{place}: {name}", record[name]
+        if isinstance(record, list) and record and name != "messages" and all(map(is_whole, record)):
+            return TokenText(record), place
         if isinstance(record, list):
             return chat_of(record, place), place
     return require_text(record, place), place
@@ -220,7 +239,7 @@ def _column_in(record: dict, column: str | None, place: str) -> str:
     if column is not None:
         wanted = [column, *column.split(",")]
     else:
-        wanted = ["prompt", *(names if len(names) == 1 else ()), "messages"]
+        wanted = ["prompt", *(names if len(names) == 1 else ()), "messages", "input_ids"]
     found = next((name for name in wanted if name in record), None)
     if found is None:
         has = ", ".join(str(key) for key in names[:8])

@@ -10,14 +10,16 @@ from __future__ import annotations
 import codecs
 import csv
 import io
+import os
 import re
+import stat
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import BinaryIO
 
-from cna_kernels.errors import InputError
+from cna_kernels.errors import InputError, InputWarning
 from cna_kernels.fields import short
 from cna_kernels.files import FilePath, open_regular, open_stream, parse_json
 
@@ -60,8 +62,10 @@ def format_of(path: FilePath) -> str:
         raise InputError(path, f"{ending} files are not read; read are {READ}")
     if ending == ".parquet":
         return "parquet"
-    with open_stream(path) as file:
-        head = _head(file)
+    head = b""
+    if not _is_pipe(path):  # a pipe is opened once, by who reads it
+        with open_stream(path) as file:
+            head = _head(file)
     if head[:4] == b"PAR1":
         return "parquet"
     for start, what in _OTHER.items():
@@ -89,6 +93,8 @@ def records_of(path: FilePath, bad, columns: Sequence[str] = ()) -> Iterator[tup
         yield from parquet_rows(path)
         return
     with open_stream(path) as opened:
+        if kind == "lines" and _is_pipe(path) and _begins_with_object(_head(opened), path):
+            kind = "jsonl"
         file = _utf8(path, opened)
         if kind == "json":
             yield from _json_records(path, file, bad)
@@ -127,41 +133,46 @@ def parquet_rows(path: FilePath) -> Iterator[tuple[dict, str]]:
 
 
 def _head(file: BinaryIO) -> bytes:
-    """The beginning of a file, which is left unread. Of a pipe only what has come; a pipe cannot be read twice."""
+    """The beginning of a file, which is left unread. Of a pipe only what has come so far."""
     if file.seekable():
         head = file.read(_HEAD)
         file.seek(0)
         return head
-    return b""
+    return file.peek(_HEAD)  # type: ignore[attr-defined]  # files that are opened for reading have it
+
+
+def _is_pipe(path: Path) -> bool:
+    try:
+        return stat.S_ISFIFO(os.stat(path).st_mode)
+    except (OSError, ValueError):
+        return False
 
 
 def _utf8(path: Path, file: BinaryIO) -> BinaryIO:
     """The file's text in UTF-8: the file itself, or what transcodes it."""
-    head = _head(file) if file.seekable() else file.peek(4)  # type: ignore[attr-defined]  # a BufferedReader has it
+    head = _head(file)
     encoding = next((name for mark, name in _MARKS.items() if head.startswith(mark)), None)
     if encoding is None and b"\0" in head[:64] and len(head) > 1:
         raise InputError(path, "holds NUL bytes where text should be; UTF-16 needs a byte order mark")
     if encoding is None and _is_western(head):
         encoding = "cp1252"
-        warnings.warn(f"{path}: is not UTF-8; read as Western text of one byte a character (Latin-1)", stacklevel=4)
+        warnings.warn(
+            f"{path}: is not UTF-8; read as Western text of one byte a character (Latin-1)", InputWarning, stacklevel=4
+        )
     if encoding is None:
         return file
-    return io.BufferedReader(_Transcoded(path, file, encoding))  # type: ignore[return-value]
+    return io.BufferedReader(_Transcoded(path, file, encoding))
 
 
 def _is_western(head: bytes) -> bool:
-    """Whether bytes are no UTF-8, but letters of Western languages that stand beside ASCII letters."""
+    """Whether bytes are no UTF-8, but letters and quotes of Western languages, one or two together."""
     try:
         codecs.getincrementaldecoder("utf-8")().decode(head)
         return False
     except UnicodeDecodeError:
         pass
-    high = re.findall(rb"[\x80-\xff]+", head)
-    letters = all(
-        re.fullmatch(rb"[\xc0-\xd6\xd8-\xf6\xf8-\xfe\x91-\x97\xa0\xab\xb0\xb4\xbb\xdf]{1,2}", run) for run in high
-    )
-    beside = re.search(rb"[a-zA-Z][\xc0-\xfe]|[\xc0-\xfe][a-zA-Z]", head)
-    return letters and beside is not None
+    western = rb"[\xc0-\xd6\xd8-\xf6\xf8-\xfe\x91-\x97\xa0\xab\xb0\xb4\xbb]{1,2}"
+    return all(re.fullmatch(western, run) for run in re.findall(rb"[\x80-\xff]+", head))
 
 
 class _Transcoded(io.RawIOBase):
@@ -317,7 +328,9 @@ def _is_header(only: str, columns: Sequence[str], place: str) -> bool:
         return True
     words = only.split()
     if len(words) in (2, 3):
-        warnings.warn(f"{place}: {short(only)} is taken for a prompt, not for the name of a column", stacklevel=5)
+        warnings.warn(
+            f"{place}: {short(only)} is taken for a prompt, not for the name of a column", InputWarning, stacklevel=5
+        )
     return len(words) == 1
 
 

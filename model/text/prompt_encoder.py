@@ -8,13 +8,13 @@ import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from cna_kernels.errors import InputError
+from cna_kernels.errors import InputError, InputWarning
 from cna_kernels.fields import short
 
 from ..discovery.collect import check_length
 from ..discovery.packing import TokenPrompt
 from ..prompts.corpus import Entry
-from ..prompts.files import ChatText, PromptSet
+from ..prompts.files import ChatText, PromptSet, TokenText
 from .chat_template import OWN_NAMES
 from .tokenizer import Tokenizer
 
@@ -46,6 +46,7 @@ class PromptEncoder:
             if not name.isidentifier() or name in OWN_NAMES:
                 raise InputError("template_args", f"expected names of template variables, got {short(name)}")
         self.n_marked, self.first_marked = 0, ""
+        self._notes = list(tokenizer.notes)  # said when the first prompt is encoded
         self._marks = tuple(text for text in tokenizer.special_texts if len(text) >= _SHORTEST_MARK)
 
     def uses_chat(self, chat: bool | None) -> bool:
@@ -96,26 +97,33 @@ class PromptEncoder:
             InputError: naming the prompt's place.
         """
         as_chat = self.uses_chat(chat)
+        while self._notes:
+            warnings.warn(self._notes.pop(), InputWarning, stacklevel=3)
         self._count_marked(prompts)
-        if not as_chat:
-            for text, place in prompts:
-                if isinstance(text, ChatText):
-                    raise InputError(place, "is a chat, which needs a chat template")
-            rows = ((self.tokenizer.encode(text), place) for text, place in prompts)
-        else:
-            texts = self.tokenizer.each(
-                [self._messages(text) for text in prompts.texts], template_args=self.template_args
-            )
-            ids = (self.tokenizer.encode_rendered(text, double_bos=double_bos) for text in texts)
-            rows = zip(ids, prompts.places, strict=True)
+        chats = [self._messages(text) for text in prompts.texts if as_chat and not isinstance(text, TokenText)]
+        rendered = self.tokenizer.each(chats, template_args=self.template_args) if chats else iter(())
         found = []
-        for row, place in rows:
+        for text, place in prompts:
+            if isinstance(text, TokenText):
+                row = self._checked_ids(text, place)
+            elif as_chat:
+                row = self.tokenizer.encode_rendered(next(rendered), double_bos=double_bos)
+            elif isinstance(text, ChatText):
+                raise InputError(place, "is a chat, which needs a chat template")
+            else:
+                row = self.tokenizer.encode(text)
             if len(row) > self.context_length:
                 if not keep_long:
                     check_length(TokenPrompt(row, place), self.context_length)
                 row = row[: self.context_length + 1]
             found.append(TokenPrompt(row, place))
         return found
+
+    def _checked_ids(self, text: TokenText, place: str) -> list[int]:
+        for number in text.ids:
+            if not 0 <= number < self.tokenizer.vocab_size:
+                raise InputError(place, f"holds id {number}, beyond the model's {self.tokenizer.vocab_size} rows")
+        return text.ids
 
     def encode_entries(
         self,
@@ -168,4 +176,4 @@ class PromptEncoder:
                 if self.n_marked == 1:
                     self.first_marked = place
                     what = "holds special tokens, which count as such: is it a rendered chat already?"
-                    warnings.warn(f"{place}: {what}", stacklevel=4)
+                    warnings.warn(f"{place}: {what}", InputWarning, stacklevel=4)

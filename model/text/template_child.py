@@ -35,7 +35,7 @@ def main():
     class Generation(Extension):
         """``{% generation %}`` marks the assistant's own words for training; here it changes nothing."""
 
-        tags = frozenset({"generation"})
+        tags = {"generation"}  # noqa: RUF012
 
         def parse(self, parser):
             line = next(parser.stream).lineno

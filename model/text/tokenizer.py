@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from cna_kernels.errors import InputError
 from cna_kernels.fields import Fields, is_whole, short
@@ -14,6 +14,9 @@ from cna_kernels.files import read_json, sha256
 from ..packages import require
 from .chat_template import ChatTemplate, find_chat_template
 from .tokenizer_files import JSON, OTHERS, read_tokenizer_files
+
+if TYPE_CHECKING:
+    from tokenizers import Tokenizer as Backend
 
 _PROBE = "A probe: 1 + 2 = 3, naïve."
 
@@ -24,6 +27,7 @@ class Tokenizer:
     A checkpoint may hold no tokenizer. Then whatever needs one is refused, and token ids work as ever.
 
     Attributes:
+        vocab_size: rows of the model's embedding.
         bos_id, eos_id: ids of the tokens that begin and end a sequence, or None.
         adds_bos: whether plain text gets a BOS in front.
         special_texts: the texts of the special tokens.
@@ -34,7 +38,7 @@ class Tokenizer:
 
     def __init__(self, directory, vocab_size: int):
         require("tokenizers", "jinja2")
-        self.directory, self._vocab_size = Path(directory), vocab_size
+        self.directory, self.vocab_size = Path(directory), vocab_size
         self._path = self.directory / JSON
         self.bos_id: int | None = None
         self.eos_id: int | None = None
@@ -45,19 +49,20 @@ class Tokenizer:
         self.sha256: str | None = None
         self.template_sha256: str | None = None
         files = read_tokenizer_files(self.directory, _model_type(self.directory), self._guard)
-        self._backend = None if files is None else files.backend
+        self._backend: Backend | None = None
         if files is None:
             return
+        backend = self._backend = files.backend
         self._path, self.sha256, self.notes = files.path, files.sha256, files.notes
-        self._backend.no_truncation()
-        self._backend.no_padding()
+        backend.no_truncation()
+        backend.no_padding()
         if "bos_token" in files.special:
-            self.bos_id = self._backend.token_to_id(files.special["bos_token"])
+            self.bos_id = backend.token_to_id(files.special["bos_token"])
         if "eos_token" in files.special:
-            self.eos_id = self._backend.token_to_id(files.special["eos_token"])
-        probe = self._guard(self._backend.encode, _PROBE).ids  # a hostile file may fail only when it is used
+            self.eos_id = backend.token_to_id(files.special["eos_token"])
+        probe = self._guard(backend.encode, _PROBE).ids  # a hostile file may fail only when it is used
         self.adds_bos = bool(probe) and self.bos_id is not None and probe[0] == self.bos_id
-        added = self._backend.get_added_tokens_decoder().values()
+        added = backend.get_added_tokens_decoder().values()
         self.special_texts = tuple(sorted(token.content for token in added if token.special))
         self.template = find_chat_template(directory, files.settings, files.special)
         self.template_sha256 = sha256(self.template.source) if self.template else None
@@ -141,10 +146,10 @@ class Tokenizer:
 
     def _ids(self, text, *, special_tokens):
         ids = self._guard(self._there().encode, text, add_special_tokens=special_tokens).ids
-        if max(ids, default=0) >= self._vocab_size:  # a token that was added without a row of the embedding
+        if max(ids, default=0) >= self.vocab_size:  # a token that was added without a row of the embedding
             number = max(ids)
-            token = self._backend.id_to_token(number)
-            what = f"the text holds {short(token)}, whose id {number} is beyond the model's {self._vocab_size} rows"
+            token = self._there().id_to_token(number)
+            what = f"the text holds {short(token)}, whose id {number} is beyond the model's {self.vocab_size} rows"
             raise InputError(self._path, what)
         return ids
 
@@ -169,7 +174,7 @@ def stop_ids(directory, tokenizer: Tokenizer, vocab_size: int) -> frozenset[int]
 
     A model that was trained further often ends its answers with a token that only one of the files names.
     """
-    found = {tokenizer.eos_id} - {None}
+    found: set[int] = set() if tokenizer.eos_id is None else {tokenizer.eos_id}
     for name in ("generation_config.json", "config.json"):
         path = Path(directory) / name
         if not os.path.lexists(path):

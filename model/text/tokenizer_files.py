@@ -73,7 +73,7 @@ def read_tokenizer_files(directory, model_type: str, guard: Callable) -> Tokeniz
     record = Fields(parse_json(content, path), path)
     _refuse_dropout(record)
     kind = _kind(settings, directory, model_type, content)
-    if kind not in (*_AS_IT_IS, *_BUILDERS):
+    if kind is not None and kind not in (*_AS_IT_IS, *_BUILDERS):
         return _converted(directory, kind, settings, guard)
     tokens = _Tokens(settings, directory, record)
     notes, built, rebuilt = [], content, False
@@ -270,7 +270,8 @@ def _token_facts(token) -> tuple:
     return token.content, token.single_word, token.lstrip, token.rstrip, token.normalized, token.special
 
 
-def _text(token: Any) -> str:
+def _text(token: Any) -> Any:
+    """The text of a token in any of the ways in which files and ``tokenizers`` hold one."""
     return token.get("content") if isinstance(token, dict) else getattr(token, "content", token)
 
 
@@ -316,7 +317,7 @@ def _essence(part: Any) -> Any:
 
 
 def _bpe(model: dict[str, Any], **flags: Any) -> dict[str, Any]:
-    plain = dict(unk_token=None, continuing_subword_prefix=None, end_of_word_suffix=None)
+    plain: dict[str, Any] = dict(unk_token=None, continuing_subword_prefix=None, end_of_word_suffix=None)
     plain |= dict(fuse_unk=False, byte_fallback=False)
     kept = dict(vocab=model.get("vocab"), merges=model.get("merges", []))
     return {"type": "BPE", "dropout": None, **plain, **flags, **kept, "ignore_merges": False}

@@ -177,17 +177,6 @@ def test_save_and_load_round_trip(checkpoint, tmp_path):
     assert saved.keys() == original.keys()
 
 
-def test_weights_hash_sees_every_tensor(checkpoint):
-    whole = load_file(checkpoint / "model.safetensors")
-    hashes = {open_checkpoint(checkpoint).weights_sha256()}
-    for name, tensor in whole.items():
-        changed = tensor.clone()
-        changed.view(-1)[tensor.numel() // 3] += 1
-        save_file(whole | {name: changed}, checkpoint / "model.safetensors")
-        hashes.add(open_checkpoint(checkpoint).weights_sha256())
-    assert len(hashes) == len(whole) + 1
-
-
 @pytest.mark.exhaustive
 def test_loading_holds_no_second_copy(tmp_path):
     """Peak memory of a load stays below the weights plus the largest tensor and some slack."""
