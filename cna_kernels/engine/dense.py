@@ -105,6 +105,7 @@ class Dense(SteeredMLP):
         state = self.now.state
         if state.tokens is None:
             state = self.state()
+        self.ran = True
         if state.token_weight is not None:
             self.runs += 1
         if not self.known:

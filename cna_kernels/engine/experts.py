@@ -108,6 +108,7 @@ class Experts(SteeredMLP):
         if kwargs or len(args) != 3:
             return self.plain(*args, **kwargs)  # raises what it raises without an engine
         hidden_states, top_k_index, top_k_weights = args
+        self.ran = True
         if self.state().token_weight is not None:
             self.runs += 1
         how = self.module.config._experts_implementation

@@ -100,7 +100,7 @@ class SteeredMLP:
         known: whether the module's own forward is one of them.
         scale: the layer's part of the engine's table.
         sums: the buffers ``act_sum`` and ``act_sumsq`` of the running collection; empty without one.
-        runs: how often the MLP has run in the pass that is summed.
+        runs: how often the MLP has run in the pass that is summed. ran: whether it has in the pass that is steered.
     """
 
     LAYERS: tuple[str, ...] = ()
@@ -114,7 +114,7 @@ class SteeredMLP:
         self.in_modules = backends.name_for(self.device(module), backend) == "reference"
         self.scale: Scale | None = None
         self.sums: dict[str, Tensor] = {}
-        self.runs = 0
+        self.runs, self.ran = 0, False
         self.bound: Any = None  # what the module's attribute "forward" holds
         self._look()
 
@@ -175,11 +175,9 @@ class SteeredMLP:
         Raises:
             InputError: rows are steered, so that somebody may expect it here.
         """
-        now = self.now
-        compiling = torch.compiler.is_compiling()
-        if not compiling and now.again() is not None:
+        if self.now.again() is not None:
             return False
-        if now.rows.steers or (compiling and now.graded):  # a compiler that meets an error leaves the layer uncompiled
+        if self.now.rows.steers:
             raise InputError("attach", "an MLP ran outside its model's forward pass, where no row is known")
         return True
 

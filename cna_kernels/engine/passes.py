@@ -7,6 +7,7 @@ and the node that is at work tells which pass it comes from. What a pass must kn
 
 from __future__ import annotations
 
+import functools
 import sys
 import weakref
 from collections.abc import Iterator, Mapping, Sequence
@@ -56,6 +57,7 @@ class ForwardPass:
         self.state, self.rows = State(), rows
         self.scales: list[Scale] = []
         self.graded: list[weakref.ref[Graded]] = []
+        self._in_backward: State | None = None
         self._copied: tuple[tuple[int, ...], list[Scale]] = (), []
 
     # In the order of a pass: begin, what MLPs ask for, end.
@@ -79,15 +81,27 @@ class ForwardPass:
             state = State(state.tokens.clone(), None, state.in_modules, scales)
         graded = Graded(state, first, _next_number())
         for node in nodes:
-            node.metadata[id(self)] = graded
+            node.register_prehook(functools.partial(self._start_backward, graded))  # lives as long as the node
         self.graded = [weakref.ref(graded), *(ref for ref in self.graded if ref() is not None)]
+
+    def _start_backward(self, graded: Graded, *_: Any) -> None:
+        self._in_backward = graded.state
+        torch.autograd.Variable._execution_engine.queue_callback(self._end_backward)
+
+    def _end_backward(self) -> None:
+        self._in_backward = None
 
     def again(self) -> State | None:
         """The state of the pass to which the node of autograd belongs that is at work; None if there is none.
 
+        A compiler cannot ask for the node. It takes the pass whose backward pass began last: autograd works through the
+        nodes from the last one back, so that a pass is done before one before it begins.
+
         Raises:
             InputError: passes of several threads have nodes of this number.
         """
+        if torch.compiler.is_compiling():
+            return self._in_backward
         number = _number_at_work()
         if number is None:
             return None

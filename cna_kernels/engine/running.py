@@ -37,6 +37,7 @@ class Running:
     ) -> None:
         self.now, self.rows, self.table = now, now.rows, table
         self.collecting: Collecting | None = None
+        self._said: list[int] = []  # the layers of which was said that they did not run
         self.places = {name: place for place, name in enumerate(parameters_of(plain_function(decoder)))}
         self._decoder, self._mlps, self._layers = decoder, mlps, layers_of(decoder)
         self._links = [link for layer, name in zip(self._layers, names, strict=True) for link in _links(layer, name)]
@@ -58,6 +59,9 @@ class Running:
             token_weight = collecting.of_call(shape, device, attention_mask)
             for mlp in self._mlps:
                 mlp.runs = 0
+        if self.rows.steers:
+            for mlp in self._mlps:
+                mlp.ran = False
         return now.begin(State(tokens, token_weight, others_watch()))
 
     def end(self, begun: tuple[State, int], result: Any) -> None:
@@ -65,6 +69,8 @@ class Running:
         if self.now.state.token_weight is not None and self.collecting is not None:
             self.collecting.done = result is not None
         self.now.end(begun, result)
+        if result is not None and self.rows.steers:
+            self._check_steered()
 
     def check_all_ran(self) -> None:
         """Raise InputError unless every layer has run once in the pass that was summed."""
@@ -92,6 +98,20 @@ class Running:
         for mlp in self._mlps:
             if compiling or not mlp.is_in_place():
                 mlp.check_in_place()
+
+    def _check_steered(self) -> None:
+        """Raise InputError if no MLP has run in a steered pass; say once which have not, if others have."""
+        n_layers = getattr(getattr(self._decoder, "config", None), "num_hidden_layers", len(self._mlps))
+        left = [mlp.layer for mlp in self._mlps if not mlp.ran and mlp.layer < n_layers]
+        if not left:
+            return
+        if len(left) == min(n_layers, len(self._mlps)):
+            what = "none of its MLPs ran in a pass whose rows are steered: its layers compute them without calling them"
+            raise InputError("model", what)
+        if not torch.compiler.is_compiling() and left != self._said:
+            self._said = left
+            what = f"the MLPs of {ranges(left)} did not run in a pass whose rows are steered"
+            warnings.warn(f"cna_kernels: {what}; their neurons were not steered", stacklevel=4)
 
     def _say_that_nothing_is_steered(self) -> None:
         self.rows.were_given = True  # say it once

@@ -171,6 +171,36 @@ def test_a_checkpoint_around_the_whole_model(reentrant):
     assert (found[0] - found[1]).abs().max() <= 1e-5 * found[0].abs().max()
 
 
+@pytest.mark.exhaustive
+@pytest.mark.parametrize("reentrant", [True, False])
+def test_compiled_layers_run_again(reentrant, monkeypatch):
+    """A checkpoint around layers that are compiled, as transformers before 5.20 has it: a compiler sees no node."""
+
+    def run(checkpointed, compiled):
+        torch._dynamo.reset()
+        model = make("llama").train()
+        engine = quietly(model)
+        engine.set([random_circuit(engine, seed) for seed in range(2)], [-2.0, 3.0])
+        for layer in model.model.layers if compiled else ():
+            layer.compile(backend="aot_eager")
+        kind = type(model.model.layers[0])
+        with monkeypatch.context() as patch:
+            if checkpointed:
+                patch.setattr(kind, "__call__", lambda self, x, **more: checkpoint(
+                    lambda x: torch.nn.Module.__call__(self, x, **more), x, use_reentrant=reentrant
+                ), raising=False)  # fmt: skip
+            engine.rows([0, -1])
+            loss = loss_of(model)
+            engine.rows([1, 0])
+            loss = loss - 2 * loss_of(model)
+            engine.rows(None)
+            loss.backward()
+        return torch.cat([x.grad.flatten() for x in model.parameters()])
+
+    expected = run(checkpointed=False, compiled=False)
+    assert (run(checkpointed=True, compiled=True) - expected).abs().max() <= 1e-5 * expected.abs().max()
+
+
 def test_nothing_is_kept_of_a_pass_whose_graph_is_gone():
     model = make("llama").train()
     engine = quietly(model)
@@ -209,6 +239,28 @@ def test_layers_that_did_not_run_are_an_error():
     with engine.collect(torch.eye(2), sums):
         logits(model, IDS)
     assert torch.equal(sums.total, 2 * total)
+
+
+def test_mlps_that_layers_do_not_call_are_not_steered_in_silence():
+    def past_the_mlp(self, x, **_):
+        return x + self.mlp.down_proj(self.mlp.act_fn(self.mlp.gate_proj(x)) * self.mlp.up_proj(x))
+
+    model = make("llama")
+    engine = attach(model)
+    layers = model.model.layers
+    layers[1].forward = past_the_mlp.__get__(layers[1])
+    logits(model, IDS)
+    with engine.steer(random_circuit(engine, 0)):
+        with pytest.warns(UserWarning, match="the MLPs of layer 1 did not run in a pass whose rows are steered; their"):
+            logits(model, IDS)
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            logits(model, IDS)
+            for layer in layers:
+                layer.forward = past_the_mlp.__get__(layer)
+            with pytest.raises(InputError, match="none of its MLPs ran in a pass whose rows are steered"):
+                logits(model, IDS)
+    logits(model, IDS)
 
 
 def test_assisted_decoding_by_an_early_exit():
