@@ -13,6 +13,10 @@ from typing import Any, cast
 from cna_kernels.errors import InputError, InputWarning, one_line
 
 
+# Commands that leave nothing behind. They end where they are: some import libraries that abort on KeyboardInterrupt.
+AT_ONCE = ("show", "status", "doctor", "estimate")
+
+
 def run(argv: list[str] | None) -> int:
     """Run the command that the words name; see :func:`cna_kernels.model.cli.main`."""
     own = argv is None  # nobody else is in this process
@@ -26,7 +30,7 @@ def run(argv: list[str] | None) -> int:
             args = parser.parse(sys.argv[1:] if argv is None else argv)
             name = f"cna {args.command}"
             command = parser.load(args)
-            if own:
+            if own and args.command not in AT_ONCE:
                 _on_interrupt(signal.default_int_handler)
             command(args)
             sys.stdout.flush()

@@ -143,14 +143,14 @@ def test_a_second_interrupt_ends_at_once(files):
         "sys.exit(main())\n"
     )
     child = subprocess.Popen(
-        [sys.executable, "-c", code, "doctor"], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        [sys.executable, "-c", code, "demo"], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     )
     for word in ("ready", "again"):
         assert child.stdout.readline().strip() == word
         child.send_signal(signal.SIGINT)
     start = time.monotonic()
     _, errors = child.communicate(timeout=30)
-    assert child.returncode == 130 and time.monotonic() - start < 20 and errors == "cna doctor: interrupted\n"
+    assert child.returncode == 130 and time.monotonic() - start < 20 and errors == "cna demo: interrupted\n"
 
 
 class Broken:
