@@ -12,7 +12,6 @@ from typing import Any, cast
 
 from cna_kernels.errors import InputError, InputWarning, one_line
 
-
 # Commands that leave nothing behind. They end where they are: some import libraries that abort on KeyboardInterrupt.
 AT_ONCE = ("show", "status", "doctor", "estimate")
 
