@@ -3,7 +3,7 @@
 from canary import Canary
 
 ENGINE = "cna_kernels/engine/"
-PARITY = "tests/attach/test_parity.py"
+PARITY = "tests/attach/test_attach_parity.py"
 PASSES = "tests/attach/test_passes.py"
 
 CANARIES: list[Canary] = [
