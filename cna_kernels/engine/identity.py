@@ -7,6 +7,7 @@ from pathlib import Path
 
 from torch import Tensor, nn
 
+from ..errors import one_line
 from ..fingerprint import WIDE, decoder_sha256, in_threads, marks_sha256
 from .mlps import SteeredMLP
 
@@ -19,6 +20,7 @@ def identity_of(decoder: nn.Module, mlps: Sequence[SteeredMLP]) -> dict[str, str
     """
     name = getattr(getattr(decoder, "config", None), "_name_or_path", "") or type(decoder).__name__
     name = Path(name).resolve().name if Path(name).is_dir() else name  # no path of this machine in a file to share
+    name = one_line(name)  # a name may be no text
     weights = _weights_in_sight(decoder, mlps)
     if weights is None:
         return {"name": name}

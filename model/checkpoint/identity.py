@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 
-from cna_kernels.errors import InputError
+from cna_kernels.errors import InputError, one_line
 from cna_kernels.files import open_regular, read_json, sha256, write_text
 from cna_kernels.fingerprint import Marks, decoder_sha256, in_threads
 
@@ -54,7 +54,7 @@ def identity_of(directory, checkpoint: Checkpoint, config: ModelConfig) -> dict[
         name.removeprefix(_BASE): by_file_name[entry.name][1] for name, entry in used.items() if name.startswith(_BASE)
     }
     return {
-        "name": Path(directory).resolve().name,
+        "name": one_line(Path(directory).resolve().name),  # a name may be no text
         "settings_sha256": settings_sha256(config),
         "tensors_sha256": sha256(*parts),
         "decoder_sha256": decoder_sha256(decoder),

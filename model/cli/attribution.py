@@ -52,8 +52,8 @@ def run_discover(args):
         raise InputError("--output", "expected a file; --json prints the circuit on stdout")
     if args.batch is not None and args.batch_tokens is not None:
         raise InputError("--batch-tokens", "give it, or --batch")
-    if args.spill is not None and not (args.stream_layers and Path(args.spill).is_dir()):
-        raise InputError("--spill", "expected a directory, and --stream-layers")
+    if args.spill is not None and not (args.stream_layers and os.path.isdir(args.spill)):
+        raise InputError("--spill", f"expected a directory, and --stream-layers, got {args.spill!r}")
     sides = bool(args.positive), bool(args.negative)
     if args.label is not None and sides != (True, False):
         raise InputError("--label", "is for one file that holds both sides: give it as --positive, and no --negative")
