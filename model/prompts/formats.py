@@ -14,7 +14,7 @@ import os
 import re
 import stat
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import BinaryIO
@@ -101,16 +101,19 @@ def records_of(path: FilePath, bad, columns: Sequence[str] = ()) -> Iterator[tup
         elif kind == "table":
             yield from _table_rows(path, file, bad, columns)
         else:
-            for line, place in _lines(path, file, bad):
-                if kind == "lines":
-                    yield line.strip(), place
-                    continue
-                try:
-                    record = parse_json(line, place)
-                except InputError as error:
-                    bad.add(error)
-                    continue
-                yield record, place
+            lines = _lines(path, file, bad)
+            yield from ((line.strip(), place) for line, place in lines) if kind == "lines" else _parsed(lines, bad)
+
+
+def _parsed(lines: Iterable[tuple[str, str]], bad) -> Iterator[tuple[object, str]]:
+    """The value of each line of JSON, with its place."""
+    for line, place in lines:
+        try:
+            record = parse_json(line, place)
+        except InputError as error:
+            bad.add(error)
+            continue
+        yield record, place
 
 
 def parquet_rows(path: FilePath) -> Iterator[tuple[dict, str]]:
@@ -243,16 +246,9 @@ def _json_records(path: Path, file: BinaryIO, bad) -> Iterator[tuple[object, str
         text = content.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         raise InputError(path, f"is not UTF-8 text (byte {error.start})") from None
-    lines = [(number, line) for number, line in enumerate(text.splitlines(), 1) if line.strip()]
-    if len(lines) > 1 and all(line.strip()[0] == "{" and line.strip()[-1] == "}" for _, line in lines):
-        for number, line in lines:
-            place = f"{path}:{number}"
-            try:
-                record = parse_json(line, place)
-            except InputError as error:
-                bad.add(error)
-                continue
-            yield record, place
+    lines = [(line, f"{path}:{number}") for number, line in enumerate(text.splitlines(), 1) if line.strip()]
+    if len(lines) > 1 and all(line.strip()[0] == "{" and line.strip()[-1] == "}" for line, _ in lines):
+        yield from _parsed(lines, bad)
         return
     records = parse_json(text, path)
     if not isinstance(records, list):
