@@ -11,6 +11,7 @@ from torch import nn
 from .patch import call_plain
 
 ENGINE = "_cna_engine"  # the attribute of an attached decoder
+ARGUMENTS = ("input_ids", "attention_mask", "position_ids", "past_key_values", "inputs_embeds", "use_cache")
 
 
 def layers_of(decoder: nn.Module) -> list[nn.Module]:
@@ -24,20 +25,14 @@ def decoder_forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
     if engine is None:
         return call_plain(self, *args, **kwargs)
 
-    def argument(name: str, place: int) -> Any:
-        return kwargs[name] if name in kwargs else args[place] if len(args) > place else None
-
-    embeds, ids = argument("inputs_embeds", 4), argument("input_ids", 0)
-    source, finished = ids if embeds is None else embeds, False
+    call = dict(zip(ARGUMENTS, args, strict=False)) | kwargs
+    embeds, finished = call.get("inputs_embeds"), False
+    source = call["input_ids"] if embeds is None else embeds
+    if call.get("use_cache") is None:
+        call["use_cache"] = getattr(self.config, "use_cache", False)
     with nullcontext() if torch.compiler.is_compiling() else engine.table.lock:
         try:
-            engine._begin(
-                source.shape[:2],
-                source.device,
-                argument("attention_mask", 1),
-                argument("position_ids", 2),
-                argument("past_key_values", 3),
-            )
+            engine._begin(source.shape[:2], source.device, call)
             y = call_plain(self, *args, **kwargs)
             finished = True
             return y

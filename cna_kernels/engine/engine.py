@@ -26,6 +26,7 @@ from .decoder import ENGINE, decoder_forward, layers_of
 from .identity import identity_of
 from .mlps import ForwardPass, SteeredMLP
 from .patch import is_replaced, mlp_forward, replace_forward, restore_forward
+from .prompt import Prompt
 from .rows import Rows
 
 
@@ -72,8 +73,7 @@ class Engine:
             link for layer, (name, _) in zip(layers_of(decoder), found, strict=True) for link in _links(layer, name)
         ]
         self._was: dict[str, Any] = {}  # the model's provenance, once the engine is off
-        self._rows = Rows(max_rows, devices[0])
-        self._buffers: dict[tuple[int, bool], list[dict[str, Tensor]]] = {}  # (columns, squares) -> each layer's
+        self._rows, self._prompt = Rows(max_rows, devices[0]), Prompt(devices[0])
         self._collecting: Collecting | None = None
 
     # Steering.
@@ -118,9 +118,9 @@ class Engine:
             row_circuit: a circuit's number, -1 for none: one number for every row of any batch, ``[B]``, or
                 ``[B, S]`` for each token of calls of that shape. None is -1 for all. Rows of beam search and of
                 several answers to a prompt are rows like any other.
-            phase: "prompt" steers the tokens of calls with several tokens, and the first token of a sequence; "answer"
-                all other tokens; "both" all tokens. Programs that cut prompts or answers otherwise, or decode without a
-                cache, use ``start`` and ``stop``.
+            phase: "prompt", "answer" or "both". ``generate`` of the attached model says where a prompt ends, also in
+                chunks, without a cache and with drafted tokens. Elsewhere a call on an empty cache is a prompt, and one
+                token on a cache that holds tokens is an answer; any other call refuses a phase but "both".
             start, stop: positions in the sequence, one number or one for each row: steer tokens at ``start`` and later,
                 before ``stop``. They are the model's ``position_ids``: ``generate`` counts from the first token that is
                 not padding, a call without ``position_ids`` from the first column.
@@ -144,9 +144,9 @@ class Engine:
         """Sum the activations of the first forward pass inside the ``with``, before any steering.
 
         Args:
-            token_weight: ``[B, C]``: how much each row's last token counts in each of C columns: the last token that a
-                mask ``[B, S]`` shows, or the row's last where there is no mask. The first pass must then be the whole
-                prompt, which it is not where ``generate`` cuts prompts or looks ahead. ``[B, S, C]``: of each token.
+            token_weight: ``[B, C]``: how much each row's last token counts in each of C columns: the last that the mask
+                shows (not 0 in ``[B, S]``, in any dtype), or the row's last where there is no mask. Within ``generate``
+                it is the prompt's, however prompts are cut. ``[B, S, C]``: of each token.
             sums: sums of the same columns, to which the pass is added; default new sums.
             squares: new sums also have the squares, which the score "cohen-d" needs. Given sums have squares or not,
                 whatever this says.
@@ -166,15 +166,11 @@ class Engine:
         n_columns = token_weight.shape[-1]
         if sums is None:
             sums = self.new_sums(n_columns, squares=squares)
-        squares = sums.act_sumsq is not None
         check_tensor("sums.total", sums.total, shape=(self.n_layers, n_columns, self.n_neurons))
-        key = n_columns, squares
         with torch.inference_mode(False):
-            if key not in self._buffers:
-                self._buffers[key] = [self._layer_buffers(layer, *key) for layer in range(self.n_layers)]
             token_weight = token_weight.to(self._devices[0], torch.float32).contiguous()
-            self._collecting = Collecting(token_weight, self._buffers[key])
-        for mlp, buffers in zip(self._mlps, self._buffers[key], strict=True):
+            self._collecting = Collecting(token_weight, [self._layer_buffers(n, sums) for n in range(self.n_layers)])
+        for mlp, buffers in zip(self._mlps, self._collecting.buffers, strict=True):
             mlp.sums = buffers
         try:
             yield sums
@@ -315,6 +311,7 @@ class Engine:
         for mlp in self._mlps:
             mlp.take_off()
         restore_forward(decoder)
+        self._prompt.take_off()
         delattr(decoder, ENGINE)
         self._mlps, self._paths, self._decoder = [], [], None  # nothing of the model is kept alive
 
@@ -338,16 +335,16 @@ class Engine:
 
     # One forward pass.
 
-    def _begin(
-        self, shape: tuple[int, int], device: torch.device, attention_mask: object, position_ids: Any, past: Any
-    ) -> None:
-        """Set what the MLPs need for a call of ``shape`` [B, S] tokens."""
+    def _begin(self, shape: tuple[int, int], device: torch.device, call: dict[str, Any]) -> None:
+        """Set what the MLPs need for a call of ``shape`` [B, S] tokens. ``call``: the decoder's arguments by name."""
         if not torch.compiler.is_compiling():
             self._check_in_place()
-        self._now.tokens = self._rows.of_tokens(shape, device, position_ids, past)
-        collecting = self._collecting
-        if collecting is not None and not collecting.done:
-            self._now.token_weight = collecting.of_call(shape, device, attention_mask)
+        past, prompt, collecting = call.get("past_key_values"), self._prompt, self._collecting
+        prompt.begin_call(shape[1], past, call.get("inputs_embeds") is not None)
+        self._now.tokens = self._rows.of_tokens(shape, device, call, prompt)
+        if collecting is None or collecting.done or (collecting.by_prompt and prompt.goes_on(shape[1], past)):
+            return
+        self._now.token_weight = collecting.of_call(shape, device, call.get("attention_mask"), past, prompt)
 
     def _end(self, finished: bool) -> None:
         now = self._now
@@ -366,12 +363,13 @@ class Engine:
                 what = f"the forward of layers[{mlp.layer}]'s MLP was replaced after attach"
                 raise InputError("model", f"{what}; detach, and attach again")
 
-    def _layer_buffers(self, layer: int, n_columns: int, squares: bool) -> dict[str, Tensor]:
-        names = ("act_sum", "act_sumsq") if squares else ("act_sum",)
-        shape = n_columns, self.widths[layer]
-        return {name: torch.zeros(shape, dtype=torch.float32, device=self._devices[layer]) for name in names}
+    def _layer_buffers(self, layer: int, sums: ActivationSums) -> dict[str, Tensor]:
+        kept = {name: x for name, x in sums.layer(layer).items() if x is not None}
+        shape, device = (sums.count.shape[0], self.widths[layer]), self._devices[layer]
+        return {name: torch.zeros(shape, dtype=x.dtype, device=device) for name, x in kept.items()}
 
     def _fold(self, sums: ActivationSums, collecting: Collecting) -> None:
+        collecting.check_found()
         sums.discard()
         for layer, buffers in enumerate(collecting.buffers):
             for name, buffer in buffers.items():

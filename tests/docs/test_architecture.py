@@ -114,7 +114,7 @@ TEST_FOLDERS["cna_kernels/engine"] = ("attach",)
 # Files without a test file of their own name, by the test file that tests them together.
 TESTED_TOGETHER = {
     "ops/test_ops.py": "cna_kernels/: backends errors extras library op_checks reference scale serve",
-    "attach/test_engine.py": "cna_kernels/engine/: attach collecting decoder experts find identity mlps patch rows",
+    "attach/test_engine.py": "cna_kernels/engine/: attach decoder experts find identity mlps patch",
     "ops/test_circuit.py": "cna_kernels/: circuit_file",
     "kernels/test_triton_plan.py": "cna_kernels/: plans; cna_kernels/triton/: cost plan",
     "kernels/test_triton.py": (
