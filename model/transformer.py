@@ -297,8 +297,7 @@ class Transformer(nn.Module):
             if tap is not None:
                 extras |= tap.sums.layer(number)
             if table is not None:
-                scale = table.layer(number)
-                extras |= {"scale": scale, "row_circuit": None if scale is None else row_circuit}
+                extras |= {"scale": table.layer(number), "row_circuit": row_circuit}
             mask = masks[self.config.sliding_windows[number]]
             x = layer(x, cos, sin, partial(_attend, mask, cache, positions), edit=edit, **extras)
         return self.norm(x)

@@ -68,7 +68,9 @@ class Rows:
                 if shape not in self.of_shape:
                     self.of_shape[shape] = torch.empty(shape, dtype=torch.int32, device=self.circuit.device)
                 self.given = self.of_shape[shape].copy_(numbers)
+                table.keep_numbers_of(self.given)
             else:
+                table.keep_numbers_of(self.circuit)
                 self.circuit[:n_rows] = numbers.to(self.circuit)
                 self.given = self.circuit[:n_rows] if numbers.dim() else None
             for buffer, bound in zip((self.start, self.stop), bounds, strict=True):

@@ -1,5 +1,9 @@
 """What ``Engine.rows`` takes, and what it refuses: each a line."""
 
+import os
+import signal
+import threading
+
 import numpy as np
 import pytest
 import torch
@@ -80,3 +84,52 @@ def test_windows_of_several_kinds_agree():
     assert torch.equal(found[0], found[1]) and torch.equal(found[0], found[2])
     engine.rows([0, 0])
     assert not torch.equal(found[0], logits(model, ids))
+
+
+def test_a_number_that_rows_name_is_not_given_again():
+    """Rows that name a removed circuit are unsteered, whatever is added then."""
+    model, ids = make("llama"), ids_of(2, 6)
+    engine = attach(model, max_circuits=2)
+    circuits = [random_circuit(engine, seed) for seed in range(3)]
+    engine.set(circuits[:2], [-2.0, 3.0])
+    for rows in ([0, 1], [[0] * 6, [1] * 6]):
+        engine.rows(rows)
+        engine.rows([-1, 1])
+        expected = logits(model, ids)
+        engine.rows(rows)
+        engine.table.remove(0)
+        with pytest.raises(InputError, match=r"table: rows still name what is free \(0\)"):
+            engine.table.add(circuits[2], 5.0)
+        assert torch.allclose(logits(model, ids), expected, atol=1e-5)
+        engine.table.replace(0, circuits[0], -2.0)  # asked for by its number
+        assert not torch.allclose(logits(model, ids), expected, atol=1e-5)
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork here")
+def test_a_child_runs_passes_while_the_parent_does():
+    """Passes hold the table's lock: a child that is forked meanwhile has none of the threads that would release it."""
+    model, ids = make("llama"), ids_of(2, 6)
+    engine = attach(model)
+    engine.set([random_circuit(engine, 0)], [-2.0])
+    engine.rows(0)
+    expected, entered, over = logits(model, ids), threading.Event(), threading.Event()
+
+    def wait(*_):
+        if threading.current_thread() is thread:
+            entered.set()
+            over.wait()
+
+    thread = threading.Thread(target=logits, args=(model, ids))
+    waiting = model.model.layers[1].register_forward_pre_hook(wait)
+    thread.start()
+    entered.wait()
+    child = os.fork()
+    if child == 0:
+        signal.alarm(20)
+        engine.table.set_multiplier(0, -2.0)
+        os._exit(0 if torch.allclose(logits(model, ids), expected, atol=1e-5) else 1)
+    code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+    over.set()
+    thread.join()
+    waiting.remove()
+    assert code == 0

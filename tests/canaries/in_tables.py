@@ -3,6 +3,7 @@
 from canary import Canary
 
 COLLECTING, PROMPT, ROWS = "tests/attach/test_collecting.py", "tests/attach/test_prompt.py", "tests/attach/test_rows.py"
+STEERING = "tests/ops/test_steering.py"
 
 CANARIES: list[Canary] = [
     Canary(
@@ -60,5 +61,45 @@ CANARIES: list[Canary] = [
         "WHOLE = (torch.bool, torch.int64,",
         ROWS,
         "test_refused",
+    ),
+    Canary(
+        "layers of the first circuits alone",
+        "cna_kernels/steering.py",
+        "return Scale(offsets, *self._arena[self._devices[layer]])",
+        "return Scale(offsets, *self._arena[self._devices[layer]]) if offsets.any() else None",
+        STEERING,
+        "test_a_table_of_given_circuits_changes_too",
+    ),
+    Canary(
+        "number given again",
+        "cna_kernels/steering.py",
+        "yield from (n for n in self._freed if n not in named)",
+        "yield from self._freed",
+        STEERING,
+        "test_a_number_is_not_given_again_while_rows_name_it",
+    ),
+    Canary(
+        "copies share a number",
+        "cna_kernels/steering.py",
+        "table._used, table._freed = used, dict.fromkeys(freed)",
+        "table._used = used",
+        STEERING,
+        "test_copies_are_equal_and_independent",
+    ),
+    Canary(
+        "lock of another process",
+        "cna_kernels/steering.py",
+        "        self.lock = threading.RLock()\n        if self._writing",
+        "        if self._writing",
+        STEERING,
+        "test_a_child_does_not_wait",
+    ),
+    Canary(
+        "half a change in a child",
+        "cna_kernels/steering.py",
+        "if self._writing and all(",
+        "if not self._writing and all(",
+        STEERING,
+        "test_a_child_sees_a_change_whole",
     ),
 ]
