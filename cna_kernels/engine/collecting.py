@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from ..errors import InputError
+from ..reference import sum_statistics_only
 from .prompt import Prompt, seen_by
 
 MASKED = -1e4  # an additive mask hides what it adds so much to, or less
@@ -45,6 +46,8 @@ class Collecting:
         for buffers in self.buffers:  # an earlier pass that did not come to its end may have left sums
             for buffer in buffers.values():
                 buffer.zero_()
+        if torch.is_grad_enabled():
+            sum_statistics_only(True)
         token_weight = self.token_weight.to(device)
         if self.by_prompt:
             place = torch.arange(shape[1], dtype=torch.int64, device=device)
@@ -59,6 +62,12 @@ class Collecting:
                 self.found = last >= 0
             token_weight = (place == last[:, None])[:, :, None] * token_weight[:, None]
         return token_weight.flatten(0, 1)
+
+    def end_call(self, finished: bool) -> None:
+        """The call is over; ``finished``: it came to its end."""
+        self.done = finished
+        if torch.is_grad_enabled():
+            sum_statistics_only(False)
 
     def check_found(self) -> None:
         """Raise InputError if a row that counts has shown no token."""

@@ -349,7 +349,7 @@ class Engine:
     def _end(self, finished: bool) -> None:
         now = self._now
         if now.token_weight is not None and self._collecting is not None:
-            self._collecting.done = finished
+            self._collecting.end_call(finished)
         now.again = now.tokens if torch.is_grad_enabled() else None
         now.tokens = now.token_weight = None
 

@@ -177,3 +177,28 @@ def test_buffers_are_given_back():
         logits(model, ids)
         assert engine._mlps[0].sums["act_sum"].shape[0] == 500
     assert engine._collecting is None and not any(mlp.sums for mlp in engine._mlps)
+
+
+@pytest.mark.parametrize("how", ["eager", "checkpointed", "compiled"])
+def test_a_training_pass(how):
+    """Sums of a pass with gradients are statistics: the gradients are those without them, and no graph is kept."""
+    model, ids = make("llama"), ids_of(B, S)
+    engine, token_weight = attach(model), torch.eye(B)
+    with engine.collect(token_weight, squares=True) as expected:
+        logits(model, ids)
+
+    def gradient(run):
+        model.zero_grad()
+        run(ids).logits.square().mean().backward()
+        return model.model.layers[0].mlp.up_proj.weight.grad.clone()
+
+    plain = gradient(model)
+    if how == "checkpointed":
+        model.train()
+        model.gradient_checkpointing_enable(dict(use_reentrant=False))
+    run = torch.compile(model, backend="aot_eager") if how == "compiled" else model
+    with engine.collect(token_weight, squares=True) as sums:
+        got = gradient(run)
+    assert torch.allclose(got, plain, rtol=1e-4, atol=1e-7)
+    torch.testing.assert_close(sums.total, expected.total, rtol=1e-5, atol=1e-6)
+    assert not sums.total.requires_grad and not sums.act_sum.requires_grad

@@ -60,7 +60,9 @@ class Arguments:
         self.offsets = (ctypes.c_int32 * (K * 2))(0, 2, 2, 3)
         self.index = (ctypes.c_int32 * 3)(1, 7, 4)
         self.value = (ctypes.c_float * 3)(0.0, 2.0, 0.5)
-        extras = library.Extras(version=1, n_columns=C, token_weight_stride=C, act_sum_stride=N, act_sumsq_stride=N)
+        extras = library.Extras(
+            version=library.ABI_VERSION, n_columns=C, token_weight_stride=C, act_sum_stride=N, act_sumsq_stride=N
+        )
         for name in ("token_weight", "act_sum", "act_sumsq", "row_circuit", "offsets", "index", "value"):
             setattr(extras, name, ctypes.addressof(getattr(self, name)))
         extras.n_circuits, extras.n_entries, extras.offsets_stride = K, 3, 2
@@ -187,7 +189,7 @@ def test_alignment_threads_and_versions(op, dtype):
     assert arguments.call() == OK
     if op == "linear":
         return
-    for version in (0, 2, -1, 2**63 - 1):
+    for version in (0, 1, 3, -1, 2**63 - 1):
         arguments = Arguments(op, dtype)
         arguments.extras.version = version
         arguments.refused(VERSION)
