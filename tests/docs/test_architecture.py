@@ -118,7 +118,7 @@ TESTED_TOGETHER = {
     "ops/test_circuit.py": "cna_kernels/: circuit_file",
     "kernels/test_triton_plan.py": "cna_kernels/: plans; cna_kernels/triton/: cost plan",
     "kernels/test_triton.py": (
-        "cna_kernels/triton/: down_decode down_proj gate_up_decode launch ops steer sums swiglu tiles"
+        "cna_kernels/triton/: down_decode down_proj gate_up_decode launch ops steer sums sums_fp64 swiglu tiles"
     ),
     "csrc/test_cpu.py": "cna_kernels/cpu/: library ops plan",
     "csrc/test_csrc.py": "cna_kernels/cpu/: __main__",

@@ -77,6 +77,29 @@ def test_values(monkeypatch, kernel, shape, dtype, feature):
     assert y.dtype == dtype and y.is_contiguous()
 
 
+FP64 = [(op, name, shape) for op, name in PLANS for shape in ((1, 48, 24), (63, 130, 72)) if name != "fused"]
+FP64 = [each for each in FP64 if each[0] not in plan.PLANS or servable(*each, torch.bfloat16)]
+
+
+@pytest.mark.parametrize(("op", "name", "shape"), FP64, ids=[f"{WHERE}-{op}-{name}-{s[0]}" for op, name, s in FP64])
+def test_sums_in_fp64(monkeypatch, op, name, shape):
+    """What variances need: nothing is lost beside the rounding of act, whichever plan computes and steers it."""
+    case = make_case(shape[0], shape[1], torch.bfloat16, n_hidden=shape[2])
+    case.act_sum, case.act_sumsq = case.act_sum.double(), case.act_sumsq.double()
+    extras = features(case, "columns" if shape[0] > 1 else "both", "")
+    sums = {key: extras[key] for key in ("act_sum", "act_sumsq")}
+    for key, x in sums.items():
+        extras[key] = sums[key] = x.double()
+    y = run(monkeypatch, op, name, case, extras)
+    assert_values(case, op, y, extras)
+    if "act" in INPUTS[op]:  # summed as it was given
+        _, *answers = exact(case, op)
+        for got, answer in zip(sums.values(), answers, strict=True):
+            assert (got.cpu() - answer).abs().max() <= 1e-13 * answer.abs().max()
+    plain = run(monkeypatch, op, name, case, {k: extras[k] for k in ("scale", "row_circuit")})
+    assert_close("y", y.cpu(), plain.cpu(), exact(case, op)[0], slack=2, dtype=torch.bfloat16)
+
+
 # One case for each plan, with sums, scaling, several tokens and a ragged tail.
 EXACT = [  # sizes give few programs: the interpreter takes 20 ms for each
     ("swiglu", "-", (130, 1032, 72)),
