@@ -102,7 +102,7 @@ class SteeringTable:
             groups: dict[tuple[torch.device, int], list[int]] = {}
             for layer, key in enumerate(zip(devices, map(len, self._edges), strict=True)):
                 groups.setdefault(key, []).append(layer)
-            self._offsets = [torch.empty(0)] * n_layers
+            self._offsets = [torch.empty(0, dtype=torch.float32)] * n_layers
             self._groups: list[tuple[list[int], Tensor]] = []
             for (where, n_edges), layers in groups.items():
                 shape = (len(layers), self.max_circuits, n_edges)

@@ -7,7 +7,8 @@
  *
  * T tokens, H hidden size, N neurons, C columns of sums, K circuits. Arrays are row-major. A stride counts elements
  * from one row to the next and is at least the row's length (of an array without elements it may be anything); within a
- * row elements are adjacent. bf16 and fp16 arrays hold bit patterns. Sizes may be 0: an empty output is a success, and pointers to empty arrays may be NULL.
+ * row elements are adjacent. bf16 and fp16 arrays hold bit patterns. Sizes may be 0: an empty output is a success, and
+ * pointers to empty arrays may be NULL.
  *
  * A status other than CNA_OK says what is wrong, and nothing has been written then. Results do not depend on n_threads.
  * Calls may come from any thread. After fork() a child computes on one thread: OpenMP's threads are not in the child.
@@ -47,8 +48,8 @@ typedef enum cna_status {
 typedef struct cna_extras {
   int64_t version; /* CNA_ABI_VERSION */
   /* Sums: token_weight with act_sum, act_sumsq or both, in fp32 or in fp64 (or in both: the last two fields). A token
-     whose weights are all 0 is never read by the sums. A variance, sumsq / n - (sum / n)^2, needs fp64: in fp32 nothing is
-     left of a spread below 1/1000 of the mean. */
+     whose weights are all 0 is never read by the sums. A variance, sumsq / n - (sum / n)^2, needs fp64: in fp32 nothing
+     is left of a spread below 1/1000 of the mean. */
   const float *token_weight; /* [T, C] how much each token counts in each column */
   float *act_sum;            /* [C, N] added to, or NULL */
   float *act_sumsq;          /* [C, N] added to, or NULL */

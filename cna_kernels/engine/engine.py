@@ -160,7 +160,7 @@ class Engine:
         self._check_attached()
         if self._collecting is not None:
             raise InputError("collect", "is at work already; its `with` has not ended")
-        token_weight = torch.as_tensor(token_weight)
+        token_weight = torch.as_tensor(token_weight, dtype=torch.float32)
         if token_weight.dim() not in (2, 3):
             raise InputError("token_weight", f"expected [B, C] or [B, S, C], got {list(token_weight.shape)}")
         n_columns = token_weight.shape[-1]

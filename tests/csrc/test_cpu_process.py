@@ -159,3 +159,28 @@ print(peak() - before)
     done = python(code, CNA_PLAN="gated_mlp=csrc")
     assert done.returncode == 0, done.stderr
     assert int(done.stdout) <= 16 << 20, f"{int(done.stdout) / 2**20:.1f} MiB"
+
+
+def test_a_large_workspace_is_given_back():
+    """After a large call, and many small ones, the thread keeps no more scratch memory than the small ones need."""
+    code = """
+import os, torch
+torch.set_num_threads(1)
+from cna_kernels import ops
+def resident():
+    return int(open("/proc/self/statm").read().split()[1]) * os.sysconf("SC_PAGESIZE") >> 20
+act, w = torch.ones(256, 120_000), torch.ones(4, 120_000)  # 120 MB of tokens, prepared for the product
+small = act[:8, :64].clone(), w[:, :64].clone()
+ops.down_proj(*small, backend="cpu")
+before = resident()
+ops.down_proj(act, w, backend="cpu")
+large = resident() - before
+for _ in range(4200):
+    ops.down_proj(*small, backend="cpu")
+after = resident() - before
+assert large > 100 and after < 20, (large, after)
+"""
+    if not os.path.exists("/proc/self/statm"):
+        pytest.skip("no /proc here")
+    done = python(code)
+    assert done.returncode == 0, done.stderr
