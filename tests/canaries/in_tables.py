@@ -3,7 +3,7 @@
 from canary import Canary
 
 COLLECTING, PROMPT, ROWS = "tests/attach/test_collecting.py", "tests/attach/test_prompt.py", "tests/attach/test_rows.py"
-STEERING = "tests/ops/test_steering.py"
+STEERING, SUMS = "tests/ops/test_steering.py", "tests/ops/test_sums.py"
 
 CANARIES: list[Canary] = [
     Canary(
@@ -101,5 +101,85 @@ CANARIES: list[Canary] = [
         "if not self._writing and all(",
         STEERING,
         "test_a_child_sees_a_change_whole",
+    ),
+    Canary(
+        "squares in fp32",
+        "cna_kernels/sums.py",
+        "kind = torch.float64 if squares else torch.float32",
+        "kind = torch.float32",
+        SUMS,
+        "test_variances_of_nearly_constant_neurons",
+    ),
+    Canary(
+        "spread raised to a floor",
+        "cna_kernels/sums.py",
+        "2.0**-48 * mean_square",
+        "1e-6 * mean_square",
+        SUMS,
+        "test_scores_of_nearly_constant_neurons",
+    ),
+    Canary(
+        "squares of rounded products",
+        "cna_kernels/triton/sums_fp64.py",
+        "act = act.to(tl.float32).to(tl.float64)",
+        "act = act.to(tl.float32)",
+        "tests/kernels/test_triton.py",
+        "test_sums_in_fp64 and steer_act",
+    ),
+    Canary(
+        "last layer not folded",
+        "cna_kernels/sums.py",
+        "first = range(self.total.shape[0])[layers]",
+        "first = int(layers)",
+        SUMS,
+        "test_folding_some_layers",
+    ),
+    Canary(
+        "rows of sums overlap",
+        "cna_kernels/op_checks.py",
+        "sums.stride(0) < n_neurons",
+        "sums.stride(0) < 0",
+        SUMS,
+        "test_rows_of_sums_lie_apart",
+    ),
+    Canary(
+        "sums without a gradient",
+        "cna_kernels/reference.py",
+        'if getattr(_STATISTICS, "only", False):',
+        "if True:",
+        "tests/ops/test_ops.py",
+        "test_gradients_flow_through_sums",
+    ),
+    Canary(
+        "gradient of a training pass's sums",
+        "cna_kernels/engine/collecting.py",
+        "sum_statistics_only(True)",
+        "sum_statistics_only(False)",
+        COLLECTING,
+        "test_a_training_pass",
+    ),
+    Canary(
+        "buffer of the default dtype",
+        "model/generate.py",
+        "torch.rand(1, dtype=torch.float32, generator=generator)",
+        "torch.rand(1, generator=generator)",
+        "tests/docs/test_default_dtype.py",
+        "test_another_default_dtype",
+    ),
+    Canary(
+        "buffers of collect kept",
+        "cna_kernels/engine/engine.py",
+        "                mlp.sums = {}\n",
+        "                pass\n",
+        COLLECTING,
+        "test_buffers_are_given_back",
+    ),
+    Canary(
+        "no gradient under a multiplier",
+        "cna_kernels/reference.py",
+        "return torch.where(multiplier == 0, 0, (act.to(wide) * multiplier).to(act.dtype))",
+        "return torch.where(multiplier == 0, 0, (act.detach().to(wide) * multiplier).to(act.dtype))",
+        "tests/ops/test_ops_reach.py",
+        "test_gradients_are_those_of_the_definition",
     ),
 ]

@@ -25,6 +25,7 @@ from op_cases import (
     exact_case,
     make_case,
     torch_same_dtype,
+    wide_case,
     wider,
     with_feature,
 )
@@ -75,6 +76,23 @@ def test_values(monkeypatch, kernel, shape, dtype, feature):
     y = run(monkeypatch, op, name, case, extras)
     assert_values(case, op, y, extras)
     assert y.dtype == dtype and y.is_contiguous()
+
+
+WIDE = [(op, name, T) for op, name in PLANS for T in (1, 3, 70) if name not in ("gemv", "fused", "tma") or T == 1]
+WIDE = [(*each, width) for each in WIDE for width in (11009, 14337)]
+WIDE = [
+    each for each in WIDE if each[0] not in plan.PLANS or servable(*each[:2], (each[2], each[3], 16), torch.bfloat16)
+]
+
+
+@pytest.mark.exhaustive
+@pytest.mark.parametrize(("op", "name", "n_tokens", "width"), WIDE, ids=["-".join(map(str, each)) for each in WIDE])
+def test_widths_of_real_models(monkeypatch, op, name, n_tokens, width):
+    """One neuron beyond blocks of 1,024, with circuits that have neurons in every block, its first and last."""
+    case = wide_case(width, n_tokens, torch.bfloat16)
+    extras = on_device(case.extras())
+    y = run(monkeypatch, op, name, case, extras)
+    assert_values(case, op, y, extras)
 
 
 FP64 = [(op, name, shape) for op, name in PLANS for shape in ((1, 48, 24), (63, 130, 72)) if name != "fused"]

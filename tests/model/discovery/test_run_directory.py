@@ -149,6 +149,17 @@ def test_two_runs_in_one_directory(files, finished, tmp_path, capsys, more, mess
     assert f"manifest.json: {message}" in error and not (tmp_path / "c.json").exists()
 
 
+def test_a_run_that_was_begun_before_sums_were_fp64(files, finished, tmp_path, capsys):
+    """Its parts keep squares from fp32, whose variances are not those of this version: it is not gone on with."""
+    run = tmp_path / "run"
+    shutil.copytree(finished[0], run)
+    manifest = json.loads((run / "manifest.json").read_text())
+    assert manifest.pop("sums") == "fp64"
+    (run / "manifest.json").write_text(json.dumps(manifest))
+    assert main(command(files, tmp_path / "c.json", "--run-dir", run)) == 2
+    assert "manifest.json: sums: belongs to another run" in capsys.readouterr().err
+
+
 def test_a_manifest_of_another_model(files, finished, tmp_path, capsys):
     other = tmp_path / "other"
     write_language_model(other, intermediate_size=200, seed=7)
