@@ -121,8 +121,8 @@ CANARIES: list[Canary] = [
     Canary(
         "squares of rounded products",
         "cna_kernels/triton/sums_fp64.py",
-        "act = act.to(tl.float32).to(tl.float64)",
-        "act = act.to(tl.float32)",
+        "weighted = token_weight[:, None] * act\n",
+        "weighted = (token_weight[:, None] * act).to(tl.float32)\n",
         "tests/kernels/test_triton.py",
         "test_sums_in_fp64 and steer_act",
     ),
