@@ -5,7 +5,8 @@ Nothing heavy is imported here; each name loads its module on first use.
 """
 
 from importlib import import_module
-from typing import TYPE_CHECKING
+
+TYPE_CHECKING = False  # as typing has it; importing typing takes longer than all else that `cna` does before main
 
 __version__ = "0.1.0"
 

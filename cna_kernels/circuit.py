@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from . import circuit_file
-from .errors import InputError
+from .errors import InputError, warn
 from .files import FilePath, write_text
 
 
@@ -24,6 +24,8 @@ class Circuit:
         excluded: (layer, index) of neurons that were left out by name.
         model, tokenizer_sha256, chat_template_sha256: the model, tokenizer and chat template that the circuit was found
             with. ``model`` has a name and hashes; a hash is compared with the model in hand where both have it.
+        chat: what the chats held besides template and prompt: ``args`` of the template, ``system`` message, the ``day``
+            that a dated template saw. None for plain text, and where there was nothing of the kind.
         prompts: count and sha256 of both sets.
         dtype, versions, preset: how the activations were computed.
         bootstrap: how stable the selection is when prompts are drawn again: the ``overlap`` of the replicates with this
@@ -45,6 +47,7 @@ class Circuit:
     model: dict[str, str] | None = None
     tokenizer_sha256: str | None = None
     chat_template_sha256: str | None = None
+    chat: dict[str, Any] | None = None
     prompts: dict[str, Any] | None = None
     dtype: str | None = None
     versions: dict[str, str] | None = None
@@ -126,23 +129,35 @@ class Circuit:
         return "\n".join(lines)
 
 
-def made_elsewhere(path: FilePath, field: str, expected: object, got: object) -> InputError:
-    """The error for a circuit that belongs to another model."""
-    return InputError(f"{path}: {field}", f"made for another model: expected {expected}, got {got}")
-
-
 def check_found_in(circuit: Circuit, here: dict[str, Any], where: FilePath = "circuit") -> None:
     """Raise InputError, naming the field, if the circuit was found in another model than the one in hand.
 
+    A circuit that names its model but holds no hash that the model in hand has cannot be checked, and another chat
+    template changes less than another model: both are warnings.
+
     Args:
-        here: facts about the model in hand: ``tokenizer_sha256``, ``model.weights_sha256`` and others. None says that
-            the model has no such thing. A fact that the circuit or ``here`` lacks is not compared, nor is the name.
+        here: facts about the model in hand: ``model.name``, ``model.tensors_sha256``, ``tokenizer_sha256`` and others;
+            ``chat_template_sha256`` None says that prompts are plain text. A fact that the circuit or ``here`` lacks is
+            not compared, nor is the name.
     """
-    found_in = {f"model.{name}": value for name, value in (circuit.model or {}).items() if name != "name"}
-    found_in |= {name: getattr(circuit, name) for name in ("tokenizer_sha256", "chat_template_sha256")}
-    for field, got in found_in.items():
+    known = circuit.model or {}
+    hashes = {f"model.{name}": value for name, value in known.items() if name != "name" and value is not None}
+    of_model = [field for field in here if field.startswith("model.") and field != "model.name"]
+    names = f"found in {known.get('name', 'an unnamed model')!r}, this is {here.get('model.name', 'another')!r}"
+    for field, got in (hashes | {"tokenizer_sha256": circuit.tokenizer_sha256}).items():
         if field in here and got is not None and got != here[field]:
-            raise made_elsewhere(where, field, here[field], got)
+            what = f"made for another model: {names} ({got[:8]}, not {str(here[field])[:8]})"
+            raise InputError(
+                f"{where}: {field}", f"{what}; --any-model, in Python any_model=True, takes it all the same"
+            )
+    if known and not hashes.keys() & of_model:
+        why = "the circuit has no hash of it" if not hashes else "its hashes are of an earlier version"
+        why = why if of_model else "this model's weights have no hash"
+        warn(f"{where}: model: {names}: whether they are the same is not known, {why}")
+    found, now = circuit.chat_template_sha256, here.get("chat_template_sha256")
+    if "chat_template_sha256" in here and (found or circuit.tokenizer_sha256) and found != now:
+        words = ["plain text" if one is None else f"a chat template ({one[:8]})" for one in (found, now)]
+        warn(f"{where}: chat_template_sha256: found with {words[0]}, prompts are now put as {words[1]}")
 
 
 def check_fits(circuit: Circuit, n_layers: int, n_neurons: int, where: FilePath = "circuit") -> None:
@@ -150,4 +165,4 @@ def check_fits(circuit: Circuit, n_layers: int, n_neurons: int, where: FilePath 
     for field, expected in (("n_layers", n_layers), ("n_neurons", n_neurons)):
         got = getattr(circuit, field)
         if got != expected:
-            raise made_elsewhere(where, field, expected, got)
+            raise InputError(f"{where}: {field}", f"made for another model: expected {expected}, got {got}")

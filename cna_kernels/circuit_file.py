@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
 from typing import Any
 
 from .errors import InputError
@@ -17,7 +18,8 @@ _MOST_LAYERS, _MOST_NEURONS, _MOST = 10_000, 10_000_000, (1 << 63) - 1
 _SHARE = (0, 1)  # the bounds of a share
 # the fields of a circuit that are texts, and the hashes inside its ``model``
 _TEXTS = ("score", "k_rule", "position", "tokenizer_sha256", "chat_template_sha256", "dtype", "preset")
-_HASHES = ("config_sha256", "headers_sha256", "weights_sha256", "neurons_sha256")
+_HASHES = ("settings_sha256", "tensors_sha256", "decoder_sha256")
+_OLD_HASHES = ("config_sha256", "headers_sha256", "weights_sha256", "neurons_sha256")  # of samples, before 0.2
 
 
 def to_json(circuit: Any) -> str:
@@ -58,7 +60,9 @@ def _from_record(fields: Fields) -> dict[str, Any]:
     )
     neurons = fields.items(
         "neurons",
-        lambda x: isinstance(x, list) and len(x) == 3 and all(map(is_whole, x[:2])) and is_number(x[2]),
+        lambda x: (
+            isinstance(x, list) and len(x) == 3 and all(map(is_whole, x[:2])) and (is_number(x[2]) or is_whole(x[2]))
+        ),
         "[layer, index, contrast]",
     )
     known["neurons"] = tuple(
@@ -93,9 +97,16 @@ def _check_universal(fields: Fields, shape: tuple[int, int], k: int) -> None:
 
 def _check_model(fields: Fields, shape: tuple[int, int], k: int) -> None:
     fields.text("name")
-    for name in _HASHES:
+    for name in (*_HASHES, *_OLD_HASHES):
         fields.text(name, None)
-    fields.only(("name", *_HASHES), _KIND)
+    fields.only(("name", *_HASHES, *_OLD_HASHES), _KIND)
+
+
+def _check_chat(fields: Fields, shape: tuple[int, int], k: int) -> None:
+    fields.object("args", None)
+    fields.text("system", None)
+    fields.text("day", None)
+    fields.only(("args", "system", "day"), _KIND)
 
 
 def _check_prompts(fields: Fields, shape: tuple[int, int], k: int) -> None:
@@ -133,8 +144,8 @@ def _check_versions(fields: Fields, shape: tuple[int, int], k: int) -> None:
 
 
 _OBJECTS = {
-    "universal": _check_universal, "model": _check_model, "prompts": _check_prompts, "versions": _check_versions,
-    "bootstrap": _check_bootstrap, "folds": _check_folds,
+    "universal": _check_universal, "model": _check_model, "chat": _check_chat, "prompts": _check_prompts,
+    "versions": _check_versions, "bootstrap": _check_bootstrap, "folds": _check_folds,
 }  # fmt: skip
 
 
@@ -159,9 +170,9 @@ def _from_public_code(
     neurons = []
     for key, value in found.items():
         parts = key.split(",")
-        if len(parts) != 3 or not all(part.strip().lstrip("-").isdecimal() for part in parts):
+        if len(parts) != 3 or not all(re.fullmatch(r"-?[0-9]{1,18}", part.strip()) for part in parts):
             raise InputError(f"{path}: neurons", f"expected keys 'layer,position,index', got {short(key)}")
-        if not is_number(value):
+        if not is_number(value) and not is_whole(value):
             raise InputError(f"{path}: neurons[{key}]", f"expected a number, got {short(value)}")
         neurons.append((int(parts[0]), int(parts[2]), _contrast(value, f"{path}: neurons[{key}]")))
     for layer, index, _ in neurons:

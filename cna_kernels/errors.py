@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:  # torch takes seconds to load, and ``cna --help`` needs none of it
@@ -24,6 +25,15 @@ class InputError(ValueError):
     def __str__(self) -> str:
         # File contents may hold newlines, terminal escapes or megabytes; the message stays one printable line.
         return one_line(f"{self.where}: {self.what}")
+
+
+class InputWarning(UserWarning):
+    """Input that can be used, but perhaps not as its user thinks. The command line prints it as one line."""
+
+
+def warn(text: str) -> None:
+    """Warn in one printable line."""
+    warnings.warn(one_line(text), InputWarning, stacklevel=2)
 
 
 def one_line(text: str, longest: int = 500) -> str:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Collection, Iterable
 from typing import Any
 
 from .errors import InputError
 from .files import FilePath
 
+LARGEST = sys.float_info.max
 REQUIRED: Any = object()  # the default of a field that must be present; elsewhere null means the default
 
 
@@ -17,8 +19,8 @@ def is_whole(value: Any) -> bool:
 
 
 def is_number(value: Any) -> bool:
-    """Whether a value is a number; true and false are not."""
-    return isinstance(value, (int, float)) and not isinstance(value, bool)
+    """Whether a value is a number that a double holds; true and false are none, nor is 1 with 400 zeros."""
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) <= LARGEST
 
 
 def short(value: Any) -> str:

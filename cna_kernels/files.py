@@ -95,6 +95,7 @@ def parse_json(text: str, where: FilePath) -> Any:
         raise InputError(where, "is nested too deeply") from None
     except UnicodeEncodeError:
         raise InputError(where, "holds half of a surrogate pair, which is not text") from None
+
     except InputError:
         raise
     except ValueError as error:  # an integer of thousands of digits
@@ -124,7 +125,7 @@ def replaced(path: FilePath, *, keep: bool = False) -> Iterator[BinaryIO]:
     With ``keep`` a file that already exists at ``path`` stays as it is.
     """
     target = _target(path)
-    temporary = target.parent / f".cna-{secrets.token_hex(8)}.tmp"
+    temporary = _beside(target)
     try:
         with open(temporary, "xb") as file:
             yield file
@@ -157,17 +158,44 @@ def make_directory(path: FilePath) -> None:
     """Make a directory unless it exists; its parent must exist. Raise InputError naming it."""
     try:
         Path(path).mkdir(exist_ok=True)
-    except OSError as error:
-        raise InputError(path, f"cannot be made a directory: {error.strerror}") from None
+    except (OSError, ValueError) as error:
+        raise InputError(path, f"cannot be made a directory: {getattr(error, 'strerror', None) or error}") from None
+
+
+def check_directory(path: FilePath) -> None:
+    """As :func:`check_writable`, for a directory that will be made unless it exists, and for files in it."""
+    name = os.fspath(path)
+    if os.path.lexists(name) and not os.path.isdir(name):
+        raise InputError(path, "is not a directory")
+    check_writable(os.path.join(name, "a file") if os.path.isdir(name) else name.rstrip(os.sep))
 
 
 def check_writable(path: FilePath) -> None:
-    """Raise InputError now, before hours of work, where ``path`` could not be written at the end."""
+    """Raise InputError now, before hours of work, where ``path`` could not be written at the end.
+
+    A file of PROBE bytes is written beside it and removed: only this shows a full disk or one that takes no files.
+    """
     target = _target(path)
     if not os.path.isdir(target.parent):
         raise InputError(path, f"cannot be written: no directory {str(target.parent)!r}")
-    if not os.access(target.parent, os.W_OK | os.X_OK):
-        raise InputError(path, "cannot be written: Permission denied")
+    temporary = _beside(target)
+    try:
+        with open(temporary, "xb") as file:
+            file.write(bytes(PROBE))
+            file.flush()
+            os.fsync(file.fileno())
+    except OSError as error:
+        raise InputError(path, f"cannot be written: {error.strerror or error}") from None
+    finally:
+        with contextlib.suppress(OSError):
+            temporary.unlink()
+
+
+PROBE = 64 << 10  # bytes
+
+
+def _beside(target: Path) -> Path:
+    return target.parent / f".cna-{secrets.token_hex(8)}.tmp"
 
 
 def _target(path: FilePath) -> Path:
@@ -175,6 +203,14 @@ def _target(path: FilePath) -> Path:
     name = os.fspath(path)
     if name.endswith(os.sep) or os.path.isdir(name):
         raise InputError(path, "is a directory, cannot be written as a file")
+    try:
+        # Not of realpath: /dev/stdout leads to a name such as pipe:[123], where nothing is.
+        if not stat.S_ISREG(os.stat(name).st_mode):
+            raise InputError(path, "cannot be written: is not a regular file")
+    except FileNotFoundError:
+        pass
+    except (OSError, ValueError) as error:  # a loop of links; a file as a folder; a NUL in the name
+        raise InputError(path, f"cannot be written: {getattr(error, 'strerror', None) or error}") from None
     target = Path(os.path.realpath(name))
     if os.path.lexists(target) and not os.path.isfile(target):
         raise InputError(path, "cannot be written: is not a regular file")

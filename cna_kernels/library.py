@@ -6,6 +6,7 @@ PyTorch's inductor (2.13) cannot compile an op that may change arguments and is 
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -16,6 +17,7 @@ from .extras import Extras, Inputs, Run
 from .op_checks import check
 from .serve import READY, as_given, count_change, is_as_stored, looks, prepare
 
+NO_MAPPED_SUMS = "act_sum: torch.vmap cannot add the sums of several calls to one tensor; sum without vmap"
 _LIBRARY = torch.library.Library("cna_kernels", "DEF")
 _SUMS = "Tensor token_weight, Tensor(a!)? act_sum, Tensor(b!)? act_sumsq"
 _STEER = "Tensor? scale_offsets, Tensor? scale_index, Tensor? scale_value, Tensor? row_circuit"
@@ -44,6 +46,7 @@ def _define(name: str, arguments: str, fake: Run, function: Run) -> Run:
     _LIBRARY.define(f"{name}({arguments}) -> Tensor")
     _LIBRARY.impl(name, function, "CompositeExplicitAutograd")
     torch.library.register_fake(f"cna_kernels::{name}", fake, lib=_LIBRARY)
+    torch.library.register_vmap(f"cna_kernels::{name}", _mapped(name), lib=_LIBRARY)
     defined: Run = getattr(torch.ops.cna_kernels, name).default
     return defined
 
@@ -71,6 +74,22 @@ def _implementation(op: str, n_inputs: int, with_sums: bool) -> Run:
             return serve(*inputs, *extras)
 
     return run
+
+
+def _mapped(name: str) -> Callable[..., tuple[Tensor, int]]:
+    """Return an op's rule for torch.vmap: one call after the other. Sums of several calls have no one tensor."""
+
+    def rule(info: Any, in_dims: tuple[int | None, ...], *arguments: Any) -> tuple[Tensor, int]:
+        if name.endswith("_sums"):
+            raise ValueError(NO_MAPPED_SUMS)
+        op: Run = getattr(torch.ops.cna_kernels, name).default
+        called = [
+            op(*(x if dim is None else x.select(dim, place) for x, dim in zip(arguments, in_dims, strict=True)))
+            for place in range(info.batch_size)
+        ]
+        return torch.stack(called), 0
+
+    return rule
 
 
 _PLAIN_OP: dict[str, Run] = {}

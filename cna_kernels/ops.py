@@ -6,7 +6,8 @@ activations, and the per-neuron scale. ``steer_act`` does the last two. ``linear
 The first call with arguments of given shapes, strides and dtypes is checked, and the backend prepares a function that
 serves it. Later calls that look alike run that function. All ops are registered with torch.library (namespace
 ``cna_kernels``) for tracers: ``torch.compile(fullgraph=True)`` sees one node per call. Gradients flow through the
-reference, sums among it: where an input requires grad, the op runs the reference directly.
+reference, sums among it: where an input requires grad, inside transforms of torch.func, and where FLOPs are counted,
+the op runs the reference directly.
 """
 
 from __future__ import annotations
@@ -192,8 +193,10 @@ def call(op: str, inputs: Inputs, extras: Extras | tuple[()], backend: str | Non
     """
     if _observed() or _needs_grad(inputs, extras):
         check(op, inputs, extras)
-        if _needs_grad(inputs, extras):
-            _refuse_backend_with_grad(backend)
+        taken_apart = _is_taken_apart(inputs, extras)
+        if taken_apart or _needs_grad(inputs, extras):
+            if not taken_apart:
+                _refuse_backend_with_grad(backend)
             with as_given(inputs[0]):
                 return backends.plain(op)(*inputs, *extras)
         return library.through(op, inputs, extras, backend)
@@ -221,12 +224,36 @@ def _observed() -> bool:
         or torch._C._is_any_autocast_enabled()
         or torch._C._autograd._profiler_enabled()
         or torch._C._get_tracing_state() is not None
-        or (torch._C._len_torch_function_stack() > 0 and _function_modes())
+        or has_function_modes()
     )
 
 
-def _function_modes() -> bool:
+def _is_taken_apart(inputs: Inputs, extras: Extras | tuple[()]) -> bool:
+    """Whether an onlooker needs PyTorch's own operations: a transform of torch.func, or a counter of FLOPs."""
+    if torch.compiler.is_compiling():
+        return False
+    if torch._C._functorch.maybe_current_level() is not None:
+        if extras and extras.token_weight is not None and any(map(_is_mapped, (*inputs, extras.token_weight))):
+            raise ValueError(library.NO_MAPPED_SUMS)
+        return True
+    n_modes = torch._C._len_torch_dispatch_stack()
+    modes = (torch._C._get_dispatch_stack_at(i) for i in range(n_modes))
+    return any(type(mode).__module__ == "torch.utils.flop_counter" for mode in modes)
+
+
+def _is_mapped(x: Tensor | None) -> bool:
+    """Whether a tensor stands for one of many, inside torch.vmap."""
+    while x is not None and torch._C._functorch.is_functorch_wrapped_tensor(x):
+        if torch._C._functorch.is_batchedtensor(x):
+            return True
+        x = torch._C._functorch.get_unwrapped(x)
+    return False
+
+
+def has_function_modes() -> bool:
     """Whether a mode for torch functions is active, other than that of ``torch.set_default_device``."""
+    if torch._C._len_torch_function_stack() == 0:
+        return False
     n_modes = torch._C._len_torch_function_stack()
     return any(type(torch._C._get_function_stack_at(i)) is not DeviceContext for i in range(n_modes))
 

@@ -171,7 +171,7 @@ class SteeringTable:
             entries = Entries(self._used, index, edges, multiplier)
             self._used += len(index)
             self._freed.pop(number, None)
-            self._hold({**others, number: entries}, changed)
+            self._change_to({**others, number: entries}, changed)
 
     def remove(self, number: int) -> None:
         """Take a circuit out; rows that still name it are unsteered."""
@@ -180,7 +180,7 @@ class SteeringTable:
             if number not in self._circuits:
                 raise InputError("number", f"no circuit {number} in the table")
             self._freed[number] = None
-            self._hold({n: entries for n, entries in self._circuits.items() if n != number}, [number])
+            self._change_to({n: entries for n, entries in self._circuits.items() if n != number}, [number])
 
     def set_multiplier(self, number: int, multiplier: float) -> None:
         """Change one circuit's multiplier in place."""
@@ -205,6 +205,18 @@ class SteeringTable:
                 raise ValueError(f"multipliers: expected {self.n_circuits}, got {len(multipliers)}")
             for number, multiplier in zip(self.numbers, multipliers, strict=True):
                 self.set_multiplier(number, multiplier)
+
+    def held(self) -> dict[int, Entries]:
+        """What the table holds, for :meth:`hold`."""
+        return self._circuits
+
+    def hold(self, held: dict[int, Entries]) -> None:
+        """Hold what :meth:`held` gave, and no other circuits."""
+        with self.lock:
+            before = self._circuits
+            self._freed = dict.fromkeys(n for n in (*self._freed, *before) if n not in held)
+            self._used = sum(len(entries.index) for entries in held.values())
+            self._change_to(_without_gaps(held), {*before, *held})
 
     def layer(self, layer: int) -> Scale:
         """Return the layer's Scale. It is a view: later changes of the table show in it."""
@@ -252,7 +264,7 @@ class SteeringTable:
             start += len(neurons)
         return np.concatenate(index) if index else np.zeros(0, np.int32), edges
 
-    def _hold(self, circuits: dict[int, Entries], changed: Iterable[int]) -> None:
+    def _change_to(self, circuits: dict[int, Entries], changed: Iterable[int]) -> None:
         """Hold these circuits from now on; ``changed``: the numbers whose entries or places are not as before."""
         broken_off, self._writing = self._writing, True
         self._circuits = circuits
@@ -285,7 +297,7 @@ class SteeringTable:
         """In a child of ``fork``: no other thread is left that could release the lock, or end its change."""
         self.lock = threading.RLock()
         if self._writing and all(device.type == "cpu" for device in self._devices):
-            self._hold(self._circuits, [])
+            self._change_to(self._circuits, [])
 
 
 _TABLES: weakref.WeakValueDictionary[int, SteeringTable] = weakref.WeakValueDictionary()  # all that are alive
@@ -308,7 +320,7 @@ def _restored(
     sizes = dict(max_circuits=max_circuits, max_entries=max_entries)
     table = kind([], [], n_layers, n_neurons, devices, n_experts=n_experts, widths=widths, **sizes)
     table._used, table._freed = used, dict.fromkeys(freed)
-    table._hold(circuits, circuits)
+    table._change_to(circuits, circuits)
     return table
 
 

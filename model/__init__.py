@@ -4,7 +4,8 @@ This module imports nothing heavy; each name loads its module on first use.
 """
 
 from importlib import import_module
-from typing import TYPE_CHECKING
+
+TYPE_CHECKING = False  # as typing has it; importing typing takes longer than all else that `cna` does before main
 
 _HOME = {
     "load": "language_model",

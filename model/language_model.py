@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator, Sequence
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from tempfile import TemporaryFile
@@ -14,13 +15,14 @@ from torch import Tensor
 
 from cna_kernels import backends
 from cna_kernels.circuit import Circuit, check_fits, check_found_in
-from cna_kernels.errors import InputError
+from cna_kernels.errors import InputError, InputWarning
 from cna_kernels.files import FilePath
 from cna_kernels.renamed import renamed
 from cna_kernels.steering import SteeringTable, distinct
 
 from .checkpoint.config import DTYPES, read_config
-from .checkpoint.load import identity_of, load_transformer
+from .checkpoint.identity import Identity
+from .checkpoint.load import load_transformer
 from .checkpoint.safetensors_file import open_checkpoint
 from .discovery.job import Job, Progress
 from .discovery.packing import TokenPrompt
@@ -29,8 +31,9 @@ from .discovery.streamed import StreamedTransformer
 from .evaluation.relp import relevance
 from .generate import Sampling, generate
 from .memory import usable_device
-from .prompts.corpus import Contrast, Corpus, Entry, Names, two_sets
+from .prompts.corpus import Contrast, Corpus, Names, two_sets
 from .prompts.files import PromptSet, neutral_prompts
+from .text.prompt_encoder import PromptEncoder
 from .text.text_stream import TextStream
 from .text.tokenizer import Tokenizer, stop_ids
 from .transformer import Steering, Transformer
@@ -49,13 +52,23 @@ def load(
     stream_layers: bool = False,
     spill: FilePath | None = None,
     mesh: DeviceMesh | None = None,
+    system: str | None = None,
+    template_args: Mapping[str, Any] | None = None,
 ) -> LanguageModel:
     """Load a checkpoint directory in Hugging Face layout. The options are as in :class:`LanguageModel`.
 
-    Raises:
-        InputError: the directory, a file or a tensor in it cannot be used; names it.
+    Raises InputError, naming the directory, file or tensor that cannot be used.
     """
-    return LanguageModel(directory, device=device, dtype=dtype, stream_layers=stream_layers, spill=spill, mesh=mesh)
+    return LanguageModel(
+        directory,
+        device=device,
+        dtype=dtype,
+        stream_layers=stream_layers,
+        spill=spill,
+        mesh=mesh,
+        system=system,
+        template_args=template_args,
+    )
 
 
 class LanguageModel:
@@ -64,7 +77,7 @@ class LanguageModel:
     Attributes:
         transformer: the forward pass, a torch module; a StreamedTransformer with ``stream_layers``, a
             ParallelTransformer with ``mesh``.
-        tokenizer: text to ids and back.
+        tokenizer: text to ids and back; encoder: prompts to ids.
         config: ModelConfig.
         directory: where the model was loaded from; checkpoint: the tensors of its files.
     """
@@ -78,6 +91,8 @@ class LanguageModel:
         stream_layers: bool = False,
         spill: FilePath | None = None,
         mesh: DeviceMesh | None = None,
+        system: str | None = None,
+        template_args: Mapping[str, Any] | None = None,
     ) -> None:
         """
         Args:
@@ -87,6 +102,8 @@ class LanguageModel:
                 circuits, and nothing else. ``spill`` is a directory for hidden states that memory does not hold.
             mesh: share the layers with the other processes of this mesh, see ``tensor_parallel.open_mesh``. All its
                 processes make the same calls. Such a model finds circuits, and nothing else.
+            system: the system message of every chat.
+            template_args: variables of the chat template, as ``{"enable_thinking": False}``.
         """
         self.directory = Path(directory)
         if not os.path.isdir(directory):
@@ -97,8 +114,12 @@ class LanguageModel:
         backends.name_for(self.device)  # an absent CNA_BACKEND fails here, before files are read
         self.config = read_config(directory)
         self.tokenizer = Tokenizer(directory, self.config.vocab_size)
+        self.encoder = PromptEncoder(
+            self.tokenizer, self.config.context_length, system=system, template_args=template_args
+        )
         self.stop_ids = stop_ids(directory, self.tokenizer, self.config.vocab_size)
         self.checkpoint = open_checkpoint(directory)
+        self._identity = Identity(directory, self.checkpoint, self.config)
         options: dict[str, Any] = dict(dtype=None if dtype is None else DTYPES[dtype], device=self.device)
         self.transformer: Transformer
         if mesh is not None:
@@ -110,7 +131,6 @@ class LanguageModel:
             self.transformer = streamed  # type: ignore[assignment]  # _require_logits refuses calls that it lacks
         else:
             self.transformer = load_transformer(directory, self.config, self.checkpoint, **options)
-        self._identity: dict[str, str] | None = None
         self._steering: tuple[SteeringTable, Tensor | None] | None = None
 
     def __call__(self, input_ids: Tensor) -> Tensor:
@@ -137,52 +157,23 @@ class LanguageModel:
             raise InputError("model", "a model whose layers are streamed or shared finds circuits, and nothing else")
 
     def identity(self) -> dict[str, str]:
-        """Return the checkpoint's name and hashes; see ``checkpoint.load.identity_of``."""
-        if self._identity is None:
-            self._identity = identity_of(self.directory, self.checkpoint, self.config)
-        return dict(self._identity)
+        """Return the checkpoint's name and hashes; see ``checkpoint.identity.identity_of``."""
+        return self._identity()
 
-    def encode(self, prompts: PromptSet, *, chat: bool | None = None, double_bos: bool = False) -> list[TokenPrompt]:
-        """Tokenise each prompt, as the user's message of a chat or as plain text.
+    def describe(self, chat: bool | None = None, *, hashed: bool = True) -> str:
+        """What prompts meet, in a line: the model, the chat template and what ends an answer.
 
         Args:
-            chat: None takes the chat template where the checkpoint has one.
+            hashed: whether the weights' hash is in it, for which all weights are read once.
         """
-        if self.uses_chat(chat):
-            ids = self.tokenizer.encode_chat(list(prompts.texts), double_bos=double_bos)
-        else:
-            ids = [self.tokenizer.encode(text) for text in prompts.texts]
-        return [TokenPrompt(row, place) for row, place in zip(ids, prompts.places, strict=True)]
+        name = self.directory.resolve().name
+        weights = f" {self.identity()['tensors_sha256'][:8]}" if hashed else ""
+        ends = ", ".join(f"{number} {self.tokenizer.token(number)!r}" for number in sorted(self.stop_ids)) or "no token"
+        return f"model {name!r}{weights}; {self.encoder.describe(chat)}; an answer ends at {ends}"
 
-    def encode_entries(
-        self, entries: Sequence[Entry], *, position: str = "last", chat: bool | None = None, double_bos: bool = False
-    ) -> list[TokenPrompt]:
-        """Tokenise entries of a corpus, each with the number of its tokens that count at ``position``.
-
-        Raises:
-            InputError: position is "answer", and an entry has no answer.
-        """
-        double = [double_bos and not entry.universal for entry in entries]
-        ids: list[list[int]] = [[] for _ in entries]
-        for which in set(double):
-            rows = [place for place, doubled in enumerate(double) if doubled == which]
-            texts = PromptSet(tuple(entries[n].text for n in rows), tuple(entries[n].place for n in rows))
-            for place, prompt in zip(rows, self.encode(texts, chat=chat, double_bos=which), strict=True):
-                ids[place] = prompt.ids
-        found = []
-        for entry, row in zip(entries, ids, strict=True):
-            n_counted = 1
-            if position == "all":
-                n_bos = next((n for n, token in enumerate(row) if token != self.tokenizer.bos_id), len(row))
-                n_counted = max(len(row) - n_bos, 1)
-            elif position == "answer" and not entry.universal:
-                if entry.answer is None:
-                    raise InputError(entry.place, "has no answer, which position 'answer' counts")
-                answer = self.tokenizer.encode_answer(entry.answer)
-                n_counted = len(answer)
-                row = row + answer
-            found.append(TokenPrompt(row, entry.place, n_counted))
-        return found
+    def encode(self, prompts: PromptSet, *, chat: bool | None = None, double_bos: bool = False) -> list[TokenPrompt]:
+        """Tokenise each prompt, as the user's message of a chat or as plain text; see :class:`PromptEncoder`."""
+        return self.encoder.encode(prompts, chat=chat, double_bos=double_bos)
 
     def discover(
         self,
@@ -245,6 +236,8 @@ class LanguageModel:
             options: ``diverse``, ``chat``, ``batch``, ``max_tokens``, ``squares``; see :class:`Job`.
         """
         job = Job(self, corpus, contrasts, settings, **options)
+        for note in job.notes:
+            warnings.warn(note, InputWarning, stacklevel=3)
         return job.circuits(job.run_all(skip_bad=skip_bad, progress=progress))
 
     def relevance(
@@ -360,22 +353,27 @@ class LanguageModel:
         texts = [self.tokenizer.decode(ids) for ids in answers]
         return texts[0] if single else texts
 
-    def check_circuit(self, circuit: Circuit, where: FilePath, *, any_model: bool = False) -> None:
-        """Raise InputError naming the field unless the circuit was found in this very checkpoint.
+    def check_circuit(
+        self, circuit: Circuit, where: FilePath, *, any_model: bool = False, chat: bool | None = None
+    ) -> None:
+        """Raise InputError naming the field unless the circuit of a file was found in this very checkpoint.
 
-        Calls that take a circuit check only its shape; this check is for circuits from a file. Only the shape is
-        checked of circuits without provenance (imported circuits), and with ``any_model`` of all circuits.
+        Of imported circuits, and with ``any_model``, only the shape is checked. Another template is a warning.
         """
         check_fits(circuit, self.config.num_hidden_layers, self.config.intermediate_size, where)
         if any_model:
             return
         here: dict[str, str | None] = {f"model.{name}": value for name, value in self.identity().items()}
-        here |= dict(tokenizer_sha256=self.tokenizer.sha256, chat_template_sha256=self.tokenizer.template_sha256)
+        template = self.tokenizer.template_sha256 if self.encoder.uses_chat(chat) else None
+        here |= dict(tokenizer_sha256=self.tokenizer.sha256, chat_template_sha256=template)
         check_found_in(circuit, here, where)
-
-    def uses_chat(self, chat: bool | None) -> bool:
-        """Whether prompts go through the chat template; ``chat`` None: if the checkpoint has one."""
-        return self.tokenizer.template is not None if chat is None else chat
+        found_with = {name: (circuit.chat or {}).get(name) for name in ("args", "system")}
+        if circuit.chat_template_sha256 and found_with != {
+            "args": self.encoder.template_args or (None if circuit.chat is None else {}),
+            "system": self.encoder.system,
+        }:
+            what = f"found with {found_with}, which this model is not loaded with"
+            warnings.warn(f"{where}: {what}", InputWarning, stacklevel=3)
 
     def _steered_rows(self, circuit, multiplier, n_rows):
         """The context that gives each row its circuit and multiplier; rows with equal pairs share a table entry."""

@@ -168,10 +168,13 @@ def _heads(x: Tensor, head_dim: int) -> Tensor:
 class MLP(nn.Module):
     def __init__(self, config: ModelConfig):
         super().__init__()
-        self.gate_up_proj = nn.Linear(config.hidden_size, 2 * config.intermediate_size, bias=False)
-        self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
+        self.gate_up_proj = Linear(config.hidden_size, 2 * config.intermediate_size, bias=config.mlp_bias)
+        self.down_proj = Linear(config.intermediate_size, config.hidden_size, bias=config.mlp_bias)
 
     def forward(self, x: Tensor, **extras) -> Tensor:
+        if self.down_proj.bias is not None:
+            gate, up = self.gate_up_proj(x.flatten(0, 1)).chunk(2, -1)
+            return self.down_proj(ops.swiglu(gate, up, **extras)).view_as(x)
         y = ops.gated_mlp(x.flatten(0, 1), self.gate_up_proj.weight, self.down_proj.weight, **extras)
         return y.view_as(x)
 

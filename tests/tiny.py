@@ -25,6 +25,7 @@ VARIANTS = {
     "llama": ("Llama", {}),
     "llama-tied": ("Llama", dict(tie_word_embeddings=True)),
     "llama-bias": ("Llama", dict(attention_bias=True)),
+    "llama-mlp-bias": ("Llama", dict(mlp_bias=True)),
     "llama-head-dim": ("Llama", dict(head_dim=12)),
     "llama-mha": ("Llama", dict(num_key_value_heads=4)),
     "llama-rope-llama3": ("Llama", dict(rope_parameters=LLAMA3)),

@@ -20,6 +20,7 @@ import torch.nn.functional as F
 
 from cna_kernels import attach, make_scale, ops
 from cna_kernels.cpu import library
+from cna_kernels.engine.passes import State
 from interleave import compare
 
 CALLS, ROUNDS = 500, 15
@@ -104,7 +105,7 @@ def test_an_attached_mlp(benchmark, host, monkeypatch):
     model, plain = (transformers.LlamaForCausalLM(transformers.LlamaConfig(**shape)).eval() for _ in range(2))
     engine, x, y = attach(model), torch.zeros(1, 1, 64), torch.zeros(1, 64)
     monkeypatch.setattr(ops, "gated_mlp", lambda *_, **__: y)
-    engine._now.tokens = torch.zeros(1, dtype=torch.int32)
+    engine._now.state = State(torch.zeros(1, dtype=torch.int32))
     ours, theirs = model.model.layers[0].mlp, plain.model.layers[0].mlp
     result = compare(many(lambda: ours(x)), many(lambda: theirs(x)), rounds=ROUNDS)
     add(

@@ -23,7 +23,8 @@ from ..errors import InputError
 from .decoder import ENGINE, decoder_forward, layers_of
 from .engine import Engine
 from .find import find_decoder, find_mlp
-from .patch import mlp_forward
+from .forwards import learn_activations
+from .patch import is_replaced
 
 
 def attach(
@@ -53,13 +54,16 @@ def attach(
     decoder = find_decoder(model)
     if attached(model) is not None:
         raise InputError("model", "an engine is attached already; see cna_kernels.attached(model)")
+    learn_activations()
     layers = layers_of(decoder)
     found = [find_mlp(layer, f"layers[{number}]") for number, layer in enumerate(layers)]
     mlps = [layer.get_submodule(name) for layer, (name, _) in zip(layers, found, strict=True)]
     if len(set(map(id, mlps))) < len(mlps):
         raise InputError("model", "two of its layers share an MLP, which cannot be steered apart")
-    for module, name in [*((mlp, f"layers[{n}]'s MLP") for n, mlp in enumerate(mlps)), (decoder, "the decoder")]:
-        _check_free(module, name)
+    current = decoder.__dict__.get("forward")
+    known = "_hf_hook" in decoder.__dict__ or is_replaced(decoder, decoder_forward)
+    if current is not None and not known and getattr(current, "__func__", current) is not type(decoder).forward:
+        raise InputError("model", "the forward of the decoder was replaced by something else; take that off first")
     engine = Engine(decoder, mlps, found, backend, max_circuits, max_entries, max_rows)
     engine._put_on(decoder)
     engine._prompt.put_on(model, decoder, lambda around: getattr(around, ENGINE, None))
@@ -71,10 +75,3 @@ def attach(
 def attached(model: nn.Module) -> Engine | None:
     """Return the engine on the model, or None."""
     return getattr(find_decoder(model), ENGINE, None)
-
-
-def _check_free(module: nn.Module, name: str) -> None:
-    current = module.__dict__.get("forward")
-    known = (None, type(module).forward, mlp_forward, decoder_forward)
-    if not hasattr(module, "_hf_hook") and getattr(current, "__func__", current) not in known:
-        raise InputError("model", f"the forward of {name} was replaced by something else; take that off first")

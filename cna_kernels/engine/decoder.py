@@ -25,19 +25,20 @@ def decoder_forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
     if engine is None:
         return call_plain(self, *args, **kwargs)
 
-    call = dict(zip(ARGUMENTS, args, strict=False)) | kwargs
-    embeds, finished = call.get("inputs_embeds"), False
-    source = call["input_ids"] if embeds is None else embeds
+    call = dict(zip(engine._passes.places, args, strict=False)) | kwargs
+    embeds = call.get("inputs_embeds")
+    source = call.get("input_ids") if embeds is None else embeds
+    if source is None:
+        return call_plain(self, *args, **kwargs)  # raises what it raises without an engine
     if call.get("use_cache") is None:
         call["use_cache"] = getattr(self.config, "use_cache", False)
     with nullcontext() if torch.compiler.is_compiling() else engine.table.lock:
+        begun, y = engine._passes.begin(source.shape[:2], source.device, call), None
         try:
-            engine._begin(source.shape[:2], source.device, call)
             y = call_plain(self, *args, **kwargs)
-            finished = True
             return y
         finally:
-            engine._end(finished)
+            engine._passes.end(begun, y)
 
 
 decoder_forward.__name__ = "forward"  # pickle then takes the ``forward`` of the model's class for it

@@ -22,12 +22,14 @@ from ..steering import SteeringTable
 from ..sums import ActivationSums
 from ..warm_up import blank_extras, warm_up
 from .collecting import Collecting
-from .decoder import ENGINE, decoder_forward, layers_of
+from .decoder import ENGINE, decoder_forward
 from .identity import identity_of
-from .mlps import ForwardPass, SteeredMLP
+from .mlps import SteeredMLP
+from .passes import ForwardPass
 from .patch import is_replaced, mlp_forward, replace_forward, restore_forward
 from .prompt import Prompt
 from .rows import Rows
+from .running import Running, ranges
 
 
 class Engine:
@@ -63,18 +65,18 @@ class Engine:
             [], [], self.n_layers, self.n_neurons, devices, max_circuits=max_circuits, max_entries=max_entries,
             n_experts=self.n_experts, widths=self.widths,
         )  # fmt: skip
-        self._now = ForwardPass()
+        self._rows, self._prompt = Rows(max_rows, devices[0]), Prompt(devices[0])
+        self._now = ForwardPass(self._rows)
         self._mlps = [kind(mlps[layer], layer, backend, self._now) for layer, kind in enumerate(kinds)]
         for mlp in self._mlps:
             mlp.scale = self.table.layer(mlp.layer)
+        self._now.scales = [mlp.scale for mlp in self._mlps if mlp.scale is not None]
         self._decoder: nn.Module | None = decoder  # None once the engine is off
         self._devices = devices
-        self._paths = [
-            link for layer, (name, _) in zip(layers_of(decoder), found, strict=True) for link in _links(layer, name)
-        ]
+        self._passes: Running | None = Running(
+            decoder, [name for name, _ in found], self._mlps, self._now, self.table, self._prompt
+        )
         self._was: dict[str, Any] = {}  # the model's provenance, once the engine is off
-        self._rows, self._prompt = Rows(max_rows, devices[0]), Prompt(devices[0])
-        self._collecting: Collecting | None = None
 
     # Steering.
 
@@ -134,6 +136,45 @@ class Engine:
         self._check_attached()
         self._rows.give(self.table, row_circuit, phase, start, stop)
 
+    @contextmanager
+    def steer(
+        self,
+        circuits: Circuit | Sequence[Circuit],
+        multipliers: float | Sequence[float] = 0.0,
+        rows: int | Sequence[int] | Tensor | None = None,
+        *,
+        phase: str = "both",
+        start: int | Sequence[int] = 0,
+        stop: int | Sequence[int] | None = None,
+    ) -> Iterator[list[int]]:
+        """Steer inside the ``with``: :meth:`set` and :meth:`rows` in one; afterwards both are as they were before.
+
+        Args:
+            circuits, multipliers: as of :meth:`set`.
+            rows: as of :meth:`rows`, a number, ``[B]`` or ``[B, S]``; None is the only circuit, for all rows.
+            phase, start, stop: as of :meth:`rows`.
+
+        Yields:
+            The numbers of the circuits.
+        """
+        self._check_attached()
+        circuits = [circuits] if isinstance(circuits, Circuit) else list(circuits)
+        if rows is None:
+            if len(circuits) != 1:
+                raise InputError("rows", f"expected which of {len(circuits)} circuits each row uses, got None")
+            rows = 0
+        with self.table.lock:
+            held, given = self.table.held(), self._rows.given_as
+        try:
+            with self.table.lock:
+                numbers = self.set(circuits, multipliers)
+                self.rows(rows, phase=phase, start=start, stop=stop)
+            yield numbers
+        finally:
+            with self.table.lock:
+                self.table.hold(held)
+                self._rows.give(None, *given)
+
     # Discovery.
 
     @renamed(weight="token_weight")
@@ -157,8 +198,8 @@ class Engine:
         Raises:
             NonFiniteActivation: a sum is not finite; nothing of this pass was counted.
         """
-        self._check_attached()
-        if self._collecting is not None:
+        passes = self._check_attached()
+        if passes.collecting is not None:
             raise InputError("collect", "is at work already; its `with` has not ended")
         token_weight = torch.as_tensor(token_weight, dtype=torch.float32)
         if token_weight.dim() not in (2, 3):
@@ -169,16 +210,18 @@ class Engine:
         check_tensor("sums.total", sums.total, shape=(self.n_layers, n_columns, self.n_neurons))
         with torch.inference_mode(False):
             token_weight = token_weight.to(self._devices[0], torch.float32).contiguous()
-            self._collecting = Collecting(token_weight, [self._layer_buffers(n, sums) for n in range(self.n_layers)])
-        for mlp, buffers in zip(self._mlps, self._collecting.buffers, strict=True):
+            buffers_of = [self._layer_buffers(layer, sums) for layer in range(self.n_layers)]
+            passes.collecting = collecting = Collecting(token_weight, buffers_of)
+        for mlp, buffers in zip(self._mlps, buffers_of, strict=True):
             mlp.sums = buffers
         try:
             yield sums
-            if not self._collecting.done:
+            if not collecting.done:
                 raise InputError("collect", "no forward pass ran to its end inside the `with`")
-            self._fold(sums, self._collecting)
+            passes.check_all_ran()
+            self._fold(sums, collecting)
         finally:
-            self._collecting = None
+            passes.collecting = None
             for mlp in self._mlps:
                 mlp.sums = {}
 
@@ -293,7 +336,7 @@ class Engine:
         for mlp in self._mlps:
             if reason := mlp.reason():
                 reasons.setdefault(reason, []).append(mlp.layer)
-        return [f"{_ranges(layers)}: {reason}" for reason, layers in reasons.items()]
+        return [f"{ranges(layers)}: {reason}" for reason, layers in reasons.items()]
 
     def detach(self) -> None:
         """Take the engine off; the model is then as it was before ``attach``. Where this raises, nothing has changed.
@@ -301,7 +344,9 @@ class Engine:
         Raises:
             InputError: a forward was replaced after ``attach``, and must come off first; or the engine is off already.
         """
-        decoder = self._check_attached()
+        self._check_attached()
+        decoder = self._decoder
+        assert decoder is not None
         owners: list[tuple[nn.Module, str, Any]] = [(decoder, "the decoder", decoder_forward)]
         owners += [(mlp.module, f"layers[{mlp.layer}]'s MLP", mlp_forward) for mlp in self._mlps]
         for module, name, function in owners:
@@ -313,13 +358,13 @@ class Engine:
         restore_forward(decoder)
         self._prompt.take_off()
         delattr(decoder, ENGINE)
-        self._mlps, self._paths, self._decoder = [], [], None  # nothing of the model is kept alive
+        self._mlps, self._passes, self._decoder = [], None, None  # nothing of the model is kept alive
 
-    def _check_attached(self) -> nn.Module:
-        """The decoder; InputError where the engine is off."""
-        if self._decoder is None or getattr(self._decoder, ENGINE, None) is not self:
+    def _check_attached(self) -> Running:
+        """The passes of the decoder; InputError where the engine is off."""
+        if self._passes is None or getattr(self._decoder, ENGINE, None) is not self:
             raise InputError("engine", "was detached from its model")
-        return self._decoder
+        return self._passes
 
     def _put_on(self, decoder: nn.Module) -> None:
         setattr(decoder, ENGINE, self)
@@ -333,36 +378,6 @@ class Engine:
     def __reduce__(self) -> tuple[type[None], tuple[()]]:
         return type(None), ()
 
-    # One forward pass.
-
-    def _begin(self, shape: tuple[int, int], device: torch.device, call: dict[str, Any]) -> None:
-        """Set what the MLPs need for a call of ``shape`` [B, S] tokens. ``call``: the decoder's arguments by name."""
-        if not torch.compiler.is_compiling():
-            self._check_in_place()
-        past, prompt, collecting = call.get("past_key_values"), self._prompt, self._collecting
-        prompt.begin_call(shape[1], past, call.get("inputs_embeds") is not None)
-        self._now.tokens = self._rows.of_tokens(shape, device, call, prompt)
-        if collecting is None or collecting.done or (collecting.by_prompt and prompt.goes_on(shape[1], past)):
-            return
-        self._now.token_weight = collecting.of_call(shape, device, call.get("attention_mask"), past, prompt)
-
-    def _end(self, finished: bool) -> None:
-        now = self._now
-        if now.token_weight is not None and self._collecting is not None:
-            self._collecting.end_call(finished)
-        now.again = now.tokens if torch.is_grad_enabled() else None
-        now.tokens = now.token_weight = None
-
-    def _check_in_place(self) -> None:
-        """Raise if the model no longer calls one of the steered MLPs, which would go unsteered without a word."""
-        for parent, name, child in self._paths:
-            if parent._modules.get(name) is not child:
-                raise InputError("model", f"{name} of a layer was replaced after attach; detach, and attach again")
-        for mlp in self._mlps:
-            if not is_replaced(mlp.module, mlp_forward):
-                what = f"the forward of layers[{mlp.layer}]'s MLP was replaced after attach"
-                raise InputError("model", f"{what}; detach, and attach again")
-
     def _layer_buffers(self, layer: int, sums: ActivationSums) -> dict[str, Tensor]:
         kept = {name: x for name, x in sums.layer(layer).items() if x is not None}
         shape, device = (sums.count.shape[0], self.widths[layer]), self._devices[layer]
@@ -375,23 +390,3 @@ class Engine:
             for name, buffer in buffers.items():
                 getattr(sums, name)[layer, :, : self.widths[layer]] = buffer.to(sums.act_sum.device)
         sums.fold(collecting.counted)
-
-
-def _links(layer: nn.Module, name: str) -> Iterator[tuple[nn.Module, str, nn.Module]]:
-    """(parent, name, child) from a layer down to its MLP."""
-    for part in name.split("."):
-        child = layer.get_submodule(part)
-        yield layer, part, child
-        layer = child
-
-
-def _ranges(numbers: Sequence[int]) -> str:
-    """[0, 1, 2, 5] as "layers 0-2, 5"."""
-    runs: list[list[int]] = []
-    for number in numbers:
-        if runs and runs[-1][-1] == number - 1:
-            runs[-1].append(number)
-        else:
-            runs.append([number])
-    text = ", ".join(str(run[0]) if len(run) == 1 else f"{run[0]}-{run[-1]}" for run in runs)
-    return f"layer{'s' * (len(numbers) > 1)} {text}"

@@ -11,8 +11,10 @@ from torch import Tensor, nn
 
 from .. import ops
 from ..errors import InputError
-from .mlps import ForwardPass, SteeredMLP, is_plain_silu
-from .patch import apply_gate, call_plain
+from .forwards import is_in_file
+from .mlps import SteeredMLP, is_plain_silu, name_of
+from .passes import ForwardPass, State
+from .patch import apply_gate
 
 # The values that these attributes of experts must have. No version of transformers has all of the attributes;
 # _is_hooked tells of a model split over devices.
@@ -20,6 +22,9 @@ PLAIN_EXPERTS = dict(
     has_bias=False, is_transposed=False, has_gate=True, has_post_expert_norm=False, _is_expert_parallel=False,
     _is_hooked=False,
 )  # fmt: skip
+
+
+DISPATCH = "transformers.integrations.moe"
 
 
 class Experts(SteeredMLP):
@@ -35,19 +40,29 @@ class Experts(SteeredMLP):
 
     def __init__(self, module: nn.Module, layer: int, backend: str | None, now: ForwardPass) -> None:
         super().__init__(module, layer, backend, now)
+        self.gate = type(self.module)._apply_gate
+        self.idle, self.gated = False, False  # whether the module runs without the engine; whether its gate was called
         self.pairs: tuple[Tensor, Tensor] | None = None  # the token and the expert of each pair of this call
 
     @staticmethod
     def check(module: Any, where: str) -> None:
-        from transformers.integrations.moe import _default_apply_gate
-
-        gate: Any = module.__dict__.get("_apply_gate", type(module)._apply_gate)
-        gate = getattr(gate, "__func__", gate)
+        gate: Any = module.__dict__.get("_apply_gate")
+        if gate is None or getattr(gate, "__func__", None) is apply_gate:
+            gate = type(module)._apply_gate
         if any(getattr(module, name, plain) != plain for name, plain in PLAIN_EXPERTS.items()):
             what = "experts with a bias or a norm, transposed, without a gate or split over devices"
             raise InputError("model", f"{where}: {what}")
-        if gate not in (_default_apply_gate, apply_gate):
-            raise InputError("model", f"{where}: experts with a gate of their own ({gate.__qualname__})")
+        if not is_in_file(gate, DISPATCH, "_default_apply_gate"):
+            raise InputError("model", f"{where}: experts with a gate of their own ({name_of(gate)})")
+
+    @classmethod
+    def knows(cls, function: Any) -> bool:
+        """Whether a forward is transformers' dispatcher, before the loop over experts that Mixtral has."""
+        if not is_in_file(function, DISPATCH, "use_experts_implementation", "wrapper", "forward"):
+            return False
+        cells = dict(zip(function.__code__.co_freevars, function.__closure__, strict=True))
+        loop = cells["original_forward"].cell_contents
+        return is_in_file(loop, "transformers.models.mixtral.modeling_mixtral", "MixtralExperts", "forward")
 
     @staticmethod
     def width(module: Any) -> int:
@@ -75,8 +90,27 @@ class Experts(SteeredMLP):
     def reason(self) -> str | None:
         return None if self.in_modules else self._other_activation()
 
-    def run(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
+    def check_in_place(self) -> None:
+        super().check_in_place()
+        if type(self.module)._apply_gate is not self.gate:
+            what = f"_apply_gate of {type(self.module).__name__} was replaced after attach"
+            raise InputError("model", f"{what}; detach, and attach again")
+
+    def plain(self, *args: Any, **kwargs: Any) -> Any:
+        self.idle = True
+        try:
+            return super().plain(*args, **kwargs)
+        finally:
+            self.idle = False
+
+    def run(self, *args: Any, **kwargs: Any) -> Any:
         """hidden states ``[T, H]``, the k experts of each token and their weights, ``[T, k]`` each -> y ``[T, H]``"""
+        if kwargs or len(args) != 3:
+            return self.plain(*args, **kwargs)  # raises what it raises without an engine
+        hidden_states, top_k_index, top_k_weights = args
+        self.ran = True
+        if self.state().token_weight is not None:
+            self.runs += 1
         how = self.module.config._experts_implementation
         if how == self.EAGER:
             return self.one_by_one(hidden_states, top_k_index, top_k_weights)
@@ -88,11 +122,15 @@ class Experts(SteeredMLP):
             self.pairs = torch.arange(len(experts), dtype=torch.int64, device=experts.device) // n_each, experts
         else:
             raise InputError("experts_implementation", f"expected grouped_mm, batched_mm or eager, got {how!r}")
+        self.gated = False
         try:
-            y: Tensor = call_plain(self.module, hidden_states, top_k_index, top_k_weights)
-            return y
+            y = super().plain(hidden_states, top_k_index, top_k_weights)
         finally:
             self.pairs = None
+        if not self.gated:
+            what = f"layers[{self.layer}]: experts_implementation {how!r} called no _apply_gate"
+            raise InputError("model", f"{what}, so that its neurons cannot be steered")
+        return y
 
     def one_by_one(self, x: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
         y = torch.zeros_like(x)
@@ -108,13 +146,17 @@ class Experts(SteeredMLP):
     def act(self, gate_up: Tensor) -> Tensor:
         """gate_up ``[P, 2N]`` of P (token, expert) pairs -> their act ``[P, N]``, summed and scaled."""
         gate, up = gate_up.chunk(2, dim=-1)
-        if self.in_modules or gate.dtype not in ops.FLOATS or not is_plain_silu(self.module.act_fn):
+        if self.idle:
+            return self.gate(self.module, gate_up)  # type: ignore[no-any-return]
+        self.gated = True
+        one_by_one = self.in_modules or self.state().in_modules or gate.dtype not in ops.FLOATS
+        if one_by_one or not is_plain_silu(self.module.act_fn):
             return self.steer(self.module.act_fn(gate) * up)
         return ops.swiglu(gate, up, **self.extras(gate.shape[1], gate.device), backend=self.backend)
 
-    def extras(self, width: int, device: torch.device) -> dict[str, Any]:
+    def extras(self, width: int, device: torch.device, state: State | None = None) -> dict[str, Any]:
         """The optional arguments of an op on the act of (token, expert) pairs: one row for each pair, not token."""
-        extras = super().extras(width, device)
+        extras = super().extras(width, device, state)
         if self.pairs is None:
             raise InputError("attach", "a mixture's gate ran outside its forward pass, where no token is known")
         token, expert = self.pairs

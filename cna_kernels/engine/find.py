@@ -1,14 +1,17 @@
-"""Finding the decoder of a model and the MLP of a layer, by the code of their ``forward``."""
+"""Finding the decoder of a model and the MLP of a layer, by the code of its ``forward`` and by its parts."""
 
 from __future__ import annotations
 
 from typing import Any
 
 from torch import nn
+from torch.nn.modules.conv import _ConvNd
 
 from ..errors import InputError
+from .dense import Apart, Joined
 from .experts import Experts
-from .mlps import Apart, Joined, SteeredMLP
+from .mlps import SteeredMLP
+from .patch import plain_function
 
 SUPPORTED = "Llama, Qwen2, Qwen3, Mistral, Gemma 1 to 3, Phi-3, Qwen3-MoE, Mixtral, and models whose MLPs are the same"
 
@@ -25,7 +28,7 @@ def find_decoder(model: nn.Module) -> nn.Module:
 
 
 def find_mlp(layer: nn.Module, where: str) -> tuple[str, type[SteeredMLP]]:
-    """The name of the MLP in a layer and the kind of SteeredMLP that serves it, known by the code of its forward.
+    """The name of the MLP in a layer and the kind of SteeredMLP that serves it.
 
     Raises:
         InputError: the layer has no known MLP or several, or another module of the layer looks like an MLP.
@@ -34,7 +37,8 @@ def find_mlp(layer: nn.Module, where: str) -> tuple[str, type[SteeredMLP]]:
     found = {name: kind for name, module in named.items() if (kind := _kind_for(module)) is not None}
     what = f"{where}, a {type(layer).__name__}, has"
     if len(found) != 1:
-        known = "several MLPs" if found else "no MLP that is known (gate_proj or gate_up_proj with down_proj)"
+        known = "no MLP that is known (gate_proj or gate_up_proj with down_proj)"
+        known = f"several MLPs ({', '.join(found)})" if found else known
         raise InputError("model", f"{what} {known}; supported: {SUPPORTED}")
     ((name, kind),) = found.items()
     for other, module in named.items():
@@ -46,29 +50,29 @@ def find_mlp(layer: nn.Module, where: str) -> tuple[str, type[SteeredMLP]]:
 
 
 def _kind_for(module: nn.Module) -> type[SteeredMLP] | None:
-    """The kind of SteeredMLP whose module of transformers, one of three, has the code of this module's forward."""
-    if not hasattr(module, "down_proj"):
-        return None
-    from transformers.models.llama.modeling_llama import LlamaMLP
-    from transformers.models.mixtral.modeling_mixtral import MixtralExperts
-    from transformers.models.phi3.modeling_phi3 import Phi3MLP
-
-    code = _code(type(module))
-    kinds: tuple[tuple[type[nn.Module], type[SteeredMLP]], ...]
-    kinds = (LlamaMLP, Apart), (Phi3MLP, Joined), (MixtralExperts, Experts)
-    for known, kind in kinds:
-        if code == _code(known):
-            return kind
+    """The kind of SteeredMLP that serves a module: known by its forward, or by being gate, up and down and no more."""
+    parts = module._modules
+    if "down_proj" in parts:
+        layers = {name for name, part in parts.items() if part is not None and not _is_small(part)}
+        for kind in (Apart, Joined):
+            if kind.knows(plain_function(module)) or layers == {*kind.LAYERS}:
+                return kind if {*kind.LAYERS} <= {*parts} else None
+    elif "down_proj" in module._parameters and Experts.knows(plain_function(module)):
+        return Experts
     return None
 
 
-def _code(kind: type[nn.Module]) -> tuple[Any, ...] | None:
-    function = getattr(kind.forward, "__wrapped__", kind.forward)
-    code = getattr(function, "__code__", None)
-    return None if code is None else (code.co_code, code.co_names, code.co_consts)
+def _is_small(part: nn.Module) -> bool:
+    """Whether a part of an MLP is an activation or a dropout: nothing that has weights."""
+    return not hasattr(part, "in_features") and not any(True for _ in (*part.parameters(), *part.buffers()))
 
 
 def _looks_like_an_mlp(module: nn.Module) -> bool:
+    if isinstance(module, _ConvNd):
+        return False
     words = type(module).__name__.lower()
-    stacked = any(parameter.dim() == 3 for parameter in module.parameters(recurse=False))
+    stacked = any(
+        parameter.dim() == 3 and ("proj" in name or name in ("weight", "w1", "w2", "w3"))
+        for name, parameter in module.named_parameters(recurse=False)
+    )
     return stacked or any(word in words for word in ("mlp", "expert", "feedforward", "ffn"))

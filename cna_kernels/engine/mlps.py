@@ -2,8 +2,9 @@
 
 At each call the parts of an MLP, as they are then, decide what runs. The first case that holds:
 
-1. backend ``reference``, or float64: the model's own modules; sums and steering on the input of ``down_proj``.
-   Unsteered rows are the plain model's to the bit.
+0. a forward that is not known (``forwards.py``): that forward; sums and steering on the input of ``down_proj``.
+1. backend ``reference``, float64, or others who watch all modules or functions: the model's own modules; sums and
+   steering on the input of ``down_proj``. Unsteered rows are the plain model's to the bit.
 2. SiLU, and plain Linear layers without bias: ``ops.gated_mlp``, all of the MLP in one op.
 3. SiLU, but a quantised, adapted, hooked, offloaded or biased layer: the MLP's modules, with ``ops.swiglu`` between.
 4. another activation: the MLP's modules up to act, then ``ops.down_proj`` if ``down_proj`` is a plain layer, else
@@ -26,23 +27,18 @@ from .. import backends, ops, reference
 from ..errors import InputError
 from ..extras import Inputs
 from ..scale import Scale
-from .patch import STEERED, mlp_forward, replace_forward, restore_forward
-
-
-class ForwardPass:
-    """What the MLPs must know of the forward pass at hand.
-
-    Attributes:
-        tokens: ``[T]`` int32, the circuit of each token; None outside a pass.
-        token_weight: ``[T, C]`` fp32, how much each token counts, or None where nothing is summed.
-        again: ``tokens`` of the last pass with gradients, for layers that gradient checkpointing runs once more.
-    """
-
-    def __init__(self) -> None:
-        self.tokens: Tensor | None = None
-        self.token_weight: Tensor | None = None
-        self.again: Tensor | None = None
-
+from .forwards import SILUS, is_one_of
+from .passes import ForwardPass, State
+from .patch import (
+    STEERED,
+    call_plain,
+    is_replaced,
+    mlp_forward,
+    parameters_of,
+    plain_function,
+    replace_forward,
+    restore_forward,
+)
 
 # The parts of an MLP.
 
@@ -71,7 +67,7 @@ def is_plain_silu(activation: Any) -> bool:
     """Whether an activation is SiLU: the function, or a module that nobody has hooked."""
     if activation is F.silu:
         return True
-    if not (isinstance(activation, nn.SiLU) or type(activation).__name__ == "SiLUActivation"):
+    if not isinstance(activation, nn.Module) or type(activation).forward not in SILUS:
         return False
     own = activation.__dict__
     return "forward" not in own and not has_hooks(own)
@@ -82,6 +78,10 @@ def has_hooks(own: dict[str, Any]) -> bool:
     return bool(
         own["_forward_hooks"] or own["_forward_pre_hooks"] or own["_backward_hooks"] or own["_backward_pre_hooks"]
     )
+
+
+def name_of(function: Any) -> str:
+    return getattr(function, "__qualname__", None) or type(function).__name__
 
 
 def kind_of(module: Any) -> str:
@@ -96,12 +96,16 @@ class SteeredMLP:
 
     Attributes:
         LAYERS: the names of its linear layers, ``down_proj`` last. ACTIVATION: the name of its activation.
+        FORWARDS: the functions whose formula the ops compute.
+        known: whether the module's own forward is one of them.
         scale: the layer's part of the engine's table.
         sums: the buffers ``act_sum`` and ``act_sumsq`` of the running collection; empty without one.
+        runs: how often the MLP has run in the pass that is summed. ran: whether it has in the pass that is steered.
     """
 
     LAYERS: tuple[str, ...] = ()
     ACTIVATION = ""
+    FORWARDS: tuple[Any, ...] = ()
 
     def __init__(self, module: nn.Module, layer: int, backend: str | None, now: ForwardPass) -> None:
         self.module: Any = module  # an nn.Module, whose parts are found by name
@@ -110,6 +114,9 @@ class SteeredMLP:
         self.in_modules = backends.name_for(self.device(module), backend) == "reference"
         self.scale: Scale | None = None
         self.sums: dict[str, Tensor] = {}
+        self.runs, self.ran = 0, False
+        self.bound: Any = None  # what the module's attribute "forward" holds
+        self._look()
 
     def __deepcopy__(self, _: object) -> None:
         return None  # a copy of an attached model is a plain model
@@ -120,10 +127,76 @@ class SteeredMLP:
     def put_on(self) -> None:
         setattr(self.module, STEERED, self)
         replace_forward(self.module, mlp_forward)
+        self.bound = self.module.__dict__.get("forward")
 
     def take_off(self) -> None:
         restore_forward(self.module)
         delattr(self.module, STEERED)
+
+    def _look(self) -> None:
+        """See which forward the module has of its own."""
+        self.function = plain_function(self.module)
+        self.code = getattr(self.function, "__code__", None)
+        self.of_class = type(self.module).forward
+        self.names = parameters_of(self.function)
+        self.known = self.knows(self.function)
+
+    @classmethod
+    def knows(cls, function: Any) -> bool:
+        """Whether a forward is one of those that the ops compute."""
+        return is_one_of(function, *cls.FORWARDS)
+
+    def is_in_place(self) -> bool:
+        """The answer of :meth:`check_in_place` in the usual case, in a tenth of a microsecond; False is no answer."""
+        module = self.module
+        return (
+            module.__dict__.get("forward") is self.bound
+            and type(module).forward is self.of_class
+            and self.known
+            and self.function.__code__ is self.code
+        )
+
+    def check_in_place(self) -> None:
+        """Raise InputError unless the MLP is steered when its module is called; made before every pass."""
+        if not is_replaced(self.module, mlp_forward):
+            what = f"the forward of layers[{self.layer}]'s MLP was replaced after attach"
+            raise InputError("model", f"{what}; detach, and attach again")
+        if type(self.module).forward is not self.of_class or getattr(self.function, "__code__", None) is not self.code:
+            self._replaced()
+
+    def _replaced(self) -> None:
+        """The class of the module has got another forward since attach."""
+        what = f"the forward of {type(self.module).__name__}, in layers[{self.layer}], was replaced after attach"
+        raise InputError("model", f"{what}; detach, and attach again")
+
+    def is_off(self) -> bool:
+        """Whether the module, where no pass is at hand and no row is known, shall run as if there were no engine.
+
+        Raises:
+            InputError: rows are steered, so that somebody may expect it here.
+        """
+        if self.now.again() is not None:
+            return False
+        if self.now.rows.steers:
+            raise InputError("attach", "an MLP ran outside its model's forward pass, where no row is known")
+        return True
+
+    def plain(self, *args: Any, **kwargs: Any) -> Any:
+        """What the module computes without an engine."""
+        return call_plain(self.module, *args, **kwargs)
+
+    def in_order(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """The arguments of a call with those by place that its forward takes, as far as they follow each other."""
+        names, kwargs = self.names[len(args) :], dict(kwargs)
+        for name in names:
+            if name not in kwargs:
+                break
+            args = (*args, kwargs.pop(name))
+        return args, kwargs
+
+    def run(self, *args: Any, **kwargs: Any) -> Any:
+        """What the module computes, summed and steered."""
+        raise NotImplementedError
 
     @staticmethod
     def check(module: Any, where: str) -> None:
@@ -191,6 +264,8 @@ class SteeredMLP:
         def blank(n: int) -> Tensor:
             return torch.empty(n_tokens, n, dtype=like.dtype, device=device)
 
+        if not self.known:
+            return "steer_act", (blank(self.own_width),)
         silu = is_plain_silu(self.activation())
         if silu and weights and len(weights) == len(layers):
             w_gate, w_up = (weights[0], None) if len(weights) == 2 else (weights[0], weights[1])
@@ -212,91 +287,23 @@ class SteeredMLP:
             return reference.steer_act(flat, **extras).view(act.shape)
         return ops.steer_act(flat, **extras, backend=self.backend).view(act.shape)
 
-    def extras(self, width: int, device: torch.device) -> dict[str, Any]:
-        """The optional arguments of an op on act with ``width`` neurons."""
+    def extras(self, width: int, device: torch.device, state: State | None = None) -> dict[str, Any]:
+        """The optional arguments of an op on act with ``width`` neurons; ``state`` as :meth:`state` returns it."""
         if width != self.own_width:
             what = f"layer {self.layer}: down_proj takes {width} neurons here, {self.own_width} were expected"
             raise InputError("model", f"{what}; a model whose MLPs are split over devices cannot be attached")
-        now = self.now
-        tokens = now.tokens
-        if tokens is None and torch.is_grad_enabled():
-            tokens = now.again
-        if tokens is None:
-            raise InputError("attach", "an MLP ran outside its model's forward pass, where no row is known")
-        extras: dict[str, Any] = {"scale": self.scale, "row_circuit": tokens.to(device)}
-        if now.token_weight is not None:
-            extras["token_weight"] = now.token_weight.to(device)
+        tokens, token_weight, _, scales = state or self.state()
+        assert tokens is not None, "is_off was asked"
+        extras: dict[str, Any] = {
+            "scale": self.scale if scales is None else scales[self.layer],
+            "row_circuit": tokens.to(device),
+        }
+        if token_weight is not None:
+            extras["token_weight"] = token_weight.to(device)
             extras |= self.sums
         return extras
 
-
-class Dense(SteeredMLP):
-    """An MLP of linear layers."""
-
-    def gate_and_up(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """x ``[..., H]`` -> gate and up ``[..., N]`` of the model's own layers"""
-        raise NotImplementedError
-
-    def plain_act(self, x: Tensor) -> Tensor:
-        """x ``[..., H]`` -> act ``[..., N]`` as the model itself computes it"""
-        raise NotImplementedError
-
-    def run(self, x: Tensor) -> Tensor:
-        """x ``[..., H]`` -> y ``[..., H]``"""
-        if self.in_modules or x.dtype not in ops.FLOATS:
-            y: Tensor = self.module.down_proj(self.steer(self.plain_act(x)))
-            return y
-        modules = self.module.__dict__["_modules"]
-        silu = is_plain_silu(modules.get(self.ACTIVATION) or self.activation())
-        weights = [plain_weight(modules[name], x.dtype) for name in self.LAYERS]
-        if torch._C._is_any_autocast_enabled() and torch.is_autocast_enabled(x.device.type):
-            weights = [None] * len(weights)  # under autocast the layers multiply in another dtype
-        plain = [weight for weight in weights if weight is not None]
-        if silu and len(plain) == len(weights):
-            w_gate_up = plain[0] if len(plain) == 2 else (plain[0], plain[1])
-            extras = self.extras(plain[-1].shape[1], x.device)
-            return ops.gated_mlp(x.flatten(0, -2), w_gate_up, plain[-1], **extras, backend=self.backend).view_as(x)
-        down = modules["down_proj"]
-        if silu:
-            gate, up = self.gate_and_up(x)
-            extras = self.extras(gate.shape[-1], gate.device)
-            act = ops.swiglu(gate.flatten(0, -2), up.flatten(0, -2), **extras, backend=self.backend)
-            y = down(act.view(*x.shape[:-1], -1))
-            return y
-        act, w_down = self.plain_act(x), weights[-1]
-        if w_down is not None and act.dtype == x.dtype:
-            extras = self.extras(act.shape[-1], act.device)
-            y = ops.down_proj(act.flatten(0, -2), w_down, **extras, backend=self.backend)
-            return y.view(*x.shape[:-1], -1)
-        y = down(self.steer(act))
-        return y
-
-
-class Apart(Dense):
-    """gate_proj and up_proj are two layers: Llama and most others."""
-
-    LAYERS = ("gate_proj", "up_proj", "down_proj")
-    ACTIVATION = "act_fn"
-
-    def gate_and_up(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        return self.module.gate_proj(x), self.module.up_proj(x)
-
-    def plain_act(self, x: Tensor) -> Tensor:
-        act: Tensor = self.module.act_fn(self.module.gate_proj(x)) * self.module.up_proj(x)
-        return act
-
-
-class Joined(Dense):
-    """gate and up are one layer, gate_up_proj: Phi-3."""
-
-    LAYERS = ("gate_up_proj", "down_proj")
-    ACTIVATION = "activation_fn"
-
-    def gate_and_up(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        gate, up = self.module.gate_up_proj(x).chunk(2, dim=-1)
-        return gate, up
-
-    def plain_act(self, x: Tensor) -> Tensor:
-        gate, up = self.gate_and_up(x)
-        act: Tensor = up * self.module.activation_fn(gate)
-        return act
+    def state(self) -> State:
+        """The pass that the MLP runs in; that of its first run where gradient checkpointing runs it again."""
+        state = self.now.state
+        return state if state.tokens is not None else self.now.again() or state

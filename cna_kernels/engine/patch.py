@@ -1,10 +1,14 @@
 """Replacing a module's ``forward``, and putting it back.
 
-The function in its place is called "forward", so that pickle takes the ``forward`` of the module's class for it.
+The function in its place is called "forward", so that pickle takes the ``forward`` of the module's class for it, and
+has the signature of that forward, by which transformers decides what to pass.
 """
 
 from __future__ import annotations
 
+import contextlib
+import functools
+import inspect
 import types
 from typing import Any
 
@@ -19,14 +23,16 @@ def slot(module: nn.Module) -> str:
 
 
 def replace_forward(module: nn.Module, function: Any) -> None:
-    current = module.__dict__.get(slot(module))
-    if getattr(current, "__func__", None) is not function:  # a copy of an attached module has the function already
+    if not is_replaced(module, function):  # a copy of an attached module has the function already
+        current = module.__dict__.get(slot(module))
         setattr(module, BEFORE, current)
-        setattr(module, slot(module), types.MethodType(function, module))
+        dressed = _dressed(function, type(module).forward) if current is None else _dressed_anew(function, current)
+        setattr(module, slot(module), types.MethodType(dressed, module))
 
 
 def is_replaced(module: nn.Module, function: Any) -> bool:
-    return getattr(module.__dict__.get(slot(module)), "__func__", None) is function
+    current = getattr(module.__dict__.get(slot(module)), "__func__", None)
+    return getattr(current, "__code__", None) is function.__code__
 
 
 def restore_forward(module: nn.Module) -> None:
@@ -39,15 +45,63 @@ def restore_forward(module: nn.Module) -> None:
         setattr(module, place, before)
 
 
+def plain_function(module: nn.Module) -> Any:
+    """The function that a module's forward is, or was before it was replaced.
+
+    The bound method itself where that belongs to another module.
+    """
+    current = module.__dict__.get(slot(module))
+    if BEFORE in module.__dict__:
+        current = module.__dict__[BEFORE]
+    if current is None:
+        return type(module).forward
+    return current.__func__ if getattr(current, "__self__", None) is module else current
+
+
 def call_plain(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
     """Call the forward that the module had before it was replaced."""
     before = getattr(module, BEFORE, None)
     return type(module).forward(module, *args, **kwargs) if before is None else before(*args, **kwargs)
 
 
+def parameters_of(function: Any) -> tuple[str, ...]:
+    """The names of a forward's parameters, in order, without ``self``."""
+    try:
+        names = tuple(inspect.signature(function).parameters)
+    except (TypeError, ValueError):  # written in C
+        return ()
+    return names if inspect.ismethod(function) else names[1:]
+
+
+def _dressed_anew(function: Any, original: Any) -> Any:
+    """A copy of a function with the signature and the docstring of another one."""
+    copy = types.FunctionType(function.__code__, function.__globals__, function.__name__)
+    original = getattr(original, "__func__", original)
+    copy.__doc__, copy.__module__ = getattr(original, "__doc__", None), function.__module__
+    with contextlib.suppress(TypeError, ValueError):  # written in C
+        copy.__signature__ = inspect.signature(original)  # type: ignore[attr-defined]
+    return copy
+
+
+_dressed = functools.cache(_dressed_anew)  # for the functions of classes: the layers of a model share one
+
+
 def mlp_forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
     steered = getattr(self, STEERED, None)
-    return call_plain(self, *args, **kwargs) if steered is None else steered.run(*args, **kwargs)
+    if steered is None:
+        return call_plain(self, *args, **kwargs)
+    if steered.now.state.tokens is None and steered.is_off():
+        return steered.plain(*args, **kwargs)
+    if kwargs:
+        args, kwargs = steered.in_order(args, kwargs)
+    return steered.run(*args, **kwargs)
+
+
+def down_forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+    steered = getattr(self, STEERED, None)
+    if steered is not None:
+        args, kwargs = steered.steer_argument(args, kwargs)
+    return call_plain(self, *args, **kwargs)
 
 
 def apply_gate(self: Any, gate_up: Tensor) -> Any:
@@ -55,4 +109,5 @@ def apply_gate(self: Any, gate_up: Tensor) -> Any:
     return type(self)._apply_gate(self, gate_up) if steered is None else steered.act(gate_up)
 
 
-mlp_forward.__name__, apply_gate.__name__ = "forward", "_apply_gate"
+mlp_forward.__name__ = down_forward.__name__ = "forward"
+apply_gate.__name__ = "_apply_gate"

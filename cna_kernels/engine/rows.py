@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -25,6 +26,7 @@ class Rows:
         given: the circuits as they were given, ``[B]`` or ``[B, S]``; None where one number was given for all rows.
         of_shape: a buffer ``[B, S]`` for each shape in which circuits were given by token.
         windowed: whether ``start`` and ``stop`` leave any position out.
+        given_as: the arguments themselves. were_given: whether there was a call. steers: whether any row has a circuit.
     """
 
     def __init__(self, max_rows: int, device: torch.device) -> None:
@@ -32,17 +34,19 @@ class Rows:
             self.circuit, self.start, self.stop = torch.full((3, max_rows), -1, dtype=torch.int32, device=device)
         self.max_rows, self.phase, self.windowed = max_rows, "both", False
         self.given: Tensor | None = None
+        self.given_as: tuple[Any, Any, Any, Any] = None, "both", 0, None
+        self.were_given = self.steers = False
         self.of_shape: dict[tuple[int, ...], Tensor] = {}
 
     def give(
         self,
-        table: SteeringTable,
+        table: SteeringTable | None,
         row_circuit: int | Sequence[int] | Tensor | None,
         phase: str,
         start: int | Sequence[int],
         stop: int | Sequence[int] | None,
     ) -> None:
-        """See ``Engine.rows``."""
+        """See ``Engine.rows``; without a table nobody asks whether it holds the circuits."""
         if phase not in PHASES:
             raise InputError("phase", f"expected one of {', '.join(PHASES)}, got {phase!r}")
         numbers = whole_numbers("row_circuit", -1 if row_circuit is None else row_circuit)
@@ -61,21 +65,24 @@ class Rows:
             if bound.dim() and len(bound) != n_rows:
                 raise InputError(name, f"expected one position, or one for each of {n_rows} rows, got {len(bound)}")
             bounds.append(bound.clamp(max=FARTHEST))
-        with table.lock, torch.inference_mode(False):
-            table.check_rows(numbers.unique().tolist())
+        with nullcontext() if table is None else table.lock, torch.inference_mode(False):
+            if table is not None:
+                table.check_rows(numbers.unique().tolist())
+                self.were_given = True
             if numbers.dim() == 2:
                 shape = tuple(numbers.shape)
                 if shape not in self.of_shape:
                     self.of_shape[shape] = torch.empty(shape, dtype=torch.int32, device=self.circuit.device)
                 self.given = self.of_shape[shape].copy_(numbers)
-                table.keep_numbers_of(self.given)
             else:
-                table.keep_numbers_of(self.circuit)
                 self.circuit[:n_rows] = numbers.to(self.circuit)
                 self.given = self.circuit[:n_rows] if numbers.dim() else None
+            if table is not None:
+                table.keep_numbers_of(self.given if numbers.dim() == 2 and self.given is not None else self.circuit)
             for buffer, bound in zip((self.start, self.stop), bounds, strict=True):
                 buffer[:n_rows] = bound.to(buffer)
-            self.phase = phase
+            self.phase, self.steers = phase, bool((numbers != -1).any())
+            self.given_as = numbers.clone(), phase, _kept(start), _kept(stop)
             self.windowed = stop is not None or bool((bounds[0] != 0).any())
 
     def of_tokens(self, shape: tuple[int, int], device: torch.device, call: dict[str, Any], prompt: Prompt) -> Tensor:
@@ -128,3 +135,8 @@ def whole_numbers(name: str, value: Any) -> Tensor:
         mask = "; a mask of rows says no circuit: give each row's number, -1 for none" if kind == "bool" else ""
         raise InputError(name, f"expected whole numbers, got {kind}{mask}")
     return numbers
+
+
+def _kept(bound: Any) -> Any:
+    """A bound that nobody changes."""
+    return whole_numbers("start", bound).clone() if isinstance(bound, (list, tuple, Tensor)) else bound

@@ -5,21 +5,30 @@ Nothing in the file selects code: ``auto_map``, custom attention and quantizatio
 
 from __future__ import annotations
 
-import json
+import math
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
-from cna_kernels.fields import REQUIRED, Fields
-from cna_kernels.files import read_json, sha256
+from cna_kernels.fields import REQUIRED, Fields, is_number
+from cna_kernels.files import read_json
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 
 
 @dataclass(frozen=True)
 class Rope:
-    """Rotary position embedding: ``kind`` is default, linear, dynamic or llama3."""
+    """Rotary position embedding.
+
+    Attributes:
+        kind: default, linear, dynamic, llama3, yarn or longrope.
+        factor: how much longer the context is than the one that the model was first trained for.
+        low_freq_factor, high_freq_factor, original_max_position: of llama3; the last also of yarn and longrope.
+        beta_fast, beta_slow, truncate: of yarn.
+        short_factor, long_factor: of longrope, one for each frequency.
+        attention_factor: what cos and sin are multiplied by.
+    """
 
     kind: str = "default"
     theta: float = 10_000.0
@@ -27,11 +36,26 @@ class Rope:
     low_freq_factor: float = 1.0
     high_freq_factor: float = 4.0
     original_max_position: int = 8192
+    beta_fast: float = 32.0
+    beta_slow: float = 1.0
+    truncate: bool = True
+    short_factor: tuple[float, ...] = ()
+    long_factor: tuple[float, ...] = ()
+    attention_factor: float = 1.0
+
+    def by_length(self, max_position: int) -> int | None:
+        """The length beyond which frequencies depend on the sequence's length; None where they never do."""
+        return {"dynamic": max_position, "longrope": self.original_max_position}.get(self.kind)
 
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """The shape of a model. ``sliding_windows`` has for each layer its window, or None for full attention."""
+    """The shape of a model.
+
+    Attributes:
+        sliding_windows: for each layer its window, or None for full attention.
+        dtype: of the weights; None where config.json does not say.
+    """
 
     model_type: str
     vocab_size: int
@@ -49,13 +73,18 @@ class ModelConfig:
     qk_norm: bool
     rope: Rope
     sliding_windows: tuple[int | None, ...]
-    dtype: str
+    dtype: str | None
+    mlp_bias: bool = False
 
     @property
     def context_length(self) -> int:
-        """The longest sequence in tokens: dynamic scaling stretches ``max_position_embeddings`` by its factor."""
-        stretch = self.rope.factor if self.rope.kind == "dynamic" else 1.0
-        return int(self.max_position_embeddings * stretch)
+        """The longest sequence in tokens: a scaled rotary embedding stretches the context by its factor."""
+        kind, factor = self.rope.kind, self.rope.factor
+        if kind in ("dynamic", "linear"):
+            return int(self.max_position_embeddings * factor)
+        if kind == "yarn":
+            return max(self.max_position_embeddings, int(self.rope.original_max_position * factor))
+        return self.max_position_embeddings
 
 
 # The value of a field that config.json lacks, by model type, as in the models' own configuration classes.
@@ -84,12 +113,13 @@ def read_config(directory) -> ModelConfig:
     fields = Fields(read_json(path, limit=1 << 20), path)
     model_type = fields.one_of("model_type", _ARCHITECTURES)
     architectures = fields.record.get("architectures")
-    if architectures not in (None, [_ARCHITECTURES[model_type]]):
+    stem = _ARCHITECTURES[model_type]
+    if architectures not in (None, [], [stem], [stem.replace("ForCausalLM", "Model")]):
         raise fields.error("architectures", f"expected [{_ARCHITECTURES[model_type]!r}], got {architectures!r}")
     fields.one_of("hidden_act", ("silu",), "silu")
     fields.refuse("auto_map")
     fields.refuse("quantization_config")
-    fields.refuse("mlp_bias", (None, False))
+    mlp_bias = model_type == "llama" and fields.boolean("mlp_bias", False)
     fields.refuse("partial_rotary_factor", (None, 1, 1.0))
 
     defaults = _DEFAULTS[model_type]
@@ -129,37 +159,93 @@ def read_config(directory) -> ModelConfig:
         qkv_bias={"qwen2": True, "mistral": False}.get(model_type, attention_bias),
         o_bias=False if model_type in ("qwen2", "mistral") else attention_bias,
         qk_norm=model_type == "qwen3",
-        rope=_read_rope(fields, max_position),
+        rope=_read_rope(fields, max_position, head_dim),
         sliding_windows=_read_windows(fields, model_type, n_layers, defaults),
-        dtype=fields.one_of("dtype", DTYPES, None) or fields.one_of("torch_dtype", DTYPES, "float32"),
+        dtype=_dtype(fields),
+        mlp_bias=mlp_bias,
     )
 
 
-def _read_rope(fields: Fields, max_position: int) -> Rope:
-    """Read ``rope_parameters`` (newer spelling), or ``rope_theta`` with ``rope_scaling`` (older, may be null)."""
+def _dtype(fields: Fields) -> str | None:
+    """The dtype of the weights, under its newer or its older name, or None: that of the weights themselves."""
+    for name in ("dtype", "torch_dtype"):
+        if fields.record.get(name) not in (None, "auto"):
+            value = fields.text(name)
+            return Fields({name: value.removeprefix("torch.")}, fields.where).one_of(name, DTYPES)
+    return None
+
+
+_SCALED = ("linear", "dynamic", "llama3", "yarn", "longrope")
+
+
+def _read_rope(fields: Fields, max_position: int, head_dim: int) -> Rope:
+    """Read ``rope_scaling`` with ``rope_theta``, or else ``rope_parameters``, as transformers 5 chooses.
+
+    A file that has both was most likely written in the newer spelling and edited in the older.
+    """
     theta_bounds = (1.0, 1e12)
-    name = "rope_parameters" if fields.record.get("rope_parameters") is not None else "rope_scaling"
-    record = fields.record.get(name)
+    name = "rope_scaling" if fields.record.get("rope_scaling") else "rope_parameters"
     theta = fields.number("rope_theta", theta_bounds, 10_000.0)
-    if record is None:
+    if not fields.record.get(name):
         return Rope(theta=theta)
     rope = fields.object(name)
-    if any(isinstance(value, dict) for value in record.values()):
+    if any(isinstance(value, dict) for value in rope.record.values()):
         raise fields.error(name, "different parameters for different layers are not supported")
-    kinds = ("default", "linear", "dynamic", "llama3")
+    kinds = ("default", *_SCALED)
     kind = rope.one_of("rope_type", kinds, None) or rope.one_of("type", kinds, "default")
     rope.refuse("partial_rotary_factor", (None, 1, 1.0))
     theta = rope.number("rope_theta", theta_bounds, theta)
     if kind == "default":
         return Rope(theta=theta)
-    factor = rope.number("factor", (1.0, 1e6))
-    if kind != "llama3":
-        return Rope(kind, theta, factor)
-    low = rope.number("low_freq_factor", (1e-6, 1e6))
-    high = rope.number("high_freq_factor", (1e-6, 1e6))
-    if high <= low:
-        raise rope.error("high_freq_factor", f"expected above low_freq_factor {low:g}, got {high:g}")
-    return Rope(kind, theta, factor, low, high, rope.integer("original_max_position_embeddings", _BIG, max_position))
+    if kind in ("linear", "dynamic"):
+        return Rope(kind, theta, rope.number("factor", (1.0, 1e6)))
+    # A value beside the object goes before the value in it.
+    original = fields.integer("original_max_position_embeddings", _BIG, None)
+    if original is None:
+        original = rope.integer("original_max_position_embeddings", _BIG, max_position)
+    if kind == "llama3":
+        factor = rope.number("factor", (1.0, 1e6))
+        low = rope.number("low_freq_factor", (1e-6, 1e6))
+        high = rope.number("high_freq_factor", (1e-6, 1e6))
+        if high <= low:
+            raise rope.error("high_freq_factor", f"expected above low_freq_factor {low:g}, got {high:g}")
+        return Rope(kind, theta, factor, low, high, original)
+    stretch = max_position / original
+    factor = rope.number("factor", (1e-6, 1e6), stretch if kind == "longrope" or "factor" in rope.record else REQUIRED)
+    scale = rope.number("attention_factor", (1e-6, 1e6), None)
+    if kind == "longrope":
+        if scale is None:
+            scale = 1.0 if factor <= 1 else math.sqrt(1 + math.log(factor) / math.log(original))
+        short, long = (_factors(rope, name, head_dim // 2) for name in ("short_factor", "long_factor"))
+        return Rope(
+            kind, theta, factor, original_max_position=original, short_factor=short, long_factor=long,
+            attention_factor=scale,
+        )  # fmt: skip
+    if scale is None:
+        scales = [rope.number(name, (0.0, 1e6), None) for name in ("mscale", "mscale_all_dim")]
+        scale = _yarn_scale(factor, scales[0]) / _yarn_scale(factor, scales[1]) if all(scales) else _yarn_scale(factor)
+    return Rope(
+        kind,
+        theta,
+        factor,
+        original_max_position=original,
+        beta_fast=rope.number("beta_fast", (0.0, 1e6), None) or 32.0,
+        beta_slow=rope.number("beta_slow", (0.0, 1e6), None) or 1.0,
+        truncate=rope.boolean("truncate", True),
+        attention_factor=scale,
+    )
+
+
+def _factors(rope: Fields, name: str, n: int) -> tuple[float, ...]:
+    values = rope.items(name, lambda x: is_number(x) and 0 < x < 1e9, "a number above 0")
+    if len(values) != n:
+        raise rope.error(name, f"expected {n} numbers, one for each frequency, got {len(values)}")
+    return tuple(map(float, values))
+
+
+def _yarn_scale(factor: float, weight: float | None = 1.0) -> float:
+    """The attention's temperature. Source: B. Peng et al., YaRN, arXiv 2309.00071, equation 22."""
+    return 1.0 if factor <= 1 or weight is None else 0.1 * weight * math.log(factor) + 1.0
 
 
 def _read_windows(fields: Fields, model_type, n_layers, defaults) -> tuple[int | None, ...]:
@@ -184,8 +270,3 @@ def _read_windows(fields: Fields, model_type, n_layers, defaults) -> tuple[int |
     if window is None and "sliding_attention" in kinds:
         raise fields.error("layer_types", "asks for sliding_attention, but the sliding window is off")
     return tuple(window if kind == "sliding_attention" else None for kind in kinds)
-
-
-def config_sha256(directory) -> str:
-    """Return the hash of config.json's content: the order of keys and white space do not change it."""
-    return sha256(json.dumps(read_json(Path(directory) / "config.json"), sort_keys=True))

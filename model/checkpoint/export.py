@@ -22,13 +22,13 @@ from safetensors.torch import save
 
 from cna_kernels.circuit import Circuit
 from cna_kernels.errors import InputError
-from cna_kernels.files import FilePath, make_directory, write_bytes, write_text
+from cna_kernels.files import FilePath, check_writable, make_directory, write_bytes, write_text
 from cna_kernels.renamed import renamed
 from cna_kernels.steering import check_multiplier
 
 from .config import DTYPES, ModelConfig
 from .load import DOWN
-from .safetensors_file import Checkpoint
+from .safetensors_file import INDEX, SINGLE, Checkpoint
 
 NeuronMultipliers = dict[int, dict[int, float]]  # layer -> neuron -> what its activation is multiplied by
 
@@ -93,20 +93,31 @@ def to_lora(
         {layer: pairs for layer, found in multipliers.items() if (pairs := list(found.items())[start : start + step])}
         for start in range(0, largest, step)
     ]
+    for part in parts:  # before anything is written
+        for name, tensor in _adapter(checkpoint, config, part, uniform, DTYPES[dtype]).items():
+            _require_finite(out, name, tensor)
     make_directory(out)
     written = []
     for number, part in enumerate(parts, 1):
         place = Path(out) if len(parts) == 1 else Path(out) / str(number)
         make_directory(place)
-        _write_adapter(checkpoint, config, part, place, base_model, uniform, DTYPES[dtype])
+        tensors = _adapter(checkpoint, config, part, uniform, DTYPES[dtype])
+        write_bytes(place / "adapter_model.safetensors", save(tensors, metadata={"format": "pt"}))
+        record = _adapter_config(part, base_model, uniform)
+        write_text(place / "adapter_config.json", json.dumps(record, indent=2) + "\n")
         written.append(place)
     return written
 
 
-def _write_adapter(checkpoint, config, part, out: Path, base_model, uniform, dtype):
-    """Write one adapter. ``part`` is layer -> [(neuron, multiplier)]."""
-    ranks = {layer: len(pairs) for layer, pairs in part.items()}
-    largest = max(ranks.values())
+def _require_finite(out: FilePath, name: str, tensor: torch.Tensor):
+    if not tensor.isfinite().all():
+        dtype = str(tensor.dtype).removeprefix("torch.")
+        raise InputError(f"{out}: {name!r}", f"would hold infinities or NaN in {dtype}: a smaller multiplier is needed")
+
+
+def _adapter(checkpoint, config, part, uniform, dtype) -> dict[str, torch.Tensor]:
+    """The tensors of one adapter. ``part`` is layer -> [(neuron, multiplier)]."""
+    largest = max(map(len, part.values()))
     layers = range(config.num_hidden_layers) if uniform else part
     tensors: dict[str, torch.Tensor] = {}
     for layer in layers:
@@ -121,8 +132,15 @@ def _write_adapter(checkpoint, config, part, out: Path, base_model, uniform, dty
             b[:, : len(pairs)] = (columns.double() * (torch.tensor(scales, dtype=torch.float64) - 1)).float()
         name = f"base_model.model.{DOWN.format(layer).removesuffix('.weight')}"
         tensors |= {f"{name}.lora_A.weight": a.to(dtype), f"{name}.lora_B.weight": b.to(dtype)}
+    return tensors
+
+
+def _adapter_config(part, base_model, uniform) -> dict:
+    """The content of an adapter's adapter_config.json."""
+    ranks = {layer: len(pairs) for layer, pairs in part.items()}
+    largest = max(ranks.values())
     own = {f"layers.{layer}.mlp.down_proj": rank for layer, rank in ranks.items() if rank != largest}
-    record = {
+    return {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
         "base_model_name_or_path": base_model,
@@ -138,8 +156,6 @@ def _write_adapter(checkpoint, config, part, out: Path, base_model, uniform, dty
         "rank_pattern": {} if uniform else own,
         "alpha_pattern": {} if uniform else own,
     }
-    write_bytes(out / "adapter_model.safetensors", save(tensors, metadata={"format": "pt"}))
-    write_text(out / "adapter_config.json", json.dumps(record, indent=2) + "\n")
 
 
 @renamed(factors="multipliers")
@@ -149,17 +165,22 @@ def to_checkpoint(directory: FilePath, checkpoint: Checkpoint, multipliers: Neur
     Files are copied one by one, and columns changed layer by layer. ``out`` appears only when the copy is complete.
 
     Raises:
-        InputError: ``out`` exists already, or cannot be written.
+        InputError: ``out`` exists already, or cannot be written; or a scaled column would hold infinities.
     """
     out = Path(out)
     if os.path.lexists(out):
         raise InputError(out, "is there already")
+    for layer, found in multipliers.items():  # before anything is written
+        name = DOWN.format(layer)
+        _require_finite(out, name, _scaled(checkpoint, name, found))
+    read = {entry.path.name for entry in checkpoint.entries.values()}
+    _check_space(directory, read, out)
     partial = out.parent / f".{out.name}-{secrets.token_hex(4)}.partial"
     try:
         partial.mkdir()
         try:
             for path in sorted(Path(directory).iterdir()):
-                if path.is_file() and path.suffix not in (".bin", ".pt", ".pth"):  # pickles, which are never read
+                if _is_copied(path, read):
                     shutil.copyfile(path, partial / path.name)
             for layer, found in multipliers.items():
                 _scale_columns(checkpoint, DOWN.format(layer), partial, found)
@@ -171,11 +192,34 @@ def to_checkpoint(directory: FilePath, checkpoint: Checkpoint, multipliers: Neur
         raise InputError(out, f"cannot be written: {error.strerror or error}") from None
 
 
+def _is_copied(path: Path, read: set[str]) -> bool:
+    """Whether a file belongs to the copy: not where another loader might take unscaled weights from it instead of from
+    ``read``, or be led to them."""
+    endings = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".gguf", ".h5", ".msgpack", ".onnx", ".index.json")
+    name = path.name
+    other_weights = name.endswith(endings) and name not in read and not (name == INDEX and SINGLE not in read)
+    return path.is_file() and not other_weights
+
+
+def _check_space(directory: FilePath, read: set[str], out: Path):
+    """Refuse a copy for which the disk has no room, before it starts."""
+    check_writable(out)
+    needed = sum(path.stat().st_size for path in Path(directory).iterdir() if _is_copied(path, read))
+    free = shutil.disk_usage(out.parent).free
+    if needed > free:
+        raise InputError(out, f"cannot be written: needs {needed / 2**30:.2f} GiB, the disk has {free / 2**30:.2f}")
+
+
+def _scaled(checkpoint: Checkpoint, name: str, found: dict[int, float]) -> torch.Tensor:
+    """The scaled columns of a tensor, in its dtype; ``found`` is neuron -> multiplier."""
+    columns = checkpoint.read(name)[:, list(found)].double()
+    return (columns * torch.tensor(list(found.values()), dtype=torch.float64)).to(checkpoint.entries[name].dtype)
+
+
 def _scale_columns(checkpoint: Checkpoint, name: str, directory: Path, found: dict[int, float]):
-    """Scale columns of one tensor in the copied file; ``found`` is neuron -> multiplier."""
+    """Scale columns of one tensor in the copied file."""
     entry, weight = checkpoint.entries[name], checkpoint.read(name)
-    columns = weight[:, list(found)].double() * torch.tensor(list(found.values()), dtype=torch.float64)
-    weight[:, list(found)] = columns.to(entry.dtype)
+    weight[:, list(found)] = _scaled(checkpoint, name, found)
     with open(directory / entry.path.name, "r+b") as file:
         file.seek(entry.start)
         file.write(weight.contiguous().view(torch.uint8).numpy().tobytes())

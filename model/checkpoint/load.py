@@ -3,24 +3,26 @@
 from __future__ import annotations
 
 import math
+import re
+import warnings
 from pathlib import Path
 
 import torch
 from torch import nn
 
-from cna_kernels.errors import InputError
+from cna_kernels.errors import InputError, InputWarning
 from cna_kernels.files import write_bytes
-from cna_kernels.fingerprint import neurons_sha256, sampled_rows
 
 from ..memory import memory_of
 from ..transformer import Layer, Transformer
-from .config import DTYPES, ModelConfig, config_sha256
-from .safetensors_file import SINGLE, Checkpoint
+from .config import DTYPES, ModelConfig
+from .safetensors_file import SINGLE, Checkpoint, TensorEntry
 
 _LAYER = "model.layers.{}."
 
 
 DOWN = "model.layers.{}.mlp.down_proj.weight"
+_EMBEDDING, _HEAD = "model.embed_tokens.weight", "lm_head.weight"
 
 
 def expected_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
@@ -43,6 +45,8 @@ def expected_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
         layer |= {"self_attn.q_proj.bias": (query,), "self_attn.k_proj.bias": (kv,), "self_attn.v_proj.bias": (kv,)}
     if config.o_bias:
         layer["self_attn.o_proj.bias"] = (hidden,)
+    if config.mlp_bias:
+        layer |= {"mlp.gate_proj.bias": (neurons,), "mlp.up_proj.bias": (neurons,), "mlp.down_proj.bias": (hidden,)}
     if config.qk_norm:
         layer |= {"self_attn.q_norm.weight": (config.head_dim,), "self_attn.k_norm.weight": (config.head_dim,)}
     shapes = {"model.embed_tokens.weight": (vocabulary, hidden), "model.norm.weight": (hidden,)}
@@ -53,40 +57,60 @@ def expected_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
     return shapes
 
 
-def identity_of(directory, checkpoint: Checkpoint, config: ModelConfig) -> dict[str, str]:
-    """Return what identifies a checkpoint: its name, and hashes of config, headers and sampled weights."""
-    down = [checkpoint.entries[DOWN.format(layer)] for layer in range(config.num_hidden_layers)]
-    return {
-        "name": Path(directory).resolve().name,
-        "config_sha256": config_sha256(directory),
-        "headers_sha256": checkpoint.headers_sha256,
-        "weights_sha256": checkpoint.weights_sha256(),
-        "neurons_sha256": neurons_sha256(entry.read_rows(sampled_rows(entry.shape[0])) for entry in down),
-    }
+# Tensors that change no logit: tables that follow from config.json, and scales of a quantised KV cache.
+_DERIVED = re.compile(
+    r"(rotary_emb\.(inv_freq|cos_cached|sin_cached)|position_ids|attn(ention)?\.(bias|masked_bias)|[qkv]_scale|kv_scale)$"
+)
 
 
 def check_entries(checkpoint: Checkpoint, config: ModelConfig, directory):
-    """Raise InputError naming the first tensor that is missing, extra or misshapen, or differs from its tied tensor."""
-    shapes = expected_shapes(config)
+    """Raise InputError naming the first tensor that is missing, misshapen or might change what the model computes.
+
+    Accepted beside the model's own tensors are tables that follow from config.json, biases of zeros, layers beyond
+    those of config.json, and tensors outside the decoder, such as a value head's.
+    """
+    shapes, entries = expected_shapes(config), checkpoint.entries
+    if config.tie_word_embeddings and _EMBEDDING not in entries and _HEAD in entries:
+        entries[_EMBEDDING] = entries[_HEAD]  # the tied tensor is stored under its other name
     for name, shape in shapes.items():
-        if name not in checkpoint.entries:
+        if name not in entries:
             raise InputError(f"{directory}: {name!r}", "is missing from the checkpoint")
-        entry = checkpoint.entries[name]
+        entry = entries[name]
+        if entry.dtype is None:
+            raise InputError(f"{entry.path}: {name!r}", f"expected dtype BF16, F16, F32 or F64, got {entry.stored}")
         if entry.shape != shape:
             raise InputError(f"{entry.path}: {name!r}", f"expected shape {list(shape)}, got {list(entry.shape)}")
-    for name, entry in checkpoint.entries.items():
-        derived = name.endswith(".rotary_emb.inv_freq")  # Llama 2 files hold inv_freq; it follows from config.json
-        tied = name == "lm_head.weight" and config.tie_word_embeddings
-        if name not in shapes and not derived and not tied:
-            raise InputError(f"{entry.path}: {name!r}", f"is not a tensor of a {config.model_type} model")
-    if config.tie_word_embeddings and "lm_head.weight" in checkpoint.entries:
-        _require_equal(checkpoint, "lm_head.weight", "model.embed_tokens.weight")
+    beyond = set()
+    for name, entry in entries.items():
+        if name in shapes or (config.tie_word_embeddings and name == _HEAD):
+            continue
+        layer = re.match(r"model\.layers\.(\d+)\.", name)
+        if layer is not None and int(layer[1]) >= config.num_hidden_layers:
+            beyond.add(int(layer[1]))
+        else:
+            _require_harmless(checkpoint, config, name, entry)
+    if beyond:
+        what = f"holds {len(beyond)} layers more than the {config.num_hidden_layers} of config.json; they are not used"
+        warnings.warn(f"{directory}: {what}", InputWarning, stacklevel=4)
+    if config.tie_word_embeddings and _HEAD in entries and entries[_HEAD] is not entries[_EMBEDDING]:
+        _require_equal(checkpoint, _HEAD, _EMBEDDING)
+
+
+def _require_harmless(checkpoint: Checkpoint, config: ModelConfig, name: str, entry: TensorEntry):
+    outside = not name.startswith("model.") and name != _HEAD
+    if _DERIVED.search(name) or outside:
+        return
+    if name.endswith(".bias") and entry.dtype is not None and not checkpoint.read(name).any():
+        return
+    what = f"is not a tensor of a {config.model_type} model, and may change what it computes"
+    raise InputError(f"{entry.path}: {name!r}", what)
 
 
 def _require_equal(checkpoint, name, other):
     if not checkpoint.same_values(name, other):
         path = checkpoint.entries[name].path
-        raise InputError(f"{path}: {name!r}", f"differs from {other!r}, though config.json ties them")
+        what = f"differs from {other!r}, though config.json ties them; some loaders take this one, others that one"
+        raise InputError(f"{path}: {name!r}", what)
 
 
 def load_transformer(
@@ -97,7 +121,7 @@ def load_transformer(
     At most one tensor exists twice at a time. ``dtype`` None keeps the dtype of config.json.
     """
     check_entries(checkpoint, config, directory)
-    dtype = DTYPES[config.dtype] if dtype is None else dtype
+    dtype = dtype_of(config, checkpoint) if dtype is None else dtype
     check_memory(config, dtype, device, directory)
     with torch.device("meta"):
         transformer = Transformer(config)
@@ -105,6 +129,17 @@ def load_transformer(
         _load_tensor(transformer, name.removeprefix("model."), checkpoint, name, dtype, device)
     transformer.rotary.to(device)
     return transformer.eval()
+
+
+def dtype_of(config: ModelConfig, checkpoint: Checkpoint) -> torch.dtype:
+    """The dtype that config.json names, or else that of the weights: of the first that is stored."""
+    if config.dtype is not None:
+        return DTYPES[config.dtype]
+    first = min(checkpoint.entries.values(), key=lambda entry: (entry.dtype is None, entry.path.name, entry.start))
+    if first.dtype is None or first.dtype not in DTYPES.values():
+        what = f"is stored as {first.stored}, and config.json names no dtype; name one (--dtype)"
+        raise InputError(f"{first.path}: {first.name!r}", what)
+    return first.dtype
 
 
 def layer_size(config: ModelConfig) -> int:

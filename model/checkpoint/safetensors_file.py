@@ -13,22 +13,31 @@ from safetensors import SafetensorError, safe_open
 
 from cna_kernels.errors import InputError
 from cna_kernels.fields import REQUIRED, Fields, is_whole
-from cna_kernels.files import open_regular, parse_json, read_json, sha256
+from cna_kernels.files import open_regular, parse_json, read_json
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
-_DTYPE_NAMES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
+# Bits of an element, by the name of the dtype. A model's own tensors have one of the floating dtypes below them; other
+# tensors may lie beside.
+_BITS = dict.fromkeys(("BOOL", "U8", "I8", "F8_E4M3", "F8_E5M2", "F8_E8M0"), 8) | {"F4": 4, "F6_E2M3": 6, "F6_E3M2": 6}
+_BITS |= dict.fromkeys(("I16", "U16", "F16", "BF16"), 16) | dict.fromkeys(("I32", "U32", "F32"), 32)
+_BITS |= dict.fromkeys(("I64", "U64", "F64", "C64"), 64)
+_DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32, "F64": torch.float64}
+_OF_BASE = ("embed_tokens.", "layers.", "norm.")  # beginnings of names in a file of the model without its head
 _MAX_HEADER, _MAX_TENSORS, _MAX_DIMS = 100 << 20, 1 << 16, 8
-_PIECE = 4096  # bytes hashed at each of _PIECES places of a tensor larger than _WHOLE
-_PIECES, _WHOLE = 16, 1 << 20
+_WHOLE = 1 << 20  # numbers compared at a time
 
 
 @dataclass(frozen=True)
 class TensorEntry:
-    """Where one tensor lies: file, dtype, shape, and its byte range in the file."""
+    """Where one tensor lies: file, its name there, dtype, shape, and its byte range in the file.
+
+    ``dtype`` is None for the name of a dtype that no model's own tensor has, ``stored`` this name.
+    """
 
     name: str
     path: Path
-    dtype: torch.dtype
+    stored: str
+    dtype: torch.dtype | None
     shape: tuple[int, ...]
     start: int
     end: int
@@ -38,6 +47,7 @@ class TensorEntry:
 
         The rows are read one by one: ``get_slice`` of safetensors 0.8 reads the whole tensor unless it maps the file.
         """
+        assert self.dtype is not None, "check_entries has refused other tensors"
         rows, width = list(rows), self.shape[-1]
         columns = range(width) if columns is None else columns
         read = torch.empty(len(rows), len(columns), dtype=self.dtype)
@@ -58,89 +68,67 @@ class Checkpoint:
     """The tensors of a checkpoint directory, read from the headers only.
 
     Attributes:
-        entries: tensor name -> where the tensor lies.
-        headers_sha256: hash of all safetensors headers.
+        entries: tensor name, as of the model with its head, -> where the tensor lies.
     """
 
     entries: dict[str, TensorEntry]
-    headers_sha256: str
-
-    def weights_sha256(self) -> str:
-        """Return a hash of samples: tensors of up to 1 MiB whole, 16 evenly spaced pieces of 4 KiB of larger ones."""
-        parts: list[str | bytes] = [self.headers_sha256]
-        for name, entry in sorted(self.entries.items()):
-            with open(entry.path, "rb") as file:
-                size = entry.end - entry.start
-                places = [(0, size)]
-                if size > _WHOLE:
-                    places = [(number * (size - _PIECE) // (_PIECES - 1), _PIECE) for number in range(_PIECES)]
-                parts.append(name)
-                for place, length in places:
-                    file.seek(entry.start + place)
-                    parts.append(file.read(length))
-        return sha256(*parts)
 
     def read(self, name: str) -> torch.Tensor:
         """Read one tensor into its own memory. A mapped file that is truncated later would kill the process."""
-        path = self.entries[name].path
+        entry = self.entries[name]
+        path = entry.path
         try:
             with safe_open(path, framework="pt", device="cpu", backend="pread") as file:
-                return file.get_tensor(name)
+                return file.get_tensor(entry.name)
         except (SafetensorError, OSError) as error:
             raise InputError(f"{path}: {name!r}", error) from None
 
     def same_values(self, name: str, other: str) -> bool:
         """Whether two tensors are equal. They are compared in pieces, because they may be larger than memory."""
         one, two = self.entries[name], self.entries[other]
-        if one.shape != two.shape:
+        if one.shape != two.shape or one.dtype is None or two.dtype is None:
             return False
         with open(one.path, "rb") as first, open(two.path, "rb") as second:
             for start in range(0, math.prod(one.shape), _WHOLE):
                 n = min(_WHOLE, math.prod(one.shape) - start)
                 pieces = []
-                for file, entry in ((first, one), (second, two)):
-                    file.seek(entry.start + start * entry.dtype.itemsize)
-                    pieces.append(torch.frombuffer(bytearray(file.read(n * entry.dtype.itemsize)), dtype=entry.dtype))
+                for file, entry, dtype in ((first, one, one.dtype), (second, two, two.dtype)):
+                    file.seek(entry.start + start * dtype.itemsize)
+                    pieces.append(torch.frombuffer(bytearray(file.read(n * dtype.itemsize)), dtype=dtype))
                 if not torch.equal(pieces[0], pieces[1].to(one.dtype)):
                     return False
         return True
 
 
 def open_checkpoint(directory) -> Checkpoint:
-    """Read the headers of a single or sharded checkpoint.
+    """Read the headers of a single or sharded checkpoint, those files that transformers reads.
+
+    ``model.safetensors`` goes before an index beside it. All tensors of the files that an index names are read, whether
+    the index lists them or not.
 
     Raises:
-        InputError: a file is missing, truncated or malformed, or the index does not describe the shards.
+        InputError: a file is missing, truncated or malformed, or two files hold a tensor of the same name.
     """
     directory = Path(directory)
-    if os.path.lexists(directory / INDEX):
-        weight_map, shards = _read_index(directory / INDEX)
+    if os.path.lexists(directory / SINGLE):
+        shards = [SINGLE]
+    elif os.path.lexists(directory / INDEX):
+        shards = _read_index(directory / INDEX)
     else:
-        weight_map, shards = None, [SINGLE]
-        if not os.path.lexists(directory / SINGLE):
-            raise InputError(directory, f"holds neither {SINGLE} nor {INDEX}")
+        raise InputError(directory, f"holds neither {SINGLE} nor {INDEX}")
     entries: dict[str, TensorEntry] = {}
-    headers: list[str | bytes] = []
     for shard in shards:
-        found, header = _read_header(directory / shard)
-        headers += [shard, header]
-        for name, entry in found.items():
+        for name, entry in _read_header(directory / shard).items():
             if name in entries:
                 raise InputError(f"{directory / shard}: {name!r}", f"is also in {entries[name].path.name}")
-            if weight_map is not None and weight_map.get(name) != shard:
-                raise InputError(f"{directory / shard}: {name!r}", f"{INDEX} does not place it in this file")
             entries[name] = entry
-    if weight_map is not None:
-        absent = sorted(set(weight_map) - set(entries))
-        if absent:
-            raise InputError(
-                f"{directory / weight_map[absent[0]]}: {absent[0]!r}", f"is missing, though {INDEX} lists it"
-            )
-    return Checkpoint(entries, sha256(*headers))
+    if "embed_tokens.weight" in entries and "model.embed_tokens.weight" not in entries:
+        entries = {f"model.{name}" if name.startswith(_OF_BASE) else name: entry for name, entry in entries.items()}
+    return Checkpoint(entries)
 
 
-def _read_index(path) -> tuple[dict[str, str], list[str]]:
-    """Return tensor name -> shard name, and the shards. Only plain file names beside the index are accepted."""
+def _read_index(path) -> list[str]:
+    """Return the files that an index names. Only plain file names beside the index are accepted."""
     fields = Fields(read_json(path), path)
     expected = "an object of tensor name to file name"
     weight_map = fields.read("weight_map", REQUIRED, expected, lambda x: isinstance(x, dict) and len(x) > 0)
@@ -148,11 +136,11 @@ def _read_index(path) -> tuple[dict[str, str], list[str]]:
         plain = isinstance(shard, str) and shard.endswith(".safetensors") and not set("/\\\0") & set(shard)
         if not plain:
             raise InputError(f"{path}: weight_map[{name!r}]", f"expected a .safetensors file beside it, got {shard!r}")
-    return weight_map, sorted(set(weight_map.values()))
+    return sorted(set(weight_map.values()))
 
 
-def _read_header(path: Path) -> tuple[dict[str, TensorEntry], bytes]:
-    """Return the tensors of one file and the raw header, after checking that the file holds what it declares."""
+def _read_header(path: Path) -> dict[str, TensorEntry]:
+    """Return the tensors of one file, after checking that the file holds what it declares."""
     with open_regular(path) as file:
         size = os.fstat(file.fileno()).st_size
         length = int.from_bytes(file.read(8), "little")
@@ -177,7 +165,7 @@ def _read_header(path: Path) -> tuple[dict[str, TensorEntry], bytes]:
     end_of_data = max((entry.end for entry in entries.values()), default=start_of_data)
     if end_of_data != size:
         raise InputError(path, f"is truncated or has extra bytes: expected {end_of_data}, got {size}")
-    return entries, raw
+    return entries
 
 
 def _tensor_entry(record, path, name, start_of_data) -> TensorEntry:
@@ -188,11 +176,10 @@ def _tensor_entry(record, path, name, start_of_data) -> TensorEntry:
         raise InputError(where, "expected dtype, shape and data_offsets") from None
     if not all(is_whole(n) and 0 <= n < 1 << 48 for n in (*shape, start, end)):
         raise InputError(where, "expected whole numbers in shape and data_offsets")
-    if not isinstance(dtype, str) or dtype not in _DTYPE_NAMES:
-        raise InputError(where, f"expected dtype {', '.join(_DTYPE_NAMES)}, got {dtype!r}")
+    if not isinstance(dtype, str) or dtype not in _BITS:
+        raise InputError(where, f"expected dtype {', '.join(_BITS)}, got {dtype!r}")
     if len(shape) > _MAX_DIMS:
         raise InputError(where, f"expected at most {_MAX_DIMS} dimensions, got {len(shape)}")
-    count = math.prod(shape)
-    if end - start != count * _DTYPE_NAMES[dtype].itemsize:
+    if 8 * (end - start) != math.prod(shape) * _BITS[dtype]:
         raise InputError(where, f"data_offsets span {end - start} bytes, which is not {dtype} {list(shape)}")
-    return TensorEntry(name, path, _DTYPE_NAMES[dtype], shape, start_of_data + start, start_of_data + end)
+    return TensorEntry(name, path, dtype, _DTYPES.get(dtype), shape, start_of_data + start, start_of_data + end)

@@ -3,21 +3,45 @@
 from __future__ import annotations
 
 import os
+import sys
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from cna_kernels.circuit import Circuit
-from cna_kernels.errors import InputError
+from cna_kernels.errors import InputError, one_line
 from cna_kernels.steering import check_multiplier
 
 from ..demo.checkpoint import demo_checkpoint
 from ..language_model import LanguageModel, load
-from ..prompts.files import RECORD_FORMATS
+from ..prompts.files import file_and_column
+from ..prompts.formats import WITH_COLUMNS, format_of
+
+MOST, LARGEST = 256, 1e6  # multipliers of a command, and the largest
 
 
-def load_model(args, **options) -> LanguageModel:
-    return load(directory_of(args.model), device=device_of(args), dtype=args.dtype, **options)
+def load_model(args, directory=None, **options) -> LanguageModel:
+    """The model of a command, with what its flags say about chats."""
+    directory = directory_of(args.model if directory is None else directory)
+    return load(directory, device=device_of(args), dtype=args.dtype, **chat_options(args), **options)
+
+
+def chat_options(args) -> dict[str, Any]:
+    """The options of ``load`` that say what a chat holds besides the prompt. Refuses them where there is no chat."""
+    given = dict(args.template_arg)
+    if args.no_template and (given or args.system is not None):
+        raise InputError("--template-arg" if given else "--system", "is for the chat template, not for --no-template")
+    return dict(system=args.system, template_args=given)
+
+
+def say_model(model: LanguageModel, args, *, hashed: bool = True) -> None:
+    """Say on stderr which model, template and stop tokens the command uses."""
+    chat = False if args.no_template else None
+    print(one_line(f"cna {args.command}: {model.describe(chat, hashed=hashed)}"), file=sys.stderr)
+    if (model.encoder.system is not None or model.encoder.template_args) and not model.encoder.uses_chat(chat):
+        raise InputError(model.directory, "has no chat template, which --system and --template-arg are for")
 
 
 def directory_of(model):
@@ -34,29 +58,56 @@ def device_of(args) -> str:
     return f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if torch.cuda.is_available() else "cpu"
 
 
-def load_circuit(path, model: LanguageModel, *, any_model: bool) -> Circuit:
-    """The circuit of a file, checked against the loaded model."""
+def load_circuit(path, model: LanguageModel, *, any_model: bool, chat: bool | None = None) -> Circuit:
+    """The circuit of a file, checked against the loaded model. ``chat``: whether prompts go through its template."""
     circuit = Circuit.load(path, n_layers=model.config.num_hidden_layers, n_neurons=model.config.intermediate_size)
-    model.check_circuit(circuit, path, any_model=any_model)
+    model.check_circuit(circuit, path, any_model=any_model, chat=chat)
     return circuit
 
 
+def together(paths, circuits: Sequence[Circuit], multiplier: float) -> Circuit:
+    """Several circuits that steer one model at the same multiplier, as one circuit.
+
+    Raises:
+        InputError: a neuron is in two circuits, and the multiplier changes it by another factor when applied twice.
+    """
+    if len(circuits) == 1:
+        return circuits[0]
+    neurons: dict[tuple[int, int], float] = {}
+    for path, circuit in zip(paths, circuits, strict=True):
+        for layer, index, contrast in circuit.neurons:
+            if (layer, index) in neurons and multiplier not in (0, 1):
+                what = f"neuron {index} of layer {layer} is in another circuit, too: {multiplier:g} would count twice"
+                raise InputError(path, f"{what}; cna export multiplies the multipliers of such neurons")
+            neurons.setdefault((layer, index), contrast)
+    found = tuple((*place, contrast) for place, contrast in neurons.items())
+    return Circuit(found, circuits[0].n_layers, circuits[0].n_neurons)
+
+
 def multipliers_of(text: str, flag: str) -> list[float]:
-    """The multipliers in a list such as "0,0.5,2"."""
+    """The multipliers in a list such as "0,0.5,2": at most MOST, each from -LARGEST to LARGEST."""
     try:
         values = [float(part) for part in text.split(",")]
     except ValueError:
         raise InputError(flag, f"expected numbers such as 0,0.5,2, got {text!r}") from None
+    if len(values) > MOST:
+        raise InputError(flag, f"expected at most {MOST} numbers, got {len(values)}")
     for value in values:
-        check_multiplier(value)
+        if abs(check_multiplier(value)) > LARGEST:
+            raise InputError(flag, f"expected numbers from {-LARGEST:g} to {LARGEST:g}, got {value:g}")
     return values
 
 
 def column_of(args, path):
     """The value of --column for a file that has columns; None for a file of plain text, which has none."""
-    return args.column if Path(path).suffix.lower() in RECORD_FORMATS else None
+    return args.column if _has_columns(path) else None
 
 
 def check_column(column, *paths):
-    if column is not None and not any(path and Path(path).suffix.lower() in RECORD_FORMATS for path in paths):
-        raise InputError("--column", f"is for {', '.join(RECORD_FORMATS)} files, and none is given")
+    """Refuse --column where none of the files has columns."""
+    if column is not None and not any(path and _has_columns(path) for path in paths):
+        raise InputError("--column", f"is for {', '.join(WITH_COLUMNS)} files, and none is given")
+
+
+def _has_columns(path) -> bool:
+    return format_of(file_and_column(path)[0]) != "lines"

@@ -17,7 +17,7 @@ import torch
 
 from cna_kernels.circuit import Circuit
 from cna_kernels.errors import InputError, one_line
-from cna_kernels.files import check_writable, make_directory
+from cna_kernels.files import check_directory, check_writable, make_directory
 
 from ..discovery.job import Job
 from ..discovery.parts import merged
@@ -40,8 +40,9 @@ from ..prompts.corpus import (
     with_answers,
 )
 from ..prompts.files import BadLines, iter_prompts, neutral_prompts
-from .arguments import check_column, column_of, device_of, directory_of, load_model
+from .arguments import chat_options, check_column, column_of, device_of, directory_of, load_model, say_model
 from .console import Table, cell, print_json, show_circuit, stdout
+from .flags import MOST_THREADS
 from .progress import metered
 
 
@@ -51,13 +52,18 @@ def run_discover(args):
         raise InputError("--output", "expected a file; --json prints the circuit on stdout")
     if args.batch is not None and args.batch_tokens is not None:
         raise InputError("--batch-tokens", "give it, or --batch")
-    if args.spill is not None and not (args.stream_layers and Path(args.spill).is_dir()):
-        raise InputError("--spill", "expected a directory, and --stream-layers")
-    if many == bool(args.positive or args.negative) or bool(args.positive) != bool(args.negative):
-        raise InputError("prompts", "give --positive and --negative, or --contrasts")
+    if args.spill is not None and not (args.stream_layers and os.path.isdir(args.spill)):
+        raise InputError("--spill", f"expected a directory, and --stream-layers, got {args.spill!r}")
+    sides = bool(args.positive), bool(args.negative)
+    if args.label is not None and sides != (True, False):
+        raise InputError("--label", "is for one file that holds both sides: give it as --positive, and no --negative")
+    if many == any(sides) or (args.label is None and sides[0] != sides[1]):
+        raise InputError("prompts", "give --positive and --negative, or --positive with --label, or --contrasts")
     if many:
         make_directory(args.output)
     check_writable(Path(args.output, "columns.safetensors") if many else args.output)
+    if args.run_dir is not None:
+        check_directory(args.run_dir)
     settings = _settings(args)
     threads = _threads(args)
     if threads is not None:
@@ -73,6 +79,10 @@ def run_discover(args):
             ranks.wait_for_start()  # torchrun ends this process if rank 0 cannot start the run
             corpus = RunDirectory.open(args.run_dir, PATIENCE).corpus()
         job = _job(args, corpus, on_ray=args.ray is not None)
+        if not rank:
+            say_model(job.model, args)
+            for note in job.notes:
+                print(one_line(f"cna discover: {note}"), file=sys.stderr)
         if args.batch == "auto":
             _choose_batch(job, args)
         notes: dict = {}
@@ -95,6 +105,9 @@ def run_discover(args):
     first_skipped = bad.first or next(iter(totals.skipped), None)
     if first_skipped:
         print(f"skipped {notes['skipped']}, the first: {one_line(first_skipped)}", file=sys.stderr)
+    marked = job.model.encoder.n_marked
+    if marked > 1:  # the first was said when it came
+        print(f"{marked} prompts held special tokens", file=sys.stderr)
     if not many:
         circuits["circuit"].save(args.output)
         show_circuit(circuits["circuit"], as_json=args.json)
@@ -140,6 +153,9 @@ def _job(args, corpus: Corpus, *, on_ray: bool = False) -> Job:
     if on_ray:
         args = Namespace(**vars(args) | {"device": None})  # this machine need not have the workers' device
     model = load_model(args, **options)
+    started = _manifest(args)
+    if started is not None and isinstance(started.get("chat"), dict):
+        model.encoder.set_day(started["chat"].get("day"))  # a run that goes on sees the day on which it began
     return Job(
         model, corpus, contrasts, _settings(args), diverse=diverse, chat=False if args.no_template else None,
         batch=None if args.batch == "auto" else args.batch, max_tokens=args.batch_tokens,
@@ -228,8 +244,12 @@ def _manifest(args) -> dict | None:
 
 def _threads(args) -> int | None:
     """The number of threads: --threads, or else the number that the run in --run-dir was started with."""
-    started = _manifest(args)
-    return started.get("threads") if args.threads is None and started is not None else args.threads
+    started = _manifest(args) if args.threads is None else None
+    threads = args.threads if started is None else started.get("threads")
+    if threads is not None and threads > MOST_THREADS:
+        what = f"expected at most {MOST_THREADS} on this machine, got {threads}; --threads gives another number"
+        raise InputError(Path(args.run_dir, "manifest.json: threads"), what)
+    return threads
 
 
 def _entries(args, settings, names, bad):
@@ -240,11 +260,15 @@ def _entries(args, settings, names, bad):
 
 
 def _all_entries(args, settings, names, bad):
-    def prompts(path, limit=None):
-        return iter_prompts(path, column=column_of(args, path), limit=limit, bad=bad)
+    def prompts(path, limit=None, label=None):
+        return iter_prompts(path, column=column_of(args, path), limit=limit, bad=bad, label=label)
 
     if args.contrasts:
         yield from read_contrasts(args.contrasts, names, bad=bad, limit=args.limit)
+    elif args.label is not None:
+        label, others = args.label, args.label.others
+        both = prompts(args.positive, args.limit, label), prompts(args.positive, args.limit, others)
+        yield from two_sets(names, *both)
     else:
         yield from two_sets(names, prompts(args.positive, args.limit), prompts(args.negative, args.limit))
     if not settings.universal:
@@ -268,6 +292,7 @@ def run_estimate(args):
         chat=False if args.no_template else None,
         max_tokens=args.batch_tokens,
         n_columns=args.columns,
+        **chat_options(args),
     )
     if args.json:
         print_json(found)

@@ -2,7 +2,19 @@
 
 from __future__ import annotations
 
-from .flags import MODEL_HELP, command, device_flags, model_flags, positive, prompt_flags
+from .flags import (
+    MODEL_HELP,
+    command,
+    count,
+    device_flags,
+    label,
+    model_flags,
+    positive,
+    prompt_flags,
+    seed,
+    threads,
+    whole,
+)
 
 
 def add(commands) -> None:
@@ -25,6 +37,13 @@ def _discover(commands):
     parser.add_argument("--positive", metavar="FILE", help="prompts that show the behaviour")
     parser.add_argument("--negative", metavar="FILE", help="prompts that do not")
     parser.add_argument(
+        "--label",
+        metavar="NAME=VALUE",
+        type=label,
+        help="take both sides from --positive: records whose field NAME is VALUE (default 1) show the behaviour, the "
+        "others do not",
+    )
+    parser.add_argument(
         "--contrasts",
         metavar="FILE",
         help='many behaviours at once, lines of {"prompt": TEXT, "columns": ["NAME.positive"]} or {NAME: WEIGHT}',
@@ -38,7 +57,7 @@ def _discover(commands):
     )
     size = parser.add_mutually_exclusive_group()
     size.add_argument("--fraction", type=float, metavar="X", help="share of all neurons to keep (default: 0.001)")
-    size.add_argument("--top-k", type=int, metavar="K", help="number of neurons to keep instead")
+    size.add_argument("--top-k", type=count, metavar="K", help="number of neurons to keep instead")
     parser.add_argument(
         "--score", choices=["abs-delta", "magnitude", "cohen-d"], help="what to rank by (default: abs-delta)"
     )
@@ -68,7 +87,7 @@ def _discover(commands):
         help="say how often each neuron is selected when the prompts are drawn again R times, in the same pass",
     )
     parser.add_argument("--folds", type=positive, metavar="F", help="cross-validate over F parts of the prompts")
-    parser.add_argument("--seed", type=int, metavar="N", help="seed of the bootstrap (default: 0)")
+    parser.add_argument("--seed", type=seed, metavar="N", help="seed of the bootstrap (default: 0)")
     parser.add_argument(
         "--skip-bad", action="store_true", help="leave out lines that are no prompt, and prompts that are too long"
     )
@@ -84,7 +103,10 @@ def _discover(commands):
         help="run the units of --run-dir on Ray: local for one of this machine and this command, or HOST:PORT",
     )
     parser.add_argument(
-        "--workers", type=positive, metavar="N", help="with --ray: how many, each with the model (default: one a GPU)"
+        "--workers",
+        type=whole(1, 1 << 16),
+        metavar="N",
+        help="with --ray: how many, each with the model (default: one a GPU)",
     )
     parser.add_argument("--unit", type=positive, metavar="N", help="prompts of a unit of work (default: 1024)")
     parser.add_argument(
@@ -102,7 +124,7 @@ def _discover(commands):
         action="store_true",
         help="share the model among torchrun's workers, one GPU each, instead of the prompts",
     )
-    parser.add_argument("--threads", type=positive, metavar="N", help="threads on a CPU (default: PyTorch's)")
+    parser.add_argument("--threads", type=threads, metavar="N", help="threads on a CPU (default: PyTorch's)")
     parser.add_argument("--log-json", action="store_true", help="progress as JSON lines on stderr")
     prompt_flags(parser)
     model_flags(parser)
@@ -120,7 +142,7 @@ def _estimate(commands):
     )
     parser.add_argument("model", metavar="MODEL", help=MODEL_HELP)
     parser.add_argument("--prompts", metavar="FILE", required=True, help="all prompts of the discovery")
-    parser.add_argument("--columns", type=positive, default=2, metavar="C", help="sums to keep (default: 2)")
+    parser.add_argument("--columns", type=whole(1, 1 << 20), default=2, metavar="C", help="sums to keep (default: 2)")
     parser.add_argument("--stream-layers", action="store_true", help="as for cna discover")
     parser.add_argument("--batch-tokens", type=positive, metavar="N", help="as for cna discover")
     prompt_flags(parser)

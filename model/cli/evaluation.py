@@ -6,27 +6,32 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from cna_kernels.errors import InputError
-from cna_kernels.files import make_directory, read_text
+from cna_kernels.errors import InputError, one_line
+from cna_kernels.files import check_directory, make_directory, read_text
 
 from ..evaluation import compare, evaluate, report
 from ..evaluation.metrics import Refusals
 from ..evaluation.multiple_choice import read_multiple_choice
 from ..evaluation.suite import METHODS, Suite
-from ..language_model import load
 from ..packages import require
 from ..prompts.files import PromptSet, neutral_prompts, read_prompts
-from .arguments import check_column, column_of, device_of, directory_of, load_circuit, load_model, multipliers_of
+from .arguments import check_column, column_of, directory_of, load_circuit, load_model, multipliers_of, say_model
 from .console import SIMPLE_HEAD, Table, print_json, stdout
 
 
 def run_eval(args):
+    if len(args.circuit) > 1:
+        raise InputError(
+            "--circuit", f"cna {args.command} takes one circuit; cna export writes several into one checkpoint"
+        )
     suite = _suite(args)
     if args.output:
         require("tokenizers", "jinja2", "matplotlib")  # said now, because the pictures come last
         make_directory(args.output)
+        check_directory(args.output)
     model = load_model(args)
-    circuit = load_circuit(args.circuit, model, any_model=args.any_model)
+    circuit = load_circuit(args.circuit[0], model, any_model=args.any_model, chat=suite.chat)
+    say_model(model, args)
     results = evaluate.evaluate(model, circuit, suite, out=args.output, say=_say(args))
     if args.output:
         report.write(results, args.output)
@@ -50,12 +55,14 @@ def run_compare(args):
         column = column_of(args, args.universal_prompts)
         settings["universal_prompts"] = read_prompts(args.universal_prompts, column=column)
     make_directory(args.output)
+    check_directory(args.output)
     models = {}
     for path in args.models:
         name = Path(directory_of(path)).resolve().name
         if name in models:
             name += " (second)"
-        models[name] = load(directory_of(path), device=device_of(args), dtype=args.dtype)
+        models[name] = load_model(args, path)
+        say_model(models[name], args)
     results = compare.compare(models, suite, out=args.output, say=_say(args), **settings)
     for name, evaluation in results["evaluations"].items():
         report.write(evaluation, Path(args.output) / name)
@@ -86,7 +93,7 @@ def run_lm_eval(args):
 
 def _say(args):
     """A function that prints a line of progress on stderr."""
-    return lambda text: print(f"cna {args.command}: {text}", file=sys.stderr, flush=True)
+    return lambda text: print(f"cna {args.command}: {one_line(text)}", file=sys.stderr, flush=True)
 
 
 def _suite(args) -> Suite:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from .flags import MODEL_HELP, command, model_flags, positive, prompt_flags
+from .flags import MODEL_HELP, circuit_flags, command, count, model_flags, positive, prompt_flags, seed, whole
 
 
 def add(commands) -> None:
@@ -32,10 +32,7 @@ def _evaluation(commands, name):
         examples = "cna sweep path/to/model -c circuit.json --m 1,0.75,0.5,0.25,0 --harmful harmful.txt"
     parser = command(commands, name, summary, examples)
     parser.add_argument("model", metavar="MODEL", help=MODEL_HELP)
-    parser.add_argument("-c", "--circuit", metavar="FILE", required=True, help="circuit file")
-    parser.add_argument(
-        "--any-model", action="store_true", help="accept a circuit found in another checkpoint of the same shape"
-    )
+    circuit_flags(parser, required=True)
     if whole:
         _rivals(parser)
     _evaluation_flags(parser, needs_output=whole)
@@ -78,10 +75,12 @@ def _rivals(parser):
         help="of circuit, random, activation, neuron, caa, caa-released, ablation, sae; or all "
         "(default: circuit,random)",
     )
-    parser.add_argument("--random-draws", type=positive, default=3, metavar="N", help="default: %(default)s")
+    parser.add_argument("--random-draws", type=whole(1, 10_000), default=3, metavar="N", help="default: %(default)s")
     parser.add_argument("--sae", metavar="FILE", help="a sparse autoencoder's safetensors file with W_dec")
-    parser.add_argument("--sae-feature", type=int, metavar="N", help="the row of W_dec")
-    parser.add_argument("--sae-layer", type=int, metavar="L", help="the layer whose output it was trained on")
+    parser.add_argument("--sae-feature", type=whole(0, 1 << 40), metavar="N", help="the row of W_dec")
+    parser.add_argument(
+        "--sae-layer", type=whole(0, 1 << 20), metavar="L", help="the layer whose output it was trained on"
+    )
     parser.add_argument(
         "--neutral", metavar="FILE", help="texts for the KL of the next token (default: 24 built-in ones)"
     )
@@ -92,8 +91,8 @@ def _rivals(parser):
     )
     parser.add_argument("--subjects", metavar="A,B", help="keep these subjects only")
     parser.add_argument("--mmlu-limit", type=positive, metavar="N", help="draw so many questions")
-    parser.add_argument("--shots", type=int, default=5, metavar="N", help="examples in front (default: %(default)s)")
-    parser.add_argument("--seed", type=int, default=0, metavar="N", help="draws the questions (default: 0)")
+    parser.add_argument("--shots", type=count, default=5, metavar="N", help="examples in front (default: %(default)s)")
+    parser.add_argument("--seed", type=seed, default=0, metavar="N", help="draws the questions (default: 0)")
     parser.add_argument("--alternatives", action="store_true", help="compare other discovery scores of the same size")
     parser.add_argument("--curves", action="store_true", help="compare them at seven sizes: necessity and sufficiency")
     parser.add_argument(

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from cna_kernels.errors import InputError
+from cna_kernels.files import check_directory, check_writable
 
 from ..checkpoint import export
 from ..language_model import load
@@ -19,6 +20,10 @@ def run_export(args):
     for flag, given in (("--max-rank", args.max_rank), ("--split", args.split), ("--uniform-rank", args.uniform_rank)):
         if given and args.to != "lora":
             raise InputError(flag, "is for --to lora")
+    if args.to == "ref-code":
+        check_writable(args.output)
+    elif args.to == "lora":
+        check_directory(args.output)
     directory = directory_of(args.model)
     model = load(directory, stream_layers=True)  # stream_layers: only the headers are read
     circuits = [load_circuit(path, model, any_model=args.any_model) for path in args.circuit]

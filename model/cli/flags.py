@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import argparse
+import json
+import os
+from collections.abc import Callable
 
 from cna_kernels.errors import one_line
 
@@ -11,10 +14,29 @@ MODEL_HELP = "checkpoint directory in Hugging Face layout; demo:instruct or demo
 
 
 class Parser(argparse.ArgumentParser):
-    """An ArgumentParser whose errors are one line."""
+    """An ArgumentParser whose errors are one line, and whose options are given once unless they say otherwise."""
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.register("action", None, _Once)
+        self.register("action", "store", _Once)
 
     def error(self, message):
         self.exit(2, f"{self.prog}: {one_line(message)}\n")
+
+
+class _Once(argparse._StoreAction):
+    """Store a value. argparse alone takes the last of several values and forgets the others."""
+
+    def __call__(self, parser, namespace, values, option_string=None):
+        given = namespace.__dict__.setdefault(GIVEN, set())
+        if self.option_strings and self.dest in given:
+            parser.error(f"argument {'/'.join(self.option_strings)}: given twice, and takes one value")
+        given.add(self.dest)
+        super().__call__(parser, namespace, values, option_string)
+
+
+GIVEN = "options given"  # in a namespace while it is parsed
 
 
 def command(commands, name: str, summary: str, examples: str) -> argparse.ArgumentParser:
@@ -28,12 +50,70 @@ def command(commands, name: str, summary: str, examples: str) -> argparse.Argume
     )
 
 
+def whole(low: int, high: int) -> Callable[[str], int]:
+    """The type of a whole number within bounds, both included."""
+
+    def read(text: str) -> int:
+        digits = text.removeprefix("-")
+        short = digits.isascii() and digits.isdecimal() and len(digits) <= 20
+        if not (short and low <= int(text) <= high):
+            raise argparse.ArgumentTypeError(f"expected a whole number from {low} to {high}, got {text!r}")
+        return int(text)
+
+    return read
+
+
+def number(low: float, high: float) -> Callable[[str], float]:
+    """The type of a number within bounds, both included."""
+
+    def read(text: str) -> float:
+        try:
+            value = float(text)
+        except ValueError:
+            value = None
+        if value is None or not low <= value <= high:
+            raise argparse.ArgumentTypeError(f"expected a number from {low:g} to {high:g}, got {text!r}")
+        return value
+
+    return read
+
+
+count = whole(-(1 << 40), 1 << 40)  # a whole number whose bounds depend on the model or on other options
+positive = whole(1, 1 << 40)  # prompts, tokens, neurons: more than any machine has
+seed = whole(0, (1 << 62) - 1)  # a seed to which row numbers are added
+# A thread of OpenMP takes memory, and the system allows only so many: beyond that the process dies by a signal.
+MOST_THREADS = max(256, 4 * (os.cpu_count() or 1))
+threads = whole(1, MOST_THREADS)
+
+
+def circuit_flags(parser, *, required: bool, what: str = "circuit file") -> None:
+    """Add -c, which may be given again, and --any-model."""
+    parser.add_argument("-c", "--circuit", metavar="FILE", action="append", required=required, help=what)
+    parser.add_argument(
+        "--any-model", action="store_true", help="accept a circuit found in another checkpoint of the same shape"
+    )
+
+
 def prompt_flags(parser) -> None:
     """Add the flags that say how prompt files are read."""
-    parser.add_argument("--column", metavar="NAME", help="the prompt's field in .jsonl, .csv and .json files")
+    parser.add_argument(
+        "--column",
+        metavar="NAME",
+        help="the prompt's field where a file has fields; NAME,NAME takes the first that a file has. FILE:NAME names "
+        "it for one file",
+    )
     parser.add_argument("--limit", type=positive, metavar="N", help="use the first N prompts of each file")
     parser.add_argument(
         "--no-template", action="store_true", help="plain text instead of the checkpoint's chat template"
+    )
+    parser.add_argument("--system", metavar="TEXT", help="the system message of every chat")
+    parser.add_argument(
+        "--template-arg",
+        metavar="NAME=VALUE",
+        type=template_arg,
+        action="append",
+        default=[],
+        help="a variable of the chat template, as enable_thinking=false; may be given again",
     )
 
 
@@ -53,10 +133,24 @@ def device_flags(parser) -> None:
     parser.add_argument("--dtype", choices=DTYPES, help="default: the checkpoint's own")
 
 
-def positive(text: str) -> int:
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"expected a whole number above 0, got {text!r}")
-    return int(text)
+def template_arg(text: str) -> tuple[str, object]:
+    """NAME=VALUE, where VALUE is JSON, or Python's True, False or None, or else text."""
+    name, equals, value = text.partition("=")
+    if not equals or not name.isidentifier():
+        raise argparse.ArgumentTypeError(f"expected NAME=VALUE, got {text!r}")
+    try:
+        return name, json.loads({"True": "true", "False": "false", "None": "null"}.get(value, value))
+    except (ValueError, RecursionError):
+        return name, value
+
+
+def label(text: str):
+    """NAME=VALUE, or NAME alone."""
+    from ..prompts.files import Label
+
+    if not text.partition("=")[0]:
+        raise argparse.ArgumentTypeError(f"expected NAME=VALUE, got {text!r}")
+    return Label.parse(text)
 
 
 def batch(text: str) -> int | str:

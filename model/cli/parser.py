@@ -2,15 +2,27 @@
 
 from __future__ import annotations
 
-import os
-import sys
+from argparse import Namespace
+from collections.abc import Callable
 from importlib import import_module
 
 import cna_kernels
-from cna_kernels.errors import InputError
 
 from . import attribution_flags, evaluation_flags
-from .flags import DTYPES, MODEL_HELP, Parser, command, model_flags, positive, prompt_flags
+from .flags import (
+    DTYPES,
+    GIVEN,
+    MODEL_HELP,
+    Parser,
+    circuit_flags,
+    command,
+    model_flags,
+    number,
+    positive,
+    prompt_flags,
+    seed,
+    whole,
+)
 
 # The module of model/cli that holds run_COMMAND.
 MODULES = dict(demo="demo", show="show", run="run", export="export", doctor="doctor", status="status")
@@ -40,30 +52,35 @@ def build_parser() -> Parser:
         "  cna run path/to/model -c circuit.json -m 0,0.5,2 --prompts questions.txt --json",
     )
     run.add_argument("model", metavar="MODEL", help=MODEL_HELP)
-    run.add_argument("-c", "--circuit", metavar="FILE", help="circuit file; without one the model just answers")
+    circuit_flags(run, required=False, what="circuit file; several steer together; without one the model just answers")
     run.add_argument(
         "-m",
         "--multiplier",
         metavar="M,M",
         default="0",
-        help="0 ablates, 1 is baseline, above 1 amplifies (default: 0)",
+        help="0 ablates, 1 is baseline, above 1 amplifies (default: 0); several with one circuit: a column each",
     )
     run.add_argument("-p", "--prompt", action="append", metavar="TEXT", help="a prompt; may be given again")
     run.add_argument("--prompts", metavar="FILE", help="a prompt file")
     run.add_argument(
-        "--any-model", action="store_true", help="accept a circuit found in another checkpoint of the same shape"
+        "--max-new-tokens", type=positive, default=150, metavar="N", help="longest answer (default: %(default)s)"
+    )
+    run.add_argument("--temperature", type=number(0, 1e6), default=0.0, metavar="T", help="0 is greedy (default)")
+    run.add_argument(
+        "--sample-top-k",
+        type=whole(0, 1 << 40),
+        default=0,
+        metavar="K",
+        help="sample from the K likeliest tokens; 0 is off",
     )
     run.add_argument(
-        "--max-new-tokens", type=int, default=150, metavar="N", help="longest answer (default: %(default)s)"
+        "--top-p",
+        type=number(0, 1),
+        default=1.0,
+        metavar="P",
+        help="sample from the likeliest tokens up to this probability",
     )
-    run.add_argument("--temperature", type=float, default=0.0, metavar="T", help="0 is greedy (default)")
-    run.add_argument(
-        "--sample-top-k", type=int, default=0, metavar="K", help="sample from the K likeliest tokens; 0 is off"
-    )
-    run.add_argument(
-        "--top-p", type=float, default=1.0, metavar="P", help="sample from the likeliest tokens up to this probability"
-    )
-    run.add_argument("--seed", type=int, default=0, metavar="N", help="seed for sampling (default: %(default)s)")
+    run.add_argument("--seed", type=seed, default=0, metavar="N", help="seed for sampling (default: %(default)s)")
     prompt_flags(run)
     model_flags(run)
 
@@ -75,9 +92,7 @@ def build_parser() -> Parser:
         "  cna export path/to/model -c a.json -c b.json -m 0,0.5 --to checkpoint -o steered/",
     )
     export.add_argument("model", metavar="MODEL", help=MODEL_HELP)
-    export.add_argument(
-        "-c", "--circuit", metavar="FILE", action="append", required=True, help="circuit file; may be given again"
-    )
+    circuit_flags(export, required=True, what="circuit file; several are exported together")
     export.add_argument(
         "-m", "--multiplier", metavar="M,M", default="0", help="one for all circuits, or one for each (default: 0)"
     )
@@ -89,9 +104,6 @@ def build_parser() -> Parser:
         "--uniform-rank", action="store_true", help="lora: the same rank in every layer, padded with zeros"
     )
     export.add_argument("--dtype", choices=DTYPES, default="float32", help="lora: of the adapter (default: float32)")
-    export.add_argument(
-        "--any-model", action="store_true", help="accept a circuit found in another checkpoint of the same shape"
-    )
 
     evaluation_flags.add(commands)
 
@@ -100,35 +112,20 @@ def build_parser() -> Parser:
     return parser
 
 
-def main(argv: list[str] | None = None) -> int:
-    """Run a command and return its exit code.
-
-    0: done. 2: input cannot be used; one line on stderr says why. 130: Ctrl-C. 1: nobody reads stdout any more.
-    """
-    words = sys.argv[1:] if argv is None else argv
+def parse(words: list[str]) -> Namespace:
+    """The arguments of a command. SystemExit after --help and for words that are no arguments."""
     own = words[:1] if words[:1] == ["lm-eval"] else words  # lm-evaluation-harness parses the other words
     args = build_parser().parse_args(_with_signs(own))
+    vars(args).pop(GIVEN, None)
     args.words = words[1:]
-    if hasattr(sys.stdout, "reconfigure"):
-        sys.stdout.reconfigure(errors="backslashreplace")  # an answer may hold what the terminal's encoding lacks
-    try:
-        run = f"run_{args.command.replace('-', '_')}"
-        getattr(import_module(f".{MODULES[args.command]}", __package__), run)(args)
-        sys.stdout.flush()
-        return 0
-    except InputError as error:
-        print(f"cna {args.command}: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print(f"cna {args.command}: interrupted", file=sys.stderr)
-        return 130
-    except BrokenPipeError:  # whoever read stdout has closed it, as `| head` does
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 1
-    except OSError as error:  # errors of files are InputErrors above; this is mostly stdout, full or closed
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        print(f"cna {args.command}: {error.filename or 'stdout'}: {error.strerror or error}", file=sys.stderr)
-        return 2
+    return args
+
+
+def load(args: Namespace) -> Callable[[Namespace], None]:
+    """The function that runs a command, from its module."""
+    name = f"run_{args.command.replace('-', '_')}"
+    run: Callable[[Namespace], None] = getattr(import_module(f".{MODULES[args.command]}", __package__), name)
+    return run
 
 
 def _with_signs(argv: list[str]) -> list[str]:

@@ -1,4 +1,7 @@
-"""Progress of a long run on stderr: a bar for people, or JSON lines for machines, and a final line with totals."""
+"""Progress of a long run on stderr: a bar for people, or JSON lines for machines, and a final line with totals.
+
+A stderr that is closed or full ends no run.
+"""
 
 from __future__ import annotations
 
@@ -6,8 +9,11 @@ import json
 import sys
 import time
 from contextlib import contextmanager
+from typing import Any, cast
 
 import torch
+
+from .process import Quiet
 
 try:
     import resource
@@ -84,7 +90,7 @@ def metered(*, as_json: bool, notes: dict | None = None, rank: int = 0):
             yield meter
     facts = meter.facts()
     extra = "".join(f"; {value} {name}" for name, value in (notes or {}).items() if value)
-    print(f"{facts['prompts']:,} prompts in {facts['seconds']:.1f} s: {_rates(facts)}{extra}", file=sys.stderr)
+    print(f"{facts['prompts']:,} prompts in {facts['seconds']:.1f} s: {_rates(facts)}{extra}", file=Quiet(sys.stderr))
 
 
 @contextmanager
@@ -93,7 +99,7 @@ def _bar():
         TextColumn("prompts"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[rates]}"),
         TimeRemainingColumn(),
     )  # fmt: skip
-    with Progress(*columns, console=Console(stderr=True)) as bar:
+    with Progress(*columns, console=Console(file=cast(Any, Quiet(sys.stderr)))) as bar:
         task = bar.add_task("prompts", total=None, rates="")
         yield Meter(
             lambda meter: bar.update(task, completed=meter.prompts, total=meter.total, rates=_rates(meter.facts()))
@@ -113,7 +119,7 @@ def _every(seconds, report):
 
 
 def _say(meter):
-    print(f"{meter.prompts:,} of {meter.total:,} prompts: {_rates(meter.facts())}", file=sys.stderr, flush=True)
+    print(f"{meter.prompts:,} of {meter.total:,} prompts: {_rates(meter.facts())}", file=Quiet(sys.stderr), flush=True)
 
 
 def _rates(facts) -> str:
@@ -123,4 +129,4 @@ def _rates(facts) -> str:
 
 
 def _log(event, facts):
-    print(json.dumps({"event": event, **facts}), file=sys.stderr, flush=True)
+    print(json.dumps({"event": event, **facts}), file=Quiet(sys.stderr), flush=True)

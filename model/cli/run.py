@@ -7,7 +7,7 @@ from typing import Any
 from cna_kernels.errors import InputError
 
 from ..prompts.files import PromptSet, read_prompts
-from .arguments import check_column, column_of, load_circuit, load_model, multipliers_of
+from .arguments import check_column, column_of, load_circuit, load_model, multipliers_of, say_model, together
 from .console import Table, cell, print_json, stdout
 
 
@@ -20,8 +20,14 @@ def run_run(args):
     if prompts is None or (texts and args.prompts):
         raise InputError("prompts", "give either -p TEXT or --prompts FILE")
     multipliers = multipliers_of(args.multiplier, "--multiplier")
+    paths = args.circuit or []
+    if len(paths) > 1 < len(multipliers):
+        what = f"expected one number for all {len(paths)} circuits, got {args.multiplier}"
+        raise InputError("--multiplier", f"{what}; cna export gives each circuit its own")
     model = load_model(args)
-    circuit = load_circuit(args.circuit, model, any_model=args.any_model) if args.circuit else None
+    chat = False if args.no_template else None
+    circuits = [load_circuit(path, model, any_model=args.any_model, chat=chat) for path in paths]
+    circuit = together(paths, circuits, multipliers[0]) if circuits else None
     # A row for each prompt and column, all in the same batches. A column is None (unsteered) or a multiplier.
     columns = [None] if circuit is None else [None, *multipliers]
     n_prompts = len(prompts)
@@ -35,9 +41,10 @@ def run_run(args):
         top_k=args.sample_top_k,
         top_p=args.top_p,
         seed=[args.seed + number for _ in columns for number in range(n_prompts)],
-        chat=False if args.no_template else None,
+        chat=chat,
         batch=None if args.batch == "auto" else args.batch,
     )
+    say_model(model, args, hashed=circuit is not None)
     results: list[dict[str, Any]] = [
         {
             "prompt": text,

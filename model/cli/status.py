@@ -5,6 +5,8 @@ from __future__ import annotations
 from ..discovery.run_directory import RunDirectory
 from .console import Table, cell, print_json, stdout
 
+MOST = 10  # damaged parts that are named
+
 
 def run_status(args):
     status = RunDirectory.open(args.run).status()
@@ -23,3 +25,7 @@ def run_status(args):
         if status["prompts_done"] < status["prompts"]:
             table.add_row("the rest, at that rate", f"{status['eta_s']:,.0f} s")
     stdout().print(table)
+    for text in status["damaged"][:MOST]:
+        print(f"damaged: {text}")
+    if len(status["damaged"]) > MOST:
+        print(f"and {len(status['damaged']) - MOST:,} more are damaged")

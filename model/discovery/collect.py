@@ -242,7 +242,8 @@ class _Passes:
 def shared_prefixes(transformer: Transformer, prompts: Sequence[TokenPrompt]) -> list[Group]:
     """The groups of ``packing.group_by_prefix``; without a prefix where rotations depend on the prompt's length."""
     longest = max(len(prompt.ids) for prompt in prompts)
-    if transformer.config.rope.kind == "dynamic" and longest > transformer.config.max_position_embeddings:
+    limit = transformer.config.rope.by_length(transformer.config.max_position_embeddings)
+    if limit is not None and longest > limit:
         return [Group(0, list(range(len(prompts))))]
     return group_by_prefix([prompt.ids for prompt in prompts])
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 import itertools
 import os
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+from typing import Any
 
 import torch
 
@@ -13,11 +14,13 @@ from cna_kernels import ActivationSums
 from cna_kernels.errors import InputError
 
 from ..checkpoint.config import DTYPES, read_config
-from ..checkpoint.load import check_entries, expected_shapes, layer_size
+from ..checkpoint.load import check_entries, dtype_of, expected_shapes, layer_size
 from ..checkpoint.safetensors_file import open_checkpoint
 from ..memory import usable_device
 from ..prompts.corpus import STREAMED_UNITS, UNIT_BYTES, UNIT_PROMPTS
+from ..prompts.files import PromptSet
 from ..rope import RotaryEmbedding
+from ..text.prompt_encoder import PromptEncoder
 from ..text.tokenizer import Tokenizer
 from ..transformer import Layer
 from .collect import default_tokens, pack_prompts
@@ -40,6 +43,8 @@ def estimate(
     chat: bool | None = None,
     max_tokens: int | None = None,
     n_columns: int = 2,
+    system: str | None = None,
+    template_args: Mapping[str, Any] | None = None,
 ) -> dict:
     """Estimate the bytes, tokens and seconds of a discovery over ``prompts``, each a (text, place).
 
@@ -51,7 +56,7 @@ def estimate(
     tokenizer = Tokenizer(directory, config.vocab_size)
     checkpoint = open_checkpoint(directory)
     check_entries(checkpoint, config, directory)
-    dtype_in_use = DTYPES[config.dtype if dtype is None else dtype]
+    dtype_in_use = dtype_of(config, checkpoint) if dtype is None else DTYPES[dtype]
     device = usable_device(device)
     max_tokens = max_tokens or default_tokens(device)
 
@@ -59,10 +64,10 @@ def estimate(
     sample = list(itertools.islice(stream, SAMPLE))
     n_prompts = len(sample) + sum(1 for _ in stream)
     start = time.perf_counter()
-    texts = [text for text, _ in sample]
-    as_chat = tokenizer.template is not None if chat is None else chat
-    ids = tokenizer.encode_chat(texts) if as_chat else [tokenizer.encode(text) for text in texts]
-    ids = [row for row in ids if 0 < len(row) <= config.context_length]
+    texts, places = zip(*sample, strict=True)
+    encoder = PromptEncoder(tokenizer, config.context_length, system=system, template_args=template_args)
+    encoded = encoder.encode(PromptSet(texts, places), chat=chat, keep_long=True)
+    ids = [prompt.ids for prompt in encoded if 0 < len(prompt.ids) <= config.context_length]
     if not ids:
         raise InputError("prompts", f"none of the first {len(sample)} fits the model's context")
     tokenise = (time.perf_counter() - start) / len(sample)

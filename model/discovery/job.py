@@ -6,6 +6,7 @@ import contextlib
 import sys
 from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import TYPE_CHECKING
 
 import torch
@@ -24,6 +25,7 @@ from .collect import measure_tokens
 from .parts import check_parts, write_part
 from .ranks import Ranks
 from .run_directory import RunDirectory
+from .sense import check_differs, notes_on
 from .settings import POSITION_TEXT, Settings
 from .units import Part, Pass, encode_ahead, run_unit
 
@@ -38,6 +40,7 @@ class Job:
 
     Attributes:
         how: the Pass: what the bits of the sums depend on besides model and prompts.
+        notes: what a user should hear about the prompts, a line each.
     """
 
     def __init__(
@@ -65,12 +68,14 @@ class Job:
         self.diverse, self.chat = tuple(diverse), chat
         selection_of(settings, self.shape)  # raises InputError where too few neurons are left
         check_counts(settings, self.contrasts, corpus.count, corpus.weight)
+        self.notes = notes_on(corpus, self.contrasts)
         columns = Columns(
             len(corpus.columns), self.contrasts, folds=settings.folds, bootstrap=settings.bootstrap, seed=settings.seed
         )
         by_spread = settings.score == "cohen-d"
         self.how = Pass(columns, squares or by_spread, by_spread, batch, max_tokens)
         self._check_memory(columns)
+        model.identity()  # before hours of work: files that have changed meanwhile are refused
 
     def _check_memory(self, columns: Columns):
         """Refuse more sums than memory holds: the totals of all slots, and the buffers of a unit with all slots."""
@@ -118,7 +123,7 @@ class Job:
         if progress is not None:
             progress(done, total, 0)
         entries = ((self.corpus.units[unit].first, self.corpus.read(unit)) for unit in units)
-        ahead = encode_ahead(entries, self._encode)
+        ahead = encode_ahead(entries, partial(self._encode, keep_long=skip_bad))
         for unit, (first, batch, prompts) in zip(units, ahead, strict=True):
             part = run_unit(
                 self.model.transformer,
@@ -168,6 +173,8 @@ class Job:
             "model": model.identity(),
             "tokenizer_sha256": model.tokenizer.sha256,
             "chat_template_sha256": self._template_sha256(),
+            "chat": model.encoder.record(self.chat),
+            "shape": list(self.shape),
             "dtype": self._dtype(),
             "device": model.device.type,
             "backend": backends.name_for(model.device),
@@ -194,12 +201,16 @@ class Job:
         return str(self.model.transformer.dtype).removeprefix("torch.")
 
     def _template_sha256(self) -> str | None:
-        return self.model.tokenizer.template_sha256 if self.model.uses_chat(self.chat) else None
+        return self.model.tokenizer.template_sha256 if self.model.encoder.uses_chat(self.chat) else None
 
-    def _encode(self, entries):
+    def _encode(self, entries, keep_long=True):
         settings = self.settings
-        return self.model.encode_entries(
-            entries, position=settings.position, chat=self.chat, double_bos=settings.double_bos
+        return self.model.encoder.encode_entries(
+            entries,
+            position=settings.position,
+            chat=self.chat,
+            double_bos=settings.double_bos,
+            keep_long=keep_long,
         )
 
     def circuits(self, totals: Totals) -> dict[str, Circuit]:
@@ -217,6 +228,7 @@ class Job:
             model=model.identity(),
             tokenizer_sha256=model.tokenizer.sha256,
             chat_template_sha256=self._template_sha256(),
+            chat=model.encoder.record(self.chat),
             dtype=self._dtype(),
             position=POSITION_TEXT[settings.position],
             preset=settings.preset,
@@ -227,9 +239,11 @@ class Job:
             prompts = {
                 side: {"count": counts[str(column)], "sha256": corpus.digests[str(column)]} for side, column in sides
             }
-            found[contrast.name] = select_circuit(
-                totals, self.how.columns, contrast, selection, prompts=prompts, **shared
+            circuit = select_circuit(totals, self.how.columns, contrast, selection, prompts=prompts, **shared)
+            check_differs(
+                circuit, contrast.name, [totals.slot(column) for column in contrast[1:]], model.transformer.dtype
             )
+            found[contrast.name] = circuit
         return found
 
 

@@ -12,6 +12,7 @@ from safetensors.torch import save
 from cna_kernels.errors import InputError
 from cna_kernels.files import Digest
 
+from .part_header import AGAIN, read_header
 from .run_directory import POLL, RunDirectory, write_once
 from .units import Part, SlotSums
 
@@ -43,7 +44,18 @@ def write_part(run: RunDirectory, unit: int, part: Part):
 
 def read_part(run: RunDirectory, unit: int) -> Part:
     """Read and check the part of a unit. Raises InputError naming the file if it is damaged or of another run."""
-    facts, tensors = _read(run, unit)
+    path = run.part_path(unit)
+    facts, expected = read_header(run, unit)
+    try:
+        with safe_open(path, framework="pt", backend="pread") as file:
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    except (SafetensorError, OSError) as error:
+        raise InputError(path, f"is no part of a run: {error}{AGAIN}") from None
+    if _hash(facts, tensors) != expected:
+        raise InputError(path, f"is damaged: its contents do not have the hash that it was written with{AGAIN}")
+    for name, tensor in tensors.items():
+        if not tensor.isfinite().all():
+            raise InputError(f"{path}: {name!r}", f"holds infinities or NaN{AGAIN}")
     part = Part(
         universal=tensors.get("universal"),
         n_universal=facts["n_universal"],
@@ -57,28 +69,6 @@ def read_part(run: RunDirectory, unit: int) -> Part:
         squares = tensors.get(f"total_sq.{number}")
         part.slots[int(number)] = SlotSums(tensors[f"total.{number}"], squares, count)
     return part
-
-
-def _read(run, unit, *, tensors=True) -> tuple[dict, dict]:
-    """The facts and tensors of a part; without ``tensors`` only the facts are read and checked."""
-    path, found = run.part_path(unit), {}
-    again = "; delete it, and the same command runs its unit again"
-    try:
-        with safe_open(path, framework="pt", backend="pread") as file:
-            record = json.loads((file.metadata() or {})["part"])
-            if tensors:
-                found = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-        facts, expected = record["facts"], record["sha256"]
-        fingerprint, number = facts["fingerprint"], facts["unit"]
-    except (SafetensorError, OSError, KeyError, TypeError, ValueError) as error:
-        raise InputError(path, f"is no part of a run: {error}{again}") from None
-    if fingerprint != run.fingerprint:
-        raise InputError(path, f"belongs to another run than {run.path / 'manifest.json'}{again}")
-    if number != unit:
-        raise InputError(path, f"holds unit {number}, its name says {unit}{again}")
-    if tensors and _hash(facts, found) != expected:
-        raise InputError(path, f"is damaged: its contents do not have the hash that it was written with{again}")
-    return facts, found
 
 
 def merged(run: RunDirectory, patience: float = 0.0) -> Part:
@@ -96,7 +86,20 @@ def merged(run: RunDirectory, patience: float = 0.0) -> Part:
     total = Part()
     for unit in range(len(run.units)):
         total += read_part(run, unit)
+    _check_weights(run, total)
     return total
+
+
+def _check_weights(run: RunDirectory, total: Part):
+    """The parts together count what the manifest says that the prompts weigh."""
+    columns, weight = run.manifest["corpus"]["columns"], run.manifest["corpus"]["weight"]
+    for column, name in enumerate(columns):
+        expected = weight.get(str(column), 0.0)
+        got = total.slots[column].count if column in total.slots else 0.0
+        skipped = total.n_left_out.get(column, 0) > 0
+        if got > expected * (1 + 1e-6) or (not skipped and got < expected * (1 - 1e-6)):
+            what = f"the parts count {got:g} for column {name!r}, manifest.json says {expected:g}"
+            raise InputError(run.path / "parts", f"{what}; delete the parts, and the same command runs them again")
 
 
 def check_parts(run: RunDirectory):
@@ -105,7 +108,7 @@ def check_parts(run: RunDirectory):
     run.check_names()
     for unit in range(len(run.units)):
         if unit not in missing:
-            _read(run, unit, tensors=False)
+            read_header(run, unit)
 
 
 def _hash(facts: dict, tensors: dict[str, torch.Tensor]) -> str:

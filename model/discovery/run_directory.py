@@ -22,6 +22,7 @@ from cna_kernels.fields import REQUIRED, Fields, is_whole, short
 from cna_kernels.files import make_directory, read_json, replaced, sha256
 
 from ..prompts.corpus import Corpus, Unit
+from .part_header import read_header
 
 FORMAT = 1
 PATIENCE, POLL = 60.0, 0.2  # seconds: until a network file system shows what another machine wrote; between looks
@@ -121,8 +122,18 @@ class RunDirectory:
         """What is done, how large it is, when the last part came, and how fast the last ones did.
 
         The rate is that of the last RECENT parts, from the times of their files; None where there are fewer than two.
+        Damaged parts are not done; of each "damaged" says why. What a part's header does not show is found when the
+        parts are merged.
         """
-        missing = set(self.missing())
+        missing, damaged = set(self.missing()), []
+        self.check_names()
+        for unit in range(len(self.units)):
+            if unit not in missing:
+                try:
+                    read_header(self, unit)
+                except InputError as error:
+                    damaged.append(str(error))
+                    missing.add(unit)
         done = [unit for unit in range(len(self.units)) if unit not in missing]
         files = [self.part_path(unit).stat() for unit in done]
         came = sorted((file.st_mtime, self.units[unit].n_prompts) for file, unit in zip(files, done, strict=True))
@@ -134,6 +145,7 @@ class RunDirectory:
             "model": self.manifest["model"]["name"],
             "units": len(self.units),
             "units_done": len(done),
+            "damaged": damaged,
             "prompts": sum(unit.n_prompts for unit in self.units),
             "prompts_done": sum(self.units[unit].n_prompts for unit in done),
             "part_bytes": sum(file.st_size for file in files),
@@ -165,6 +177,8 @@ def _check_manifest(manifest: object, where: Path):
     fields.read("format", REQUIRED, str(FORMAT), lambda x: x == FORMAT)
     fields.object("model").text("name")
     fields.integer("threads", (1, _MOST), None)
+    fields.items("shape", lambda x: is_whole(x) and 0 < x <= _MOST, "layers and neurons", None)
+    fields.items("squares", lambda x: isinstance(x, bool), "true or false", None)
     corpus = fields.object("corpus")
     corpus.text("sha256")
     corpus.integer("n_prompts", (0, _MOST))

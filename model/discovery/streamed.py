@@ -20,8 +20,8 @@ from torch import Tensor
 from cna_kernels.errors import InputError
 from cna_kernels.sums import ActivationSums
 
-from ..checkpoint.config import DTYPES, ModelConfig
-from ..checkpoint.load import check_entries, load_layer
+from ..checkpoint.config import ModelConfig
+from ..checkpoint.load import check_entries, dtype_of, load_layer
 from ..checkpoint.safetensors_file import Checkpoint
 from ..rope import RotaryEmbedding
 from ..transformer import Layer
@@ -42,7 +42,7 @@ class StreamedTransformer:
     def __init__(self, directory, config: ModelConfig, checkpoint: Checkpoint, *, dtype=None, device="cpu", spill=None):
         check_entries(checkpoint, config, directory)
         self.config, self.device, self.spill = config, torch.device(device), spill
-        self.dtype = DTYPES[config.dtype] if dtype is None else dtype
+        self.dtype = dtype_of(config, checkpoint) if dtype is None else dtype
         self.rotary = RotaryEmbedding(config).to(self.device)
         self._checkpoint = checkpoint
 

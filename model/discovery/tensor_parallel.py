@@ -31,8 +31,9 @@ from cna_kernels.errors import InputError
 from cna_kernels.files import sha256
 from cna_kernels.sums import ActivationSums, NonFiniteActivation
 
-from ..checkpoint.config import DTYPES, ModelConfig
-from ..checkpoint.load import check_entries, check_memory, expected_shapes
+from ..checkpoint.config import ModelConfig
+from ..checkpoint.identity import identity_of
+from ..checkpoint.load import check_entries, check_memory, dtype_of, expected_shapes
 from ..checkpoint.safetensors_file import Checkpoint, TensorEntry
 from ..transformer import Transformer
 
@@ -127,17 +128,18 @@ def load_parallel(
 ) -> ParallelTransformer:
     """Read this rank's part of a checkpoint. All ranks of the mesh call this function; all return or all raise.
 
-    No rank reads or holds more than its part. ``dtype`` None keeps the dtype of config.json.
+    No rank holds more than its part; every rank hashes the whole checkpoint, once. ``dtype`` None keeps the dtype of
+    config.json.
 
     Raises:
         InputError: heads, key-value heads or neurons cannot be shared out evenly, which is not supported; a tensor is
             missing or misshapen; memory cannot hold the part; or another rank has failed, or has another checkpoint.
     """
-    dtype = DTYPES[config.dtype] if dtype is None else dtype
+    dtype = dtype_of(config, checkpoint) if dtype is None else dtype
     with _named_if_lost(mesh):
         try:
             transformer = _load(directory, config, checkpoint, mesh, dtype, device)
-            digest = sha256(repr(config), str(dtype), checkpoint.weights_sha256())
+            digest = sha256(repr(config), str(dtype), identity_of(directory, checkpoint, config)["tensors_sha256"])
         except Exception:
             _meet(mesh, None)
             raise
@@ -163,6 +165,9 @@ def _load(directory, config, checkpoint, mesh, dtype, device) -> ParallelTransfo
     if config.o_bias and rank > 0:  # the first rank's summand brings the bias
         for layer in transformer.layers:
             layer.self_attn.o_proj.bias.zero_()
+    if config.mlp_bias and rank > 0:
+        for layer in transformer.layers:
+            layer.mlp.down_proj.bias.zero_()
     return transformer.eval()
 
 

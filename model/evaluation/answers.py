@@ -13,9 +13,11 @@ from ..generate import generate
 from ..language_model import LanguageModel
 from ..memory import in_halves, memory_of
 from .interventions import Interventions
+from .metrics import begun_thought
 from .store import Store
 
 MOST_ROWS = {"cpu": 256, "cuda": 1024}  # most answers decoded together, by device
+_TAIL = 16  # tokens at a prompt's end that may begin a thought
 MEMORY_SHARE = 4  # keys and values may take a quarter of the memory
 
 
@@ -75,6 +77,9 @@ def answer_all(
     work = [(variant, number) for number in order for variant in variants]
     found: dict[int, list[Answer]] = {variant: [] for variant in variants}
 
+    # A template may begin a thought for the model; then the text of the answer begins with what begins the thought.
+    thoughts = [begun_thought(model.tokenizer.decode(prompt.ids[-_TAIL:])) for prompt in prompts]
+
     def write(chunk):
         return _write(model, interventions, chunk, prompts, max_new_tokens)
 
@@ -85,7 +90,8 @@ def answer_all(
             partial(in_halves, write, chunk, model.device),
         )
         for (variant, number), tokens in zip(chunk, lines, strict=True):
-            found[variant].append(Answer(variant, number, model.tokenizer.decode(tokens), tuple(tokens)))
+            text = thoughts[number] + model.tokenizer.decode(tokens)
+            found[variant].append(Answer(variant, number, text, tuple(tokens)))
         progress(min(start + batch, len(work)), len(work))
     return {variant: sorted(answers, key=lambda answer: answer.prompt) for variant, answers in found.items()}
 

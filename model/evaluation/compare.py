@@ -48,7 +48,9 @@ def compare(
     """
     if suite.positive is None or suite.negative is None:
         raise InputError("positive, negative", "discovery prompts are needed to compare models")
-    used = {model.tokenizer.template_sha256 if model.uses_chat(suite.chat) else None for model in models.values()}
+    used = {
+        model.tokenizer.template_sha256 if model.encoder.uses_chat(suite.chat) else None for model in models.values()
+    }
     if len(used) > 1:
         raise InputError("--no-template", "the models' chat templates differ: compare them on plain text")
     if out is not None:

@@ -27,7 +27,7 @@ from .facts import environment, run_facts
 from .interventions import UNSTEERED, Interventions, Method, Variant
 from .judge import judge
 from .likelihood import divergences, perplexities, perplexity, windows_of
-from .metrics import KINDS, accuracy, kind_of, mean, ngram_quality, share
+from .metrics import KINDS, accuracy, after_thought, kind_of, mean, ngram_quality, share
 from .multiple_choice import by_likelihood, by_subject, generation_prompts, likelihood_prompts, parse_letter
 from .store import Store
 from .suite import Suite
@@ -326,7 +326,9 @@ class Evaluation:
             return
         self.say("judge")
         self.results["judge_command"] = self.suite.judge_command
-        items = [{name: sample[name] for name in ("set", "prompt", "answer")} for sample in self.samples]
+        items = [
+            {"set": s["set"], "prompt": s["prompt"], "answer": after_thought(s["answer"]) or ""} for s in self.samples
+        ]
         command = self.suite.judge_command
         scores = self.store.get(f"judge-{sha256(command)[:16]}", lambda: judge(command, items))
         by_set: dict[tuple[int, str], list[float]] = {}

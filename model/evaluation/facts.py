@@ -37,6 +37,7 @@ def run_facts(model: LanguageModel, circuit: Circuit, suite: Suite) -> dict:
     return {
         "model": model.identity()
         | {"tokenizer_sha256": model.tokenizer.sha256, "chat_template_sha256": model.tokenizer.template_sha256},
+        "chat": model.encoder.record(suite.chat),
         "device": model.device.type,
         "dtype": str(model.transformer.dtype).removeprefix("torch."),
         "circuit_sha256": sha256(circuit.to_json()),

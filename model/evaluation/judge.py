@@ -6,10 +6,15 @@ one JSON line ``{"id": 0, "score": 0.7}`` on stdout, in any order.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
+import os
 import shlex
+import signal
 import subprocess
+import threading
+import time
 from collections.abc import Sequence
 from typing import Any
 
@@ -18,7 +23,8 @@ from cna_kernels.fields import is_number, is_whole
 from cna_kernels.files import parse_json
 
 TIMEOUT = 3600.0  # seconds
-MOST = 64 << 20  # characters of output
+MOST = 64 << 20  # bytes of output
+LAST = 64 << 10  # bytes of stderr that are kept
 
 
 def judge(command: str, items: Sequence[dict], *, timeout: float = TIMEOUT) -> list[float]:
@@ -40,18 +46,71 @@ def judge(command: str, items: Sequence[dict], *, timeout: float = TIMEOUT) -> l
     if not words:
         raise InputError(where, "is empty")
     lines = "".join(json.dumps({"id": number, **item}, ensure_ascii=False) + "\n" for number, item in enumerate(items))
+    code, output, errors = _run(words, lines.encode("utf-8", "replace"), timeout, where)
+    if code:
+        last = (errors.decode(errors="replace").strip().splitlines() or ["it said nothing"])[-1]
+        raise InputError(where, f"ended with code {code}: {last}")
+    return _scores(output.decode(errors="replace"), len(items), where)
+
+
+def _run(words: list[str], content: bytes, timeout: float, where: str) -> tuple[int, bytes, bytes]:
+    """Run a program. Return its exit code, its output and the end of its stderr.
+
+    Output is read as it comes: a program that writes more than MOST bytes, or takes too long, is killed, with all that
+    it has started.
+    """
+    pipe = subprocess.PIPE
     try:
-        done = subprocess.run(words, input=lines.encode(), capture_output=True, timeout=timeout)
-    except subprocess.TimeoutExpired:
-        raise InputError(where, f"took more than {timeout:g} seconds") from None
+        child = subprocess.Popen(words, stdin=pipe, stdout=pipe, stderr=pipe, start_new_session=True)
     except (OSError, ValueError) as error:
         raise InputError(where, f"cannot be run: {getattr(error, 'strerror', None) or error}") from None
-    if done.returncode:
-        last = (done.stderr.decode(errors="replace").strip().splitlines() or ["it said nothing"])[-1]
-        raise InputError(where, f"ended with code {done.returncode}: {last}")
-    if len(done.stdout) > MOST:
-        raise InputError(where, f"wrote more than {MOST} bytes")
-    return _scores(done.stdout.decode(errors="replace"), len(items), where)
+    assert child.stdin and child.stdout and child.stderr
+    stdin, stdout, stderr = child.stdin, child.stdout, child.stderr
+    output, errors, too_long = bytearray(), bytearray(), threading.Event()
+
+    def read_output():
+        while piece := os.read(stdout.fileno(), 1 << 16):
+            output.extend(piece)
+            if len(output) > MOST:
+                too_long.set()
+                return
+
+    def read_errors():
+        while piece := os.read(stderr.fileno(), 1 << 16):
+            errors.extend(piece)
+            del errors[:-LAST]
+
+    def write():
+        with contextlib.suppress(OSError):  # a program may end before it has read all
+            stdin.write(content)
+        with contextlib.suppress(OSError):
+            stdin.close()
+
+    threads = [threading.Thread(target=work, daemon=True) for work in (read_output, read_errors, write)]
+    for thread in threads:
+        thread.start()
+    deadline = time.monotonic() + timeout
+    try:
+        while threads[0].is_alive() and time.monotonic() < deadline:
+            threads[0].join(0.05)
+        if too_long.is_set():
+            raise InputError(where, f"wrote more than {MOST} bytes")
+        try:
+            child.wait(max(0.0, deadline - time.monotonic()))
+        except subprocess.TimeoutExpired:
+            raise InputError(where, f"took more than {timeout:g} seconds") from None
+        threads[1].join(1.0)
+        return child.returncode, bytes(output), bytes(errors)
+    except BaseException:
+        _kill(child)
+        raise
+
+
+def _kill(child: subprocess.Popen):
+    """End a program and what it has started."""
+    with contextlib.suppress(OSError):
+        os.killpg(child.pid, signal.SIGKILL) if hasattr(os, "killpg") else child.kill()
+    child.wait()
 
 
 def _scores(output: str, n: int, where: str) -> list[float]:

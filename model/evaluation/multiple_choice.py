@@ -267,10 +267,11 @@ def generation_prompts(
     def encode(question: Question, n: int) -> list[list[int]]:
         letters = LETTERS[: len(question.choices)]
         text = questions.prompt(question, n)
-        if model.uses_chat(chat):
+        if model.encoder.uses_chat(chat):
             wish = f"Answer with one letter: {', '.join(letters[:-1])} or {letters[-1]}."
             text = text.removesuffix("Answer:") + wish
-        return [prompt.ids for prompt in model.encode(PromptSet((text,), (question.place,)), chat=chat)]
+        prompts = PromptSet((text,), (question.place,))
+        return [prompt.ids for prompt in model.encoder.encode(prompts, chat=chat, keep_long=True)]
 
     return [
         _fit(encode, question, shots, model.config.context_length - room, questions) for question in questions.questions

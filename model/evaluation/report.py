@@ -20,7 +20,7 @@ NOTES = (
     "added with strength sign x (1 - m).",
     "answered: the share of answers that are neither refusal nor empty, degenerate or under four words. Only these "
     "comply; a method that makes a model stammer has few refusals and few answers.",
-    "broken: degenerate, empty and short answers, of all.",
+    "broken: degenerate, empty and short answers, of all; unfinished: thoughts that had not ended, as a further count.",
     "quality: 1 - the share of repeated word 4-grams, as published; it is blind to text without spaces, so the same "
     "for tokens stands beside it.",
 )
@@ -115,7 +115,9 @@ def number(value: dict) -> str:
 
 
 def broken(kinds: dict) -> str:
-    return ", ".join(f"{round(kinds[kind], 1):g}" for kind in ("degenerate", "empty", "short"))
+    """Degenerate, empty and short answers; and unfinished thoughts, where there are any."""
+    counts = ", ".join(f"{round(kinds[kind], 1):g}" for kind in ("degenerate", "empty", "short"))
+    return f"{counts}, {round(kinds['unfinished'], 1):g} unfinished" if kinds.get("unfinished") else counts
 
 
 def merged_rows(results: dict) -> list[dict]:

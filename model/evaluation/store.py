@@ -1,7 +1,7 @@
 """The finished parts of an evaluation on disk: after a kill, the same command goes on from them.
 
 manifest.json      what the results depend on; replaced only while no part exists
-parts/NAME.json    one finished part: written once, as a whole file
+parts/NAME.json    one finished part and its hash: written once, as a whole file
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from cna_kernels.errors import InputError
-from cna_kernels.files import make_directory, read_json, write_text
+from cna_kernels.files import make_directory, read_json, sha256, write_text
 
 from ..discovery.run_directory import first_difference
 
@@ -22,7 +22,7 @@ try:
 except ImportError:  # Windows has no fcntl: there users must not start two runs in one directory
     fcntl = None  # type: ignore[assignment]
 
-FORMAT = 1
+FORMAT = 2
 
 
 class Store:
@@ -74,18 +74,29 @@ class Store:
         if self.path is None:
             return json.loads(json.dumps(compute()))
         path = self.path / "parts" / f"{name}.json"
-        if path.exists():
-            return read_json(path)
-        value = compute()
-        write_text(path, json.dumps(value, ensure_ascii=False, allow_nan=False) + "\n")
-        return read_json(path)  # read, so that a run that goes on after a kill gets the same value
+        if not path.exists():
+            value = json.loads(json.dumps(compute(), allow_nan=False))  # as it will be read again
+            record = {"sha256": _hash(value), "value": value}
+            write_text(path, json.dumps(record, ensure_ascii=False, allow_nan=False) + "\n")
+        record = read_json(path)  # read, so that a run that goes on after a kill gets the same value
+        if not isinstance(record, dict) or record.get("sha256") != _hash(record.get("value")):
+            what = "is damaged: it does not have the hash that it was written with"
+            raise InputError(path, f"{what}; delete it, and the same command computes it again")
+        return record["value"]
+
+
+def _hash(value: object) -> str:
+    return sha256(json.dumps(value, sort_keys=True))
 
 
 def _lock(path) -> int | None:
     """Lock the directory for this process. The system drops the lock when the process ends, however it ends."""
     if fcntl is None:
         return None
-    descriptor = os.open(path / ".lock", os.O_RDWR | os.O_CREAT, 0o644)
+    try:
+        descriptor = os.open(path / ".lock", os.O_RDWR | os.O_CREAT, 0o644)
+    except OSError as error:
+        raise InputError(path / ".lock", f"cannot be written: {error.strerror or error}") from None
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError:

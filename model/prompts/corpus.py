@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import heapq
 import json
 import math
 import shutil
@@ -13,11 +14,13 @@ from cna_kernels.errors import InputError
 from cna_kernels.fields import REQUIRED, Fields
 from cna_kernels.files import Digest, open_regular, replaced, sha256
 
-from .files import BadLines, accepted, prompt_of, require_text
+from .files import BadLines, ChatText, TokenText, accepted, prompt_of, require_text
 
 UNIT_PROMPTS, UNIT_BYTES, UNIT_UNIVERSAL = 1024, 4 << 20, 32  # what a unit holds at most: prompts, and their text
 STREAMED_UNITS = 64  # times as much where every unit reads the whole checkpoint
 MOST_COLUMNS, LONGEST_NAME = 4096, 200
+SKETCH = 1024  # hashes of a column's sketch
+LONGEST_LINE = 1 << 30  # bytes of a prompt with what belongs to it
 POSITIVE, NEGATIVE = ".positive", ".negative"  # endings of the two columns of a contrast
 UNIVERSAL = "universal/"  # beginning of the columns that the universal filter looks at
 
@@ -30,6 +33,7 @@ class Entry(NamedTuple):
         columns: (column, weight, turn) of every sum that counts it; it is the ``turn``-th prompt of that column.
         universal: whether it is a prompt of the universal filter, which looks at each of its prompts alone.
         answer: text that follows the prompt, for position "answer".
+        kind: "text", or what the text is the JSON of: a "chat" or token "ids"; see ``files.py``.
     """
 
     text: str
@@ -37,6 +41,13 @@ class Entry(NamedTuple):
     columns: tuple[tuple[int, float, int], ...] = ()
     universal: bool = False
     answer: str | None = None
+    kind: str = "text"
+
+    @property
+    def prompt(self) -> str:
+        """The text, or the chat or ids that it stands for."""
+        of_kind = {"chat": ChatText, "ids": TokenText}.get(self.kind)
+        return self.text if of_kind is None else of_kind(json.loads(self.text))
 
 
 class Unit(NamedTuple):
@@ -66,6 +77,25 @@ class Names:
         return self.number.setdefault(name, len(self.number))
 
 
+class _Sketch:
+    """The smallest of many different hashes."""
+
+    def __init__(self):
+        self._heap: list[int] = []  # of the negative of each
+        self._held: set[int] = set()
+
+    def add(self, value: int) -> None:
+        if value in self._held or (len(self._heap) == SKETCH and value >= -self._heap[0]):
+            return
+        self._held.add(value)
+        heapq.heappush(self._heap, -value)
+        if len(self._heap) > SKETCH:
+            self._held.discard(-heapq.heappop(self._heap))
+
+    def smallest(self) -> list[int]:
+        return sorted(self._held)
+
+
 class Corpus:
     """Prompts on file.
 
@@ -74,6 +104,8 @@ class Corpus:
         units: the units of work.
         count, weight, digests: for every column, and under UNIVERSAL for the universal filter, the number of prompts,
             the sum of their weights, and the hash of their texts.
+        sketches: for every column the SKETCH smallest hashes of its prompts' texts, sorted: two columns with the same
+            prompts have the same sketch, in whatever order they hold them.
         sha256: of everything but the places.
     """
 
@@ -102,6 +134,7 @@ class Corpus:
         self.weight: dict[str, float] = {}
         everything, lines = Digest(), Digest()
         digests: dict[str, Digest] = {}
+        sketches: dict[str, _Sketch] = {}
         first = n_prompts = n_universal = start = position = 0
 
         def close():
@@ -109,11 +142,15 @@ class Corpus:
 
         for entry in entries:
             columns = tuple((column, weight, self.count.get(str(column), 0)) for column, weight, _ in entry.columns)
+            hashed = int(sha256(entry.text)[:13], 16) if columns else 0  # 52 bits, which JSON holds exactly
+            for column, _, _ in columns:
+                sketches.setdefault(str(column), _Sketch()).add(hashed)
             for key, weight in [(UNIVERSAL, 1.0)] if entry.universal else [(str(c), w) for c, w, _ in columns]:
                 self.count[key] = self.count.get(key, 0) + 1
                 self.weight[key] = self.weight.get(key, 0.0) + weight
                 digests.setdefault(key, Digest()).add(entry.text)
-            line = json.dumps(entry._replace(columns=columns), ensure_ascii=False).encode("utf-8") + b"\n"
+            line = json.dumps(entry._replace(columns=columns), ensure_ascii=False)
+            line = line.encode("utf-8", "backslashreplace") + b"\n"  # a place may name a file whose name is no text
             full = n_prompts >= unit or n_universal + entry.universal > UNIT_UNIVERSAL
             if n_prompts and (full or position - start + len(line) > unit_bytes):
                 close()
@@ -128,6 +165,7 @@ class Corpus:
         self.n_prompts = first + n_prompts
         self.columns = tuple(names.number)
         self.digests = {key: str(digest) for key, digest in digests.items()}
+        self.sketches = {key: sketch.smallest() for key, sketch in sketches.items()}
         self.sha256 = sha256(str(everything), *self.columns, repr([unit.n_prompts for unit in self.units]))
 
     @classmethod
@@ -142,6 +180,7 @@ class Corpus:
             record["sha256"],
         )
         corpus.count, corpus.weight, corpus.digests = record["count"], record["weight"], record["digests"]
+        corpus.sketches = {}  # only the process that has read the prompts looks at them
         return corpus
 
     def record(self) -> dict:
@@ -168,17 +207,23 @@ class Corpus:
         self._file.seek(unit.offset)
         entries, lines = [], Digest()
         for _ in range(unit.n_prompts):
-            line = self._file.readline()
+            line = self._file.readline(LONGEST_LINE)
+            if not line.endswith(b"\n"):
+                break  # cut off; a manifest may say that there are more lines than time to read them
             lines.add(line)
             entries.append(line)
         if str(lines) != unit.sha256:
             raise InputError(self._where, f"is damaged: unit {number} is not as written")
-        return [_read_entry(line) for line in entries]
+        try:
+            return [_read_entry(line) for line in entries]
+        except (ValueError, TypeError, RecursionError):
+            raise InputError(self._where, f"is damaged: unit {number} holds lines that are no prompts") from None
 
 
 def _read_entry(line) -> Entry:
-    text, place, columns, universal, answer = json.loads(line)
-    return Entry(text, place, tuple((column, weight, turn) for column, weight, turn in columns), universal, answer)
+    text, place, columns, universal, answer, kind = json.loads(line)
+    counted = tuple((column, weight, turn) for column, weight, turn in columns)
+    return Entry(text, place, counted, universal, answer, kind)
 
 
 def _write(file, line):
@@ -193,7 +238,13 @@ def _write(file, line):
 def entries_of(prompts: Iterable[tuple[str, str]], *columns: int) -> Iterator[Entry]:
     """Entries from (text, place), each counted once in these columns; in none: for the universal filter."""
     for text, place in prompts:
-        yield Entry(text, place, tuple((column, 1.0, 0) for column in columns), universal=not columns)
+        counted = tuple((column, 1.0, 0) for column in columns)
+        answer = text.answer if isinstance(text, ChatText) and columns else None
+        yield Entry(str(text), place, counted, universal=not columns, answer=answer, kind=_kind(text))
+
+
+def _kind(text: str) -> str:
+    return "chat" if isinstance(text, ChatText) else "ids" if isinstance(text, TokenText) else "text"
 
 
 def two_sets(names: Names, positive, negative, neutral=()) -> Iterator[Entry]:
@@ -234,11 +285,11 @@ def _entry(record, place, names, prefix) -> Entry:
         weights.number(name, (1e-6, 1e6))
     if len(names.number.keys() | {prefix + name for name in columns}) > MOST_COLUMNS:
         raise InputError(f"{place}: columns", f"the file names more than the {MOST_COLUMNS} columns accepted")
-    answer = record.get("answer")
+    answer = record.get("answer", text.answer if isinstance(text, ChatText) else None)
     if answer is not None:
         require_text(answer, f"{place}: answer")
     weighted = tuple((names(prefix + name), float(weight), 0) for name, weight in weights.record.items())
-    return Entry(text, text_place, weighted, False, answer)
+    return Entry(str(text), text_place, weighted, False, answer, _kind(text))
 
 
 def _are_columns(value: object) -> bool:

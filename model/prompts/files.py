@@ -1,19 +1,52 @@
-"""Prompt files: one prompt a line, or .jsonl / .csv / .json with a column. Every prompt knows its file and line."""
+"""Prompts from files: one a line, or one a record. Every prompt knows its file and line."""
 
 from __future__ import annotations
 
-import csv
-import io
+import json
+import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path
+from typing import Any
 
 from cna_kernels.errors import InputError
-from cna_kernels.files import FilePath, open_stream, parse_json, read_text, sha256
+from cna_kernels.fields import is_whole
+from cna_kernels.files import FilePath, sha256
 
-RECORD_FORMATS = (".jsonl", ".csv", ".json")
-LONGEST_LINE = 16 << 20  # bytes
+from .formats import WITH_COLUMNS, format_of, records_of
+
+
+class ChatText(str):
+    """A prompt that is a whole chat. As text it is the JSON of its messages.
+
+    Attributes:
+        messages: ``[{"role": TEXT, "content": TEXT}, ...]``.
+        answer: the assistant's answer to them, or None.
+    """
+
+    messages: list[dict[str, Any]]
+    answer: str | None
+
+    def __new__(cls, messages: list[dict[str, Any]]) -> ChatText:
+        chat = super().__new__(cls, json.dumps(messages, ensure_ascii=False))
+        chat.messages, chat.answer = messages, None
+        return chat
+
+
+class TokenText(str):
+    """A prompt that is given as token ids. As text it is their JSON.
+
+    Attributes:
+        ids: the ids, as they go into the model.
+    """
+
+    ids: list[int]
+
+    def __new__(cls, ids: list[int]) -> TokenText:
+        text = super().__new__(cls, json.dumps(ids))
+        text.ids = ids
+        return text
 
 
 @dataclass(frozen=True)
@@ -65,10 +98,12 @@ class BadLines:
 
 
 def read_prompts(path: FilePath, *, column: str | None = None, limit: int | None = None) -> PromptSet:
-    """Read a prompt file into memory; the ending of its name says the format.
+    """Read a prompt file into memory; see ``formats.py`` for how its format is found.
 
     Args:
-        column: the field that holds the prompt in .jsonl, .csv and .json. Default: ``prompt``, or the only field.
+        path: the file; ``FILE:COLUMN`` names the column, too.
+        column: the field that holds the prompt, where records have fields; of several names with commas between them
+            the first that a file has. Default: ``prompt``, or the only field, or ``messages``, or ``input_ids``.
         limit: keep the first so many.
 
     Raises:
@@ -79,23 +114,95 @@ def read_prompts(path: FilePath, *, column: str | None = None, limit: int | None
 
 
 def iter_prompts(
-    path: FilePath, *, column: str | None = None, limit: int | None = None, bad: BadLines | None = None
+    path: FilePath,
+    *,
+    column: str | None = None,
+    limit: int | None = None,
+    bad: BadLines | None = None,
+    label: Label | None = None,
 ) -> Iterator[tuple[str, str]]:
-    """As :func:`read_prompts`, one (text, place) after the other: files of any length need no memory."""
+    """As :func:`read_prompts`, one (text, place) after the other: files of any length need no memory.
+
+    Args:
+        label: keep only the records with this label.
+    """
     bad = bad or BadLines()
-    if column is not None and Path(path).suffix.lower() not in RECORD_FORMATS:
-        raise InputError(path, "a column is for .jsonl, .csv and .json files")
-    yield from accepted(path, lambda record, place: prompt_of(record, place, column), bad, limit)
+    path, own = file_and_column(path)
+    column = own or column
+    if column is not None and format_of(path) == "lines":
+        raise InputError(path, f"has no columns; a column is for {', '.join(WITH_COLUMNS)} files")
+
+    def parse(record: object, place: str):
+        if label is not None and not label.fits(record, place):
+            return None
+        return prompt_of(record, place, column)
+
+    yield from accepted(path, parse, bad, limit, columns=() if column is None else (column, *column.split(",")))
 
 
-def accepted(path: FilePath, parse: Callable, bad: BadLines, limit: int | None) -> Iterator:
-    """What ``parse(record, place)`` makes of the first ``limit`` records that it does not refuse; at least one."""
+def file_and_column(path: FilePath) -> tuple[Path, str | None]:
+    """``FILE:COLUMN`` as file and column; a file that exists under the whole name has no column in it."""
+    text = os.fspath(path)
+    if ":" in text and not os.path.lexists(text):
+        file, _, column = text.rpartition(":")
+        if column and os.path.lexists(file):
+            return Path(file), column
+    return Path(path), None
+
+
+@dataclass(frozen=True)
+class Label:
+    """A field of records that says which side a prompt is on.
+
+    Attributes:
+        name: the field; value: of the records to keep; negated: keep the other records instead.
+    """
+
+    name: str
+    value: str
+    negated: bool = False
+
+    @classmethod
+    def parse(cls, text: str) -> Label:
+        """``NAME=VALUE``; ``NAME`` alone stands for ``NAME=1``, which true, yes and 1.0 equal."""
+        name, _, value = text.partition("=")
+        if not name:
+            raise InputError("label", f"expected NAME=VALUE, got {text!r}")
+        return cls(name, _label_value(value or "1"))
+
+    @property
+    def others(self) -> Label:
+        """The label of the other side."""
+        return Label(self.name, self.value, not self.negated)
+
+    def fits(self, record: object, place: str) -> bool:
+        """Whether a record is on this side. Raises InputError where it has no such field, or nothing in it."""
+        value = record.get(self.name) if isinstance(record, dict) else None
+        if value is None or value == "":
+            raise InputError(f"{place}: {self.name}", "expected a label, and there is none")
+        return (_label_value(value) == self.value) != self.negated
+
+
+def _label_value(value: object) -> str:
+    text = str(value).strip().casefold()
+    return {"true": "1", "yes": "1", "1.0": "1", "false": "0", "no": "0", "0.0": "0"}.get(text, text)
+
+
+def accepted(
+    path: FilePath, parse: Callable, bad: BadLines, limit: int | None, columns: Sequence[str] = ()
+) -> Iterator:
+    """What ``parse(record, place)`` makes of the first ``limit`` records that it does not refuse; at least one.
+
+    Records that it makes None of are not asked for.
+    """
     found = 0
-    for record, place in iter_records(path, bad):
+    for record, place in records_of(path, bad, columns):
         try:
             value = parse(record, place)
         except InputError as error:
             bad.add(error)
+            continue
+        if value is None:
             continue
         yield value
         found += 1
@@ -105,97 +212,60 @@ def accepted(path: FilePath, parse: Callable, bad: BadLines, limit: int | None) 
         raise InputError(path, "holds no prompt" + (f"; {bad.first}" if bad.count else ""))
 
 
-def iter_records(path: FilePath, bad: BadLines) -> Iterator[tuple[object, str]]:
-    """Each record of a file with its place: text, or an object of fields. What cannot be read goes to ``bad``."""
-    path = Path(path)
-    kind = path.suffix.lower()
-    if kind == ".json":
-        yield from _json_records(path)
-        return
-    with open_stream(path) as file:
-        if kind == ".csv":
-            yield from _csv_records(path, file, bad)
-            return
-        for line, place in _lines(path, file, bad):
-            if kind != ".jsonl":
-                yield line.strip(), place
-                continue
-            try:
-                record = parse_json(line, place)
-            except InputError as error:
-                bad.add(error)
-                continue
-            yield record, place
-
-
 def neutral_prompts() -> PromptSet:
     """The built-in diverse prompts of the universal filter."""
     lines = (files(__package__) / "data" / "neutral_prompts.txt").read_text(encoding="utf-8").splitlines()
     return PromptSet.of([line for line in lines if line], "neutral_prompts")
 
 
-def _lines(path, file, bad) -> Iterator[tuple[str, str]]:
-    """Lines that are not blank; they end with a line feed, a carriage return, or both."""
-    number = 0
-    while whole := file.readline(LONGEST_LINE + 1):
-        if len(whole) > LONGEST_LINE:
-            raise InputError(f"{path}:{number + 1}", f"is longer than the {LONGEST_LINE} bytes accepted")
-        if number == 0:
-            whole = whole.removeprefix(b"\xef\xbb\xbf")
-        for piece in whole.removesuffix(b"\n").removesuffix(b"\r").split(b"\r"):
-            number += 1
-            place = f"{path}:{number}"
-            try:
-                line = piece.decode("utf-8")
-            except UnicodeDecodeError as error:
-                bad.add(InputError(place, f"is not UTF-8 text (byte {error.start} of the line)"))
-                continue
-            if line.strip():
-                yield line, place
-
-
-def _csv_records(path, file, bad):
-    # Bytes that are not UTF-8 become half surrogate pairs, which no prompt may hold.
-    text = io.TextIOWrapper(file, encoding="utf-8-sig", errors="surrogateescape", newline="")
-    reader = csv.DictReader(text, strict=True)
-    while True:
-        try:
-            try:
-                names = reader.fieldnames or []
-            except csv.Error as error:
-                raise InputError(f"{path}:1", error) from None
-            if len(set(names)) != len(names):
-                raise InputError(f"{path}:1", f"repeats the column {next(n for n in names if names.count(n) > 1)!r}")
-            record = next(reader)
-        except StopIteration:
-            return
-        except csv.Error as error:
-            bad.add(InputError(f"{path}:{reader.line_num}", error))
-            continue
-        if None in record:
-            what = f"has more fields than the {len(names)} columns; a comma inside a field needs quotes around it"
-            bad.add(InputError(f"{path}:{reader.line_num}", what))
-            continue
-        yield record, f"{path}:{reader.line_num}"
-
-
-def _json_records(path):
-    records = parse_json(read_text(path, may_stream=True), path)
-    if not isinstance(records, list):
-        raise InputError(path, "expected a JSON list of prompts")
-    for number, record in enumerate(records):
-        yield record, f"{path}[{number}]"
-
-
 def prompt_of(record: object, place: str, column: str | None) -> tuple[str, str]:
-    """The prompt in a record, and its place: the record's own, or its column's."""
+    """The prompt in a record, and its place: the record's own, or its column's.
+
+    A list of messages is a chat: its last message, if it is the assistant's, is no part of the prompt. A list of whole
+    numbers is token ids.
+    """
     if isinstance(record, dict):
-        name = column or ("prompt" if "prompt" in record or len(record) != 1 else next(iter(record)))
-        if name not in record:
-            names = ", ".join(str(key) for key in list(record)[:8])
-            raise InputError(place, f"has no column {name!r} (it has {names}); name one with --column")
+        name = _column_in(record, column, place)
         place, record = f"{place}: {name}", record[name]
+        if isinstance(record, list) and record and name != "messages" and all(map(is_whole, record)):
+            return TokenText(record), place
+        if isinstance(record, list):
+            return chat_of(record, place), place
     return require_text(record, place), place
+
+
+def _column_in(record: dict, column: str | None, place: str) -> str:
+    names = list(record)
+    if column is not None:
+        wanted = [column, *column.split(",")]
+    else:
+        wanted = ["prompt", *(names if len(names) == 1 else ()), "messages", "input_ids"]
+    found = next((name for name in wanted if name in record), None)
+    if found is None:
+        has = ", ".join(str(key) for key in names[:8])
+        asked = column or "prompt"
+        raise InputError(place, f"has no column {asked!r} (it has {has}); name one with --column, or as FILE:COLUMN")
+    return found
+
+
+def chat_of(messages: list, place: str) -> ChatText:
+    """A chat from its messages, up to the assistant's answer. Raises InputError naming the message."""
+    for number, message in enumerate(messages):
+        where = f"{place}[{number}]"
+        if not isinstance(message, dict) or not isinstance(message.get("role"), str):
+            raise InputError(where, 'expected a message {"role": TEXT, "content": TEXT}')
+        content = message.get("content")
+        if not isinstance(content, list):
+            require_text(content, f"{where}: content")
+    answer = None
+    if messages and messages[-1]["role"] == "assistant":
+        answer = messages[-1]["content"]
+        messages = messages[:-1]
+    if not messages:
+        raise InputError(place, "holds no message to answer")
+    chat = ChatText([{name: m[name] for name in m if m[name] is not None} for m in messages])
+    chat.answer = answer if isinstance(answer, str) else None
+    return chat
 
 
 def require_text(text: object, place: str) -> str:
@@ -204,4 +274,6 @@ def require_text(text: object, place: str) -> str:
         raise InputError(place, f"expected a prompt, got {text!r}")
     if any("\ud800" <= character <= "\udfff" for character in text):
         raise InputError(place, "holds half of a surrogate pair, which is not text")
+    if "\0" in text:
+        raise InputError(place, "holds a NUL character, which is not text")
     return text

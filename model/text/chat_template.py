@@ -7,52 +7,99 @@ So a child process renders the template under a memory limit, and the parent wai
 from __future__ import annotations
 
 import contextlib
+import datetime
 import json
 import os
 import subprocess
 import sys
 import threading
+import time
 import weakref
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from cna_kernels.errors import InputError
 from cna_kernels.fields import Fields, short
-from cna_kernels.files import read_json, read_text
+from cna_kernels.files import read_text
 
 MAX_TEMPLATE = 64 << 10  # bytes of template
 MAX_OUTPUT = 4 << 20  # characters of one rendered conversation
-_SECONDS = 10.0  # for one batch of _BATCH conversations; a real template takes about a millisecond each
+OWN_NAMES = ("messages", "tools", "documents", "add_generation_prompt")  # what every template is given
+_SECONDS = 10.0  # of waiting for a batch of _BATCH conversations; a real template takes about a millisecond each
 _BATCH = 64
+FILE, FOLDER = "chat_template.jinja", "additional_chat_templates"
+
+Chat = Sequence[Mapping[str, Any]]
 
 
 class ChatTemplate:
-    """Renders conversations with a checkpoint's template; threads take turns. ``where`` names the file in messages."""
+    """Renders conversations with a checkpoint's template; threads take turns.
 
-    def __init__(self, source: str, variables: dict[str, str], where):
+    Attributes:
+        source: the template's text; where: the file, for messages; name: "default", or what the checkpoint calls it.
+        moment: the time that the template sees as now: when the template was read, unless it is set before the first
+            rendering. A run that goes on another day sets it, so that all of its prompts have one date.
+    """
+
+    def __init__(self, source: str, variables: Mapping[str, str], where, name: str = "default"):
         if len(source.encode("utf-8")) > MAX_TEMPLATE:
             raise InputError(where, f"chat template is larger than {MAX_TEMPLATE} bytes")
-        self.source, self.variables, self.where = source, variables, where
+        self.source, self.variables, self.where, self.name = source, dict(variables), where, name
+        self.moment = datetime.datetime.now().replace(microsecond=0)
         self._child: subprocess.Popen | None = None
         self._owner: int | None = None  # the process that started the child; a fork must not share its pipes
+        self._broken: str | None = None  # why the template cannot be used at all
         self._lock = threading.Lock()
 
-    def render(self, conversations: list[list[dict[str, str]]]) -> list[str]:
+    @property
+    def is_dated(self) -> bool:
+        """Whether the text may depend on the day."""
+        return "strftime_now" in self.source
+
+    def render(self, conversations: Sequence[Chat], template_args: Mapping[str, Any] | None = None) -> list[str]:
         """Return the text of each conversation, ended by the header of the assistant's turn.
+
+        Args:
+            conversations: of messages, ``{"role": TEXT, "content": TEXT}``.
+            template_args: variables of the template.
 
         Raises:
             InputError: the template is malformed, refuses the conversation, or exceeds a limit.
         """
-        texts = []
-        for start in range(0, len(conversations), _BATCH):
-            with self._lock:
-                texts += self._ask({"conversations": conversations[start : start + _BATCH]})["texts"]
-        return texts
+        return list(self.each(conversations, template_args))
 
-    def _ask(self, message):
-        """Exchange a message with the child, which is started if none runs."""
+    def each(self, conversations: Sequence[Chat], template_args: Mapping[str, Any] | None = None) -> Iterator[str]:
+        """As :meth:`render`, one text after the other: a caller may stop at one that is too long."""
+        given = dict(template_args or {})
+        for name in OWN_NAMES:
+            if name in given:
+                raise InputError("template_args", f"{name!r} is not a variable to give")
+        for start in range(0, len(conversations), _BATCH):
+            chats = [
+                [{name: value for name, value in message.items() if value is not None} for message in chat]
+                for chat in conversations[start : start + _BATCH]
+            ]
+            with self._lock:
+                yield from self._ask({"conversations": chats, "variables": given}, len(chats))
+
+    def _ask(self, message: dict[str, Any], n: int) -> Iterator[str]:
+        """Send a message to the child, which is started if none runs, and yield its ``n`` answers."""
+        if self._broken is not None:
+            raise InputError(self.where, self._broken)
         if self._child is None or self._owner != os.getpid() or self._child.poll() is not None:
             self._start()
-        return self._exchange(message)
+        try:
+            self._send(message)
+            waited = 0.0
+            for _ in range(n):
+                began = time.monotonic()
+                answer = self._receive(_SECONDS - waited)
+                waited += time.monotonic() - began
+                yield answer["text"]
+        except BaseException:  # an answer that nobody waits for must not be taken for the next message's
+            _end(self._child, self._owner)
+            raise
 
     def _start(self):
         command = [sys.executable, "-I", str(Path(__file__).with_name("template_child.py"))]
@@ -61,43 +108,44 @@ class ChatTemplate:
         )
         self._owner = os.getpid()
         weakref.finalize(self, _end, self._child, self._owner)
-        self._exchange(
+        self._send(
             {
                 "path": [entry for entry in sys.path if entry],
                 "template": self.source,
                 "variables": self.variables,
+                "moment": self.moment.isoformat(),
                 "max_output": MAX_OUTPUT,
             }
         )
-
-    def _exchange(self, message):
-        """Send one line, wait for one line. If that takes too long or is interrupted, the child is killed."""
         try:
-            line = self._transfer(json.dumps(message).encode() + b"\n")
-        except BaseException:  # a late answer must not be taken for the next message's
+            self._receive(_SECONDS)
+        except InputError as error:
+            self._broken = str(error).removeprefix(f"{self.where}: ")
             _end(self._child, self._owner)
             raise
-        answer = json.loads(line)
-        if "error" in answer:
-            raise InputError(self.where, f"chat template: {answer['error']}")
-        return answer
 
-    def _transfer(self, request: bytes) -> bytes:
+    def _send(self, message: dict[str, Any]):
         child = self._child
-        assert child is not None and child.stdin is not None and child.stdout is not None, "_start has opened them"
-        with contextlib.suppress(OSError):  # if the child has ended, the read below finds the end of its output
-            child.stdin.write(request)
+        assert child is not None and child.stdin is not None, "_start has opened it"
+        with contextlib.suppress(OSError):  # if the child has ended, the next read finds the end of its output
+            child.stdin.write(json.dumps(message).encode() + b"\n")
             child.stdin.flush()
-        lines: list[bytes] = []
-        output = child.stdout
+
+    def _receive(self, seconds: float) -> dict[str, Any]:
+        """Wait for one line."""
+        assert self._child is not None and self._child.stdout is not None, "_start has opened it"
+        output, lines = self._child.stdout, []
         reader = threading.Thread(target=lambda: lines.append(output.readline()), daemon=True)
         reader.start()  # some systems cannot wait for a pipe with a time limit; all can for a thread
-        reader.join(_SECONDS)
+        reader.join(max(seconds, 0.0))
         if reader.is_alive():
             raise InputError(self.where, f"chat template: rendering took longer than {_SECONDS:g} s")
         if not lines[0].endswith(b"\n"):
             raise InputError(self.where, "chat template: rendering used too much memory or crashed")
-        return lines[0]
+        answer = json.loads(lines[0])
+        if "error" in answer:
+            raise InputError(self.where, f"chat template: {answer['error']}")
+        return answer
 
 
 def _end(child, owner):
@@ -110,22 +158,55 @@ def _end(child, owner):
             pipe.close()
 
 
-def find_chat_template(directory, special_tokens: dict[str, str]) -> ChatTemplate | None:
-    """Return the checkpoint's template: ``chat_template.jinja``, or the field of ``tokenizer_config.json``."""
-    directory = Path(directory)
-    path = directory / "chat_template.jinja"
-    if os.path.lexists(path):
-        return ChatTemplate(read_text(path, limit=MAX_TEMPLATE), special_tokens, path)
-    path = directory / "tokenizer_config.json"
-    if not os.path.lexists(path):
+def find_chat_template(
+    directory, settings: Mapping[str, Any], special_tokens: Mapping[str, str], name: str | None = None
+) -> ChatTemplate | None:
+    """Return a checkpoint's template, as transformers finds it; None where the checkpoint has none.
+
+    ``chat_template.jinja`` and the named files of ``additional_chat_templates/`` go before the field ``chat_template``
+    of tokenizer_config.json, which holds one text, or several by name.
+
+    Args:
+        settings: tokenizer_config.json.
+        name: which of several; None takes "default".
+
+    Raises:
+        InputError: there are several templates, and none of this name.
+    """
+    directory, sources = Path(directory), {}
+    if os.path.lexists(directory / FILE):
+        sources["default"] = read_text(directory / FILE, limit=MAX_TEMPLATE), directory / FILE
+    if os.path.isdir(directory / FOLDER):
+        for path in sorted((directory / FOLDER).glob("*.jinja")):
+            sources[path.stem] = read_text(path, limit=MAX_TEMPLATE), path
+    if not sources:
+        path = directory / "tokenizer_config.json"
+        sources = {key: (text, path) for key, text in _in_settings(Fields(dict(settings), path)).items()}
+    if not sources:
         return None
-    fields = Fields(read_json(path, limit=64 << 20), path)
-    source = fields.record.get("chat_template")
-    if isinstance(source, list):  # several named templates; "default" is the one for plain chat
-        default = [entry for entry in source if isinstance(entry, dict) and entry.get("name") == "default"]
-        source = default[0].get("template") if default else None
-    if source is None:
-        return None
-    if not isinstance(source, str):
-        raise fields.error("chat_template", f"expected text, got {short(source)}")
-    return ChatTemplate(source, special_tokens, path)
+    if name is None and "default" not in sources:
+        where = next(iter(sources.values()))[1]
+        raise InputError(where, f"has no chat template named 'default', but {', '.join(sorted(sources))}")
+    if name is not None and name not in sources:
+        where = next(iter(sources.values()))[1]
+        raise InputError(where, f"has no chat template named {name!r}, but {', '.join(sorted(sources))}")
+    name = name or "default"
+    source, path = sources[name]
+    return ChatTemplate(source, special_tokens, path, name)
+
+
+def _in_settings(fields: Fields) -> dict[str, str]:
+    """The templates of the field ``chat_template``: a text, an object of texts, or a list of name and template."""
+    stored = fields.record.get("chat_template")
+    if stored is None:
+        return {}
+    if isinstance(stored, str):
+        return {"default": stored}
+    if isinstance(stored, list):
+        pairs = [(entry.get("name"), entry.get("template")) for entry in stored if isinstance(entry, dict)]
+    else:
+        pairs = list(stored.items()) if isinstance(stored, dict) else []
+    found = {name: text for name, text in pairs if isinstance(name, str) and isinstance(text, str)}
+    if not found or len(found) != len(stored):
+        raise fields.error("chat_template", f"expected text, or texts with names, got {short(stored)}")
+    return found

@@ -1,9 +1,11 @@
 """The child process that renders chat templates: JSON lines in, JSON lines out. Run by chat_template.py only.
 
-First line in: path, template, variables, max_output. Every further line: conversations. Each line in gets one line out.
+First line in: path, template, variables, moment, max_output; one line out. Every further line in: conversations and
+variables; a line out for each conversation, up to the first that fails.
 """
 
 import contextlib
+import datetime
 import json
 import os
 import sys
@@ -18,8 +20,9 @@ def main():
     setup = json.loads(sys.stdin.readline())
     sys.path[:] = setup["path"]  # where the parent finds jinja2
     try:
+        from jinja2 import nodes
         from jinja2.exceptions import TemplateError
-        from jinja2.ext import loopcontrols
+        from jinja2.ext import Extension, loopcontrols
         from jinja2.sandbox import ImmutableSandboxedEnvironment
     except ImportError as error:
         answer({"error": describe(error)})
@@ -29,47 +32,58 @@ def main():
     def raise_exception(message):
         raise TemplateError(message)
 
-    environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=[loopcontrols])
+    class Generation(Extension):
+        """``{% generation %}`` marks the assistant's own words for training; here it changes nothing."""
+
+        tags = {"generation"}  # noqa: RUF012
+
+        def parse(self, parser):
+            line = next(parser.stream).lineno
+            body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
+            return nodes.CallBlock(self.call_method("_same"), [], [], body).set_lineno(line)
+
+        def _same(self, caller):
+            return caller()
+
+    moment = datetime.datetime.fromisoformat(setup["moment"])
+    environment = ImmutableSandboxedEnvironment(
+        trim_blocks=True, lstrip_blocks=True, extensions=[Generation, loopcontrols]
+    )
     environment.globals["raise_exception"] = raise_exception
+    environment.globals["strftime_now"] = moment.strftime
     environment.filters["tojson"] = to_json
-    if "strftime_now is defined" not in setup["template"]:
-        # A template that asks falls back to a fixed date, so that a circuit does not depend on the day it was found.
-        environment.globals["strftime_now"] = strftime_now
     try:
         template = environment.from_string(setup["template"])
-    except (TemplateError, RecursionError, MemoryError, ValueError, SyntaxError) as error:
+    except Exception as error:
         answer({"error": describe(error)})
         return
     answer({})
     for line in sys.stdin:
-        try:
-            conversations = json.loads(line)["conversations"]
-            texts = [render(template, messages, setup) for messages in conversations]
-        except Exception as error:  # whatever a template does wrong is the template's error
-            answer({"error": describe(error)})
-        else:
-            answer({"texts": texts})
+        message = json.loads(line)
+        variables = setup["variables"] | message["variables"]
+        for messages in message["conversations"]:
+            try:
+                text = render(template, messages, variables, setup["max_output"])
+            except Exception as error:  # whatever a template does wrong is the template's error
+                answer({"error": describe(error)})
+                break
+            answer({"text": text})
 
 
-def render(template, messages, setup):
+def render(template, messages, variables, max_output):
     size, pieces = 0, []
     names = {"messages": messages, "add_generation_prompt": True, "tools": None, "documents": None}
-    for piece in template.generate(**(setup["variables"] | names)):
+    for piece in template.generate(**(variables | names)):
         size += len(piece)
-        if size > setup["max_output"]:
-            raise ValueError(f"output is longer than {setup['max_output']} characters")
+        if size > max_output:
+            raise ValueError(f"output is longer than {max_output} characters")
         pieces.append(piece)
     return "".join(pieces)
 
 
-def to_json(value, indent=None):
-    return json.dumps(value, ensure_ascii=False, indent=indent)
-
-
-def strftime_now(form):
-    import datetime
-
-    return datetime.datetime.now().strftime(form)
+def to_json(value, ensure_ascii=False, indent=None, separators=None, sort_keys=False):
+    """JSON without the escapes for HTML that jinja's own filter puts in."""
+    return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
 
 
 def describe(error):

@@ -1,76 +1,126 @@
-"""Text to token ids and back: tokenizer.json through ``tokenizers``, chats through the checkpoint's template."""
+"""Text to token ids and back, and chats through the checkpoint's template."""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from cna_kernels.errors import InputError
 from cna_kernels.fields import Fields, is_whole, short
-from cna_kernels.files import parse_json, read_json, read_text, sha256
+from cna_kernels.files import read_json, sha256
 
 from ..packages import require
 from .chat_template import ChatTemplate, find_chat_template
+from .tokenizer_files import JSON, OTHERS, read_tokenizer_files
+
+if TYPE_CHECKING:
+    from tokenizers import Tokenizer as Backend
 
 _PROBE = "A probe: 1 + 2 = 3, naïve."
 
 
 class Tokenizer:
-    """A checkpoint's tokenizer and chat template.
+    """A checkpoint's tokenizer and chat template. Ids and text are those of transformers' ``AutoTokenizer``.
+
+    A checkpoint may hold no tokenizer. Then whatever needs one is refused, and token ids work as ever.
 
     Attributes:
-        bos_id: id of the beginning-of-sequence token, or None.
+        vocab_size: rows of the model's embedding.
+        bos_id, eos_id: ids of the tokens that begin and end a sequence, or None.
         adds_bos: whether plain text gets a BOS in front.
+        special_texts: the texts of the special tokens.
         template: the ChatTemplate, or None.
-        sha256, template_sha256: hashes of tokenizer.json and of the template's text.
+        sha256, template_sha256: hashes of the tokenizer and of the template's text, or None.
+        notes: what a user should hear about the files, a line each.
     """
 
     def __init__(self, directory, vocab_size: int):
         require("tokenizers", "jinja2")
-        path = Path(directory) / "tokenizer.json"
-        content = read_text(path, limit=256 << 20)
-        self._path, self._vocab_size = path, vocab_size
-        _refuse_dropout(content, path)
-        from tokenizers import Tokenizer as Backend
-
-        self._backend = self._guard(Backend.from_str, content)
-        self._backend.no_truncation()
-        self._backend.no_padding()
-        largest = max(self._backend.get_vocab(with_added_tokens=True).values(), default=-1)
-        if not 0 <= largest < vocab_size:
-            raise InputError(path, f"its largest id is {largest}, the model has {vocab_size} vocabulary rows")
-        special = _special_tokens(Path(directory) / "tokenizer_config.json")
-        self.bos_id = self._backend.token_to_id(special["bos_token"]) if "bos_token" in special else None
-        self.eos_id = self._backend.token_to_id(special["eos_token"]) if "eos_token" in special else None
-        probe = self._ids(_PROBE, special_tokens=True)
+        self.directory, self.vocab_size = Path(directory), vocab_size
+        self._path = self.directory / JSON
+        self.bos_id: int | None = None
+        self.eos_id: int | None = None
+        self.adds_bos = False
+        self.notes: list[str] = []
+        self.special_texts: tuple[str, ...] = ()
+        self.template: ChatTemplate | None = None
+        self.sha256: str | None = None
+        self.template_sha256: str | None = None
+        files = read_tokenizer_files(self.directory, _model_type(self.directory), self._guard)
+        self._backend: Backend | None = None
+        if files is None:
+            return
+        backend = self._backend = files.backend
+        self._path, self.sha256, self.notes = files.path, files.sha256, files.notes
+        backend.no_truncation()
+        backend.no_padding()
+        if "bos_token" in files.special:
+            self.bos_id = backend.token_to_id(files.special["bos_token"])
+        if "eos_token" in files.special:
+            self.eos_id = backend.token_to_id(files.special["eos_token"])
+        probe = self._guard(backend.encode, _PROBE).ids  # a hostile file may fail only when it is used
         self.adds_bos = bool(probe) and self.bos_id is not None and probe[0] == self.bos_id
-        self.template: ChatTemplate | None = find_chat_template(directory, special)
-        self.sha256 = sha256(content)
+        added = backend.get_added_tokens_decoder().values()
+        self.special_texts = tuple(sorted(token.content for token in added if token.special))
+        self.template = find_chat_template(directory, files.settings, files.special)
         self.template_sha256 = sha256(self.template.source) if self.template else None
 
     def encode(self, text: str) -> list[int]:
-        """Return the ids of plain text, with exactly one BOS in front if the checkpoint asks for a BOS."""
-        return self._single_bos(self._ids(text, special_tokens=True))
+        """Return the ids of plain text, with a BOS in front if the tokenizer puts one there."""
+        return self._ids(text, special_tokens=True)
 
     def encode_answer(self, text: str) -> list[int]:
         """Return the ids of text that follows a prompt: no BOS, no other special token in front."""
         return self._ids(text, special_tokens=False)
 
-    def encode_chat(self, user_messages: list[str], *, system: str | None = None, double_bos=False) -> list[list[int]]:
+    def encode_chat(
+        self,
+        user_messages: Sequence[str],
+        *,
+        system: str | None = None,
+        double_bos: bool = False,
+        template_args: Mapping[str, Any] | None = None,
+    ) -> list[list[int]]:
         """Return the ids of one conversation per user message, up to where the assistant's answer begins.
 
         Args:
+            system: the system message, or None.
             double_bos: tokenise the rendered text as if it were plain text, which puts a second BOS in front for
                 Llama; some published code does.
+            template_args: variables of the template, as ``{"enable_thinking": False}``.
         """
-        if self.template is None:
-            raise InputError(self._path.parent, "has no chat template; use plain prompts (--no-template)")
         head = [] if system is None else [{"role": "system", "content": system}]
-        rendered = self.template.render([[*head, {"role": "user", "content": text}] for text in user_messages])
-        if double_bos:
-            return [self._ids(text, special_tokens=True) for text in rendered]
-        return [self._single_bos(self._ids(text, special_tokens=False)) for text in rendered]
+        chats = [[*head, {"role": "user", "content": text}] for text in user_messages]
+        return self.encode_messages(chats, double_bos=double_bos, template_args=template_args)
+
+    def encode_messages(
+        self,
+        chats: Sequence[Sequence[Mapping[str, Any]]],
+        *,
+        double_bos: bool = False,
+        template_args: Mapping[str, Any] | None = None,
+    ) -> list[list[int]]:
+        """Return the ids of conversations, each a list of ``{"role", "content"}``, up to the assistant's next answer.
+
+        The text that the template gives is tokenised as it is: whether a BOS stands in front is the template's matter.
+        """
+        return [
+            self.encode_rendered(text, double_bos=double_bos) for text in self.each(chats, template_args=template_args)
+        ]
+
+    def encode_rendered(self, text: str, *, double_bos: bool = False) -> list[int]:
+        """Return the ids of a text that the template gave; ``double_bos`` as in :meth:`encode_chat`."""
+        return self._ids(text, special_tokens=double_bos)
+
+    def each(
+        self, chats: Sequence[Sequence[Mapping[str, Any]]], *, template_args: Mapping[str, Any] | None = None
+    ) -> Iterator[str]:
+        """Yield the text of each conversation as the checkpoint's template gives it."""
+        if self.template is None:
+            raise InputError(self.directory, "has no chat template; use plain prompts (--no-template)")
+        return self.template.each(chats, template_args)
 
     def first_ids(self, texts: str | Sequence[str], what: str) -> list[int]:
         """Return the first id of an answer, or of each of several answers. ``what`` names them in an error."""
@@ -79,58 +129,52 @@ class Tokenizer:
             raise InputError(what, "holds no token")
         return [first for (first,) in ids]
 
-    def decode(self, ids: list[int]) -> str:
+    def token(self, number: int) -> str | None:
+        """Return the text of a token as the vocabulary spells it; None for an id that no token has."""
+        return None if self._backend is None else self._backend.id_to_token(number)
+
+    def decode(self, ids: Sequence[int]) -> str:
         """Return the text of the ids without special tokens."""
-        return self._guard(self._backend.decode, ids, skip_special_tokens=True)
+        return self._guard(self._there().decode, list(ids), skip_special_tokens=True)
+
+    def _there(self):
+        """The backend; an InputError where the checkpoint has no tokenizer."""
+        if self._backend is None:
+            what = f"holds no tokenizer ({JSON}, or {', '.join(OTHERS)}); it works with token ids alone"
+            raise InputError(self.directory, what)
+        return self._backend
 
     def _ids(self, text, *, special_tokens):
-        ids = self._guard(self._backend.encode, text, add_special_tokens=special_tokens).ids
-        if max(ids, default=0) >= self._vocab_size:  # a post-processor may add ids that no token has
-            raise InputError(self._path, f"gives id {max(ids)}, the model has {self._vocab_size} vocabulary rows")
+        ids = self._guard(self._there().encode, text, add_special_tokens=special_tokens).ids
+        if max(ids, default=0) >= self.vocab_size:  # a token that was added without a row of the embedding
+            number = max(ids)
+            token = self._there().id_to_token(number)
+            what = f"the text holds {short(token)}, whose id {number} is beyond the model's {self.vocab_size} rows"
+            raise InputError(self._path, what)
         return ids
-
-    def _single_bos(self, ids):
-        if self.bos_id is None:
-            return ids
-        start = 0
-        while start < len(ids) and ids[start] == self.bos_id:
-            start += 1
-        return [self.bos_id, *ids[start:]] if start or self.adds_bos else ids
 
     def _guard(self, function, *arguments, **options):
         """Call a function of ``tokenizers``. A hostile file can make its Rust code panic, which raises no Exception."""
         try:
             return function(*arguments, **options)
-        except (KeyboardInterrupt, SystemExit):
+        except (KeyboardInterrupt, SystemExit, InputError):
             raise
         except BaseException as error:
             detail = str(error).splitlines()[0] if str(error) else type(error).__name__
             raise InputError(self._path, f"tokenizer failed: {detail[:200]}") from None
 
 
-def _refuse_dropout(content, path):
-    """Refuse dropout: with it a text's encoding differs from call to call, and no run could be repeated."""
-    model = Fields(parse_json(content, path), path).object("model", None)
-    if model is not None and model.record.get("dropout"):
-        raise model.error("dropout", f"expected none, got {short(model.record['dropout'])}")
-
-
-def _special_tokens(path) -> dict[str, str]:
-    """Return bos_token, eos_token, pad_token and unk_token as text; files store text or ``{"content": text}``."""
-    if not os.path.lexists(path):
-        return {}
-    fields, tokens = Fields(read_json(path, limit=64 << 20), path), {}
-    for name in ("bos_token", "eos_token", "pad_token", "unk_token"):
-        stored = fields.record.get(name)
-        if isinstance(stored, dict):
-            tokens[name] = fields.object(name).text("content", None)
-        else:
-            tokens[name] = fields.text(name, None)
-    return {name: text for name, text in tokens.items() if text is not None}
+def _model_type(directory: Path) -> str:
+    path = directory / "config.json"
+    return Fields(read_json(path, limit=1 << 20), path).text("model_type", "") if os.path.lexists(path) else ""
 
 
 def stop_ids(directory, tokenizer: Tokenizer, vocab_size: int) -> frozenset[int]:
-    """Return the ids that end an answer: of generation_config.json, else of config.json, else the tokenizer's EOS."""
+    """Return the ids that end an answer: of generation_config.json, or else of config.json, and the tokenizer's EOS.
+
+    A model that was trained further often ends its answers with a token that only one of the files names.
+    """
+    found: set[int] = set() if tokenizer.eos_id is None else {tokenizer.eos_id}
     for name in ("generation_config.json", "config.json"):
         path = Path(directory) / name
         if not os.path.lexists(path):
@@ -141,7 +185,8 @@ def stop_ids(directory, tokenizer: Tokenizer, vocab_size: int) -> frozenset[int]
             continue
         ids = value if isinstance(value, list) else [value]
         for number in ids:
-            if not is_whole(number) or not 0 <= number < vocab_size:
-                raise fields.error("eos_token_id", f"expected ids below {vocab_size}, got {short(number)}")
-        return frozenset(ids)
-    return frozenset() if tokenizer.eos_id is None else frozenset([tokenizer.eos_id])
+            if not is_whole(number) or number < 0:
+                raise fields.error("eos_token_id", f"expected ids, got {short(number)}")
+        found |= set(ids)
+        break
+    return frozenset(number for number in found if number < vocab_size)  # no answer holds an id beyond the vocabulary

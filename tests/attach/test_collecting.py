@@ -91,8 +91,8 @@ def test_the_last_token(name):
     with engine.collect(torch.eye(B)) as sums, torch.no_grad():
         if by_type:
             more["attention_mask"] = mask["full_attention"]  # Llama takes one; the dict goes to the engine alone
-            begin = engine._begin
-            engine._begin = lambda shape, device, given: begin(shape, device, given | dict(attention_mask=mask))
+            begin = engine._passes.begin
+            engine._passes.begin = lambda shape, device, given: begin(shape, device, given | dict(attention_mask=mask))
         call(model, **more)
     plain = {"none": None}.get(name, (RIGHT if last == [6, 4] else LEFT if "left" in name else None))
     if name in ("holes", "falling segments", "segments"):
@@ -176,7 +176,7 @@ def test_buffers_are_given_back():
     with engine.collect(torch.ones(B, 500)):
         logits(model, ids)
         assert engine._mlps[0].sums["act_sum"].shape[0] == 500
-    assert engine._collecting is None and not any(mlp.sums for mlp in engine._mlps)
+    assert engine._passes.collecting is None and not any(mlp.sums for mlp in engine._mlps)
 
 
 @pytest.mark.parametrize("how", ["eager", "checkpointed", "compiled"])

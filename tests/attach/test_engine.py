@@ -488,7 +488,7 @@ def test_a_circuit_says_where_it_came_from(tmp_path, dtype):
             if place == "a":
                 check(found, "c.json")
                 continue
-            with pytest.raises(InputError, match=r"c.json: model.neurons_sha256: made for another model"):
+            with pytest.raises(InputError, match=r"c.json: model.decoder_sha256: made for another model"):
                 check(found, "c.json")
             check(found, "c.json", any_model=True)
 
@@ -497,7 +497,7 @@ def test_fp16_has_no_hash_rather_than_another():
     """fp16 cannot hold every small bf16 number: the hash of the rounded weights would be another model's."""
     model = make("llama").to(torch.bfloat16)
     before = attach(model)
-    assert "neurons_sha256" in before.identity()
+    assert "decoder_sha256" in before.identity()
     before.detach()
     assert set(attach(model.half()).identity()) == {"name"}
 
@@ -516,7 +516,7 @@ def test_selection_after_the_engine_is_off():
     known = engine.identity()
     engine.detach()
     circuit = engine.select(sums, top_k=1)
-    assert circuit.pairs == [(1, 5)] and circuit.model == known and "neurons_sha256" in known
+    assert circuit.pairs == [(1, 5)] and circuit.model == known and "decoder_sha256" in known
 
 
 def test_universal_neurons_are_given_once():
@@ -535,7 +535,7 @@ def test_weights_out_of_sight_have_no_hash():
     peft = pytest.importorskip("peft")
     model = make("llama")
     known = attach(model)
-    assert set(known.identity()) == {"name", "neurons_sha256"}
+    assert set(known.identity()) == {"name", "decoder_sha256"}
     known.detach()
     adapted = peft.get_peft_model(model, peft.LoraConfig(target_modules=["down_proj"], r=2))
     assert set(attach(adapted).identity()) == {"name"}

@@ -310,9 +310,15 @@ def test_detaching_in_another_order():
     mlp.forward = ours
     engine.detach()
     mlp.forward = lambda x: x
-    with pytest.raises(InputError, match=r"the forward of layers\[1\]'s MLP was replaced by something else"):
-        attach(model)
+    engine = quietly(model)
+    assert engine.not_fused()[0].startswith("layer 1: its forward is its own, test_detaching_in_another_order")
+    with pytest.raises(InputError, match=r"layers\[1\]: its MLP's forward, .*<lambda>, called down_proj 0 times"):
+        logits(model, ids)
+    engine.detach()
     assert logits(model, ids) is not None and attached(model) is None
+    model.model.forward = lambda *_, **__: None
+    with pytest.raises(InputError, match="the forward of the decoder was replaced by something else; take that off"):
+        attach(model)
 
 
 def test_a_detached_engine_says_so():

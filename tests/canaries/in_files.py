@@ -2,4 +2,129 @@
 
 from canary import Canary
 
-CANARIES: list[Canary] = []
+IDENTITY, FILES = "tests/model/checkpoint/test_identity.py", "tests/ops/test_files.py"
+PROCESS, RUNS = "tests/model/cli/test_process.py", "tests/model/discovery/test_run_directory.py"
+FLAGS = "tests/model/cli/test_flags.py"
+
+CANARIES = [
+    Canary(
+        "up_proj not hashed",
+        "model/checkpoint/identity.py",
+        "    used = [checkpoint.entries[name] for name in expected_shapes(config) if name in checkpoint.entries]",
+        "    used = [checkpoint.entries[name] for name in expected_shapes(config) if 'up_proj' not in name]",
+        IDENTITY,
+        "test_every_tensor_counts",
+    ),
+    Canary(
+        "a row's marks without places",
+        "cna_kernels/fingerprint.py",
+        "self._marks.append((bits.view(torch.int64) * odd).sum(1))",
+        "self._marks.append((bits.view(torch.int64) * odd[:1]).sum(1))",
+        "tests/ops/test_fingerprint.py",
+        "test_anything_else_changes_the_hash",
+    ),
+    Canary(
+        "cache believed without its hash",
+        "model/checkpoint/identity.py",
+        'if record != body | {"sha256": _body_sha256(body)}:',
+        'if record["stamp"] != stamp:',
+        IDENTITY,
+        "test_a_damaged_cache_is_not_believed",
+    ),
+    Canary(
+        "cache without ctime",
+        "model/checkpoint/identity.py",
+        'for name in ("dev", "ino", "size", "mtime_ns", "ctime_ns")}',
+        'for name in ("dev", "ino", "size", "mtime_ns")} | {"ctime_ns": 0}',
+        IDENTITY,
+        "test_a_changed_file_is_read_again",
+    ),
+    Canary(
+        "fresh files remembered",
+        "model/checkpoint/identity.py",
+        "FRESH = 3.0",
+        "FRESH = -3.0",
+        IDENTITY,
+        "test_a_file_that_was_just_written_is_not_remembered",
+    ),
+    Canary(
+        "another template without a word",
+        "cna_kernels/circuit.py",
+        "(found or circuit.tokenizer_sha256) and found != now:",
+        "(found or circuit.tokenizer_sha256) and found is None:",
+        "tests/ops/test_circuit.py",
+        "test_where_a_circuit_was_found",
+    ),
+    Canary(
+        "full disk not noticed",
+        "cna_kernels/files.py",
+        "            file.write(bytes(PROBE))\n            file.flush()\n            os.fsync(file.fileno())",
+        "            file.flush()",
+        FILES,
+        "test_a_disk_that_takes_nothing_is_found_before_the_work",
+    ),
+    Canary(
+        "stderr ends the run",
+        "model/cli/process.py",
+        "            self._stream.write(text)\n        except (OSError, ValueError, AttributeError):",
+        "            self._stream.write(text)\n        except AttributeError:",
+        PROCESS,
+        "test_a_quiet_stream or test_progress_that_nobody_reads_ends_no_run",
+    ),
+    Canary(
+        "infinities exported",
+        "model/checkpoint/export.py",
+        "    if not tensor.isfinite().all():",
+        "    if tensor.isnan().all():",
+        FLAGS,
+        "test_no_infinity_is_exported",
+    ),
+    Canary(
+        "judge without end",
+        "model/evaluation/judge.py",
+        "            if len(output) > MOST:",
+        "            if len(output) > 64 * MOST:",
+        "tests/model/evaluation/test_evaluate.py",
+        "test_a_judge_without_end_is_stopped",
+    ),
+    Canary(
+        "part of another shape",
+        "model/discovery/part_header.py",
+        'record["shape"] != (shape or record["shape"])',
+        'len(record["shape"]) != len(shape or record["shape"])',
+        RUNS,
+        "test_parts_are_checked_against_the_manifest",
+    ),
+    Canary(
+        "last option wins",
+        "model/cli/flags.py",
+        "        given.add(self.dest)\n",
+        "",
+        FLAGS,
+        "test_an_option_given_twice",
+    ),
+    Canary(
+        "last circuit wins",
+        "model/cli/arguments.py",
+        "            neurons.setdefault((layer, index), contrast)",
+        "            neurons = {p: c for p, c in neurons.items() if p in circuit.pairs} | {(layer, index): contrast}",
+        FLAGS,
+        "test_several_circuits_of_run_steer_together",
+    ),
+    Canary(
+        "interrupted imports",
+        "model/cli/process.py",
+        "        _on_interrupt(_leave)  # imports take",
+        "        pass  # imports take",
+        PROCESS,
+        "test_a_second_interrupt_ends_at_once or test_interrupts_at_any_moment",
+    ),
+    Canary(
+        "numbers of 400 digits",
+        "cna_kernels/fields.py",
+        " and abs(value) <= LARGEST",
+        "",
+        "tests/ops/test_fields.py",
+        "test_numbers_that_no_double_holds",
+    ),
+]

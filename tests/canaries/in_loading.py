@@ -2,4 +2,111 @@
 
 from canary import Canary
 
-CANARIES: list[Canary] = []
+PARITY, PROMPTS = "tests/model/test_parity.py", "tests/model/prompts/test_prompt_files.py"
+
+CANARIES = [
+    Canary(
+        "added tokens in another order",
+        "model/text/tokenizer_files.py",
+        "tokens: list[Any] = [token for _, token in sorted(self.added.items())]",
+        "tokens: list[Any] = [token for _, token in self.added.items()]",
+        PARITY,
+        "out and of and order",
+    ),
+    Canary(
+        "special_tokens_map.json not read",
+        "model/text/tokenizer_files.py",
+        'named |= {name: _special(value) for name, value in mapped.items() if name.endswith("_token")}',
+        "pass",
+        PARITY,
+        "alone and special_tokens_map",
+    ),
+    Canary(
+        "index before single file",
+        "model/checkpoint/safetensors_file.py",
+        "    if os.path.lexists(directory / SINGLE):\n",
+        "    if os.path.lexists(directory / SINGLE) and not os.path.lexists(directory / INDEX):\n",
+        PARITY,
+        "single and file and beside",
+    ),
+    Canary(
+        "rope_parameters before rope_scaling",
+        "model/checkpoint/config.py",
+        'name = "rope_scaling" if fields.record.get("rope_scaling") else "rope_parameters"',
+        'name = "rope_scaling" if not fields.record.get("rope_parameters") else "rope_parameters"',
+        PARITY,
+        "rope and both and spellings",
+    ),
+    Canary(
+        "yarn without its temperature",
+        "model/rope.py",
+        "if self.rope.attention_factor != 1:",
+        "if self.rope.attention_factor < 1:",
+        PARITY,
+        "yarn",
+    ),
+    Canary(
+        "bos before a rendered chat",
+        "model/text/tokenizer.py",
+        "return self._ids(text, special_tokens=double_bos)",
+        "return self._ids(text, special_tokens=True)",
+        PARITY,
+        "as and written",
+    ),
+    Canary(
+        "another error the second time",
+        "model/text/chat_template.py",
+        "raise InputError(self.where, self._broken)",
+        'raise InputError(self.where, "chat template: rendering used too much memory or crashed")',
+        "tests/model/text/test_chat_template.py",
+        "test_the_second_error_equals_the_first",
+    ),
+    Canary(
+        "length seen after the whole unit",
+        "model/text/prompt_encoder.py",
+        "                if not keep_long:\n",
+        "                if not keep_long and row is None:\n",
+        "tests/model/text/test_prompt_encoder.py",
+        "test_a_long_text_ends_the_work_before_the_next_is_rendered",
+    ),
+    Canary(
+        "EOS of the tokenizer forgotten",
+        "model/text/tokenizer.py",
+        "found: set[int] = set() if tokenizer.eos_id is None else {tokenizer.eos_id}",
+        "found: set[int] = set()",
+        "tests/model/text/test_tokenizer.py",
+        "test_stop_ids",
+    ),
+    Canary(
+        "thought judged as the answer",
+        "model/evaluation/metrics.py",
+        "        if text.startswith(begin):\n            return None\n",
+        "        if text.startswith(begin):\n            return answer\n",
+        "tests/model/evaluation/test_metrics.py",
+        "test_thoughts",
+    ),
+    Canary(
+        "delimiter assumed",
+        "model/prompts/formats.py",
+        "return max((usual, *_DELIMITERS),",
+        "return max((usual,),",
+        PROMPTS,
+        "test_files_as_people_have_them",
+    ),
+    Canary(
+        "broken table skipped",
+        "model/prompts/formats.py",
+        'raise InputError(f"{path}:{reader.line_num}", f"{error}: the rest of the file cannot be read") from None',
+        'bad.add(InputError(f"{path}:{reader.line_num}", error))\n                continue',
+        PROMPTS,
+        "test_a_broken_table_is_never_skipped",
+    ),
+    Canary(
+        "equal sides accepted",
+        "model/discovery/sense.py",
+        "if shared and set(sketches[0]) == set(sketches[1]):",
+        "if shared and sketches[0] is sketches[1]:",
+        "tests/model/discovery/test_job.py",
+        "test_a_contrast_of_nothing",
+    ),
+]

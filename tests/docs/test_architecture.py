@@ -114,7 +114,8 @@ TEST_FOLDERS["cna_kernels/engine"] = ("attach",)
 # Files without a test file of their own name, by the test file that tests them together.
 TESTED_TOGETHER = {
     "ops/test_ops.py": "cna_kernels/: backends errors extras library op_checks reference scale serve",
-    "attach/test_engine.py": "cna_kernels/engine/: attach decoder experts find identity mlps patch",
+    "attach/test_engine.py": "cna_kernels/engine/: attach decoder dense experts find identity mlps patch",
+    "attach/test_passes.py": "cna_kernels/engine/: running",
     "ops/test_circuit.py": "cna_kernels/: circuit_file",
     "kernels/test_triton_plan.py": "cna_kernels/: plans; cna_kernels/triton/: cost plan",
     "kernels/test_triton.py": (
@@ -127,16 +128,17 @@ TESTED_TOGETHER = {
     "model/test_language_model.py": "model/text/: text_stream",
     "model/text/test_chat_template.py": "model/text/: template_child",
     "model/discovery/test_discover.py": "model/discovery/: circuits settings",
-    "model/discovery/test_job.py": "model/discovery/: units; model/cli/: attribution",
+    "model/discovery/test_job.py": "model/discovery/: sense units; model/cli/: attribution",
     "model/discovery/test_packing.py": "model/discovery/: packed",
-    "model/discovery/test_run_directory.py": "model/discovery/: parts",
+    "model/discovery/test_run_directory.py": "model/discovery/: part_header parts",
     "packaging/test_wheel.py": "model/: packages",
     "model/evaluation/test_evaluate.py": (
         "model/evaluation/: alternatives answers baselines facts interventions judge likelihood report store suite"
     ),
-    "model/prompts/test_prompt_files.py": "model/prompts/: files",
+    "model/prompts/test_prompt_files.py": "model/prompts/: files formats",
+    "model/test_parity.py": "model/text/: tokenizer_files",
     "model/cli/test_cli.py": (
-        "model/: __main__; model/cli/: arguments attribution_flags console doctor flags parser run show status"
+        "model/: __main__; model/cli/: arguments attribution_flags console doctor flags parser process run show status"
     ),
     "model/cli/test_evaluation_command.py": "model/cli/: evaluation evaluation_flags",
     "model/demo/test_demo.py": "model/cli/: demo; model/demo/: checkpoint report story world",

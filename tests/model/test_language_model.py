@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from cna_kernels import Circuit, InputError, SteeringTable
+from cna_kernels.errors import InputWarning
 from cna_kernels.model import load
 from cna_kernels.model.discovery.packing import TokenPrompt
 from cna_kernels.model.generate import Sampling, choose, generate
@@ -291,12 +292,14 @@ def test_a_circuit_of_another_checkpoint(model, tmp_path):
     other = load(write_language_model(tmp_path, seed=1))
     circuit = model.discover(["a", "b"], ["c"], top_k=3)
     model.check_circuit(circuit, "c.json")
-    with pytest.raises(InputError, match=r"c\.json: model\.weights_sha256: made for another model"):
+    with pytest.raises(InputError, match=r"c\.json: model\.\w+_sha256: made for another model: found in .*, this is"):
         other.check_circuit(circuit, "c.json")
     other.check_circuit(circuit, "c.json", any_model=True)
     retold = replace(circuit, chat_template_sha256="x")
-    with pytest.raises(InputError, match=r"c\.json: chat_template_sha256: made for another model"):
+    with pytest.warns(InputWarning, match=r"c\.json: chat_template_sha256: found with a chat template \(x\)"):
         model.check_circuit(retold, "c.json")
+    with pytest.warns(InputWarning, match=r"c\.json: chat_template_sha256: .*, prompts are now put as plain text"):
+        model.check_circuit(circuit, "c.json", chat=False)
     other.check_circuit(CIRCUIT, "c.json")  # no provenance: only the shape is checked
     with pytest.raises(InputError, match=r"c\.json: n_neurons: made for another model: expected 48, got 50"):
         other.check_circuit(Circuit((), 3, 50), "c.json", any_model=True)

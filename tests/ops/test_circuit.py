@@ -2,6 +2,8 @@
 
 import json
 import os
+import re
+import warnings
 from pathlib import Path
 
 import pytest
@@ -21,7 +23,7 @@ def make():
         position="last prompt token",
         skipped_layers=(1,),
         universal={"prompts": 24, "prompts_sha256": "x", "fraction": 0.001, "threshold": 0.8, "excluded": [[0, 1]]},
-        model={"name": "m", "config_sha256": "a", "headers_sha256": "b", "weights_sha256": "c"},
+        model={"name": "m", "settings_sha256": "a", "tensors_sha256": "b", "decoder_sha256": "c"},
         tokenizer_sha256="d",
         prompts={"positive": {"count": 2, "sha256": "e"}, "negative": {"count": 3, "sha256": "f"}},
         dtype="float32",
@@ -169,27 +171,42 @@ def test_a_failed_write_keeps_the_old_file(tmp_path, monkeypatch):
     assert not list(Path(tmp_path).glob(".*"))
 
 
-FOUND_IN = Circuit(((0, 1, 1.0),), 2, 8, model={"name": "m", "weights_sha256": "w"}, chat_template_sha256="t")
+FOUND_IN = Circuit(((0, 1, 1.0),), 2, 8, model={"name": "m", "tensors_sha256": "w"}, chat_template_sha256="t")
+OLD = Circuit(((0, 1, 1.0),), 2, 8, model={"name": "m", "weights_sha256": "w"})
+NAMED = Circuit(((0, 1, 1.0),), 2, 8, model={"name": "m"})
+PLAIN = Circuit(((0, 1, 1.0),), 2, 8, model={"name": "m", "tensors_sha256": "w"}, tokenizer_sha256="k")
+IMPORTED = Circuit(((0, 1, 1.0),), 2, 8)
+HERE = {"model.name": "n", "model.tensors_sha256": "w", "tokenizer_sha256": "k", "chat_template_sha256": "t"}
 
 
 @pytest.mark.parametrize(
-    ("here", "field"),
+    ("circuit", "here", "refused", "said"),
     [
-        ({"model.weights_sha256": "w", "chat_template_sha256": "t"}, None),
-        ({"model.name": "another"}, None),
-        ({}, None),
-        ({"model.weights_sha256": "x"}, "model.weights_sha256"),
-        ({"chat_template_sha256": None}, "chat_template_sha256"),
-        ({"tokenizer_sha256": "any"}, None),
+        (FOUND_IN, HERE, None, None),
+        (FOUND_IN, {"model.tensors_sha256": "x"}, "model.tensors_sha256: made for another model", None),
+        (PLAIN, HERE | {"tokenizer_sha256": "other"}, "tokenizer_sha256: made for another model", None),
+        (PLAIN, HERE | {"chat_template_sha256": None}, None, None),
+        (PLAIN, HERE, None, r"chat_template_sha256: found with plain text, prompts are now put as a chat template \(t"),
+        (FOUND_IN, HERE | {"chat_template_sha256": "u"}, None, "chat_template_sha256: found with a chat template"),
+        (FOUND_IN, HERE | {"chat_template_sha256": None}, None, "are now put as plain text"),
+        (FOUND_IN, {"model.tensors_sha256": "w"}, None, None),
+        (FOUND_IN, {"model.name": "n"}, None, "found in 'm', this is 'n': .* this model's weights have no hash"),
+        (OLD, HERE, None, "model: found in 'm', this is 'n': .* hashes are of an earlier version"),
+        (NAMED, HERE, None, "model: found in 'm', this is 'n': .* the circuit has no hash of it"),
+        (IMPORTED, HERE, None, None),
     ],
 )
-def test_a_circuit_of_another_model_is_refused(here, field):
-    """A field that the loaded model does not state is not compared. Having no chat template is a stated field."""
-    if field is None:
-        check_found_in(FOUND_IN, here)
-        return
-    with pytest.raises(InputError, match=f"circuit: {field}: made for another model"):
-        check_found_in(FOUND_IN, here)
+def test_where_a_circuit_was_found(circuit, here, refused, said):
+    """Another model is refused. What cannot be known, and another template, are one line."""
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        if refused is None:
+            check_found_in(circuit, here, "c.json")
+        else:
+            with pytest.raises(InputError, match=f"c.json: {refused}: found in 'm', this is .*--any-model"):
+                check_found_in(circuit, here, "c.json")
+    lines = [str(warning.message) for warning in caught]
+    assert len(lines) == (said is not None) and all(re.search(said, line) and line.isprintable() for line in lines)
 
 
 def test_the_largest_seed_can_be_read_again(tmp_path):

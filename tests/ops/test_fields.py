@@ -3,7 +3,7 @@
 import pytest
 
 from cna_kernels import InputError
-from cna_kernels.fields import Fields
+from cna_kernels.fields import Fields, is_number
 
 RECORD = {"n": 3, "x": 0.5, "flag": True, "name": "a", "pairs": [[1, 2]], "inside": {"n": 7}, "empty": None}
 
@@ -66,3 +66,15 @@ def test_long_values_are_cut():
     with pytest.raises(InputError) as caught:
         read({"n": "x" * 1000}).integer("n", (0, 9))
     assert len(str(caught.value)) < 130
+
+
+@pytest.mark.parametrize("value", [10**400, -(10**400), 10**309])
+def test_numbers_that_no_double_holds(value):
+    """JSON has whole numbers of any length; arithmetic with floats has not."""
+    fields = Fields({"x": value, "list": [1, value]}, "here")
+    assert not is_number(value)
+    with pytest.raises(InputError, match="here: x: expected a number"):
+        fields.number("x", (0, 1))
+    with pytest.raises(InputError, match=r"here: list.1.: expected a number"):
+        fields.items("list", is_number, "a number")
+    assert is_number(10**308) and is_number(-1.5) and not is_number(float("nan")) and not is_number(True)

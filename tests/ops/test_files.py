@@ -8,7 +8,7 @@ import time
 import pytest
 
 from cna_kernels import InputError
-from cna_kernels.files import check_writable, open_regular, parse_json, read_text, write_text
+from cna_kernels.files import check_directory, check_writable, open_regular, parse_json, read_text, write_text
 
 
 @pytest.mark.parametrize("name", ["pipe", "folder", "missing", "loop", "x" * 300, "nul\0"])
@@ -60,6 +60,46 @@ def test_places_that_cannot_be_written(tmp_path, name):
             function(f"{tmp_path}/{name}")
     assert sorted(os.listdir(tmp_path)) == ["folder", "real"]
     write_text(tmp_path / ("x" * 255), "x")  # the longest name there is
+
+
+def test_a_pipe_under_a_name_of_its_own(tmp_path):
+    """/dev/stdout of a pipe leads to a name such as pipe:[123], beside which files may well be made."""
+    read, write = os.pipe()
+    try:
+        for function in (check_writable, lambda path: write_text(path, "x")):
+            with pytest.raises(InputError, match="is not a regular file"):
+                function(f"/proc/self/fd/{write}" if os.path.exists("/proc/self/fd") else f"/dev/fd/{write}")
+    finally:
+        os.close(read)
+        os.close(write)
+
+
+@pytest.mark.parametrize(("code", "what"), [(28, "No space left"), (30, "Read-only file system"), (122, "quota")])
+def test_a_disk_that_takes_nothing_is_found_before_the_work(tmp_path, monkeypatch, code, what):
+    """A full disk lets a file be made, and fails when it is written."""
+
+    def fail(*_):
+        raise OSError(code, os.strerror(code))
+
+    (tmp_path / "old").write_text("old")
+    check_writable(tmp_path / "old")
+    monkeypatch.setattr(os, "fsync", fail)
+    for path in (tmp_path / "old", tmp_path / "new"):
+        with pytest.raises(InputError, match=f"{path.name}: cannot be written: .*{what}"):
+            check_writable(path)
+    assert os.listdir(tmp_path) == ["old"] and (tmp_path / "old").read_text() == "old"
+
+
+def test_directories_that_cannot_be_written(tmp_path):
+    (tmp_path / "real").write_text("old")
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "dangling").symlink_to("nowhere")
+    for name in ("folder", "folder/", "new", "new/"):
+        check_directory(f"{tmp_path}/{name}")
+    for name in ("real", "real/a", "missing/a", "dangling", "x" * 256):
+        with pytest.raises(InputError, match=name[:7]):
+            check_directory(f"{tmp_path}/{name}")
+    assert sorted(os.listdir(tmp_path)) == ["dangling", "folder", "real"] and os.listdir(tmp_path / "folder") == []
 
 
 def test_new_files_have_ordinary_permissions(tmp_path):

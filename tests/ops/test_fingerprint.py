@@ -1,21 +1,69 @@
-"""The hash of a model's neurons: what changes it, and what must not."""
+"""The hash of a model's weights: what changes it, and what must not."""
 
 import pytest
 import torch
 
-from cna_kernels.fingerprint import neurons_sha256, sampled_rows
+from cna_kernels.fingerprint import Marks, decoder_sha256, in_threads, marks_sha256
 
 
-@pytest.mark.parametrize(("n_rows", "rows"), [(1, [0]), (2, [0, 1]), (4, [0, 1, 2, 3]), (4096, [0, 1365, 2730, 4095])])
-def test_sampled_rows(n_rows, rows):
-    assert sampled_rows(n_rows) == rows
+def weight(*shape):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(0)).bfloat16()
 
 
-def test_rounding_does_not_change_the_hash_and_anything_else_does():
-    layers = torch.randn(3, 4, 8, generator=torch.Generator().manual_seed(0)).bfloat16()
-    same = neurons_sha256(layers)
-    assert same == neurons_sha256(layers.float()) == neurons_sha256(layers.double()) and len(same) == 64
-    changed = layers.clone()
-    changed[2, 3, 7] += 1
-    others = [changed, layers.flip(0), layers.flip(1), layers.flip(2), layers[:2], layers[:, :3]]
-    assert len({same, *map(neurons_sha256, others)}) == 1 + len(others)
+SHAPES = [(1,), (7,), (8,), (3, 1), (4, 8), (5, 11), (2, 3, 9), (3, 40_000), (0, 4)]
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_rounding_and_layout_do_not_change_the_hash(shape):
+    bits = weight(*shape)
+    same = marks_sha256(bits)
+    apart = torch.empty(bits.numel() + 3, dtype=bits.dtype)[3:].view(shape).copy_(bits)
+    assert len(same) == 64 and {marks_sha256(x) for x in (bits.float(), bits.double(), apart)} == {same}
+    if len(shape) == 2:
+        assert marks_sha256(bits.T.contiguous().T) == same
+        marks = Marks()
+        for row in bits.split(1):
+            marks.add(row)
+        assert marks.sha256(shape) == same, "in pieces"
+
+
+def changed(x, place, value):
+    x = x.clone()
+    x[place] = value
+    return x
+
+
+ODD = weight(5, 11)
+OTHERS = {
+    "the smallest step of one number": ODD.view(torch.int16)
+    .bitwise_xor(torch.eye(5, 11).to(torch.int16))
+    .view(ODD.dtype),
+    "a sign": changed(ODD, (4, 10), -ODD[4, 10]),
+    "a row of zeros": changed(ODD, 2, 0),
+    "a column of zeros": changed(ODD, (slice(None), 10), 0),
+    "rows swapped": ODD[[1, 0, 2, 3, 4]],
+    "columns swapped": ODD[:, [1, 0, *range(2, 11)]],
+    "words swapped": ODD[:, [4, 5, 6, 7, 0, 1, 2, 3, 8, 9, 10]],
+    "a row less": ODD[:4],
+    "a column less": ODD[:, :10],
+    "a column of zeros more": torch.nn.functional.pad(ODD, (0, 1)),
+    "transposed": ODD.T,
+    "flat": ODD.flatten(),
+}
+
+
+def test_anything_else_changes_the_hash():
+    found = {name: marks_sha256(x) for name, x in OTHERS.items()}
+    assert len({marks_sha256(ODD), *found.values()}) == 1 + len(OTHERS), found
+
+
+def test_names_count():
+    one = {"a": "1", "b": "2"}
+    hashes = [
+        decoder_sha256(x) for x in (one, {"b": "2", "a": "1"}, {"a": "2", "b": "1"}, {"a": "1"}, {"a1": "", "b": "2"})
+    ]
+    assert hashes[0] == hashes[1] and len(set(hashes)) == 4
+
+
+def test_results_in_order():
+    assert in_threads(lambda n: n * n, range(100)) == [n * n for n in range(100)]

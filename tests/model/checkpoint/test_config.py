@@ -33,7 +33,7 @@ def test_old_and_new_spelling_of_rope(tmp_path):
 
 def test_defaults_by_model_type(tmp_path):
     llama = read(tmp_path, remove=["num_key_value_heads", "torch_dtype", "architectures"])
-    assert (llama.num_key_value_heads, llama.dtype, llama.head_dim) == (4, "float32", 8)
+    assert (llama.num_key_value_heads, llama.dtype, llama.head_dim) == (4, None, 8)
     assert not llama.qkv_bias and llama.sliding_windows == (None,) * 3
     names = dict(mistral="MistralForCausalLM", qwen2="Qwen2ForCausalLM", qwen3="Qwen3ForCausalLM")
     read_as = {name: read(tmp_path, model_type=name, architectures=[arch]) for name, arch in names.items()}
@@ -64,7 +64,7 @@ REFUSALS = {
     "hidden_act: expected silu, got 'gelu'": dict(hidden_act="gelu"),
     "auto_map: is not supported": dict(auto_map={"AutoModel": "x.Y"}),
     "quantization_config: is not supported": dict(quantization_config={"quant_method": "awq"}),
-    "mlp_bias: is not supported, got True": dict(mlp_bias=True),
+    "mlp_bias: expected true or false, got 1": dict(mlp_bias=1),
     "vocab_size: is missing": dict(remove=["vocab_size"]),
     "vocab_size: expected a whole number from 1 to 1073741824, got '100'": dict(vocab_size="100"),
     "hidden_size: expected a whole number from 1 to 1048576, got True": dict(hidden_size=True),
@@ -76,8 +76,8 @@ REFUSALS = {
     "rms_norm_eps: expected a number from 0 to 1, got '1e-5'": dict(rms_norm_eps="1e-5"),
     "tie_word_embeddings: expected true or false, got 'yes'": dict(tie_word_embeddings="yes"),
     "torch_dtype: expected bfloat16 or float16 or float32, got 'int8'": dict(torch_dtype="int8"),
-    "rope_scaling.rope_type: expected default or dynamic or linear or llama3, got 'yarn'": dict(
-        rope_scaling=dict(rope_type="yarn", factor=2)
+    "rope_scaling.rope_type: expected default or dynamic or linear or llama3 or longrope or yarn, got 'su'": dict(
+        rope_scaling=dict(rope_type="su", factor=2)
     ),
     "rope_scaling.factor: is missing": dict(rope_scaling=dict(type="linear")),
     "rope_scaling.high_freq_factor: expected above low_freq_factor 4, got 1": dict(

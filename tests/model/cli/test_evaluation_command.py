@@ -42,10 +42,12 @@ def files(tmp_path_factory):
 
 
 def words(command, files, *more):
-    return [
-        command, "demo:instruct", "--dtype", "float32", "--device", "cpu", "-c", f"{files}/c.json", "--harmful",
-        f"{files}/harmful.csv", "--benign", f"{files}/benign.csv", "--column", "Goal", "--max-new-tokens", "40", *more,
-    ]  # fmt: skip
+    """The words of a command: options that most tests give alike, but for those among ``more``."""
+    usual = {
+        "--dtype": "float32", "--device": "cpu", "-c": f"{files}/c.json", "--harmful": f"{files}/harmful.csv",
+        "--benign": f"{files}/benign.csv", "--column": "Goal", "--max-new-tokens": "40",
+    }  # fmt: skip
+    return [command, "demo:instruct", *(w for pair in usual.items() if pair[0] not in more for w in pair), *more]
 
 
 @pytest.mark.exhaustive

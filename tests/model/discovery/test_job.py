@@ -16,7 +16,7 @@ from cna_kernels.model.discovery.job import Job
 from cna_kernels.model.discovery.settings import settings_from
 from cna_kernels.model.discovery.units import SlotSums
 from cna_kernels.model.prompts.corpus import Contrast, Corpus, Entry, Names, contrasts_of, read_contrasts, two_sets
-from tiny import write_language_model
+from tiny import TEMPLATE, set_field, write_language_model
 
 pytest.importorskip("transformers")
 
@@ -165,7 +165,7 @@ def test_positions(model, position):
     from cna_kernels.model.transformer import Tap
 
     entries = [Entry(text, "p", ((0, 1.0, 0),), answer="well: " + text[:4]) for text in POSITIVE]
-    prompts = model.encode_entries(entries, position=position)
+    prompts = model.encoder.encode_entries(entries, position=position)
     chats = model.tokenizer.encode_chat(POSITIVE)
     total = 0
     for prompt, chat, entry in zip(prompts, chats, entries, strict=True):
@@ -329,19 +329,21 @@ def test_prompts_that_are_too_long_are_skipped_on_demand(model, tmp_path, capsys
 
 def test_json_log(model, tmp_path, capsys):
     (tmp_path / "p.txt").write_text("\n".join(POSITIVE))
+    (tmp_path / "n.txt").write_text("\n".join(text + "!" for text in POSITIVE))
     command = ["discover", str(model.directory), "--positive", str(tmp_path / "p.txt"), "--negative"]
-    command += [str(tmp_path / "p.txt"), "-o", str(tmp_path / "c.json"), "--top-k", "5", "--no-universal", "--log-json"]
+    command += [str(tmp_path / "n.txt"), "-o", str(tmp_path / "c.json"), "--top-k", "5", "--no-universal", "--log-json"]
     assert main(command) == 0
     lines = [json.loads(line) for line in capsys.readouterr().err.splitlines() if line.startswith("{")]
     assert lines[-1]["event"] == "done" and lines[-1]["prompts"] == lines[-1]["of"] == 14
-    tokens = 2 * sum(len(ids) for ids in model.tokenizer.encode_chat(POSITIVE))
+    tokens = sum(len(ids) for ids in model.tokenizer.encode_chat([*POSITIVE, *(text + "!" for text in POSITIVE)]))
     assert lines[-1]["tokens"] == tokens and lines[-1]["memory_bytes"] > 1e6 and lines[0]["event"] == "progress"
 
 
 def test_batch_auto_measures_once_and_says_what_it_chose(model, tmp_path, capsys, monkeypatch):
     (tmp_path / "p.txt").write_text("\n".join(POSITIVE))
+    (tmp_path / "n.txt").write_text("\n".join(text + "!" for text in POSITIVE))
     command = ["discover", str(model.directory), "--positive", str(tmp_path / "p.txt"), "--negative"]
-    command += [str(tmp_path / "p.txt"), "-o", str(tmp_path / "c.json"), "--top-k", "5", "--no-universal"]
+    command += [str(tmp_path / "n.txt"), "-o", str(tmp_path / "c.json"), "--top-k", "5", "--no-universal"]
     command += ["--run-dir", str(tmp_path / "run")]
     assert main([*command, "--batch", "auto"]) == 0
     said = re.search(r"batch: (\d+) tokens a forward pass, as --batch-tokens \1", capsys.readouterr().err)
@@ -361,7 +363,7 @@ def test_batch_auto_stops_where_memory_ends(model, monkeypatch):
         return whole(transformer, packed, *rest, **options)
 
     monkeypatch.setattr(collect, "forward", small_memory)
-    prompts = model.encode_entries([Entry(text, "p") for text in POSITIVE])
+    prompts = model.encoder.encode_entries([Entry(text, "p") for text in POSITIVE])
     size, rates = collect.measure_tokens(model.transformer, prompts, 2, squares=True)
     assert list(rates) == [256, 512] and size in rates
 
@@ -419,9 +421,22 @@ def test_folds_of_alternating_lines(model, tmp_path, capsys):
 
 
 def test_a_contrast_of_nothing(model, tmp_path, capsys):
-    words = discover_files(model, tmp_path, positive=["a b", "c"], negative=["a b", "c"])
-    assert run([*words, "--folds", "2", "--bootstrap", "3"], capsys)[0] == 0
-    assert Circuit.load(tmp_path / "c.json").folds["retained"] == [0.0, 0.0]
+    """The same prompts on both sides; and prompts that differ before what the model sees of them."""
+    for negative in (["a b", "c"], ["c", "a b"]):
+        words = discover_files(model, tmp_path, positive=["a b", "c"], negative=negative)
+        code, _, error = run(words, capsys)
+        assert code == 2 and "positive, negative: both sets hold the same prompts" in error
+    words = discover_files(model, tmp_path, positive=["a", "b", "c"], negative=["a", "b", "d"])
+    code, _, error = run(words, capsys)
+    assert code == 0 and "50% of the prompts are shared by both sets" in error
+    assert "3 and 3 prompts, fewer than 10 on a side" in error
+    words = discover_files(model, tmp_path, positive=["a", "b"], negative=["c", "d"])
+    set_field(model.directory, chat_template="the same for all")
+    try:
+        code, _, error = run(words, capsys)
+    finally:
+        set_field(model.directory, chat_template=TEMPLATE)
+    assert code == 2 and "positive, negative: the sides differ by no more than rounding" in error
 
 
 def test_answers_are_looked_for_before_the_work(model, tmp_path, capsys):
@@ -452,7 +467,10 @@ def test_options_that_do_not_go_together(model, tmp_path, capsys):
         (["--batch", "3", "--batch-tokens", "9"], "--batch-tokens: give it, or --batch"),
         (["--spill", tmp_path], "--spill: expected a directory, and --stream-layers"),
         (["--spill", "nowhere", "--stream-layers"], "--spill: expected a directory, and --stream-layers"),
-        (["--contrasts", "c.jsonl"], "prompts: give --positive and --negative, or --contrasts"),
+        (
+            ["--contrasts", "c.jsonl"],
+            "prompts: give --positive and --negative, or --positive with --label, or --contrasts",
+        ),
     ):
         code, _, error = run([*words, *more], capsys)
         assert code == 2 and message in error and error.count("\n") == 1

@@ -11,10 +11,12 @@ import time
 
 import pytest
 import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 
 from cna_kernels import InputError
 from cna_kernels.model.cli import main
-from cna_kernels.model.discovery import job
+from cna_kernels.model.discovery import job, parts
 from cna_kernels.model.discovery.parts import merged, read_part, write_part
 from cna_kernels.model.discovery.run_directory import RunDirectory
 from tiny import write_language_model
@@ -43,10 +45,10 @@ def files(tmp_path_factory):
 
 
 def command(files, out, *more):
-    words = ["discover", files, "--positive", files / "positive.txt", "--negative", files / "negative.txt"]
-    words += ["-o", out, "--top-k", "15", "--bootstrap", "5", "--no-universal", "--no-template", "--unit", UNIT]
-    words += ["--threads", 1, *more]
-    return [str(word) for word in words]
+    usual = {"--positive": files / "positive.txt", "--negative": files / "negative.txt", "-o": out, "--top-k": 15}
+    usual |= {"--bootstrap": 5, "--unit": UNIT, "--threads": 1}
+    words = [word for pair in usual.items() if pair[0] not in more for word in pair]
+    return [str(word) for word in ("discover", files, *words, "--no-universal", "--no-template", *more)]
 
 
 @pytest.fixture(scope="module")
@@ -105,9 +107,8 @@ def test_merging_again_changes_nothing_and_other_settings_need_no_new_pass(files
     monkeypatch.setattr("cna_kernels.model.discovery.collect.forward", None)  # nothing may run
     assert main(command(files, tmp_path / "again.json", "--run-dir", run)) == 0
     assert (tmp_path / "again.json").read_bytes() == finished[1]
-    assert (
-        main([*command(files, tmp_path / "other.json", "--run-dir", run), "--score", "magnitude", "--top-k", "3"]) == 0
-    )
+    other = command(files, tmp_path / "other.json", "--run-dir", run, "--score", "magnitude", "--top-k", "3")
+    assert main(other) == 0
     assert json.loads((tmp_path / "other.json").read_text())["k"] == 3
 
 
@@ -144,7 +145,7 @@ OTHER_RUNS = [
 
 @pytest.mark.parametrize(("more", "message"), OTHER_RUNS, ids=lambda value: str(value[0]).strip("-"))
 def test_two_runs_in_one_directory(files, finished, tmp_path, capsys, more, message):
-    assert main([*command(files, tmp_path / "c.json", "--run-dir", finished[0]), *more]) == 2
+    assert main(command(files, tmp_path / "c.json", "--run-dir", finished[0], *more)) == 2
     error = capsys.readouterr().err
     assert f"manifest.json: {message}" in error and not (tmp_path / "c.json").exists()
 
@@ -247,6 +248,112 @@ def test_damaged_and_foreign_parts_are_refused(files, finished, tmp_path):
     refused("000010.safetensors: is no part of this run")
     (run / "parts" / "000010.safetensors").rename(run / "parts" / ".cna-0.tmp")  # left by a killed writer
     merged(RunDirectory.open(run))
+
+
+def written(path, change):
+    """Write a part again with changed facts or tensors, and the hash that belongs to them."""
+    tensors = load_file(path)
+    with safe_open(path, framework="pt") as file:
+        facts = json.loads(file.metadata()["part"])["facts"]
+    facts, tensors = change(facts, tensors) or (facts, tensors)
+    record = json.dumps({"facts": facts, "sha256": parts._hash(facts, tensors)}, sort_keys=True)
+    save_file(tensors, path, metadata={"part": record})
+
+
+def facts(**changes):
+    return lambda facts, tensors: (facts | changes, tensors)
+
+
+def slot(facts):
+    return next(iter(facts["counts"]))
+
+
+HEADER = [  # what `cna status` sees, too
+    (facts(n_prompts=3), "n_prompts: expected 4 with those skipped, as the manifest says, got 3"),
+    (facts(n_prompts=10**400), "n_prompts: expected a whole number"),
+    (facts(n_tokens=None), "n_tokens: expected a whole number"),
+    (facts(counts=[1]), "counts: expected a JSON object"),
+    (facts(counts={"x": 1.0}), "x: is no number of a sum"),
+    (facts(counts={}), "is no sum of this run"),
+    (facts(n_left_out={"0": -1}), "expected a whole number"),
+    (facts(skipped=[1]), "skipped.0.: expected reasons"),
+    (facts(n_universal=2), "'universal': is missing"),
+    (lambda f, t: (f | {"counts": f["counts"] | {"77": 1.0}}, t), "'total.77': is missing"),
+    (lambda f, t: (f, t | {"more": torch.zeros(1, dtype=torch.float64)}), "'more': is no sum of this run"),
+    (lambda f, t: (f, {n: x.T.contiguous() for n, x in t.items()}), r"expected F64 \[3, 200\], got F64 \[200, 3\]"),
+    (lambda f, t: (f, {n: x.to(torch.int64) for n, x in t.items()}), r"expected F64 \[3, 200\], got I64"),
+    (lambda f, t: (f, {n: x.float() for n, x in t.items()}), "dtype: expected F64 or I64, got 'F32'"),
+    (lambda f, t: (f, {n: x for n, x in t.items() if "sq" not in n}), "'total_sq.0': is missing"),
+]
+VALUES = [
+    (lambda f, t: (f, t | {f"total.{slot(f)}": t[f"total.{slot(f)}"] * torch.nan}), "holds infinities or NaN"),
+    (lambda f, t: (f | {"counts": {n: 5 * c for n, c in f["counts"].items()}}, t), "the parts count 36 for column"),
+]
+
+
+@pytest.mark.parametrize(
+    ("change", "message"), HEADER + VALUES, ids=lambda value: value if isinstance(value, str) else ""
+)
+def test_parts_are_checked_against_the_manifest(finished, tmp_path, capsys, change, message):
+    """Parts that hold the hash of their contents, but not what the manifest asks for."""
+    run = tmp_path / "run"
+    shutil.copytree(finished[0], run)
+    written(run / "parts" / "000003.safetensors", change)
+    with pytest.raises(InputError, match=message):
+        merged(RunDirectory.open(run))
+    assert main(["status", str(run), "--json"]) == 0
+    status = json.loads(capsys.readouterr().out)
+    in_header = (change, message) in HEADER
+    assert status["units_done"] == 10 - in_header and len(status["damaged"]) == in_header
+    assert all("000003.safetensors" in text for text in status["damaged"])
+
+
+def fifo(path):
+    path.unlink()
+    os.mkfifo(path)
+
+
+def folder(path):
+    path.unlink()
+    path.mkdir()
+
+
+def dangling(path):
+    path.unlink()
+    path.symlink_to("nowhere")
+
+
+def sparse(path):
+    with open(path, "wb") as file:
+        file.truncate(1 << 40)
+
+
+HOSTILE = {
+    "a FIFO": fifo, "a folder": folder, "a dangling link": dangling, "a terabyte of nothing": sparse,
+    "empty": lambda path: path.write_bytes(b""), "random bytes": lambda path: path.write_bytes(os.urandom(300)),
+    "brackets": lambda path: path.write_bytes((200_000).to_bytes(8, "little") + b"[" * 200_000),
+    "a header without end": lambda path: path.write_bytes(b"\xff" * 300),
+    "escapes": lambda path: path.write_bytes(b"\x1b]0;title\x07" * 20),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("place", ["manifest.json", "parts/000003.safetensors", "prompts"])
+@pytest.mark.parametrize("name", HOSTILE)
+def test_hostile_files_in_a_run_directory(files, finished, tmp_path, capfd, name, place):
+    """Refused in one line that names the file; nothing hangs, and no escape sequence comes through."""
+    run = tmp_path / "run"
+    shutil.copytree(finished[0], run)
+    path = next(run.glob(f"{place}*"))
+    HOSTILE[name](path)
+    start, codes = time.monotonic(), []
+    for words in (["status", str(run)], command(files, tmp_path / "c.json", "--run-dir", run)):
+        codes.append(main(words))
+        captured = capfd.readouterr()
+        assert "Traceback" not in captured.err and "\x1b]" not in captured.out + captured.err
+        said = "".join((captured.out + captured.err).split())  # a table breaks lines
+        assert path.name[:8] in said or place == "prompts"
+    assert time.monotonic() - start < 30
+    assert codes == {"manifest.json": [2, 2], "prompts": [0, 0]}.get(place, [0, 2])
 
 
 def test_a_manifest_that_is_not_as_written(finished, tmp_path):
@@ -446,7 +553,7 @@ def test_torchrun(files, finished, tmp_path, n):
 DYING = """
 import os, pathlib, signal, sys
 from cna_kernels.model.cli import main
-from cna_kernels.model.discovery import job
+from cna_kernels.model.discovery import job, parts
 whole, mine, rank = job.write_part, [], os.environ["RANK"]
 def write_part(run, unit, part):
     if mine and rank == sys.argv[1]:

@@ -249,7 +249,7 @@ def test_sums_are_those_of_one_process(ranks, directory):
 
 
 def test_ranks_share_the_layers(ranks, directory):
-    replicated = ("layernorm.weight", "_norm.weight", "o_proj.bias")
+    replicated = ("layernorm.weight", "_norm.weight", "o_proj.bias", "down_proj.bias")
     for variant in RANKS[len(ranks)]:
         whole = {name: x.numel() for name, x in load_whole(directory / variant).named_parameters()}
         for found in ranks:

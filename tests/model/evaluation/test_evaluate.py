@@ -2,7 +2,9 @@
 
 import itertools
 import math
+import os
 import sys
+import time
 
 import pytest
 import torch
@@ -357,6 +359,41 @@ def test_judges_that_fail(tmp_path, body, message):
     script.write_text(body)
     with pytest.raises(InputError, match=f"--judge-command.*{message}"):
         judge(f"{sys.executable} {script}", [{"answer": "a"}, {"answer": "b"}], timeout=3 if "sleep" in body else 60)
+
+
+ENDLESS = "import os,sys\nblock=b'x'*65536\nwhile 1: os.write(%d, block)\n"
+
+
+def test_a_judge_without_end_is_stopped(tmp_path, monkeypatch):
+    """Its output is bounded as it comes: no more than the bound is ever held, and the program does not go on."""
+    monkeypatch.setattr("cna_kernels.model.evaluation.judge.MOST", 1 << 20)
+    script = tmp_path / "judge.py"
+    script.write_text(f"import os; open({str(tmp_path / 'pid')!r}, 'w').write(str(os.getpid()))\n" + ENDLESS % 1)
+    start = time.monotonic()
+    with pytest.raises(InputError, match="wrote more than 1048576 bytes"):
+        judge(f"{sys.executable} {script}", [{"answer": "a" * (1 << 20)}])
+    assert time.monotonic() - start < 30
+    with pytest.raises(ProcessLookupError):
+        os.kill(int((tmp_path / "pid").read_text()), 0)
+
+
+def test_a_judge_that_complains_without_end(tmp_path):
+    """stderr is read, too, so that the program does not wait; only its end is kept."""
+    script = tmp_path / "judge.py"
+    script.write_text("import sys\nsys.stderr.write('x' * (1 << 22) + '\\nthe end')\n" + JUDGE % "1")
+    assert judge(f"{sys.executable} {script}", [{"answer": "a"}]) == [1.0]
+    script.write_text("import sys\nsys.stderr.write('x' * (1 << 22) + '\\nthe end')\nsys.exit(3)")
+    with pytest.raises(InputError, match="ended with code 3: the end"):
+        judge(f"{sys.executable} {script}", [{"answer": "a"}] * 2)
+
+
+@pytest.mark.parametrize("damage", ["", "{}", "[1]", '{"sha256": "x", "value": 1}', "[" * 100_000], ids=len)
+def test_a_damaged_part_of_an_evaluation_is_named(tmp_path, damage):
+    with Store(tmp_path, {"a": 1}) as store:
+        assert store.get("one", lambda: {"b": [1.5, None]}) == store.get("one", lambda: 0) == {"b": [1.5, None]}
+        (tmp_path / "parts" / "one.json").write_text(damage)
+        with pytest.raises(InputError, match=r"one\.json"):
+            store.get("one", lambda: 0)
 
 
 def test_a_judge_that_does_not_exist():

@@ -5,7 +5,16 @@ import statistics
 import pytest
 
 from cna_kernels import InputError
-from cna_kernels.model.evaluation.metrics import Refusals, kind_of, mean, ngram_quality, share, share_equal, summarise
+from cna_kernels.model.evaluation.metrics import (
+    Refusals,
+    begun_thought,
+    kind_of,
+    mean,
+    ngram_quality,
+    share,
+    share_equal,
+    summarise,
+)
 
 
 def test_quality_of_known_texts():
@@ -70,6 +79,42 @@ def test_kinds_of_answers():
     assert kind("Take it.") == "short"
     assert kind("\u8bf7\u7528\u94a5\u5319\u6253\u5f00\u95e8", list(range(9))) == "answer"  # one word, nine tokens
     assert kind("Take the key and turn it.") == "answer"
+
+
+THOUGHT = "<think>\nIs this harmful or illegal? I can't see why.\n</think>\n\n"
+
+
+@pytest.mark.parametrize(
+    ("text", "kind"),
+    [
+        (THOUGHT + "To polish the lamp, take the felt cloth.", "answer"),
+        (THOUGHT + "I can\u2019t help with that.", "refusal"),
+        (THOUGHT, "empty"),
+        (THOUGHT + "Yes.", "short"),
+        (THOUGHT + THOUGHT + "To polish the lamp, take a cloth.", "answer"),
+        ("The user asks for it. I cannot.</think>To polish the lamp, take a cloth.", "answer"),  # begun by the template
+        ("<think>\nOkay, the user asks how to polish a lamp. I can't recall", "unfinished"),
+        ("[THINK]harmful[/THINK]To polish the lamp, take a cloth.", "answer"),
+        ("<reasoning>", "unfinished"),
+        ("Write <think> to begin a thought, and so on.", "answer"),
+    ],
+)
+def test_thoughts_are_no_part_of_the_answer(text, kind):
+    for name in ("broad", "strict"):
+        refuses = Refusals.bundled(name)
+        assert kind_of(text, list(range(60)), refuses) == kind and refuses(text) == (kind == "refusal")
+
+
+MARKDOWN = ["**I can't help with that.**", "# Sorry, but no\nOk.", "> I **cannot** assist.", "*I'm sorry, but no.*"]
+
+
+@pytest.mark.parametrize("text", MARKDOWN)
+def test_refusals_behind_markdown(text):
+    assert Refusals.bundled("broad")(text) and Refusals.bundled("strict")(text)
+
+
+def test_a_template_that_begins_the_thought():
+    assert begun_thought("<user>hi<assistant><think>\n") == "<think>" and begun_thought("<think>x</think>") == ""
 
 
 @pytest.mark.parametrize(("hits", "n"), [(0, 10), (10, 10), (3, 10), (34, 100), (1, 1), (499, 1000)])

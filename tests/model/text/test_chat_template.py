@@ -1,4 +1,6 @@
-"""Chat templates: one BOS, dates, hostile templates, limits, and a child process that goes on after errors."""
+"""Chat templates: BOS, dates, variables, hostile templates, limits, and a child process that goes on after errors."""
+
+import datetime
 
 import pytest
 
@@ -10,12 +12,12 @@ from tiny import SPECIAL, TEMPLATE, TEXT_VOCABULARY, set_field
 BOS, USER, ASSISTANT, END = (SPECIAL.index(token) for token in ("<s>", "<user>", "<assistant>", "<end>"))
 
 
-@pytest.mark.parametrize("in_template", ["", "{{ bos_token }}", "{{ bos_token }}{{ bos_token }}"])
-def test_chat_has_exactly_one_bos(directory, in_template):
+@pytest.mark.parametrize(("in_template", "n_bos"), [("", 0), ("{{ bos_token }}", 1), ("{{ bos_token }}" * 2, 2)])
+def test_a_bos_is_the_templates_matter(directory, in_template, n_bos):
     set_field(directory, chat_template=TEMPLATE.replace("{{ bos_token }}", in_template))
     ids = Tokenizer(directory, TEXT_VOCABULARY).encode_chat(["hi", "you"])
     for row in ids:
-        assert row[:2] == [BOS, USER] and row[-2:] == [END, ASSISTANT] and row.count(BOS) == 1
+        assert row[: n_bos + 1] == [BOS] * n_bos + [USER] and row[-2:] == [END, ASSISTANT] and row.count(BOS) == n_bos
     assert len(ids[1]) == len(ids[0]) + 1
 
 
@@ -35,14 +37,42 @@ def test_template_file_and_named_templates(directory):
     assert Tokenizer(directory, TEXT_VOCABULARY).encode_chat(["hi"]) == expected
 
 
-def test_dates_are_fixed_where_the_template_allows(directory):
-    asks = "{% if strftime_now is defined %}{{ strftime_now('%Y') }}{% else %}fixed{% endif %}"
-    set_field(directory, chat_template=asks)
+def test_a_template_sees_one_day(directory):
+    set_field(directory, chat_template="{% if strftime_now is defined %}{{ strftime_now('%Y-%m-%d') }}{% endif %}")
+    template = Tokenizer(directory, TEXT_VOCABULARY).template
+    assert template.is_dated and template.render([[{"content": "hi"}]]) == [f"{template.moment:%Y-%m-%d}"]
+    template = Tokenizer(directory, TEXT_VOCABULARY).template
+    template.moment = datetime.datetime(2024, 7, 26)
+    assert template.render([[{"content": "hi"}]]) == ["2024-07-26"]
+
+
+def test_variables(directory):
+    set_field(directory, chat_template="{{ enable_thinking }} {{ messages|length }} {{ bos_token }}")
     tokenizer = Tokenizer(directory, TEXT_VOCABULARY)
-    assert tokenizer.decode(tokenizer.encode_chat(["hi"])[0]) == "fixed"
-    set_field(directory, chat_template="{{ strftime_now('%Y') }}")
-    tokenizer = Tokenizer(directory, TEXT_VOCABULARY)
-    assert tokenizer.decode(tokenizer.encode_chat(["hi"])[0]).isdecimal()
+    chat = [[{"role": "user", "content": "x"}]]
+    assert tokenizer.template.render(chat, {"enable_thinking": False, "bos_token": "B"}) == ["False 1 B"]
+    assert tokenizer.template.render(chat) == [" 1 <s>"]  # the variables of one call are not the next one's
+    with pytest.raises(InputError, match="template_args: 'messages' is not a variable to give"):
+        tokenizer.encode_chat(["x"], template_args={"messages": []})
+
+
+def test_templates_without_a_default(directory):
+    set_field(directory, chat_template=[{"name": "rag", "template": "x"}])
+    with pytest.raises(InputError, match=r"tokenizer_config\.json: has no chat template named 'default', but rag"):
+        Tokenizer(directory, TEXT_VOCABULARY)
+    set_field(directory, chat_template=3)
+    with pytest.raises(InputError, match=r"tokenizer_config\.json: chat_template: expected text, or texts with names"):
+        Tokenizer(directory, TEXT_VOCABULARY)
+
+
+def test_a_text_that_is_too_long_stops_the_rest(directory):
+    """The texts come one by one; those that nobody waits for any more are not taken for the next call's."""
+    set_field(directory, chat_template="{{ messages[0]['content'] }}")
+    template = Tokenizer(directory, TEXT_VOCABULARY).template
+    texts = template.each([[{"content": f"{n}" * 100_000}] for n in range(50)])
+    assert next(texts)[:2] == "00"
+    texts.close()
+    assert template.render([[{"content": "after"}]]) == ["after"]
 
 
 TEMPLATES = {
@@ -68,6 +98,17 @@ def test_hostile_templates(directory, template, monkeypatch):
     text = str(caught.value)
     assert text.startswith(str(directory / "tokenizer_config.json")) and TEMPLATES[template] in text
     assert "\n" not in text
+
+
+@pytest.mark.parametrize("template", ["{% nonsense %}", "{{ raise_exception('no') }}", "{{ messages[9].x.y }}"])
+def test_the_second_error_equals_the_first(directory, template):
+    set_field(directory, chat_template=template)
+    tokenizer, seen = Tokenizer(directory, TEXT_VOCABULARY), set()
+    for _ in range(3):
+        with pytest.raises(InputError) as caught:
+            tokenizer.encode_chat(["x"])
+        seen.add(str(caught.value))
+    assert len(seen) == 1
 
 
 def test_the_child_goes_on_after_a_bad_conversation(directory):

@@ -1,6 +1,7 @@
-"""The tokenizer: one BOS, ids within the vocabulary, stop ids, hostile files."""
+"""The tokenizer: BOS, ids within the vocabulary, stop ids, hostile files."""
 
 import json
+import sys
 
 import pytest
 
@@ -8,13 +9,23 @@ from cna_kernels import InputError
 from cna_kernels.model.text.tokenizer import Tokenizer, stop_ids
 from tiny import SPECIAL, TEMPLATE, TEXT_VOCABULARY, set_field, write_text_files
 
+
+def add_token(directory, number, content):
+    """Add a special token to tokenizer.json."""
+    path = directory / "tokenizer.json"
+    record = json.loads(path.read_text())
+    flags = dict(single_word=False, lstrip=False, rstrip=False, normalized=False, special=True)
+    record["added_tokens"].append({"id": number, "content": content, **flags})
+    path.write_text(json.dumps(record))
+
+
 BOS, END = (SPECIAL.index(token) for token in ("<s>", "<end>"))
 
 
-def test_plain_text_has_one_bos(directory):
+def test_plain_text_gets_the_bos_of_the_tokenizer(directory):
     tokenizer = Tokenizer(directory, TEXT_VOCABULARY)
-    assert tokenizer.encode("hi")[0] == BOS and tokenizer.encode("hi").count(BOS) == 1
-    assert tokenizer.encode("<s>hi") == tokenizer.encode("hi") == tokenizer.encode("<s><s>hi")
+    assert tokenizer.adds_bos and tokenizer.encode("hi")[0] == BOS and tokenizer.encode("hi").count(BOS) == 1
+    assert tokenizer.encode("<s>hi") == [BOS, *tokenizer.encode("hi")]  # a BOS in the text is the user's own
     assert tokenizer.decode(tokenizer.encode("naïve 1 + 2\n")) == "naïve 1 + 2\n"
 
 
@@ -34,9 +45,12 @@ def test_hostile_tokenizers(directory, content):
     assert "\n" not in str(caught.value)
 
 
-def test_ids_beyond_the_vocabulary(directory):
-    with pytest.raises(InputError, match="its largest id is 261, the model has 261 vocabulary rows"):
-        Tokenizer(directory, TEXT_VOCABULARY - 1)
+def test_ids_beyond_the_vocabulary_are_refused_where_they_are_used(directory):
+    add_token(directory, 262, "[PAD]")
+    tokenizer = Tokenizer(directory, TEXT_VOCABULARY)
+    assert tokenizer.encode("hi")[0] == BOS
+    with pytest.raises(InputError, match=r"the text holds '\[PAD\]', whose id 262 is beyond the model's 262 rows"):
+        tokenizer.encode("hi[PAD]")
 
 
 def test_ids_that_a_post_processor_invents(directory):
@@ -44,8 +58,9 @@ def test_ids_that_a_post_processor_invents(directory):
     record = json.loads(path.read_text())
     record["post_processor"] = {"type": "BertProcessing", "sep": ["</s>", 99999], "cls": ["<s>", 99999]}
     path.write_text(json.dumps(record))
-    with pytest.raises(InputError, match="gives id 99999, the model has 262 vocabulary rows"):
-        Tokenizer(directory, TEXT_VOCABULARY)
+    tokenizer = Tokenizer(directory, TEXT_VOCABULARY)
+    with pytest.raises(InputError, match="whose id 99999 is beyond the model's 262 rows"):
+        tokenizer.encode("hi")
 
 
 def test_dropout_in_a_tokenizer(directory):
@@ -58,19 +73,71 @@ def test_dropout_in_a_tokenizer(directory):
 
 
 def test_no_tokenizer(directory):
+    """Token ids work; whatever needs text names what is missing."""
     (directory / "tokenizer.json").unlink()
-    with pytest.raises(InputError, match=r"tokenizer\.json: No such file"):
+    tokenizer = Tokenizer(directory, TEXT_VOCABULARY)
+    assert tokenizer.template is None and tokenizer.sha256 is None and stop_ids(directory, tokenizer, 262) == {2, 5}
+    for use in (lambda: tokenizer.encode("hi"), lambda: tokenizer.decode([3])):
+        with pytest.raises(InputError, match=r"holds no tokenizer \(tokenizer\.json, or .*\); it works with token ids"):
+            use()
+
+
+def test_a_tokenizer_that_only_transformers_reads(directory, monkeypatch):
+    (directory / "tokenizer.json").unlink()
+    (directory / "tokenizer.model").write_bytes(b"\n\x0e\n\x05<unk>\x15\0\0\0\0\x18\x02")
+    with pytest.raises(InputError, match=r"tokenizer\.model: only transformers reads .*: pip install transformers"):
+        Tokenizer(directory, TEXT_VOCABULARY)
+    monkeypatch.setitem(sys.modules, "transformers", None)
+    with pytest.raises(InputError, match=r"write a tokenizer\.json once with save_pretrained$"):
         Tokenizer(directory, TEXT_VOCABULARY)
 
 
-def test_stop_ids(directory):
-    tokenizer = Tokenizer(directory, TEXT_VOCABULARY)
-    assert stop_ids(directory, tokenizer, TEXT_VOCABULARY) == {2, 5}
-    (directory / "generation_config.json").unlink()
-    (directory / "config.json").write_text('{"eos_token_id": 7}')
-    assert stop_ids(directory, tokenizer, TEXT_VOCABULARY) == {7}
-    (directory / "config.json").write_text("{}")
-    assert stop_ids(directory, tokenizer, TEXT_VOCABULARY) == {SPECIAL.index("</s>")}
-    (directory / "generation_config.json").write_text('{"eos_token_id": [2, 999]}')
-    with pytest.raises(InputError, match=r"generation_config\.json: eos_token_id: expected ids below 262, got 999"):
-        stop_ids(directory, tokenizer, TEXT_VOCABULARY)
+@pytest.mark.parametrize(
+    ("generation", "config", "eos", "expected"),
+    [
+        ([2, 5], None, "</s>", {2, 5}),
+        (5, None, "</s>", {2, 5}),
+        (None, 7, "</s>", {2, 7}),
+        (5, 7, "</s>", {2, 5}),  # config.json is read where generation_config.json says nothing
+        (None, None, "</s>", {2}),
+        (None, None, None, set()),
+        ([2, 999], None, "<end>", {2, 5}),  # no answer holds an id beyond the vocabulary
+    ],
+)
+def test_stop_ids(directory, generation, config, eos, expected):
+    for name, value in (("generation_config.json", generation), ("config.json", config)):
+        (directory / name).write_text(json.dumps({} if value is None else {"eos_token_id": value}))
+    set_field(directory, eos_token=eos)
+    assert stop_ids(directory, Tokenizer(directory, TEXT_VOCABULARY), TEXT_VOCABULARY) == expected
+
+
+def test_stop_ids_that_are_none(directory):
+    (directory / "generation_config.json").write_text('{"eos_token_id": [2, -1]}')
+    with pytest.raises(InputError, match=r"generation_config\.json: eos_token_id: expected ids, got -1"):
+        stop_ids(directory, Tokenizer(directory, TEXT_VOCABULARY), TEXT_VOCABULARY)
+
+
+BAD_SETTINGS = [
+    ({"added_tokens_decoder": {"x": {"content": "<a>"}}}, "added_tokens_decoder.id: expected a token's id, got 'x'"),
+    ({"added_tokens_decoder": {"9": {"content": 3}}}, "added_tokens_decoder.9: expected a token's text"),
+    ({"added_tokens_decoder": {"9": {"content": "<a>", "lstrip": 1}}}, "9.lstrip: expected true or false, got 1"),
+    ({"bos_token": 7}, "bos_token: expected a token's text, got 7"),
+    ({"additional_special_tokens": [7]}, "additional_special_tokens: expected a token's text, got 7"),
+    ({"tokenizer_class": ["x"]}, "tokenizer_class: expected text"),
+]
+
+
+@pytest.mark.parametrize(("changes", "message"), BAD_SETTINGS, ids=[message for _, message in BAD_SETTINGS])
+def test_settings_that_make_no_sense(directory, changes, message):
+    set_field(directory, **changes)
+    with pytest.raises(InputError) as caught:
+        Tokenizer(directory, TEXT_VOCABULARY)
+    assert "tokenizer_config.json: " in str(caught.value) and message in str(caught.value)
+
+
+def test_the_hash_is_of_what_the_tokens_are(directory):
+    before = Tokenizer(directory, TEXT_VOCABULARY).sha256
+    set_field(directory, chat_template="x", clean_up_tokenization_spaces=True)
+    assert Tokenizer(directory, TEXT_VOCABULARY).sha256 == before
+    set_field(directory, additional_special_tokens=["<new>"])
+    assert Tokenizer(directory, TEXT_VOCABULARY).sha256 != before
