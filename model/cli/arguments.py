@@ -31,6 +31,8 @@ def load_model(args, directory=None, **options) -> LanguageModel:
 def chat_options(args) -> dict[str, Any]:
     """The options of ``load`` that say what a chat holds besides the prompt. Refuses them where there is no chat."""
     given = dict(args.template_arg)
+    if len(given) < len(args.template_arg):
+        raise InputError("--template-arg", f"gives a variable twice: {', '.join(key for key, _ in args.template_arg)}")
     if args.no_template and (given or args.system is not None):
         raise InputError("--template-arg" if given else "--system", "is for the chat template, not for --no-template")
     return dict(system=args.system, template_args=given)

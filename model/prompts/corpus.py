@@ -149,8 +149,8 @@ class Corpus:
                 self.count[key] = self.count.get(key, 0) + 1
                 self.weight[key] = self.weight.get(key, 0.0) + weight
                 digests.setdefault(key, Digest()).add(entry.text)
-            line = json.dumps(entry._replace(columns=columns), ensure_ascii=False)
-            line = line.encode("utf-8", "backslashreplace") + b"\n"  # a place may name a file whose name is no text
+            text = json.dumps(entry._replace(columns=columns), ensure_ascii=False)
+            line = text.encode("utf-8", "backslashreplace") + b"\n"  # a place may name a file whose name is no text
             full = n_prompts >= unit or n_universal + entry.universal > UNIT_UNIVERSAL
             if n_prompts and (full or position - start + len(line) > unit_bytes):
                 close()

@@ -10,8 +10,8 @@ CANARIES = [
     Canary(
         "up_proj not hashed",
         "model/checkpoint/identity.py",
-        "    used = [checkpoint.entries[name] for name in expected_shapes(config) if name in checkpoint.entries]",
-        "    used = [checkpoint.entries[name] for name in expected_shapes(config) if 'up_proj' not in name]",
+        "    used = {name: checkpoint.entries[name] for name in expected_shapes(config) if name in checkpoint.entries}",
+        "    used = {name: checkpoint.entries[name] for name in expected_shapes(config) if 'up_proj' not in name}",
         IDENTITY,
         "test_every_tensor_counts",
     ),

@@ -138,7 +138,7 @@ TESTED_TOGETHER = {
     "model/prompts/test_prompt_files.py": "model/prompts/: files formats",
     "model/test_parity.py": "model/text/: tokenizer_files",
     "model/cli/test_cli.py": (
-        "model/: __main__; model/cli/: arguments attribution_flags console doctor flags parser process run show status"
+        "model/: __main__; model/cli/: arguments attribution_flags console doctor parser run show status"
     ),
     "model/cli/test_evaluation_command.py": "model/cli/: evaluation evaluation_flags",
     "model/demo/test_demo.py": "model/cli/: demo; model/demo/: checkpoint report story world",

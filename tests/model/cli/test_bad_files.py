@@ -109,6 +109,7 @@ def refused(capfd, words, named):
     assert main(words) == 2
     captured = capfd.readouterr()
     lines = captured.err.strip().split("\n")
+    lines = lines[1:] if ": model 'model' " in lines[0] else lines  # which says what runs
     assert len(lines) == 1 and lines[0].startswith(f"cna {words[0]}: ") and named in lines[0], captured.err
     assert lines[0].isprintable() and len(lines[0]) < 700 and "\x1b" not in captured.out
 
