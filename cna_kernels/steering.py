@@ -243,7 +243,7 @@ class SteeringTable:
         return rows
 
     def keep_numbers_of(self, rows: Tensor) -> None:
-        """Let :meth:`add` give no number to a circuit that these rows name then, for as long as the tensor lives."""
+        """Let :meth:`add` give no number that rows ``[B]`` or ``[B, S]``, int32, name then, while they live."""
         self._naming[id(rows)] = rows
 
     def rows(self, circuit_of_row: Sequence[int]) -> Tensor:

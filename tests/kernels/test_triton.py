@@ -78,11 +78,10 @@ def test_values(monkeypatch, kernel, shape, dtype, feature):
     assert y.dtype == dtype and y.is_contiguous()
 
 
-WIDE = [(op, name, T) for op, name in PLANS for T in (1, 3, 70) if name not in ("gemv", "fused", "tma") or T == 1]
-WIDE = [(*each, width) for each in WIDE for width in (11009, 14337)]
-WIDE = [
-    each for each in WIDE if each[0] not in plan.PLANS or servable(*each[:2], (each[2], each[3], 16), torch.bfloat16)
-]
+# The interpreter takes 10 seconds for each, and minutes for "gemv" with its many programs.
+WIDE = [(op, name, *case) for op, name in PLANS for case in ((1, 11009), (3, 14337)) if name != "fused"]
+WIDE = [each for each in WIDE if each[:3] != ("gated_mlp", "flat", 1)]
+WIDE = [each for each in WIDE if each[0] not in plan.PLANS or servable(*each[:2], (*each[2:], 16), torch.bfloat16)]
 
 
 @pytest.mark.exhaustive
