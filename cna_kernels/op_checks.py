@@ -12,6 +12,7 @@ from .extras import Extras, Inputs
 from .scale import NEURON_BLOCK
 
 FLOATS = (torch.bfloat16, torch.float16, torch.float32)
+SUMS = (torch.float32, torch.float64)
 
 
 # Each check returns the shape of the activations, (T, N); that of ``linear`` returns the shape of the result, (T, O).
@@ -77,9 +78,13 @@ def _check_extras(n_rows: int, n_neurons: int, device: torch.device, extras: Ext
         raise ValueError("token_weight: expected together with act_sum or act_sumsq, got one without the other")
     if token_weight is not None:
         check_tensor("token_weight", token_weight, shape=(n_rows, None), dtype=torch.float32, device=device)
+        kinds: tuple[torch.dtype, ...] = SUMS
         for name, sums in (("act_sum", act_sum), ("act_sumsq", act_sumsq)):
             if sums is not None:
-                check_tensor(name, sums, shape=(token_weight.shape[1], n_neurons), dtype=torch.float32, device=device)
+                check_tensor(name, sums, shape=(token_weight.shape[1], n_neurons), dtype=kinds, device=device)
+                if sums.shape[0] > 1 and sums.stride(0) < n_neurons:
+                    raise ValueError(f"{name}: expected rows apart from each other, got strides {list(sums.stride())}")
+                kinds = (sums.dtype,)
         if act_sum is act_sumsq:
             raise ValueError("act_sumsq: expected a tensor of its own, got act_sum")
     if offsets is None and row_circuit is None:

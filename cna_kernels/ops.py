@@ -6,8 +6,8 @@ activations, and the per-neuron scale. ``steer_act`` does the last two. ``linear
 The first call with arguments of given shapes, strides and dtypes is checked, and the backend prepares a function that
 serves it. Later calls that look alike run that function. All ops are registered with torch.library (namespace
 ``cna_kernels``) for tracers: ``torch.compile(fullgraph=True)`` sees one node per call. Gradients flow through the
-reference: where an input requires grad, inside transforms of torch.func, and where FLOPs are counted, the op runs the
-reference directly.
+reference, sums among it: where an input requires grad, inside transforms of torch.func, and where FLOPs are counted,
+the op runs the reference directly.
 """
 
 from __future__ import annotations
@@ -49,8 +49,10 @@ def gated_mlp(
         w_gate_up: ``[2N, H]``, the rows of ``gate_proj`` then those of ``up_proj``; or a tuple of the two, ``[N, H]``.
         w_down: ``[H, N]``.
         token_weight: ``[T, C]`` fp32, how much each token counts in each column.
-        act_sum: ``[C, N]`` fp32, added to in place. Needs ``token_weight``.
-        act_sumsq: ``[C, N]`` fp32, the same sum over ``act**2``, in memory of its own. Needs ``token_weight``.
+        act_sum: ``[C, N]`` fp32, or fp64, added to in place. Needs ``token_weight``. Where an input requires grad, what
+            is added carries the gradient, and ``act_sum`` requires grad from then on: ``detach_()`` it between steps.
+        act_sumsq: ``[C, N]`` of the same dtype, the same sum over ``act**2``, in memory of its own. Needs
+            ``token_weight``. A variance needs fp64.
         scale: the layer's multipliers for K circuits. Needs ``row_circuit``.
         row_circuit: ``[T]`` int32, the circuit of each token; -1 (or anything outside 0..K-1) leaves the token alone.
         backend: ``"reference"``, ``"cpu"`` or ``"triton"``; default by CNA_BACKEND, then by device.
@@ -264,11 +266,12 @@ def _needs_grad(inputs: Inputs, extras: Extras | tuple[()]) -> bool:
         return False
     if not extras:
         return any(x is not None and x.requires_grad for x in inputs)
-    for name in ("token_weight", "act_sum", "act_sumsq"):
-        x = getattr(extras, name)
-        if x is not None and x.requires_grad:
-            raise ValueError(f"{name}: no gradient flows through sums; expected a tensor without requires_grad")
-    return any(x is not None and x.requires_grad for x in (*inputs, extras.scale_value))
+    for name, x in (("act_sum", extras.act_sum), ("act_sumsq", extras.act_sumsq)):
+        if x is not None and x.requires_grad and x.is_leaf:
+            raise ValueError(
+                f"{name}: a leaf that requires grad cannot be added to; expected one without requires_grad"
+            )
+    return any(x is not None and x.requires_grad for x in (*inputs, *extras[:3], extras.scale_value))
 
 
 def _refuse_backend_with_grad(backend: str | None) -> None:

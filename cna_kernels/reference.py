@@ -2,13 +2,15 @@
 
     act            = silu(gate) * up                      computed in fp32, rounded once to the inputs' dtype
     act_sum[c, n]   += sum_t token_weight[t, c] * act[t, n]     fp32, from the rounded act, before scaling
-    act_sumsq[c, n] += sum_t token_weight[t, c] * act[t, n]^2   likewise
+    act_sumsq[c, n] += sum_t token_weight[t, c] * act[t, n]^2   likewise; or both in fp64, as variances need them
     y              = (act * scale[row_circuit[t]]) @ w_down^T
 
 The definition says where values are rounded. Sums read the rounded ``act``, as ``down_proj`` does, so they equal what
 a hook on the input of ``down_proj`` would collect, and all ops give the same sums. The product with a scale is
 computed in fp32 from the rounded ``act`` and rounded again, as a hook that multiplies would do. Hugging Face eager
 rounds silu(gate) before the product with up; here silu(gate) stays in fp32.
+
+Gradients flow through everything, the sums among it: what is added to ``act_sum`` requires grad where ``act`` does.
 
 A scale of 0 writes exactly 0 whatever ``act`` holds. A token whose weights are all 0 is never read by the sums.
 
@@ -17,11 +19,20 @@ Inputs may also be float64: the same definition, everything in float64 (tests us
 
 from __future__ import annotations
 
+import threading
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from .scale import Scale, dense_scale
+
+_STATISTICS = threading.local()  # .only: whether this thread's sums are statistics, through which no gradient flows
+
+
+def sum_statistics_only(only: bool) -> None:
+    """Say whether the sums of this thread's calls from now on are statistics alone, which keep no graph alive."""
+    _STATISTICS.only = only
 
 
 def gated_mlp(
@@ -104,11 +115,12 @@ def _accumulate(act: Tensor, token_weight: Tensor | None, act_sum: Tensor | None
     if token_weight is None:
         raise ValueError("token_weight: expected together with act_sum or act_sumsq, got one without the other")
     counted = (token_weight != 0).any(dim=1, keepdim=True)  # [T, 1]
-    act = torch.where(counted, act.detach().to(token_weight.dtype), 0)
-    if act_sum is not None:
-        act_sum += token_weight.t() @ act
-    if act_sumsq is not None:
-        act_sumsq += token_weight.t() @ act.square()
+    if getattr(_STATISTICS, "only", False):
+        act = act.detach()
+    for sums, squared in ((act_sum, False), (act_sumsq, True)):
+        if sums is not None:
+            own = torch.where(counted, act.to(sums.dtype), 0)
+            sums += token_weight.to(sums.dtype).t() @ (own.square() if squared else own)
 
 
 def _scaled(act: Tensor, scale: Scale | None, row_circuit: Tensor | None) -> Tensor:

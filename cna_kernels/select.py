@@ -174,9 +174,9 @@ class Selection:
         self.skip_layers, self.universal, self.exclude = tuple(skip_layers), universal, tuple(exclude)
         self.fraction = None if top_k is not None else fraction
         self.k_rule = K_RULE if top_k is None else "given"
-        width = torch.tensor(widths)[:, None]
+        width = torch.tensor(widths, dtype=torch.int64)[:, None]
         self.excluded = mask_layers(self.n_layers, self.n_neurons, self.skip_layers)  # [L, N] bool
-        self.excluded |= torch.arange(self.n_neurons) >= width
+        self.excluded |= torch.arange(self.n_neurons, dtype=torch.int64) >= width
         for layer, index in (*self.exclude, *(universal or ())):
             if not (0 <= layer < self.n_layers and 0 <= index < widths[layer]):
                 raise InputError("exclude", f"({layer}, {index}) is no neuron of this model")

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import math
+import operator
+import os
 import threading
-from collections.abc import Sequence
+import weakref
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, NamedTuple, TypeAlias
 
 import numpy as np
@@ -34,17 +37,19 @@ class SteeringTable:
     Rows of a batch choose a circuit by its number (``row_circuit``); -1 is unsteered. Changing a multiplier writes a
     device buffer in place: nothing is rebuilt, recompiled or captured again.
 
-    A table made with ``max_circuits`` is live: circuits come, change and go while its buffers keep their addresses.
-    Methods may be called from any thread. A forward pass sees a change whole or not at all if its program holds
-    ``lock`` while the pass runs (on a GPU: while it is launched, on the same stream). Without the lock the pass may see
-    half of a change.
+    Circuits come, change and go while the table's buffers keep their addresses, as many as ``max_circuits`` and
+    ``max_entries`` leave room for. Methods may be called from any thread. A forward pass sees a change whole or not at
+    all if its program holds ``lock`` while the pass runs (on a GPU: while it is launched, on the same stream). Without
+    the lock the pass may see half of a change. A child of ``fork`` has the table as it was, and a lock of its own.
+
+    A copy, or a pickled table, holds the same circuits in buffers of its own.
 
     Args:
         circuits: the circuits, in the order of their numbers 0..K-1.
         multipliers: one for each: 0 ablates, 1 changes nothing, above 1 amplifies.
         n_layers, n_neurons: the shape of the model to steer.
         device: the device of the layers: one for all, or one for each layer.
-        max_circuits: the number of circuits that the table can hold; by default it holds the given ones and no others.
+        max_circuits: the number of circuits that the table can hold; default: as many as are given.
         max_entries: the number of neurons that all circuits together may have; default: those of the given circuits, or
             with ``max_circuits``, 0.1% of the model's neurons for each circuit, at least 256 for each.
         n_experts: for mixtures of experts, the experts of a layer: one number, or one for each layer. Neuron
@@ -71,18 +76,20 @@ class SteeringTable:
             raise ValueError(f"multipliers: expected {len(circuits)}, one for each circuit, got {len(multipliers)}")
         self.n_layers, self.n_neurons = n_layers, n_neurons
         self.lock = threading.RLock()
-        self._live = max_circuits is not None
         self.max_circuits = len(circuits) if max_circuits is None else max_circuits
         if max_entries is None:
             share = max(math.ceil(0.001 * n_layers * n_neurons), 256)
-            max_entries = self.max_circuits * share if self._live else sum(c.k for c in circuits)
+            max_entries = sum(c.k for c in circuits) if max_circuits is None else self.max_circuits * share
         self.max_entries = max_entries
         self._experts = _one_each(n_experts, n_layers)
         self._widths = [n_neurons] * n_layers if widths is None else list(widths)
         self._edges = [_edges(width, n) for width, n in zip(self._widths, self._experts, strict=True)]
         devices = [torch.device(d) for d in _one_each(device, n_layers)]
-        self._circuits: dict[int, Entries] = {}
+        self._circuits: dict[int, Entries] = {}  # never changed, only replaced: other threads read it without the lock
         self._used = 0  # entries up to the end of the last circuit
+        self._writing = False  # whether the buffers may hold less than ``_circuits`` says
+        self._freed: dict[int, None] = {}  # numbers that had a circuit and have none, the longest free first
+        self._naming: weakref.WeakValueDictionary[int, Tensor] = weakref.WeakValueDictionary()  # rows, by their id
         with torch.inference_mode(False):  # buffers made in inference mode could not be changed outside it
             self._arena = {
                 where: (
@@ -95,7 +102,7 @@ class SteeringTable:
             groups: dict[tuple[torch.device, int], list[int]] = {}
             for layer, key in enumerate(zip(devices, map(len, self._edges), strict=True)):
                 groups.setdefault(key, []).append(layer)
-            self._offsets = [torch.empty(0)] * n_layers
+            self._offsets = [torch.empty(0, dtype=torch.float32)] * n_layers
             self._groups: list[tuple[list[int], Tensor]] = []
             for (where, n_edges), layers in groups.items():
                 shape = (len(layers), self.max_circuits, n_edges)
@@ -106,7 +113,7 @@ class SteeringTable:
         self._devices = devices
         for number, (circuit, multiplier) in enumerate(zip(circuits, multipliers, strict=True)):
             self.replace(number, circuit, multiplier)
-        self._steered = {layer for circuit in circuits for layer in circuit.by_layer()}
+        _TABLES[id(self)] = self
 
     @property
     def n_circuits(self) -> int:
@@ -119,60 +126,75 @@ class SteeringTable:
         return sorted(self._circuits)
 
     def add(self, circuit: Circuit, multiplier: float) -> int:
-        """Add a circuit and return its number, the lowest that is free.
+        """Add a circuit and return its number: the lowest that no circuit has had, else the one that is longest free.
+
+        A number that rows still name is not given to another circuit: rows that :meth:`row_circuit` has returned, those
+        of :meth:`keep_numbers_of`, and those of ``Engine.rows``. Of other rows the table does not know.
 
         Raises:
             InputError: the circuit is of another model, the multiplier is no number, or the table is full.
         """
         with self.lock:
-            number = next((n for n in range(self.max_circuits) if n not in self._circuits), None)
+            number = next(self._free_numbers(), None)
             if number is None:
-                raise InputError("table", f"holds {self.max_circuits} circuits already; see max_circuits")
+                what = f"holds {self.max_circuits} circuits already; see max_circuits"
+                if self.n_circuits < self.max_circuits:
+                    free = ", ".join(map(str, self._freed))
+                    what = f"rows still name what is free ({free}): give them other numbers, or choose one by `replace`"
+                raise InputError("table", what)
             self.replace(number, circuit, multiplier)
             return number
 
+    def _free_numbers(self) -> Iterator[int]:
+        yield from (n for n in range(self.max_circuits) if n not in self._circuits and n not in self._freed)
+        named = {n for rows in list(self._naming.values()) for n in rows.unique().tolist()} if self._freed else set()
+        yield from (n for n in self._freed if n not in named)
+
     def replace(self, number: int, circuit: Circuit, multiplier: float) -> None:
         """Put a circuit in the place of another, or in a free one. Raises as ``add``, and then changes nothing."""
+        number = whole_number("number", number)
         check_fits(circuit, self.n_layers, self.n_neurons)
         multiplier = check_multiplier(multiplier)
         if not 0 <= number < self.max_circuits:
             raise InputError("number", f"expected 0 to {self.max_circuits - 1}, got {number}")
         index, edges = self._lay_out(circuit)
         with self.lock:
-            old = self._circuits.get(number)
-            kept = sum(len(entries.index) for entries in self._circuits.values()) - (
-                0 if old is None else len(old.index)
-            )
+            others = {n: entries for n, entries in self._circuits.items() if n != number}
+            kept = sum(len(entries.index) for entries in others.values())
             if kept + len(index) > self.max_entries:
                 what = f"has room for {self.max_entries} neurons, {kept} are in use and the circuit has {len(index)}"
                 raise InputError("table", f"{what}; see max_entries")
-            if old is not None:
-                self.remove(number)
+            changed: Iterable[int] = [number]
             if self._used + len(index) > self.max_entries:
-                self._close_gaps()
-            self._put(number, Entries(self._used, index, edges, multiplier))
+                others, changed = _without_gaps(others), [*others, number]
+                self._used = kept
+            entries = Entries(self._used, index, edges, multiplier)
             self._used += len(index)
+            self._freed.pop(number, None)
+            self._change_to({**others, number: entries}, changed)
 
     def remove(self, number: int) -> None:
         """Take a circuit out; rows that still name it are unsteered."""
+        number = whole_number("number", number)
         with self.lock:
             if number not in self._circuits:
                 raise InputError("number", f"no circuit {number} in the table")
-            for _, offsets in self._groups:
-                offsets[:, number] = 0
-            del self._circuits[number]
+            self._freed[number] = None
+            self._change_to({n: entries for n, entries in self._circuits.items() if n != number}, [number])
 
     def set_multiplier(self, number: int, multiplier: float) -> None:
         """Change one circuit's multiplier in place."""
-        multiplier = check_multiplier(multiplier)
+        number, multiplier = whole_number("number", number), check_multiplier(multiplier)
         with self.lock:
             if number not in self._circuits:
                 raise InputError("number", f"no circuit {number} in the table")
             entries = self._circuits[number]
             if entries.multiplier != multiplier:
+                self._writing = True
+                self._circuits = {**self._circuits, number: entries._replace(multiplier=multiplier)}
                 for _, value in self._arena.values():
                     value[entries.start : entries.start + len(entries.index)] = multiplier
-                self._circuits[number] = entries._replace(multiplier=multiplier)
+                self._writing = False
 
     def set_multipliers(self, multipliers: Sequence[float]) -> None:
         """Change every circuit's multiplier in place, in the order of their numbers."""
@@ -186,23 +208,18 @@ class SteeringTable:
 
     def held(self) -> dict[int, Entries]:
         """What the table holds, for :meth:`hold`."""
-        with self.lock:
-            return dict(self._circuits)
+        return self._circuits
 
     def hold(self, held: dict[int, Entries]) -> None:
         """Hold what :meth:`held` gave, and no other circuits."""
         with self.lock:
-            for number in self.numbers:
-                self.remove(number)
-            self._used = 0
-            for number, entries in held.items():
-                self._put(number, entries._replace(start=self._used))
-                self._used += len(entries.index)
+            before = self._circuits
+            self._freed = dict.fromkeys(n for n in (*self._freed, *before) if n not in held)
+            self._used = sum(len(entries.index) for entries in held.values())
+            self._change_to(_without_gaps(held), {*before, *held})
 
-    def layer(self, layer: int) -> Scale | None:
-        """Return the layer's Scale; None in a table that is not live, where no circuit has a neuron in the layer."""
-        if not self._live and layer not in self._steered:
-            return None
+    def layer(self, layer: int) -> Scale:
+        """Return the layer's Scale. It is a view: later changes of the table show in it."""
         offsets = self._offsets[layer]
         if self._experts[layer] > 1:
             offsets = offsets.view(self.max_circuits * self._experts[layer], -1)
@@ -210,16 +227,24 @@ class SteeringTable:
 
     def check_rows(self, row_circuit: Sequence[int]) -> None:
         """Raise InputError unless every row names a circuit of the table or -1."""
+        circuits = self._circuits
         for row, number in enumerate(row_circuit):
-            if number != -1 and number not in self._circuits:
-                held = ", ".join(map(str, self.numbers[:8])) + (", ..." if self.n_circuits > 8 else "")
-                raise InputError("row_circuit", f"row {row}: expected -1 or one of {held or 'none'}, got {number}")
+            if (named := whole_number("row_circuit", number)) != -1 and named not in circuits:
+                held = ", ".join(map(str, sorted(circuits)[:8])) + (", ..." if len(circuits) > 8 else "")
+                raise InputError("row_circuit", f"row {row}: expected -1 or one of {held or 'none'}, got {named}")
 
     def row_circuit(self, numbers: Sequence[int]) -> Tensor:
         """Return ``[B]`` int32 on the first layer's device after checking that every row names a circuit or -1."""
-        numbers = list(numbers)
-        self.check_rows(numbers)
-        return torch.tensor(numbers, dtype=torch.int32, device=self._devices[0])
+        with self.lock:
+            numbers = [whole_number("row_circuit", number) for number in numbers]
+            self.check_rows(numbers)
+            rows = torch.tensor(numbers, dtype=torch.int32, device=self._devices[0])
+            self.keep_numbers_of(rows)
+        return rows
+
+    def keep_numbers_of(self, rows: Tensor) -> None:
+        """Let :meth:`add` give no number that rows ``[B]`` or ``[B, S]``, int32, name then, while they live."""
+        self._naming[id(rows)] = rows
 
     def rows(self, circuit_of_row: Sequence[int]) -> Tensor:
         """Return ``[B]`` int32: the old name of :meth:`row_circuit`, deprecated."""
@@ -239,6 +264,19 @@ class SteeringTable:
             start += len(neurons)
         return np.concatenate(index) if index else np.zeros(0, np.int32), edges
 
+    def _change_to(self, circuits: dict[int, Entries], changed: Iterable[int]) -> None:
+        """Hold these circuits from now on; ``changed``: the numbers whose entries or places are not as before."""
+        broken_off, self._writing = self._writing, True
+        self._circuits = circuits
+        changed = list(circuits) if broken_off else changed  # of the change before this one, too
+        for _, offsets in self._groups:
+            for number in [slice(None)] if broken_off else changed:
+                offsets[:, number] = 0
+        for number in changed:
+            if number in circuits:
+                self._put(number, circuits[number])
+        self._writing = False
+
     def _put(self, number: int, entries: Entries) -> None:
         """Write a circuit's entries, then the offsets that point to them."""
         end = entries.start + len(entries.index)
@@ -248,14 +286,51 @@ class SteeringTable:
         for layers, offsets in self._groups:
             edges = np.stack([entries.edges[layer] for layer in layers]) + np.int32(entries.start)
             offsets[:, number] = torch.from_numpy(edges).to(offsets.device)
-        self._circuits[number] = entries
 
-    def _close_gaps(self) -> None:
-        """Move the entries of all circuits together, so that all free entries lie at the end."""
-        self._used = 0
-        for number, entries in sorted(self._circuits.items(), key=lambda item: item[1].start):
-            self._put(number, entries._replace(start=self._used))
-            self._used += len(entries.index)
+    def __reduce__(self) -> tuple[Any, ...]:
+        with self.lock:
+            sizes = self.n_layers, self.n_neurons, [str(device) for device in self._devices], self.max_circuits
+            held = self._circuits, self._used, list(self._freed)
+            return _restored, (type(self), *sizes, self.max_entries, self._experts, self._widths, *held)
+
+    def _after_fork(self) -> None:
+        """In a child of ``fork``: no other thread is left that could release the lock, or end its change."""
+        self.lock = threading.RLock()
+        if self._writing and all(device.type == "cpu" for device in self._devices):
+            self._change_to(self._circuits, [])
+
+
+_TABLES: weakref.WeakValueDictionary[int, SteeringTable] = weakref.WeakValueDictionary()  # all that are alive
+
+
+def _after_fork() -> None:
+    for table in list(_TABLES.values()):
+        table._after_fork()
+
+
+if hasattr(os, "register_at_fork"):  # not on Windows
+    os.register_at_fork(after_in_child=_after_fork)
+
+
+def _restored(
+    kind: type[SteeringTable], n_layers: int, n_neurons: int, devices: list[str], max_circuits: int, max_entries: int,
+    n_experts: list[int], widths: list[int], circuits: dict[int, Entries], used: int, freed: list[int],
+) -> SteeringTable:  # fmt: skip
+    """A table that was copied or pickled."""
+    sizes = dict(max_circuits=max_circuits, max_entries=max_entries)
+    table = kind([], [], n_layers, n_neurons, devices, n_experts=n_experts, widths=widths, **sizes)
+    table._used, table._freed = used, dict.fromkeys(freed)
+    table._change_to(circuits, circuits)
+    return table
+
+
+def _without_gaps(circuits: dict[int, Entries]) -> dict[int, Entries]:
+    """The circuits, moved so that all free entries lie at the end."""
+    moved, start = {}, 0
+    for number, entries in sorted(circuits.items(), key=lambda item: item[1].start):
+        moved[number] = entries._replace(start=start)
+        start += len(entries.index)
+    return moved
 
 
 def _one_each(value: Any, n: int) -> list[Any]:
@@ -290,6 +365,18 @@ def distinct(
             kept.append((circuit, multiplier))
         rows.append(number)
     return [circuit for circuit, _ in kept], [multiplier for _, multiplier in kept], rows
+
+
+def whole_number(name: str, value: Any) -> int:
+    """Return the value as an int. Raises InputError for anything but a whole number, bools among it."""
+    is_bool = isinstance(value, (bool, np.bool_)) or getattr(value, "dtype", None) == torch.bool
+    try:
+        number = None if is_bool else operator.index(value)
+    except TypeError:
+        number = None
+    if number is None:
+        raise InputError(name, f"expected a whole number, got {value!r}")
+    return number
 
 
 def check_multiplier(multiplier: float) -> float:

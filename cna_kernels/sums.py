@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .errors import check_tensor
+from .errors import InputError, check_tensor
 from .renamed import renamed
 
 
@@ -20,11 +20,12 @@ class NonFiniteActivation(ValueError):
 class ActivationSums:
     """Weighted sums over tokens of every neuron's activation, in C columns.
 
-    The ops add to fp32 buffers on the device during a forward pass; :meth:`fold` moves them into fp64 totals. Totals
-    of separate runs merge by addition.
+    The ops add to buffers on the device during a forward pass; :meth:`fold` moves them into fp64 totals. Totals of
+    separate runs merge by addition. No gradient flows through the totals.
 
     Attributes:
-        act_sum: ``[L, C, N]`` fp32 on the device, what the current forward pass has added so far.
+        act_sum: ``[L, C, N]`` on the device, what the current forward pass has added so far: fp32, with squares fp64.
+            A variance is the small difference of two large numbers, and in fp32 nothing is left of it.
         act_sumsq: the same sums over squared activations, or None.
         total, total_sq: ``[L, C, N]`` fp64, on the device if it has fp64, else on the host.
         count: ``[C]`` fp64 on the host, the sum of the weights behind the totals.
@@ -40,8 +41,11 @@ class ActivationSums:
         device: torch.device | str = "cpu",
     ) -> None:
         shape = (n_layers, n_columns, n_neurons)
+        if squares and torch.device(device).type == "mps":
+            raise InputError("squares", "need fp64, which mps has not; sum on the CPU")
+        kind = torch.float64 if squares else torch.float32
         with torch.inference_mode(False):  # buffers made in inference mode could not be changed outside it
-            self.act_sum = torch.zeros(shape, dtype=torch.float32, device=device)
+            self.act_sum = torch.zeros(shape, dtype=kind, device=device)
             self.act_sumsq = torch.zeros_like(self.act_sum) if squares else None
             host = self.act_sum.device.type not in ("cpu", "cuda")
             self.total = torch.zeros(shape, dtype=torch.float64, device="cpu" if host else device)
@@ -65,12 +69,15 @@ class ActivationSums:
             NonFiniteActivation: a sum is not finite. The totals stay as they were and the buffers are emptied.
         """
         check_tensor("token_weight", token_weight, shape=(None, self.count.shape[0]))
-        layers = slice(layer, layer + 1) if isinstance(layer, int) else layer or slice(None)
+        layers = slice(None) if layer is None else layer
+        if not isinstance(layers, slice):
+            first = range(self.total.shape[0])[layers]  # from the end where it is negative
+            layers = slice(first, first + 1)
         try:
             # everything that may run out of memory comes before the first total changes
             count = token_weight.cpu().double().sum(0)
             self._require_finite(layers)
-            added = [buffer[layers].to(self.total.device) for buffer in self._buffers()]
+            added = [buffer[layers].detach().to(self.total.device) for buffer in self._buffers()]
             for total, part in zip(_kept(self.total, self.total_sq), added, strict=True):
                 total[layers] += part
             self.count += count
@@ -86,12 +93,12 @@ class ActivationSums:
             finite = torch.isfinite(buffer[layers])
             if not finite.all():
                 layer, _, index = (~finite).nonzero()[0].tolist()
-                raise NonFiniteActivation((layers.start or 0) + layer, index)
+                raise NonFiniteActivation(range(self.total.shape[0])[layers][layer], index)
 
     def discard(self, layers: slice = slice(None)) -> None:
         """Empty the device buffers without counting them."""
         for buffer in self._buffers():
-            buffer[layers].zero_()
+            buffer.detach_()[layers].zero_()  # an op with gradients has left its graph in the buffer
 
     def merge(self, other: ActivationSums) -> None:
         """Add the totals of ``other``, a run over different prompts with the same columns."""
@@ -110,7 +117,8 @@ class ActivationSums:
     def variance(self, column: int) -> Tensor:
         """Return the variance around the mean, with the n / (n - 1) correction, ``[L, N]`` fp64.
 
-        The squares were summed in fp32, so a variance below 1e-6 of the mean square is rounding, and is raised to it.
+        The sums are fp64, the activations fp32 at most: a deviation below 2**-24 of the root of the mean square is
+        rounding, and is raised to it.
         """
         count = self._counted(column)
         if self.total_sq is None:
@@ -134,4 +142,4 @@ def slot_variance(total: Tensor, total_sq: Tensor, count: float) -> Tensor:
     """The variance ``[L, N]`` from sums, sums of squares and a count above 1; see :meth:`ActivationSums.variance`."""
     mean_square = total_sq / count
     biased = mean_square - (total / count).square()
-    return torch.maximum(biased, 1e-6 * mean_square) * (count / (count - 1))
+    return torch.maximum(biased, 2.0**-48 * mean_square) * (count / (count - 1))

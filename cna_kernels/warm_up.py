@@ -6,7 +6,6 @@ different kernels, the first of them at 1, 2, 17, 33, 65, ... tokens: a serving 
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable, Hashable, Iterator
 
 import torch
@@ -76,10 +75,10 @@ def blank_extras(
     """Extras with ``n_columns`` columns of sums (0: without sums), and with ``scale`` if given; no token uses it."""
     extras = Extras()
     if n_columns:
-        zeros = functools.partial(torch.zeros, dtype=torch.float32, device=device)
-        extras = Extras(zeros((n_tokens, n_columns)), zeros((n_columns, n_neurons)))
-        if squares:
-            extras = extras._replace(act_sumsq=zeros((n_columns, n_neurons)))
+        kind = torch.float64 if squares else torch.float32  # as in ActivationSums
+        token_weight = torch.zeros((n_tokens, n_columns), dtype=torch.float32, device=device)
+        sums = [torch.zeros((n_columns, n_neurons), dtype=kind, device=device) for _ in range(1 + squares)]
+        extras = Extras(token_weight, *sums)
     if scale is None:
         return extras
     rows = torch.full((n_tokens,), -1, dtype=torch.int32, device=device)

@@ -80,10 +80,55 @@ void sum_columns(const cna_extras &e, const T *act, int64_t act_stride, const in
   }
 }
 
+// Half a vector's floats, and as many doubles: a vector's bytes.
+typedef float HalfF32 __attribute__((vector_size(W * 2)));
+typedef double F64 __attribute__((vector_size(W * 4)));
+
+// The same in fp64, where products of two fp32 numbers are exact.
+template <class T, int COLUMNS>
+void sum_columns_fp64(const cna_extras &e, const T *act, int64_t act_stride, const int32_t *counted, int64_t n_counted,
+                      int64_t column, int64_t n0, int64_t n1) {
+  for (int64_t n = n0; n < n1; n += W) {
+    const int64_t some = smaller(W, n1 - n);
+    F64 sums[COLUMNS][2] = {}, squares[COLUMNS][2] = {};
+    for (int64_t i = 0; i < n_counted; i++) {
+      float floats[W];
+      store(floats, load_some(act + counted[i] * act_stride + n, some));
+      const float *token_weight = e.token_weight + counted[i] * e.token_weight_stride + column;
+      for (int half = 0; half < 2; half++) {
+        HalfF32 some_floats;
+        std::memcpy(&some_floats, floats + half * (W / 2), sizeof some_floats);
+        const F64 a = __builtin_convertvector(some_floats, F64);
+        for (int c = 0; c < COLUMNS; c++) {
+          const F64 weighted = a * double(token_weight[c]);
+          sums[c][half] += weighted;
+          squares[c][half] += weighted * a;
+        }
+      }
+    }
+    for (int c = 0; c < COLUMNS; c++)
+      for (int64_t lane = 0; lane < some; lane++) {
+        const int64_t half = lane / (W / 2), place = lane % (W / 2);
+        if (e.act_sum_fp64) e.act_sum_fp64[(column + c) * e.act_sum_stride + n + lane] += sums[c][half][place];
+        if (e.act_sumsq_fp64) e.act_sumsq_fp64[(column + c) * e.act_sumsq_stride + n + lane] += squares[c][half][place];
+      }
+  }
+}
+
 template <class T>
 void sum_tokens(const cna_extras &e, const T *act, int64_t act_stride, const int32_t *counted, int64_t n_counted,
                 int64_t n0, int64_t n1) {
   if (n_counted == 0) return;
+  if (e.act_sum_fp64 || e.act_sumsq_fp64) {
+    int64_t column = 0;
+    for (; column + 4 <= e.n_columns; column += 4)
+      sum_columns_fp64<T, 4>(e, act, act_stride, counted, n_counted, column, n0, n1);
+    for (; column + 2 <= e.n_columns; column += 2)
+      sum_columns_fp64<T, 2>(e, act, act_stride, counted, n_counted, column, n0, n1);
+    for (; column < e.n_columns; column++)
+      sum_columns_fp64<T, 1>(e, act, act_stride, counted, n_counted, column, n0, n1);
+  }
+  if (!e.act_sum && !e.act_sumsq) return;
   int64_t column = 0;
   for (; column + 4 <= e.n_columns; column += 4)
     sum_columns<T, 4>(e, act, act_stride, counted, n_counted, column, n0, n1);

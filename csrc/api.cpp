@@ -69,15 +69,15 @@ int check_circuits(const cna_extras &e, int64_t n_tokens, int64_t N) {
 
 // All arrays of a call, the outputs first.
 struct Call {
-  Array arrays[12];
+  Array arrays[14];
   int n = 0;
   int status = CNA_OK;
 
-  // Add an array with elements of type T. The stride of an array without a second row may be anything: it becomes the
-  // row's length.
+  // Add an array with elements of type T. The stride of an array without a second row, or without columns, may be
+  // anything: it becomes the row's length, so that t * stride never overflows.
   template <class T>
   void add(const T *at, int64_t rows, int64_t columns, int64_t &stride, bool written = false) {
-    if (rows < 2) stride = columns;
+    if (rows < 2 || columns == 0) stride = columns;
     const Array array = {at, rows, columns, stride, sizeof(T), written};
     fail(check_array(array));
     arrays[n++] = array;
@@ -96,11 +96,14 @@ struct Call {
     if (extras->version != CNA_ABI_VERSION) return fail(CNA_ERR_VERSION);
     cna_extras e = *extras;
     if (e.n_columns < 0 || e.n_circuits < 0 || e.n_entries < 0) return fail(CNA_ERR_SIZE);
-    if (e.token_weight || e.act_sum || e.act_sumsq) {
-      if (n_tokens && N && e.n_columns && (!e.token_weight || (!e.act_sum && !e.act_sumsq))) return fail(CNA_ERR_NULL);
+    const bool sums = e.act_sum || e.act_sumsq || e.act_sum_fp64 || e.act_sumsq_fp64;
+    if (e.token_weight || sums) {
+      if (n_tokens && N && e.n_columns && (!e.token_weight || !sums)) return fail(CNA_ERR_NULL);
       add(e.token_weight, n_tokens, e.n_columns, e.token_weight_stride);
       if (e.act_sum) add(e.act_sum, e.n_columns, N, e.act_sum_stride, true);
       if (e.act_sumsq) add(e.act_sumsq, e.n_columns, N, e.act_sumsq_stride, true);
+      if (e.act_sum_fp64) add(e.act_sum_fp64, e.n_columns, N, e.act_sum_stride, true);
+      if (e.act_sumsq_fp64) add(e.act_sumsq_fp64, e.n_columns, N, e.act_sumsq_stride, true);
     }
     if (e.row_circuit) {
       add_row(e.row_circuit, n_tokens);
@@ -112,7 +115,7 @@ struct Call {
     }
     if (status != CNA_OK) return;
     if (e.row_circuit && e.n_circuits) fail(check_circuits(e, n_tokens, N));
-    if (!N || !e.n_columns || (!e.act_sum && !e.act_sumsq)) e.token_weight = nullptr;
+    if (!N || !e.n_columns || !sums) e.token_weight = nullptr;
     if (!N || !e.n_circuits) e.row_circuit = nullptr;
     *used = e;
   }

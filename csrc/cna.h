@@ -2,12 +2,13 @@
  *
  *   act             = silu(gate) * up                       in fp32, rounded once to the arrays' dtype
  *   act_sum[c, n]   += sum_t token_weight[t, c] * act[t, n]       in fp32, from the rounded act, before scaling
- *   act_sumsq[c, n] += sum_t token_weight[t, c] * act[t, n]^2     likewise
+ *   act_sumsq[c, n] += sum_t token_weight[t, c] * act[t, n]^2     likewise; or both in fp64
  *   y               = (act * scale[row_circuit[t]]) @ w_down^T
  *
  * T tokens, H hidden size, N neurons, C columns of sums, K circuits. Arrays are row-major. A stride counts elements
- * from one row to the next and is at least the row's length; within a row elements are adjacent. bf16 and fp16 arrays
- * hold bit patterns. Sizes may be 0: an empty output is a success, and pointers to empty arrays may be NULL.
+ * from one row to the next and is at least the row's length (of an array without elements it may be anything); within a
+ * row elements are adjacent. bf16 and fp16 arrays hold bit patterns. Sizes may be 0: an empty output is a success, and
+ * pointers to empty arrays may be NULL.
  *
  * A status other than CNA_OK says what is wrong, and nothing has been written then. Results do not depend on n_threads.
  * Calls may come from any thread. After fork() a child computes on one thread: OpenMP's threads are not in the child.
@@ -27,7 +28,7 @@ extern "C" {
 #define CNA_API
 #endif
 
-#define CNA_ABI_VERSION 1
+#define CNA_ABI_VERSION 2
 
 typedef enum cna_status {
   CNA_OK = 0,
@@ -46,7 +47,9 @@ typedef enum cna_status {
 /* The optional arguments: sums, steering, or both. Set version, and every field that is not used to 0. */
 typedef struct cna_extras {
   int64_t version; /* CNA_ABI_VERSION */
-  /* Sums: token_weight with act_sum, act_sumsq or both. A token whose weights are all 0 is never read by the sums. */
+  /* Sums: token_weight with act_sum, act_sumsq or both, in fp32 or in fp64 (or in both: the last two fields). A token
+     whose weights are all 0 is never read by the sums. A variance, sumsq / n - (sum / n)^2, needs fp64: in fp32 nothing
+     is left of a spread below 1/1000 of the mean. */
   const float *token_weight; /* [T, C] how much each token counts in each column */
   float *act_sum;            /* [C, N] added to, or NULL */
   float *act_sumsq;          /* [C, N] added to, or NULL */
@@ -64,6 +67,8 @@ typedef struct cna_extras {
   int64_t n_circuits;         /* K */
   int64_t n_entries;          /* E */
   int64_t offsets_stride;
+  double *act_sum_fp64;   /* [C, N] added to, or NULL; rows are act_sum_stride apart, as those of act_sum */
+  double *act_sumsq_fp64; /* [C, N] added to, or NULL; rows are act_sumsq_stride apart */
 } cna_extras;
 
 CNA_API int cna_abi_version(void);

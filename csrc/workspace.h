@@ -1,4 +1,5 @@
-// Scratch memory of a call: kept by the calling thread for its next call, freed when the thread ends.
+// Scratch memory of a call: kept by the calling thread for its next calls, freed when the thread ends. A large buffer
+// is given back when all of many calls have needed less than a quarter of it.
 #pragma once
 
 #include <cstddef>

@@ -79,7 +79,8 @@ def generate(
         _check_cache_fits(transformer.config, batch, cache_length, embedding)
         cache = KVCache(transformer.config, batch, cache_length, embedding.dtype, device)
         hidden = transformer.hidden(input_ids, lengths=lengths, cache=cache, steer=steer)
-        hidden = hidden[torch.arange(batch, device=device), lengths - 1]  # [B, H], each row's last prompt token
+        rows = torch.arange(batch, dtype=torch.int64, device=device)
+        hidden = hidden[rows, lengths - 1]  # [B, H], each row's last prompt token
         while True:
             logits = transformer.logits(hidden)
             _require_finite(logits, members, running, prompts)
@@ -99,7 +100,8 @@ def generate(
             if not running:
                 return answers
             if 2 * len(running) <= len(members):  # ended rows stay in the batch until half of its rows have ended
-                kept = torch.tensor([row for row, member in enumerate(members) if member in running], device=device)
+                alive = [row for row, member in enumerate(members) if member in running]
+                kept = torch.tensor(alive, dtype=torch.int64, device=device)
                 members = [member for member in members if member in running]
                 cache.keep(kept)
                 chosen, lengths = chosen[kept], lengths[kept]
@@ -113,10 +115,10 @@ def generate(
 
 def pad(ids: Sequence[list[int]], device: torch.device | str) -> tuple[Tensor, Tensor]:
     """Return input_ids ``[B, S]`` padded on the right with 0, and lengths ``[B]``."""
-    lengths = torch.tensor([len(row) for row in ids])
+    lengths = torch.tensor([len(row) for row in ids], dtype=torch.int64)
     input_ids = torch.zeros(len(ids), int(lengths.max()), dtype=torch.int64)
     for number, row in enumerate(ids):
-        input_ids[number, : len(row)] = torch.tensor(row)
+        input_ids[number, : len(row)] = torch.tensor(row, dtype=torch.int64)
     return input_ids.to(device), lengths.to(device)
 
 
@@ -155,6 +157,7 @@ def choose(logits: Tensor, sampling: Sampling, generators: Sequence[torch.Genera
     cumulative = scaled.softmax(-1).cumsum(-1)  # [B, kept]
     before = cumulative - scaled.softmax(-1)
     mass = cumulative.masked_fill(before >= sampling.top_p, 0).amax(-1, keepdim=True)
-    uniform = torch.stack([torch.rand(1, generator=generator) for generator in generators]).to(logits.device)
+    drawn = [torch.rand(1, dtype=torch.float32, generator=generator) for generator in generators]
+    uniform = torch.stack(drawn).to(logits.device)
     place = torch.searchsorted(cumulative, uniform * mass, right=True).clamp(max=cumulative.shape[1] - 1)
     return order.gather(1, place)[:, 0]

@@ -50,7 +50,7 @@ def usable_device(device: torch.device | str) -> torch.device:
         raise InputError("device", f"expected one of {', '.join(DEVICES)}, got {str(device)!r}")
     try:
         device = torch.device(device)
-        torch.zeros(1, device=device)
+        torch.zeros(1, dtype=torch.float32, device=device)
     except (RuntimeError, AssertionError) as error:
         raise InputError("device", f"{device} cannot be used: {error}") from None
     if device.type == "cuda" and device.index is None:

@@ -80,7 +80,7 @@ class KVCache:
         shape = (config.num_hidden_layers, batch, config.num_key_value_heads, length, config.head_dim)
         self.keys = torch.zeros(shape, dtype=dtype, device=device)
         self.values = torch.zeros(shape, dtype=dtype, device=device)
-        self.rows = torch.arange(batch, device=device)[:, None]  # [B, 1]
+        self.rows = torch.arange(batch, dtype=torch.int64, device=device)[:, None]  # [B, 1]
         self.used = 0  # tokens of the longest row so far
 
     def update(self, layer: int, positions: Tensor, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
@@ -98,7 +98,7 @@ class KVCache:
 class RMSNorm(nn.Module):
     def __init__(self, size: int, eps: float):
         super().__init__()
-        self.weight = nn.Parameter(torch.ones(size))
+        self.weight = nn.Parameter(torch.ones(size, dtype=torch.float32))
         self.eps = eps
 
     def forward(self, x: Tensor) -> Tensor:
@@ -278,7 +278,7 @@ class Transformer(nn.Module):
         batch, n_tokens = input_ids.shape
         starts_here = positions is None
         if positions is None:
-            positions = torch.arange(n_tokens, device=input_ids.device).expand(batch, n_tokens)
+            positions = torch.arange(n_tokens, dtype=torch.int64, device=input_ids.device).expand(batch, n_tokens)
         if lengths is None:
             lengths = positions[:, -1] + 1
         if cache is not None:
@@ -300,8 +300,7 @@ class Transformer(nn.Module):
             if tap is not None:
                 extras |= tap.sums.layer(number)
             if table is not None:
-                scale = table.layer(number)
-                extras |= {"scale": scale, "row_circuit": None if scale is None else row_circuit}
+                extras |= {"scale": table.layer(number), "row_circuit": row_circuit}
             mask = masks[self.config.sliding_windows[number]]
             x = layer(x, cos, sin, partial(_attend, mask, cache, positions), edit=edit, **extras)
         return self.norm(x)
@@ -324,7 +323,7 @@ def _mask(positions: Tensor, n_keys: int, window: int | None, starts_here: bool)
     """Return ``[B, 1, S, n_keys]`` bool, True where a query may look; None stands for plain causal attention."""
     if starts_here and (window is None or window >= n_keys):
         return None
-    key = torch.arange(n_keys, device=positions.device)
+    key = torch.arange(n_keys, dtype=torch.int64, device=positions.device)
     query = positions[:, None, :, None]
     allowed = key <= query
     if window is not None:

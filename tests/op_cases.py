@@ -167,6 +167,18 @@ def exact_case(shape, dtype=torch.bfloat16):
     return case
 
 
+def wide_case(width, n_tokens, dtype, n_hidden=16):
+    """A case whose four circuits have neurons in every block of 1,024, the first and the last of each among them."""
+    case = make_case(n_tokens, width, dtype, n_hidden=n_hidden)
+    edges = sorted({place for start in range(0, width, 1024) for place in (start, min(start + 1024, width) - 1)})
+    inside = torch.randperm(width, generator=torch.Generator().manual_seed(1))[:60].tolist()
+    places = sorted({*edges, *inside})
+    circuits = [{n: (0.0, 2.0, -1.5, 0.25)[(n + number) % 4] for n in places[number::2]} for number in range(4)]
+    case.scale = make_scale(circuits, width)
+    case.row_circuit = torch.arange(n_tokens, dtype=torch.int32) % 5 - 1
+    return case
+
+
 SENTINEL = 77.0
 
 

@@ -31,6 +31,7 @@ from cna_kernels.triton.down_proj import cost as down_proj_cost
 from cna_kernels.triton.down_proj import down_proj
 from cna_kernels.triton.gate_up import cost as gate_up_cost
 from cna_kernels.triton.gate_up import gate_up
+from cna_kernels.triton.sums_fp64 import sum_fp64
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from shapes import MODELS
@@ -105,6 +106,13 @@ def launchers(model):
             lambda T, d, x: split(blank(T, N, dtype=d), blank(H, N, dtype=d), **x),
             (1, 32, 64, 200),
             FEW,
+        ),
+        "sum_fp64": (
+            lambda T, d, x: sum_fp64(
+                blank(T, N, dtype=d), x["token_weight"], *(blank(*x["act_sum"].shape, dtype=torch.float64),) * 2
+            ),
+            (4096,),
+            ("all", "100 columns"),
         ),
         "patch": (
             lambda T, d, x: steer.patch(blank(T, N, dtype=d), x["scale"], x["row_circuit"]),

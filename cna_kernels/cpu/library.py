@@ -13,7 +13,7 @@ from pathlib import Path
 
 from .. import plans
 
-ABI_VERSION = 1
+ABI_VERSION = 2
 PATH = Path(__file__).with_name("libcna.dylib" if sys.platform == "darwin" else "libcna.so")
 BUILD = "with a C++ compiler installed, run 'pip install .' (or 'pip install -e .') in the project's directory again"
 if sys.platform == "win32":
@@ -31,6 +31,7 @@ class Extras(Structure):
         *((name, c_int64) for name in ("n_columns", "token_weight_stride", "act_sum_stride", "act_sumsq_stride")),
         *((name, c_void_p) for name in ("row_circuit", "offsets", "index", "value")),
         *((name, c_int64) for name in ("n_circuits", "n_entries", "offsets_stride")),
+        *((name, c_void_p) for name in ("act_sum_fp64", "act_sumsq_fp64")),
     )
 
 

@@ -175,17 +175,20 @@ def _packer(like: Extras) -> Callable[..., bytes | None]:
     )
     steer, sizes = sizes is not None, sizes or (0, 0, 0)
     pack, version = _FIELDS.pack, library.ABI_VERSION
+    wide = torch.float64 in (x.dtype for x in (act_sum, act_sumsq) if x is not None)
 
     def run(
         token_weight: Any, act_sum: Any, act_sumsq: Any, offsets: Any, index: Any, value: Any, row_circuit: Any
     ) -> bytes:
-        sums = 0, 0, 0
+        weights, sums, sums_fp64 = 0, (0, 0), (0, 0)
         if token_weight is not None:
-            sums = token_weight.data_ptr(), _address(act_sum), _address(act_sumsq)
+            weights, sums = token_weight.data_ptr(), (_address(act_sum), _address(act_sumsq))
+            if wide:
+                sums, sums_fp64 = sums_fp64, sums
         steering = 0, 0, 0, 0
         if steer:
             steering = row_circuit.data_ptr(), offsets.data_ptr(), index.data_ptr(), value.data_ptr()
-        return pack(version, *sums, *columns, *steering, *sizes)
+        return pack(version, weights, *sums, *columns, *steering, *sizes, *sums_fp64)
 
     return run
 

@@ -66,6 +66,7 @@ def attach(
         raise InputError("model", "the forward of the decoder was replaced by something else; take that off first")
     engine = Engine(decoder, mlps, found, backend, max_circuits, max_entries, max_rows)
     engine._put_on(decoder)
+    engine._prompt.put_on(model, decoder, lambda around: getattr(around, ENGINE, None))
     if left := engine.not_fused():
         warnings.warn("cna_kernels: exact, but not fused: " + "; ".join(left), stacklevel=2)
     return engine

@@ -11,6 +11,7 @@ from torch import nn
 from .patch import call_plain
 
 ENGINE = "_cna_engine"  # the attribute of an attached decoder
+ARGUMENTS = ("input_ids", "attention_mask", "position_ids", "past_key_values", "inputs_embeds", "use_cache")
 
 
 def layers_of(decoder: nn.Module) -> list[nn.Module]:
@@ -24,27 +25,15 @@ def decoder_forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
     if engine is None:
         return call_plain(self, *args, **kwargs)
 
-    def argument(name: str) -> Any:
-        if name in kwargs:
-            return kwargs[name]
-        place = engine._passes.places.get(name)
-        return args[place] if place is not None and len(args) > place else None
-
-    embeds = argument("inputs_embeds")
-    source = argument("input_ids") if embeds is None else embeds
+    call = dict(zip(engine._passes.places, args, strict=False)) | kwargs
+    embeds = call.get("inputs_embeds")
+    source = call.get("input_ids") if embeds is None else embeds
     if source is None:
         return call_plain(self, *args, **kwargs)  # raises what it raises without an engine
+    if call.get("use_cache") is None:
+        call["use_cache"] = getattr(self.config, "use_cache", False)
     with nullcontext() if torch.compiler.is_compiling() else engine.table.lock:
-        begun, y = (
-            engine._passes.begin(
-                source.shape[:2],
-                source.device,
-                argument("attention_mask"),
-                argument("position_ids"),
-                argument("past_key_values"),
-            ),
-            None,
-        )
+        begun, y = engine._passes.begin(source.shape[:2], source.device, call), None
         try:
             y = call_plain(self, *args, **kwargs)
             return y

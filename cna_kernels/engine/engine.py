@@ -27,6 +27,7 @@ from .identity import identity_of
 from .mlps import SteeredMLP
 from .passes import ForwardPass
 from .patch import is_replaced, mlp_forward, replace_forward, restore_forward
+from .prompt import Prompt
 from .rows import Rows
 from .running import Running, ranges
 
@@ -64,7 +65,7 @@ class Engine:
             [], [], self.n_layers, self.n_neurons, devices, max_circuits=max_circuits, max_entries=max_entries,
             n_experts=self.n_experts, widths=self.widths,
         )  # fmt: skip
-        self._rows = Rows(max_rows, devices[0])
+        self._rows, self._prompt = Rows(max_rows, devices[0]), Prompt(devices[0])
         self._now = ForwardPass(self._rows)
         self._mlps = [kind(mlps[layer], layer, backend, self._now) for layer, kind in enumerate(kinds)]
         for mlp in self._mlps:
@@ -72,9 +73,10 @@ class Engine:
         self._now.scales = [mlp.scale for mlp in self._mlps if mlp.scale is not None]
         self._decoder: nn.Module | None = decoder  # None once the engine is off
         self._devices = devices
-        self._passes: Running | None = Running(decoder, [name for name, _ in found], self._mlps, self._now, self.table)
+        self._passes: Running | None = Running(
+            decoder, [name for name, _ in found], self._mlps, self._now, self.table, self._prompt
+        )
         self._was: dict[str, Any] = {}  # the model's provenance, once the engine is off
-        self._buffers: dict[tuple[int, bool], list[dict[str, Tensor]]] = {}  # (columns, squares) -> each layer's
 
     # Steering.
 
@@ -118,9 +120,9 @@ class Engine:
             row_circuit: a circuit's number, -1 for none: one number for every row of any batch, ``[B]``, or
                 ``[B, S]`` for each token of calls of that shape. None is -1 for all. Rows of beam search and of
                 several answers to a prompt are rows like any other.
-            phase: "prompt" steers the tokens of calls with several tokens, and the first token of a sequence; "answer"
-                all other tokens; "both" all tokens. Programs that cut prompts or answers otherwise, or decode without a
-                cache, use ``start`` and ``stop``.
+            phase: "prompt", "answer" or "both". ``generate`` of the attached model says where a prompt ends, also in
+                chunks, without a cache and with drafted tokens. Elsewhere a call on an empty cache is a prompt, and one
+                token on a cache that holds tokens is an answer; any other call refuses a phase but "both".
             start, stop: positions in the sequence, one number or one for each row: steer tokens at ``start`` and later,
                 before ``stop``. They are the model's ``position_ids``: ``generate`` counts from the first token that is
                 not padding, a call without ``position_ids`` from the first column.
@@ -183,9 +185,9 @@ class Engine:
         """Sum the activations of the first forward pass inside the ``with``, before any steering.
 
         Args:
-            token_weight: ``[B, C]``: how much each row's last token counts in each of C columns: the last token that a
-                mask ``[B, S]`` shows, or the row's last where there is no mask. The first pass must then be the whole
-                prompt, which it is not where ``generate`` cuts prompts or looks ahead. ``[B, S, C]``: of each token.
+            token_weight: ``[B, C]``: how much each row's last token counts in each of C columns: the last that the mask
+                shows (not 0 in ``[B, S]``, in any dtype), or the row's last where there is no mask. Within ``generate``
+                it is the prompt's, however prompts are cut. ``[B, S, C]``: of each token.
             sums: sums of the same columns, to which the pass is added; default new sums.
             squares: new sums also have the squares, which the score "cohen-d" needs. Given sums have squares or not,
                 whatever this says.
@@ -199,21 +201,18 @@ class Engine:
         passes = self._check_attached()
         if passes.collecting is not None:
             raise InputError("collect", "is at work already; its `with` has not ended")
-        token_weight = torch.as_tensor(token_weight)
+        token_weight = torch.as_tensor(token_weight, dtype=torch.float32)
         if token_weight.dim() not in (2, 3):
             raise InputError("token_weight", f"expected [B, C] or [B, S, C], got {list(token_weight.shape)}")
         n_columns = token_weight.shape[-1]
         if sums is None:
             sums = self.new_sums(n_columns, squares=squares)
-        squares = sums.act_sumsq is not None
         check_tensor("sums.total", sums.total, shape=(self.n_layers, n_columns, self.n_neurons))
-        key = n_columns, squares
         with torch.inference_mode(False):
-            if key not in self._buffers:
-                self._buffers[key] = [self._layer_buffers(layer, *key) for layer in range(self.n_layers)]
             token_weight = token_weight.to(self._devices[0], torch.float32).contiguous()
-            passes.collecting = collecting = Collecting(token_weight, self._buffers[key])
-        for mlp, buffers in zip(self._mlps, self._buffers[key], strict=True):
+            buffers_of = [self._layer_buffers(layer, sums) for layer in range(self.n_layers)]
+            passes.collecting = collecting = Collecting(token_weight, buffers_of)
+        for mlp, buffers in zip(self._mlps, buffers_of, strict=True):
             mlp.sums = buffers
         try:
             yield sums
@@ -357,6 +356,7 @@ class Engine:
         for mlp in self._mlps:
             mlp.take_off()
         restore_forward(decoder)
+        self._prompt.take_off()
         delattr(decoder, ENGINE)
         self._mlps, self._passes, self._decoder = [], None, None  # nothing of the model is kept alive
 
@@ -378,12 +378,13 @@ class Engine:
     def __reduce__(self) -> tuple[type[None], tuple[()]]:
         return type(None), ()
 
-    def _layer_buffers(self, layer: int, n_columns: int, squares: bool) -> dict[str, Tensor]:
-        names = ("act_sum", "act_sumsq") if squares else ("act_sum",)
-        shape = n_columns, self.widths[layer]
-        return {name: torch.zeros(shape, dtype=torch.float32, device=self._devices[layer]) for name in names}
+    def _layer_buffers(self, layer: int, sums: ActivationSums) -> dict[str, Tensor]:
+        kept = {name: x for name, x in sums.layer(layer).items() if x is not None}
+        shape, device = (sums.count.shape[0], self.widths[layer]), self._devices[layer]
+        return {name: torch.zeros(shape, dtype=x.dtype, device=device) for name, x in kept.items()}
 
     def _fold(self, sums: ActivationSums, collecting: Collecting) -> None:
+        collecting.check_found()
         sums.discard()
         for layer, buffers in enumerate(collecting.buffers):
             for name, buffer in buffers.items():

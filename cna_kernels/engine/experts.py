@@ -119,7 +119,7 @@ class Experts(SteeredMLP):
             experts, order = torch.sort(experts)
             self.pairs = order // n_each, experts
         elif how == self.BATCHED:
-            self.pairs = torch.arange(len(experts), device=experts.device) // n_each, experts
+            self.pairs = torch.arange(len(experts), dtype=torch.int64, device=experts.device) // n_each, experts
         else:
             raise InputError("experts_implementation", f"expected grouped_mm, batched_mm or eager, got {how!r}")
         self.gated = False
@@ -164,7 +164,7 @@ class Experts(SteeredMLP):
         circuit = extras["row_circuit"][token]
         extras["row_circuit"] = torch.where(circuit >= 0, circuit * n_experts + expert, -1).int()
         if "token_weight" in extras:
-            mine = expert[:, None] == torch.arange(n_experts, device=expert.device)  # [P, E]
+            mine = expert[:, None] == torch.arange(n_experts, dtype=torch.int64, device=expert.device)  # [P, E]
             of_pairs = extras["token_weight"][token]  # [P, C]
             extras["token_weight"] = (of_pairs[:, :, None] * mine[:, None]).flatten(1)  # [P, C * E]
             for name in self.sums:

@@ -11,9 +11,11 @@ from torch import Tensor
 
 from ..errors import InputError
 from ..steering import SteeringTable
+from .prompt import Prompt, seen_by
 
 PHASES = ("both", "prompt", "answer")
 FARTHEST = 2**31 - 1  # beyond every position
+WHOLE = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
 
 
 class Rows:
@@ -47,20 +49,22 @@ class Rows:
         """See ``Engine.rows``; without a table nobody asks whether it holds the circuits."""
         if phase not in PHASES:
             raise InputError("phase", f"expected one of {', '.join(PHASES)}, got {phase!r}")
-        numbers = torch.as_tensor(-1 if row_circuit is None else row_circuit)
-        if numbers.dim() > 2 or numbers.is_floating_point():
+        numbers = whole_numbers("row_circuit", -1 if row_circuit is None else row_circuit)
+        if numbers.dim() > 2:
             raise InputError("row_circuit", f"expected whole numbers [B] or [B, S], got {list(numbers.shape)}")
         if numbers.dim() and numbers.shape[0] > self.max_rows:
             raise InputError("row_circuit", f"{numbers.shape[0]} rows, attached with max_rows={self.max_rows}")
         n_rows = numbers.shape[0] if numbers.dim() else self.max_rows
         bounds = []
         for name, value in (("start", start), ("stop", FARTHEST if stop is None else stop)):
-            bound = torch.as_tensor(value)
-            if bound.is_floating_point() or bound.dim() > 1 or (bound.dim() and numbers.dim() == 0):
+            bound = whole_numbers(name, value)
+            if bound.dim() > 1 or (bound.dim() and numbers.dim() == 0):
                 raise InputError(name, "expected one position, or one for each of the rows given")
+            if (bound < 0).any():
+                raise InputError(name, f"expected positions from 0 on, got {int(bound.min())}")
             if bound.dim() and len(bound) != n_rows:
                 raise InputError(name, f"expected one position, or one for each of {n_rows} rows, got {len(bound)}")
-            bounds.append(bound.clamp(0, FARTHEST))
+            bounds.append(bound.clamp(max=FARTHEST))
         with nullcontext() if table is None else table.lock, torch.inference_mode(False):
             if table is not None:
                 table.check_rows(numbers.unique().tolist())
@@ -73,14 +77,19 @@ class Rows:
             else:
                 self.circuit[:n_rows] = numbers.to(self.circuit)
                 self.given = self.circuit[:n_rows] if numbers.dim() else None
+            if table is not None:
+                table.keep_numbers_of(self.given if numbers.dim() == 2 and self.given is not None else self.circuit)
             for buffer, bound in zip((self.start, self.stop), bounds, strict=True):
                 buffer[:n_rows] = bound.to(buffer)
             self.phase, self.steers = phase, bool((numbers != -1).any())
             self.given_as = numbers.clone(), phase, _kept(start), _kept(stop)
             self.windowed = stop is not None or bool((bounds[0] != 0).any())
 
-    def of_tokens(self, shape: tuple[int, int], device: torch.device, position_ids: Tensor | None, past: Any) -> Tensor:
-        """The circuit of each token of a call of ``shape`` [B, S]: ``[B * S]`` int32, -1 for none."""
+    def of_tokens(self, shape: tuple[int, int], device: torch.device, call: dict[str, Any], prompt: Prompt) -> Tensor:
+        """The circuit of each token of a call of ``shape`` [B, S]: ``[B * S]`` int32, -1 for none.
+
+        ``call``: the arguments of the decoder by name.
+        """
         n_rows, n_tokens = shape
         given = self.given
         if given is not None and given.dim() == 2:
@@ -96,22 +105,38 @@ class Rows:
             if n_tokens == 1 and self.phase == "both" and not self.windowed:
                 return rows
             rows = rows[:, None].expand(n_rows, n_tokens)
-        if self.phase != "both" or self.windowed:
-            if position_ids is None:
-                seen = past.get_seq_length() if past is not None else 0
-                position_ids = (torch.arange(n_tokens, device=device) + seen)[None]
-            elif position_ids.dim() == 3:  # a position on each axis of a picture; text has equal ones
-                position_ids = position_ids[0]
-            position = position_ids.to(rows.device)
+        if self.windowed:
+            position = _positions(call, n_tokens, device).to(rows.device)
             steered = (position >= self.start[:n_rows, None]) & (position < self.stop[:n_rows, None])
-            if self.phase == "answer":
-                steered = steered & (position > 0) if n_tokens == 1 else torch.zeros_like(steered)
-            elif self.phase == "prompt" and n_tokens == 1:
-                steered = steered & (position == 0)
             rows = torch.where(steered, rows, -1)
+        if self.phase != "both":
+            steered = prompt.tokens(n_tokens, rows.device, call)
+            rows = torch.where(steered if self.phase == "prompt" else ~steered, rows, -1)
         return rows.reshape(-1).contiguous()
+
+
+def _positions(call: dict[str, Any], n_tokens: int, device: torch.device) -> Tensor:
+    """The position of each token, ``[B, S]`` or ``[1, S]``."""
+    position_ids: Tensor | None = call.get("position_ids")
+    if position_ids is None:
+        own = torch.arange(n_tokens, dtype=torch.int64, device=device)
+        return own[None] + seen_by(call.get("past_key_values"))
+    return position_ids[0] if position_ids.dim() == 3 else position_ids  # 3: a picture's axes; text has equal positions
+
+
+def whole_numbers(name: str, value: Any) -> Tensor:
+    """The value as a tensor of whole numbers. Raises InputError for anything else, bools among it."""
+    try:
+        numbers = torch.as_tensor(value)
+    except (TypeError, ValueError, RuntimeError):
+        raise InputError(name, f"expected whole numbers, got {value!r}") from None
+    if numbers.dtype not in WHOLE:
+        kind = str(numbers.dtype).removeprefix("torch.")
+        mask = "; a mask of rows says no circuit: give each row's number, -1 for none" if kind == "bool" else ""
+        raise InputError(name, f"expected whole numbers, got {kind}{mask}")
+    return numbers
 
 
 def _kept(bound: Any) -> Any:
     """A bound that nobody changes."""
-    return torch.as_tensor(bound).clone() if isinstance(bound, (list, tuple, Tensor)) else bound
+    return whole_numbers("start", bound).clone() if isinstance(bound, (list, tuple, Tensor)) else bound

@@ -17,6 +17,7 @@ from .forwards import others_watch
 from .mlps import SteeredMLP
 from .passes import ForwardPass, State
 from .patch import parameters_of, plain_function
+from .prompt import Prompt
 
 
 class Running:
@@ -34,18 +35,20 @@ class Running:
         mlps: Sequence[SteeredMLP],
         now: ForwardPass,
         table: SteeringTable,
+        prompt: Prompt,
     ) -> None:
-        self.now, self.rows, self.table = now, now.rows, table
+        self.now, self.rows, self.table, self.prompt = now, now.rows, table, prompt
         self.collecting: Collecting | None = None
         self._said: list[int] = []  # the layers of which was said that they did not run
         self.places = {name: place for place, name in enumerate(parameters_of(plain_function(decoder)))}
         self._decoder, self._mlps, self._layers = decoder, mlps, layers_of(decoder)
         self._links = [link for layer, name in zip(self._layers, names, strict=True) for link in _links(layer, name)]
 
-    def begin(
-        self, shape: tuple[int, int], device: torch.device, attention_mask: object, position_ids: Any, past: Any
-    ) -> tuple[State, int]:
-        """Set what the MLPs need for a call of ``shape`` [B, S] tokens; what comes back is for ``end``."""
+    def begin(self, shape: tuple[int, int], device: torch.device, call: dict[str, Any]) -> tuple[State, int]:
+        """Set what the MLPs need for a call of ``shape`` [B, S] tokens; what comes back is for ``end``.
+
+        ``call``: the decoder's arguments by name.
+        """
         self._check_in_place()
         now, compiling = self.now, torch.compiler.is_compiling()
         again = None if compiling else now.again() or now.again_as_a_whole()
@@ -53,10 +56,13 @@ class Running:
             return now.begin(again)
         if not compiling and not self.rows.were_given and self.table.n_circuits:
             self._say_that_nothing_is_steered()
-        tokens = self.rows.of_tokens(shape, device, position_ids, past)
+        past, prompt = call.get("past_key_values"), self.prompt
+        prompt.begin_call(shape[1], past, call.get("inputs_embeds") is not None)
+        tokens = self.rows.of_tokens(shape, device, call, prompt)
         collecting, token_weight = self.collecting, None
         if collecting is not None and not collecting.done and now.state.tokens is None:
-            token_weight = collecting.of_call(shape, device, attention_mask)
+            if not (collecting.by_prompt and prompt.goes_on(shape[1], past)):
+                token_weight = collecting.of_call(shape, device, call.get("attention_mask"), past, prompt)
             for mlp in self._mlps:
                 mlp.runs = 0
         if self.rows.steers:
@@ -67,7 +73,7 @@ class Running:
     def end(self, begun: tuple[State, int], result: Any) -> None:
         """Leave the pass. ``result`` is what the decoder returned, None if it raised."""
         if self.now.state.token_weight is not None and self.collecting is not None:
-            self.collecting.done = result is not None
+            self.collecting.end_call(result is not None)
         self.now.end(begun, result)
         if result is not None and self.rows.steers:
             self._check_steered()

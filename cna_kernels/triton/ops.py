@@ -11,6 +11,8 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+import torch
+
 from .. import backends
 from ..extras import Extras
 from ..scale import Scale
@@ -22,6 +24,7 @@ from .gate_up_decode import gate_up_decode
 from .plan import Call, choose
 from .repeat import Repeat
 from .steer import patch, put_back
+from .sums_fp64 import sum_fp64
 from .swiglu import steer_act, swiglu
 
 
@@ -29,6 +32,8 @@ def prepare(op: str, inputs: tuple, extras: Extras | tuple) -> Callable:
     """Return the function that serves calls with arguments like these; see :func:`cna_kernels.backends.prepare`."""
     if op == "linear" or any(x is not None and x.numel() == 0 for x in inputs):
         return backends.plain(op)
+    if any(x is not None and x.dtype == torch.float64 for x in extras[1:3]):
+        return _with_fp64_sums(op, inputs, extras)
     return _PREPARE[op](inputs, extras)
 
 
@@ -54,14 +59,22 @@ def _gated_mlp(inputs, extras):
                 gate_up_decode(x, _weights(w_gate, w_up), **_keywords(extras)), w_down, dependent=True
             )
         )
+    act_of = _act_of_x(plan)
+    return lambda x, w_gate, w_up, w_down, *extras: launch.linear(act_of(x, w_gate, w_up, *extras), w_down)
+
+
+def _act_of_x(plan):
+    """What computes act for gated_mlp: a function of x and its two weights, then the extras."""
+    if plan in _FEW:
+        return Repeat(lambda x, w_gate, w_up, *extras: gate_up_decode(x, _weights(w_gate, w_up), **_keywords(extras)))
     act_of = _swiglu()
 
-    def by_blas(x, w_gate, w_up, w_down, *extras):
+    def by_blas(x, w_gate, w_up, *extras):
         if w_up is None:
             gate, up = launch.linear(x, w_gate).chunk(2, dim=-1)
         else:
             gate, up = launch.linear(x, w_gate), launch.linear(x, w_up)
-        return launch.linear(act_of(gate, up, *extras), w_down)
+        return act_of(gate, up, *extras)
 
     if plan == "blas":
         return by_blas
@@ -69,10 +82,9 @@ def _gated_mlp(inputs, extras):
 
     act_of_x = Repeat(lambda x, w_gate, w_up, *extras: gate_up(x, _weights(w_gate, w_up), **_keywords(extras)))
 
-    def fused(x, w_gate, w_up, w_down, *extras):
-        if not _on_16_bytes(x, w_gate, w_gate if w_up is None else w_up):
-            return by_blas(x, w_gate, w_up, w_down, *extras)
-        return launch.linear(act_of_x(x, w_gate, w_up, *extras), w_down)
+    def fused(x, w_gate, w_up, *extras):
+        fits = _on_16_bytes(x, w_gate, w_gate if w_up is None else w_up)
+        return (act_of_x if fits else by_blas)(x, w_gate, w_up, *extras)
 
     return fused
 
@@ -144,6 +156,30 @@ def _down_proj_by_blas(inputs, extras):
             return launch.linear(act, w_down)
         finally:  # also out of memory: act is the caller's
             unscale(act, saved, *steer)
+
+    return run
+
+
+def _with_fp64_sums(op, inputs, extras):
+    """act without extras, then its sums in a pass of their own, then what follows, with its steering."""
+    nothing = (None,) * len(extras)
+    act_of = {
+        "gated_mlp": lambda: _act_of_x(choose(call_of("gated_mlp", inputs)).name),
+        "swiglu": _swiglu,
+    }.get(op, lambda: lambda act, *_: act)()
+    sums, following = Repeat(sum_fp64), None
+
+    def run(*tensors):
+        nonlocal following
+        tensors, extras = tensors[: len(inputs)], tensors[len(inputs) :]
+        w_down = tensors[-1:] if op in ("gated_mlp", "down_proj") else ()
+        act = sums(act_of(*tensors[: len(inputs) - len(w_down)], *nothing), *extras[:3])
+        if op == "swiglu" and extras[3] is None:
+            return act
+        steer = Extras(None, None, None, *extras[3:])
+        if following is None:  # act looks alike in all calls that ``run`` serves
+            following = _PREPARE["down_proj" if w_down else "steer_act"]((act, *w_down), steer)
+        return following(act, *w_down, *steer)
 
     return run
 

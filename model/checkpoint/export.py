@@ -123,7 +123,8 @@ def _adapter(checkpoint, config, part, uniform, dtype) -> dict[str, torch.Tensor
     for layer in layers:
         pairs = part.get(layer, [])
         rank = largest if uniform else len(pairs)
-        a, b = torch.zeros(rank, config.intermediate_size), torch.zeros(config.hidden_size, rank)
+        a = torch.zeros(rank, config.intermediate_size, dtype=torch.float32)
+        b = torch.zeros(config.hidden_size, rank, dtype=torch.float32)
         if pairs:
             neurons, scales = zip(*pairs, strict=True)
             a[range(len(pairs)), neurons] = 1

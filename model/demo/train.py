@@ -98,12 +98,12 @@ class Batches:
             head = [BOS, USER, *self._encode(prompt), ASSISTANT]
             rows.append((len(head), [*head, *self._encode(answer), END]))
         longest = max(len(ids) for _, ids in rows)
-        input_ids = torch.full((len(rows), longest), END)
-        targets = torch.full((len(rows), longest), -100)
+        input_ids = torch.full((len(rows), longest), END, dtype=torch.int64)
+        targets = torch.full((len(rows), longest), -100, dtype=torch.int64)
         first = torch.zeros(len(rows), longest, dtype=torch.bool)
         for row, (start, ids) in enumerate(rows):
-            input_ids[row, : len(ids)] = torch.tensor(ids)
-            targets[row, start - 1 : len(ids) - 1] = torch.tensor(ids[start:])
+            input_ids[row, : len(ids)] = torch.tensor(ids, dtype=torch.int64)
+            targets[row, start - 1 : len(ids) - 1] = torch.tensor(ids[start:], dtype=torch.int64)
             first[row, start - 1] = True
         return input_ids, targets, first
 

@@ -140,7 +140,7 @@ def _cross_validate(selection, halves, folds, chosen) -> dict | None:
     for pair in folds:
         delta, neurons = selection.rank(_pair(*(_without(half, part) for half, part in zip(halves, pair, strict=True))))
         held_out = select.contrast(_pair(*pair))
-        where = tuple(torch.tensor(neurons).T)
+        where = tuple(torch.tensor(neurons, dtype=torch.int64).T)
         size = delta[where].abs().sum().item()
         retained.append((delta[where].sign() * held_out[where]).sum().item() / size if size else 0.0)
         overlaps.append(len(set(neurons) & set(chosen)) / len(chosen))

@@ -251,7 +251,7 @@ def shared_prefixes(transformer: Transformer, prompts: Sequence[TokenPrompt]) ->
 def pack_prompts(prompts, rows: list[int], n_prefix: int, column_weights: Tensor, device) -> Packed:
     """One pack: these prompts without their first ``n_prefix`` tokens."""
     ids = [prompts[row].ids[n_prefix:] for row in rows]
-    shares = torch.tensor([[1 / prompts[row].n_counted] for row in rows])
+    shares = torch.tensor([[1 / prompts[row].n_counted] for row in rows], dtype=torch.float32)
     counted = [min(prompts[row].n_counted, len(own)) for row, own in zip(rows, ids, strict=True)]
     return Packed(ids, counted, column_weights[rows] * shares, prefix=n_prefix, device=device)
 
@@ -334,7 +334,7 @@ def measure_tokens(
             rows.append(prompt)
             n_tokens += len(prompt.ids)
         rows.sort(key=lambda prompt: (len(prompt.ids), prompt.n_counted))
-        weights = torch.ones(len(rows), n_columns)
+        weights = torch.ones(len(rows), n_columns, dtype=torch.float32)
         try:
             packed, seconds = pack_prompts(rows, list(range(len(rows))), 0, weights, device), []
             for _ in range(3):

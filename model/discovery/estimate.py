@@ -127,16 +127,16 @@ def _layer_seconds(config, ids, dtype, device, max_tokens, n_columns) -> float:
     prompts = sorted((TokenPrompt(row, "sample") for row in ids), key=lambda prompt: len(prompt.ids))
     packs = plan_packs([len(p.ids) for p in prompts], [1] * len(prompts), max_prompts=None, max_tokens=max_tokens)
     rows = packs[len(packs) // 2]
-    packed = pack_prompts(prompts, rows, 0, torch.ones(len(prompts), n_columns), device)
+    packed = pack_prompts(prompts, rows, 0, torch.ones(len(prompts), n_columns, dtype=torch.float32), device)
     sums = ActivationSums(1, config.intermediate_size, n_columns, device=device)
     rotation = packed.rotation(RotaryEmbedding(config).to(device), dtype)
-    x = torch.randn(1, packed.n_tokens, config.hidden_size, device=device).to(dtype)
+    x = torch.randn(1, packed.n_tokens, config.hidden_size, dtype=torch.float32, device=device).to(dtype)
     times = []
     with torch.inference_mode():
         for _ in range(4):
             start = time.perf_counter()
             run_layer(layer, packed, x, rotation, None, window=None, last=False, **sums.layer(0))
-            sums.fold(torch.ones(1, n_columns))  # fold waits for the device
+            sums.fold(torch.ones(1, n_columns, dtype=torch.float32))  # fold waits for the device
             times.append(time.perf_counter() - start)
     return min(times[1:]) / packed.n_tokens
 

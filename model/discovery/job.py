@@ -81,7 +81,7 @@ class Job:
         """Refuse more sums than memory holds: the totals of all slots, and the buffers of a unit with all slots."""
         n_slots = columns.n_columns + sum(len(columns.derived(column)) for column in range(columns.n_columns))
         n_layers, n_neurons = self.shape
-        needed = n_layers * n_neurons * n_slots * (8 + (8 + 4) * (2 if self.how.squares else 1))
+        needed = n_layers * n_neurons * n_slots * (8 + (2 * (8 + 8) if self.how.squares else 8 + 4))
         available = memory_of("cpu")
         if available is not None and needed > available:
             what = f"{n_slots} sums of {n_layers} x {n_neurons} neurons need {needed / 2**30:.1f} GiB"
@@ -191,6 +191,7 @@ class Job:
             "bootstrap": settings.bootstrap,
             "seed": settings.seed if settings.bootstrap else None,
             "squares": [how.squares, how.derived_squares],
+            "sums": "fp64" if how.squares else "fp32",  # what a forward pass adds to
             "batch": how.batch,
             "batch_tokens": how.max_tokens,
             "versions": versions(),

@@ -43,7 +43,7 @@ class Packed:
         """
         lengths = [len(row) for row in ids]
         self.spans, self.prefix, self.n_tokens = spans_of(lengths, counted), prefix, sum(lengths)
-        self.ids = torch.tensor([token for row in ids for token in row], device=device)
+        self.ids = torch.tensor([token for row in ids for token in row], dtype=torch.int64, device=device)
         positions: list[int] = []
         rows: list[int] = []
         owners: list[int] = []
@@ -53,8 +53,9 @@ class Packed:
             rows += range(start + length - n_counted, start + length)
             owners += [owner] * n_counted
             start += length
-        self.positions = torch.tensor(positions, device=device)
-        self.lengths = torch.tensor([prefix + length for length in lengths for _ in range(length)], device=device)
+        self.positions = torch.tensor(positions, dtype=torch.int64, device=device)
+        of_tokens = [prefix + length for length in lengths for _ in range(length)]
+        self.lengths = torch.tensor(of_tokens, dtype=torch.int64, device=device)
         self.rows = torch.tensor(rows, dtype=torch.int64, device=device)
         self._sequences: dict[bool, tuple] = {}
         if len(token_weight) != len(rows):
@@ -91,7 +92,7 @@ class Packed:
         most = [max(b - a for a, b in pairwise(edges)) for edges in (asked, keys)]
         device = self.ids.device
         edges = [torch.tensor(part, dtype=torch.int32, device=device) for part in (asked, keys)]
-        self._sequences[last] = *edges, *most, torch.tensor(places, device=device)
+        self._sequences[last] = *edges, *most, torch.tensor(places, dtype=torch.int64, device=device)
         return self._sequences[last]
 
     def rotation(self, rotary: RotaryEmbedding, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
@@ -209,8 +210,8 @@ def _mask(n_asked: int, n_keys: int, window: int | None, device) -> tuple[Tensor
             return None, False
         if n_asked == n_keys:
             return None, True
-    key = torch.arange(n_keys, device=device)
-    asking = torch.arange(n_keys - n_asked, n_keys, device=device)[:, None]
+    key = torch.arange(n_keys, dtype=torch.int64, device=device)
+    asking = torch.arange(n_keys - n_asked, n_keys, dtype=torch.int64, device=device)[:, None]
     allowed = key <= asking
     if window is not None:
         allowed &= key > asking - window

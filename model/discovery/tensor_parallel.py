@@ -205,7 +205,7 @@ class OwnSums(ActivationSums):
         except NonFiniteActivation as error:
             index = self.mesh.get_local_rank() * self.total.shape[2] + error.index
             first = error.layer * self.n_neurons + index
-        found = torch.tensor(first, device=self.act_sum.device)
+        found = torch.tensor(first, dtype=torch.int64, device=self.act_sum.device)
         dist.all_reduce(found, dist.ReduceOp.MIN, self.mesh.get_group())
         if found < none:
             raise NonFiniteActivation(*divmod(found.item(), self.n_neurons))

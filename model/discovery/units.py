@@ -163,8 +163,8 @@ def run_unit(
     n_layers, n_neurons = config.num_hidden_layers, config.intermediate_size
     slots, weights = how.columns.weights(entries, first)
     alone = [row for row, entry in enumerate(entries) if entry.universal]
-    own = torch.zeros(len(entries), len(alone))  # a column for every universal prompt
-    own[alone, torch.arange(len(alone))] = 1
+    own = torch.zeros(len(entries), len(alone), dtype=torch.float32)  # a column for every universal prompt
+    own[alone, torch.arange(len(alone), dtype=torch.int64)] = 1
     weights = torch.cat((weights, own), dim=1)
     part = Part()
     kept = []

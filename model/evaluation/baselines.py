@@ -96,7 +96,7 @@ def contrast_sums(model: LanguageModel, sides: Sides) -> ActivationSums:
     shape = config.num_hidden_layers, config.intermediate_size
     sums = ActivationSums(*shape, 2, squares=True, device=model.device)
     prompts = [*sides.positive, *sides.negative]
-    weights = torch.zeros(len(prompts), 2)
+    weights = torch.zeros(len(prompts), 2, dtype=torch.float32)
     weights[: len(sides.positive), select.POSITIVE] = 1
     weights[len(sides.positive) :, select.NEGATIVE] = 1
     collect(model.transformer, prompts, weights, sums)

@@ -113,7 +113,7 @@ def alike(a: Circuit, b: Circuit, delta_a: Tensor, delta_b: Tensor) -> dict:
     """
     size = delta_a.numel()
     either = sorted(set(a.pairs) | set(b.pairs))
-    where = tuple(torch.tensor(either).T)
+    where = tuple(torch.tensor(either, dtype=torch.int64).T)
     k = min(TOP, size)
     tops = [set(select.top_neurons(delta.abs(), k)) for delta in (delta_a, delta_b)]
     return {

@@ -68,8 +68,9 @@ class DirectionTable:
             raise ValueError(f"strengths: expected {n}, one for each direction, got {len(strength)}")
         self.n_directions = n
         # Row n is for rows without a direction: nothing is added or taken out.
-        self.added = {site: torch.zeros(n_layers, n + 1, n_hidden) for site in ("residual", "mlp")}
-        self.unit, self.share = torch.zeros(n + 1, n_hidden), torch.zeros(n + 1, 1)
+        self.added = {site: torch.zeros(n_layers, n + 1, n_hidden, dtype=torch.float32) for site in ("residual", "mlp")}
+        self.unit = torch.zeros(n + 1, n_hidden, dtype=torch.float32)
+        self.share = torch.zeros(n + 1, 1, dtype=torch.float32)
         for number, direction in enumerate(directions):
             expected = (1 if direction.site == "writes" else n_layers, n_hidden)
             if tuple(direction.vectors.shape) != expected:
@@ -88,7 +89,7 @@ class DirectionTable:
         for number in direction_of_row:
             if not -1 <= number < self.n_directions:
                 raise ValueError(f"direction_of_row: expected -1 to {self.n_directions - 1}, got {number}")
-        return RowEdit(self, torch.tensor(list(direction_of_row), device=self.unit.device))
+        return RowEdit(self, torch.tensor(list(direction_of_row), dtype=torch.int64, device=self.unit.device))
 
 
 @dataclass
@@ -128,7 +129,7 @@ class _LastToken(Edit):
 
     def __init__(self, n_layers: int, n_hidden: int):
         self.totals = {site: torch.zeros(n_layers, n_hidden, dtype=torch.float64) for site in ("residual", "mlp")}
-        self.last = torch.empty(0)  # [B], the last token of each row
+        self.last = torch.empty(0, dtype=torch.float32)  # [B], the last token of each row
 
     def write(self, layer, part, y):
         if part == "mlp":
@@ -140,7 +141,7 @@ class _LastToken(Edit):
         return x
 
     def _sum(self, site, layer, x):
-        rows = torch.arange(len(self.last), device=x.device)
+        rows = torch.arange(len(self.last), dtype=torch.int64, device=x.device)
         self.totals[site][layer] += x[rows, self.last].cpu().double().sum(0)
 
 

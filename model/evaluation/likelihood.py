@@ -51,7 +51,7 @@ def _logits(model, interventions, chunk, last) -> list[Tensor]:
         steer = interventions.steer([variant for variant, _ in chunk])
         hidden = model.transformer.hidden(input_ids, lengths=lengths, steer=steer)  # [B, S, H]
         if last:
-            hidden = hidden[torch.arange(len(chunk), device=model.device), lengths - 1][:, None]
+            hidden = hidden[torch.arange(len(chunk), dtype=torch.int64, device=model.device), lengths - 1][:, None]
         logits = model.transformer.logits(hidden).float()
     return [row if last else row[: len(ids)] for row, (_, ids) in zip(logits, chunk, strict=True)]
 
@@ -83,7 +83,7 @@ def divergences(
     steered = [variant for variant in variants if variant != 0]
     rows = [(variant, ids) for ids in texts for variant in (0, *steered)]
     found: dict[int, list[float]] = {variant: [] for variant in variants}
-    plain = torch.empty(0)
+    plain = torch.empty(0, dtype=torch.float32)
     for (variant, _), logits in zip(rows, each_logits(model, interventions, rows), strict=True):
         log_p = logits.log_softmax(-1)
         if variant == 0:
@@ -103,7 +103,7 @@ def perplexities(
     rows = [(variant, ids) for ids in windows for variant in variants]
     found: dict[int, list[tuple[float, int]]] = {variant: [] for variant in variants}
     for (variant, ids), logits in zip(rows, each_logits(model, interventions, rows), strict=True):
-        target = torch.tensor(ids[1:], device=logits.device)
+        target = torch.tensor(ids[1:], dtype=torch.int64, device=logits.device)
         loss = F.cross_entropy(logits[:-1], target, reduction="none").cpu().double().sum().item()
         found[variant].append((loss, len(ids) - 1))
     return found

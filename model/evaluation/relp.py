@@ -87,13 +87,14 @@ def relevance(
     twin, config = with_rules(transformer), transformer.config
     device = transformer.device
     total = torch.zeros(config.num_hidden_layers, config.intermediate_size, dtype=torch.float64)
-    wanted, against = (torch.tensor(list(ids), device=device) for ids in (targets, counterfactuals))
+    wanted, against = (torch.tensor(list(ids), dtype=torch.int64, device=device) for ids in (targets, counterfactuals))
     ordered = sorted(prompts, key=lambda prompt: len(prompt.ids))
     for start in range(0, len(ordered), batch):
         input_ids, lengths = pad([prompt.ids for prompt in ordered[start : start + batch]], device)
         with torch.enable_grad():
             hidden = twin.hidden(input_ids, lengths=lengths, steer=Steering(None, None, _Start()))
-            logits = twin.logits(hidden[torch.arange(len(lengths), device=device), lengths - 1]).float()
+            rows = torch.arange(len(lengths), dtype=torch.int64, device=device)
+            logits = twin.logits(hidden[rows, lengths - 1]).float()
             metric = logits[:, wanted].logsumexp(-1) - logits[:, against].logsumexp(-1)
             metric.sum().backward()
         for number, layer in enumerate(twin.layers):

@@ -1,4 +1,4 @@
-"""Run the CPU tests on a library with AddressSanitizer and UndefinedBehaviorSanitizer, then plant five bugs.
+"""Run the CPU tests on a library with AddressSanitizer and UndefinedBehaviorSanitizer, then plant six bugs.
 
     python tests/csrc/sanitize.py [--quick]
 
@@ -51,10 +51,18 @@ BUGS = [
     Bug(
         "workspace used after it was freed",
         "workspace.cpp",
-        "  if (bytes > buffer.bytes) {",
+        "  if (bytes > buffer.bytes || buffer.small_calls > PATIENCE) {",
         "  if (bytes <= buffer.bytes) std::free(buffer.at);\n  if (bytes > buffer.bytes) {",
         "test_values and down_proj and 16x136x200 and float32 and sums",
         "AddressSanitizer",
+    ),
+    Bug(
+        "a stride that means nothing multiplied",
+        "api.cpp",
+        "if (rows < 2 || columns == 0) stride = columns;",
+        "if (rows < 2) stride = columns;",
+        "test_strides_of_arrays_without_columns and linear and fp32",
+        "runtime error",
     ),
     Bug(
         "units stored behind their part of the workspace",
@@ -142,7 +150,7 @@ def main(quick):
             path.write_text(text.replace(bug.right, bug.wrong))
             build(directory / "csrc", directory / "build", library)
             path.write_text(text)
-            code, output = run_tests(directory, "tests/csrc/test_cpu.py", "-k", f"{bug.test} and not amx-emulated")
+            code, output = run_tests(directory, *SUITE, "-k", f"{bug.test} and not amx-emulated")
             caught = code != 0 and bug.report in output
             failures += not caught
             print(f"{'caught' if caught else 'MISSED'}: {bug.name}", flush=True)

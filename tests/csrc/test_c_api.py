@@ -60,7 +60,9 @@ class Arguments:
         self.offsets = (ctypes.c_int32 * (K * 2))(0, 2, 2, 3)
         self.index = (ctypes.c_int32 * 3)(1, 7, 4)
         self.value = (ctypes.c_float * 3)(0.0, 2.0, 0.5)
-        extras = library.Extras(version=1, n_columns=C, token_weight_stride=C, act_sum_stride=N, act_sumsq_stride=N)
+        extras = library.Extras(
+            version=library.ABI_VERSION, n_columns=C, token_weight_stride=C, act_sum_stride=N, act_sumsq_stride=N
+        )
         for name in ("token_weight", "act_sum", "act_sumsq", "row_circuit", "offsets", "index", "value"):
             setattr(extras, name, ctypes.addressof(getattr(self, name)))
         extras.n_circuits, extras.n_entries, extras.offsets_stride = K, 3, 2
@@ -118,6 +120,52 @@ def test_good_arguments(op, dtype):
         before = arguments.outputs()
         assert arguments.call() == OK
         assert all(a != b for a, b in zip(arguments.outputs(), before, strict=True))
+
+
+@pytest.mark.parametrize("op", [op for op in OPS if op != "linear"])
+def test_sums_in_fp64(op):
+    """Beside those in fp32, and instead of them; every fault of theirs has the status of the others."""
+    for both in (True, False):
+        arguments = Arguments(op, "fp32")
+        wide = [(ctypes.c_double * (C * N))(*[5.0] * C * N) for _ in range(2)]
+        arguments.extras.act_sum_fp64, arguments.extras.act_sumsq_fp64 = map(ctypes.addressof, wide)
+        if not both:
+            arguments.extras.act_sum = arguments.extras.act_sumsq = None
+        assert arguments.call() == OK
+        for own, narrow in zip(wide, (arguments.act_sum, arguments.act_sumsq), strict=True):
+            assert list(own) != [5.0] * C * N and (list(narrow) != [5.0] * C * N) == both
+            assert not both or all(abs(a - b) <= 1e-5 * abs(b) for a, b in zip(narrow, own, strict=True))
+    for name, other in (("act_sum_fp64", "act_sumsq_fp64"), ("act_sumsq_fp64", "act_sum_fp64")):
+        for wrong, status in ((4, ALIGN), ("same", OVERLAP)):
+            arguments = Arguments(op, "fp32")
+            wide = (ctypes.c_double * (C * N))(*[5.0] * C * N)
+            setattr(arguments.extras, name, ctypes.addressof(wide) + (0 if wrong == "same" else wrong))
+            if wrong == "same":
+                setattr(arguments.extras, other, ctypes.addressof(wide))
+            arguments.refused(status)
+            assert list(wide) == [5.0] * C * N
+    arguments = Arguments(op, "fp32")
+    arguments.extras.act_sum = arguments.extras.act_sumsq = arguments.extras.token_weight = None
+    arguments.extras.act_sum_fp64 = ctypes.addressof(wide)
+    arguments.refused(NULL)
+
+
+@each_function
+@pytest.mark.parametrize("stride", [0, -1, -(2**63), 2**62, 2**63 - 1])
+def test_strides_of_arrays_without_columns(op, dtype, stride):
+    """They mean nothing, and are never multiplied: 400 rows of a stride of 2**62 would overflow."""
+    empty = {"H": ("x_stride", "y_stride", "w_gate_up_stride", "w_stride"), "N": ("act_stride", "w_down_stride")}
+    for name in ("H", "N"):
+        if op in ("swiglu", "steer_act") or name not in SIZES[op]:
+            continue
+        arguments = Arguments(op, dtype, extras=False)
+        memory = [ctypes.create_string_buffer(400 * H * 4) for _ in range(2)]
+        arguments.memory[ARRAYS[op][0]] = memory[0]
+        arguments.arrays |= {ARRAYS[op][0]: ctypes.addressof(memory[0]), ARRAYS[op][1]: ctypes.addressof(memory[1])}
+        arguments.sizes |= {"T": 400, name: 0}
+        fields = [field for field in empty[name] if field in arguments.sizes and (op, field) != ("linear", "y_stride")]
+        arguments.sizes |= dict.fromkeys(fields, stride)
+        assert arguments.call() == OK
 
 
 @each_function
@@ -187,7 +235,7 @@ def test_alignment_threads_and_versions(op, dtype):
     assert arguments.call() == OK
     if op == "linear":
         return
-    for version in (0, 2, -1, 2**63 - 1):
+    for version in (0, 1, 3, -1, 2**63 - 1):
         arguments = Arguments(op, dtype)
         arguments.extras.version = version
         arguments.refused(VERSION)

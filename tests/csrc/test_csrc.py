@@ -174,10 +174,11 @@ def test_install_on_macos_by_its_commands():
     """Checks the commands that make would run, since there is no Mac here."""
     done = run("make", "-n", "-C", CSRC, "SYSTEM=Darwin", "BUILD=/nowhere", "PREFIX=/opt/cna", "install")
     assert done.returncode == 0, done.stderr
+    library_file = f"libcna.{library.ABI_VERSION}.dylib"
     for expected in (
-        "-Wl,-install_name,@rpath/libcna.1.dylib",
-        'install_name_tool -id "/opt/cna/lib/libcna.1.dylib" "/opt/cna/lib/libcna.1.dylib"',
-        'ln -sf libcna.1.dylib "/opt/cna/lib/libcna.dylib"',
+        f"-Wl,-install_name,@rpath/{library_file}",
+        f'install_name_tool -id "/opt/cna/lib/{library_file}" "/opt/cna/lib/{library_file}"',
+        f'ln -sf {library_file} "/opt/cna/lib/libcna.dylib"',
         "-lc++ ",
     ):
         assert expected in done.stdout

@@ -114,14 +114,12 @@ TEST_FOLDERS["cna_kernels/engine"] = ("attach",)
 # Files without a test file of their own name, by the test file that tests them together.
 TESTED_TOGETHER = {
     "ops/test_ops.py": "cna_kernels/: backends errors extras library op_checks reference scale serve",
-    "attach/test_engine.py": (
-        "cna_kernels/engine/: attach collecting decoder dense experts find identity mlps patch rows"
-    ),
+    "attach/test_engine.py": "cna_kernels/engine/: attach decoder dense experts find identity mlps patch",
     "attach/test_passes.py": "cna_kernels/engine/: running",
     "ops/test_circuit.py": "cna_kernels/: circuit_file",
     "kernels/test_triton_plan.py": "cna_kernels/: plans; cna_kernels/triton/: cost plan",
     "kernels/test_triton.py": (
-        "cna_kernels/triton/: down_decode down_proj gate_up_decode launch ops steer sums swiglu tiles"
+        "cna_kernels/triton/: down_decode down_proj gate_up_decode launch ops steer sums sums_fp64 swiglu tiles"
     ),
     "csrc/test_cpu.py": "cna_kernels/cpu/: library ops plan",
     "csrc/test_csrc.py": "cna_kernels/cpu/: __main__",

@@ -25,6 +25,7 @@ from op_cases import (
     exact_case,
     make_case,
     torch_same_dtype,
+    wide_case,
     wider,
     with_feature,
 )
@@ -75,6 +76,45 @@ def test_values(monkeypatch, kernel, shape, dtype, feature):
     y = run(monkeypatch, op, name, case, extras)
     assert_values(case, op, y, extras)
     assert y.dtype == dtype and y.is_contiguous()
+
+
+# The interpreter takes 10 seconds for each, and minutes for "gemv" with its many programs.
+WIDE = [(op, name, *case) for op, name in PLANS for case in ((1, 11009), (3, 14337)) if name != "fused"]
+WIDE = [each for each in WIDE if each[:3] != ("gated_mlp", "flat", 1)]
+WIDE = [each for each in WIDE if each[0] not in plan.PLANS or servable(*each[:2], (*each[2:], 16), torch.bfloat16)]
+
+
+@pytest.mark.exhaustive
+@pytest.mark.parametrize(("op", "name", "n_tokens", "width"), WIDE, ids=["-".join(map(str, each)) for each in WIDE])
+def test_widths_of_real_models(monkeypatch, op, name, n_tokens, width):
+    """One neuron beyond blocks of 1,024, with circuits that have neurons in every block, its first and last."""
+    case = wide_case(width, n_tokens, torch.bfloat16)
+    extras = on_device(case.extras())
+    y = run(monkeypatch, op, name, case, extras)
+    assert_values(case, op, y, extras)
+
+
+FP64 = [(op, name, shape) for op, name in PLANS for shape in ((1, 48, 24), (63, 130, 72)) if name != "fused"]
+FP64 = [each for each in FP64 if each[0] not in plan.PLANS or servable(*each, torch.bfloat16)]
+
+
+@pytest.mark.parametrize(("op", "name", "shape"), FP64, ids=[f"{WHERE}-{op}-{name}-{s[0]}" for op, name, s in FP64])
+def test_sums_in_fp64(monkeypatch, op, name, shape):
+    """What variances need: nothing is lost beside the rounding of act, whichever plan computes and steers it."""
+    case = make_case(shape[0], shape[1], torch.bfloat16, n_hidden=shape[2])
+    case.act_sum, case.act_sumsq = case.act_sum.double(), case.act_sumsq.double()
+    extras = features(case, "columns" if shape[0] > 1 else "both", "")
+    sums = {key: extras[key] for key in ("act_sum", "act_sumsq")}
+    for key, x in sums.items():
+        extras[key] = sums[key] = x.double()
+    y = run(monkeypatch, op, name, case, extras)
+    assert_values(case, op, y, extras)
+    if "act" in INPUTS[op]:  # summed as it was given
+        _, *answers = exact(case, op)
+        for got, answer in zip(sums.values(), answers, strict=True):
+            assert (got.cpu() - answer).abs().max() <= 1e-13 * answer.abs().max()
+    plain = run(monkeypatch, op, name, case, {k: extras[k] for k in ("scale", "row_circuit")})
+    assert_close("y", y.cpu(), plain.cpu(), exact(case, op)[0], slack=2, dtype=torch.bfloat16)
 
 
 # One case for each plan, with sums, scaling, several tokens and a ragged tail.

@@ -142,6 +142,22 @@ def test_steered_restores_whatever_happens(model):
     assert torch.equal(model(ids), plain)
 
 
+def test_a_steered_model_may_get_another_circuit(model):
+    """Of other layers, too: the table takes it, and the model is steered by it."""
+    ids, layers = ids_of(model, "hi"), range(model.config.num_hidden_layers)
+    circuits = [Circuit(tuple((layer, n, 1.0) for n in range(8)), len(layers), 48) for layer in layers]
+    expected = []
+    for circuit in circuits:
+        with model.steered(circuit, -3.0):
+            expected.append(model(ids))
+    with model.steered(circuits[0], -3.0) as table:
+        for circuit, logits in zip(circuits, expected, strict=True):
+            table.replace(0, circuit, -3.0)
+            assert torch.equal(model(ids), logits) and not torch.equal(logits, self_plain(model, ids))
+        table.remove(0)
+        assert torch.equal(model(ids), self_plain(model, ids))
+
+
 def test_multipliers_change_between_calls(model):
     ids = ids_of(model, "hi")
     with model.steered([CIRCUIT, OTHER], [0.0, 1.0]) as table:

@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from cna_kernels import InputError, backends, make_scale, ops, plans, reference
-from op_cases import DTYPES, OPS, SHAPES, assert_values, exact, make_case
+from cna_kernels import ActivationSums, InputError, backends, make_scale, ops, plans, reference
+from op_cases import DTYPES, OPS, SHAPES, assert_close, assert_values, exact, make_case
 
 CASES = [(op, shape, dtype) for op in OPS for shape in SHAPES for dtype in DTYPES]
 IDS = [f"{op}-{t}x{n}-{str(dtype)[6:]}" for op, (t, n), dtype in CASES]
@@ -418,15 +418,62 @@ def test_function_modes_see_every_call():
     assert any("cna_kernels.steer_act" in name for name in seen)
 
 
-@pytest.mark.parametrize("name", ["token_weight", "act_sum"])
-def test_no_gradient_flows_through_sums(name):
+@pytest.mark.parametrize("name", ["act_sumsq", "act_sum"])
+def test_sums_that_are_leaves_with_a_gradient(name):
     case = make_case(5, 48, torch.float32)
-    sums = dict(token_weight=case.token_weight, act_sum=case.act_sum)
-    sums[name] = sums[name].clone().requires_grad_()
-    with pytest.raises(ValueError, match=f"^{name}: no gradient flows through sums"):
+    sums = {"token_weight": case.token_weight, name: case.act_sum.clone().requires_grad_()}
+    with pytest.raises(ValueError, match=f"^{name}: a leaf that requires grad cannot be added to"):
         ops.steer_act(case.act, **sums)
     with torch.no_grad():
         ops.steer_act(case.act, **sums)
+
+
+@pytest.mark.parametrize("wide", [False, True], ids=["fp32", "fp64"])
+@pytest.mark.parametrize("op", OPS)
+def test_gradients_flow_through_sums(op, wide):
+    """A loss that uses the sums: the gradients of the definition, of every input and of the tokens' weights."""
+    case = make_case(7, 12, torch.float32)
+    kind = torch.float64 if wide else torch.float32
+
+    def gradients(run, dtype):
+        inputs = [x.to(dtype).requires_grad_() for x in case.inputs(op)]
+        weights = case.token_weight.to(dtype).requires_grad_()
+        sums = [x.to(kind if run is not by_torch else dtype) for x in (case.act_sum.clone(), case.act_sumsq.clone())]
+        y, total, squares = run(inputs, weights, sums)
+        (y.sum() + (0.3 * total.square()).sum() + squares.sin().sum()).backward()
+        return [x.grad.double() for x in (*inputs, weights)]
+
+    def by_op(inputs, weights, sums):
+        y = getattr(ops, op)(*inputs, token_weight=weights, act_sum=sums[0], act_sumsq=sums[1])
+        assert all(x.requires_grad for x in sums)
+        return y, *sums
+
+    def by_torch(inputs, weights, sums):
+        gate, up = inputs[:2] if op == "swiglu" else (None, None)
+        if op == "gated_mlp":
+            gate, up = (inputs[0] @ inputs[1].T).chunk(2, dim=1)
+        act = inputs[0] if gate is None else torch.nn.functional.silu(gate) * up
+        y = act @ inputs[-1].T if op in ("gated_mlp", "down_proj") else act
+        counted = torch.where((weights != 0).any(1, keepdim=True), act, 0)
+        return y, sums[0] + weights.T @ counted, sums[1] + weights.T @ counted.square()
+
+    exact_ones = gradients(by_torch, torch.float64)
+    for got, plain, answer in zip(
+        gradients(by_op, torch.float32), gradients(by_torch, torch.float32), exact_ones, strict=True
+    ):
+        assert_close("gradient", got, plain, answer, slack=4, dtype=torch.float32)
+        assert answer.abs().max() > 0
+
+
+def test_activation_sums_keep_no_graph():
+    """Sums of training passes by hand: each fold leaves totals and buffers without a graph."""
+    sums, w = ActivationSums(1, 12, 2, squares=True), torch.randn(12, 12, requires_grad=True)
+    for _ in range(3):
+        act = torch.randn(5, 12) @ w
+        ops.steer_act(act, token_weight=torch.ones(5, 2), **sums.layer(0)).sum().backward()
+        sums.fold(torch.ones(5, 2))
+        assert not any(x.requires_grad for x in (sums.total, sums.total_sq, sums.act_sum, sums.act_sumsq))
+    assert sums.count.tolist() == [15, 15] and sums.total.abs().min() > 0
 
 
 def test_what_was_decided_before_a_change_is_not_kept(monkeypatch):

@@ -1,13 +1,17 @@
 """SteeringTable: many circuits, multipliers and circuits changed in place, refusals."""
 
+import copy
+import os
+import pickle
 import random
+import signal
 import threading
 
 import numpy as np
 import pytest
 import torch
 
-from cna_kernels import Circuit, InputError, SteeringTable, ops
+from cna_kernels import ActivationSums, Circuit, InputError, SteeringTable, ops
 from cna_kernels.scale import dense_scale, make_scale
 
 L, N = 3, 10
@@ -17,7 +21,7 @@ SECOND = Circuit(((2, 7, 1.0), (2, 9, 1.0)), L, N)
 
 def test_layers_hold_every_circuit():
     table = SteeringTable([FIRST, SECOND], [0.0, 2.0], L, N)
-    assert table.layer(1) is None
+    assert torch.equal(dense_scale(table.layer(1), N), torch.ones(3, N)), "a layer where no circuit has a neuron"
     dense = dense_scale(table.layer(2), N)
     expected = torch.ones(3, N)
     expected[0, [1, 7]] = 0
@@ -219,3 +223,238 @@ def test_layers_may_differ_in_width_and_device():
     assert table.layer(1).index.is_meta and dense_scale(table.layer(2), 3)[3].tolist() == [1, 1, 0]
     with pytest.raises(InputError, match="circuit: layer 0 has 5 neurons, got neuron 5"):
         table.add(Circuit(((0, 5, 1.0),), L, 12), 0.0)
+
+
+# Tables made without max_circuits: name -> (what is done to a table of FIRST at 0, what it then holds or refuses).
+MIDDLE = Circuit(((1, 4, 1.0), (1, 8, 1.0)), L, N)
+CHANGES = {
+    "other layers": (lambda table: table.replace(0, MIDDLE, 0.0), {0: (MIDDLE, 0.0)}),
+    "removed, and another added": (lambda table: (table.remove(0), table.add(MIDDLE, 2.0)), {0: (MIDDLE, 2.0)}),
+    "removed": (lambda table: table.remove(0), {}),
+    "replaced twice": (lambda table: (table.replace(0, MIDDLE, 0.0), table.replace(0, FIRST, 3.0)), {0: (FIRST, 3.0)}),
+    "replaced, then another multiplier": (
+        lambda table: (table.replace(0, MIDDLE, 0.0), table.set_multipliers([0.25])), {0: (MIDDLE, 0.25)},
+    ),
+    "one more": (lambda table: table.add(MIDDLE, 0.0), "table: holds 1 circuits already; see max_circuits"),
+    "a larger circuit": (
+        lambda table: table.replace(0, Circuit(tuple((1, n, 1.0) for n in range(4)), L, N), 0.0),
+        "table: has room for 3 neurons, 0 are in use and the circuit has 4; see max_entries",
+    ),
+    "a number beyond": (lambda table: table.replace(1, MIDDLE, 0.0), "number: expected 0 to 0, got 1"),
+    "a negative number": (lambda table: table.replace(-1, MIDDLE, 0.0), "number: expected 0 to 0, got -1"),
+    "a bool for a number": (lambda table: table.replace(False, MIDDLE, 0.0), "number: expected a whole number"),
+    "a fraction for a number": (lambda table: table.replace(0.0, MIDDLE, 0.0), "number: expected a whole number"),
+    "a bool removed": (lambda table: table.remove(False), "number: expected a whole number, got False"),
+    "a bool's multiplier": (lambda table: table.set_multiplier(np.False_, 1.0), "number: expected a whole number"),
+    "a tensor's multiplier": (lambda table: table.set_multiplier(torch.tensor(0), 4.0), {0: (FIRST, 4.0)}),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_a_table_of_given_circuits_changes_too(change):
+    """Also for a program that asked for the layers before, as a captured graph has."""
+    do, expected = CHANGES[change]
+    table = SteeringTable([FIRST], [0.0], L, N)
+    before = [table.layer(layer) for layer in range(L)]
+    if isinstance(expected, str):
+        with pytest.raises(InputError) as refused:
+            do(table)
+        assert str(refused.value).startswith(expected)
+        expected = {0: (FIRST, 0.0)}
+    else:
+        do(table)
+    assert_holds(table, expected)
+    for layer in range(L):
+        assert torch.equal(dense_scale(before[layer], N), dense_scale(table.layer(layer), N))
+
+
+def test_the_ops_of_every_layer_take_the_table():
+    """A layer where no circuit has a neuron is computed like any other, and comes out unsteered."""
+    table, sums = SteeringTable([FIRST, FIRST], [0.0, 2.0], L, N), ActivationSums(L, N, 2)
+    rows, token_weight, act = table.row_circuit([0, -1]), torch.ones(2, 2), torch.randn(2, N)
+    for layer in range(L):
+        extras = dict(token_weight=token_weight, **sums.layer(layer), scale=table.layer(layer), row_circuit=rows)
+        for backend in ("reference", None):
+            steered = ops.steer_act(act, **extras, backend=backend)
+            expected = act.clone()
+            expected[0, FIRST.by_layer().get(layer, [])] = 0
+            assert torch.equal(steered, expected)
+
+
+BOOL = "row_circuit: expected a whole number"
+
+
+@pytest.mark.parametrize(
+    ("rows", "said"),
+    [
+        ([True, False], BOOL), (np.array([True]), BOOL), (torch.tensor([False, True]), BOOL), ([0.0], BOOL),
+        ([0.5], BOOL), ([None], BOOL), (["0"], BOOL), (torch.tensor([0.0]), BOOL),
+        ([-2], "row_circuit: row 0: expected -1"),
+        ([0, 1], "row_circuit: row 1: expected -1 or one of 0, got 1"), ([-1, 0], None), ((0,), None),
+        (np.array([0, -1]), None), (torch.tensor([-1, 0], dtype=torch.int8), None), (range(1), None), ([], None),
+    ],
+    ids=repr,
+)  # fmt: skip
+def test_rows_are_whole_numbers(rows, said):
+    table = SteeringTable([FIRST], [0.0], L, N)
+    if said is None:
+        got = table.row_circuit(rows)
+        assert got.dtype == torch.int32 and got.tolist() == [int(number) for number in rows]
+    else:
+        with pytest.raises(InputError, match=said):
+            table.row_circuit(rows)
+
+
+# Numbers that come free.
+
+
+def one(index):
+    return Circuit(((0, index, 1.0),), L, N)
+
+
+def test_a_number_is_not_given_again_while_rows_name_it():
+    table = SteeringTable([one(0), one(1)], [0.0, 0.0], L, N, max_circuits=3)
+    rows = table.row_circuit([0, 1, -1])
+    table.remove(0)
+    assert table.add(one(2), 0.0) == 2, "a number that no circuit has had comes first"
+    act = torch.ones(3, N)
+    steered = ops.steer_act(act, scale=table.layer(0), row_circuit=rows)
+    assert torch.equal(steered[0], act[0]), "a row that names what was removed is unsteered"
+    with pytest.raises(InputError, match=r"table: rows still name what is free \(0\): give them other numbers"):
+        table.add(one(3), 0.0)
+    assert_holds(table, {1: (one(1), 0.0), 2: (one(2), 0.0)})
+    rows[0] = -1
+    assert table.add(one(3), 0.0) == 0
+    table.remove(1)
+    del rows
+    assert table.add(one(4), 0.0) == 1, "the rows that named it are gone"
+
+
+def test_numbers_come_back_in_the_order_in_which_they_came_free():
+    table = SteeringTable([one(n) for n in range(4)], [0.0] * 4, L, N)
+    for number in (2, 0, 3):
+        table.remove(number)
+    table.replace(0, one(5), 0.0)  # asked for by its number: not free any more
+    assert [table.add(one(6), 0.0), table.add(one(7), 0.0)] == [2, 3]
+    with pytest.raises(InputError, match="table: holds 4 circuits already"):
+        table.add(one(8), 0.0)
+
+
+def test_rows_of_a_program_are_known_when_it_says_so():
+    table = SteeringTable([one(0)], [0.0], L, N)
+    rows = torch.zeros(2, dtype=torch.int32)
+    table.keep_numbers_of(rows)
+    table.remove(0)
+    with pytest.raises(InputError, match="rows still name what is free"):
+        table.add(one(1), 0.0)
+    table.replace(0, one(1), 0.0)  # the program may say so
+    assert table.numbers == [0]
+
+
+# Copies.
+
+
+@pytest.mark.parametrize(
+    "duplicate", [copy.copy, copy.deepcopy, lambda table: pickle.loads(pickle.dumps(table))],
+    ids=["copy", "deepcopy", "pickle"],
+)  # fmt: skip
+@pytest.mark.parametrize("sizes", [dict(), dict(n_experts=2), dict(widths=[10, 8, 10])], ids=str)
+def test_copies_are_equal_and_independent(duplicate, sizes):
+    circuits = [Circuit(tuple((l, n, 1.0) for l, n in ((0, 3), (1, 7), (2, 1), (2, 6))), L, N), MIDDLE, SECOND]  # noqa: E741
+    circuits = circuits[: 1 if "widths" in sizes else 3]
+    table = SteeringTable([], [], L, N, max_circuits=4, max_entries=9, **sizes)
+    for circuit in circuits:
+        table.add(circuit, 0.5)
+    if len(circuits) > 1:
+        table.remove(1)
+        table.set_multiplier(2, -1.0)
+    other, widths = duplicate(table), sizes.get("widths", [N] * L)
+
+    def dense(of):
+        own = [width // sizes.get("n_experts", 1) for width in widths]
+        return [dense_scale(of.layer(layer), own[layer]) for layer in range(L)]
+
+    before = dense(table)
+    assert all(map(torch.equal, dense(other), before)) and other.numbers == table.numbers
+    assert (other.max_circuits, other.max_entries) == (4, 9) and other.lock is not table.lock
+    added = [each.add(one(1), 3.0) for each in (table, other)]
+    assert added[0] == added[1] and all(map(torch.equal, dense(other), dense(table)))
+    other.set_multiplier(0, 7.0)
+    other.remove(added[1])
+    assert all(map(torch.equal, dense(table)[1:], before[1:])), "a copy has buffers of its own"
+    assert not all(map(torch.equal, dense(other), dense(table)))
+    assert pickle.loads(pickle.dumps(other)).add(one(2), 0.0) == other.add(one(2), 0.0)
+
+
+# Forks.
+
+
+def in_child(run):
+    """Fork, and return the child's exit code: 0 if ``run()`` is true there, 14 (SIGALRM) if it hangs."""
+    child = os.fork()
+    if child == 0:
+        signal.alarm(20)
+        os._exit(0 if run() else 1)
+    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork here")
+def test_a_child_does_not_wait_for_a_lock_of_its_parents_threads():
+    table = SteeringTable([FIRST], [0.0], L, N)
+    copied = copy.deepcopy(table)
+    held, over = threading.Event(), threading.Event()
+
+    def hold():
+        with table.lock, copied.lock:
+            held.set()
+            over.wait()
+
+    thread = threading.Thread(target=hold)
+    thread.start()
+    held.wait()
+
+    def change():
+        for each in (table, copied):
+            each.set_multiplier(0, 2.0)
+            each.replace(0, MIDDLE, 3.0)
+        return dense_scale(copied.layer(1), N)[0, 4] == 3
+
+    try:
+        assert in_child(change) == 0
+    finally:
+        over.set()
+        thread.join()
+    with table.lock:  # the thread that forks may hold the lock itself
+        assert in_child(lambda: table.set_multiplier(0, 2.0) is None) == 0
+    assert_holds(table, {0: (FIRST, 0.0)})
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork here")
+@pytest.mark.parametrize("step", range(3))
+def test_a_child_sees_a_change_whole(step, monkeypatch):
+    """Forked at any step of a change that moves entries: the child's table holds the old or the new circuits."""
+    table = SteeringTable([], [], L, N, max_circuits=3, max_entries=7)
+    for circuit in (one(0), FIRST, SECOND):
+        table.add(circuit, 0.0)
+    table.remove(0)
+    old = {1: (FIRST, 0.0), 2: (SECOND, 0.0)}
+    new = old | {0: (MIDDLE, 2.0)}
+    codes, steps = [], [0]
+
+    def holds(expected):
+        try:
+            assert_holds(table, expected)
+        except AssertionError:
+            return False
+        return True
+
+    def at_step(number, entries, put=table._put):
+        if steps[0] == step:
+            codes.append(in_child(lambda: holds(old) or holds(new)))
+        steps[0] += 1
+        put(number, entries)
+
+    monkeypatch.setattr(table, "_put", at_step)
+    table.replace(0, MIDDLE, 2.0)
+    assert_holds(table, new)
+    assert codes == [0] and steps[0] == 3, "all entries move"

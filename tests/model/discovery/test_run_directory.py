@@ -60,8 +60,17 @@ def finished(files):
 
 
 def test_a_run_gives_the_circuit_of_a_plain_discovery(files, finished, tmp_path, capsys):
+    """The same neurons and facts; contrasts differ in rounding, since a run keeps squares and sums in fp64 for them."""
     assert main(command(files, tmp_path / "plain.json")) == 0
-    assert (tmp_path / "plain.json").read_bytes() == finished[1]
+    plain, run = json.loads((tmp_path / "plain.json").read_bytes()), json.loads(finished[1])
+    contrasts = [torch.tensor([contrast for *_, contrast in each.pop("neurons")]) for each in (plain, run)]
+    torch.testing.assert_close(*contrasts, rtol=1e-5, atol=1e-7)
+    places = [
+        [pair for *pair, _ in json.loads(text)["neurons"]]
+        for text in ((tmp_path / "plain.json").read_bytes(), finished[1])
+    ]
+    assert places[0] == places[1]
+    assert {name for name in plain if plain[name] != run[name]} <= {"folds"}, "the folds' shares of the contrast"
     assert main(["status", str(finished[0]), "--json"]) == 0
     output = capsys.readouterr().out
     status = json.loads(output[output.rindex('{\n  "model"') :])
@@ -139,6 +148,17 @@ def test_two_runs_in_one_directory(files, finished, tmp_path, capsys, more, mess
     assert main(command(files, tmp_path / "c.json", "--run-dir", finished[0], *more)) == 2
     error = capsys.readouterr().err
     assert f"manifest.json: {message}" in error and not (tmp_path / "c.json").exists()
+
+
+def test_a_run_that_was_begun_before_sums_were_fp64(files, finished, tmp_path, capsys):
+    """Its parts keep squares from fp32, whose variances are not those of this version: it is not gone on with."""
+    run = tmp_path / "run"
+    shutil.copytree(finished[0], run)
+    manifest = json.loads((run / "manifest.json").read_text())
+    assert manifest.pop("sums") == "fp64"
+    (run / "manifest.json").write_text(json.dumps(manifest))
+    assert main(command(files, tmp_path / "c.json", "--run-dir", run)) == 2
+    assert "manifest.json: sums: belongs to another run" in capsys.readouterr().err
 
 
 def test_a_manifest_of_another_model(files, finished, tmp_path, capsys):

@@ -1,0 +1,141 @@
+"""Where the prompt of the running ``generate`` ends. ``generate`` knows, and the calls of the decoder do not say it.
+
+A column is a place in the cache, or in the whole sequence where there is no cache: padding has columns, too. Outside
+``generate`` a call on an empty cache is a prompt, and one token on a cache that holds tokens belongs to the answer.
+"""
+
+from __future__ import annotations
+
+import functools
+import types
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..errors import InputError
+
+BEFORE = "_cna_generate"  # an attribute of a model whose ``generate`` was replaced: its own one before, or None
+MORE = "give `start` and `stop` instead, which are positions"
+
+
+class Prompt:
+    """The prompt of the running ``generate``.
+
+    Attributes:
+        n_tokens: the columns of the prompt as ``generate`` got it; None outside ``generate``.
+        end: the first column behind the prompt; None before the first call of the decoder.
+        column: ``end`` on the device, ``[1]`` int64, for graphs.
+        models: the models whose ``generate`` says when it runs.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        with torch.inference_mode(False):
+            self.column = torch.zeros(1, dtype=torch.int64, device=device)
+        self.n_tokens: int | None = None
+        self.end: int | None = None
+        self.models: list[nn.Module] = []
+
+    def begin_call(self, n_tokens: int, past: Any, embedded: bool) -> None:
+        """Find ``end`` in the first call of the decoder, of ``n_tokens`` columns; ``embedded``: it was given no ids."""
+        if self.n_tokens is None or self.end is not None:
+            return
+        seen, end = int(seen_by(past)), self.n_tokens
+        if embedded and seen + n_tokens > end:
+            end = seen + n_tokens  # an adapter has put tokens of its own before the prompt
+        elif seen and n_tokens >= end:
+            end += seen  # the cache holds tokens that the prompt does not repeat
+        self.end = end
+        self.column.fill_(end)
+
+    def goes_on(self, n_tokens: int, past: Any) -> bool:
+        """Whether the prompt has more tokens than those up to the end of this call."""
+        return self.end is not None and int(seen_by(past)) + n_tokens < self.end
+
+    def tokens(self, n_tokens: int, device: torch.device, call: dict[str, Any]) -> Tensor:
+        """Which tokens of a call belong to the prompt, ``[1, S]`` bool. ``call``: the decoder's arguments by name.
+
+        Raises:
+            InputError: nothing says where the prompt ends.
+        """
+        past, edges = call.get("past_key_values"), call.get("cu_seq_lens_q")
+        if edges is not None and call.get("cache") is not None:
+            return _of_pieces(edges, call["position_ids"].to(edges.device)).to(device)
+        seen = seen_by(past)
+        column = torch.arange(n_tokens, dtype=torch.int64, device=device)
+        column = column + (seen.to(device) if isinstance(seen, Tensor) else seen)
+        if self.n_tokens is not None:
+            return (column < self.column.to(device))[None]
+        if past is None and not call.get("use_cache"):
+            raise InputError("phase", f"a call without a cache does not say where its prompt ends; {MORE}")
+        if n_tokens > 1 and not torch.compiler.is_compiling() and int(seen):
+            raise InputError("phase", f"{n_tokens} tokens on a cache of {int(seen)} may be prompt or answer; {MORE}")
+        return (column < 1)[None] if n_tokens == 1 else torch.ones_like(column, dtype=torch.bool)[None]
+
+    def put_on(self, model: nn.Module, decoder: nn.Module, engine_of: Callable[[nn.Module], Any]) -> None:
+        """Replace ``generate`` of every model around the decoder. ``engine_of`` gives a decoder's engine, or None."""
+        for module in model.modules():
+            if hasattr(type(module), "_prefill") and any(part is decoder for part in module.modules()):
+                setattr(module, BEFORE, module.__dict__.get("generate"))
+                module.__dict__["generate"] = types.MethodType(_generate_of(type(module), engine_of), module)
+                self.models.append(module)
+
+    def take_off(self) -> None:
+        for module in self.models:
+            before, current = module.__dict__.pop(BEFORE, None), module.__dict__.get("generate")
+            if not hasattr(getattr(current, "__func__", None), BEFORE):
+                continue  # something was put around it after attach, and goes on to call the model's own
+            if before is None:
+                del module.__dict__["generate"]
+            else:
+                module.__dict__["generate"] = before
+        self.models = []
+
+
+def _generate_of(kind: Any, engine_of: Callable[[nn.Module], Any]) -> Callable[..., Any]:
+    """The ``generate`` of a class of models, which tells the engine how long the prompt is."""
+
+    @functools.wraps(kind.generate)
+    def generate(self: Any, *args: Any, **kwargs: Any) -> Any:
+        before = getattr(self, BEFORE, None)
+        run = types.MethodType(kind.generate, self) if before is None else before
+        engine = engine_of(self.get_decoder())
+        prompt = None if engine is None else engine._prompt
+        if prompt is None or prompt.n_tokens is not None:  # a copy of the model; or a `generate` within another
+            return run(*args, **kwargs)
+        prompt.n_tokens, prompt.end = _length(args, kwargs), None
+        try:
+            return run(*args, **kwargs)
+        finally:
+            prompt.n_tokens = prompt.end = None
+
+    setattr(generate, BEFORE, True)
+    return generate
+
+
+def _length(args: tuple[Any, ...], kwargs: dict[str, Any]) -> int:
+    """The columns of the prompt that ``generate`` is given."""
+    ids = args[0] if args else kwargs.get("inputs")
+    given = [x.shape[1] for x in (ids, kwargs.get("input_ids"), kwargs.get("inputs_embeds")) if x is not None]
+    mask = kwargs.get("attention_mask")
+    if kwargs.get("past_key_values") is not None and isinstance(mask, Tensor) and mask.dim() == 2:
+        given.append(mask.shape[1])  # has the tokens in the cache, too, which the ids may leave out
+    return max(given, default=1)
+
+
+def _of_pieces(edges: Tensor, position: Tensor) -> Tensor:
+    """The tokens of prompts in a call of continuous batching, ``[1, T]`` bool: a row of pieces of several requests.
+
+    A piece of several tokens, or at a request's beginning, is prompt; one token is answer. ``edges``: ``[R + 1]`` where
+    the pieces begin and end. ``position``: ``[1, T]``.
+    """
+    column = torch.arange(position.shape[1], dtype=edges.dtype, device=edges.device)
+    piece = torch.searchsorted(edges[1:].contiguous(), column, right=True).clamp(max=edges.shape[0] - 2)
+    return (edges.diff()[piece] > 1)[None] | (position == 0)
+
+
+def seen_by(past: Any) -> int | Tensor:
+    """How many tokens a cache holds: a number, or a tensor of a static cache."""
+    seen: int | Tensor = past.get_seq_length() if past is not None else 0
+    return seen
