@@ -65,7 +65,8 @@ class Engine:
             [], [], self.n_layers, self.n_neurons, devices, max_circuits=max_circuits, max_entries=max_entries,
             n_experts=self.n_experts, widths=self.widths,
         )  # fmt: skip
-        self._rows, self._prompt = Rows(max_rows, devices[0]), Prompt(devices[0])
+        self._rows = rows = Rows(max_rows, devices[0])
+        self._prompt = Prompt(devices[0], lambda: rows.phase != "both")
         self._now = ForwardPass(self._rows)
         self._mlps = [kind(mlps[layer], layer, backend, self._now) for layer, kind in enumerate(kinds)]
         for mlp in self._mlps:

@@ -15,9 +15,9 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import InputError
+from .batching import MORE, Batching
 
-BEFORE = "_cna_generate"  # an attribute of a model whose ``generate`` was replaced: its own one before, or None
-MORE = "give `start` and `stop` instead, which are positions"
+BEFORE = "_cna_generate"  # an attribute of a model whose methods were replaced: by name its own one before, or None
 
 
 class Prompt:
@@ -28,14 +28,16 @@ class Prompt:
         end: the first column behind the prompt; None before the first call of the decoder.
         column: ``end`` on the device, ``[1]`` int64, for graphs.
         models: the models whose ``generate`` says when it runs.
+        batching: what knows the pieces of continuous batching. ``by_phase``: whether a phase is asked for.
     """
 
-    def __init__(self, device: torch.device) -> None:
+    def __init__(self, device: torch.device, by_phase: Callable[[], bool]) -> None:
         with torch.inference_mode(False):
             self.column = torch.zeros(1, dtype=torch.int64, device=device)
         self.n_tokens: int | None = None
         self.end: int | None = None
         self.models: list[nn.Module] = []
+        self.batching = Batching(by_phase)
 
     def begin_call(self, n_tokens: int, past: Any, embedded: bool) -> None:
         """Find ``end`` in the first call of the decoder, of ``n_tokens`` columns; ``embedded``: it was given no ids."""
@@ -59,9 +61,9 @@ class Prompt:
         Raises:
             InputError: nothing says where the prompt ends.
         """
-        past, edges = call.get("past_key_values"), call.get("cu_seq_lens_q")
-        if edges is not None and call.get("cache") is not None:
-            return _of_pieces(edges, call["position_ids"].to(edges.device)).to(device)
+        past, edges, cache = call.get("past_key_values"), call.get("cu_seq_lens_q"), call.get("cache")
+        if edges is not None and cache is not None:
+            return self.batching.of_pieces(cache, edges, call["position_ids"].to(edges.device)).to(device)
         seen = seen_by(past)
         column = torch.arange(n_tokens, dtype=torch.int64, device=device)
         column = column + (seen.to(device) if isinstance(seen, Tensor) else seen)
@@ -77,19 +79,24 @@ class Prompt:
         """Replace ``generate`` of every model around the decoder. ``engine_of`` gives a decoder's engine, or None."""
         for module in model.modules():
             if hasattr(type(module), "_prefill") and any(part is decoder for part in module.modules()):
-                setattr(module, BEFORE, module.__dict__.get("generate"))
-                module.__dict__["generate"] = types.MethodType(_generate_of(type(module), engine_of), module)
+                before: dict[str, Any] = {}
+                setattr(module, BEFORE, before)
+                for name, method_of in REPLACED.items():
+                    if hasattr(type(module), name):
+                        before[name] = module.__dict__.get(name)
+                        module.__dict__[name] = types.MethodType(method_of(type(module), engine_of), module)
                 self.models.append(module)
 
     def take_off(self) -> None:
         for module in self.models:
-            before, current = module.__dict__.pop(BEFORE, None), module.__dict__.get("generate")
-            if not hasattr(getattr(current, "__func__", None), BEFORE):
-                continue  # something was put around it after attach, and goes on to call the model's own
-            if before is None:
-                del module.__dict__["generate"]
-            else:
-                module.__dict__["generate"] = before
+            for name, before in module.__dict__.pop(BEFORE, {}).items():
+                current = module.__dict__.get(name)
+                if not hasattr(getattr(current, "__func__", None), BEFORE):
+                    continue  # something was put around it after attach, and goes on to call the model's own
+                if before is None:
+                    del module.__dict__[name]
+                else:
+                    module.__dict__[name] = before
         self.models = []
 
 
@@ -98,10 +105,7 @@ def _generate_of(kind: Any, engine_of: Callable[[nn.Module], Any]) -> Callable[.
 
     @functools.wraps(kind.generate)
     def generate(self: Any, *args: Any, **kwargs: Any) -> Any:
-        before = getattr(self, BEFORE, None)
-        run = types.MethodType(kind.generate, self) if before is None else before
-        engine = engine_of(self.get_decoder())
-        prompt = None if engine is None else engine._prompt
+        run, prompt = _method_before(kind, self, "generate"), _prompt_of(self, engine_of)
         if prompt is None or prompt.n_tokens is not None:  # a copy of the model; or a `generate` within another
             return run(*args, **kwargs)
         prompt.n_tokens, prompt.end = _length(args, kwargs), None
@@ -114,6 +118,34 @@ def _generate_of(kind: Any, engine_of: Callable[[nn.Module], Any]) -> Callable[.
     return generate
 
 
+def _init_continuous_batching_of(kind: Any, engine_of: Callable[[nn.Module], Any]) -> Callable[..., Any]:
+    """The ``init_continuous_batching`` of a class of models, which has the engine watch the batches."""
+
+    @functools.wraps(kind.init_continuous_batching)
+    def init_continuous_batching(self: Any, *args: Any, **kwargs: Any) -> Any:
+        manager = _method_before(kind, self, "init_continuous_batching")(*args, **kwargs)
+        prompt = _prompt_of(self, engine_of)
+        return manager if prompt is None else prompt.batching.watch(manager)
+
+    setattr(init_continuous_batching, BEFORE, True)
+    return init_continuous_batching
+
+
+REPLACED = {"generate": _generate_of, "init_continuous_batching": _init_continuous_batching_of}
+
+
+def _method_before(kind: Any, model: Any, name: str) -> Callable[..., Any]:
+    """The method that a model would run if it were not attached."""
+    before = getattr(model, BEFORE, {}).get(name)
+    return types.MethodType(getattr(kind, name), model) if before is None else before
+
+
+def _prompt_of(model: Any, engine_of: Callable[[nn.Module], Any]) -> Prompt | None:
+    """The prompt of the engine on a model; None where there is none, as on a copy of the model."""
+    engine = engine_of(model.get_decoder())
+    return None if engine is None else engine._prompt
+
+
 def _length(args: tuple[Any, ...], kwargs: dict[str, Any]) -> int:
     """The columns of the prompt that ``generate`` is given."""
     ids = args[0] if args else kwargs.get("inputs")
@@ -122,17 +154,6 @@ def _length(args: tuple[Any, ...], kwargs: dict[str, Any]) -> int:
     if kwargs.get("past_key_values") is not None and isinstance(mask, Tensor) and mask.dim() == 2:
         given.append(mask.shape[1])  # has the tokens in the cache, too, which the ids may leave out
     return max(given, default=1)
-
-
-def _of_pieces(edges: Tensor, position: Tensor) -> Tensor:
-    """The tokens of prompts in a call of continuous batching, ``[1, T]`` bool: a row of pieces of several requests.
-
-    A piece of several tokens, or at a request's beginning, is prompt; one token is answer. ``edges``: ``[R + 1]`` where
-    the pieces begin and end. ``position``: ``[1, T]``.
-    """
-    column = torch.arange(position.shape[1], dtype=edges.dtype, device=edges.device)
-    piece = torch.searchsorted(edges[1:].contiguous(), column, right=True).clamp(max=edges.shape[0] - 2)
-    return (edges.diff()[piece] > 1)[None] | (position == 0)
 
 
 def seen_by(past: Any) -> int | Tensor:

@@ -135,28 +135,6 @@ def test_collect_counts_the_last_token_of_the_prompt(way):
     assert (total - expected.total).abs().max() <= 1e-5 * expected.total.abs().max()
 
 
-def test_continuous_batching_of_transformers():
-    """Requests of several lengths in one row: pieces of prompts, and one token of each answer."""
-    if not hasattr(transformers.LlamaForCausalLM, "generate_batch"):
-        pytest.skip("this transformers has no generate_batch")
-    options = transformers.GenerationConfig(max_new_tokens=6, do_sample=False, eos_token_id=96, pad_token_id=0)
-    prompts = [ids_of(1, n, seed)[0].tolist() for seed, n in enumerate((5, 9, 2))]
-    for phase in ("answer", "prompt"):
-        packed, alone, plain = untied(), untied(), untied()
-        for model in (packed, alone):
-            engine = attach(model)
-            engine.set([random_circuit(engine, 1, size=60)], [-3.0])
-            engine.rows(0, phase=phase)
-        expected, unsteered = [], []
-        for model, answers in ((alone, expected), (plain, unsteered)):
-            for prompt in map(torch.tensor, prompts):
-                ids = prompt[None]
-                answer = model.generate(ids, attention_mask=torch.ones_like(ids), generation_config=options)
-                answers.append(answer[0, len(prompt) :].tolist())
-        got = packed.generate_batch(inputs=prompts, generation_config=options)
-        assert [found.generated_tokens for found in got.values()] == expected != unsteered
-
-
 # Calls outside generate: (the calls' tokens, with a cache, what is said)
 LOOPS = {
     "a prompt, then its answer": ([7, 1, 1], True, None),

@@ -182,4 +182,12 @@ CANARIES: list[Canary] = [
         "tests/ops/test_ops_reach.py",
         "test_gradients_are_those_of_the_definition",
     ),
+    Canary(
+        "a cut prompt in continuous batching taken for an answer",
+        "cna_kernels/engine/batching.py",
+        "            if self._by_phase():",
+        "            if False:",
+        "tests/attach/test_batching.py",
+        "cuts",
+    ),
 ]
