@@ -29,7 +29,8 @@ demo: .venv/.installed
 	$(BIN)/cna demo --out demo-out
 
 # As many workers as cores, each on one thread: threads that wait for each other spin, and would slow the other workers.
-TEST = OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --maxprocesses 8 --dist loadfile
+# A worker that dies (out of memory) ends the run: with another in its place, pytest-xdist would wait for ever.
+TEST = OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --maxprocesses 8 --max-worker-restart 0 --dist loadfile
 
 test: .venv/.installed-test
 	$(TEST)

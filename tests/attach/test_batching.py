@@ -16,10 +16,17 @@ def untied():
     return make("llama", tie_word_embeddings=False)
 
 
+def batch(model, prompts, options, **sizes):
+    """The answers to prompts in continuous batching. Left to itself, its cache takes most of the machine's memory."""
+    if not hasattr(transformers, "ContinuousBatchingConfig"):
+        pytest.skip("this transformers cannot be given the size of a batch")
+    sizes = transformers.ContinuousBatchingConfig(num_blocks=16, **sizes)
+    found = model.generate_batch(prompts, options, continuous_batching_config=sizes, progress_bar=False)
+    return list(found.values())
+
+
 def test_continuous_batching_of_transformers():
     """Requests of several lengths in one row: pieces of prompts, and one token of each answer."""
-    if not hasattr(transformers.LlamaForCausalLM, "generate_batch"):
-        pytest.skip("this transformers has no generate_batch")
     options = transformers.GenerationConfig(max_new_tokens=6, do_sample=False, eos_token_id=96, pad_token_id=0)
     prompts = [ids_of(1, n, seed)[0].tolist() for seed, n in enumerate((5, 9, 2))]
     for phase in ("answer", "prompt"):
@@ -34,8 +41,8 @@ def test_continuous_batching_of_transformers():
                 ids = prompt[None]
                 answer = model.generate(ids, attention_mask=torch.ones_like(ids), generation_config=options)
                 answers.append(answer[0, len(prompt) :].tolist())
-        got = packed.generate_batch(inputs=prompts, generation_config=options)
-        assert [found.generated_tokens for found in got.values()] == expected != unsteered
+        got = batch(packed, prompts, options)
+        assert [found.generated_tokens for found in got] == expected != unsteered
 
 
 # (tokens of the prompts, tokens in a batch, whether the length of a piece hides its phase)
@@ -49,22 +56,19 @@ CUT = {
 @pytest.mark.parametrize("cut", CUT)
 @pytest.mark.parametrize("phase", ["answer", "both"])
 def test_a_prompt_that_continuous_batching_cuts(cut, phase):
-    if not hasattr(transformers, "ContinuousBatchingConfig"):
-        pytest.skip("this transformers cannot be given the size of a batch")
     lengths, n_tokens, refused = CUT[cut]
     model = untied()
     engine = attach(model)
     engine.set([random_circuit(engine, 1, size=60)], [-3.0])
     engine.rows(0, phase=phase)
     options = transformers.GenerationConfig(max_new_tokens=3, do_sample=False, eos_token_id=96, pad_token_id=0)
-    batches = transformers.ContinuousBatchingConfig(max_batch_tokens=n_tokens)
     prompts = [ids_of(1, n, seed)[0].tolist() for seed, n in enumerate(lengths)]
-    found = model.generate_batch(prompts, options, continuous_batching_config=batches, progress_bar=False)
-    errors = [answer.error for answer in found.values() if answer.error]
+    found = batch(model, prompts, options, max_batch_tokens=n_tokens)
+    errors = [answer.error for answer in found if answer.error]
     if refused and phase != "both":
         assert errors and "the last token of a prompt that was cut cannot be told apart; give `start`" in errors[0]
     else:
-        assert not errors and [len(answer.generated_tokens) for answer in found.values()] == [3] * len(prompts)
+        assert not errors and [len(answer.generated_tokens) for answer in found] == [3] * len(prompts)
 
 
 def test_pieces_whose_length_does_not_say_their_phase():
