@@ -6,6 +6,7 @@ import warnings
 
 import pytest
 import torch
+from torch import nn
 
 from cna_kernels import Circuit, attach
 from tiny import SHAPE
@@ -30,6 +31,20 @@ MODELS = {
 }
 DENSE = [name for name in MODELS if "moe" not in name and name != "mixtral"]
 L = SHAPE["num_hidden_layers"]
+
+
+class Int8Linear(nn.Module):
+    """A quantised layer of the usual kind: int8 weights, one scale a row, its own forward."""
+
+    def __init__(self, linear):
+        super().__init__()
+        self.in_features, self.out_features = linear.in_features, linear.out_features
+        scale = linear.weight.detach().abs().amax(1, keepdim=True) / 127
+        self.register_buffer("weight", (linear.weight.detach() / scale).round().to(torch.int8))
+        self.register_buffer("scale", scale)
+
+    def forward(self, x):
+        return nn.functional.linear(x, self.weight.to(x.dtype) * self.scale)
 
 
 def make(name, dtype=torch.float32, seed=3, **changes):

@@ -15,7 +15,7 @@ from cna_kernels.errors import InputError
 from cna_kernels.fields import REQUIRED, Fields, is_whole
 from cna_kernels.files import open_regular, parse_json, read_json
 
-SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
+SINGLE, INDEX, ADAPTER = "model.safetensors", "model.safetensors.index.json", "adapter_config.json"
 # Bits of an element, by the name of the dtype. A model's own tensors have one of the floating dtypes below them; other
 # tensors may lie beside.
 _BITS = dict.fromkeys(("BOOL", "U8", "I8", "F8_E4M3", "F8_E5M2", "F8_E8M0"), 8) | {"F4": 4, "F6_E2M3": 6, "F6_E3M2": 6}
@@ -107,9 +107,13 @@ def open_checkpoint(directory) -> Checkpoint:
     the index lists them or not.
 
     Raises:
-        InputError: a file is missing, truncated or malformed, or two files hold a tensor of the same name.
+        InputError: a file is missing, truncated or malformed, two files hold a tensor of the same name, or an adapter
+            lies beside them.
     """
     directory = Path(directory)
+    if os.path.lexists(directory / ADAPTER):
+        how = "merge the two (peft: merge_and_unload), or move the file away to read the weights beside it"
+        raise InputError(directory / ADAPTER, f"transformers with peft loads an adapter and its base model; {how}")
     if os.path.lexists(directory / SINGLE):
         shards = [SINGLE]
     elif os.path.lexists(directory / INDEX):

@@ -68,7 +68,8 @@ class CnaLM(TemplateLM):
 
     @property
     def eot_token_id(self) -> int:
-        return min(self.model.stop_ids, default=0)
+        eos = self.model.tokenizer.eos_id
+        return min(self.model.stop_ids, default=0) if eos is None else eos
 
     @property
     def prefix_token_id(self) -> int:

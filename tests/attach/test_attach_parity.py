@@ -22,7 +22,7 @@ from torch.nn.utils import parametrize, prune
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from attach_cases import DENSE, make, quietly, random_circuit, transformers
+from attach_cases import DENSE, Int8Linear, make, quietly, random_circuit, transformers
 from cna_kernels import InputError
 from tiny import SHAPE
 
@@ -125,18 +125,6 @@ class SiLUActivation(nn.Module):
 class Softened(nn.SiLU):
     def forward(self, input):
         return 0.5 * F.silu(input)
-
-
-class Int8(nn.Module):
-    def __init__(self, linear):
-        super().__init__()
-        self.in_features, self.out_features = linear.in_features, linear.out_features
-        scale = linear.weight.detach().abs().amax(1, keepdim=True) / 127
-        self.register_buffer("weight", (linear.weight.detach() / scale).round().to(torch.int8))
-        self.register_buffer("scale", scale)
-
-    def forward(self, x):
-        return F.linear(x, self.weight.to(x.dtype) * self.scale)
 
 
 class Rounded(nn.Linear):
@@ -444,8 +432,8 @@ CASES = [
     Case("SiLU's forward is patched", around=put(type(ACT2FN["silu"]), "forward", Softened.forward)),
     Case("SiLU as a function", silu_as_a_function),
     # Linear layers.
-    Case("int8 weights", each("down_proj", Int8)),
-    Case("int8 weights after attach", after=each("gate_proj", Int8)),
+    Case("int8 weights", each("down_proj", Int8Linear)),
+    Case("int8 weights after attach", after=each("gate_proj", Int8Linear)),
     Case("a subclass of Linear", after=each("up_proj", subclass)),
     Case("a parametrised weight", each("up_proj", halved)),
     Case("other Linear layers after attach", after=each("gate_proj", copy.deepcopy)),

@@ -14,6 +14,7 @@ from torch import nn
 
 from attach_cases import (
     MODELS,
+    Int8Linear,
     L,
     assert_steered,
     assert_steered_as_hooks,
@@ -61,20 +62,6 @@ def test_adapters_of_peft(targets, attach_first):
     assert_steered(got, expected, plain)
 
 
-class Int8Linear(nn.Module):
-    """A quantised layer of the usual kind: int8 weights, one scale a row, its own forward."""
-
-    def __init__(self, linear):
-        super().__init__()
-        self.in_features, self.out_features = linear.in_features, linear.out_features
-        scale = linear.weight.detach().abs().amax(1, keepdim=True) / 127
-        self.register_buffer("weight", (linear.weight.detach() / scale).round().to(torch.int8))
-        self.register_buffer("scale", scale)
-
-    def forward(self, x):
-        return nn.functional.linear(x, self.weight.to(x.dtype) * self.scale)
-
-
 @pytest.mark.parametrize("names", [["down_proj"], ["gate_proj", "up_proj", "down_proj"]])
 @pytest.mark.parametrize("model_name", ["llama", "gemma"])
 def test_quantised_layers(model_name, names):
@@ -84,7 +71,7 @@ def test_quantised_layers(model_name, names):
             setattr(layer.mlp, name, Int8Linear(getattr(layer.mlp, name)))
     plain = logits(model, ids)
     before = {name: x.clone() for name, x in model.state_dict().items()}
-    with pytest.warns(UserWarning, match=r"layers 0-2: .*down_proj is test_engine_company\.Int8Linear"):
+    with pytest.warns(UserWarning, match=r"layers 0-2: .*down_proj is attach_cases\.Int8Linear"):
         engine = attach(model)
     circuit = random_circuit(engine, 0)
     engine.set([circuit], [-2.0])

@@ -145,6 +145,12 @@ def test_no_weights_at_all(checkpoint):
     refused(checkpoint, "holds neither model.safetensors nor model.safetensors.index.json")
 
 
+def test_an_adapter_beside_the_weights(checkpoint):
+    """transformers with PEFT loads the adapter's base model then, and not these weights."""
+    (checkpoint / "adapter_config.json").write_text('{"base_model_name_or_path": "other", "peft_type": "LORA"}')
+    refused(checkpoint, "adapter_config.json: transformers with peft loads an adapter and its base model; merge")
+
+
 @pytest.mark.parametrize("elsewhere", ["../x.safetensors", "/etc/hostname", "sub/x.safetensors", "x.bin", 3, None])
 def test_an_index_that_points_elsewhere(sharded, elsewhere):
     path = sharded / "model.safetensors.index.json"
