@@ -210,7 +210,7 @@ class Engine:
             sums = self.new_sums(n_columns, squares=squares)
         check_tensor("sums.total", sums.total, shape=(self.n_layers, n_columns, self.n_neurons))
         with torch.inference_mode(False):
-            token_weight = token_weight.to(self._devices[0], torch.float32).contiguous()
+            token_weight = token_weight.to(self._devices[0], torch.float32, copy=True).contiguous()
             buffers_of = [self._layer_buffers(layer, sums) for layer in range(self.n_layers)]
             passes.collecting = collecting = Collecting(token_weight, buffers_of)
         for mlp, buffers in zip(self._mlps, buffers_of, strict=True):

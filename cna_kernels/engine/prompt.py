@@ -25,7 +25,11 @@ class Prompt:
 
     Attributes:
         n_tokens: the columns of the prompt as ``generate`` got it; None outside ``generate``.
+        whole: whether these count what the cache holds already.
         end: the first column behind the prompt; None before the first call of the decoder.
+        cache: the cache of that call. A call on another cache is not ``generate``'s own (guidance, a processor).
+        inner: how many calls of ``generate`` run within another, on caches of their own, with the same prompt.
+        guided: whether ``generate`` calls the model for a second prompt.
         column: ``end`` on the device, ``[1]`` int64, for graphs.
         models: the models whose ``generate`` says when it runs.
         batching: what knows the pieces of continuous batching. ``by_phase``: whether a phase is asked for.
@@ -36,19 +40,20 @@ class Prompt:
             self.column = torch.zeros(1, dtype=torch.int64, device=device)
         self.n_tokens: int | None = None
         self.end: int | None = None
+        self.cache: Any = None
+        self.whole = self.guided = False
+        self.inner = 0
         self.models: list[nn.Module] = []
         self.batching = Batching(by_phase)
 
-    def begin_call(self, n_tokens: int, past: Any, embedded: bool) -> None:
-        """Find ``end`` in the first call of the decoder, of ``n_tokens`` columns; ``embedded``: it was given no ids."""
+    def begin_call(self, n_tokens: int, past: Any) -> None:
+        """Find ``end`` in the first call of the decoder, of ``n_tokens`` columns."""
         if self.n_tokens is None or self.end is not None:
             return
         seen, end = int(seen_by(past)), self.n_tokens
-        if embedded and seen + n_tokens > end:
-            end = seen + n_tokens  # an adapter has put tokens of its own before the prompt
-        elif seen and n_tokens >= end:
+        if seen and n_tokens >= end and not self.whole:
             end += seen  # the cache holds tokens that the prompt does not repeat
-        self.end = end
+        self.end, self.cache = end, past
         self.column.fill_(end)
 
     def goes_on(self, n_tokens: int, past: Any) -> bool:
@@ -67,11 +72,15 @@ class Prompt:
         seen = seen_by(past)
         column = torch.arange(n_tokens, dtype=torch.int64, device=device)
         column = column + (seen.to(device) if isinstance(seen, Tensor) else seen)
-        if self.n_tokens is not None:
+        if self.n_tokens is not None and (self.inner or past is self.cache):
+            if self.guided and past is None:
+                raise InputError("phase", f"without a cache, guidance's calls look like those of the prompt; {MORE}")
             return (column < self.column.to(device))[None]
         if past is None and not call.get("use_cache"):
             raise InputError("phase", f"a call without a cache does not say where its prompt ends; {MORE}")
-        if n_tokens > 1 and not torch.compiler.is_compiling() and int(seen):
+        if n_tokens > 1 and isinstance(seen, Tensor) and torch.compiler.is_compiling():
+            raise InputError("phase", f"compiled, {n_tokens} tokens on a static cache may be prompt or answer; {MORE}")
+        if n_tokens > 1 and int(seen):
             raise InputError("phase", f"{n_tokens} tokens on a cache of {int(seen)} may be prompt or answer; {MORE}")
         return (column < 1)[None] if n_tokens == 1 else torch.ones_like(column, dtype=torch.bool)[None]
 
@@ -106,13 +115,20 @@ def _generate_of(kind: Any, engine_of: Callable[[nn.Module], Any]) -> Callable[.
     @functools.wraps(kind.generate)
     def generate(self: Any, *args: Any, **kwargs: Any) -> Any:
         run, prompt = _method_before(kind, self, "generate"), _prompt_of(self, engine_of)
-        if prompt is None or prompt.n_tokens is not None:  # a copy of the model; or a `generate` within another
+        if prompt is None:  # a copy of the model
             return run(*args, **kwargs)
-        prompt.n_tokens, prompt.end = _length(args, kwargs), None
+        if prompt.n_tokens is not None:  # a model that drafts for itself
+            prompt.inner += 1
+            try:
+                return run(*args, **kwargs)
+            finally:
+                prompt.inner -= 1
+        prompt.n_tokens, prompt.whole = _length(self, args, kwargs)
+        prompt.guided = _is_guided(self, kwargs)
         try:
             return run(*args, **kwargs)
         finally:
-            prompt.n_tokens = prompt.end = None
+            prompt.n_tokens = prompt.end = prompt.cache = None
 
     setattr(generate, BEFORE, True)
     return generate
@@ -146,14 +162,30 @@ def _prompt_of(model: Any, engine_of: Callable[[nn.Module], Any]) -> Prompt | No
     return None if engine is None else engine._prompt
 
 
-def _length(args: tuple[Any, ...], kwargs: dict[str, Any]) -> int:
-    """The columns of the prompt that ``generate`` is given."""
-    ids = args[0] if args else kwargs.get("inputs")
-    given = [x.shape[1] for x in (ids, kwargs.get("input_ids"), kwargs.get("inputs_embeds")) if x is not None]
-    mask = kwargs.get("attention_mask")
-    if kwargs.get("past_key_values") is not None and isinstance(mask, Tensor) and mask.dim() == 2:
-        given.append(mask.shape[1])  # has the tokens in the cache, too, which the ids may leave out
-    return max(given, default=1)
+def _length(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[int, bool]:
+    """The columns of the prompt that ``generate`` is given, and whether they count what the cache holds already."""
+    given = [kwargs.get("inputs_embeds"), args[0] if args else kwargs.get("inputs"), kwargs.get("input_ids")]
+    n_tokens = next((x.shape[1] for x in given if x is not None), 1)  # of both, the embeddings go into the model
+    mask: Any = kwargs.get("attention_mask")
+    counts_cache = kwargs.get("past_key_values") is not None and isinstance(mask, Tensor) and mask.dim() == 2
+    if counts_cache and mask.shape[1] > n_tokens:
+        return mask.shape[1], True
+    n_virtual = _virtual_tokens(model)
+    return n_tokens + n_virtual, n_virtual > 0
+
+
+def _virtual_tokens(model: Any) -> int:
+    """How many tokens PEFT puts before every prompt: its model prepares the inputs of this one while it generates."""
+    adapted = getattr(model.__dict__.get("prepare_inputs_for_generation"), "__self__", None)
+    config: Any = getattr(adapted, "active_peft_config", None)
+    return config.num_virtual_tokens if getattr(config, "is_prompt_learning", False) else 0
+
+
+def _is_guided(model: Any, kwargs: dict[str, Any]) -> bool:
+    """Whether ``generate`` runs the model on a negative prompt, too."""
+    config = kwargs.get("generation_config") or getattr(model, "generation_config", None)
+    scale = kwargs.get("guidance_scale", getattr(config, "guidance_scale", None))
+    return scale is not None and scale != 1
 
 
 def seen_by(past: Any) -> int | Tensor:

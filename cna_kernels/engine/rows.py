@@ -139,4 +139,4 @@ def whole_numbers(name: str, value: Any) -> Tensor:
 
 def _kept(bound: Any) -> Any:
     """A bound that nobody changes."""
-    return whole_numbers("start", bound).clone() if isinstance(bound, (list, tuple, Tensor)) else bound
+    return bound if bound is None or isinstance(bound, int) else whole_numbers("start", bound).clone()

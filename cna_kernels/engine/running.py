@@ -57,10 +57,12 @@ class Running:
         if not compiling and not self.rows.were_given and self.table.n_circuits:
             self._say_that_nothing_is_steered()
         past, prompt = call.get("past_key_values"), self.prompt
-        prompt.begin_call(shape[1], past, call.get("inputs_embeds") is not None)
+        prompt.begin_call(shape[1], past)
         tokens = self.rows.of_tokens(shape, device, call, prompt)
         collecting, token_weight = self.collecting, None
         if collecting is not None and not collecting.done and now.state.tokens is None:
+            if collecting.by_prompt and call.get("cu_seq_lens_q") is not None:
+                raise InputError("token_weight", "a row of several prompts has several last tokens; give [B, S, C]")
             if not (collecting.by_prompt and prompt.goes_on(shape[1], past)):
                 token_weight = collecting.of_call(shape, device, call.get("attention_mask"), past, prompt)
             for mlp in self._mlps:

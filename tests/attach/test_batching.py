@@ -71,6 +71,18 @@ def test_a_prompt_that_continuous_batching_cuts(cut, phase):
         assert not errors and [len(answer.generated_tokens) for answer in found] == [3] * len(prompts)
 
 
+@pytest.mark.parametrize("lengths", [(9,), (5, 9)])
+def test_last_tokens_in_continuous_batching(lengths):
+    """A row holds pieces of several prompts: the last token of the row is none of a prompt, or of one only."""
+    model = untied()
+    engine = attach(model)
+    options = transformers.GenerationConfig(max_new_tokens=1, do_sample=False, eos_token_id=96, pad_token_id=0)
+    prompts, found = [ids_of(1, n)[0].tolist() for n in lengths], []
+    with pytest.raises(InputError, match="collect: no forward pass ran"), engine.collect(torch.ones(1, 1)):
+        found += batch(model, prompts, options, max_batch_tokens=8)
+    assert "a row of several prompts has several last tokens; give [B, S, C]" in found[0].error
+
+
 def test_pieces_whose_length_does_not_say_their_phase():
     batching = Batching(lambda: True)
     # tokens to read, of these of the prompt where an answer was evicted; position and length of the piece; what is said

@@ -202,3 +202,12 @@ def test_a_training_pass(how):
     assert torch.allclose(got, plain, rtol=1e-4, atol=1e-7)
     torch.testing.assert_close(sums.total, expected.total, rtol=1e-5, atol=1e-6)
     assert not sums.total.requires_grad and not sums.act_sum.requires_grad
+
+
+def test_weights_are_copied():
+    model, ids, token_weight = make("llama"), ids_of(2, 5), torch.ones(2, 1)
+    engine = attach(model)
+    with engine.collect(token_weight) as sums:
+        logits(model, ids)
+        token_weight[:] = 5
+    assert sums.count.item() == 2

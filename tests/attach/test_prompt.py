@@ -33,6 +33,16 @@ def of_a_prefix(model, ids, n_tokens, **options):
     return cache
 
 
+def given_embeddings(model):
+    """Have the decoder get embeddings in place of ids, as that of a model with pictures does."""
+
+    def embed(_, args, kwargs):
+        return args, kwargs | dict(inputs_embeds=model.get_input_embeddings()(kwargs["input_ids"]), input_ids=None)
+
+    model.get_decoder().register_forward_pre_hook(embed, with_kwargs=True)
+    return {}
+
+
 # name: (the model, the prompts, their mask or None, options of generate for a model and prompts)
 WAYS = {
     "plain": ("llama", ids_of(2, 9), None, lambda m, ids: {}),
@@ -61,6 +71,16 @@ WAYS = {
         "llama", ids_of(2, 9), None, lambda m, ids: dict(past_key_values=of_a_prefix(m, ids, 4), prefill_chunk_size=2),
     ),
     "embeddings": ("llama", ids_of(2, 9), None, lambda m, ids: dict(inputs_embeds=m.get_input_embeddings()(ids))),
+    "a cached prefix that is not repeated": (
+        "llama", ids_of(2, 9), None, lambda m, ids: dict(inputs=ids[:, 4:], past_key_values=of_a_prefix(m, ids, 4)),
+    ),
+    "a cached prefix that is not repeated, prompt lookup": (
+        "llama", REPEATING, None,
+        lambda m, ids: dict(inputs=ids[:, 4:], past_key_values=of_a_prefix(m, ids, 4), prompt_lookup_num_tokens=10),
+    ),
+    "embeddings within, prompt lookup": (
+        "llama", REPEATING, None, lambda m, ids: given_embeddings(m) | dict(prompt_lookup_num_tokens=3),
+    ),
     "moe": ("qwen3-moe", ids_of(2, 9), PADDED, lambda m, ids: {}),
 }  # fmt: skip
 
@@ -69,7 +89,7 @@ def generate(model, ids, mask, options):
     with torch.no_grad(), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         more = options(model, ids)
-        given = {} if "inputs_embeds" in more else dict(inputs=ids)
+        given = {} if {"inputs_embeds", "inputs"} & {*more} else dict(inputs=ids)
         mask = torch.ones_like(ids) if mask is None else mask
         return model.generate(**given, attention_mask=mask, **{**GREEDY, **more})
 
@@ -79,7 +99,10 @@ def by_position(model, circuit, multiplier, steered):
     call = {}
 
     def note(_, args, kwargs):
-        call["position"] = kwargs["position_ids"]
+        call["position"] = kwargs.get("position_ids")
+        if call["position"] is None:  # of guidance's calls
+            ids, past = args[0] if args else kwargs["input_ids"], kwargs["past_key_values"]
+            call["position"] = torch.arange(ids.shape[1])[None] + (past.get_seq_length() if past is not None else 0)
 
     model.get_decoder().register_forward_pre_hook(note, with_kwargs=True)
     for layer, members in circuit.by_layer().items():
@@ -133,6 +156,70 @@ def test_collect_counts_the_last_token_of_the_prompt(way):
         generate(model, ids, mask, options)
     total = sums.total / (token_weight.shape[0] // rows)
     assert (total - expected.total).abs().max() <= 1e-5 * expected.total.abs().max()
+
+
+@pytest.mark.parametrize("n_tokens", [None, 14, 4], ids=lambda n: f"negative prompt of {n}")
+@pytest.mark.parametrize("phase", ["prompt", "answer"])
+def test_guidance_has_a_prompt_of_its_own(phase, n_tokens):
+    """Without a negative prompt guidance goes from the last token of the prompt on."""
+    ids, more = ids_of(1, 9), dict(guidance_scale=1.5, output_scores=True, return_dict_in_generate=True)
+    if n_tokens is not None:
+        more["negative_prompt_ids"] = ids_of(1, n_tokens, 5)
+    attached, hooked, plain = untied(), untied(), untied()
+    engine = attach(attached)
+    circuit = random_circuit(engine, 1, size=60)
+    engine.set([circuit], [-3.0])
+    engine.rows(0, phase=phase)
+    caches, call = [], {}
+
+    def note(_, args, kwargs):
+        caches.append(kwargs["past_key_values"])
+        call["prompt"] = 9 if caches[-1] is caches[0] else n_tokens or 1
+
+    hooked.get_decoder().register_forward_pre_hook(note, with_kwargs=True)
+    before = (lambda position: position < call["prompt"]) if phase == "prompt" else lambda p: p >= call["prompt"]
+    by_position(hooked, circuit, -3.0, lambda position, _: before(position))
+    scores = [torch.cat(generate(model, ids, None, lambda *_: more).scores) for model in (attached, hooked, plain)]
+    assert (scores[0] - scores[1]).abs().max() <= 1e-5 * scores[1].abs().max()
+    assert (scores[1] - scores[2]).abs().max() > 1e-2 * scores[1].abs().max()
+
+
+def test_guidance_without_a_cache():
+    model = untied()
+    engine = attach(model)
+    engine.set([random_circuit(engine, 1)], [-3.0])
+    engine.rows(0, phase="answer")
+    with pytest.raises(InputError, match="phase: without a cache, guidance's calls"):
+        generate(model, ids_of(1, 9), None, lambda *_: dict(guidance_scale=1.5, use_cache=False))
+
+
+@pytest.mark.parametrize("n_tokens", [4, 9, 12])
+def test_embeddings_beside_ids(n_tokens):
+    """The model gets the embeddings; their number is the prompt's."""
+    ids, models, answers = ids_of(1, 9), (untied(), untied(), untied()), []
+    engine = attach(models[0])
+    circuit = random_circuit(engine, 1, size=60)
+    engine.set([circuit], [-3.0])
+    engine.rows(0, phase="answer")
+    by_position(models[1], circuit, -3.0, lambda position, _: position >= n_tokens)
+    for model in models:
+        with torch.no_grad():
+            given = model.get_input_embeddings()(ids_of(1, n_tokens, 3))
+            answers.append(model.generate(ids, inputs_embeds=given, attention_mask=torch.ones(1, n_tokens), **GREEDY))
+    assert torch.equal(answers[0], answers[1]) and not torch.equal(answers[1], answers[2])
+
+
+@pytest.mark.parametrize("phase", ["prompt", "answer"])
+def test_a_compiled_call_of_several_tokens_on_a_static_cache(phase):
+    model, ids = untied(), ids_of(1, 4)
+    engine, cache = attach(model), static_cache(model)
+    engine.set([random_circuit(engine, 1)], [-3.0])
+    engine.rows(0, phase=phase)
+    run = torch.compile(model, backend="eager")
+    empty = logits(run, ids, past_key_values=cache, use_cache=True)
+    assert torch.equal(empty, logits(model, ids, past_key_values=static_cache(model), use_cache=True))
+    with pytest.raises(InputError, match="phase: compiled, 4 tokens on a static cache may be prompt or answer"):
+        logits(run, ids, past_key_values=cache, use_cache=True)
 
 
 # Calls outside generate: (the calls' tokens, with a cache, what is said)

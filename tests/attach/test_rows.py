@@ -3,6 +3,7 @@
 import os
 import signal
 import threading
+from array import array
 
 import numpy as np
 import pytest
@@ -103,6 +104,21 @@ def test_a_number_that_rows_name_is_not_given_again():
         assert torch.allclose(logits(model, ids), expected, atol=1e-5)
         engine.table.replace(0, circuits[0], -2.0)  # asked for by its number
         assert not torch.allclose(logits(model, ids), expected, atol=1e-5)
+
+
+@pytest.mark.parametrize("kind", [list, torch.tensor, np.array, lambda values: array("i", values)])
+def test_bounds_are_copied(kind):
+    """``steer`` puts back the rows as they were given, whatever became of the caller's list since."""
+    model, ids = make("llama"), ids_of(2, 6)
+    engine, start = attach(model), kind([2, 2])
+    circuit = random_circuit(engine, 0)
+    engine.set([circuit], [-2.0])
+    engine.rows([0, 0], start=start)
+    expected = logits(model, ids)
+    start[0] = 5
+    with engine.steer(circuit, 0.0):
+        pass
+    assert torch.equal(logits(model, ids), expected)
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork here")

@@ -190,4 +190,28 @@ CANARIES: list[Canary] = [
         "tests/attach/test_batching.py",
         "cuts",
     ),
+    Canary(
+        "guidance's calls taken for generate's own",
+        "cna_kernels/engine/prompt.py",
+        "(self.inner or past is self.cache)",
+        "True",
+        "tests/attach/test_prompt.py",
+        "guidance_has",
+    ),
+    Canary(
+        "drafts behind a cached prefix taken for prompt",
+        "cna_kernels/engine/prompt.py",
+        " and not self.whole",
+        "",
+        "tests/attach/test_prompt.py",
+        "test_phases_are_those_of_positions and repeated and lookup",
+    ),
+    Canary(
+        "the caller's bounds kept",
+        "cna_kernels/engine/rows.py",
+        'whole_numbers("start", bound).clone()',
+        "bound",
+        "tests/attach/test_rows.py",
+        "bounds_are_copied",
+    ),
 ]
