@@ -1,6 +1,7 @@
 # make demo   install what is needed into .venv and run the demonstration
 # make test   install, then run the tests of every day
 # make test-all   the same, then run all tests: full products of parameters, whole demonstrations, kills at any time
+# make test-ci    the same, but the full products in Triton's interpreter: what CI runs
 # make test-device-versions   the tests that need no GPU, with the GPU machine's versions, in build/device-versions/
 # make wheel  the wheels in dist/: their sizes, and that they hold what they must
 # make docs   the API reference and the documents as HTML, in build/docs
@@ -22,7 +23,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test test-all test-device-versions wheel docs lint canaries sanitize compile-gate gpu gpu-tune gpu-record bench \
+.PHONY: demo test test-ci test-all test-device-versions wheel docs lint canaries sanitize compile-gate gpu gpu-tune gpu-record bench \
         bench-attribution bench-eval bench-embedding bench-host train-demo clean
 
 demo: .venv/.installed
@@ -34,6 +35,10 @@ TEST = OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --maxprocesses 8 --max-
 
 test: .venv/.installed-test
 	$(TEST)
+
+# all, but the full products in Triton's interpreter: what a CI of two cores has time for
+test-ci: .venv/.installed-test
+	$(TEST) -m 'not (interpreted and exhaustive)'
 
 test-all: .venv/.installed-test
 	$(TEST) -m ''

@@ -33,8 +33,8 @@ CANARIES: list[Canary] = [
     Canary(
         "prompt ends with the first chunk",
         "cna_kernels/engine/prompt.py",
-        "self.end = end\n",
-        "self.end = end = seen + n_tokens\n",
+        "        self.end, self.cache = end, past\n",
+        "        end = seen + n_tokens\n        self.end, self.cache = end, past\n",
         PROMPT,
         "test_phases_are_those_of_positions and chunks",
     ),

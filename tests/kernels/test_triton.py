@@ -80,7 +80,7 @@ def test_values(monkeypatch, kernel, shape, dtype, feature):
 
 # The interpreter takes 10 seconds for each, and minutes for "gemv" with its many programs.
 WIDE = [(op, name, *case) for op, name in PLANS for case in ((1, 11009), (3, 14337)) if name != "fused"]
-WIDE = [each for each in WIDE if each[:3] != ("gated_mlp", "flat", 1)]
+WIDE = [each for each in WIDE if each[:3] not in (("gated_mlp", "flat", 1), ("gated_mlp", "gemv", 1))]
 WIDE = [each for each in WIDE if each[0] not in plan.PLANS or servable(*each[:2], (*each[2:], 16), torch.bfloat16)]
 
 

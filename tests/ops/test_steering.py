@@ -430,7 +430,7 @@ def test_a_child_does_not_wait_for_a_lock_of_its_parents_threads():
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork here")
-@pytest.mark.parametrize("step", range(3))
+@pytest.mark.parametrize("step", [0, *(pytest.param(step, marks=pytest.mark.exhaustive) for step in (1, 2))])
 def test_a_child_sees_a_change_whole(step, monkeypatch):
     """Forked at any step of a change that moves entries: the child's table holds the old or the new circuits."""
     table = SteeringTable([], [], L, N, max_circuits=3, max_entries=7)
