@@ -8,6 +8,7 @@ runs the harness's own command line after registering the type: the harness itse
 from __future__ import annotations
 
 import contextlib
+import sys
 
 import torch
 from lm_eval.api.model import TemplateLM
@@ -15,7 +16,7 @@ from lm_eval.api.registry import register_model
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 from tqdm import tqdm
 
-from cna_kernels.errors import InputError
+from cna_kernels.errors import InputError, one_line
 
 from ..cli.arguments import load_circuit
 from ..discovery.packing import TokenPrompt
@@ -65,6 +66,14 @@ class CnaLM(TemplateLM):
         asked = str(batch_size or "")
         self.batch = int(asked) if asked.isdecimal() else 16
         self._device = self.model.device
+        self._rendered = False  # the harness has rendered requests as chats
+        self._said = False
+
+    def _say_model(self) -> None:
+        """Say on stderr, at the first request, which model, template and stop tokens are used."""
+        if not self._said:
+            print(f"cna lm-eval: {one_line(self.model.describe(self._rendered))}", file=sys.stderr)
+        self._said = True
 
     @property
     def eot_token_id(self) -> int:
@@ -92,6 +101,7 @@ class CnaLM(TemplateLM):
         template = self.model.tokenizer.template
         if template is None or not add_generation_prompt:
             raise InputError("--apply_chat_template", "the checkpoint has no template, or the task ends in an answer")
+        self._rendered = True
         return template.render([chat_history])[0]
 
     def tok_encode(self, string: str, add_special_tokens: bool | None = None, **_) -> list[int]:
@@ -100,6 +110,7 @@ class CnaLM(TemplateLM):
         return self.model.tokenizer.encode(string)
 
     def _loglikelihood_tokens(self, requests, disable_tqdm: bool = False, **_) -> list[tuple[float, bool]]:
+        self._say_model()
         order = sorted(range(len(requests)), key=lambda number: -len(requests[number][1]) - len(requests[number][2]))
         whole = [(requests[number][1] + requests[number][2])[-(self.max_length + 1) :] for number in order]
         rows = [(0, ids[:-1]) for ids in whole]
@@ -128,6 +139,7 @@ class CnaLM(TemplateLM):
         return found
 
     def generate_until(self, requests, disable_tqdm: bool = False) -> list[str]:
+        self._say_model()
         order = sorted(range(len(requests)), key=lambda number: len(requests[number].args[0]))
         found = [""] * len(requests)
         groups: dict[tuple, list[int]] = {}

@@ -84,6 +84,7 @@ def test_local_tasks_on_a_steered_model(tmp_path):
         for name in TASKS
     }
     model = load(directory, dtype="float32")
+    assert done.stderr.count(f"cna lm-eval: {model.describe(False)}\n") == 1
     with model.steered(CIRCUIT, 4.0), torch.no_grad():
         right = 0
         for sample, question in zip(samples["choose"], QUESTIONS, strict=True):
