@@ -205,18 +205,30 @@ def _target(path: FilePath) -> Path:
         raise InputError(path, "is a directory, cannot be written as a file")
     try:
         # Not of realpath: /dev/stdout leads to a name such as pipe:[123], where nothing is.
-        if not stat.S_ISREG(os.stat(name).st_mode):
-            raise InputError(path, "cannot be written: is not a regular file")
+        found = os.stat(name)
     except FileNotFoundError:
-        pass
+        found = None
     except (OSError, ValueError) as error:  # a loop of links; a file as a folder; a NUL in the name
         raise InputError(path, f"cannot be written: {getattr(error, 'strerror', None) or error}") from None
+    if found is not None and not stat.S_ISREG(found.st_mode):
+        raise InputError(path, "cannot be written: is not a regular file")
+    if found is not None and _is_output(found):
+        raise InputError(path, "cannot be written: is where the output of this process goes")
     target = Path(os.path.realpath(name))
     if os.path.lexists(target) and not os.path.isfile(target):
         raise InputError(path, "cannot be written: is not a regular file")
     if len(os.fsencode(target.name)) > 255:
         raise InputError(path, "cannot be written: File name too long")
     return target
+
+
+def _is_output(found: os.stat_result) -> bool:
+    """Whether a file is the one that stdout or stderr goes to: to replace it would lose what is there."""
+    for descriptor in (1, 2):
+        with contextlib.suppress(OSError):
+            if os.path.samestat(found, os.fstat(descriptor)):
+                return True
+    return False
 
 
 class Digest:

@@ -26,6 +26,7 @@ from cna_kernels.files import FilePath, check_writable, make_directory, write_by
 from cna_kernels.renamed import renamed
 from cna_kernels.steering import check_multiplier
 
+from ..text.chat_template import FOLDER
 from .config import DTYPES, ModelConfig
 from .load import DOWN
 from .safetensors_file import INDEX, SINGLE, Checkpoint
@@ -96,17 +97,18 @@ def to_lora(
     for part in parts:  # before anything is written
         for name, tensor in _adapter(checkpoint, config, part, uniform, DTYPES[dtype]).items():
             _require_finite(out, name, tensor)
+    places = [Path(out, str(number)) for number in range(1, len(parts) + 1)] if len(parts) > 1 else [Path(out)]
+    for config_file in (*Path(out).glob("adapter_config.json"), *Path(out).glob("*/adapter_config.json")):
+        if config_file.parent not in places:
+            raise InputError(config_file.parent, "holds an adapter that would stay beside the new one; remove it first")
     make_directory(out)
-    written = []
-    for number, part in enumerate(parts, 1):
-        place = Path(out) if len(parts) == 1 else Path(out) / str(number)
+    for place, part in zip(places, parts, strict=True):
         make_directory(place)
         tensors = _adapter(checkpoint, config, part, uniform, DTYPES[dtype])
         write_bytes(place / "adapter_model.safetensors", save(tensors, metadata={"format": "pt"}))
         record = _adapter_config(part, base_model, uniform)
         write_text(place / "adapter_config.json", json.dumps(record, indent=2) + "\n")
-        written.append(place)
-    return written
+    return places
 
 
 def _require_finite(out: FilePath, name: str, tensor: torch.Tensor):
@@ -182,6 +184,8 @@ def to_checkpoint(directory: FilePath, checkpoint: Checkpoint, multipliers: Neur
             for path in sorted(Path(directory).iterdir()):
                 if _is_copied(path, read):
                     shutil.copyfile(path, partial / path.name)
+            if (Path(directory) / FOLDER).is_dir():  # of chat templates
+                shutil.copytree(Path(directory) / FOLDER, partial / FOLDER)
             for layer, found in multipliers.items():
                 _scale_columns(checkpoint, DOWN.format(layer), partial, found)
             os.rename(partial, out)

@@ -17,7 +17,7 @@ from cna_kernels.steering import check_multiplier
 from ..demo.checkpoint import demo_checkpoint
 from ..language_model import LanguageModel, load
 from ..prompts.files import file_and_column
-from ..prompts.formats import WITH_COLUMNS, format_of
+from ..prompts.formats import WITH_COLUMNS, format_of, is_pipe
 
 MOST, LARGEST = 256, 1e6  # multipliers of a command, and the largest
 
@@ -100,6 +100,14 @@ def multipliers_of(text: str, flag: str) -> list[float]:
     return values
 
 
+def check_output(output, *inputs):
+    """Refuse an output that is a file which the command reads."""
+    for path in filter(None, inputs):
+        path = file_and_column(path)[0]
+        if os.path.exists(output) and os.path.exists(path) and os.path.samefile(output, path):
+            raise InputError("--output", f"{str(output)!r} is a file that the command reads")
+
+
 def column_of(args, path):
     """The value of --column for a file that has columns; None for a file of plain text, which has none."""
     return args.column if _has_columns(path) else None
@@ -112,4 +120,5 @@ def check_column(column, *paths):
 
 
 def _has_columns(path) -> bool:
-    return format_of(file_and_column(path)[0]) != "lines"
+    path = file_and_column(path)[0]
+    return is_pipe(path) or format_of(path) != "lines"  # what a pipe holds shows when it is read

@@ -40,7 +40,16 @@ from ..prompts.corpus import (
     with_answers,
 )
 from ..prompts.files import BadLines, iter_prompts, neutral_prompts
-from .arguments import chat_options, check_column, column_of, device_of, directory_of, load_model, say_model
+from .arguments import (
+    chat_options,
+    check_column,
+    check_output,
+    column_of,
+    device_of,
+    directory_of,
+    load_model,
+    say_model,
+)
 from .console import Table, cell, print_json, show_circuit, stdout
 from .flags import MOST_THREADS
 from .progress import metered
@@ -59,6 +68,8 @@ def run_discover(args):
         raise InputError("--label", "is for one file that holds both sides: give it as --positive, and no --negative")
     if many == any(sides) or (args.label is None and sides[0] != sides[1]):
         raise InputError("prompts", "give --positive and --negative, or --positive with --label, or --contrasts")
+    read = (args.positive, args.negative, args.universal_prompts, args.universal_contrasts, args.contrasts)
+    check_output(args.output, *read)
     if many:
         make_directory(args.output)
     check_writable(Path(args.output, "columns.safetensors") if many else args.output)

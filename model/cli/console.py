@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import unicodedata
 
 from cna_kernels.circuit import Circuit
 from cna_kernels.errors import one_line
@@ -82,4 +83,9 @@ def print_json(value):
 
 def cell(text):
     """Model output as table text: no markup, no terminal escapes."""
-    return Text("".join(c if c.isprintable() or c == "\n" else "\ufffd" for c in text))
+    return Text("".join(c if c.isprintable() or _is_harmless(c) else "\ufffd" for c in text.expandtabs(4)))
+
+
+def _is_harmless(character):
+    """Whether a character that Python does not call printable may go to a terminal: ends of lines, spaces, joiners."""
+    return character in "\n\u200c\u200d" or unicodedata.category(character) == "Zs"

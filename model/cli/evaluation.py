@@ -88,7 +88,12 @@ def run_lm_eval(args):
 
     register()
     sys.argv = ["cna lm-eval", *args.words]
-    cli_evaluate()
+    try:
+        cli_evaluate()
+    except InputError:
+        raise
+    except ValueError as error:  # as the harness says what it does not take
+        raise InputError("lm-eval", str(error)) from None
 
 
 def _say(args):

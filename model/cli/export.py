@@ -9,7 +9,7 @@ from cna_kernels.files import check_directory, check_writable
 
 from ..checkpoint import export
 from ..language_model import load
-from .arguments import directory_of, load_circuit, multipliers_of
+from .arguments import check_output, directory_of, load_circuit, multipliers_of
 from .console import stdout
 
 
@@ -22,6 +22,7 @@ def run_export(args):
             raise InputError(flag, "is for --to lora")
     if args.to == "ref-code":
         check_writable(args.output)
+        check_output(args.output, *args.circuit)
     elif args.to == "lora":
         check_directory(args.output)
     directory = directory_of(args.model)

@@ -7,7 +7,8 @@ import json
 import os
 from collections.abc import Callable
 
-from cna_kernels.errors import one_line
+from cna_kernels.errors import InputError, one_line
+from cna_kernels.files import parse_json
 
 DTYPES = ["bfloat16", "float16", "float32"]
 MODEL_HELP = "checkpoint directory in Hugging Face layout; demo:instruct or demo:base for the bundled pair"
@@ -138,10 +139,15 @@ def template_arg(text: str) -> tuple[str, object]:
     name, equals, value = text.partition("=")
     if not equals or not name.isidentifier():
         raise argparse.ArgumentTypeError(f"expected NAME=VALUE, got {text!r}")
+    value = {"True": "true", "False": "false", "None": "null"}.get(value, value)
     try:
-        return name, json.loads({"True": "true", "False": "false", "None": "null"}.get(value, value))
+        json.loads(value)
     except (ValueError, RecursionError):
         return name, value
+    try:
+        return name, parse_json(value, name)
+    except InputError as error:  # what Python takes for JSON, and JSON does not have
+        raise argparse.ArgumentTypeError(str(error)) from None
 
 
 def label(text: str):

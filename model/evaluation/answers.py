@@ -13,7 +13,7 @@ from ..generate import generate
 from ..language_model import LanguageModel
 from ..memory import in_halves, memory_of
 from .interventions import Interventions
-from .metrics import begun_thought
+from .metrics import THOUGHT_TAGS, begun_thought
 from .store import Store
 
 MOST_ROWS = {"cpu": 256, "cuda": 1024}  # most answers decoded together, by device
@@ -78,7 +78,8 @@ def answer_all(
     found: dict[int, list[Answer]] = {variant: [] for variant in variants}
 
     # A template may begin a thought for the model; then the text of the answer begins with what begins the thought.
-    thoughts = [begun_thought(model.tokenizer.decode(prompt.ids[-_TAIL:])) for prompt in prompts]
+    decode = partial(model.tokenizer.decode, keep=THOUGHT_TAGS)  # in some tokenizers these are special tokens
+    thoughts = [begun_thought(decode(prompt.ids[-_TAIL:])) for prompt in prompts]
 
     def write(chunk):
         return _write(model, interventions, chunk, prompts, max_new_tokens)
@@ -90,7 +91,7 @@ def answer_all(
             partial(in_halves, write, chunk, model.device),
         )
         for (variant, number), tokens in zip(chunk, lines, strict=True):
-            text = thoughts[number] + model.tokenizer.decode(tokens)
+            text = thoughts[number] + decode(tokens)
             found[variant].append(Answer(variant, number, text, tuple(tokens)))
         progress(min(start + batch, len(work)), len(work))
     return {variant: sorted(answers, key=lambda answer: answer.prompt) for variant, answers in found.items()}

@@ -24,6 +24,7 @@ from cna_kernels.files import parse_json
 
 TIMEOUT = 3600.0  # seconds
 MOST = 64 << 20  # bytes of output
+GRACE = 1.0  # seconds for the rest of its output, when the program has ended
 LAST = 64 << 10  # bytes of stderr that are kept
 
 
@@ -91,16 +92,19 @@ def _run(words: list[str], content: bytes, timeout: float, where: str) -> tuple[
         thread.start()
     deadline = time.monotonic() + timeout
     try:
-        while threads[0].is_alive() and time.monotonic() < deadline:
+        while threads[0].is_alive() and child.poll() is None and time.monotonic() < deadline:
             threads[0].join(0.05)
+        threads[0].join(GRACE)  # what it has started may hold its output open
         if too_long.is_set():
             raise InputError(where, f"wrote more than {MOST} bytes")
         try:
             child.wait(max(0.0, deadline - time.monotonic()))
         except subprocess.TimeoutExpired:
             raise InputError(where, f"took more than {timeout:g} seconds") from None
-        threads[1].join(1.0)
-        return child.returncode, bytes(output), bytes(errors)
+        threads[1].join(GRACE)
+        returncode = child.returncode
+        _kill(child)
+        return returncode, bytes(output), bytes(errors)
     except BaseException:
         _kill(child)
         raise

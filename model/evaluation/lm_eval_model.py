@@ -105,8 +105,9 @@ class CnaLM(TemplateLM):
         return template.render([chat_history])[0]
 
     def tok_encode(self, string: str, add_special_tokens: bool | None = None, **_) -> list[int]:
-        if add_special_tokens is False:
-            return self.model.tokenizer.encode_answer(string)
+        begun = self.model.tokenizer.token(self.prefix_token_id)
+        if add_special_tokens is False or (add_special_tokens is None and begun and string.startswith(begun)):
+            return self.model.tokenizer.encode_answer(string)  # a rendered chat brings its own BOS
         return self.model.tokenizer.encode(string)
 
     def _loglikelihood_tokens(self, requests, disable_tqdm: bool = False, **_) -> list[tuple[float, bool]]:
@@ -130,9 +131,7 @@ class CnaLM(TemplateLM):
         found = []
         for request in tqdm(requests, disable=disable_tqdm):
             (text,) = request.args
-            windows = get_rolling_token_windows(
-                self.model.tokenizer.encode_answer(text), self.prefix_token_id, self.max_length, 1
-            )
+            windows = get_rolling_token_windows(self.tok_encode(text), self.prefix_token_id, self.max_length, 1)
             pairs = [(None, *make_disjoint_window(window)) for window in windows]
             found.append(sum(value for value, _ in self._loglikelihood_tokens(pairs, disable_tqdm=True)))
             self.cache_hook.add_partial("loglikelihood_rolling", request.args, found[-1])

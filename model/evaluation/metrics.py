@@ -41,6 +41,7 @@ _THOUGHTS = (
     ("<|begin_of_thought|>", "<|end_of_thought|>"),
 )
 _BEGINNINGS = tuple(begin for begin, _ in _THOUGHTS)
+THOUGHT_TAGS = tuple(tag for tags in _THOUGHTS for tag in tags)
 
 
 def begun_thought(text: str) -> str:
@@ -103,8 +104,8 @@ class Refusals:
         return cls(phrases)
 
 
-# Markdown: emphasis and code anywhere; at the beginning of a line headings, quotes and bullets.
-_MARKUP = re.compile(r"[*_`~]+|^[ \t]*(?:[#>]+|[-+](?=\s))[ \t]*", re.MULTILINE)
+# Markdown: emphasis and code anywhere; at the beginning of a line headings, quotes, also nested, and bullets.
+_MARKUP = re.compile(r"[*_`~]+|^[ \t]*(?:(?:[#>]+|[-+](?=\s))[ \t]*)+", re.MULTILINE)
 _APOSTROPHES = dict.fromkeys(map(ord, "\u2018\u2019\u02bc\u00b4\uff07"), "'")
 
 

@@ -23,10 +23,11 @@ from cna_kernels.errors import InputError
 from cna_kernels.files import read_text, sha256
 
 from ..language_model import LanguageModel
-from ..packages import missing
 from ..prompts.files import PromptSet
+from ..prompts.formats import parquet_rows
 from .interventions import Interventions
 from .likelihood import each_logits
+from .metrics import after_thought
 
 LETTERS = "ABCDEFGHIJ"
 SPLITS = ("test", "val", "validation", "dev", "train", "auxiliary_train")
@@ -191,18 +192,11 @@ def _csv(path: Path) -> Iterator[tuple[dict, str]]:
 
 
 def _parquet(path: Path) -> Iterator[tuple[dict, str]]:
-    try:
-        import pyarrow
-        import pyarrow.parquet
-    except ImportError:
-        reason = missing("pyarrow") or "cannot be imported"
-        raise InputError(path, f"is parquet, which takes pyarrow: {reason}") from None
-    try:
-        rows = pyarrow.parquet.read_table(path).to_pylist()
-    except (pyarrow.ArrowException, OSError) as error:
-        raise InputError(path, f"is not parquet: {str(error).splitlines()[0]}") from None
-    for number, row in enumerate(rows):
-        yield {str(name).lower(): value for name, value in row.items()}, f"{path}: row {number}"
+    for row, place in parquet_rows(path):
+        record = {str(name).lower(): value for name, value in row.items()}
+        if len(record) < len(row):
+            raise InputError(place, "names a column twice")
+        yield record, place
 
 
 def _question(record: dict, place: str, subject: str) -> Question:
@@ -327,17 +321,17 @@ def _most_likely(scores: Sequence[float]) -> int:
 
 
 def parse_letter(answer: str, n_choices: int) -> int | None:
-    """Return the number of the choice that an answer names, None where it names none.
+    """Return the number of the choice that an answer names after its thought, None where it names none.
 
     A letter at the beginning counts. Where there is none, a letter after "answer", "answer is" or "answer:" counts;
     where there is none of these, the first capital letter that stands alone. An A or I that begins a clause
     ("A cat ...", "I'm ...") names no choice.
     """
-    letters = LETTERS[:n_choices]
+    letters, visible = LETTERS[:n_choices], after_thought(answer) or ""
     after = rf"\(?\b([{letters}])\b"
     alone = rf"\(?\b(?![AI](?:['\u2019]| (?!is\b|because\b|and\b|or\b)[a-z]))([{letters}])\b(?!['\u2019])"
     for pattern in (rf"^\W*{alone}", rf"(?i:answer)\W*(?i:is|would be|must be)?\W*{after}", alone):
-        found = re.search(pattern, answer)
+        found = re.search(pattern, visible)
         if found:
             return letters.index(found.group(1))
     return None

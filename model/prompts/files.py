@@ -14,7 +14,7 @@ from cna_kernels.errors import InputError
 from cna_kernels.fields import is_whole
 from cna_kernels.files import FilePath, sha256
 
-from .formats import WITH_COLUMNS, format_of, records_of
+from .formats import records_of
 
 
 class ChatText(str):
@@ -129,13 +129,14 @@ def iter_prompts(
     bad = bad or BadLines()
     path, own = file_and_column(path)
     column = own or column
-    if column is not None and format_of(path) == "lines":
-        raise InputError(path, f"has no columns; a column is for {', '.join(WITH_COLUMNS)} files")
+    sole: list[str | None] = []  # the first record's only field, if it has one field; what is "only" is a file's matter
 
     def parse(record: object, place: str):
+        if isinstance(record, dict) and not sole:
+            sole.append(next(iter(record)) if len(record) == 1 and label is None else None)
         if label is not None and not label.fits(record, place):
             return None
-        return prompt_of(record, place, column)
+        return prompt_of(record, place, column, *sole)
 
     yield from accepted(path, parse, bad, limit, columns=() if column is None else (column, *column.split(",")))
 
@@ -178,7 +179,8 @@ class Label:
     def fits(self, record: object, place: str) -> bool:
         """Whether a record is on this side. Raises InputError where it has no such field, or nothing in it."""
         value = record.get(self.name) if isinstance(record, dict) else None
-        if value is None or value == "":
+        is_missing = value is None or value == "" or (_label_value(value) == "nan" and self.value != "nan")
+        if is_missing:  # NaN is how pandas writes a number that is not there
             raise InputError(f"{place}: {self.name}", "expected a label, and there is none")
         return (_label_value(value) == self.value) != self.negated
 
@@ -218,14 +220,16 @@ def neutral_prompts() -> PromptSet:
     return PromptSet.of([line for line in lines if line], "neutral_prompts")
 
 
-def prompt_of(record: object, place: str, column: str | None) -> tuple[str, str]:
+def prompt_of(record: object, place: str, column: str | None, sole: str | None = None) -> tuple[str, str]:
     """The prompt in a record, and its place: the record's own, or its column's.
+
+    ``sole`` is the only field of the file's records, if they have one field, which holds the prompt by any name.
 
     A list of messages is a chat: its last message, if it is the assistant's, is no part of the prompt. A list of whole
     numbers is token ids.
     """
     if isinstance(record, dict):
-        name = _column_in(record, column, place)
+        name = _column_in(record, column, sole, place)
         place, record = f"{place}: {name}", record[name]
         if isinstance(record, list) and record and name != "messages" and all(map(is_whole, record)):
             return TokenText(record), place
@@ -234,12 +238,12 @@ def prompt_of(record: object, place: str, column: str | None) -> tuple[str, str]
     return require_text(record, place), place
 
 
-def _column_in(record: dict, column: str | None, place: str) -> str:
+def _column_in(record: dict, column: str | None, sole: str | None, place: str) -> str:
     names = list(record)
     if column is not None:
         wanted = [column, *column.split(",")]
     else:
-        wanted = ["prompt", *(names if len(names) == 1 else ()), "messages", "input_ids"]
+        wanted = ["prompt", *([] if sole is None else [sole]), "messages", "input_ids"]
     found = next((name for name in wanted if name in record), None)
     if found is None:
         has = ", ".join(str(key) for key in names[:8])

@@ -10,6 +10,7 @@ from __future__ import annotations
 import codecs
 import csv
 import io
+import itertools
 import os
 import re
 import stat
@@ -63,7 +64,7 @@ def format_of(path: FilePath) -> str:
     if ending == ".parquet":
         return "parquet"
     head = b""
-    if not _is_pipe(path):  # a pipe is opened once, by who reads it
+    if not is_pipe(path):  # a pipe is opened once, by who reads it
         with open_stream(path) as file:
             head = _head(file)
     if head[:4] == b"PAR1":
@@ -93,8 +94,10 @@ def records_of(path: FilePath, bad, columns: Sequence[str] = ()) -> Iterator[tup
         yield from parquet_rows(path)
         return
     with open_stream(path) as opened:
-        if kind == "lines" and _is_pipe(path) and _begins_with_object(_head(opened), path):
+        if kind == "lines" and is_pipe(path) and _begins_with_object(_head(opened), path):
             kind = "jsonl"
+        if kind == "lines" and columns:
+            raise InputError(path, f"has no columns; a column is for {', '.join(WITH_COLUMNS)} files")
         file = _utf8(path, opened)
         if kind == "json":
             yield from _json_records(path, file, bad)
@@ -102,7 +105,17 @@ def records_of(path: FilePath, bad, columns: Sequence[str] = ()) -> Iterator[tup
             yield from _table_rows(path, file, bad, columns)
         else:
             lines = _lines(path, file, bad)
-            yield from ((line.strip(), place) for line, place in lines) if kind == "lines" else _parsed(lines, bad)
+            yield from _stripped(lines) if kind == "lines" else _parsed(lines, bad)
+
+
+def _stripped(lines: Iterable[tuple[str, str]]) -> Iterator[tuple[str, str]]:
+    """Lines of text without space around them. Said is where the first looks like a line of JSON."""
+    for number, (line, place) in enumerate(lines):
+        if number == 0 and _is_json(line.strip(), '"'):
+            warnings.warn(
+                f"{place}: is taken as text, with its quotes; .jsonl is read as JSON", InputWarning, stacklevel=5
+            )
+        yield line.strip(), place
 
 
 def _parsed(lines: Iterable[tuple[str, str]], bad) -> Iterator[tuple[object, str]]:
@@ -127,12 +140,24 @@ def parquet_rows(path: FilePath) -> Iterator[tuple[dict, str]]:
     number = 0
     try:
         with pyarrow.parquet.ParquetFile(path) as file:
+            _check_names(file.schema_arrow.names, path)
             for batch in file.iter_batches():
                 for row in batch.to_pylist():
                     yield row, f"{path}: row {number}"
                     number += 1
+    except InputError:
+        raise
     except (pyarrow.ArrowException, OSError) as error:
         raise InputError(path, f"is not parquet: {str(error).splitlines()[0]}") from None
+    except (ValueError, OverflowError) as error:  # a text that is not UTF-8, a date that Python has not
+        raise InputError(f"{path}: row {number} or after it", f"cannot be read: {str(error).splitlines()[0]}") from None
+
+
+def _check_names(names: Sequence[str], where: FilePath) -> None:
+    """Raise InputError where two columns have one name."""
+    twice = next((name for name in names if names.count(name) > 1), None)
+    if twice is not None:
+        raise InputError(where, f"repeats the column {twice!r}")
 
 
 def _head(file: BinaryIO) -> bytes:
@@ -144,7 +169,8 @@ def _head(file: BinaryIO) -> bytes:
     return file.peek(_HEAD)  # type: ignore[attr-defined]  # files that are opened for reading have it
 
 
-def _is_pipe(path: Path) -> bool:
+def is_pipe(path: Path) -> bool:
+    """Whether a file can be read once only, so that what it holds shows when it is read."""
     try:
         return stat.S_ISFIFO(os.stat(path).st_mode)
     except (OSError, ValueError):
@@ -203,16 +229,30 @@ class _Transcoded(io.RawIOBase):
         return n
 
 
+_LINE_ENDS = re.compile(r"\r\n|\n|\r")  # a JSON text may hold other characters that Unicode calls line ends
+
+
 def _begins_with_object(head: bytes, path: Path) -> bool:
-    """Whether the first line that is not blank is a JSON object."""
+    """Whether the first line that is not blank is a JSON object, a faulty one too.
+
+    Raises:
+        InputError: the line begins JSON that goes on in the next lines, or is a list.
+    """
     text = head.decode(next((name for mark, name in _MARKS.items() if head.startswith(mark)), "utf-8-sig"), "replace")
-    line = next((line for line in text.splitlines() if line.strip()), "")
-    if not line.lstrip().startswith("{"):
-        return False
-    if len(head) == _HEAD and "\n" not in text:
-        return line.lstrip()[:2] == '{"'  # a first line longer than the head
+    line = next((line.strip() for line in _LINE_ENDS.split(text) if line.strip()), "")
+    if line in ("{", "["):
+        raise InputError(
+            path, f"begins with {line!r}, as JSON over several lines does; a list is read from .json files"
+        )
+    if _is_json(line, "["):
+        raise InputError(path, "begins with a JSON list; lists are read from .json files, records from .jsonl files")
+    return re.match(r"\{\s*(\"|\}$)", line) is not None
+
+
+def _is_json(line: str, start: str) -> bool:
+    """Whether a line that begins with ``start`` is JSON."""
     try:
-        return isinstance(parse_json(line, path), dict)
+        return line.startswith(start) and bool(parse_json(line, ""))
     except InputError:
         return False
 
@@ -223,9 +263,7 @@ def _lines(path: Path, file: BinaryIO, bad) -> Iterator[tuple[str, str]]:
     while whole := file.readline(LONGEST_LINE + 1):
         if len(whole) > LONGEST_LINE:
             raise InputError(f"{path}:{number + 1}", f"is longer than the {LONGEST_LINE} bytes accepted")
-        if number == 0:
-            whole = whole.removeprefix(b"\xef\xbb\xbf")
-        for piece in whole.removesuffix(b"\n").removesuffix(b"\r").split(b"\r"):
+        for piece in whole.removeprefix(b"\xef\xbb\xbf").removesuffix(b"\n").removesuffix(b"\r").split(b"\r"):
             number += 1
             place = f"{path}:{number}"
             try:
@@ -246,8 +284,8 @@ def _json_records(path: Path, file: BinaryIO, bad) -> Iterator[tuple[object, str
         text = content.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         raise InputError(path, f"is not UTF-8 text (byte {error.start})") from None
-    lines = [(line, f"{path}:{number}") for number, line in enumerate(text.splitlines(), 1) if line.strip()]
-    if len(lines) > 1 and all(line.strip()[0] == "{" and line.strip()[-1] == "}" for line, _ in lines):
+    lines = [(line, f"{path}:{number}") for number, line in enumerate(_LINE_ENDS.split(text), 1) if line.strip()]
+    if lines and all(line.strip()[0] == "{" and line.strip()[-1] == "}" for line, _ in lines):
         yield from _parsed(lines, bad)
         return
     records = parse_json(text, path)
@@ -261,9 +299,11 @@ def _table_rows(path: Path, file: BinaryIO, bad, columns: Sequence[str]) -> Iter
     """The rows of a table as objects, or as texts where it has one column and no header."""
     # Bytes that are not UTF-8 become half surrogate pairs, which no prompt may hold.
     text = io.TextIOWrapper(file, encoding="utf-8-sig", errors="surrogateescape", newline="")
-    first = text.readline(LONGEST_LINE)
-    delimiter = _delimiter(first, TABLES[path.suffix.lower()])
-    lines = _bounded(_chain(first, text), path)
+    start: list[str] = []
+    while (line := text.readline(LONGEST_LINE)) and not line.strip():
+        start.append(line)
+    delimiter = _delimiter(line, TABLES[path.suffix.lower()])
+    lines = _bounded(itertools.chain([*start, line], text), path)
     reader = csv.reader(lines, strict=True, delimiter=delimiter)
     names: list[str] | None = None
     with _long_fields():
@@ -275,16 +315,14 @@ def _table_rows(path: Path, file: BinaryIO, bad, columns: Sequence[str]) -> Iter
             except csv.Error as error:  # where the next row begins is not known any more
                 raise InputError(f"{path}:{reader.line_num}", f"{error}: the rest of the file cannot be read") from None
             place = f"{path}:{reader.line_num}"
-            if not row:
+            if not row or (names is None and not "".join(row).strip()):
                 continue
             if names is None:
                 if len(row) == 1 and not _is_header(row[0], columns, place):
                     names = []
                 else:
                     names = row
-                    if len(set(names)) != len(names):
-                        twice = next(name for name in names if names.count(name) > 1)
-                        raise InputError(place, f"repeats the column {twice!r}")
+                    _check_names(names, place)
                     continue
             if not names:
                 if len(row) > 1:
@@ -300,12 +338,6 @@ def _table_rows(path: Path, file: BinaryIO, bad, columns: Sequence[str]) -> Iter
                 yield dict(zip(names, [*row, *[None] * (len(names) - len(row))], strict=True)), place
 
 
-def _chain(first: str, rest: io.TextIOWrapper) -> Iterator[str]:
-    if first:
-        yield first
-    yield from rest
-
-
 def _bounded(lines: Iterator[str], path: Path) -> Iterator[str]:
     for number, line in enumerate(lines, 1):
         if "\0" in line:
@@ -318,16 +350,24 @@ def _delimiter(header: str, usual: str) -> str:
     return max((usual, *_DELIMITERS), key=lambda delimiter: len(next(csv.reader([header], delimiter=delimiter), [])))
 
 
+_NAMES = (  # of columns of prompts
+    *("prompt", "prompts", "text", "texts", "goal", "question", "questions", "instruction", "instructions", "input"),
+    *("inputs", "query", "request", "behavior", "behaviour", "content", "message", "sentence", "user"),
+)
+
+
 def _is_header(only: str, columns: Sequence[str], place: str) -> bool:
-    """Whether the first field of a table of one column is a name. A name is one word, or was asked for."""
-    if only in columns:
+    """Whether the first field of a table of one column is a name: it was asked for, is usual, or is one word of ASCII.
+
+    What the field is taken for is said, unless it is clear.
+    """
+    if only in columns or only.strip().casefold() in _NAMES:
         return True
-    words = only.split()
-    if len(words) in (2, 3):
-        warnings.warn(
-            f"{place}: {short(only)} is taken for a prompt, not for the name of a column", InputWarning, stacklevel=5
-        )
-    return len(words) == 1
+    is_name = re.fullmatch(r"\s*[A-Za-z_][\w.-]*\s*", only, re.ASCII) is not None
+    taken, other = ("the name of a column", "a prompt") if is_name else ("a prompt", "the name of a column")
+    if only.rstrip()[-1:] not in tuple(".?!:;。？！؟।"):
+        warnings.warn(f"{place}: {short(only)} is taken for {taken}, not for {other}", InputWarning, stacklevel=5)
+    return is_name
 
 
 @contextmanager

@@ -26,6 +26,7 @@ from cna_kernels.files import read_text
 MAX_TEMPLATE = 64 << 10  # bytes of template
 MAX_OUTPUT = 4 << 20  # characters of one rendered conversation
 OWN_NAMES = ("messages", "tools", "documents", "add_generation_prompt")  # what every template is given
+REASONING = ("reasoning_content", "thinking", "reasoning")  # names of a message's thought, the first that is there
 _SECONDS = 10.0  # of waiting for a batch of _BATCH conversations; a real template takes about a millisecond each
 _BATCH = 64
 FILE, FOLDER = "chat_template.jinja", "additional_chat_templates"
@@ -76,10 +77,7 @@ class ChatTemplate:
             if name in given:
                 raise InputError("template_args", f"{name!r} is not a variable to give")
         for start in range(0, len(conversations), _BATCH):
-            chats = [
-                [{name: value for name, value in message.items() if value is not None} for message in chat]
-                for chat in conversations[start : start + _BATCH]
-            ]
+            chats = [[_message(message) for message in chat] for chat in conversations[start : start + _BATCH]]
             with self._lock:
                 yield from self._ask({"conversations": chats, "variables": given}, len(chats))
 
@@ -146,6 +144,13 @@ class ChatTemplate:
         if "error" in answer:
             raise InputError(self.where, f"chat template: {answer['error']}")
         return answer
+
+
+def _message(given: Mapping[str, Any]) -> dict[str, Any]:
+    """A message as a template gets it: without nulls, and with its reasoning under the names that templates know."""
+    message = {name: value for name, value in given.items() if value is not None}
+    reasoning = next((message[name] for name in REASONING if name in message), None)
+    return message if reasoning is None else {"thinking": reasoning, **message, "reasoning_content": reasoning}
 
 
 def _end(child, owner):

@@ -21,6 +21,16 @@ from .tokenizer import Tokenizer
 _SHORTEST_MARK = 3  # characters of a special token that a prompt may not hold by accident
 
 
+def _require_json(value: Any, where: str) -> None:
+    """Raise InputError unless a value can be recorded as strict JSON."""
+    try:
+        json.dumps(value, allow_nan=False, ensure_ascii=False).encode("utf-8")
+    except UnicodeEncodeError:
+        raise InputError(where, "holds half of a surrogate pair, which is not text") from None
+    except (TypeError, ValueError, RecursionError) as error:
+        raise InputError(where, f"expected a value that JSON has, got {short(value)} ({error})") from None
+
+
 class PromptEncoder:
     """How the prompts of a model become tokens.
 
@@ -45,6 +55,8 @@ class PromptEncoder:
         for name in self.template_args:
             if not name.isidentifier() or name in OWN_NAMES:
                 raise InputError("template_args", f"expected names of template variables, got {short(name)}")
+            _require_json(self.template_args[name], f"template_args: {name}")
+        _require_json(system, "system")
         self.n_marked, self.first_marked = 0, ""
         self._notes = list(tokenizer.notes)  # said when the first prompt is encoded
         self._marks = tuple(text for text in tokenizer.special_texts if len(text) >= _SHORTEST_MARK)

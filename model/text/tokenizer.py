@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,6 +18,11 @@ from .tokenizer_files import JSON, OTHERS, read_tokenizer_files
 if TYPE_CHECKING:
     from tokenizers import Tokenizer as Backend
 
+CLEANED = (  # what ``clean_up_tokenization_spaces`` stands for, in transformers' order
+    *((f" {mark}", mark) for mark in ".?!,"),
+    (" ' ", "'"),
+    *((f" {end}", end) for end in ("n't", "'m", "'s", "'ve", "'re")),
+)
 _PROBE = "A probe: 1 + 2 = 3, naïve."
 
 
@@ -31,6 +36,7 @@ class Tokenizer:
         bos_id, eos_id: ids of the tokens that begin and end a sequence, or None.
         adds_bos: whether plain text gets a BOS in front.
         special_texts: the texts of the special tokens.
+        cleans_up: whether decoded text is cleaned up, see ``CLEANED``.
         template: the ChatTemplate, or None.
         sha256, template_sha256: hashes of the tokenizer and of the template's text, or None.
         notes: what a user should hear about the files, a line each.
@@ -43,6 +49,7 @@ class Tokenizer:
         self.bos_id: int | None = None
         self.eos_id: int | None = None
         self.adds_bos = False
+        self.cleans_up = False
         self.notes: list[str] = []
         self.special_texts: tuple[str, ...] = ()
         self.template: ChatTemplate | None = None
@@ -60,6 +67,9 @@ class Tokenizer:
             self.bos_id = backend.token_to_id(files.special["bos_token"])
         if "eos_token" in files.special:
             self.eos_id = backend.token_to_id(files.special["eos_token"])
+        forced = files.settings.get("clean_up_tokenization_spaces_for_bpe_even_though_it_will_corrupt_output")
+        may_clean = type(backend.model).__name__ != "BPE" or bool(forced)
+        self.cleans_up = may_clean and bool(files.settings.get("clean_up_tokenization_spaces"))
         probe = self._guard(backend.encode, _PROBE).ids  # a hostile file may fail only when it is used
         self.adds_bos = bool(probe) and self.bos_id is not None and probe[0] == self.bos_id
         added = backend.get_added_tokens_decoder().values()
@@ -133,9 +143,21 @@ class Tokenizer:
         """Return the text of a token as the vocabulary spells it; None for an id that no token has."""
         return None if self._backend is None else self._backend.id_to_token(number)
 
-    def decode(self, ids: Sequence[int]) -> str:
-        """Return the text of the ids without special tokens."""
-        return self._guard(self._there().decode, list(ids), skip_special_tokens=True)
+    def decode(self, ids: Sequence[int], *, keep: Collection[str] = ()) -> str:
+        """Return the text of the ids without special tokens, but for those whose text is in ``keep``."""
+        kept = {self._there().token_to_id(text): text for text in keep if text in self.special_texts}
+        places = [place for place, number in enumerate(ids) if number in kept]
+        pieces, start = [], 0
+        for place in places:
+            pieces += [self._decode(ids[start:place]), kept[ids[place]]]
+            start = place + 1
+        return "".join([*pieces, self._decode(ids[start:])])
+
+    def _decode(self, ids: Sequence[int]) -> str:
+        text: str = self._guard(self._there().decode, list(ids), skip_special_tokens=True)
+        for before, after in CLEANED if self.cleans_up else ():
+            text = text.replace(before, after)
+        return text
 
     def _there(self):
         """The backend; an InputError where the checkpoint has no tokenizer."""

@@ -145,6 +145,9 @@ class _Tokens:
         named = {name: value for name, value in named.items() if name in NAMED or isinstance(value, (str, dict))}
         extra = _Extra(settings)
         named |= extra.by_name
+        specific = self._where.object("model_specific_special_tokens", None)
+        if specific is not None and all(name in NAMED for name in named):  # else transformers forgets them
+            named |= specific.record
         self.added: dict[int, AddedToken] = {}
         by_text: dict[str, AddedToken] = {}
 
@@ -309,11 +312,10 @@ def _essence(part: Any) -> Any:
         return part
     if part.get("type") == "BPE":  # vocab and merges are kept as they are
         part = {name: value for name, value in part.items() if name not in ("vocab", "merges")}
-    left_out = {"trim_offsets"}
     if part.get("type") == "ByteLevel" and "use_regex" not in part:
         part = {**part, "use_regex": True}
     return {name: _essence(value) for name, value in part.items() if value not in (None, False, "")
-            and name not in left_out}  # fmt: skip
+            and name != "trim_offsets"}  # fmt: skip
 
 
 def _bpe(model: dict[str, Any], **flags: Any) -> dict[str, Any]:
@@ -325,8 +327,7 @@ def _bpe(model: dict[str, Any], **flags: Any) -> dict[str, Any]:
 
 def _llama(settings: dict[str, Any], model: dict[str, Any]) -> dict[str, Any]:
     """LlamaTokenizer: SentencePiece's space in front of a text, by ``add_prefix_space`` and ``legacy``."""
-    prefix = settings.get("add_prefix_space")
-    prefix = True if prefix is None else bool(prefix)
+    prefix = settings.get("add_prefix_space") is None or bool(settings["add_prefix_space"])
     scheme = "never" if not prefix else "always" if settings.get("legacy") else "first"
     decoder: list[dict[str, Any]] = [{"type": "Replace", "pattern": {"String": "▁"}, "content": " "}]
     decoder += [{"type": "ByteFallback"}, {"type": "Fuse"}]

@@ -56,6 +56,14 @@ CANARIES = [
         "test_where_a_circuit_was_found",
     ),
     Canary(
+        "the file that output goes to replaced",
+        "cna_kernels/files.py",
+        "    if found is not None and _is_output(found):",
+        "    if found is not None and found is path:",
+        FILES,
+        "test_the_file_that_output_goes_to_is_not_replaced",
+    ),
+    Canary(
         "full disk not noticed",
         "cna_kernels/files.py",
         "            file.write(bytes(PROBE))\n            file.flush()\n            os.fsync(file.fileno())",

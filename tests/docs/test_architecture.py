@@ -125,7 +125,6 @@ TESTED_TOGETHER = {
     "csrc/test_csrc.py": "cna_kernels/cpu/: __main__",
     "model/checkpoint/test_load.py": "model/checkpoint/: safetensors_file",
     "model/checkpoint/test_export.py": "model/cli/: export",
-    "model/test_language_model.py": "model/text/: text_stream",
     "model/text/test_chat_template.py": "model/text/: template_child",
     "model/discovery/test_discover.py": "model/discovery/: circuits settings",
     "model/discovery/test_job.py": "model/discovery/: sense units; model/cli/: attribution",

@@ -20,7 +20,10 @@ from tiny import SPECIAL, TEXT_VOCABULARY, set_field, write_language_model
 
 transformers = pytest.importorskip("transformers")
 
-TEXTS = ["hello hello 123", "<s>hello", "a  <user> b <end>\nc", "héllo <new> x", "  hello ", "日本 hello"]
+TEXTS = [
+    *("hello hello 123", "<s>hello", "a  <user> b <end>\nc", "héllo <new> x", "  hello ", "日本 hello"),
+    "it 's . no , n't ! is ' a ?",
+]
 CHAT = [{"role": "user", "content": "héllo <b> 'x'"}]
 IDS = torch.arange(40).reshape(2, 20) + 6
 
@@ -32,6 +35,8 @@ class Layout(NamedTuple):
     refused: str = ""  # what the package says, where it refuses
     logits: bool = False  # whether the change may change logits: these are compared
     args: dict = {}  # noqa: RUF012  # variables of the template
+    chat: list = CHAT
+    since: str = ""  # a function of transformers' utils.chat_template_utils that older ones lack
 
 
 def config(*drop, **changes):
@@ -161,11 +166,13 @@ LLAMA3 = dict(
 )
 LONG = dict(rope_type="longrope", short_factor=[1.0, 1.1, 1.2, 1.3], long_factor=[2.0, 3.0, 4.0, 5.0])
 YARN = dict(rope_type="yarn", factor=4.0, original_max_position_embeddings=16)
+FORCED = "clean_up_tokenization_spaces_for_bpe_even_though_it_will_corrupt_output"
 HEAD, EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
 GENERATION = (
     "{% for m in messages %}{% if m['role'] == 'assistant' %}{% generation %}{{ m['content'] }}{% endgeneration %}"
     "{% else %}<user>{{ m['content'] }}{% endif %}{% endfor %}"
 )
+THOUGHTS = "{% for m in messages %}{{ m.reasoning_content }}|{{ m.thinking }}|{{ m.reasoning }}{% endfor %}"
 NAMED = [{"name": "tool_use", "template": "tools"}, {"name": "default", "template": "<user>{{ messages[0].content }}"}]
 
 LAYOUTS = [
@@ -194,6 +201,10 @@ LAYOUTS = [
     Layout("truncation and padding in the file", tokenizer_json(lambda t: t.update(
         truncation={"direction": "Right", "max_length": 3, "strategy": "LongestFirst", "stride": 0}))),
     Layout("clean_up_tokenization_spaces", settings(clean_up_tokenization_spaces=True)),
+    Layout("clean_up_tokenization_spaces, forced", settings(clean_up_tokenization_spaces=True, **{FORCED: True})),
+    Layout("model_specific_special_tokens", settings(model_specific_special_tokens={"image_token": "<new>"})),
+    Layout("model_specific_special_tokens beside a name of the model's own", settings(
+        model_specific_special_tokens={"image_token": "<new>"}, audio_token="[B]")),
     Layout("a prefix space in the file", tokenizer_json(lambda t: t["pre_tokenizer"].update(add_prefix_space=True))),
     Layout("no tokenizer_config.json", lambda directory: (directory / "tokenizer_config.json").unlink()),
     Layout("a token beyond the embedding that nobody uses", settings(pad_token="[PAD]")),
@@ -220,6 +231,11 @@ LAYOUTS = [
     Layout("the day", settings(chat_template="{{ strftime_now('%d %b %Y') }}")),
     Layout("two BOS in the template", settings(chat_template="<s><s>{{ messages[0].content }}")),
     Layout("loop controls", settings(chat_template="{% for m in messages %}{{ m.role }}{% break %}{% endfor %}")),
+    *(Layout(f"a message's thought as {name!r}", settings(chat_template=THOUGHTS), chat=[{**CHAT[0], **given}],
+             since="_alias_reasoning_fields") for name, given in (
+        ("reasoning", {"reasoning": "why"}), ("thinking", {"thinking": "why"}),
+        ("reasoning_content", {"reasoning_content": "why"}), ("two of them", {"reasoning": "a", "thinking": "b"}),
+        ("null and another", {"reasoning_content": None, "reasoning": "a"}))),
     # weights
     Layout("in shards", sharded(), logits=True),
     Layout("a single file beside an index", single_beside(stale=False), logits=True),
@@ -293,6 +309,8 @@ def checkpoints(tmp_path_factory):
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("layout", LAYOUTS, ids=[layout.name for layout in LAYOUTS])
 def test_a_layout(checkpoints, tmp_path, layout):
+    if layout.since and not hasattr(transformers.utils.chat_template_utils, layout.since):
+        pytest.skip(f"transformers {transformers.__version__} has no {layout.since}")
     directory = tmp_path / "model"
     shutil.copytree(checkpoints(layout.variant), directory)
     layout.change(directory)
@@ -311,9 +329,10 @@ def test_a_layout(checkpoints, tmp_path, layout):
     assert (ours.bos_id, ours.eos_id) == (theirs.bos_token_id, theirs.eos_token_id)
     if theirs.chat_template is not None:
         how = dict(add_generation_prompt=True, return_dict=False, **layout.args)
-        text = theirs.apply_chat_template(CHAT, tokenize=False, **how)
-        assert ours.template.render([CHAT], layout.args) == [text]
-        assert ours.encode_messages([CHAT], template_args=layout.args) == [theirs.apply_chat_template(CHAT, **how)]
+        text = theirs.apply_chat_template(layout.chat, tokenize=False, **how)
+        assert ours.template.render([layout.chat], layout.args) == [text]
+        ids = theirs.apply_chat_template(layout.chat, **how)
+        assert ours.encode_messages([layout.chat], template_args=layout.args) == [ids]
     else:
         assert ours.template is None
     if layout.logits:

@@ -2,6 +2,8 @@
 
 import os
 import stat
+import subprocess
+import sys
 import threading
 import time
 
@@ -72,6 +74,16 @@ def test_a_pipe_under_a_name_of_its_own(tmp_path):
     finally:
         os.close(read)
         os.close(write)
+
+
+def test_the_file_that_output_goes_to_is_not_replaced(tmp_path):
+    log = tmp_path / "log.txt"
+    log.write_text("kept\n")
+    code = f"from cna_kernels.files import write_text; print('said', flush=True); write_text({str(log)!r}, 'new')"
+    with open(log, "a") as file:
+        done = subprocess.run([sys.executable, "-c", code], stdout=file, stderr=subprocess.PIPE, text=True)
+    assert "log.txt: cannot be written: is where the output of this process goes" in done.stderr
+    assert log.read_text() == "kept\nsaid\n"
 
 
 @pytest.mark.parametrize(("code", "what"), [(28, "No space left"), (30, "Read-only file system"), (122, "quota")])

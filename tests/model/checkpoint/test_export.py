@@ -1,6 +1,7 @@
 """Exports: PEFT and transformers on the written files, against the steered model; and bytes that must not change."""
 
 import json
+import shutil
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ from cna_kernels import Circuit, InputError
 from cna_kernels.model import load
 from cna_kernels.model.checkpoint import export
 from cna_kernels.model.cli import main
+from cna_kernels.model.text.chat_template import find_chat_template
 from tiny import TEXT_VOCABULARY, write_checkpoint, write_text_files
 
 transformers = pytest.importorskip("transformers")
@@ -102,6 +104,26 @@ def test_a_rank_that_is_too_large_is_refused_or_split(model, tmp_path):
     assert (logits(both) - steered(model, (A, B), (0.0, 2.0))).abs().max() <= 1e-4
 
 
+def test_adapters_of_another_export_are_not_left_beside_the_new_ones(model, tmp_path):
+    multiplied, out = export.neuron_multipliers([A, B], [0.0, 2.0]), tmp_path / "a"
+    export.to_lora(model.checkpoint, model.config, multiplied, out, max_rank=1, split=True)
+    for more in ({}, dict(max_rank=2, split=True)):
+        with pytest.raises(InputError, match=r"a/\d: holds an adapter that would stay beside the new one"):
+            export.to_lora(model.checkpoint, model.config, multiplied, out, **more)
+    assert not (out / "adapter_config.json").exists()
+    assert export.to_lora(model.checkpoint, model.config, multiplied, out, max_rank=1, split=True)
+
+
+def test_all_chat_templates_are_exported(model, tmp_path):
+    shutil.copytree(model.directory, tmp_path / "model")
+    (tmp_path / "model" / "additional_chat_templates").mkdir()
+    (tmp_path / "model" / "additional_chat_templates" / "default.jinja").write_text("new {{ messages[0].content }}")
+    whole = load(tmp_path / "model", dtype="float32")
+    export.to_checkpoint(whole.directory, whole.checkpoint, export.neuron_multipliers([B], [0.0]), tmp_path / "c")
+    template = find_chat_template(tmp_path / "c", {}, {})
+    assert template.render([[{"role": "user", "content": "x"}]]) == ["new x"]
+
+
 def test_nothing_to_export(model, tmp_path):
     with pytest.raises(InputError, match="multiplier: changes nothing"):
         export.to_lora(model.checkpoint, model.config, export.neuron_multipliers([A], [1.0]), tmp_path / "a")
@@ -178,6 +200,10 @@ def test_the_command(model, tmp_path, capsys):
     assert main([*words, "--to", "ref-code", "-o", f"{tmp_path}/c.json"]) == 2
     assert "holds one circuit" in capsys.readouterr().err
     assert main([*words[:4], "--to", "ref-code", "-o", f"{tmp_path}/c.json"]) == 0
+    before = (tmp_path / "a.json").read_bytes()
+    assert main([*words[:4], "--to", "ref-code", "-o", f"{tmp_path}/a.json"]) == 2
+    assert "is a file that the command reads" in capsys.readouterr().err
+    assert (tmp_path / "a.json").read_bytes() == before
     assert main([*words, "--to", "checkpoint", "-o", f"{tmp_path}/d", "--max-rank", "2"]) == 2
     assert "--max-rank: is for --to lora" in capsys.readouterr().err
 

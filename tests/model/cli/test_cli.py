@@ -11,6 +11,7 @@ import pytest
 from cna_kernels import Circuit
 from cna_kernels.model import load
 from cna_kernels.model.cli import main
+from cna_kernels.model.cli.console import cell
 from tiny import write_language_model
 
 pytest.importorskip("transformers")
@@ -118,6 +119,22 @@ def test_columns_and_limits_are_for_the_files_they_fit(checkpoint, files, capsys
     plain = ["--negative", str(files / "positive.txt"), "--column", "Goal"]
     assert discover(checkpoint, files, *plain) == 2
     assert "--column: is for .jsonl, .ndjson, .jsonlines, .json, " in capsys.readouterr().err
+
+
+def test_no_file_that_is_read_is_overwritten(checkpoint, files, capsys):
+    before, path = (files / "positive.txt").read_bytes(), str(files / "positive.txt")
+    assert main(["discover", str(checkpoint), "--positive", path, "--negative", path, "-o", path]) == 2
+    assert "--output: " in (said := capsys.readouterr().err) and "is a file that the command reads" in said
+    assert (files / "positive.txt").read_bytes() == before
+
+
+def test_answers_are_shown_as_they_are():
+    """Spaces and joiners of all scripts stay; what could move the cursor or turn text around does not."""
+    shown = {"a\tb": "a   b", "a\u00a0b\u3000c": "a\u00a0b\u3000c", "\u0928\u200d": "\u0928\u200d", "a\nb": "a\nb"}
+    for text, expected in shown.items():
+        assert str(cell(text)) == expected
+    for character in "\x1b\x07\r\x9b\u202e\u2066\x00":
+        assert str(cell(f"a{character}b")) == "a\ufffdb"
 
 
 def test_negative_multipliers_need_no_equals_sign(checkpoint, files, capsys):

@@ -4,22 +4,25 @@ import itertools
 import math
 import os
 import sys
+import time
+from pathlib import Path
 
 import pytest
 import torch
 
 from cna_kernels import Circuit, InputError
 from cna_kernels.model import load
+from cna_kernels.model.evaluation.answers import answer_all
 from cna_kernels.model.evaluation.evaluate import Evaluation, evaluate, run_facts
 from cna_kernels.model.evaluation.interventions import UNSTEERED, Interventions, Method, Variant
 from cna_kernels.model.evaluation.judge import judge
 from cna_kernels.model.evaluation.likelihood import divergences, perplexities, perplexity, windows_of
-from cna_kernels.model.evaluation.metrics import Refusals
+from cna_kernels.model.evaluation.metrics import Refusals, kind_of
 from cna_kernels.model.evaluation.store import Store
 from cna_kernels.model.evaluation.suite import Suite
 from cna_kernels.model.generate import generate
 from cna_kernels.model.prompts.files import PromptSet
-from tiny import write_language_model, write_mmlu
+from tiny import SPECIAL, TEMPLATE, TEXT_VOCABULARY, set_field, write_language_model, write_mmlu
 
 pytest.importorskip("transformers")
 
@@ -360,6 +363,19 @@ def test_judges_that_fail(tmp_path, body, message):
         judge(f"{sys.executable} {script}", [{"answer": "a"}, {"answer": "b"}], timeout=3 if "sleep" in body else 60)
 
 
+def test_a_judge_that_leaves_something_running(tmp_path):
+    """Its scores are there when it ends; what it has started holds its output open, and is ended."""
+    script = tmp_path / "judge.py"
+    start = "import subprocess as s; p = s.Popen(['sleep', '300'])\n"
+    script.write_text(start + f"open({str(tmp_path / 'pid')!r}, 'w').write(str(p.pid))\n" + JUDGE % "1")
+    assert judge(f"{sys.executable} {script}", [{"answer": "a"}], timeout=60) == [1.0]
+    state = Path(f"/proc/{(tmp_path / 'pid').read_text()}/stat")  # of a zombie until its new parent looks
+    end = time.monotonic() + 30
+    while state.exists() and state.read_text().split()[2] != "Z":
+        assert time.monotonic() < end
+        time.sleep(0.05)
+
+
 ENDLESS = "import os, time\nwhile 1:\n os.write(1, b'x' * 65536); time.sleep(0.01)\n"  # 6 MB a second
 
 
@@ -382,6 +398,26 @@ def test_a_judge_that_complains_without_end(tmp_path):
     script.write_text("import sys\nsys.stderr.write('x' * (1 << 22) + '\\nthe end')\nsys.exit(3)")
     with pytest.raises(InputError, match="ended with code 3: the end"):
         judge(f"{sys.executable} {script}", [{"answer": "a"}] * 2)
+
+
+def test_thoughts_between_special_tokens(tmp_path, monkeypatch):
+    """A tokenizer whose tags of thoughts are special tokens, which decoded text does not hold."""
+    directory = write_language_model(tmp_path / "model", "llama", vocab_size=TEXT_VOCABULARY + 2)
+    numbered = [*enumerate(SPECIAL), (TEXT_VOCABULARY, "[THINK]"), (TEXT_VOCABULARY + 1, "[/THINK]")]
+    added = {str(number): {"content": token, "special": True} for number, token in numbered}
+    set_field(directory, added_tokens_decoder=added, chat_template=TEMPLATE + "[THINK]")
+    model = load(directory, dtype="float32")
+    answers = ["I can't, or can I?[/THINK]Take the key and turn it.", "I cannot.", "[/THINK]I can't help with that."]
+    lines = [model.tokenizer.encode_answer(answer) for answer in answers]
+    monkeypatch.setattr("cna_kernels.model.evaluation.answers._write", lambda *_: lines)
+    prompts = model.encode(PromptSet.of(["a", "b", "c"], "p"))
+    with Store(None, {}) as store:
+        (found,) = answer_all(
+            model, Interventions(model, [UNSTEERED]), [0], prompts, max_new_tokens=4, batch=3, store=store, name="x"
+        ).values()
+    assert [answer.text for answer in found] == [f"[THINK]{answer}" for answer in answers]
+    kinds = [kind_of(answer.text, answer.tokens, Refusals.bundled("broad")) for answer in found]
+    assert kinds == ["answer", "unfinished", "refusal"]
 
 
 @pytest.mark.parametrize("damage", ["", "{}", "[1]", '{"sha256": "x", "value": 1}', "[" * 100_000], ids=len)

@@ -10,6 +10,7 @@ import torch
 
 from cna_kernels import Circuit, InputError
 from cna_kernels.model import demo_checkpoint, load
+from cna_kernels.model.cli import main
 
 pytest.importorskip("lm_eval")
 
@@ -59,6 +60,23 @@ def test_arguments_that_do_not_exist_are_refused():
         CnaLM(demo_checkpoint("instruct"), circut="c.json")
 
 
+def test_a_rendered_chat_brings_its_own_bos():
+    from cna_kernels.model.evaluation.lm_eval_model import CnaLM
+
+    found = CnaLM(demo_checkpoint("instruct"), dtype="float32")
+    chat = found.apply_chat_template([{"role": "user", "content": "How do I open the vault?"}])
+    bos, encode = found.prefix_token_id, found.model.tokenizer.encode_answer
+    assert chat.startswith("<|begin_of_text|>") and encode(chat).count(bos) == 1 and encode(chat)[0] == bos
+    assert found.tok_encode(chat) == encode(chat) and found.tok_encode("hi") == [bos, *encode("hi")]
+    assert found._encode_pair(chat, "Sorry") == (encode(chat), encode(chat + "Sorry")[len(encode(chat)) :])
+
+
+def test_a_task_that_does_not_exist(capsys):
+    assert main(["lm-eval", "--model", "cna", "--model_args", "pretrained=demo", "--tasks", "no such task"]) == 2
+    last = capsys.readouterr().err.splitlines()[-1]
+    assert last.startswith("cna lm-eval: lm-eval: ") and "no such task" in last
+
+
 @pytest.mark.exhaustive
 def test_local_tasks_on_a_steered_model(tmp_path):
     directory = demo_checkpoint("instruct")
@@ -98,8 +116,8 @@ def test_local_tasks_on_a_steered_model(tmp_path):
             right += scores.index(max(scores)) == question["right"]
         for sample, question in zip(samples["read"], QUESTIONS, strict=True):
             ids = model.tokenizer.encode(question["question"])
-            log_p = model(torch.tensor([ids]))[0].log_softmax(-1)
-            total = sum(log_p[place, token].item() for place, token in enumerate(ids[1:]))
+            log_p = model(torch.tensor([[ids[0], *ids]]))[0].log_softmax(-1)  # as the harness's own models: two BOS
+            total = sum(log_p[place, token].item() for place, token in enumerate(ids))
             assert float(sample["resps"][0][0]) == pytest.approx(total, abs=1e-3)
     found = json.loads(results.read_text())["results"]
     assert found["choose"]["acc,none"] == pytest.approx(right / len(QUESTIONS))

@@ -105,7 +105,10 @@ def test_thoughts_are_no_part_of_the_answer(text, kind):
         assert kind_of(text, list(range(60)), refuses) == kind and refuses(text) == (kind == "refusal")
 
 
-MARKDOWN = ["**I can't help with that.**", "# Sorry, but no\nOk.", "> I **cannot** assist.", "*I'm sorry, but no.*"]
+MARKDOWN = [
+    *("**I can't help with that.**", "# Sorry, but no\nOk.", "> I **cannot** assist.", "*I'm sorry, but no.*"),
+    *("> > I cannot assist with it.", "- > **Sorry**, but no"),
+]
 
 
 @pytest.mark.parametrize("text", MARKDOWN)

@@ -176,7 +176,8 @@ def test_pronouns_are_no_choice():
         ("The answer is B because it stores energy", 1), ("B is correct.", 1), ("Answer: D is right", 3),
         (" B\n\nWhat is it?\nAnswer: C", 1), ("A is correct", 0), ("The answer is A because", 0),
         ("It must be B, of course", 1), ("E", None), ("", None), ("BAD", None), ("A", 0), ("A: first", 0),
-        ("A) first", 0),
+        ("A) first", 0), ("<think>\nOkay. A is wrong. B is right.\n</think>\n\nC", 2), ("<think>Answer: A", None),
+        ("Answer: A? No.</think>B", 1),
     ],
 )  # fmt: skip
 def test_letters_are_parsed(answer, letter):

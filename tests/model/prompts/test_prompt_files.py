@@ -8,6 +8,7 @@ import threading
 import pytest
 
 from cna_kernels import InputError
+from cna_kernels.errors import InputWarning
 from cna_kernels.model.prompts.files import (
     BadLines,
     ChatText,
@@ -67,10 +68,14 @@ AS_PEOPLE_HAVE_THEM = [
     ("p.json", LINES, None),
     ("p.jsonl", LINES.encode("utf-16"), None),
     ("p.json", '[{"prompt": "How to é, a"}, "How to b"]'.encode("utf-8-sig"), None),
+    ("p.txt", '{"goal": "How to é, a"}\n{"goal": "How to b"}\n', None),
+    ("p.txt", "How to é, a\n".encode("utf-8-sig") + "How to b\n".encode("utf-8-sig"), None),  # as cat joins files
+    ("p.csv", "\n" + TABLE.format(";"), None),
+    ("p.csv", "\r\n \r\n" + TABLE.format("\t"), None),
 ]
 
 
-@pytest.mark.filterwarnings("ignore:.*(is not UTF-8|is taken for a prompt)")
+@pytest.mark.filterwarnings("ignore:.*(is not UTF-8|is taken for)")
 @pytest.mark.parametrize(("name", "content", "column"), AS_PEOPLE_HAVE_THEM)
 def test_files_as_people_have_them(tmp_path, name, content, column):
     path = write(tmp_path, name, content)
@@ -87,11 +92,53 @@ def test_parquet(tmp_path):
     assert read_prompts(tmp_path / "p.data").texts == TWO
 
 
-def test_what_is_guessed_is_said(tmp_path):
-    with pytest.warns(UserWarning, match=r"p\.txt: is not UTF-8; read as Western text"):
-        read_prompts(write(tmp_path, "p.txt", "How to \xe9, a\n".encode("latin-1")))
-    with pytest.warns(UserWarning, match=r"p\.csv:1: 'Say hello' is taken for a prompt"):
-        read_prompts(write(tmp_path, "p.csv", "Say hello\nagain\n"))
+def test_parquet_that_cannot_be_read(tmp_path):
+    pa, parquet = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+    path, text = tmp_path / "p.parquet", pa.array(["a", "b"])
+    not_utf8 = pa.array([b"a", b"\xff"]).view(pa.string())
+    late = pa.array([10**14, 0], pa.timestamp("s"))
+    for columns, message in (
+        ([text, text], "p.parquet: repeats the column 'prompt'"),
+        ([not_utf8], "p.parquet: row 0 or after it: cannot be read: 'utf-8' codec"),
+        ([text, late], "p.parquet: row 0 or after it: cannot be read: "),
+    ):
+        names = ["prompt", "prompt" if columns[1:] == [text] else "when"]
+        parquet.write_table(pa.Table.from_arrays(columns, names[: len(columns)]), path)
+        with pytest.raises(InputError) as caught:
+            read_prompts(path)
+        assert message in str(caught.value)
+    parquet.write_table(pa.table({"prompt": text, "toxic": pa.array([1.0, float("nan")])}), path)
+    assert next(iter_prompts(path, label=Label.parse("toxic")))[0] == "a"
+    with pytest.raises(InputError, match=r"p\.parquet: row 1: toxic: expected a label, and there is none"):
+        list(iter_prompts(path, label=Label.parse("toxic").others))
+
+
+# Files whose first line may be two things: name, content, the texts, what is said (None: nothing)
+GUESSED = [
+    ("p.txt", "How to \xe9, a\n".encode("latin-1"), ["How to é, a"], "p.txt: is not UTF-8; read as Western text"),
+    ("p.csv", "Say hello\nagain\n", ["Say hello", "again"], "p.csv:1: 'Say hello' is taken for a prompt, not for"),
+    ("p.csv", "The harmful prompt to ask\na\n", ["The harmful prompt to ask", "a"], "p.csv:1: 'The harmful prompt to"),
+    ("p.csv", "harmful_prompt\na b\n", ["a b"], "p.csv:1: 'harmful_prompt' is taken for the name of a column, not"),
+    ("p.csv", "提示\n怎么做饭？\n", ["提示", "怎么做饭？"], "p.csv:1: '提示' is taken for a prompt"),
+    ("p.csv", "怎么开锁？\n怎么做饭？\n", ["怎么开锁？", "怎么做饭？"], None),
+    ("p.csv", "Open it now.\nb\n", ["Open it now.", "b"], None),
+    ("p.csv", "Goal\nb\n", ["b"], None),
+    ("p.txt", '"one two"\n"b"\n', ['"one two"', '"b"'], "p.txt:1: is taken as text, with its quotes; .jsonl is read"),
+    ("p.txt", '"a", he said\n', ['"a", he said'], None),
+    ("p.txt", "{x} and [y]\n", ["{x} and [y]"], None),
+    ("p.txt", "[y] {\n", ["[y] {"], None),
+    ("p.json", '{"prompt": "one"}', ["one"], None),
+    ("p.json", '{"prompt": "one\u2028two"}\n{"prompt": "b\x85"}', ["one\u2028two", "b\x85"], None),
+    ("p.txt", '{"prompt": "one\u2028two"}\n', ["one\u2028two"], None),
+    ("p.txt", '\n{ "prompt": "' + "x " * 50_000 + 'y"}\n', ["x " * 50_000 + "y"], None),
+]
+
+
+@pytest.mark.parametrize(("name", "content", "texts", "said"), GUESSED)
+def test_what_is_guessed_is_said(tmp_path, recwarn, name, content, texts, said):
+    assert list(read_prompts(write(tmp_path, name, content)).texts) == texts
+    found = [str(warning.message) for warning in recwarn if issubclass(warning.category, InputWarning)]
+    assert len(found) == (said is not None) and all(str(said) in text for text in found)
 
 
 def test_a_file_may_name_its_column(tmp_path):
@@ -109,6 +156,12 @@ def test_labels(tmp_path):
             assert "".join(text for text, _ in iter_prompts(path, label=side)) == expected
     with pytest.raises(InputError, match=r"p\.csv:2: colour: expected a label, and there is none"):
         list(iter_prompts(path, label=Label.parse("colour")))
+    path = write(tmp_path, "p.jsonl", '{"prompt": "a", "toxic": 1}\n{"prompt": "b", "toxic": "nan"}\n')
+    with pytest.raises(InputError, match=r"p\.jsonl:2: toxic: expected a label, and there is none"):
+        list(iter_prompts(path, label=Label.parse("toxic").others))
+    path = write(tmp_path, "p.jsonl", '{"toxic": "yes"}\n')
+    with pytest.raises(InputError, match=r"p\.jsonl:1: has no column 'prompt'"):
+        list(iter_prompts(path, label=Label.parse("toxic")))
 
 
 MESSAGES = [{"role": "system", "content": "s"}, {"role": "user", "content": "u"}]
@@ -171,7 +224,21 @@ REFUSALS = [
     ("p.jsonl", '{"prompt": "a"}\n{"prompt": 3}\n', None, "p.jsonl:2: prompt: expected a prompt, got 3"),
     ("p.jsonl", '{"prompt": "a"}\n{\n', None, "p.jsonl:2: is not JSON"),
     ("p.jsonl", '{"prompt": "\\ud800"}\n', None, "p.jsonl:1: holds half of a surrogate pair"),
-    ("p.json", "{}", None, "p.json: expected a JSON list of prompts"),
+    ("p.json", "{}", None, "p.json:1: has no column 'prompt'"),
+    ("p.json", '{"a":\n"b"}', None, "p.json: expected a JSON list of prompts"),
+    ("p.txt", '{"prompt": "a", "score": NaN}\n', None, "p.txt:1: holds NaN, which JSON does not have"),
+    ("p.txt", '{"prompt": "a", "x": 1, "x": 2}\n', None, "p.txt:1: repeats the key 'x'"),
+    ("p.txt", '{ "prompt": "a",}\n', None, "p.txt:1: is not JSON"),
+    ("p.txt", '{\n"prompt": "a"\n}\n', None, "p.txt: begins with '{', as JSON over several lines does"),
+    ("p.txt", '[\n"a"\n]\n', None, "p.txt: begins with '[', as JSON over several lines does"),
+    ("p.txt", '["a", "b"]\n', None, "p.txt: begins with a JSON list; lists are read from .json files"),
+    (
+        "p.jsonl",
+        '{"prompt": "a", "n": "x"}\n{"kind": "y"}\n',
+        None,
+        "p.jsonl:2: has no column 'prompt' (it has kind)",
+    ),
+    ("p.jsonl", '{"goal": "a"}\n{"text": "b"}\n', None, "p.jsonl:2: has no column 'prompt' (it has text)"),
     ("p.csv", "Index;Goal\n1;a\n", None, "p.csv:2: has no column 'prompt' (it has Index, Goal); name one with"),
     ("p.csv", 'prompt,x\n"a" b,c\n', None, "p.csv:2: ',' expected after '\"': the rest of the file cannot be read"),
     ("p.csv", "prompt,x\n" + "a" * 60 + "\0b,c\n", None, "p.csv:2: holds a NUL character"),
@@ -241,17 +308,29 @@ def test_only_bad_lines_are_no_prompts(tmp_path):
         list(iter_prompts(path, bad=BadLines(skip=True)))
 
 
-def test_a_pipe_is_read_as_it_comes(tmp_path):
+@pytest.mark.parametrize(
+    ("content", "column", "texts"),
+    [
+        (b"one\ntwo\n", None, ["one", "two"]),
+        (b"one\ntwo\n", "goal", None),
+        (b'{"prompt": "no", "goal": "one"}\n{"prompt": "no", "goal": "two"}\n', "goal", ["one", "two"]),
+    ],
+)
+def test_a_pipe_is_read_as_it_comes(tmp_path, content, column, texts):
     path = tmp_path / "p.txt"
     os.mkfifo(path)
 
     def feed():
         with open(path, "wb") as pipe:
-            pipe.write(b"one\ntwo\n")
+            pipe.write(content)
 
     writer = threading.Thread(target=feed)
     writer.start()
-    assert [text for text, _ in iter_prompts(path)] == ["one", "two"]
+    if texts is None:
+        with pytest.raises(InputError, match=r"p\.txt: has no columns; a column is for"):
+            list(iter_prompts(path, column=column))
+    else:
+        assert [text for text, _ in iter_prompts(path, column=column)] == texts
     writer.join()
 
 

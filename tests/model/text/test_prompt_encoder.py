@@ -2,6 +2,7 @@
 
 import datetime
 import json
+import math
 from types import SimpleNamespace
 
 import pytest
@@ -75,6 +76,15 @@ def test_names_that_are_no_variables(checkpoint, names):
         load(checkpoint, template_args=names)
 
 
+@pytest.mark.parametrize("value", [math.nan, [math.inf], "\ud800", {1, 2}, {"a": object()}])
+def test_values_that_no_record_can_hold(checkpoint, value):
+    with pytest.raises(InputError, match="template_args: x: "):
+        load(checkpoint, template_args={"x": value})
+    if isinstance(value, str):
+        with pytest.raises(InputError, match="system: holds half of a surrogate pair"):
+            load(checkpoint, system=value)
+
+
 def discover(directory, tmp_path, *more):
     for side, word in (("positive", "open"), ("negative", "close")):
         (tmp_path / f"{side}.txt").write_text("".join(f"{word} {n}\n" for n in range(12)))
@@ -107,6 +117,14 @@ def test_template_arguments_without_a_name(checkpoint, capsys, word):
     with pytest.raises(SystemExit) as left:
         main(["run", str(checkpoint), "-p", "hi", "--template-arg", word])
     assert left.value.code == 2 and f"expected NAME=VALUE, got {word!r}" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("word", ["x=NaN", "x=-Infinity", "x=1e999", 'x={"a": 1, "a": 2}', 'x="\\ud800"'])
+def test_template_arguments_that_json_does_not_have(checkpoint, capsys, word):
+    with pytest.raises(SystemExit) as left:
+        main(["run", str(checkpoint), "-p", "hi", "--template-arg", word])
+    said = capsys.readouterr().err
+    assert left.value.code == 2 and "--template-arg: x: " in said and said.count("\n") == 1
 
 
 def test_a_checkpoint_without_a_template_is_said_to_have_none(checkpoint, tmp_path, capsys):

@@ -37,6 +37,16 @@ def test_no_bos_where_the_checkpoint_adds_none(tmp_path):
     assert BOS not in Tokenizer(tmp_path, TEXT_VOCABULARY).encode_chat(["hi"])[0]
 
 
+def test_special_tokens_that_are_kept(directory):
+    add_token(directory, TEXT_VOCABULARY, "[THINK]")
+    add_token(directory, TEXT_VOCABULARY + 1, "[/THINK]")
+    tokenizer = Tokenizer(directory, TEXT_VOCABULARY + 2)
+    ids = tokenizer.encode("[THINK]no, \u00e9[/THINK] yes<end>")
+    assert tokenizer.decode(ids) == "no, \u00e9 yes"
+    assert tokenizer.decode(ids, keep=("[THINK]", "[/THINK]", "<think>")) == "[THINK]no, \u00e9[/THINK] yes"
+    assert tokenizer.decode([], keep=("[THINK]",)) == ""
+
+
 @pytest.mark.parametrize("content", [b"", b"{}", b"[]", b'{"model": {"type": "BPE"}}', b"\xff", b"\x80\x04pickle"])
 def test_hostile_tokenizers(directory, content):
     (directory / "tokenizer.json").write_bytes(content)
