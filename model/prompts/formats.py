@@ -105,7 +105,12 @@ def records_of(path: FilePath, bad, columns: Sequence[str] = ()) -> Iterator[tup
             yield from _table_rows(path, file, bad, columns)
         else:
             lines = _lines(path, file, bad)
-            yield from _stripped(lines) if kind == "lines" else _parsed(lines, bad)
+            why = (
+                ""
+                if path.suffix.lower() in JSON_LINES
+                else "; a file whose first line begins an object is read as JSON"
+            )
+            yield from _stripped(lines) if kind == "lines" else _parsed(lines, bad, why)
 
 
 def _stripped(lines: Iterable[tuple[str, str]]) -> Iterator[tuple[str, str]]:
@@ -118,13 +123,13 @@ def _stripped(lines: Iterable[tuple[str, str]]) -> Iterator[tuple[str, str]]:
         yield line.strip(), place
 
 
-def _parsed(lines: Iterable[tuple[str, str]], bad) -> Iterator[tuple[object, str]]:
-    """The value of each line of JSON, with its place."""
+def _parsed(lines: Iterable[tuple[str, str]], bad, why: str = "") -> Iterator[tuple[object, str]]:
+    """The value of each line of JSON, with its place. ``why``: what errors say of the reason that it is read so."""
     for line, place in lines:
         try:
             record = parse_json(line, place)
         except InputError as error:
-            bad.add(error)
+            bad.add(InputError(error.where, f"{error.what}{why}"))
             continue
         yield record, place
 
