@@ -105,11 +105,8 @@ def records_of(path: FilePath, bad, columns: Sequence[str] = ()) -> Iterator[tup
             yield from _table_rows(path, file, bad, columns)
         else:
             lines = _lines(path, file, bad)
-            why = (
-                ""
-                if path.suffix.lower() in JSON_LINES
-                else "; a file whose first line begins an object is read as JSON"
-            )
+            named = path.suffix.lower() in JSON_LINES
+            why = "" if named else "; a file whose first line begins an object is read as JSON"
             yield from _stripped(lines) if kind == "lines" else _parsed(lines, bad, why)
 
 
