@@ -100,7 +100,7 @@ CANARIES = [
         "cna_kernels/triton/steer.py",
         "_patch(act, saved, Steer(scale, row_circuit), restore=True)",
         "_patch(act, saved, Steer(scale, row_circuit), restore=False)",
-        TRITON,
+        "tests/kernels/test_repeat.py",
         "test_down_proj_leaves_act_as_it_was and tma",
     ),
     Canary(
