@@ -15,12 +15,17 @@ class InputError(ValueError):
     ``where`` names the file and, after a colon, the field. The command line prints it and exits with code 2.
     """
 
-    def __init__(self, where: object, what: object) -> None:
-        self.where, self.what = str(where), str(what)
-        super().__init__(f"{self.where}: {self.what}")
+    if TYPE_CHECKING:  # torch.compile of PyTorch 2.11 cannot raise an error with an __init__ of its own
 
-    def __reduce__(self) -> tuple[type[InputError], tuple[str, str]]:  # so that processes can send it
-        return InputError, (self.where, self.what)
+        def __init__(self, where: object, what: object) -> None: ...
+
+    @property
+    def where(self) -> str:
+        return str(self.args[0])
+
+    @property
+    def what(self) -> str:
+        return str(self.args[1])
 
     def __str__(self) -> str:
         # File contents may hold newlines, terminal escapes or megabytes; the message stays one printable line.

@@ -31,8 +31,11 @@ def replace_forward(module: nn.Module, function: Any) -> None:
 
 
 def is_replaced(module: nn.Module, function: Any) -> bool:
-    current = getattr(module.__dict__.get(slot(module)), "__func__", None)
-    return getattr(current, "__code__", None) is function.__code__
+    current = module.__dict__.get(slot(module))
+    if not isinstance(current, types.MethodType):
+        return False
+    # No default for __func__: the compiler of PyTorch 2.11 takes it though the attribute is there.
+    return getattr(current.__func__, "__code__", None) is function.__code__
 
 
 def restore_forward(module: nn.Module) -> None:

@@ -229,7 +229,7 @@ def test_a_compiled_call_of_several_tokens_on_a_static_cache(phase):
     run = torch.compile(model, backend="eager")
     empty = logits(run, ids, past_key_values=cache, use_cache=True)
     torch.testing.assert_close(empty, logits(model, ids, past_key_values=static_cache(model), use_cache=True))
-    with pytest.raises(InputError, match="phase: compiled, 4 tokens on a static cache may be prompt or answer"):
+    with pytest.raises(InputError, match=r"phase: (compiled, )?4 tokens on a .*cache.* may be prompt or answer"):
         logits(run, ids, past_key_values=cache, use_cache=True)
 
 

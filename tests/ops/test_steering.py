@@ -430,7 +430,7 @@ def test_a_child_does_not_wait_for_a_lock_of_its_parents_threads():
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork here")
-@pytest.mark.parametrize("step", [0, *(pytest.param(step, marks=pytest.mark.exhaustive) for step in (1, 2))])
+@pytest.mark.parametrize("step", [0, 1, 2])
 def test_a_child_sees_a_change_whole(step, monkeypatch):
     """Forked at any step of a change that moves entries: the child's table holds the old or the new circuits."""
     table = SteeringTable([], [], L, N, max_circuits=3, max_entries=7)
@@ -449,9 +449,9 @@ def test_a_child_sees_a_change_whole(step, monkeypatch):
         return True
 
     def at_step(number, entries, put=table._put):
-        if steps[0] == step:
+        steps[0] += 1  # before the fork: the child ends the change, and takes the steps that are left itself
+        if steps[0] == step + 1:
             codes.append(in_child(lambda: holds(old) or holds(new)))
-        steps[0] += 1
         put(number, entries)
 
     monkeypatch.setattr(table, "_put", at_step)

@@ -172,6 +172,7 @@ def test_every_module_loads_where_posix_is_absent(absent, site, tmp_path):
 
 
 WITHOUT_POSIX = """
+import asyncio  # which asks os.sysconf when it is imported
 import os
 for name in {names!r}:
     vars(os).pop(name, None)
