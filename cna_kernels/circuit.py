@@ -9,6 +9,7 @@ from typing import Any
 
 from . import circuit_file
 from .errors import InputError, warn
+from .fields import whole_number
 from .files import FilePath, write_text
 
 
@@ -57,15 +58,22 @@ class Circuit:
     excluded: tuple[tuple[int, int], ...] = ()
 
     def __post_init__(self) -> None:
-        seen = set()
-        for layer, index, _ in self.neurons:
+        neurons, seen = [], set()
+        for place, neuron in enumerate(self.neurons):
+            try:
+                layer, index, contrast = neuron
+                contrast = float(contrast)
+            except (TypeError, ValueError):
+                raise InputError(f"neurons[{place}]", f"expected (layer, index, contrast), got {neuron!r}") from None
+            layer, index = (whole_number(f"neurons[{place}]", number) for number in (layer, index))
             if not (0 <= layer < self.n_layers and 0 <= index < self.n_neurons):
-                raise ValueError(
-                    f"neurons: ({layer}, {index}) is outside {self.n_layers} layers of {self.n_neurons} neurons"
-                )
+                what = f"({layer}, {index}) is outside {self.n_layers} layers of {self.n_neurons} neurons"
+                raise InputError("neurons", what)
             if (layer, index) in seen:
-                raise ValueError(f"neurons: ({layer}, {index}) appears twice")
+                raise InputError("neurons", f"({layer}, {index}) appears twice")
             seen.add((layer, index))
+            neurons.append((layer, index, contrast))
+        object.__setattr__(self, "neurons", tuple(neurons))  # of plain numbers, whatever they were given as
 
     @property
     def k(self) -> int:

@@ -21,10 +21,12 @@ class InputError(ValueError):
 
     @property
     def where(self) -> str:
+        """The file or argument, and its field."""
         return str(self.args[0])
 
     @property
     def what(self) -> str:
+        """What is wrong with it."""
         return str(self.args[1])
 
     def __str__(self) -> str:

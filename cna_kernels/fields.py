@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 import sys
 from collections.abc import Callable, Collection, Iterable
 from typing import Any
@@ -16,6 +17,18 @@ REQUIRED: Any = object()  # the default of a field that must be present; elsewhe
 def is_whole(value: Any) -> bool:
     """Whether a value is a whole number; true and false are not."""
     return isinstance(value, int) and not isinstance(value, bool)
+
+
+def whole_number(name: str, value: Any) -> int:
+    """Return the value, a number of NumPy or PyTorch too, as an int. Raises InputError for all others, bools too."""
+    is_bool = isinstance(value, bool) or str(getattr(value, "dtype", "")).removeprefix("torch.") == "bool"
+    try:
+        number = None if is_bool else operator.index(value)
+    except TypeError:
+        number = None
+    if number is None:
+        raise InputError(name, f"expected a whole number, got {short(value)}")
+    return number
 
 
 def is_number(value: Any) -> bool:

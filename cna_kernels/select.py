@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from numbers import Real
 from typing import Any
 
 import torch
@@ -17,6 +18,7 @@ from torch import Tensor
 from . import __version__
 from .circuit import Circuit
 from .errors import InputError
+from .fields import short, whole_number
 from .sums import ActivationSums
 
 POSITIVE, NEGATIVE = 0, 1  # the two columns of a contrast
@@ -26,7 +28,7 @@ K_RULE = "nearest integer to fraction * layers * neurons, halves up, at least 1"
 
 def k_from_fraction(fraction: float, n_layers: int, n_neurons: int) -> int:
     """Return how many neurons a fraction of all layers' neurons is, by K_RULE."""
-    if not 0 < fraction <= 1:
+    if not isinstance(fraction, Real) or not 0 < fraction <= 1:
         raise InputError("fraction", f"expected above 0 and at most 1, got {fraction}")
     return max(1, math.floor(fraction * n_layers * n_neurons + 0.5))
 
@@ -141,6 +143,21 @@ class UniversalNeurons:
         }  # fmt: skip
 
 
+def _listed(name: str, values: Any) -> list[Any]:
+    try:
+        return list(values)
+    except TypeError:
+        raise InputError(name, f"expected a list, got {short(values)}") from None
+
+
+def _neuron(pair: Any) -> tuple[int, int]:
+    try:
+        layer, index = pair
+    except (TypeError, ValueError):
+        raise InputError("exclude", f"expected (layer, index) pairs, got {short(pair)}") from None
+    return whole_number("exclude", layer), whole_number("exclude", index)
+
+
 class Selection:
     """Which neurons may be chosen, how many, and by what score: all checked here, before any forward pass.
 
@@ -171,7 +188,10 @@ class Selection:
     ) -> None:
         self.n_layers, self.n_neurons = len(widths), max(widths)
         self.score, self.rounded_to = score, rounded_to
-        self.skip_layers, self.universal, self.exclude = tuple(skip_layers), universal, tuple(exclude)
+        if universal is not None and not isinstance(universal, UniversalNeurons):
+            raise InputError("universal", f"expected what Engine.universal returns, got {short(universal)}")
+        self.skip_layers = tuple(whole_number("skip_layers", layer) for layer in _listed("skip_layers", skip_layers))
+        self.universal, self.exclude = universal, tuple(_neuron(pair) for pair in _listed("exclude", exclude))
         self.fraction = None if top_k is not None else fraction
         self.k_rule = K_RULE if top_k is None else "given"
         width = torch.tensor(widths, dtype=torch.int64)[:, None]
@@ -185,13 +205,15 @@ class Selection:
             if fraction is None:
                 raise InputError("fraction", "expected a number, or top_k")
             top_k = k_from_fraction(fraction, 1, sum(widths))
-        self.k = top_k
+        self.k = whole_number("top_k", top_k)
         available = int((~self.excluded).sum())
         if not 1 <= self.k <= available:
             raise InputError("top_k", f"expected 1 to {available}, the neurons that may be chosen, got {self.k}")
 
     def rank(self, sums: ActivationSums) -> tuple[Tensor, list[tuple[int, int]]]:
         """Return the contrast ``[L, N]`` of sums of two columns, and the chosen (layer, index), best first."""
+        if sums.count.shape[0] != 2:
+            raise InputError("sums", f"expected two columns, positive and negative, got {sums.count.shape[0]}")
         delta = contrast(sums, self.rounded_to)
         score = scores(self.score, sums, delta).cpu()
         return delta.cpu(), top_neurons(score, self.k, self.excluded)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import operator
 import os
 import threading
 import weakref
@@ -16,6 +15,7 @@ from torch import Tensor
 
 from .circuit import Circuit, check_fits
 from .errors import InputError
+from .fields import whole_number
 from .scale import NEURON_BLOCK, Scale
 
 Array: TypeAlias = np.ndarray[Any, np.dtype[Any]]
@@ -365,18 +365,6 @@ def distinct(
             kept.append((circuit, multiplier))
         rows.append(number)
     return [circuit for circuit, _ in kept], [multiplier for _, multiplier in kept], rows
-
-
-def whole_number(name: str, value: Any) -> int:
-    """Return the value as an int. Raises InputError for anything but a whole number, bools among it."""
-    is_bool = isinstance(value, (bool, np.bool_)) or getattr(value, "dtype", None) == torch.bool
-    try:
-        number = None if is_bool else operator.index(value)
-    except TypeError:
-        number = None
-    if number is None:
-        raise InputError(name, f"expected a whole number, got {value!r}")
-    return number
 
 
 def check_multiplier(multiplier: float) -> float:

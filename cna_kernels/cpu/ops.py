@@ -73,8 +73,13 @@ def _gated_mlp_by_torch() -> Run:
 
 def _with_contiguous_weights(inputs: Inputs, extras: Extras) -> Run:
     x, w_gate, w_up, w_down = inputs
-    run = prepare("gated_mlp", (x, w_gate.contiguous(), w_up.contiguous(), w_down), extras)
-    return lambda x, w_gate, w_up, *rest: run(x, w_gate.contiguous(), w_up.contiguous(), *rest)
+    run = prepare("gated_mlp", (x, _dense(w_gate), _dense(w_up), w_down), extras)
+    return lambda x, w_gate, w_up, *rest: run(x, _dense(w_gate), _dense(w_up), *rest)
+
+
+def _dense(weight: Tensor) -> Tensor:
+    """A copy whose row stride is its width; ``contiguous`` leaves a single row's stride as it is."""
+    return weight.clone(memory_format=torch.contiguous_format)
 
 
 def _swiglu(inputs: Inputs, extras: Extras) -> Run:

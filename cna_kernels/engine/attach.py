@@ -20,11 +20,12 @@ import warnings
 from torch import nn
 
 from ..errors import InputError
+from ..fields import whole_number
 from .decoder import ENGINE, decoder_forward, layers_of
 from .engine import Engine
 from .find import find_decoder, find_mlp
 from .forwards import learn_activations
-from .patch import is_replaced
+from .patch import STEERED, is_replaced
 
 
 def attach(
@@ -51,6 +52,10 @@ def attach(
     Raises:
         InputError: the architecture is not known, or the model is attached already.
     """
+    max_circuits, max_rows = whole_number("max_circuits", max_circuits), whole_number("max_rows", max_rows)
+    max_entries = None if max_entries is None else whole_number("max_entries", max_entries)
+    if max_entries is not None and max_entries < 0:
+        raise InputError("max_entries", f"expected 0 or more, got {max_entries}")
     decoder = find_decoder(model)
     if attached(model) is not None:
         raise InputError("model", "an engine is attached already; see cna_kernels.attached(model)")
@@ -60,6 +65,8 @@ def attach(
     mlps = [layer.get_submodule(name) for layer, (name, _) in zip(layers, found, strict=True)]
     if len(set(map(id, mlps))) < len(mlps):
         raise InputError("model", "two of its layers share an MLP, which cannot be steered apart")
+    if any(getattr(mlp, STEERED, None) is not None for mlp in mlps):
+        raise InputError("model", "an MLP of it has an engine already, that of another model around it")
     current = decoder.__dict__.get("forward")
     known = "_hf_hook" in decoder.__dict__ or is_replaced(decoder, decoder_forward)
     if current is not None and not known and getattr(current, "__func__", current) is not type(decoder).forward:

@@ -46,8 +46,6 @@ class Collecting:
         for buffers in self.buffers:  # an earlier pass that did not come to its end may have left sums
             for buffer in buffers.values():
                 buffer.zero_()
-        if torch.is_grad_enabled():
-            sum_statistics_only(True)
         token_weight = self.token_weight.to(device)
         if self.by_prompt:
             place = torch.arange(shape[1], dtype=torch.int64, device=device)
@@ -61,6 +59,8 @@ class Collecting:
                 last = torch.where(shown, place, -1).amax(1).expand(shape[0])
                 self.found = last >= 0
             token_weight = (place == last[:, None])[:, :, None] * token_weight[:, None]
+        if torch.is_grad_enabled():  # from here on ``end_call`` follows
+            sum_statistics_only(True)
         return token_weight.flatten(0, 1)
 
     def end_call(self, finished: bool) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -96,7 +97,7 @@ class Engine:
             [], [], self.n_layers, self.n_neurons, "meta", n_experts=self.n_experts, widths=self.widths, **limits
         )
         if len(each) != len(circuits):
-            raise ValueError(f"multipliers: expected {len(circuits)}, one for each circuit, got {len(each)}")
+            raise InputError("multipliers", f"expected {len(circuits)}, one for each circuit, got {len(each)}")
         for circuit, multiplier in zip(circuits, each, strict=True):
             trial.add(circuit, multiplier)
         with self.table.lock:
@@ -353,6 +354,9 @@ class Engine:
         for module, name, function in owners:
             if not is_replaced(module, function):
                 raise InputError("detach", f"the forward of {name} was replaced after attach; take that off first")
+        if self._now.waits():
+            what = "a steered pass with gradients is alive: layers that its backward pass runs again run unsteered now"
+            warnings.warn(f"cna_kernels: {what}", stacklevel=2)
         self._was = self._provenance()
         for mlp in self._mlps:
             mlp.take_off()

@@ -179,6 +179,7 @@ class SteeredMLP:
             return False
         if self.now.rows.steers:
             raise InputError("attach", "an MLP ran outside its model's forward pass, where no row is known")
+        self.now.check_not_run_again()
         return True
 
     def plain(self, *args: Any, **kwargs: Any) -> Any:

@@ -127,6 +127,16 @@ class ForwardPass:
         what = "a checkpoint around the whole model runs it again, with which rows cannot be known"
         raise InputError("rows", f"{what}; use use_reentrant=False, or gradient_checkpointing_enable()")
 
+    def check_not_run_again(self) -> None:
+        """Raise InputError if a layer of a pass that may have been steered runs again, and the pass is gone."""
+        if self.rows.have_steered and torch.is_grad_enabled() and not torch.compiler.is_compiling() and _is_run_again():
+            what = "a layer runs again for its gradients, and its pass is gone, with the rows that were steered"
+            raise InputError("attach", f"{what}; keep what the model returned until the backward pass")
+
+    def waits(self) -> bool:
+        """Whether a steered pass is alive whose layers a backward pass may run again."""
+        return any(graded.state.scales is not None for graded in self._alive())
+
     def _alive(self) -> list[Graded]:
         return [graded for ref in self.graded if (graded := ref()) is not None]
 

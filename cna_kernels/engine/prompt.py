@@ -24,11 +24,14 @@ class Prompt:
     """The prompt of the running ``generate``.
 
     Attributes:
-        n_tokens: the columns of the prompt as ``generate`` got it; None outside ``generate``.
+        n_tokens: the columns of the prompt as ``generate`` got it; 0 where only the first call of the decoder shows
+            them, None outside ``generate``.
         whole: whether these count what the cache holds already.
         end: the first column behind the prompt; None before the first call of the decoder.
         cache: the cache of that call. A call on another cache is not ``generate``'s own (guidance, a processor).
-        inner: how many calls of ``generate`` run within another, on caches of their own, with the same prompt.
+        inner: how many calls of ``generate`` run within another to draft for it: they have the same prompt.
+        columns: of the last call without a cache that may be ``generate``'s own: each has one more.
+        is_next: whether the call at hand may be such a one.
         guided: whether ``generate`` calls the model for a second prompt.
         column: ``end`` on the device, ``[1]`` int64, for graphs.
         models: the models whose ``generate`` says when it runs.
@@ -41,20 +44,32 @@ class Prompt:
         self.n_tokens: int | None = None
         self.end: int | None = None
         self.cache: Any = None
-        self.whole = self.guided = False
-        self.inner = 0
+        self.whole = self.guided = self.is_next = False
+        self.inner = self.columns = 0
         self.models: list[nn.Module] = []
         self.batching = Batching(by_phase)
 
     def begin_call(self, n_tokens: int, past: Any) -> None:
         """Find ``end`` in the first call of the decoder, of ``n_tokens`` columns."""
+        if past is None:
+            self.is_next = self.end is None or n_tokens == self.columns + 1
+            self.columns = n_tokens if self.is_next else self.columns
         if self.n_tokens is None or self.end is not None:
             return
-        seen, end = int(seen_by(past)), self.n_tokens
+        seen, end = int(seen_by(past)), self.n_tokens or n_tokens
         if seen and n_tokens >= end and not self.whole:
             end += seen  # the cache holds tokens that the prompt does not repeat
         self.end, self.cache = end, past
         self.column.fill_(end)
+
+    def leave(self, before: tuple[Any, ...] | None = None) -> tuple[Any, ...]:
+        """Be outside ``generate``, or go back to the prompt ``before``. Return what the prompt was, as such."""
+        left = self.n_tokens, self.end, self.cache, self.whole, self.guided, self.inner, self.columns
+        back = (None, None, None, False, False, 0, 0) if before is None else before
+        self.n_tokens, self.end, self.cache, self.whole, self.guided, self.inner, self.columns = back
+        if self.end is not None:
+            self.column.fill_(self.end)
+        return left
 
     def goes_on(self, n_tokens: int, past: Any) -> bool:
         """Whether the prompt has more tokens than those up to the end of this call."""
@@ -73,8 +88,8 @@ class Prompt:
         column = torch.arange(n_tokens, dtype=torch.int64, device=device)
         column = column + (seen.to(device) if isinstance(seen, Tensor) else seen)
         if self.n_tokens is not None and (self.inner or past is self.cache):
-            if self.guided and past is None:
-                raise InputError("phase", f"without a cache, guidance's calls look like those of the prompt; {MORE}")
+            if past is None and not self.inner and (self.guided or not self.is_next):
+                raise InputError("phase", f"without a cache, whose prompt a call has cannot be known; {MORE}")
             return (column < self.column.to(device))[None]
         if past is None and not call.get("use_cache"):
             raise InputError("phase", f"a call without a cache does not say where its prompt ends; {MORE}")
@@ -117,18 +132,19 @@ def _generate_of(kind: Any, engine_of: Callable[[nn.Module], Any]) -> Callable[.
         run, prompt = _method_before(kind, self, "generate"), _prompt_of(self, engine_of)
         if prompt is None:  # a copy of the model
             return run(*args, **kwargs)
-        if prompt.n_tokens is not None:  # a model that drafts for itself
-            prompt.inner += 1
+        if prompt.n_tokens is not None and getattr(kwargs.get("generation_config"), "is_assistant", False):
+            prompt.inner += 1  # a model that drafts for itself
             try:
                 return run(*args, **kwargs)
             finally:
                 prompt.inner -= 1
+        before = prompt.leave()  # of a ``generate`` that this one runs in
         prompt.n_tokens, prompt.whole = _length(self, args, kwargs)
         prompt.guided = _is_guided(self, kwargs)
         try:
             return run(*args, **kwargs)
         finally:
-            prompt.n_tokens = prompt.end = prompt.cache = None
+            prompt.leave(before)
 
     setattr(generate, BEFORE, True)
     return generate
@@ -164,6 +180,8 @@ def _prompt_of(model: Any, engine_of: Callable[[nn.Module], Any]) -> Prompt | No
 
 def _length(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[int, bool]:
     """The columns of the prompt that ``generate`` is given, and whether they count what the cache holds already."""
+    if getattr(model.config, "is_encoder_decoder", False):
+        return 0, False  # they are the encoder's
     given = [kwargs.get("inputs_embeds"), args[0] if args else kwargs.get("inputs"), kwargs.get("input_ids")]
     n_tokens = next((x.shape[1] for x in given if x is not None), 1)  # of both, the embeddings go into the model
     mask: Any = kwargs.get("attention_mask")
@@ -182,7 +200,9 @@ def _virtual_tokens(model: Any) -> int:
 
 
 def _is_guided(model: Any, kwargs: dict[str, Any]) -> bool:
-    """Whether ``generate`` runs the model on a negative prompt, too."""
+    """Whether ``generate`` runs a model on a prompt of another, too."""
+    if any(isinstance(getattr(each, "model", None), nn.Module) for each in kwargs.get("logits_processor") or ()):
+        return True
     config = kwargs.get("generation_config") or getattr(model, "generation_config", None)
     scale = kwargs.get("guidance_scale", getattr(config, "guidance_scale", None))
     return scale is not None and scale != 1

@@ -27,6 +27,7 @@ class Rows:
         of_shape: a buffer ``[B, S]`` for each shape in which circuits were given by token.
         windowed: whether ``start`` and ``stop`` leave any position out.
         given_as: the arguments themselves. were_given: whether there was a call. steers: whether any row has a circuit.
+        have_steered: whether any ever had.
     """
 
     def __init__(self, max_rows: int, device: torch.device) -> None:
@@ -35,7 +36,7 @@ class Rows:
         self.max_rows, self.phase, self.windowed = max_rows, "both", False
         self.given: Tensor | None = None
         self.given_as: tuple[Any, Any, Any, Any] = None, "both", 0, None
-        self.were_given = self.steers = False
+        self.were_given = self.steers = self.have_steered = False
         self.of_shape: dict[tuple[int, ...], Tensor] = {}
 
     def give(
@@ -75,13 +76,17 @@ class Rows:
                     self.of_shape[shape] = torch.empty(shape, dtype=torch.int32, device=self.circuit.device)
                 self.given = self.of_shape[shape].copy_(numbers)
             else:
-                self.circuit[:n_rows] = numbers.to(self.circuit)
+                self.circuit[:n_rows], self.circuit[n_rows:] = numbers.to(self.circuit), -1
                 self.given = self.circuit[:n_rows] if numbers.dim() else None
+            for shape, buffer in self.of_shape.items():  # what a captured graph reads that was not given now
+                if numbers.dim() != 2 or shape != tuple(numbers.shape):
+                    buffer.fill_(-1)
             if table is not None:
                 table.keep_numbers_of(self.given if numbers.dim() == 2 and self.given is not None else self.circuit)
             for buffer, bound in zip((self.start, self.stop), bounds, strict=True):
                 buffer[:n_rows] = bound.to(buffer)
             self.phase, self.steers = phase, bool((numbers != -1).any())
+            self.have_steered |= self.steers
             self.given_as = numbers.clone(), phase, _kept(start), _kept(stop)
             self.windowed = stop is not None or bool((bounds[0] != 0).any())
 
@@ -130,6 +135,8 @@ def whole_numbers(name: str, value: Any) -> Tensor:
         numbers = torch.as_tensor(value)
     except (TypeError, ValueError, RuntimeError):
         raise InputError(name, f"expected whole numbers, got {value!r}") from None
+    if not numbers.numel():
+        raise InputError(name, "expected whole numbers, got none")
     if numbers.dtype not in WHOLE:
         kind = str(numbers.dtype).removeprefix("torch.")
         mask = "; a mask of rows says no circuit: give each row's number, -1 for none" if kind == "bool" else ""

@@ -171,7 +171,7 @@ def cache_directory() -> Path | None:
 
 def _cache_file(stamp: dict[str, int]) -> Path | None:
     directory = cache_directory()
-    return None if directory is None else directory / f"hashes-{stamp['dev']:x}-{stamp['ino']:x}.json"
+    return None if directory is None else directory / f"hashes2-{stamp['dev']:x}-{stamp['ino']:x}.json"
 
 
 def _recall(stamp: dict[str, int]) -> dict[str, Hashes]:

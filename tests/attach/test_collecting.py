@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from attach_cases import ids_of, logits, make, transformers
-from cna_kernels import InputError, attach
+from cna_kernels import InputError, attach, ops
 
 B, S = 2, 7
 RIGHT = torch.tensor([[1] * 7, [1] * 5 + [0] * 2])  # padded on the right
@@ -211,3 +211,19 @@ def test_weights_are_copied():
         logits(model, ids)
         token_weight[:] = 5
     assert sums.count.item() == 2
+
+
+def test_a_refused_pass_leaves_the_gradients_of_sums():
+    """Passes that are summed keep gradients from their sums; an op of its own after a refused one does not."""
+    model, ids = make("llama"), ids_of(2, 6)
+    engine = attach(model)
+
+    def carries_gradients():
+        act, act_sum = torch.ones(2, 8, requires_grad=True), torch.zeros(1, 8)
+        ops.steer_act(act * 1, token_weight=torch.ones(2, 1), act_sum=act_sum)
+        return act_sum.requires_grad
+
+    assert carries_gradients()
+    with pytest.raises(InputError, match="attention_mask: expected 2 rows"), engine.collect(torch.eye(2)):
+        model(ids, attention_mask=torch.ones(2, 3, dtype=torch.int64), use_cache=False)
+    assert carries_gradients()

@@ -217,6 +217,29 @@ def test_nothing_is_kept_of_a_pass_whose_graph_is_gone():
 # Sums.
 
 
+@pytest.mark.parametrize("reentrant", [True, False])
+def test_layers_whose_pass_is_gone_do_not_run_again(reentrant):
+    """A hook keeps what a layer gave, and nobody keeps what the model gave."""
+    model, kept = make("llama").train(), []
+    model.gradient_checkpointing_enable({"use_reentrant": reentrant})
+    model.enable_input_require_grads()
+    engine = attach(model)
+    circuit = random_circuit(engine, 0)
+    model.model.layers[1].register_forward_hook(lambda *args: kept.append(args[2]))
+    with engine.steer(circuit, -2.0):
+        model(IDS, use_cache=False)
+    gc.collect()
+    with pytest.raises(InputError, match="its pass is gone, with the rows that were steered; keep what the model"):
+        kept[0].sum().backward()
+    kept.clear()
+    with engine.steer(circuit, -2.0):
+        out = model(IDS, use_cache=False)
+    kept[0].sum().backward()
+    assert out.logits.grad_fn is not None
+    with pytest.warns(UserWarning, match="layers that its backward pass runs again run unsteered now"):
+        engine.detach()
+
+
 def test_layers_that_did_not_run_are_an_error():
     model = make("llama")
     engine = attach(model)

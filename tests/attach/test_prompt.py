@@ -169,6 +169,68 @@ def test_collect_counts_the_last_token_of_the_prompt(way):
     assert (total - expected.total).abs().max() <= 1e-5 * expected.total.abs().max()
 
 
+@pytest.mark.parametrize("n_prompt", [1, 3])
+def test_the_prompt_of_an_encoder_decoder_is_the_decoders(n_prompt):
+    """The ids that generate gets are the encoder's; the decoder's prompt is its start token, or what is given."""
+    pytest.importorskip("transformers.models.t5gemma")
+    shape = dict(
+        hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
+        head_dim=8, vocab_size=97, layer_types=["full_attention"] * 2,
+    )  # fmt: skip
+    part = transformers.T5GemmaModuleConfig
+    decoder = part(**shape, is_decoder=True, cross_attention_hidden_size=32)
+    torch.manual_seed(0)
+    config = transformers.T5GemmaConfig(encoder=part(**shape), decoder=decoder, vocab_size=97)
+    model = transformers.T5GemmaForConditionalGeneration(config).eval()
+    engine, rows, acts = quietly(model), [], []
+    decoder = model.get_decoder()
+    note = decoder.layers[0].register_forward_pre_hook(lambda *_: rows.append(engine._now.state.tokens.tolist()))
+    act = decoder.layers[0].mlp.down_proj.register_forward_pre_hook(lambda _, args: acts.append(args[0][:, -1]))
+    more = GREEDY | dict(decoder_start_token_id=2, bos_token_id=2, max_new_tokens=4, min_new_tokens=4)
+    if n_prompt > 1:
+        more["decoder_input_ids"] = torch.tensor([[2, *range(5, 4 + n_prompt)]])
+    engine.set([random_circuit(engine, 1)], [-3.0])
+    for phase, expected in (("prompt", [0] * n_prompt + [-1] * 3), ("answer", [-1] * n_prompt + [0] * 3)):
+        engine.rows(0, phase=phase)
+        model.generate(ids_of(1, 6), **more)
+        assert [row for call in rows for row in call] == expected
+        rows.clear()
+    acts.clear()
+    with torch.no_grad(), engine.collect(torch.ones(1, 1)) as sums:
+        model.generate(ids_of(1, 6), **more)
+    note.remove()
+    act.remove()
+    assert torch.allclose(sums.total[0].float(), acts[0], atol=1e-5)
+
+
+@pytest.mark.parametrize("phase", ["prompt", "answer"])
+def test_a_generate_within_generate_has_a_prompt_of_its_own(phase):
+    model, rows = untied(), []
+    engine = attach(model)
+    engine.set([random_circuit(engine, 1)], [-3.0])
+    engine.rows(0, phase=phase)
+    depth = [0]
+
+    class Judge(transformers.StoppingCriteria):
+        def __call__(self, ids, scores, **_):
+            depth[0] += 1
+            if depth[0] == 1:
+                model.generate(ids_of(1, 9, 3), **GREEDY)
+            depth[0] -= 1
+            return torch.zeros(ids.shape[0], dtype=torch.bool)
+
+    model.model.layers[0].register_forward_pre_hook(
+        lambda *_: rows.append((depth[0], engine._now.state.tokens.tolist()))
+    )
+    model.generate(ids_of(1, 6), stopping_criteria=[Judge()], **GREEDY)
+    first, then = (0, -1) if phase == "prompt" else (-1, 0)
+    inner = [found for level, found in rows if level == 1]
+    outer = [found for level, found in rows if level == 0]
+    assert outer == [[first] * 6, *[[then]] * 5]
+    assert inner == [[first] * 9, *[[then]] * 5] * 6
+    assert engine._prompt.n_tokens is None and engine._prompt.cache is None
+
+
 @pytest.mark.parametrize("n_tokens", [None, 14, 4], ids=lambda n: f"negative prompt of {n}")
 @pytest.mark.parametrize("phase", ["prompt", "answer"])
 def test_guidance_has_a_prompt_of_its_own(phase, n_tokens):
@@ -200,8 +262,18 @@ def test_guidance_without_a_cache():
     engine = attach(model)
     engine.set([random_circuit(engine, 1)], [-3.0])
     engine.rows(0, phase="answer")
-    with pytest.raises(InputError, match="phase: without a cache, guidance's calls"):
+    with pytest.raises(InputError, match="phase: without a cache, whose prompt a call has cannot be known"):
         generate(model, ids_of(1, 9), None, lambda *_: dict(guidance_scale=1.5, use_cache=False))
+    guide = transformers.UnbatchedClassifierFreeGuidanceLogitsProcessor
+
+    def called_by(processor):
+        return lambda *_: dict(logits_processor=[processor], use_cache=False)
+
+    for n_tokens in (2, 9, 10, 12):
+        processor = guide(1.5, model, unconditional_ids=ids_of(1, n_tokens, 4), use_cache=False)
+        for each in (processor, lambda ids, scores, processor=processor: processor(ids, scores)):
+            with pytest.raises(InputError, match="phase: without a cache, whose prompt a call has cannot be known"):
+                generate(model, ids_of(1, 9), None, called_by(each))
 
 
 @pytest.mark.parametrize("n_tokens", [4, 9, 12])

@@ -37,6 +37,7 @@ REFUSED = [
     (dict(row_circuit=torch.tensor([0j])), "row_circuit: expected whole numbers, got complex64"),
     (dict(row_circuit="0"), "row_circuit: expected whole numbers, got '0'"),
     (dict(row_circuit=[0, None]), "row_circuit: expected whole numbers, got [0, None]"),
+    (dict(row_circuit=[]), "row_circuit: expected whole numbers, got none"),
     (dict(row_circuit=-2), "row_circuit: row 0: expected -1 or one of 0, 1, got -2"),
     (dict(row_circuit=[0, 2]), "row_circuit: row 1: expected -1 or one of 0, 1, got 2"),
     (dict(row_circuit=2**32), "row_circuit: row 0: expected -1 or one of 0, 1, got 4294967296"),
@@ -104,6 +105,19 @@ def test_a_number_that_rows_name_is_not_given_again():
         assert torch.allclose(logits(model, ids), expected, atol=1e-5)
         engine.table.replace(0, circuits[0], -2.0)  # asked for by its number
         assert not torch.allclose(logits(model, ids), expected, atol=1e-5)
+
+
+def test_numbers_that_no_row_names_any_more_are_free():
+    """Rows and shapes that a later call of rows leaves out name nothing."""
+    engine = attach(make("llama"), max_circuits=2)
+    circuits = [random_circuit(engine, seed) for seed in range(2)]
+    for before, after in (([0, 1], [-1]), (torch.tensor([[0, 1]]), None), (torch.tensor([[0, 1]]), [[-1]])):
+        engine.set(circuits, [-2.0, 3.0])
+        engine.rows(before)
+        engine.rows(after)
+        for number in (0, 1):
+            engine.table.remove(number)
+        assert [engine.table.add(circuit, 1.0) for circuit in circuits] == [0, 1]
 
 
 @pytest.mark.parametrize("kind", [list, torch.tensor, np.array, lambda values: array("i", values)])

@@ -6,7 +6,9 @@ import re
 import warnings
 from pathlib import Path
 
+import numpy as np
 import pytest
+import torch
 
 from cna_kernels import Circuit, InputError
 from cna_kernels.circuit import check_fits, check_found_in
@@ -43,6 +45,23 @@ def test_empty_circuit_round_trip(tmp_path):
     empty = Circuit((), 3, 10)
     empty.save(tmp_path / "c.json")
     assert Circuit.load(tmp_path / "c.json") == empty
+
+
+def test_neurons_are_plain_numbers():
+    """Numbers of PyTorch and NumPy count as what they are; what is no whole number is refused."""
+    expected = ((0, 4, 0.5), (1, 2, -1.0))
+    for kind in (torch.tensor, np.array):
+        found = Circuit([tuple(kind(number) for number in neuron) for neuron in expected], 2, 5)
+        assert found.neurons == expected and found == Circuit(expected, 2, 5)
+        assert {type(x) for neuron in found.neurons for x in neuron[:2]} == {int}
+        with pytest.raises(InputError, match="appears twice"):
+            Circuit(((kind(0), kind(1), 0.0), (0, 1, 0.0)), 2, 5)
+    for neuron in ((0, 1.5, 0.0), (0.5, 1, 0.0), (True, 1, 0.0), (torch.tensor(True), 1, 0.0), ("0", 1, 0.0)):
+        with pytest.raises(InputError, match=r"neurons\[0\]: expected a whole number"):
+            Circuit((neuron,), 2, 5)
+    for neuron in ((0, 1), 3, (0, 1, None), (0, 1, "a")):
+        with pytest.raises(InputError, match=r"neurons\[0\]: expected \(layer, index, contrast\)"):
+            Circuit((neuron,), 2, 5)
 
 
 def test_shape_of_a_circuit():

@@ -57,6 +57,21 @@ def test_anything_else_changes_the_hash():
     assert len({marks_sha256(ODD), *found.values()}) == 1 + len(OTHERS), found
 
 
+@pytest.mark.parametrize("bit", range(16))
+def test_two_changes_of_a_row_do_not_cancel(bit):
+    """One bit of two numbers of a row, whose places in their words are equal: two signs, two exponents, and so on."""
+    generator = torch.Generator().manual_seed(bit)
+    rows = torch.randn(200, 512, generator=generator).bfloat16()
+    places = torch.stack([torch.randperm(128, generator=generator)[:2] for _ in rows]) * 4 + 3
+    flips = torch.zeros(rows.shape, dtype=torch.int16)
+    flips.scatter_(1, places, torch.full(places.shape, -(2**15) if bit == 15 else 2**bit, dtype=torch.int16))
+    flipped = rows.view(torch.int16) ^ flips
+    found, expected = (Marks(), Marks())
+    found.add(flipped.view(torch.bfloat16))
+    expected.add(rows)
+    assert (torch.cat(found._marks) != torch.cat(expected._marks)).all()
+
+
 def test_names_count():
     one = {"a": "1", "b": "2"}
     hashes = [

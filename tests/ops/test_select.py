@@ -140,3 +140,32 @@ def test_unknown_score_and_layer():
         select.mask_layers(2, 5, [2])
     with pytest.raises(InputError, match="fraction: expected a number, or top_k"):
         select.Selection([5, 5], fraction=None)
+
+
+# arguments of a selection -> what is said
+REFUSED = [
+    (dict(top_k=2.0), "top_k: expected a whole number, got 2.0"),
+    (dict(top_k=True), "top_k: expected a whole number, got True"),
+    (dict(top_k="3"), "top_k: expected a whole number, got '3'"),
+    (dict(fraction="a"), "fraction: expected above 0 and at most 1, got a"),
+    (dict(fraction=float("nan")), "fraction: expected above 0 and at most 1, got nan"),
+    (dict(skip_layers=1), "skip_layers: expected a list, got 1"),
+    (dict(skip_layers=[1.0]), "skip_layers: expected a whole number, got 1.0"),
+    (dict(exclude=[0]), "exclude: expected (layer, index) pairs, got 0"),
+    (dict(exclude=[(0, 1.5)]), "exclude: expected a whole number, got 1.5"),
+    (dict(universal=[(0, 1)]), "universal: expected what Engine.universal returns, got [(0, 1)]"),
+]
+
+
+@pytest.mark.parametrize(("given", "said"), REFUSED, ids=[str(given) for given, _ in REFUSED])
+def test_refused(given, said):
+    with pytest.raises(InputError) as caught:
+        select.Selection([5, 5], **given)
+    assert said in str(caught.value)
+
+
+@pytest.mark.parametrize("n_columns", [1, 3])
+def test_a_contrast_has_two_columns(n_columns):
+    sums = ActivationSums(2, 5, n_columns)
+    with pytest.raises(InputError, match=f"sums: expected two columns, positive and negative, got {n_columns}"):
+        select.Selection([5, 5]).rank(sums)
