@@ -26,7 +26,7 @@ from .config import ModelConfig
 from .load import expected_shapes
 from .safetensors_file import Checkpoint, TensorEntry
 
-FORMAT = 1
+FORMAT = 2
 PIECE = 4 << 20  # bytes read at a time
 FRESH = 3.0  # seconds: a file changed as lately as this may change again without another time
 _BASE = "model."  # in front of the names of the decoder's weights
@@ -171,7 +171,7 @@ def cache_directory() -> Path | None:
 
 def _cache_file(stamp: dict[str, int]) -> Path | None:
     directory = cache_directory()
-    return None if directory is None else directory / f"hashes2-{stamp['dev']:x}-{stamp['ino']:x}.json"
+    return None if directory is None else directory / f"hashes-{stamp['dev']:x}-{stamp['ino']:x}.json"
 
 
 def _recall(stamp: dict[str, int]) -> dict[str, Hashes]:
