@@ -233,7 +233,7 @@ DAMAGED = {
     "another stamp": damage(lambda record: record["stamp"].update(ino=1)),
     "no tensors": damage(lambda record: record.update(tensors={})),
     "tensors of another kind": damage(lambda record: record.update(tensors=[1, 2])),
-    "a format to come": damage(lambda record: record.update(format=2)),
+    "a format to come": damage(lambda record: record.update(format=record["format"] + 1)),
     "a FIFO": make_fifo,
     "a folder": make_folder,
     "a dangling link": lambda path: (path.unlink(), path.symlink_to("nowhere")),
