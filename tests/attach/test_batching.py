@@ -20,7 +20,8 @@ def batch(model, prompts, options, **sizes):
     """The answers to prompts in continuous batching. Left to itself, its cache takes most of the machine's memory."""
     if not hasattr(transformers, "ContinuousBatchingConfig"):
         pytest.skip("this transformers cannot be given the size of a batch")
-    sizes = transformers.ContinuousBatchingConfig(num_blocks=16, **sizes)
+    bounds = dict(num_blocks=16, max_batch_tokens=256)  # where one is not given, memory decides
+    sizes = transformers.ContinuousBatchingConfig(**bounds | sizes)
     found = model.generate_batch(prompts, options, continuous_batching_config=sizes, progress_bar=False)
     return list(found.values())
 
