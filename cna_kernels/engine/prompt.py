@@ -51,10 +51,12 @@ class Prompt:
 
     def begin_call(self, n_tokens: int, past: Any) -> None:
         """Find ``end`` in the first call of the decoder, of ``n_tokens`` columns."""
+        if self.n_tokens is None:
+            return
         if past is None:
             self.is_next = self.end is None or n_tokens == self.columns + 1
             self.columns = n_tokens if self.is_next else self.columns
-        if self.n_tokens is None or self.end is not None:
+        if self.end is not None:
             return
         seen, end = int(seen_by(past)), self.n_tokens or n_tokens
         if seen and n_tokens >= end and not self.whole:

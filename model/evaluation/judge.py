@@ -102,9 +102,8 @@ def _run(words: list[str], content: bytes, timeout: float, where: str) -> tuple[
         except subprocess.TimeoutExpired:
             raise InputError(where, f"took more than {timeout:g} seconds") from None
         threads[1].join(GRACE)
-        returncode = child.returncode
         _kill(child)
-        return returncode, bytes(output), bytes(errors)
+        return child.returncode, bytes(output), bytes(errors)
     except BaseException:
         _kill(child)
         raise
