@@ -93,7 +93,7 @@ def value_tests(catalogue):
     plans = dict.fromkeys(key.partition("/")[0] + "-" + found["default"] for key, found in catalogue.items())
     file, some = "tests/kernels/test_triton.py", "test_values and bfloat16 and (both or circuits)"
     named = [f"{file}:{some} and {plan}-" for plan in plans]
-    return (*named, f"{file}:{some} and (swiglu or steer_act)", f"{file}:gated_mlp-fused")
+    return (*named, f"{file}:{some} and (swiglu or steer_act)", f"{file}:gated_mlp-fused", f"{file}:test_sums_in_fp64")
 
 
 def first_window(catalogue):

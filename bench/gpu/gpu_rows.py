@@ -175,6 +175,7 @@ def prefill(bench, model, T):
         "hooks": hooks(x, token_weight, multiplier),
     }
     runs |= {"ours steered": ours(x, "", token_weight, steering), "ours, late layer": ours(x, "", token_weight, many)}
+    runs["ours, fp64 sums"] = summed_in_fp64(bench, x, token_weight, N)
     times = bench.measure(runs, layers, mlp_work(T, N, H))
     more = of_default(bench, "gated_mlp", model, T, N, H)
     for theirs in ("eager", "cublas"):
@@ -182,6 +183,19 @@ def prefill(bench, model, T):
     yield times.row("P2", model, T, "ours", "eager", **more)
     yield times.row("P3", model, T, "ours steered", "hooks", **more)
     yield times.row("P3 late", model, T, "ours, late layer", "ours", **more)
+    yield times.row("P1 fp64", model, T, "ours, fp64 sums", "ours", **more)
+
+
+def summed_in_fp64(bench, x, token_weight, N):
+    """A function of one Layer: the MLP with sums of act and of its squares in fp64, as variances need them."""
+    sums = {name: bench.random(2, N, dtype=torch.float64) for name in ("act_sum", "act_sumsq")}
+
+    def run(layer):
+        use_plans("")
+        weights = layer.w_gate_up, layer.w_down
+        return ops.gated_mlp(x, *weights, token_weight=token_weight, **sums, backend="triton")
+
+    return run
 
 
 def of_default(bench, op, model, T, N, H):

@@ -24,6 +24,7 @@ LAUNCH_TABLES = {
     "gate_up_flat": ("gate_up_decode", "_launch_config", "gated_mlp", "flat", [
         dict(BLOCK_N=(32, 64), BLOCK_K=(64, 128), num_stages=(3, 4, 5)), dict(num_warps=(8,), BLOCK_N=(64, 128)),
         dict(BLOCK_K=(256,), num_stages=(2, 3)), dict(BLOCK_K=(64,), num_stages=(6, 8)), dict(num_stages=(2,)),
+        dict(BLOCK_N=(16,), BLOCK_K=(128, 256), num_stages=(3, 4, 5)),  # 32 rows: matrix units without wgmma
     ]),
     "down_split": ("down_decode", "_split_config", "down_proj", "split", [
         dict(BLOCK_H=(64, 128), BLOCK_N=(64, 128), num_stages=(3, 4, 5)), dict(SPLIT_N=(1024, 2048, 4096, 8192, 16384)),
