@@ -48,6 +48,7 @@ WORDS = {
     "N2": "error against fp64, {T} tokens",
     "P1": "prefill MLP, {T} tokens, with sums",
     "P1 fp64": "prefill MLP, {T} tokens, sums and squares in fp64",
+    "P1 fp64 last": "prefill MLP, {T} tokens, sums and squares of last tokens in fp64",
     "P2": "prefill MLP, {T} tokens, with sums",
     "P3": "prefill MLP, {T} tokens, sums and steering",
     "P3 late": "prefill MLP, {T} tokens, sums and steering of a late layer",

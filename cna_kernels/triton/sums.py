@@ -242,7 +242,7 @@ def _fold_kernel(
     column = tl.program_id(1).to(tl.int64)
     n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     n_mask = n < N
-    total = tl.zeros([BLOCK_N], tl.float32)
+    total = tl.zeros([BLOCK_N], part_ptr.dtype.element_ty)
     if PDL:
         tl.extra.cuda.gdc_wait()
     for r_start in range(0, R, BLOCK_R):
@@ -277,7 +277,7 @@ class Sums:
 
     Args:
         token_weight: ``[T, C]`` fp32, or None for no sums.
-        act_sum, act_sumsq: ``[C, N]`` fp32, each may be None.
+        act_sum, act_sumsq: ``[C, N]`` fp32, or both fp64; each may be None.
         runs: how many programs share the tokens of a neuron.
     """
 
@@ -289,7 +289,8 @@ class Sums:
         self.part = None
         if self.n_columns and runs > 1:
             columns = self.n_columns * ((act_sum is not None) + (act_sumsq is not None))
-            self.part = launch.empty(runs, columns, n_neurons, dtype=torch.float32, device=token_weight.device)
+            kind = (act_sumsq if act_sum is None else act_sum).dtype
+            self.part = launch.empty(runs, columns, n_neurons, dtype=kind, device=token_weight.device)
 
     def pointers(self):
         """token_weight_ptr, sum_ptr, sumsq_ptr"""

@@ -121,8 +121,16 @@ CANARIES: list[Canary] = [
     Canary(
         "squares of rounded products",
         "cna_kernels/triton/sums_fp64.py",
-        "weighted = token_weight[:, None] * act\n",
-        "weighted = (token_weight[:, None] * act).to(tl.float32)\n",
+        "weighted = token_weight[i].to(tl.float64)[:, None] * act\n",
+        "weighted = (token_weight[i].to(tl.float64)[:, None] * act).to(tl.float32)\n",
+        "tests/kernels/test_triton.py",
+        "test_sums_in_fp64 and steer_act",
+    ),
+    Canary(
+        "runs of sums in fp64 overlap",
+        "cna_kernels/triton/sums_fp64.py",
+        "t_last = tl.minimum(t_first + run_length, T)",
+        "t_last = T",
         "tests/kernels/test_triton.py",
         "test_sums_in_fp64 and steer_act",
     ),
