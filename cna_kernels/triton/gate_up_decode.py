@@ -261,11 +261,11 @@ def _launch_config(T: int, N: int, itemsize: int, n_sm: int) -> Config:
     64 tokens and more neurons than one round of programs takes, three stages of twice the depth.
     """
     if max_gemv_tokens(itemsize) >= T:
-        return Config(0, 2 if itemsize == 2 or T > 2 else 4, 2048 // itemsize, 4, 3)
+        return Config(0, 2 if itemsize == 2 or T > 2 else 4, 4096 // itemsize if T == 1 else 2048 // itemsize, 4, 3)
     block_t = max(16, triton.next_power_of_2(T))
     if block_t == 64:
         return Config(64, 32, 64, 4, 3) if 64 * n_sm < N else Config(64, 64, 64, 4, 5)
-    return Config(16, 64, 128, 4, 3) if block_t == 16 else Config(block_t, 32, 128, 4, 4)
+    return Config(block_t, 64, 128, 4, 3)
 
 
 def per_weight(T: int) -> float:

@@ -18,7 +18,7 @@ from . import launch
 from .sums import Sums, add_row
 
 COLUMNS = 2  # of a program: with more, registers do not suffice for fp64
-GROUP, BLOCK_T, BLOCK_N = 64, 16, 64
+GROUP, BLOCK_T, BLOCK_N, WARPS = 64, 16, 64, 4
 MAX_RUNS = 16  # parts of the sums move 1/8 of the bytes of act at most
 
 
@@ -111,7 +111,7 @@ def sum_fp64(act, token_weight, act_sum, act_sumsq):
         GROUP=GROUP,
         BLOCK_T=BLOCK_T,
         BLOCK_N=BLOCK_N,
-        num_warps=4,
+        num_warps=WARPS,
         device=act.device,
     )
     sums.fold()
