@@ -261,7 +261,7 @@ def _launch_config(T: int, N: int, itemsize: int, n_sm: int) -> Config:
     64 tokens and more neurons than one round of programs takes, three stages of twice the depth.
     """
     if max_gemv_tokens(itemsize) >= T:
-        return Config(0, 2 if itemsize == 2 or T > 2 else 4, 4096 // itemsize if T == 1 else 2048 // itemsize, 4, 3)
+        return Config(0, 2 if itemsize == 2 or T > 2 else 4, 2048 if itemsize == 2 else 512, 4, 3)
     block_t = max(16, triton.next_power_of_2(T))
     if block_t == 64:
         return Config(64, 32, 64, 4, 3) if 64 * n_sm < N else Config(64, 64, 64, 4, 5)
