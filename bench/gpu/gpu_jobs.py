@@ -162,7 +162,7 @@ def tune_window(catalogue, sweep):
     return [
         Stage("the card and its ceilings", [job("ceilings")]),
         Stage("compilation", [], 150),
-        Stage("sweep", [job("tune", kernel, model, T) for model in (B8, B1, B70) for kernel, T in sweep]),
+        Stage("sweep", [job("tune", kernel, model, T) for model in (B8, B1, B70, Q7) for kernel, T in sweep]),
     ]
 
 

@@ -265,7 +265,7 @@ def _launch_config(T: int, N: int, itemsize: int, n_sm: int) -> Config:
     block_t = max(16, triton.next_power_of_2(T))
     if block_t == 64:
         return Config(64, 32, 64, 4, 3) if 64 * n_sm < N else Config(64, 64, 64, 4, 5)
-    return Config(block_t, 64, 128, 4, 3)
+    return Config(block_t, 32 if N <= 64 * n_sm and block_t == 16 else 64, 128, 4, 3)
 
 
 def per_weight(T: int) -> float:

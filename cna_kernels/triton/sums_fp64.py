@@ -18,8 +18,8 @@ from . import launch
 from .sums import Sums, add_row
 
 COLUMNS = 2  # of a program: with more, registers do not suffice for fp64
-GROUP, BLOCK_T, BLOCK_N, WARPS = 64, 16, 64, 4
-MAX_RUNS = 16  # parts of the sums move 1/8 of the bytes of act at most
+GROUP, BLOCK_T, BLOCK_N, WARPS = 64, 4, 64, 1
+MAX_RUNS = 8  # parts of the sums move 1/8 of the bytes of act at most
 
 
 @triton.jit
