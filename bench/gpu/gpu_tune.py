@@ -46,6 +46,10 @@ LAUNCH_TABLES = {
         dict(BLOCK_T=(1, 2, 4, 8), rows=(1, 2, 4, 8, 16)), dict(BLOCK_N=(512, 2048), BLOCK_T=(1, 2), rows=(2, 4)),
         dict(num_warps=(8,), BLOCK_T=(2, 4), rows=(4,)), dict(rows=(32, 64), stages=(2, 3)),
     ]),
+    "sum_fp64": ("sums_fp64", "_launch_config", "swiglu", "", [
+        dict(BLOCK_T=(4, 8), num_warps=(1, 2), max_runs=(4, 8)), dict(BLOCK_T=(4,), num_warps=(1,), GROUP=(128,)),
+        dict(BLOCK_T=(16,), num_warps=(4, 8), max_runs=(4, 8, 16)), dict(BLOCK_T=(2,), BLOCK_N=(128,), num_warps=(1,)),
+    ]),
 }  # fmt: skip
 
 
@@ -67,6 +71,9 @@ def tune(bench, kernel, model, T, part=None):
     if op == "swiglu":
         layers = [bench.random(T, 2 * N) for _ in layers]
         sums = dict(token_weight=token_weight, act_sum=bench.random(2, N, dtype=torch.float32), **steering)
+        if kernel == "sum_fp64":
+            sums = dict(token_weight=token_weight)
+            sums |= {name: bench.random(2, N, dtype=torch.float64) for name in ("act_sum", "act_sumsq")}
         sums = {} if kernel.endswith("plain") else sums
         call = lambda both: ops.swiglu(*both.chunk(2, dim=-1), **sums, backend="triton")  # noqa: E731
     else:

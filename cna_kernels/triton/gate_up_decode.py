@@ -251,21 +251,29 @@ def max_gemv_tokens(itemsize: int) -> int:
     return 4 if itemsize == 4 else 1
 
 
-def _launch_config(T: int, N: int, itemsize: int, n_sm: int) -> Config:
-    """As measured on an H100; fp32 by arithmetic, unmeasured.
+def _launch_config(T: int, N: int, H: int, itemsize: int, n_sm: int) -> Config:
+    """As measured on an H100 and an H200; fp32 by arithmetic, unmeasured.
 
     Multiply-adds: the 128 threads of a program lie along k with 16 bytes each, so that x needs no exchange between
-    them; 2 rows of gate and up are 8 KB, fetched 2 steps ahead through shared memory (ptxas breaks up loads that go to
-    registers). 4 rows are as fast without sums and steering, and run short of registers with them. Matrix units: 64
-    rows of 256 bytes are 16 KB a stage, and the stages leave room for two programs on a multiprocessor (228 KB). With
-    64 tokens and more neurons than one round of programs takes, three stages of twice the depth.
+    them; 2 rows of gate and up are 16 KB (8 KB where 2,048 does not divide H), fetched 2 steps ahead through shared
+    memory (ptxas breaks up loads that go to registers). 4 rows run short of registers with sums and steering.
+
+    Matrix units: a stage of 64 or 128 rows of weights has 8 to 32 KB. All programs should run at once: a second round
+    that fills few multiprocessors costs up to 16% (18,944 neurons, 64 tokens, H200). So the rows and the stages follow
+    from N and from how many programs of that size fit on a multiprocessor: 4 of (64, 32, 64), 3 of (64, 64, 64), 2 of
+    (16, 64, 128) and 3 of (16, 32, 128).
     """
     if max_gemv_tokens(itemsize) >= T:
-        return Config(0, 2 if itemsize == 2 or T > 2 else 4, 2048 if itemsize == 2 else 512, 4, 3)
+        block_k = 512 if itemsize == 4 else 2048 if H % 2048 == 0 else 1024
+        return Config(0, 2 if itemsize == 2 or T > 2 else 4, block_k, 4, 3)
     block_t = max(16, triton.next_power_of_2(T))
-    if block_t == 64:
-        return Config(64, 32, 64, 4, 3) if 64 * n_sm < N else Config(64, 64, 64, 4, 5)
-    return Config(block_t, 32 if N <= 64 * n_sm and block_t == 16 else 64, 128, 4, 3)
+    few = 64 * n_sm >= N  # neurons: one program a multiprocessor, or two
+    if block_t == 16:
+        return Config(16, 64 if not few and 2 * 64 * n_sm >= N else 32, 128, 4, 3)
+    if few:
+        return Config(32, 64, 128, 4, 3) if block_t == 32 else Config(64, 64, 64, 4, 5)
+    one_round_of_64 = 4 * 32 * n_sm < N <= 3 * 64 * n_sm
+    return Config(block_t, 64 if block_t == 64 and one_round_of_64 else 32, 64, 4, 3)
 
 
 def per_weight(T: int) -> float:
@@ -298,7 +306,7 @@ def gate_up_decode(x, w_gate_up, *, token_weight=None, act_sum=None, act_sumsq=N
     T, H = x.shape
     w_gate, N, up_offset = weight_rows(w_gate_up)
     act = launch.empty(T, N, dtype=x.dtype, device=x.device)
-    config = _launch_config(T, N, x.element_size(), launch.n_multiprocessors(x.device))
+    config = _launch_config(T, N, H, x.element_size(), launch.n_multiprocessors(x.device))
     sums, steer = Sums(token_weight, act_sum, act_sumsq, 1, N), Steer(scale, row_circuit)
     gemv = config.BLOCK_T == 0
     launch.launch(
