@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
@@ -20,10 +19,10 @@ from cna_kernels.files import FilePath
 from cna_kernels.renamed import renamed
 from cna_kernels.steering import SteeringTable, distinct
 
-from .checkpoint.config import DTYPES, read_config
+from .checkpoint.config import DTYPES
+from .checkpoint.formats import open_checkpoint, read_config, require_checkpoint
 from .checkpoint.identity import Identity
 from .checkpoint.load import load_transformer
-from .checkpoint.safetensors_file import open_checkpoint
 from .discovery.job import Job, Progress
 from .discovery.packing import TokenPrompt
 from .discovery.settings import Settings, settings_from
@@ -106,8 +105,7 @@ class LanguageModel:
             template_args: variables of the chat template, as ``{"enable_thinking": False}``.
         """
         self.directory = Path(directory)
-        if not os.path.isdir(directory):
-            raise InputError(directory, "is not a directory with a checkpoint")
+        require_checkpoint(directory)
         if dtype is not None and dtype not in DTYPES:
             raise InputError("dtype", f"expected one of {', '.join(DTYPES)}, got {dtype!r}")
         self.device = usable_device(device)

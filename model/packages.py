@@ -10,6 +10,7 @@ EXTRA_OF = {
     "tokenizers": "model",
     "jinja2": "model",
     "rich": "model",
+    "gguf": "gguf",
     "matplotlib": "plot",
     "cna-kernels-demo": "demo",
     "pyarrow": "eval",

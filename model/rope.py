@@ -76,7 +76,7 @@ def _scaled(inv_freq: Tensor, rope: Rope, exponent: Tensor) -> Tensor:
         return inv_freq / rope.factor
     if rope.kind == "yarn":
         return _yarn(rope, exponent)
-    if rope.kind == "longrope":
+    if rope.kind in ("longrope", "factors"):
         return 1.0 / (torch.tensor(rope.short_factor, dtype=torch.float32, device="cpu") * rope.theta**exponent)
     if rope.kind != "llama3":
         return inv_freq

@@ -132,7 +132,7 @@ def launchers(model):
     }
 
 
-# Kernels for few tokens fetch weights ahead through shared memory, 64 KiB or more. Where the compiler gives up fetching
+# Kernels for few tokens fetch weights ahead through shared memory, 32 KiB or more. Where the compiler gives up fetching
 # ahead, a kernel uses little shared memory and waits for every load.
 FETCH_AHEAD, AHEAD = {"gate_up_flat_kernel", "down_split_kernel"}, 1 << 15
 MATRIX = {"gate_up_flat_kernel", "down_split_kernel", "down_proj_kernel", "gate_up_kernel"}

@@ -22,11 +22,12 @@ class Rope:
     """Rotary position embedding.
 
     Attributes:
-        kind: default, linear, dynamic, llama3, yarn or longrope.
+        kind: default, linear, dynamic, llama3, yarn, longrope, or factors: each frequency is divided by its own
+            ``short_factor``, as a GGUF file stores llama3.
         factor: how much longer the context is than the one that the model was first trained for.
         low_freq_factor, high_freq_factor, original_max_position: of llama3; the last also of yarn and longrope.
         beta_fast, beta_slow, truncate: of yarn.
-        short_factor, long_factor: of longrope, one for each frequency.
+        short_factor, long_factor: of longrope, one for each frequency; the first also of factors.
         attention_factor: what cos and sin are multiplied by.
     """
 

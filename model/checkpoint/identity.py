@@ -16,10 +16,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from cna_kernels.errors import InputError, one_line
-from cna_kernels.files import open_regular, read_json, sha256, write_text
+from cna_kernels.files import read_json, sha256, write_text
 from cna_kernels.fingerprint import Marks, decoder_sha256, in_threads
 
 from .config import ModelConfig
@@ -49,7 +47,7 @@ def identity_of(directory, checkpoint: Checkpoint, config: ModelConfig) -> dict[
     by_file_name = hashes_of(list({entry.name: entry for entry in used.values()}.values()))
     parts: list[str] = []
     for name, entry in sorted(used.items()):
-        parts += [name, str(entry.dtype), repr(list(entry.shape)), by_file_name[entry.name][0]]
+        parts += [name, entry.kind, repr(list(entry.shape)), by_file_name[entry.name][0]]
     decoder = {
         name.removeprefix(_BASE): by_file_name[entry.name][1] for name, entry in used.items() if name.startswith(_BASE)
     }
@@ -130,20 +128,10 @@ def hashes_of(entries: Sequence[TensorEntry]) -> dict[str, Hashes]:
 
 
 def _hash(entry: TensorEntry) -> Hashes:
-    assert entry.dtype is not None, "check_entries has refused other tensors"
     whole, marks = hashlib.sha256(), Marks()
-    width = entry.shape[-1] if len(entry.shape) > 1 else max(1, (entry.end - entry.start) // entry.dtype.itemsize)
-    n_rows = (entry.end - entry.start) // max(1, width * entry.dtype.itemsize)
-    step = max(1, PIECE // max(1, width * entry.dtype.itemsize))
-    with open_regular(entry.path) as file:
-        file.seek(entry.start)
-        for first in range(0, n_rows, step):
-            rows = torch.empty(min(step, n_rows - first), width, dtype=entry.dtype)
-            content = rows.view(torch.uint8).numpy().reshape(-1)
-            if file.readinto(content) != content.nbytes:  # type: ignore[attr-defined]
-                raise InputError(f"{entry.path}: {entry.name!r}", "was truncated while it was read")
-            whole.update(content.data)
-            marks.add(rows)
+    for content, rows in entry.pieces(PIECE):
+        whole.update(content)
+        marks.add(rows)
     return whole.hexdigest(), marks.sha256(entry.shape)
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -42,6 +42,38 @@ class TensorEntry:
     start: int
     end: int
 
+    @property
+    def kind(self) -> str:
+        """How the numbers are stored, for a hash."""
+        return str(self.dtype)
+
+    def read(self) -> torch.Tensor:
+        """Read the tensor into its own memory. A mapped file that is truncated later would kill the process."""
+        try:
+            with safe_open(self.path, framework="pt", device="cpu", backend="pread") as file:
+                return file.get_tensor(self.name)
+        except (SafetensorError, OSError) as error:
+            raise InputError(f"{self.path}: {self.name!r}", error) from None
+
+    def pieces(self, size: int) -> Iterator[tuple[bytes | memoryview, torch.Tensor]]:
+        """Yield the tensor's bytes in their order, about ``size`` at a time, each with the rows that they stand for.
+
+        A vector is a single row.
+        """
+        assert self.dtype is not None, "check_entries has refused other tensors"
+        n_bytes = self.end - self.start
+        width = self.shape[-1] if len(self.shape) > 1 else max(1, n_bytes // self.dtype.itemsize)
+        n_rows = n_bytes // max(1, width * self.dtype.itemsize)
+        step = max(1, size // max(1, width * self.dtype.itemsize))
+        with open_regular(self.path) as file:
+            file.seek(self.start)
+            for first in range(0, n_rows, step):
+                rows = torch.empty(min(step, n_rows - first), width, dtype=self.dtype)
+                content = rows.view(torch.uint8).numpy().reshape(-1)
+                if file.readinto(content) != content.nbytes:  # type: ignore[attr-defined]
+                    raise InputError(f"{self.path}: {self.name!r}", "was truncated while it was read")
+                yield content.data, rows
+
     def read_rows(self, rows: Iterable[int], columns: range | None = None) -> torch.Tensor:
         """Read ``rows`` of a matrix, and of each row the consecutive ``columns`` (None: all). A vector is a single row.
 
@@ -74,14 +106,8 @@ class Checkpoint:
     entries: dict[str, TensorEntry]
 
     def read(self, name: str) -> torch.Tensor:
-        """Read one tensor into its own memory. A mapped file that is truncated later would kill the process."""
-        entry = self.entries[name]
-        path = entry.path
-        try:
-            with safe_open(path, framework="pt", device="cpu", backend="pread") as file:
-                return file.get_tensor(entry.name)
-        except (SafetensorError, OSError) as error:
-            raise InputError(f"{path}: {name!r}", error) from None
+        """Read one tensor into its own memory."""
+        return self.entries[name].read()
 
     def same_values(self, name: str, other: str) -> bool:
         """Whether two tensors are equal. They are compared in pieces, because they may be larger than memory."""
@@ -119,7 +145,9 @@ def open_checkpoint(directory) -> Checkpoint:
     elif os.path.lexists(directory / INDEX):
         shards = _read_index(directory / INDEX)
     else:
-        raise InputError(directory, f"holds neither {SINGLE} nor {INDEX}")
+        files = sorted(path.name for path in directory.glob("*.gguf"))
+        hint = f"; name the file itself to read {files[0]}" if files else ""
+        raise InputError(directory, f"holds neither {SINGLE} nor {INDEX}{hint}")
     entries: dict[str, TensorEntry] = {}
     for shard in shards:
         for name, entry in _read_header(directory / shard).items():

@@ -13,9 +13,9 @@ import torch
 from cna_kernels import ActivationSums
 from cna_kernels.errors import InputError
 
-from ..checkpoint.config import DTYPES, read_config
+from ..checkpoint.config import DTYPES
+from ..checkpoint.formats import open_checkpoint, read_config
 from ..checkpoint.load import check_entries, dtype_of, expected_shapes, layer_size
-from ..checkpoint.safetensors_file import open_checkpoint
 from ..memory import usable_device
 from ..prompts.corpus import STREAMED_UNITS, UNIT_BYTES, UNIT_PROMPTS
 from ..prompts.files import PromptSet

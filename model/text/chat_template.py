@@ -23,6 +23,8 @@ from cna_kernels.errors import InputError
 from cna_kernels.fields import Fields, short
 from cna_kernels.files import read_text
 
+from ..checkpoint.gguf_file import is_gguf
+
 MAX_TEMPLATE = 64 << 10  # bytes of template
 MAX_OUTPUT = 4 << 20  # characters of one rendered conversation
 OWN_NAMES = ("messages", "tools", "documents", "add_generation_prompt")  # what every template is given
@@ -185,7 +187,7 @@ def find_chat_template(
         for path in sorted((directory / FOLDER).glob("*.jinja")):
             sources[path.stem] = read_text(path, limit=MAX_TEMPLATE), path
     if not sources:
-        path = directory / "tokenizer_config.json"
+        path = directory if is_gguf(directory) else directory / "tokenizer_config.json"
         sources = {key: (text, path) for key, text in _in_settings(Fields(dict(settings), path)).items()}
     if not sources:
         return None

@@ -11,8 +11,10 @@ from cna_kernels.errors import InputError
 from cna_kernels.fields import Fields, is_whole, short
 from cna_kernels.files import read_json, sha256
 
+from ..checkpoint.gguf_file import is_gguf
 from ..packages import require
 from .chat_template import ChatTemplate, find_chat_template
+from .gguf_tokenizer import gguf_stop_ids, read_gguf_tokenizer
 from .tokenizer_files import JSON, OTHERS, read_tokenizer_files
 
 if TYPE_CHECKING:
@@ -55,7 +57,10 @@ class Tokenizer:
         self.template: ChatTemplate | None = None
         self.sha256: str | None = None
         self.template_sha256: str | None = None
-        files = read_tokenizer_files(self.directory, _model_type(self.directory), self._guard)
+        if is_gguf(directory):
+            files = read_gguf_tokenizer(directory, self._guard)
+        else:
+            files = read_tokenizer_files(self.directory, _model_type(self.directory), self._guard)
         self._backend: Backend | None = None
         if files is None:
             return
@@ -197,6 +202,8 @@ def stop_ids(directory, tokenizer: Tokenizer, vocab_size: int) -> frozenset[int]
     A model that was trained further often ends its answers with a token that only one of the files names.
     """
     found: set[int] = set() if tokenizer.eos_id is None else {tokenizer.eos_id}
+    if is_gguf(directory):
+        found |= gguf_stop_ids(directory)
     for name in ("generation_config.json", "config.json"):
         path = Path(directory) / name
         if not os.path.lexists(path):

@@ -20,6 +20,8 @@ from cna_kernels.errors import InputError
 from cna_kernels.fields import Fields, is_whole, short
 from cna_kernels.files import parse_json, read_json, read_text, sha256
 
+from .tokenizer_classes import BUILDERS
+
 if TYPE_CHECKING:
     from tokenizers import AddedToken
     from tokenizers import Tokenizer as Backend
@@ -73,22 +75,22 @@ def read_tokenizer_files(directory, model_type: str, guard: Callable) -> Tokeniz
     record = Fields(parse_json(content, path), path)
     _refuse_dropout(record)
     kind = _kind(settings, directory, model_type, content)
-    if kind is not None and kind not in (*_AS_IT_IS, *_BUILDERS):
+    if kind is not None and kind not in (*_AS_IT_IS, *BUILDERS):
         return _converted(directory, kind, settings, guard)
     tokens = _Tokens(settings, directory, record)
     notes, built, rebuilt = [], content, False
-    if kind in _BUILDERS:
+    if kind in BUILDERS:
         model = record.object("model")
         if model.record.get("type", "BPE") != "BPE":
             raise model.error("type", f"expected BPE for tokenizer_class {kind}, got {short(model.record['type'])}")
-        defaults, change = _BUILDERS[kind]
+        defaults, change = BUILDERS[kind]
         tokens.named = {**defaults, **tokens.named}
         parts = change(settings, model.record)
         built = json.dumps({**record.record, **parts, "added_tokens": []})
         rebuilt = any(_essence(parts[name]) != _essence(record.record.get(name)) for name in parts)
         if rebuilt and kind != "LlamaTokenizer":  # a Llama file spells the same rules in several ways
             notes.append(f"{path}: its rules give way to those of tokenizer_class {kind}, as in transformers")
-    backend = guard(_backend, built)
+    backend = guard(new_backend, built)
     guard(tokens.add_to, backend)
     if kind == "Qwen2Tokenizer":
         guard(tokens.mark_special, backend)
@@ -98,7 +100,8 @@ def read_tokenizer_files(directory, model_type: str, guard: Callable) -> Tokeniz
     return TokenizerFiles(backend, tokens.texts(), settings, path, digest, notes)
 
 
-def _backend(content: str) -> Backend:
+def new_backend(content: str) -> Backend:
+    """A ``tokenizers.Tokenizer`` of the content of a tokenizer.json."""
     from tokenizers import Tokenizer as Backend
 
     return Backend.from_str(content)
@@ -318,65 +321,6 @@ def _essence(part: Any) -> Any:
             and name != "trim_offsets"}  # fmt: skip
 
 
-def _bpe(model: dict[str, Any], **flags: Any) -> dict[str, Any]:
-    plain: dict[str, Any] = dict(unk_token=None, continuing_subword_prefix=None, end_of_word_suffix=None)
-    plain |= dict(fuse_unk=False, byte_fallback=False)
-    kept = dict(vocab=model.get("vocab"), merges=model.get("merges", []))
-    return {"type": "BPE", "dropout": None, **plain, **flags, **kept, "ignore_merges": False}
-
-
-def _llama(settings: dict[str, Any], model: dict[str, Any]) -> dict[str, Any]:
-    """LlamaTokenizer: SentencePiece's space in front of a text, by ``add_prefix_space`` and ``legacy``."""
-    prefix = settings.get("add_prefix_space") is None or bool(settings["add_prefix_space"])
-    scheme = "never" if not prefix else "always" if settings.get("legacy") else "first"
-    decoder: list[dict[str, Any]] = [{"type": "Replace", "pattern": {"String": "▁"}, "content": " "}]
-    decoder += [{"type": "ByteFallback"}, {"type": "Fuse"}]
-    if prefix:
-        decoder.append({"type": "Strip", "content": " ", "start": 1, "stop": 0})
-    return {
-        "model": _bpe(model, fuse_unk=True, byte_fallback=True),
-        "normalizer": None,
-        "pre_tokenizer": {"type": "Metaspace", "replacement": "▁", "prepend_scheme": scheme, "split": False},
-        "decoder": {"type": "Sequence", "decoders": decoder},
-    }
-
-
-_BYTES = {"type": "ByteLevel", "add_prefix_space": True, "trim_offsets": True, "use_regex": True}
-# The pattern is part of the format: another one gives other tokens.
-_QWEN2 = (
-    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-)
-
-
-def _qwen2(settings: dict[str, Any], model: dict[str, Any]) -> dict[str, Any]:
-    split = {"type": "Split", "pattern": {"Regex": _QWEN2}, "behavior": "Isolated", "invert": False}
-    as_bytes = {**_BYTES, "add_prefix_space": bool(settings.get("add_prefix_space")), "use_regex": False}
-    return {
-        "model": _bpe(model, continuing_subword_prefix="", end_of_word_suffix=""),
-        "normalizer": {"type": "NFC"},
-        "pre_tokenizer": {"type": "Sequence", "pretokenizers": [split, as_bytes]},
-        "decoder": _BYTES,
-    }
-
-
-def _gpt2(settings: dict[str, Any], model: dict[str, Any]) -> dict[str, Any]:
-    return {
-        "model": _bpe(model, continuing_subword_prefix="", end_of_word_suffix=""),
-        "normalizer": None,
-        "pre_tokenizer": {**_BYTES, "add_prefix_space": bool(settings.get("add_prefix_space"))},
-        "decoder": _BYTES,
-    }
-
-
-_END = "<|endoftext|>"
-# Class -> (its special tokens unless a file names others, what it puts in the place of tokenizer.json's parts).
-_BUILDERS: dict[Any, tuple[dict[str, str], Callable]] = {
-    "LlamaTokenizer": (dict(unk_token="<unk>", bos_token="<s>", eos_token="</s>"), _llama),
-    "Qwen2Tokenizer": (dict(unk_token=_END, eos_token=_END, pad_token=_END), _qwen2),
-    "GPT2Tokenizer": (dict(unk_token=_END, bos_token=_END, eos_token=_END), _gpt2),
-}
-
-
 def _converted(directory: Path, what: str, settings: dict[str, Any], guard: Callable) -> TokenizerFiles:
     """Let transformers build the tokenizer, for files and classes that only it reads."""
     where = directory / (what if what in OTHERS else SETTINGS)
@@ -395,6 +339,6 @@ def _converted(directory: Path, what: str, settings: dict[str, Any], guard: Call
         detail = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise InputError(where, f"{out} ({detail[:160]})") from None
     special = {name: str(text) for name, text in found.special_tokens_map.items() if isinstance(text, str)}
-    backend = guard(_backend, content)
+    backend = guard(new_backend, content)
     backend.encode_special_tokens = bool(settings.get("split_special_tokens", False))
     return TokenizerFiles(backend, special, settings, where, sha256(content))

@@ -182,7 +182,7 @@ def test_bad_files(checkpoint, files, capsys):
     assert "positive.txt: holds no prompt" in capsys.readouterr().err
     for arguments, message in (
         (["show", "nowhere.json"], "nowhere.json: No such file"),
-        (["run", "nowhere", "-p", "x"], "nowhere: is not a directory with a checkpoint"),
+        (["run", "nowhere", "-p", "x"], "nowhere: is neither a directory with a checkpoint nor a .gguf file"),
         (["run", checkpoint], "prompts: give either -p TEXT or --prompts FILE"),
         (["run", checkpoint, "-p", ""], "--prompt[0]: expected a prompt"),
         (["run", checkpoint, "-p", "x", "-m", "nan", "-c", "c"], "multiplier: expected a finite number, got nan"),
