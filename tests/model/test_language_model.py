@@ -277,7 +277,7 @@ def test_prompts_that_cannot_be_answered(model):
 
 
 def test_load_refusals(tmp_path):
-    with pytest.raises(InputError, match="is neither a directory with a checkpoint nor a .gguf file"):
+    with pytest.raises(InputError, match=r"is neither a directory with a checkpoint nor a \.gguf file"):
         load(tmp_path / "nowhere")
     with pytest.raises(InputError, match=r"config\.json: No such file"):
         load(tmp_path)
