@@ -65,14 +65,18 @@ class GgufEntry(TensorEntry):
     def read(self) -> torch.Tensor:
         width = self.shape[-1]
         n_rows = math.prod(self.shape) // width
-        values = torch.empty(n_rows, width, dtype=self.dtype)
-        step = max(1, _PIECE // width)
+        if self.stored in PLAIN:
+            values = self._stored_rows(0, n_rows)
+        else:
+            numbers = np.empty((n_rows, width), dtype=np.float32)
+            step = max(1, _PIECE // width)
 
-        def fill(first: int):
-            last = min(first + step, n_rows)
-            values[first:last] = self._stored_rows(first, last)
+            def fill(first: int):
+                last = min(first + step, n_rows)
+                numbers[first:last] = self._dequantised(self._bytes(first, last))
 
-        in_threads(fill, range(0, n_rows, step))
+            in_threads(fill, range(0, n_rows, step))
+            values = torch.from_numpy(numbers)
         values = values.view(self.shape)
         return values if self.order is None else values[list(self.order)]
 
@@ -120,13 +124,16 @@ class GgufEntry(TensorEntry):
         """The numbers that rows of the file stand for, ``[rows, N]``."""
         if self.stored in PLAIN:
             return torch.frombuffer(bytearray(content), dtype=PLAIN[self.stored]).view(-1, self.shape[-1])
+        return torch.from_numpy(self._dequantised(content))
+
+    def _dequantised(self, content: bytes) -> np.ndarray:
         require("gguf")
         from gguf import GGMLQuantizationType
         from gguf.quants import dequantize
 
         blocks = np.frombuffer(content, dtype=np.uint8).reshape(-1, self._row_bytes())
         with np.errstate(all="ignore"):  # a block may hold an infinite scale
-            return torch.from_numpy(dequantize(blocks, GGMLQuantizationType[self.stored]))
+            return dequantize(blocks, GGMLQuantizationType[self.stored])
 
 
 @dataclass(frozen=True)

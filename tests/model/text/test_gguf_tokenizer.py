@@ -1,0 +1,227 @@
+"""Tokenizers of GGUF files: the ids of the tokenizer that was written, and of transformers' reading of the file."""
+
+import json
+
+import gguf
+import numpy as np
+import pytest
+import tokenizers
+import transformers
+from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tokenizers, trainers
+
+from cna_kernels.errors import InputError
+from cna_kernels.model.checkpoint.gguf_file import read_gguf
+from cna_kernels.model.text.gguf_tokenizer import RULES, gguf_stop_ids
+from cna_kernels.model.text.tokenizer import Tokenizer, stop_ids
+
+TEXTS = [
+    "The capital of Vietnam is",
+    "12345 and 7, don't  we'Ll\n\n  x",
+    "naïve 日本 émigré 😀 ",
+    "  def f(x):\n\treturn x**2 /  3\r\n",
+    "<|im_start|>user\nhi<|im_end|> <think> so",
+    "",
+    " ",
+    "HTTPServer iOSApp ǅungla",
+]
+CORPUS = [text * 3 for text in TEXTS] + [
+    "12 123 1234 12345 do don't won't we'll server app tokens capital vietnam"
+] * 20
+SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
+CHATML = (
+    "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}<|im_start|>assistant\n"
+)
+_LLAMA3 = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+"
+    r"|\s+(?!\S)|\s+"
+)
+_QWEN = _LLAMA3.replace(r"\p{N}{1,3}", r"\p{N}")
+
+
+def _split(pattern):
+    bytes_ = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    return pre_tokenizers.Sequence([pre_tokenizers.Split(Regex(pattern), behavior="isolated"), bytes_])
+
+
+_GPT2 = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)
+# The pre-tokeniser of the models' own tokenizer.json, by the name that llama.cpp gives it.
+PRE = {
+    "llama-bpe": _split(_LLAMA3),
+    "qwen2": _split(_QWEN),
+    "smollm": pre_tokenizers.Sequence([pre_tokenizers.Digits(individual_digits=True), _GPT2]),
+    "gpt-2": _GPT2,
+}
+
+
+def byte_level(rule):
+    """A byte-level BPE, trained on the texts, with the rule of that name."""
+    backend = tokenizers.Tokenizer(models.BPE(ignore_merges=rule == "llama-bpe"))
+    backend.pre_tokenizer, backend.decoder = PRE[rule], decoders.ByteLevel()
+    if rule == "qwen2":
+        backend.normalizer = normalizers.NFC()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(
+        vocab_size=420, initial_alphabet=alphabet, special_tokens=SPECIAL, show_progress=False
+    )
+    backend.train_from_iterator(CORPUS, trainer)
+    backend.add_tokens([AddedToken("<think>", special=False, normalized=False)])
+    return backend
+
+
+def sentencepiece():
+    """A BPE as SentencePiece makes it, with bytes for what it has no piece for."""
+    backend = tokenizers.Tokenizer(models.BPE(byte_fallback=True, fuse_unk=True, unk_token="<unk>"))
+    backend.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="first", split=False)
+    special = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256))]
+    trainer = trainers.BpeTrainer(vocab_size=500, special_tokens=special, limit_alphabet=60, show_progress=False)
+    backend.train_from_iterator([text.replace("\n", " ") for text in CORPUS], trainer)
+    return backend
+
+
+def written(path, backend, model, *, pre=None, fields=(), merges=True):
+    """A GGUF file that holds this tokenizer and no model to speak of."""
+    record = json.loads(backend.to_str())
+    vocab = backend.get_vocab(with_added_tokens=True)
+    tokens = sorted(vocab, key=vocab.get)
+    added = {token["content"]: token["special"] for token in record["added_tokens"]}
+    kinds = [(3 if added[token] else 4) if token in added else 1 for token in tokens]
+    if model == "llama":
+        kinds = [6 if token.startswith("<0x") else {"<unk>": 2, "<s>": 3, "</s>": 3}.get(token, 1) for token in tokens]
+    writer = gguf.GGUFWriter(path, "llama")
+    writer.add_vocab_size(len(tokens))
+    writer.add_tokenizer_model(model)
+    if pre:
+        writer.add_tokenizer_pre(pre)
+    writer.add_token_list(tokens)
+    writer.add_token_types(kinds)
+    pairs = [merge if isinstance(merge, list) else merge.split(" ") for merge in record["model"]["merges"]]
+    if model == "llama":
+        rank = {"".join(pair): -float(number) for number, pair in reversed(list(enumerate(pairs)))}
+        writer.add_token_scores([rank.get(token, -1e4) for token in tokens])
+    elif merges:
+        writer.add_token_merges([" ".join(pair) for pair in pairs])
+    for name, value in fields:
+        getattr(writer, f"add_{name}")(value)
+    writer.add_tensor("token_embd.weight", np.zeros((len(tokens), 4), dtype=np.float32))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return path, tokens
+
+
+@pytest.mark.parametrize("rule", PRE)
+def test_ids_are_those_of_the_tokenizer_that_was_written(tmp_path, rule):
+    backend = byte_level(rule)
+    fields = [("bos_token_id", 0), ("eos_token_id", 2), ("add_bos_token", False)]
+    path, tokens = written(tmp_path / "t.gguf", backend, "gpt2", pre=rule, fields=fields)
+    here = Tokenizer(path, len(tokens))
+    for text in TEXTS:
+        assert here.encode(text) == backend.encode(text).ids, text
+        assert here.decode(here.encode(text), keep=SPECIAL) == backend.decode(backend.encode(text).ids, False)
+    assert here.encode("<think>") == [tokens.index("<think>")] and "<think>" not in here.special_texts
+    assert len(set(map(str, map(here.encode, TEXTS)))) == len(TEXTS)
+    assert (here.bos_id, here.eos_id) == (0, 2)
+
+
+@pytest.mark.parametrize("rule", ["llama-bpe", "qwen2"])
+def test_ids_are_those_of_transformers_reading(tmp_path, rule):
+    fields = [("bos_token_id", 0), ("eos_token_id", 2), ("add_bos_token", False), ("chat_template", CHATML)]
+    path, tokens = written(tmp_path / "t.gguf", byte_level(rule), "gpt2", pre=rule, fields=fields)
+    theirs = transformers.AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
+    here = Tokenizer(path, len(tokens))
+    for text in TEXTS:
+        assert here.encode(text) == theirs.encode(text), text
+    chat = [{"role": "user", "content": "hi 12345"}]
+    rendered = theirs.apply_chat_template(chat, tokenize=False)
+    assert here.template.render([chat]) == [rendered] and "<|im_start|>assistant" in rendered
+    assert here.template.where == path
+
+
+@pytest.mark.parametrize("fields", [(), (("add_space_prefix", False),)], ids=["space in front", "no space"])
+def test_sentencepiece(tmp_path, fields):
+    backend = sentencepiece()
+    fields = [("bos_token_id", 1), ("eos_token_id", 2), ("unk_token_id", 0), *fields]
+    path, tokens = written(tmp_path / "t.gguf", backend, "llama", fields=fields)
+    here = Tokenizer(path, len(tokens))
+    theirs = transformers.AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
+    plain = [text for text in TEXTS if "<|" not in text]
+    assert here.adds_bos
+    for text in plain:
+        if len(fields) == 3:
+            assert here.encode(text) == theirs.encode(text), text
+            assert here.encode_answer(text) == backend.encode(text).ids, text
+        assert here.decode(here.encode(text)).strip() == text.strip()
+    first = here.token(here.encode_answer("capital")[0])
+    assert first.startswith("▁") == (len(fields) == 3), first
+
+
+@pytest.mark.parametrize(
+    ("rule", "fields", "expected"),
+    [
+        ("llama-bpe", (), [0, None]),  # these models put a BOS in front where the file says nothing
+        ("smollm", (), [None, None]),
+        ("smollm", (("add_bos_token", True),), [0, None]),
+        ("llama-bpe", (("add_bos_token", False), ("add_eos_token", True)), [None, 2]),
+        ("llama-bpe", (("add_bos_token", True), ("add_eos_token", True)), [0, 2]),
+    ],
+)
+def test_tokens_around_a_text(tmp_path, rule, fields, expected):
+    fields = [("bos_token_id", 0), ("eos_token_id", 2), *fields]
+    path, tokens = written(tmp_path / "t.gguf", byte_level(rule), "gpt2", pre=rule, fields=fields)
+    here = Tokenizer(path, len(tokens))
+    around = [[number] if number is not None else [] for number in expected]
+    assert here.encode("capital") == around[0] + here.encode_answer("capital") + around[1]
+    assert here.adds_bos == (expected[0] is not None)
+
+
+def test_stop_ids(tmp_path):
+    """The ids that the file names, and control tokens that end an answer in any model."""
+    backend = byte_level("smollm")
+    backend.add_special_tokens(["<|eot_id|>", "<other>"])
+    backend.add_tokens(["</s>"])  # of no control: it may be text
+    number = {token: backend.token_to_id(token) for token in ("<|eot_id|>", "<other>")}
+    fields = [("eos_token_id", 2), ("eom_token_id", number["<other>"])]
+    path, tokens = written(tmp_path / "t.gguf", backend, "gpt2", pre="smollm", fields=fields)
+    expected = {0, 2, number["<|eot_id|>"], number["<other>"]}  # 0: <|endoftext|>
+    assert gguf_stop_ids(path) == expected
+    assert stop_ids(path, Tokenizer(path, len(tokens)), len(tokens)) == expected
+
+
+def test_named_templates(tmp_path):
+    fields = [("chat_template", [{"name": "default", "template": "A"}, {"name": "tool_use", "template": "B"}])]
+    path, tokens = written(tmp_path / "t.gguf", byte_level("gpt-2"), "gpt2", pre="gpt-2", fields=fields)
+    assert Tokenizer(path, len(tokens)).template.source == "A"
+    assert read_gguf(path).metadata.record["tokenizer.chat_template.tool_use"] == "B"
+
+
+def test_a_file_without_a_tokenizer(tmp_path):
+    writer = gguf.GGUFWriter(tmp_path / "t.gguf", "llama")
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.close()
+    here = Tokenizer(tmp_path / "t.gguf", 10)
+    with pytest.raises(InputError, match="holds no tokenizer"):
+        here.encode("x")
+
+
+FAULTS = [
+    (dict(pre="newest"), "tokenizer.ggml.pre: expected "),
+    (dict(pre=None), "tokenizer.ggml.pre: is missing"),
+    (dict(merges=False, pre="gpt-2"), "tokenizer.ggml.merges: is missing"),
+    (dict(fields=[("bos_token_id", 100_000)], pre="gpt-2"), "tokenizer.ggml.bos_token_id: expected a whole number"),
+]
+
+
+@pytest.mark.parametrize(("how", "what"), FAULTS, ids=[each[1] for each in FAULTS])
+def test_faults_name_the_field(tmp_path, how, what):
+    path, tokens = written(tmp_path / "t.gguf", byte_level("gpt-2"), "gpt2", **how)
+    with pytest.raises(InputError) as caught:
+        Tokenizer(path, len(tokens))
+    assert f"{path}: {what}" in str(caught.value)
+
+
+def test_every_rule_is_a_pattern():
+    for patterns in RULES.values():
+        for pattern in patterns:
+            assert pre_tokenizers.Split(Regex(pattern), behavior="isolated").pre_tokenize_str("a b 12")
