@@ -28,6 +28,7 @@ from cna_kernels.steering import check_multiplier
 
 from ..text.chat_template import FOLDER
 from .config import DTYPES, ModelConfig
+from .gguf_file import is_gguf
 from .load import DOWN
 from .safetensors_file import INDEX, SINGLE, Checkpoint
 
@@ -170,6 +171,8 @@ def to_checkpoint(directory: FilePath, checkpoint: Checkpoint, multipliers: Neur
         InputError: ``out`` exists already, or cannot be written; or a scaled column would hold infinities.
     """
     out = Path(out)
+    if is_gguf(directory):
+        raise InputError(directory, "is a GGUF file, whose columns are not scaled; export a LoRA adapter (--to lora)")
     if os.path.lexists(out):
         raise InputError(out, "is there already")
     for layer, found in multipliers.items():  # before anything is written

@@ -227,9 +227,7 @@ class _Cursor:
             layout = struct.Struct(f"<{_SCALARS[kind]}")
             return [value for (value,) in layout.iter_unpack(self.take(n * layout.size, what))]
         if kind != _TEXT or n > self._end:  # a text takes 8 bytes or more
-            raise InputError(
-                f"{self.path}: {what}", f"is an array of {n} of type {kind}; arrays of arrays are not read"
-            )
+            raise InputError(f"{self.path}: {what}", f"is an array of {n} of type {kind}, which is not read")
         return [self.text(what) for _ in range(n)]
 
 

@@ -17,7 +17,7 @@ from cna_kernels.files import FilePath
 
 from .config import ModelConfig, Rope
 from .gguf_file import Gguf, GgufEntry, read_gguf
-from .safetensors_file import Checkpoint
+from .safetensors_file import Checkpoint, TensorEntry
 
 ARCHITECTURES = ("llama", "qwen2", "qwen3")
 _NAMES = {
@@ -168,7 +168,7 @@ def open_gguf(path: FilePath) -> Checkpoint:
     arch = gguf.metadata.one_of("general.architecture", ARCHITECTURES)
     n_heads = _same_in_all_layers(gguf.metadata, f"{arch}.attention.head_count")
     n_kv_heads = _same_in_all_layers(gguf.metadata, f"{arch}.attention.head_count_kv", n_heads)
-    entries = {}
+    entries: dict[str, TensorEntry] = {}
     for name, entry in gguf.tensors.items():
         usual = _usual_name(name)
         if name == _FREQUENCIES:

@@ -1,4 +1,5 @@
-"""What `cna doctor` does: show versions, devices, backends, and which kernels serve how many tokens."""
+"""What `cna doctor` does: show versions, devices, backends, and which kernels serve how many tokens; or how a
+checkpoint is read."""
 
 from __future__ import annotations
 
@@ -6,6 +7,7 @@ import contextlib
 import importlib.util
 import os
 import platform
+from collections import Counter
 
 import torch
 
@@ -13,12 +15,56 @@ import cna_kernels
 from cna_kernels import backends
 from cna_kernels.errors import InputError
 
+from ..checkpoint.gguf_file import is_gguf
+from ..checkpoint.load import dtype_of
 from ..demo.checkpoint import demo_checkpoint
+from ..language_model import load
 from ..packages import EXTRA_OF, missing
+from .arguments import directory_of
 from .console import Table, print_json, stdout
 
 
 def run_doctor(args):
+    facts = _machine() if args.model is None else _checkpoint(directory_of(args.model))
+    if args.json:
+        print_json(facts)
+        return
+    table = Table(show_header=False)
+    for name, value in facts.items():
+        table.add_row(name, value)
+    stdout().print(table)
+
+
+def _checkpoint(path) -> dict[str, str]:
+    """How a checkpoint is read: format, shape, how its tensors are stored, tokenizer, template, stop ids, hashes."""
+    model = load(path, stream_layers=True)  # stream_layers: no weight is read
+    config, tokenizer = model.config, model.tokenizer
+    stored: Counter[str] = Counter(entry.stored for entry in model.checkpoint.entries.values())
+    kinds = ", ".join(f"{n} {name}" for name, n in stored.most_common())
+    n_layers, n_neurons = config.num_hidden_layers, config.intermediate_size
+    heads = f"{config.num_attention_heads} heads of {config.head_dim} ({config.num_key_value_heads} of keys and values)"
+    template = tokenizer.template
+    return {
+        "checkpoint": str(path),
+        "format": "GGUF" if is_gguf(path) else "Hugging Face layout",
+        "model": f"{config.model_type}: {n_layers} layers, hidden size {config.hidden_size}, {heads}",
+        "neurons": f"{n_neurons} per layer, {n_layers * n_neurons} in all",
+        "tensors": kinds,
+        "loaded as": str(dtype_of(config, model.checkpoint)).removeprefix("torch."),
+        "context": f"{config.context_length} tokens, rotary embedding {config.rope.kind}, theta {config.rope.theta:g}",
+        "tokenizer": "none" if tokenizer.sha256 is None else f"{tokenizer.sha256[:8]}, {_bos(tokenizer)}",
+        "chat template": "none" if template is None else f"{template.name!r} {str(tokenizer.template_sha256)[:8]}",
+        "an answer ends at": ", ".join(f"{n} {tokenizer.token(n)!r}" for n in sorted(model.stop_ids)) or "no token",
+        **{name: value for name, value in model.identity().items() if name != "name"},
+        **({"notes": "; ".join(tokenizer.notes)} if tokenizer.notes else {}),
+    }
+
+
+def _bos(tokenizer):
+    return "BOS in front of plain text" if tokenizer.adds_bos else "no BOS in front of plain text"
+
+
+def _machine() -> dict[str, str]:
     cuda = torch.cuda.is_available()
     facts = {
         "cna_kernels": cna_kernels.__version__,
@@ -46,13 +92,7 @@ def run_doctor(args):
     facts["CNA_PLAN"] = os.environ.get("CNA_PLAN") or "not set"
     facts.update(_cpu_engine())
     facts.update(_kernel_plans(cuda))
-    if args.json:
-        print_json(facts)
-        return
-    table = Table(show_header=False)
-    for name, value in facts.items():
-        table.add_row(name, value)
-    stdout().print(table)
+    return facts
 
 
 def _cpu_engine():

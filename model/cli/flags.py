@@ -11,7 +11,9 @@ from cna_kernels.errors import InputError, one_line
 from cna_kernels.files import parse_json
 
 DTYPES = ["bfloat16", "float16", "float32"]
-MODEL_HELP = "checkpoint directory in Hugging Face layout; demo:instruct or demo:base for the bundled pair"
+MODEL_HELP = (
+    "checkpoint directory in Hugging Face layout, or a .gguf file; demo:instruct or demo:base for the bundled pair"
+)
 
 
 class Parser(argparse.ArgumentParser):

@@ -107,7 +107,13 @@ def build_parser() -> Parser:
 
     evaluation_flags.add(commands)
 
-    doctor = command(commands, "doctor", "what is live here: backends, devices, versions", "cna doctor --json")
+    doctor = command(
+        commands,
+        "doctor",
+        "what is live here: backends, devices, versions; or how a checkpoint is read",
+        "cna doctor --json\n  cna doctor path/to/model.gguf",
+    )
+    doctor.add_argument("model", metavar="MODEL", nargs="?", help=f"say of this one how it is read: {MODEL_HELP}")
     doctor.add_argument("--json", action="store_true", help="print JSON")
     return parser
 

@@ -124,6 +124,7 @@ TESTED_TOGETHER = {
     "csrc/test_cpu.py": "cna_kernels/cpu/: library ops plan",
     "csrc/test_csrc.py": "cna_kernels/cpu/: __main__",
     "model/checkpoint/test_load.py": "model/checkpoint/: safetensors_file",
+    "model/checkpoint/test_gguf_model.py": "model/checkpoint/: formats",
     "model/checkpoint/test_export.py": "model/cli/: export",
     "model/text/test_chat_template.py": "model/text/: template_child",
     "model/discovery/test_discover.py": "model/discovery/: circuits settings",
@@ -135,7 +136,7 @@ TESTED_TOGETHER = {
         "model/evaluation/: alternatives answers baselines facts interventions judge likelihood report store suite"
     ),
     "model/prompts/test_prompt_files.py": "model/prompts/: files formats",
-    "model/test_parity.py": "model/text/: tokenizer_files",
+    "model/test_parity.py": "model/text/: tokenizer_files tokenizer_classes",
     "model/cli/test_cli.py": (
         "model/: __main__; model/cli/: arguments attribution_flags console doctor parser run show status"
     ),

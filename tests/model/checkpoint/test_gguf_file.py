@@ -58,7 +58,7 @@ FAULTS = [
     (header(tensors=[("w", (33, 2), 2, 0)], data=bytes(99)), "'w': expected rows of whole blocks of 32 Q4_0 numbers"),
     (header(tensors=[("w", (0, 2), 0, 0)], data=bytes(32)), "'w': expected rows of whole blocks"),
     (header(tensors=[("w", (), 0, 0)], data=bytes(32)), "'w': expected rows of whole blocks"),
-    (header(tensors=[ONE], data=bytes(31)), "'w': lies at bytes 64 to 96 of a file of 95: it is truncated"),
+    (header(tensors=[ONE], data=bytes(31)), "'w': lies at bytes 96 to 128 of a file of 127: it is truncated"),
     (header(tensors=[("w", (4, 2), 0, 7)], data=bytes(99)), "'w': lies at bytes"),
     (header(tensors=[("w", (4, 2), 0, (1 << 64) - 32)], data=bytes(99)), "'w': lies at bytes"),
     (header(tensors=[ONE, ONE], data=bytes(99)), "'w': is there twice"),

@@ -226,3 +226,44 @@ def test_types_have_the_sizes_of_the_package():
     for number, (name, elements, n_bytes) in gguf_file.TYPES.items():
         assert gguf.GGMLQuantizationType[name] == number
         assert gguf.GGML_QUANT_SIZES[gguf.GGMLQuantizationType[name]] == (elements, n_bytes)
+
+
+def test_doctor_says_how_a_file_is_read(tmp_path, capsys):
+    import json
+
+    from cna_kernels.model.cli import main
+
+    path = write_gguf(tmp_path / "tiny.gguf", tiny_model(), kind="Q4_K")
+    assert main(["doctor", str(path), "--json"]) == 0
+    facts = json.loads(capsys.readouterr().out)
+    assert facts["format"] == "GGUF" and facts["tensors"].startswith("16 Q4_K, ") and facts["loaded as"] == "bfloat16"
+    assert facts["neurons"] == "512 per layer, 1024 in all" and facts["tokenizer"] == "none"
+    assert facts["decoder_sha256"] == load(path).identity()["decoder_sha256"]
+
+
+def test_export(tmp_path):
+    """A LoRA adapter holds the columns as they are dequantised. A GGUF file with scaled columns is refused."""
+    from safetensors.torch import load_file
+
+    from cna_kernels import Circuit
+    from cna_kernels.model.checkpoint import export
+
+    path = write_gguf(tmp_path / "tiny.gguf", tiny_model(), kind="Q8_0")
+    model = load(path)
+    multipliers = export.neuron_multipliers([Circuit(((1, 7, 1.0), (1, 300, -1.0)), 2, 512)], [0.0])
+    export.to_lora(model.checkpoint, model.config, multipliers, tmp_path / "lora")
+    adapter = load_file(tmp_path / "lora" / "adapter_model.safetensors")
+    columns = as_transformers_reads(path).model.layers[1].mlp.down_proj.weight[:, [7, 300]]
+    (b,) = [value for name, value in adapter.items() if "lora_B" in name]
+    assert torch.equal(b, -columns) and b.abs().max() > 0.01
+    with pytest.raises(InputError, match=r"tiny\.gguf: is a GGUF file, .* export a LoRA adapter"):
+        export.to_checkpoint(path, model.checkpoint, multipliers, tmp_path / "scaled")
+    assert not (tmp_path / "scaled").exists()
+
+
+def test_estimate(tmp_path):
+    from cna_kernels.model.discovery.estimate import estimate
+
+    write_checkpoint("llama", tmp_path / "hf")
+    with pytest.raises(InputError, match="holds no tokenizer"):  # read as far as the tokenizer, which is not there
+        estimate(write_gguf(tmp_path / "tiny.gguf", tiny_model()), [("a", "b")], device="cpu")

@@ -24,9 +24,7 @@ TEXTS = [
     " ",
     "HTTPServer iOSApp ǅungla",
 ]
-CORPUS = [text * 3 for text in TEXTS] + [
-    "12 123 1234 12345 do don't won't we'll server app tokens capital vietnam"
-] * 20
+CORPUS = [*(text * 3 for text in TEXTS), *["12 123 1234 12345 don't we'll server app tokens capital vietnam"] * 20]
 SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
 CHATML = (
     "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}<|im_start|>assistant\n"
