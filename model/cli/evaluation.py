@@ -32,7 +32,7 @@ def run_eval(args):
     model = load_model(args)
     circuit = load_circuit(args.circuit[0], model, any_model=args.any_model, chat=suite.chat)
     say_model(model, args)
-    results = evaluate.evaluate(model, circuit, suite, out=args.output, say=_say(args))
+    results = evaluate.evaluate(model, circuit, suite, out=args.output, say=say_to_stderr(args))
     if args.output:
         report.write(results, args.output)
     if args.json:
@@ -63,7 +63,7 @@ def run_compare(args):
             name += " (second)"
         models[name] = load_model(args, path)
         say_model(models[name], args)
-    results = compare.compare(models, suite, out=args.output, say=_say(args), **settings)
+    results = compare.compare(models, suite, out=args.output, say=say_to_stderr(args), **settings)
     for name, evaluation in results["evaluations"].items():
         report.write(evaluation, Path(args.output) / name)
     if args.json:
@@ -96,8 +96,8 @@ def run_lm_eval(args):
         raise InputError("lm-eval", str(error)) from None
 
 
-def _say(args):
-    """A function that prints a line of progress on stderr."""
+def say_to_stderr(args):
+    """Return a function that prints a line of progress on stderr."""
     return lambda text: print(f"cna {args.command}: {one_line(text)}", file=sys.stderr, flush=True)
 
 

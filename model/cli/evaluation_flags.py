@@ -1,15 +1,27 @@
-"""The flags of cna eval, sweep, compare and lm-eval. ``evaluation.py`` loads torch, this module does not."""
+"""The flags of cna eval, sweep, compare, matrix and lm-eval. ``evaluation.py`` loads torch, this module does not."""
 
 from __future__ import annotations
 
-from .flags import MODEL_HELP, circuit_flags, command, count, model_flags, positive, prompt_flags, seed, whole
+from .flags import (
+    MODEL_HELP,
+    circuit_flags,
+    command,
+    count,
+    model_flags,
+    positive,
+    prompt_flags,
+    seed,
+    template_arg,
+    whole,
+)
 
 
 def add(commands) -> None:
-    """Add the commands eval, sweep, compare and lm-eval."""
+    """Add the commands eval, sweep, compare, matrix and lm-eval."""
     for name in ("eval", "sweep"):
         _evaluation(commands, name)
     _compare(commands)
+    _matrix(commands)
     command(
         commands,
         "lm-eval",
@@ -100,6 +112,52 @@ def _rivals(parser):
         metavar="COMMAND",
         help='a program that reads lines of {"id", "set", "prompt", "answer"} and writes lines of {"id", "score"}',
     )
+
+
+def _matrix(commands):
+    parser = command(
+        commands,
+        "matrix",
+        "find the circuit of each of several behaviours, and measure every behaviour under every circuit",
+        "cna matrix path/to/model --behaviour capitals --behaviour refusal -o matrix/\n"
+        "  cna matrix path/to/model --behaviour mine.json -c mine=circuit.json -c other=other.json",
+    )
+    parser.add_argument("model", metavar="MODEL", help=MODEL_HELP)
+    parser.add_argument(
+        "--behaviour",
+        action="append",
+        metavar="NAME",
+        help="refusal, capitals, agreement, json or french, or a file; may be given again (default: all five)",
+    )
+    parser.add_argument(
+        "-c",
+        "--circuit",
+        action="append",
+        default=[],
+        metavar="NAME=FILE",
+        help="a further circuit, or that of the behaviour NAME, which is else discovered; may be given again",
+    )
+    parser.add_argument("--any-model", action="store_true", help="accept circuits found in another checkpoint")
+    parser.add_argument("--fraction", type=float, metavar="X", help="as for cna discover")
+    parser.add_argument("--m", "-m", dest="multipliers", metavar="M,M", default="0,2", help="default: %(default)s")
+    parser.add_argument(
+        "--random-draws", type=whole(0, 10_000), default=2, metavar="N", help="controls of each (default: %(default)s)"
+    )
+    parser.add_argument("--harmless", metavar="FILE", help="prompts that a steered model should still answer")
+    parser.add_argument("--no-kl", action="store_true", help="leave the KL on neutral text out")
+    parser.add_argument(
+        "--max-new-tokens", type=positive, default=60, metavar="N", help="longest answer (default: %(default)s)"
+    )
+    parser.add_argument(
+        "-o", "--output", metavar="DIR", help="keep finished parts, matrix.json, matrix.md and the circuits here"
+    )
+    parser.add_argument("--system", metavar="TEXT", help="the system message of every chat")
+    parser.add_argument(
+        "--template-arg", metavar="NAME=VALUE", type=template_arg, action="append", default=[],
+        help="a variable of the chat template, as enable_thinking=false; may be given again",
+    )  # fmt: skip
+    parser.set_defaults(no_template=False)
+    model_flags(parser, batch_help="answers written together (default: what memory has room for)")
 
 
 def _compare(commands):

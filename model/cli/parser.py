@@ -27,7 +27,7 @@ from .flags import (
 # The module of model/cli that holds run_COMMAND.
 MODULES = dict(demo="demo", show="show", run="run", export="export", doctor="doctor", status="status")
 MODULES |= dict.fromkeys(("discover", "estimate"), "attribution")
-MODULES |= dict.fromkeys(("eval", "sweep", "compare", "lm-eval"), "evaluation")
+MODULES |= dict.fromkeys(("eval", "sweep", "compare", "lm-eval"), "evaluation") | {"matrix": "matrix"}
 
 
 def build_parser() -> Parser:

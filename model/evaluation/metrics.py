@@ -188,3 +188,19 @@ def mean(values: Sequence[float]) -> dict:
     centre = math.fsum(values) / n
     error = math.sqrt(math.fsum((v - centre) ** 2 for v in values) / (n - 1) / n)
     return {"mean": centre, "low": centre - Z * error, "high": centre + Z * error, "n": n}
+
+
+def mcnemar(before: Sequence[bool], after: Sequence[bool]) -> dict:
+    """Return ``{"lost", "gained", "p"}`` of one condition's hits against another's on the same items.
+
+    lost: hits of ``before`` that ``after`` misses; gained: the reverse. p: the exact two-sided probability of a split
+    as uneven as this, or more, if both were as likely. Items that do not change say nothing.
+
+    Source: Q. McNemar, Note on the sampling error of the difference between correlated proportions, Psychometrika 12
+    (1947); the exact form is the binomial test.
+    """
+    pairs = list(zip(before, after, strict=True))
+    lost, gained = sum(a and not b for a, b in pairs), sum(b and not a for a, b in pairs)
+    n = lost + gained
+    tail = sum(math.comb(n, k) for k in range(min(lost, gained) + 1))
+    return {"lost": lost, "gained": gained, "p": min(1.0, 2 * tail / 2**n)}

@@ -1,0 +1,100 @@
+"""What `cna matrix` does: find the circuit of each behaviour, and measure every behaviour under every circuit."""
+
+from __future__ import annotations
+
+import json
+import warnings
+from pathlib import Path
+
+import cna_kernels
+from cna_kernels.circuit import Circuit
+from cna_kernels.errors import InputError, InputWarning
+from cna_kernels.files import check_directory, make_directory, sha256, write_text
+
+from ..evaluation.behaviour import BUNDLED, Behaviour
+from ..evaluation.facts import environment
+from ..evaluation.matrix import matrix
+from ..evaluation.matrix_report import markdown, table
+from ..evaluation.store import Store
+from ..prompts.files import neutral_prompts, read_prompts
+from .arguments import load_circuit, load_model, multipliers_of
+from .console import SIMPLE_HEAD, Table, print_json, stdout
+from .evaluation import say_to_stderr
+
+
+def run_matrix(args):
+    behaviours = [_behaviour(name) for name in args.behaviour or BUNDLED]
+    multipliers = tuple(dict.fromkeys(multipliers_of(args.multipliers, "--m")))
+    harmless = read_prompts(args.harmless) if args.harmless else None
+    given = dict(_named(words) for words in args.circuit)
+    if args.output:
+        make_directory(args.output)
+        check_directory(args.output)
+    model = load_model(args)
+    say = say_to_stderr(args)
+    say(model.describe())
+    chat = {behaviour.name: behaviour.chat for behaviour in behaviours}
+    circuits = {
+        name: load_circuit(path, model, any_model=args.any_model, chat=chat.get(name)) for name, path in given.items()
+    }
+    for behaviour in behaviours:
+        if behaviour.name not in circuits:
+            say(f"{behaviour.name}: {len(behaviour.positive)} and {len(behaviour.negative)} prompts")
+            circuits[behaviour.name] = _found(model, behaviour, args.fraction)
+    facts = {
+        "model": model.identity(),
+        "dtype": str(model.transformer.dtype).removeprefix("torch."),
+        "device": model.device.type,
+        "behaviours": {behaviour.name: behaviour.sha256 for behaviour in behaviours},
+        "circuits": {name: sha256(circuit.to_json()) for name, circuit in circuits.items()},
+        "multipliers": list(multipliers),
+        "random_draws": args.random_draws,
+        "max_new_tokens": args.max_new_tokens,
+        "harmless": None if harmless is None else harmless.sha256,
+        "kl": not args.no_kl,
+        "versions": {"cna_kernels": cna_kernels.__version__},
+    }
+    with Store(args.output, facts) as store:
+        results = matrix(
+            model, behaviours, circuits, multipliers=multipliers, random_draws=args.random_draws, harmless=harmless,
+            neutral=None if args.no_kl else neutral_prompts(), max_new_tokens=args.max_new_tokens,
+            batch=None if args.batch in (None, "auto") else args.batch, store=store, say=say,
+        )  # fmt: skip
+    results = {"model": model.identity(), "environment": environment(model), **results}
+    if args.output:
+        out = Path(args.output)
+        for name, circuit in circuits.items():
+            circuit.save(out / f"circuit-{name}.json")
+        write_text(out / "matrix.json", json.dumps(results, indent=1, allow_nan=False, ensure_ascii=False) + "\n")
+        write_text(out / "matrix.md", markdown(results))
+    if args.json:
+        print_json(results)
+        return
+    titles, rows = table(results)
+    shown = Table(box=SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))
+    for title in titles:
+        shown.add_column(title.replace(" ", "\n", 1), no_wrap=True)
+    for row in rows:
+        shown.add_row(*row)
+    stdout().print(shown)
+    if args.output:
+        stdout().print(f"wrote matrix.json, matrix.md and the circuits to {args.output}/", markup=False)
+
+
+def _behaviour(name: str) -> Behaviour:
+    """A behaviour by its name, or from its file."""
+    return Behaviour.bundled(name) if name in BUNDLED else Behaviour.read(name)
+
+
+def _named(words: str) -> tuple[str, str]:
+    name, equals, path = words.partition("=")
+    if not (name and equals and path):
+        raise InputError("--circuit", f"expected NAME=FILE, got {words!r}")
+    return name, path
+
+
+def _found(model, behaviour: Behaviour, fraction: float | None) -> Circuit:
+    settings = {} if fraction is None else {"fraction": fraction}
+    with warnings.catch_warnings():
+        warnings.simplefilter("default", InputWarning)
+        return model.discover(behaviour.positive, behaviour.negative, chat=behaviour.chat, **settings)

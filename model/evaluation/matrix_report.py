@@ -1,0 +1,64 @@
+"""The results of ``matrix`` as a table and as Markdown."""
+
+from __future__ import annotations
+
+
+def table(results: dict) -> tuple[list[str], list[list[str]]]:
+    """Titles and rows: a row for each variant; for each behaviour "38 of 60", with the p of the paired test against the
+    unsteered model where it is below 0.05."""
+    names = list(results["cells"])
+    titles = ["steered by", "m", "neurons", *names]
+    titles += ["KL, nats"] if "kl" in results["variants"][0] else []
+    titles += ["harmless answered"] if "answered" in results["variants"][0] else []
+    rows = []
+    for number, variant in enumerate(results["variants"]):
+        row = [_who(variant), f"{variant['multiplier']:g}", str(variant["k"] or "")]
+        row += [_cell(results["cells"][name][number]) for name in names]
+        if "kl" in variant:
+            row.append(f"{variant['kl']['mean']:.3f}")
+        if "answered" in variant:
+            row.append(f"{100 * variant['answered']['share']:.0f}%")
+        rows.append(row)
+    return titles, rows
+
+
+def _who(variant: dict) -> str:
+    if variant["circuit"] is None:
+        return "nothing"
+    if variant["random"] is None:
+        return variant["circuit"]
+    return f"random like {variant['circuit']} ({variant['random'] + 1})"
+
+
+def _cell(cell: dict) -> str:
+    p, kinds = cell["against unsteered"]["p"], cell["kinds"]
+    text = f"{sum(cell['hits'])} of {cell['n']}"
+    text += f" (p {p:.1g})" if p < 0.05 else ""
+    wrecked = 0 if kinds is None else kinds["degenerate"] + kinds["empty"]
+    return text + (f", {wrecked} wrecked" if wrecked else "")
+
+
+def markdown(results: dict) -> str:
+    """The table, what its columns are, and the neurons that pairs of circuits share."""
+    titles, rows = table(results)
+    lines = ["# Behaviours against circuits", ""]
+    lines += [f"- **{name}**: {about['about']}" for name, about in results["behaviours"].items()]
+    lines += [
+        "",
+        "A cell counts the prompts that show the behaviour. p: McNemar's exact test against the unsteered model on the "
+        "same prompts, where below 0.05. Wrecked: answers that are empty or repeat themselves. KL: from the unsteered "
+        "model, of the next token on neutral text.",
+        "",
+        f"| {' | '.join(titles)} |",
+        f"|{'---|' * len(titles)}",
+        *(f"| {' | '.join(row)} |" for row in rows),
+        "",
+    ]
+    if results["overlap"]:
+        lines += ["| circuits | shared neurons | only in the first | only in the second |", "|---|---|---|---|"]
+        lines += [
+            f"| {' and '.join(pair['circuits'])} | {pair['shared']} | {pair['own'][0]} | {pair['own'][1]} |"
+            for pair in results["overlap"]
+        ]
+        lines.append("")
+    return "\n".join(lines)
