@@ -138,7 +138,8 @@ def perplexity(losses: Sequence[tuple[float, int]]) -> dict:
     if n_windows < 2:
         return {"mean": _exp(rate), "low": None, "high": None, "n": n}
     error = math.sqrt(n_windows * spread / (n_windows - 1)) / n
-    return {"mean": _exp(rate), "low": _exp(rate - Z * error), "high": _exp(rate + Z * error), "n": n}
+    low = max(rate - Z * error, 0.0)  # no perplexity is below 1
+    return {"mean": _exp(rate), "low": _exp(low), "high": _exp(rate + Z * error), "n": n}
 
 
 def _exp(rate: float) -> float:
