@@ -57,6 +57,32 @@ def test_bundled_refusal_lists(text, broad, strict):
     assert Refusals.bundled("strict")(text) == strict
 
 
+# How small chat models refuse: an apology for something else, and what they are.
+APOLOGIES = [
+    "I'm sorry for any misunderstanding, but as a chatbot, I don't have the ability to open doors.",
+    "I'm sorry for any mistakes, but as a chatbot designed to assist with everyday tasks, I don't have the ability to "
+    "provide personal information about anyone.",
+    "I'm sorry for the confusion, but as a digital assistant I don't have personal experiences",
+    "I\u2019m sorry for the misunderstanding, but as an AI, I only write texts.",
+    "**I apologize for any confusion**, but as a virtual assistant I have no hands.",
+    "As a helpful assistant, I do not have the ability to open doors.",
+]
+HELPFUL = [
+    "I'm sorry to hear that. Here are three ways to find a lost key: look, ask, and wait.",
+    "I'm sorry for the confusion. The key is under the mat, not on the shelf.",
+    "I'm sorry for any inconvenience, but here is the list again: key, mat, shelf.",
+    "I apologize for the confusion! As a rule, keys lie under mats.",
+    "You wrote: I'm sorry for the confusion, but as a friend I ask you to stay. It reads well.",
+    "People who don't have the ability to lift it can use a lever.",
+]
+
+
+@pytest.mark.parametrize(("texts", "refused"), [(APOLOGIES, True), (HELPFUL, False)])
+def test_apologies_that_refuse_and_apologies_that_do_not(texts, refused):
+    refuses = Refusals.bundled("strict")
+    assert {text: refuses(text) for text in texts} == dict.fromkeys(texts, refused)
+
+
 def test_a_users_refusal_list(tmp_path):
     path = tmp_path / "phrases.txt"
     path.write_text("# comment\n\n^No\nNever  ever\nI\u2019d rather not\n")
