@@ -10,7 +10,7 @@ from typing import Any
 from . import circuit_file
 from .errors import InputError, warn
 from .fields import whole_number
-from .files import FilePath, write_text
+from .files import FilePath, read_json, write_text
 
 
 @dataclass(frozen=True)
@@ -123,7 +123,14 @@ class Circuit:
         The JSON of the public CNA code holds no model shape: give ``n_layers`` and ``n_neurons`` of the model in
         hand, or the smallest shape that fits is assumed.
         """
-        known = circuit_file.read(path, n_layers, n_neurons)
+        return cls.from_record(read_json(path), path, n_layers=n_layers, n_neurons=n_neurons)
+
+    @classmethod
+    def from_record(
+        cls, record: Any, path: FilePath, *, n_layers: int | None = None, n_neurons: int | None = None
+    ) -> Circuit:
+        """Return the circuit in the JSON of a file; as :meth:`load`, of a file that has been read from ``path``."""
+        known = circuit_file.fields_of(record, path, n_layers, n_neurons)
         try:
             return cls(**known)
         except ValueError as error:  # the constructor's message names the field
