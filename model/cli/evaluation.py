@@ -18,6 +18,8 @@ from ..prompts.files import PromptSet, neutral_prompts, read_prompts
 from .arguments import check_column, column_of, directory_of, load_circuit, load_model, multipliers_of, say_model
 from .console import SIMPLE_HEAD, Table, print_json, stdout
 
+COLUMNS = 5  # of one table, beside method and m: what 80 characters hold
+
 
 def run_eval(args):
     if len(args.circuit) > 1:
@@ -166,16 +168,14 @@ def _sae(args) -> tuple[str, int, int] | None:
 
 
 def _show(results):
-    rows = report.table_rows(results, report.brief(results))
-    table = Table(box=SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))
-    for title in next(rows):
-        table.add_column(title.replace(" ", "\n"), no_wrap=True)
-    for row in rows:
-        table.add_row(*row)
-    stdout().print(table)
-    counts = [
-        f"{results['rows'][0][name]['answered']['n']} {name}"
-        for name in ("harmful", "benign")
-        if name in results["rows"][0]
-    ]
-    stdout().print(f"refused: with 95% intervals; prompts: {', '.join(counts) or 'none'}", markup=False)
+    columns = report.brief(results)
+    for start in range(0, len(columns), COLUMNS):
+        rows = report.table_rows(results, columns[start : start + COLUMNS])
+        table = Table(box=SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))
+        for title in next(rows):
+            table.add_column(title.replace(" ", "\n"), no_wrap=True)
+        for row in rows:
+            table.add_row(*row)
+        stdout().print(table)
+    for line in report.legend(results):
+        stdout().print(line, markup=False)
