@@ -122,6 +122,7 @@ def _suite(args) -> Suite:
         options |= dict(
             methods=_methods(args),
             text=read_text(args.text) if args.text else None,
+            stride=_stride(args),
             multiple_choice=_multiple_choice(args),
             shots=args.shots,
             random_draws=args.random_draws,
@@ -146,6 +147,12 @@ def _methods(args) -> tuple[str, ...]:
     if args.methods == "all":
         return tuple(name for name in METHODS if name != "sae" or args.sae)
     return tuple(dict.fromkeys(name.strip() for name in args.methods.split(",")))
+
+
+def _stride(args) -> int | None:
+    if args.stride is not None and not args.text:
+        raise InputError("--stride", "is for --text, which is not given")
+    return args.stride
 
 
 def _multiple_choice(args):

@@ -65,7 +65,7 @@ class Evaluation:
         for prompt in (*(p for prompts in self._prompts.values() for p in prompts), *self._texts):
             check_length(prompt, model.config.context_length)
         self._note_shared()
-        self._windows = [] if suite.text is None else windows_of(model, suite.text)
+        self._windows = [] if suite.text is None else windows_of(model, suite.text, stride=suite.stride)
         if suite.text is not None and not self._windows:
             raise InputError("text", "holds no token to predict")
         self._choices, self._questions = [], []

@@ -143,6 +143,7 @@ LEGEND = [
         (["--sae-layer", "3"], "--sae: needs a file"),
         (["--methods", "caa"], "discovery prompts are needed for caa"),
         (["--methods", "magic"], "methods: expected some of circuit, random"),
+        (["--stride", "8"], "--stride: is for --text, which is not given"),
         (["--shots", "-1"], "--shots: expected 0 to 100"),
         (["--refusals", "/no/such"], "/no/such"),
         (["--text", "FILES/latin.txt"], "latin.txt: is not UTF-8 text"),
