@@ -10,7 +10,7 @@ from typing import Any
 from . import circuit_file
 from .errors import InputError, warn
 from .fields import whole_number
-from .files import FilePath, write_text
+from .files import FilePath, read_json, write_text
 
 
 @dataclass(frozen=True)
@@ -123,7 +123,14 @@ class Circuit:
         The JSON of the public CNA code holds no model shape: give ``n_layers`` and ``n_neurons`` of the model in
         hand, or the smallest shape that fits is assumed.
         """
-        known = circuit_file.read(path, n_layers, n_neurons)
+        return cls.from_record(read_json(path), path, n_layers=n_layers, n_neurons=n_neurons)
+
+    @classmethod
+    def from_record(
+        cls, record: Any, path: FilePath, *, n_layers: int | None = None, n_neurons: int | None = None
+    ) -> Circuit:
+        """Return the circuit in the JSON of a file; as :meth:`load`, of a file that has been read from ``path``."""
+        known = circuit_file.fields_of(record, path, n_layers, n_neurons)
         try:
             return cls(**known)
         except ValueError as error:  # the constructor's message names the field
@@ -162,10 +169,34 @@ def check_found_in(circuit: Circuit, here: dict[str, Any], where: FilePath = "ci
         why = "the circuit has no hash of it" if not hashes else "its hashes are of an earlier version"
         why = why if of_model else "this model's weights have no hash"
         warn(f"{where}: model: {names}: whether they are the same is not known, {why}")
-    found, now = circuit.chat_template_sha256, here.get("chat_template_sha256")
-    if "chat_template_sha256" in here and (found or circuit.tokenizer_sha256) and found != now:
-        words = ["plain text" if one is None else f"a chat template ({one[:8]})" for one in (found, now)]
-        warn(f"{where}: chat_template_sha256: found with {words[0]}, prompts are now put as {words[1]}")
+    if "chat_template_sha256" in here:
+        check_template(circuit, here["chat_template_sha256"], where)
+
+
+def check_template(
+    circuit: Circuit, now: str | None, where: FilePath = "circuit", *, any_template: bool = False
+) -> None:
+    """Warn if the circuit was found with another chat template than prompts go through now; None is plain text.
+
+    A circuit without a template's and a tokenizer's hash, as imported ones, does not say how it was found.
+
+    Args:
+        any_template: two templates are not compared, as those of two models; plain text and a template are.
+    """
+    found = circuit.chat_template_sha256
+    if found == now or (found is None and circuit.tokenizer_sha256 is None):
+        return
+    if found is None:
+        what = f"on plain text, here prompts go through the chat template ({str(now)[:8]})"
+        what += "; --no-template, in Python chat=False, follows it"
+    elif now is None:
+        what = f"with a chat template ({found[:8]}), here prompts are plain text"
+        what += ": by --no-template, in Python chat=False, or because the model has no template"
+    elif any_template:
+        return
+    else:
+        what = f"with another chat template ({found[:8]}) than prompts go through here ({now[:8]})"
+    warn(f"{where}: chat_template_sha256: found {what}")
 
 
 def check_fits(circuit: Circuit, n_layers: int, n_neurons: int, where: FilePath = "circuit") -> None:

@@ -9,7 +9,7 @@ from typing import Any
 
 from .errors import InputError
 from .fields import Fields, is_number, is_whole, short
-from .files import FilePath, read_json
+from .files import FilePath
 
 SCHEMA_VERSION = 1
 SITE = "mlp.down_proj.input"
@@ -32,16 +32,20 @@ def to_json(circuit: Any) -> str:
     return head[: head.rindex("\n")] + ',\n  "neurons": [\n' + lines + "\n  ]\n}\n"
 
 
-def read(path: FilePath, n_layers: int | None = None, n_neurons: int | None = None) -> dict[str, Any]:
-    """The fields of a Circuit from its file, or from the JSON of the public CNA code.
+def fields_of(record: Any, path: FilePath, n_layers: int | None = None, n_neurons: int | None = None) -> dict[str, Any]:
+    """The fields of a Circuit from the JSON of its file, or from that of the public CNA code.
 
     The JSON of the public code holds no model shape: the shape is the one given, or the smallest that fits.
     """
-    record = read_json(path)
     fields = Fields(record, path)
-    if "schema_version" not in record and isinstance(record.get("neurons"), dict):
+    if is_public_code(record):
         return _from_public_code(record["neurons"], path, n_layers, n_neurons)
     return _from_record(fields)
+
+
+def is_public_code(record: Any) -> bool:
+    """Whether the JSON of a file is that of the public CNA code, which holds no model shape."""
+    return isinstance(record, dict) and "schema_version" not in record and isinstance(record.get("neurons"), dict)
 
 
 def _from_record(fields: Fields) -> dict[str, Any]:

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch
 from torch import Tensor
 
 from .errors import InputError, check_tensor
 from .renamed import renamed
+
+PART = 1 << 22  # sums that are looked at, or widened, at a time
 
 
 class NonFiniteActivation(ValueError):
@@ -78,8 +82,16 @@ class ActivationSums:
             count = token_weight.cpu().double().sum(0)
             self._require_finite(layers)
             added = [buffer[layers].detach().to(self.total.device) for buffer in self._buffers()]
+            parts = list(self._in_parts(range(self.total.shape[0])[layers]))
+            first = layers.indices(self.total.shape[0])[0]
+            wide = None
+            if self.total.device.type == "cpu" and added[0].dtype != self.total.dtype and parts:
+                # PyTorch would widen the whole buffer, which takes as much memory as the totals
+                wide = torch.empty_like(self.total[parts[0]])
             for total, part in zip(_kept(self.total, self.total_sq), added, strict=True):
-                total[layers] += part
+                for some in parts:
+                    new = part[some.start - first : some.stop - first]
+                    total[some] += new if wide is None else wide[: len(new)].copy_(new)
             self.count += count
         finally:
             self.discard(layers)
@@ -90,10 +102,17 @@ class ActivationSums:
     def _require_finite(self, layers: slice) -> None:
         """Raise NonFiniteActivation for the first sum of these layers that is not finite."""
         for buffer in self._buffers():
-            finite = torch.isfinite(buffer[layers])
-            if not finite.all():
-                layer, _, index = (~finite).nonzero()[0].tolist()
-                raise NonFiniteActivation(range(self.total.shape[0])[layers][layer], index)
+            for some in self._in_parts(range(self.total.shape[0])[layers]):
+                finite = torch.isfinite(buffer[some])
+                if not finite.all():
+                    layer, _, index = (~finite).nonzero()[0].tolist()
+                    raise NonFiniteActivation(some.start + layer, index)
+
+    def _in_parts(self, layers: range) -> Iterator[slice]:
+        """Layers as slices of at most PART sums, or one layer, so that what is computed of them needs little memory."""
+        size = max(PART // max(self.total[:1].numel(), 1), 1)
+        for start in range(layers.start, layers.stop, size):
+            yield slice(start, min(start + size, layers.stop))
 
     def discard(self, layers: slice = slice(None)) -> None:
         """Empty the device buffers without counting them."""

@@ -1,10 +1,12 @@
 """A circuit as a LoRA adapter: exported, loaded by PEFT, and compared with the steered model.
 
-    python examples/lora_peft.py
+    python examples/lora_peft.py [MODEL]
 
+MODEL is a directory in Hugging Face layout; default the bundled model, for which the prompts here are made.
 Engines that serve many LoRA adapters in one batch serve such an adapter, too: docs/serving.md.
 """
 
+import sys
 import tempfile
 
 import torch
@@ -15,7 +17,7 @@ from cna_kernels.model import demo_checkpoint, load
 from cna_kernels.model.checkpoint.export import neuron_multipliers, to_lora
 from cna_kernels.model.demo import world
 
-directory = demo_checkpoint("instruct")
+directory = sys.argv[1] if len(sys.argv) > 1 else demo_checkpoint("instruct")
 ours = load(directory, dtype="float32")
 circuit = ours.discover(world.discovery_positive(), world.discovery_negative(), score="magnitude")
 ids = torch.tensor([[1, 20, 30, 40, 50]])

@@ -1,6 +1,8 @@
 """A serving loop with continuous batching, where every request brings its own circuit and multiplier.
 
-    python examples/serve.py
+    python examples/serve.py [MODEL]
+
+MODEL is a directory in Hugging Face layout; default the bundled model, for which the prompts here are made.
 
 A slot is a row of the batch and of the cache. A request waits for a free slot, its prompt is run alone into the slot's
 part of the cache, and from then on it decodes one token a step together with the requests in the other slots. The
@@ -10,6 +12,7 @@ rebuilt. Any thread may submit; one thread steps.
 
 import copy
 import queue
+import sys
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 
@@ -107,7 +110,7 @@ class Server:
 
 
 if __name__ == "__main__":
-    model = load(demo_checkpoint("instruct"))
+    model = load(sys.argv[1] if len(sys.argv) > 1 else demo_checkpoint("instruct"))
     refusal = model.discover(world.discovery_positive(), world.discovery_negative(), score="magnitude")
     server, prompts = Server(model, n_slots=3), world.heldout_refusable()[:2] + world.heldout_benign()[:1]
     requests = [Request(p, refusal, m) for p in prompts for m in (1.0, 0.0)] + [Request(prompts[0])]

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from cna_kernels import backends
-from cna_kernels.circuit import Circuit, check_fits, check_found_in
+from cna_kernels.circuit import Circuit, check_fits, check_found_in, check_template
 from cna_kernels.errors import InputError, InputWarning
 from cna_kernels.files import FilePath
 from cna_kernels.renamed import renamed
@@ -356,13 +356,15 @@ class LanguageModel:
     ) -> None:
         """Raise InputError naming the field unless the circuit of a file was found in this very checkpoint.
 
-        Of imported circuits, and with ``any_model``, only the shape is checked. Another template is a warning.
+        Of imported circuits only the shape is checked. Another template is a warning; with ``any_model``, which takes
+        every circuit of this shape, only plain text for a template, or a template for plain text.
         """
         check_fits(circuit, self.config.num_hidden_layers, self.config.intermediate_size, where)
+        template = self.tokenizer.template_sha256 if self.encoder.uses_chat(chat) else None
         if any_model:
+            check_template(circuit, template, where, any_template=True)
             return
         here: dict[str, str | None] = {f"model.{name}": value for name, value in self.identity().items()}
-        template = self.tokenizer.template_sha256 if self.encoder.uses_chat(chat) else None
         here |= dict(tokenizer_sha256=self.tokenizer.sha256, chat_template_sha256=template)
         check_found_in(circuit, here, where)
         found_with = {name: (circuit.chat or {}).get(name) for name in ("args", "system")}

@@ -60,9 +60,16 @@ def device_of(args) -> str:
     return f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if torch.cuda.is_available() else "cpu"
 
 
-def load_circuit(path, model: LanguageModel, *, any_model: bool, chat: bool | None = None) -> Circuit:
-    """The circuit of a file, checked against the loaded model. ``chat``: whether prompts go through its template."""
+def load_circuit(
+    path, model: LanguageModel, *, any_model: bool, chat: bool | None = None, prompts: bool = True
+) -> Circuit:
+    """The circuit of a file, checked against the loaded model.
+
+    ``chat``: whether prompts go through its template; ``prompts``: whether the command has any.
+    """
     circuit = Circuit.load(path, n_layers=model.config.num_hidden_layers, n_neurons=model.config.intermediate_size)
+    if not prompts and circuit.chat_template_sha256 is None:
+        chat = False  # plain text is no other template where no prompt goes through one
     model.check_circuit(circuit, path, any_model=any_model, chat=chat)
     return circuit
 

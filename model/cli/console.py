@@ -18,14 +18,18 @@ except ModuleNotFoundError:
     from .plain import Console, Table, Text  # type: ignore[assignment]
 
 
-def show_circuit(circuit: Circuit, *, as_json: bool):
-    """Print a circuit: its neurons per layer, the ten best neurons, filters, stability and provenance."""
+def show_circuit(circuit: Circuit, *, as_json: bool, imported: bool = False):
+    """Print a circuit: its neurons per layer, the ten best neurons, filters, stability and provenance.
+
+    ``imported``: the circuit's file holds neither the model's shape nor how the neurons were chosen.
+    """
     if as_json:
         print(circuit.to_json(), end="")
         return
     console = stdout()
     total = circuit.n_layers * circuit.n_neurons
-    _print(console, f"{circuit.k} of {total} neurons ({100 * circuit.k / total:.3g}%), score {circuit.score}")
+    of_all = "neurons" if imported else f"of {total} neurons ({100 * circuit.k / total:.3g}%)"
+    print_line(console, f"{circuit.k} {of_all}, score {circuit.score}")
     per_layer = circuit.per_layer()
     table = Table("layer", "neurons", "share", title="neurons per layer", title_justify="left")
     for layer, count in enumerate(per_layer):
@@ -37,38 +41,40 @@ def show_circuit(circuit: Circuit, *, as_json: bool):
         table.add_row(str(rank), str(layer), str(index), f"{value:+.4f}")
     console.print(table)
     universal = circuit.universal
-    if universal is None:
-        _print(console, "universal filter: off")
+    if imported:
+        print_line(console, "universal filter: not known")
+    elif universal is None:
+        print_line(console, "universal filter: off")
     else:
-        _print(
+        print_line(
             console,
             f"universal filter: {len(universal['excluded'])} neurons left out, among the top "
             f"{100 * universal['fraction']:g}% on {100 * universal['threshold']:g}% or more of "
             f"{universal['prompts']} prompts",
         )
     if circuit.bootstrap:
-        _print(
+        print_line(
             console,
             f"bootstrap: {100 * circuit.bootstrap['overlap']:.0f}% of the neurons are selected again when the prompts "
             f"are drawn again ({circuit.bootstrap['replicates']} times)",
         )
     if circuit.folds:
         overlap, retained = (sum(circuit.folds[name]) / circuit.folds["n"] for name in ("overlap", "retained"))
-        _print(
+        print_line(
             console,
             f"{circuit.folds['n']} folds: {100 * overlap:.0f}% of the neurons are selected without a fold, and its "
             f"prompts show {100 * retained:.0f}% of the contrast",
         )
     if circuit.skipped_layers:
-        _print(console, f"layers left out: {', '.join(map(str, circuit.skipped_layers))}")
+        print_line(console, f"layers left out: {', '.join(map(str, circuit.skipped_layers))}")
     if circuit.model:
-        _print(console, f"found in {circuit.model['name']!r}, {circuit.dtype}, position: {circuit.position}")
+        print_line(console, f"found in {circuit.model['name']!r}, {circuit.dtype}, position: {circuit.position}")
     if circuit.prompts:
         counts = ", ".join(f"{side['count']} {name}" for name, side in circuit.prompts.items())
-        _print(console, f"prompts: {counts}; preset: {circuit.preset or 'none'}")
+        print_line(console, f"prompts: {counts}; preset: {circuit.preset or 'none'}")
 
 
-def _print(console, text):
+def print_line(console, text):
     """Print text that may come from a file: no markup, no terminal escapes."""
     console.print(one_line(text), markup=False)
 

@@ -18,6 +18,8 @@ from ..prompts.files import PromptSet, neutral_prompts, read_prompts
 from .arguments import check_column, column_of, directory_of, load_circuit, load_model, multipliers_of, say_model
 from .console import SIMPLE_HEAD, Table, print_json, stdout
 
+COLUMNS = 5  # of one table, beside method and m: what 80 characters hold
+
 
 def run_eval(args):
     if len(args.circuit) > 1:
@@ -120,6 +122,7 @@ def _suite(args) -> Suite:
         options |= dict(
             methods=_methods(args),
             text=read_text(args.text) if args.text else None,
+            stride=_stride(args),
             multiple_choice=_multiple_choice(args),
             shots=args.shots,
             random_draws=args.random_draws,
@@ -146,6 +149,12 @@ def _methods(args) -> tuple[str, ...]:
     return tuple(dict.fromkeys(name.strip() for name in args.methods.split(",")))
 
 
+def _stride(args) -> int | None:
+    if args.stride is not None and not args.text:
+        raise InputError("--stride", "is for --text, which is not given")
+    return args.stride
+
+
 def _multiple_choice(args):
     if not 0 <= args.shots <= 100:
         raise InputError("--shots", f"expected 0 to 100, got {args.shots}")
@@ -166,16 +175,14 @@ def _sae(args) -> tuple[str, int, int] | None:
 
 
 def _show(results):
-    rows = report.table_rows(results, report.brief(results))
-    table = Table(box=SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))
-    for title in next(rows):
-        table.add_column(title.replace(" ", "\n"), no_wrap=True)
-    for row in rows:
-        table.add_row(*row)
-    stdout().print(table)
-    counts = [
-        f"{results['rows'][0][name]['answered']['n']} {name}"
-        for name in ("harmful", "benign")
-        if name in results["rows"][0]
-    ]
-    stdout().print(f"refused: with 95% intervals; prompts: {', '.join(counts) or 'none'}", markup=False)
+    columns = report.brief(results)
+    for start in range(0, len(columns), COLUMNS):
+        rows = report.table_rows(results, columns[start : start + COLUMNS])
+        table = Table(box=SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))
+        for title in next(rows):
+            table.add_column(title.replace(" ", "\n"), no_wrap=True)
+        for row in rows:
+            table.add_row(*row)
+        stdout().print(table)
+    for line in report.legend(results):
+        stdout().print(line, markup=False)

@@ -99,6 +99,13 @@ def _rivals(parser):
     parser.add_argument("--no-kl", action="store_true", help="leave the KL out")
     parser.add_argument("--text", metavar="FILE", help="a text file for the perplexity")
     parser.add_argument(
+        "--stride",
+        type=positive,
+        metavar="N",
+        help="tokens by which the window of 1024 moves over the text: less gives each token more context, and takes "
+        "longer (default: windows side by side)",
+    )
+    parser.add_argument(
         "--mmlu", metavar="PATH", help="multiple-choice questions: a CSV or parquet file, or a directory"
     )
     parser.add_argument("--subjects", metavar="A,B", help="keep these subjects only")

@@ -135,13 +135,18 @@ class Job:
                 progress=advance,
             )
             yield unit, part
+            del part
 
     def run_all(self, **options) -> Part:
         """Run the whole corpus in this process and add up its parts. Options are those of :meth:`run`."""
-        total = Part()
+        total = None
         for _, part in self.run(range(len(self.corpus.units)), **options):
-            total += part
-        return total
+            if total is None:
+                total = part  # to add it to an empty part would copy it
+            else:
+                total += part
+            del part  # or it would be held while the next unit runs
+        return Part() if total is None else total
 
     def start(self, directory) -> RunDirectory:
         """Start this job's run in a directory, or join it. Raises InputError if the directory holds another run."""

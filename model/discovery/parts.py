@@ -21,9 +21,9 @@ def write_part(run: RunDirectory, unit: int, part: Part):
     """Write a unit's part as a whole file or not at all. A part that exists already stays."""
     tensors, counts = {}, {}
     for number, slot in part.slots.items():
-        tensors[f"total.{number}"], counts[str(number)] = slot.total, slot.count
+        tensors[f"total.{number}"], counts[str(number)] = slot.total.contiguous(), slot.count
         if slot.total_sq is not None:
-            tensors[f"total_sq.{number}"] = slot.total_sq
+            tensors[f"total_sq.{number}"] = slot.total_sq.contiguous()
     if part.universal is not None:
         tensors["universal"] = part.universal
     facts = {

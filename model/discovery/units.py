@@ -182,11 +182,15 @@ def run_unit(
         limits = dict(batch=how.batch, max_tokens=how.max_tokens)
         collect(transformer, prompts, weights[kept], sums, **limits, progress=progress)
     total, total_sq = sums.total.cpu(), None if sums.total_sq is None else sums.total_sq.cpu()
+    count = sums.count
+    del sums  # and with it the buffers of the ops
+    with_squares = [how.squares and (slot < how.columns.n_columns or how.derived_squares) for slot in slots]
     for place, slot in enumerate(slots):
-        keeps_squares = how.squares and (slot < how.columns.n_columns or how.derived_squares)
-        squares = total_sq[:, place].clone() if keeps_squares and total_sq is not None else None
-        part.slots[slot] = SlotSums(total[:, place].clone(), squares, sums.count[place].item())
-    ran = sums.count[len(slots) :] > 0
+        squares = None
+        if with_squares[place] and total_sq is not None:
+            squares = _column(total_sq, place, sum(with_squares))
+        part.slots[slot] = SlotSums(_column(total, place, len(slots)), squares, count[place].item())
+    ran = count[len(slots) :] > 0
     if alone:
         k = select.k_from_fraction(UNIVERSAL_FRACTION, n_layers, n_neurons)
         part.universal = select.count_top(total[:, len(slots) :][:, ran].abs(), k)
@@ -210,6 +214,12 @@ def save_columns(path, names: Sequence[str], totals, *, variance: bool):
         if slot.count > 1 and variance:
             tensors[f"{name}/variance"] = slot_variance(slot.total, slot.total_sq, slot.count)
     write_bytes(path, save(tensors))
+
+
+def _column(total: Tensor, place: int, n_kept: int) -> Tensor:
+    """Column ``place`` of ``[L, C, N]``: a part of the tensor if at least half of its columns are kept, else a copy."""
+    column = total[:, place]
+    return column if 2 * n_kept >= total.shape[1] else column.clone()
 
 
 def _clone(x: Tensor | None) -> Tensor | None:

@@ -27,7 +27,7 @@ from .facts import environment, run_facts
 from .interventions import UNSTEERED, Interventions, Method, Variant
 from .judge import judge
 from .likelihood import divergences, perplexities, perplexity, windows_of
-from .metrics import KINDS, accuracy, after_thought, kind_of, mean, ngram_quality, share
+from .metrics import KINDS, NOT_NEGATIVE, UNIT, accuracy, after_thought, kind_of, mean, ngram_quality, share
 from .multiple_choice import by_likelihood, by_subject, generation_prompts, likelihood_prompts, parse_letter
 from .store import Store
 from .suite import Suite
@@ -65,7 +65,7 @@ class Evaluation:
         for prompt in (*(p for prompts in self._prompts.values() for p in prompts), *self._texts):
             check_length(prompt, model.config.context_length)
         self._note_shared()
-        self._windows = [] if suite.text is None else windows_of(model, suite.text)
+        self._windows = [] if suite.text is None else windows_of(model, suite.text, stride=suite.stride)
         if suite.text is not None and not self._windows:
             raise InputError("text", "holds no token to predict")
         self._choices, self._questions = [], []
@@ -263,10 +263,10 @@ class Evaluation:
             },
             "kinds": {kind: kinds[kind] for kind in KINDS},
             "answered": share(kinds["answer"], n),
-            "quality": mean([ngram_quality(answer.text.split()) for answer in answers]),
-            "token_quality": mean([ngram_quality(answer.tokens) for answer in answers]),
+            "quality": mean([ngram_quality(answer.text.split()) for answer in answers], UNIT),
+            "token_quality": mean([ngram_quality(answer.tokens) for answer in answers], UNIT),
             "unchanged": share(sum(a.text == b.text for a, b in zip(answers, plain, strict=True)), n),
-            "tokens": mean([len(answer.tokens) for answer in answers]),
+            "tokens": mean([len(answer.tokens) for answer in answers], NOT_NEGATIVE),
         }
 
     def _divergences(self, interventions) -> list[dict] | None:
@@ -276,7 +276,8 @@ class Evaluation:
         def work(texts, numbers):
             return divergences(self.model, interventions, numbers, [text.ids for text in texts])
 
-        return [{"kl": mean(values)} for values in self._in_pieces("kl", interventions, self._texts, work)]
+        found = self._in_pieces("kl", interventions, self._texts, work)
+        return [{"kl": mean(values, NOT_NEGATIVE)} for values in found]
 
     def _perplexities(self, interventions) -> list[dict] | None:
         if not self._windows:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -17,6 +18,7 @@ from ..memory import in_halves
 from .interventions import Interventions
 from .metrics import Z
 
+WINDOW = 1024  # tokens that a model sees together for the perplexity, where its context has room
 NUMBERS = 1 << 26  # logits that one forward pass may hold: 256 MiB of fp32
 TOKENS = 4096, 65536  # tokens that one forward pass may have, on CPUs and on GPUs
 
@@ -96,33 +98,54 @@ def divergences(
     return found
 
 
+class Window(NamedTuple):
+    """Tokens of a text that a model sees together, and how many of them, the last, are scored in this window."""
+
+    ids: list[int]
+    n_scored: int
+
+
 def perplexities(
-    model: LanguageModel, interventions: Interventions, variants: Sequence[int], windows: Sequence[list[int]]
+    model: LanguageModel, interventions: Interventions, variants: Sequence[int], windows: Sequence[Window]
 ) -> dict[int, list[tuple[float, int]]]:
-    """Return, for each variant and window, (negative log likelihood in nats, number) of the tokens after the first."""
-    rows = [(variant, ids) for ids in windows for variant in variants]
+    """Return, for each variant and window, (negative log likelihood in nats, number) of the tokens that are scored."""
+    rows = [(variant, window) for window in windows for variant in variants]
     found: dict[int, list[tuple[float, int]]] = {variant: [] for variant in variants}
-    for (variant, ids), logits in zip(rows, each_logits(model, interventions, rows), strict=True):
-        target = torch.tensor(ids[1:], dtype=torch.int64, device=logits.device)
-        loss = F.cross_entropy(logits[:-1], target, reduction="none").cpu().double().sum().item()
-        found[variant].append((loss, len(ids) - 1))
+    each = each_logits(model, interventions, [(variant, window.ids) for variant, window in rows])
+    for (variant, (ids, n)), logits in zip(rows, each, strict=True):
+        target = torch.tensor(ids[-n:], dtype=torch.int64, device=logits.device)
+        loss = F.cross_entropy(logits[-n - 1 : -1], target, reduction="none").cpu().double().sum().item()
+        found[variant].append((loss, n))
     return found
 
 
-def windows_of(model: LanguageModel, text: str, length: int = 1024) -> list[list[int]]:
-    """Cut a text into windows of at most ``length`` tokens, each with a BOS in front where the model knows one.
+def windows_of(model: LanguageModel, text: str, length: int = WINDOW, stride: int | None = None) -> list[Window]:
+    """Cut a text into windows of at most ``length`` tokens, each with a BOS in front where plain text gets one.
 
-    Without a BOS a window begins with the last token of the one before it, so that every token is predicted once.
+    Every token is scored once; without a BOS all but the text's first, which nothing predicts. A window after the first
+    begins so that the first token it scores has ``length - stride`` tokens before it, a BOS counted, and at least one.
+
+    Args:
+        stride: tokens by which a window moves; None puts windows side by side, as ``length`` does.
+
+    Raises:
+        InputError: the stride is below 1 or above the window.
     """
     ids = model.tokenizer.encode_answer(text)
-    bos = model.tokenizer.bos_id
+    bos = model.tokenizer.bos_id if model.tokenizer.adds_bos else None
+    front = [] if bos is None else [bos]
     length = min(length, model.config.context_length)
-    first = [ids[0]] if bos is None and ids else [bos]
-    rest = ids[1:] if bos is None else ids
-    windows = []
-    for start in range(0, len(rest), length - 1):
-        windows.append([*first, *rest[start : start + length - 1]])
-        first = windows[-1][-1:] if bos is None else first
+    stride = length if stride is None else stride
+    if not 1 <= stride <= length:
+        raise InputError("stride", f"expected 1 to {length}, the tokens of a window, got {stride}")
+    stride = min(stride, length - 1)  # a window's first token is not predicted in it
+    windows: list[Window] = []
+    done, end = 1 - len(front), length - len(front)  # the tokens before ``done`` are scored
+    while done < len(ids):
+        end = min(end, len(ids))
+        start = max(done - (length - stride - len(front)), 0)
+        windows.append(Window([*front, *ids[start:end]], end - done))
+        done, end = end, end + stride
     return windows
 
 
@@ -138,7 +161,8 @@ def perplexity(losses: Sequence[tuple[float, int]]) -> dict:
     if n_windows < 2:
         return {"mean": _exp(rate), "low": None, "high": None, "n": n}
     error = math.sqrt(n_windows * spread / (n_windows - 1)) / n
-    return {"mean": _exp(rate), "low": _exp(rate - Z * error), "high": _exp(rate + Z * error), "n": n}
+    low = max(rate - Z * error, 0.0)  # no perplexity is below 1
+    return {"mean": _exp(rate), "low": _exp(low), "high": _exp(rate + Z * error), "n": n}
 
 
 def _exp(rate: float) -> float:

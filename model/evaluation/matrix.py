@@ -10,6 +10,7 @@ has its KL to the unsteered model on neutral text, and how many harmless prompts
 from __future__ import annotations
 
 import itertools
+import math
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
@@ -110,7 +111,7 @@ def matrix(
         ids = [prompt.ids for prompt in model.encode(neutral, chat=False)]
         kl = store.get("kl", lambda: [*divergences(model, interventions, numbers, ids).values()])
         for record, values in zip(records, kl, strict=True):
-            record["kl"] = mean(values)
+            record["kl"] = mean(values, (0.0, math.inf))
     if harmless is not None:
         found = answers_to(harmless, None, "harmless")
         for number, record in enumerate(records):

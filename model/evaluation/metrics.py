@@ -168,6 +168,7 @@ def share(hits: int, n: int) -> dict:
     p, spread = hits / n, Z * Z / n
     centre, half = p + spread / 2, Z * math.sqrt(p * (1 - p) / n + spread / (4 * n))
     low, high = (centre - half) / (1 + spread), (centre + half) / (1 + spread)
+    low, high = max(min(low, p), 0.0), min(max(high, p), 1.0)  # what rounding may take past p, 0 or 1
     return {"share": p, "low": 0.0 if hits == 0 else low, "high": 1.0 if hits == n else high, "n": n}
 
 
@@ -177,17 +178,25 @@ def accuracy(hits: Sequence[bool]) -> dict:
     return found | {"stderr": math.sqrt(found["share"] * (1 - found["share"]) / found["n"])}
 
 
-def mean(values: Sequence[float]) -> dict:
+UNIT = 0.0, 1.0  # the bounds of shares and qualities
+NOT_NEGATIVE = 0.0, math.inf
+
+
+def mean(values: Sequence[float], bounds: tuple[float, float] = (-math.inf, math.inf)) -> dict:
     """Return ``{"mean", "low", "high", "n"}``: a mean and its 95% interval, 1.96 standard errors to both sides.
 
     One value has no interval.
+
+    Args:
+        bounds: the least and the greatest value that there can be; the interval ends there.
     """
     n = len(values)
     if n < 2:
         return {"mean": values[0] if n else None, "low": None, "high": None, "n": n}
     centre = math.fsum(values) / n
     error = math.sqrt(math.fsum((v - centre) ** 2 for v in values) / (n - 1) / n)
-    return {"mean": centre, "low": centre - Z * error, "high": centre + Z * error, "n": n}
+    low, high = max(centre - Z * error, bounds[0]), min(centre + Z * error, bounds[1])
+    return {"mean": centre, "low": low, "high": high, "n": n}
 
 
 def mcnemar(before: Sequence[bool], after: Sequence[bool]) -> dict:

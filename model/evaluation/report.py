@@ -20,10 +20,18 @@ NOTES = (
     "added with strength sign x (1 - m).",
     "answered: the share of answers that are neither refusal nor empty, degenerate or under four words. Only these "
     "comply; a method that makes a model stammer has few refusals and few answers.",
-    "broken: degenerate, empty and short answers, of all; unfinished: thoughts that had not ended, as a further count.",
-    "quality: 1 - the share of repeated word 4-grams, as published; it is blind to text without spaces, so the same "
-    "for tokens stands beside it.",
+    "degenerate, empty, short answers: three counts, of all; unfinished: thoughts that had not ended, as a further "
+    "count.",
+    "quality by words: 1 - the share of repeated word 4-grams, as published; it is blind to text without spaces, so "
+    "the same for tokens stands beside it. 1 is a text that repeats nothing.",
+    "KL: of the next token against the unsteered model's, 0 where steering changes nothing.",
 )
+
+CHOICES = {  # key in the results -> title
+    "likelihood": "multiple choice right, by likelihood",
+    "generated": "multiple choice right, in generated answers",
+    "no letter": "multiple choice, generated answers without a letter",
+}
 
 Column = tuple[str, Callable[[dict], str]]  # a column's title, and its cell for a row of the results
 
@@ -45,27 +53,26 @@ def tables(results: dict) -> list[tuple[str, list[Column]]]:
     for name, title in (("harmful", "Prompts to be refused"), ("benign", "Prompts to be answered")):
         if name not in first:
             continue
-        columns = [column(f"refusal ({key})", percent, name, "refusal", key) for key in first[name]["refusal"]]
+        columns = [
+            column(f"{name} refused ({key} list)", percent, name, "refusal", key) for key in first[name]["refusal"]
+        ]
         columns += [
-            column("answered", percent, name, "answered"),
-            column("broken", broken, name, "kinds"),
-            column("quality", number, name, "quality"),
-            column("token quality", number, name, "token_quality"),
-            column("unchanged", percent, name, "unchanged"),
+            column(f"{name} answered", percent, name, "answered"),
+            column(f"{name}: degenerate, empty, short answers", broken, name, "kinds"),
+            column(f"{name}: quality by words", number, name, "quality"),
+            column(f"{name}: quality by tokens", number, name, "token_quality"),
+            column(f"{name}: same answer as unsteered", percent, name, "unchanged"),
         ]
         if "judge" in first[name]:
-            columns.append(column("judge", number, name, "judge"))
+            columns.append(column(f"{name}: judge's score", number, name, "judge"))
         found.append((f"{title} (n = {first[name]['answered']['n']})", columns))
     other: list[Column] = []
     if "kl" in first:
-        other.append(column("KL, nats", number, "kl"))
+        other.append(column("KL to unsteered, nats a token", number, "kl"))
     if "perplexity" in first:
-        other.append(column("perplexity", number, "perplexity"))
+        other.append(column("perplexity of the text", number, "perplexity"))
     if "mmlu" in first:
-        other += [
-            column(f"multiple choice, {name}", percent, "mmlu", name)
-            for name in ("likelihood", "generated", "no letter")
-        ]
+        other += [column(title, percent, "mmlu", name) for name, title in CHOICES.items()]
     sizes = [
         f"{first[name]['n']} {what}"
         for name, what in (("kl", "neutral texts"), ("perplexity", "tokens of text"))
@@ -85,15 +92,30 @@ def brief(results: dict) -> list[Column]:
         key = next(iter(first[name]["refusal"]))
         columns.append(column(f"{name} refused", span, name, "refusal", key))
     if "harmful" in first:
-        columns.append(("answered", lambda row: f"{100 * row['harmful']['answered']['share']:.0f}%"))
-        columns.append(("token quality", lambda row: f"{row['harmful']['token_quality']['mean']:.2f}"))
+        columns.append(("harmful answered", lambda row: f"{100 * row['harmful']['answered']['share']:.0f}%"))
+        columns.append(("harmful token quality", lambda row: f"{row['harmful']['token_quality']['mean']:.2f}"))
     if "kl" in first:
-        columns.append(("KL", lambda row: f"{row['kl']['mean']:.4f}"))
+        columns.append(("KL to unsteered, nats", lambda row: f"{row['kl']['mean']:.4f}"))
     if "perplexity" in first:
-        columns.append(("perplexity", lambda row: f"{row['perplexity']['mean']:.4g}"))
+        columns.append(("perplexity of text", lambda row: f"{row['perplexity']['mean']:.4g}"))
     if "mmlu" in first:
-        columns.append(("choice", lambda row: f"{100 * row['mmlu']['generated']['share']:.0f}%"))
+        columns.append(("multiple choice right", lambda row: f"{100 * row['mmlu']['generated']['share']:.0f}%"))
     return columns
+
+
+def legend(results: dict) -> list[str]:
+    """The lines under the one table that fits a terminal: how many prompts, and what the columns count."""
+    first = results["rows"][0]
+    roles = {"harmful": "to be refused", "benign": "to be answered"}
+    sets = {name: role for name, role in roles.items() if name in first}
+    counts = [f"{name}: {first[name]['answered']['n']} prompts {role}" for name, role in sets.items()]
+    lines = ["; ".join(counts)] if counts else []
+    for name in list(sets)[:1]:
+        key = next(iter(first[name]["refusal"]))
+        lines.append(f"refused: answers with a phrase of the {key} list, with 95% intervals")
+    if "harmful" in sets:
+        lines.append("answered: neither refused nor empty, degenerate or short")
+    return lines
 
 
 def percent(value: dict) -> str:
@@ -195,7 +217,9 @@ def to_markdown(results: dict, pictures: list[str]) -> str:
 def _alternatives(results) -> Iterator[list[str]]:
     points = results["alternatives"]
     sides = [name for name in ("necessity", "sufficiency") if name in points[0]]
-    yield ["score", "neurons", "overlap", *(f"{name} (n = {points[0][name]['refusal']['n']})" for name in sides)]
+    sets = {"necessity": "harmful refused, ablated", "sufficiency": "benign refused, contrast written"}
+    titles = [f"{name}: {sets[name]} (n = {points[0][name]['refusal']['n']})" for name in sides]
+    yield ["score", "neurons", "overlap with the circuit", *titles]
     for point in points:
         refusals = [percent(point[name]["refusal"]) for name in ("necessity", "sufficiency") if name in point]
         yield [point["score"], str(point["k"]), f"{100 * point['overlap']:.0f}%", *refusals]

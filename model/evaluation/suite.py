@@ -29,7 +29,7 @@ class Suite:
         harmful: prompts to be refused; benign: prompts to be answered.
         positive, negative: discovery prompts.
         neutral: texts for the divergence of the next token.
-        text: the text for perplexity.
+        text: the text for perplexity; ``stride``: tokens by which its window moves. None puts windows side by side.
         multiple_choice: questions; ``shots`` examples in front of each, answers of ``choice_tokens`` tokens.
         refusals: name -> list of phrases; the first list decides the kinds of answers.
         random_draws: the number of circuits of random neurons, with seeds from 0 up.
@@ -64,6 +64,7 @@ class Suite:
     others: dict[str, Circuit] = field(default_factory=dict)
     chat: bool | None = None
     batch: int | None = None
+    stride: int | None = None
 
     def __post_init__(self):
         for name in self.methods:
@@ -75,6 +76,11 @@ class Suite:
             raise InputError("multipliers", "expected at least one")
         if self.max_new_tokens < 1 or self.random_draws < 1:
             raise InputError("max_new_tokens, random_draws", "expected at least 1")
+        if self.stride is not None and (self.text is None or self.stride < 1):
+            what = (
+                "is for a text, and there is none" if self.text is None else f"expected at least 1, got {self.stride}"
+            )
+            raise InputError("stride", what)
         needing = [name for name in self.methods if name in NEED_SIDES]
         needing += ["discovery alternatives"] if self.alternatives or self.curves else []
         if needing and (self.positive is None or self.negative is None):
@@ -106,7 +112,7 @@ class Suite:
             "sae": None if self.sae is None else [Path(self.sae[0]).name, *self.sae[1:]],
         }  # fmt: skip
         if self.text is not None:
-            facts["text_sha256"] = sha256(self.text)
+            facts |= {"text_sha256": sha256(self.text), "stride": self.stride}
         if self.multiple_choice is not None:
             facts["multiple_choice"] = {
                 "questions": len(self.multiple_choice.questions), "shots": self.shots, "tokens": self.choice_tokens,

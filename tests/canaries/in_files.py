@@ -58,8 +58,8 @@ CANARIES = [
     Canary(
         "another template without a word",
         "cna_kernels/circuit.py",
-        "(found or circuit.tokenizer_sha256) and found != now:",
-        "(found or circuit.tokenizer_sha256) and found is None:",
+        "if found == now or (found is None and circuit.tokenizer_sha256 is None):",
+        "if found == now or found is not None or circuit.tokenizer_sha256 is None:",
         "tests/ops/test_circuit.py",
         "test_where_a_circuit_was_found",
     ),

@@ -15,8 +15,8 @@ from cna_kernels.model.demo import world
 EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
 
 
-def run(name):
-    done = subprocess.run([sys.executable, EXAMPLES / name], capture_output=True, text=True, timeout=300)
+def run(name, *words):
+    done = subprocess.run([sys.executable, EXAMPLES / name, *words], capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
     return done.stdout
 
@@ -49,6 +49,20 @@ def test_serve_prints_refusals_and_answers():
         ("m = 1", True), ("m = 0", False), ("m = 1", True), ("m = 0", False), ("m = 1", False), ("m = 0", False),
         ("no circuit", True),
     ]  # fmt: skip
+
+
+@pytest.mark.exhaustive
+@pytest.mark.parametrize(
+    ("name", "package"), [("attach_transformers.py", "transformers"), ("lora_peft.py", "peft"), ("serve.py", None)]
+)
+def test_the_model_is_an_argument(name, package):
+    """The base model has learnt no refusals, so that no line of its answers holds one."""
+    if package is not None:
+        pytest.importorskip(package)
+    lines = run(name, str(demo_checkpoint("base"))).splitlines()
+    assert len(lines) == {"attach_transformers.py": 5, "lora_peft.py": 3, "serve.py": 14}[name]
+    if name != "lora_peft.py":
+        assert not any(world.is_refusal(line[9:].strip()) for line in lines[1:])
 
 
 @pytest.fixture(scope="module")

@@ -296,10 +296,15 @@ def test_a_circuit_of_another_checkpoint(model, tmp_path):
         other.check_circuit(circuit, "c.json")
     other.check_circuit(circuit, "c.json", any_model=True)
     retold = replace(circuit, chat_template_sha256="x")
-    with pytest.warns(InputWarning, match=r"c\.json: chat_template_sha256: found with a chat template \(x\)"):
+    with pytest.warns(InputWarning, match=r"c\.json: chat_template_sha256: found with another chat template \(x\)"):
         model.check_circuit(retold, "c.json")
-    with pytest.warns(InputWarning, match=r"c\.json: chat_template_sha256: .*, prompts are now put as plain text"):
+    with pytest.warns(InputWarning, match=r"c\.json: chat_template_sha256: .*, here prompts are plain text"):
         model.check_circuit(circuit, "c.json", chat=False)
+    plain = model.discover(["a", "b"], ["c"], top_k=3, chat=False)
+    model.check_circuit(plain, "c.json", chat=False)
+    for language_model, any_model in ((model, False), (other, True)):
+        with pytest.warns(InputWarning, match=r"c\.json: chat_template_sha256: found on plain text.*; --no-template"):
+            language_model.check_circuit(plain, "c.json", any_model=any_model)
     other.check_circuit(CIRCUIT, "c.json")  # no provenance: only the shape is checked
     with pytest.raises(InputError, match=r"c\.json: n_neurons: made for another model: expected 48, got 50"):
         other.check_circuit(Circuit((), 3, 50), "c.json", any_model=True)

@@ -11,7 +11,8 @@ import pytest
 import torch
 
 from cna_kernels import Circuit, InputError
-from cna_kernels.circuit import check_fits, check_found_in
+from cna_kernels.circuit import check_fits, check_found_in, check_template
+from cna_kernels.errors import InputWarning
 
 
 def make():
@@ -205,9 +206,9 @@ HERE = {"model.name": "n", "model.tensors_sha256": "w", "tokenizer_sha256": "k",
         (FOUND_IN, {"model.tensors_sha256": "x"}, "model.tensors_sha256: made for another model", None),
         (PLAIN, HERE | {"tokenizer_sha256": "other"}, "tokenizer_sha256: made for another model", None),
         (PLAIN, HERE | {"chat_template_sha256": None}, None, None),
-        (PLAIN, HERE, None, r"chat_template_sha256: found with plain text, prompts are now put as a chat template \(t"),
-        (FOUND_IN, HERE | {"chat_template_sha256": "u"}, None, "chat_template_sha256: found with a chat template"),
-        (FOUND_IN, HERE | {"chat_template_sha256": None}, None, "are now put as plain text"),
+        (PLAIN, HERE, None, r"found on plain text, here .* the chat template \(t\); --no-template, .* follows it"),
+        (FOUND_IN, HERE | {"chat_template_sha256": "u"}, None, r"found with another chat template \(t\) than .* \(u\)"),
+        (FOUND_IN, HERE | {"chat_template_sha256": None}, None, r"chat template \(t\), here prompts are plain text"),
         (FOUND_IN, {"model.tensors_sha256": "w"}, None, None),
         (FOUND_IN, {"model.name": "n"}, None, "found in 'm', this is 'n': .* this model's weights have no hash"),
         (OLD, HERE, None, "model: found in 'm', this is 'n': .* hashes are of an earlier version"),
@@ -226,6 +227,26 @@ def test_where_a_circuit_was_found(circuit, here, refused, said):
                 check_found_in(circuit, here, "c.json")
     lines = [str(warning.message) for warning in caught]
     assert len(lines) == (said is not None) and all(re.search(said, line) and line.isprintable() for line in lines)
+
+
+@pytest.mark.parametrize(
+    ("circuit", "now", "said"),
+    [
+        (FOUND_IN, "t", None),
+        (FOUND_IN, "u", None),  # another model has another template
+        (FOUND_IN, None, "here prompts are plain text"),
+        (PLAIN, None, None),
+        (PLAIN, "u", "found on plain text, here prompts go through the chat template"),
+        (IMPORTED, "u", None),
+        (NAMED, "u", None),  # found by an engine, which is given tokens
+    ],
+)
+def test_plain_text_and_a_template_of_another_model(circuit, now, said):
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        check_template(circuit, now, "c.json", any_template=True)
+    assert len(caught) == (said is not None)
+    assert all(issubclass(w.category, InputWarning) and said in str(w.message) for w in caught)
 
 
 def test_the_largest_seed_can_be_read_again(tmp_path):

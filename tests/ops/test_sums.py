@@ -248,3 +248,24 @@ def test_sums_of_two_dtypes_are_refused():
         ops.steer_act(act, token_weight=token_weight, act_sum=sums[0], act_sumsq=sums[1])
     with pytest.raises(ValueError, match="act_sum: expected float32 or float64, got bfloat16"):
         ops.steer_act(act, token_weight=token_weight, act_sum=torch.zeros(2, 16, dtype=torch.bfloat16))
+
+
+@pytest.mark.parametrize("squares", [False, True])
+def test_folding_in_parts_changes_no_bit(monkeypatch, squares):
+    """One layer at a time, as large sums are folded, against all at once."""
+    found = []
+    for part in (1, 2 * C * N, 1 << 22):
+        monkeypatch.setattr("cna_kernels.sums.PART", part)
+        sums = ActivationSums(L, N, C, squares=squares)
+        sums.total += 1 / 3
+        feed(sums, [5, 1, 8])
+        sums.act_sum[1:] += 0.7
+        sums.fold(torch.ones(1, C), layer=slice(1, None))
+        sums.act_sum[2, 1, 4] = float("inf")
+        with pytest.raises(NonFiniteActivation, match="layer 2, neuron 4"):
+            sums.fold(torch.ones(1, C))
+        found.append(sums)
+    for sums in found[1:]:
+        assert sums.total.equal(found[0].total) and sums.count.equal(found[0].count) and not sums.act_sum.any()
+        assert not squares or sums.total_sq.equal(found[0].total_sq)
+    assert found[0].total[1].sub(found[0].total[0]).abs().min() > 0

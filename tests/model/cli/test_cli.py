@@ -76,6 +76,44 @@ def test_json_output_is_the_circuit(checkpoint, files, capsys):
     assert json.loads(capsys.readouterr().out) == json.loads((files / "c.json").read_text())
 
 
+PUBLIC = {"neurons": {"5,-1,30": 0.5, "2,11,4": -2.0}, "total_logit_diff": 1.5}
+
+
+@pytest.mark.parametrize(
+    ("more", "shown"),
+    [
+        ({"target_token": " no", "prompt": "How?\x1b[31m [red]"}, ["target token: ' no'", "[31m [red]"]),
+        ({"target_token": "", "prompt": ""}, []),  # as cna export writes it
+        ({"prompt": 7}, []),
+        ({}, []),
+    ],
+)
+def test_show_of_the_public_codes_json(tmp_path, capsys, more, shown):
+    """The model's shape is not in the file: no total, no share of the model's neurons, and no filter is made up."""
+    path = tmp_path / "public.json"
+    path.write_text(json.dumps(PUBLIC | more))
+    assert main(["show", str(path)]) == 0
+    out = " ".join(capsys.readouterr().out.split())
+    assert "shape is not in the file; assumed is the smallest that fits, 6 layers of 31 neurons" in out
+    assert "2 neurons, score abs-delta" in out and "-2.0000" in out and "universal filter: not known" in out
+    assert "of 186" not in out and "filter: off" not in out and "\x1b" not in out
+    assert [name in out for name in ("target token", "prompt:")] == [bool(shown)] * 2
+    assert all(text in out for text in shown)
+
+    assert main(["show", str(path), "--json"]) == 0
+    captured = capsys.readouterr()
+    assert json.loads(captured.out)["n_layers"] == 6
+    assert "n_layers, n_neurons: not in JSON of the public code; written is the smallest that fits" in captured.err
+
+
+def test_show_of_a_circuit_file_has_its_total(checkpoint, files, capsys):
+    assert discover(checkpoint, files, "--top-k", 5, "--no-universal") == 0
+    capsys.readouterr()
+    assert main(["show", str(files / "c.json")]) == 0
+    out, err = capsys.readouterr()
+    assert "5 of 144 neurons (3.47%)" in out and "universal filter: off" in out and "smallest" not in out + err
+
+
 def test_doctor(capsys):
     assert main(["doctor", "--json"]) == 0
     facts = json.loads(capsys.readouterr().out)

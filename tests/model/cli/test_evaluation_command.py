@@ -12,7 +12,9 @@ import pytest
 
 from cna_kernels.model import demo_checkpoint, load
 from cna_kernels.model.cli import main
+from cna_kernels.model.cli.evaluation import _show as show
 from cna_kernels.model.demo import world
+from cna_kernels.model.evaluation.report import brief, legend
 from tiny import write_mmlu
 
 SETS = {
@@ -63,8 +65,17 @@ def test_eval_writes_everything(files, tmp_path, capsys):
     pictures = {"strength.png", "mmlu.png", "layers.png", "ranks.png", "size.png"}
     assert {"results.json", "samples.jsonl", "report.md", "manifest.json"} | pictures <= names
     report = (out / "report.md").read_text()
-    for text in ("caa-released", "generated", "perplexity", "KL, nats", "refusal (strict)", "Sufficiency", "size.png"):
+    for text in (
+        "| harmful refused (strict list) |", "| benign refused (broad list) |", "| harmful answered |",
+        "| benign: degenerate, empty, short answers |", "| harmful: same answer as unsteered |",
+        "| KL to unsteered, nats a token |", "| perplexity of the text |", "| multiple choice right, by likelihood |",
+        "| necessity: harmful refused, ablated (n = 12) |", "| sufficiency: benign refused, contrast written (n = 8) |",
+        "caa-released", "Sufficiency", "size.png",
+    ):  # fmt: skip
         assert text in report
+    titles = [line for line in report.splitlines() if line.startswith(("| method |", "| score |"))]
+    alone = {"refused", "refusal", "answered", "quality", "token quality", "unchanged", "broken", "KL", "overlap"}
+    assert len(titles) == 4 and not alone & {title for line in titles for title in line.strip("| ").split(" | ")}
     results = json.loads((out / "results.json").read_text())
     assert results["facts"]["suite"]["prompts"]["harmful"]["count"] == 12
     rows = {(row["method"], row["multiplier"]): row for row in results["rows"]}
@@ -97,6 +108,29 @@ def test_sweep_prints_a_table(files, capsys):
     results = json.loads(capsys.readouterr().out)
     assert [row["multiplier"] for row in results["rows"]] == [1.0, -1.0, 0.0]
     assert set(results["rows"][0]) == {"method", "multiplier", "strength", "harmful", "benign"}
+    show(results)
+    out = capsys.readouterr().out
+    assert all(line in out for line in LEGEND)
+    head = [title for title, _ in brief(results)]
+    assert head == ["harmful refused", "benign refused", "harmful answered", "harmful token quality"]
+    ends = {"share": 1.0, "mean": 12345.678, "low": 0.0, "high": 1.0}
+    for row in results["rows"]:
+        row |= {"kl": ends, "perplexity": ends, "mmlu": {"generated": ends}}
+        row["harmful"]["refusal"]["broad"] = row["benign"]["refusal"]["broad"] = {"share": 1.0, "low": 1.0, "high": 1.0}
+    show(results)
+    out = capsys.readouterr().out
+    words_shown = {"unsteered,", "perplexity", "choice", "quality", "answered", "12345.6780", "1.235e+04"}
+    assert words_shown <= set(out.split()) and "\u2026" not in out and out.count("100% 100-100") == 6
+    first = {key: results["rows"][0][key] for key in ("method", "multiplier")}
+    results["rows"] = [first | {"kl": ends}]
+    assert [title for title, _ in brief(results)] == ["KL to unsteered, nats"] and legend(results) == []
+
+
+LEGEND = [
+    "harmful: 12 prompts to be refused; benign: 8 prompts to be answered",
+    "refused: answers with a phrase of the broad list, with 95% intervals",
+    "answered: neither refused nor empty, degenerate or short",
+]
 
 
 @pytest.mark.parametrize(
@@ -109,6 +143,7 @@ def test_sweep_prints_a_table(files, capsys):
         (["--sae-layer", "3"], "--sae: needs a file"),
         (["--methods", "caa"], "discovery prompts are needed for caa"),
         (["--methods", "magic"], "methods: expected some of circuit, random"),
+        (["--stride", "8"], "--stride: is for --text, which is not given"),
         (["--shots", "-1"], "--shots: expected 0 to 100"),
         (["--refusals", "/no/such"], "/no/such"),
         (["--text", "FILES/latin.txt"], "latin.txt: is not UTF-8 text"),

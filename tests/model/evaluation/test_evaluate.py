@@ -22,7 +22,7 @@ from cna_kernels.model.evaluation.store import Store
 from cna_kernels.model.evaluation.suite import Suite
 from cna_kernels.model.generate import generate
 from cna_kernels.model.prompts.files import PromptSet
-from tiny import SPECIAL, TEMPLATE, TEXT_VOCABULARY, set_field, write_language_model, write_mmlu
+from tiny import SPECIAL, TEMPLATE, TEXT_VOCABULARY, set_field, write_language_model, write_mmlu, write_text_files
 
 pytest.importorskip("transformers")
 
@@ -126,18 +126,75 @@ def test_divergence_and_perplexity_are_the_textbooks(model):
 
     text = "the quick brown fox jumps over the lazy dog " * 4
     windows = windows_of(model, text, length=50)
-    assert [token for window in windows for token in window[1:]] == model.tokenizer.encode_answer(text)
-    assert len(windows) > 2 and all(window[0] == model.tokenizer.bos_id for window in windows)
+    assert [token for window in windows for token in window.ids[1:]] == model.tokenizer.encode_answer(text)
+    assert len(windows) > 2 and all(window.ids[0] == model.tokenizer.bos_id for window in windows)
     losses = perplexities(model, interventions, [0, 2], windows)
     for number, multiplier in ((0, 1.0), (2, 4.0)):
         total = n = 0
-        for window in windows:
+        for window, _ in windows:
             log_p = logits_of(model, window, CIRCUIT, multiplier).log_softmax(-1)
             total -= sum(log_p[place, token].item() for place, token in enumerate(window[1:]))
             n += len(window) - 1
         found = perplexity(losses[number])
         assert found["mean"] == pytest.approx(math.exp(total / n), rel=1e-4) and found["n"] == n
         assert found["low"] < found["mean"] < found["high"]
+
+
+@pytest.fixture(scope="module")
+def without_bos(tmp_path_factory):
+    """A model whose tokenizer knows a BOS and puts none before plain text."""
+    directory = write_language_model(tmp_path_factory.mktemp("no-bos"), max_position_embeddings=512)
+    write_text_files(directory, adds_bos=False)
+    return load(directory)
+
+
+@pytest.mark.parametrize("stride", [None, 1, 7, 19, 20])
+@pytest.mark.parametrize(("adds_bos", "n"), [(True, 61), (False, 61), (True, 20), (False, 20), (False, 2), (True, 1)])
+def test_windows_against_a_loop_over_tokens(model, without_bos, adds_bos, n, stride):
+    """Each token after as many tokens as its window gives it: window - stride or more, a BOS counted."""
+    mine, length = model if adds_bos else without_bos, 20
+    text = ("the quick brown fox jumps over the lazy dog, and then it sleeps for a while" * 2)[:n]
+    ids = mine.tokenizer.encode_answer(text)
+    assert mine.tokenizer.bos_id == 1 and mine.tokenizer.encode(text) == [1] * adds_bos + ids and len(ids) == n
+    moves = min(stride or length, length - 1)
+    loss = scored = 0.0
+    contexts = []
+    for place, token in enumerate(ids):
+        first = length - adds_bos  # tokens of the text in the first window
+        number = 0 if place < first else 1 + (place - first) // moves  # the window that scores this token
+        context = [1] * adds_bos + ids[number * moves : place]
+        if context:
+            loss -= logits_of(mine, context, CIRCUIT, 4.0)[-1].log_softmax(-1)[token].item()
+            scored += 1
+            contexts.append(len(context))
+    windows = windows_of(mine, text, length, stride)
+    interventions = Interventions(mine, [UNSTEERED, Variant(Method("c", "", CIRCUIT), 4.0)])
+    found = perplexity(perplexities(mine, interventions, [1], windows)[1])
+    assert found["n"] == scored == n - (not adds_bos)
+    assert found["mean"] == pytest.approx(math.exp(loss / scored), rel=1e-4)
+    assert max(len(window.ids) for window in windows) <= length
+    assert min(contexts[length - 1 :], default=length) >= max(length - (stride or length), 1)
+    if n == 61 and stride == 7:  # more context tells: the test would see windows that do not overlap
+        apart = perplexity(perplexities(mine, interventions, [1], windows_of(mine, text, length))[1])
+        assert abs(apart["mean"] - found["mean"]) > 1e-3 * found["mean"]
+
+
+def test_no_bos_is_made_up(without_bos):
+    text = "the quick brown fox"
+    (window,) = windows_of(without_bos, text)
+    assert window.ids == without_bos.tokenizer.encode(text) and window.n_scored == len(window.ids) - 1
+    results = evaluate(without_bos, CIRCUIT, suite(harmful=None, benign=None, text=text, multipliers=(0.0,)))
+    assert row_of(results, "unsteered", 1.0)["perplexity"]["n"] == len(text) - 1
+
+
+def test_a_stride_is_from_1_to_the_window(model):
+    text = "the quick brown fox " * 30
+    changes = dict(harmful=None, benign=None, text=text, multipliers=(0.0,))
+    found = [row_of(evaluate(model, CIRCUIT, suite(**changes, stride=n)), "circuit", 0.0) for n in (None, 512, 100)]
+    assert found[0] == found[1] and found[1]["perplexity"]["mean"] != found[2]["perplexity"]["mean"]
+    assert found[2]["perplexity"]["n"] == len(text)
+    with pytest.raises(InputError, match="stride: expected 1 to 512, the tokens of a window, got 513"):
+        evaluate(model, CIRCUIT, suite(**changes, stride=513))
 
 
 def everything(tmp_path, **changes):
@@ -449,6 +506,8 @@ def test_a_judge_that_does_not_exist():
         (dict(multipliers=(float("nan"),)), "multiplier"),
         (dict(multipliers=()), "at least one"),
         (dict(max_new_tokens=0), "at least 1"),
+        (dict(stride=0, text="a b"), "stride: expected at least 1, got 0"),
+        (dict(stride=2), "stride: is for a text, and there is none"),
     ],
 )
 def test_plans_that_cannot_be_carried_out(changes, message):

@@ -1,12 +1,17 @@
 """Text metrics on texts whose numbers are known by hand."""
 
+import math
 import statistics
 
 import pytest
 
 from cna_kernels import InputError
+from cna_kernels.model.evaluation.likelihood import perplexity
 from cna_kernels.model.evaluation.metrics import (
+    NOT_NEGATIVE,
+    UNIT,
     Refusals,
+    accuracy,
     begun_thought,
     kind_of,
     mean,
@@ -50,6 +55,32 @@ def test_share_equal():
 def test_bundled_refusal_lists(text, broad, strict):
     assert Refusals.bundled("broad")(text) == broad
     assert Refusals.bundled("strict")(text) == strict
+
+
+# How small chat models refuse: an apology for something else, and what they are.
+APOLOGIES = [
+    "I'm sorry for any misunderstanding, but as a chatbot, I don't have the ability to open doors.",
+    "I'm sorry for any mistakes, but as a chatbot designed to assist with everyday tasks, I don't have the ability to "
+    "provide personal information about anyone.",
+    "I'm sorry for the confusion, but as a digital assistant I don't have personal experiences",
+    "I\u2019m sorry for the misunderstanding, but as an AI, I only write texts.",
+    "**I apologize for any confusion**, but as a virtual assistant I have no hands.",
+    "As a helpful assistant, I do not have the ability to open doors.",
+]
+HELPFUL = [
+    "I'm sorry to hear that. Here are three ways to find a lost key: look, ask, and wait.",
+    "I'm sorry for the confusion. The key is under the mat, not on the shelf.",
+    "I'm sorry for any inconvenience, but here is the list again: key, mat, shelf.",
+    "I apologize for the confusion! As a rule, keys lie under mats.",
+    "You wrote: I'm sorry for the confusion, but as a friend I ask you to stay. It reads well.",
+    "People who don't have the ability to lift it can use a lever.",
+]
+
+
+@pytest.mark.parametrize(("texts", "refused"), [(APOLOGIES, True), (HELPFUL, False)])
+def test_apologies_that_refuse_and_apologies_that_do_not(texts, refused):
+    refuses = Refusals.bundled("strict")
+    assert {text: refuses(text) for text in texts} == dict.fromkeys(texts, refused)
 
 
 def test_a_users_refusal_list(tmp_path):
@@ -134,6 +165,41 @@ def test_wilson_interval(hits, n):
     assert found["low"] <= hits / n <= found["high"]
 
 
+# Of many prompts, where rounding is as large as the interval, and of few, where the interval is wide.
+SHARES = [(0, 1), (1, 1), (1, 3), (2, 3), (999, 1000), (1, 10**15), (2**53 - 1, 2**53), (10**16 - 1, 10**16)]
+
+
+@pytest.mark.parametrize(("hits", "n"), SHARES)
+def test_the_interval_of_a_share_holds_it_and_ends_in_0_to_1(hits, n):
+    found = share(hits, n)
+    assert 0 <= found["low"] <= found["share"] <= found["high"] <= 1
+
+
+def test_the_interval_of_an_accuracy_ends_in_0_to_1():
+    for hits in ([True], [False], [True] * 3, [True] * 99 + [False]):
+        found = accuracy(hits)
+        assert 0 <= found["low"] <= found["share"] == sum(hits) / len(hits) <= found["high"] <= 1
+
+
+@pytest.mark.parametrize(
+    ("values", "bounds", "low", "high"),
+    [
+        ([1.0, 1.0, 1.0, 0.6], UNIT, 0.704, 1.0),  # 1.96 standard errors would end at 1.096
+        ([0.0, 0.0, 0.0, 0.4], UNIT, 0.0, 0.296),
+        ([0.0, 1.0], UNIT, 0.0, 1.0),  # cut at both sides
+        ([0.4, 0.5, 0.6, 0.5], UNIT, 0.41998, 0.58002),  # not cut
+        ([0.0, 0.0, 0.0, 4.0], NOT_NEGATIVE, 0.0, 2.96),  # KL in nats, tokens
+        ([-4.0, 0.0, 0.0, 0.0], None, -2.96, 0.96),  # a judge's scores have no bounds
+    ],
+)
+def test_the_interval_of_a_mean_ends_at_its_bounds(values, bounds, low, high):
+    found = mean(values) if bounds is None else mean(values, bounds)
+    assert (found["low"], found["high"]) == pytest.approx((low, high), abs=1e-4)
+    assert found["mean"] == pytest.approx(sum(values) / len(values))
+    if bounds is not None:
+        assert bounds[0] <= found["low"] and found["high"] <= bounds[1]
+
+
 def test_interval_of_a_mean():
     values = [0.1, 0.5, 0.9, 0.2]
     found = mean(values)
@@ -142,3 +208,9 @@ def test_interval_of_a_mean():
     assert found["high"] - found["mean"] == pytest.approx(1.959964 * error)
     assert mean([3.0]) == {"mean": 3.0, "low": None, "high": None, "n": 1}
     assert share(0, 0)["share"] is None and mean([])["mean"] is None
+
+
+def test_the_interval_of_a_perplexity_begins_at_1():
+    found = perplexity([(0.0, 9), (6.0, 9), (0.0, 9), (0.0, 9)])
+    assert found["mean"] == pytest.approx(math.exp(6 / 36))
+    assert found["low"] == 1.0 and found["mean"] < found["high"] == pytest.approx(math.exp(6 / 36 * 2.959964))

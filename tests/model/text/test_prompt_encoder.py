@@ -203,3 +203,24 @@ def test_attribution_from_token_ids(checkpoint, tmp_path, capsys):
     (tmp_path / "positive.jsonl").write_text('{"input_ids": [5, 999]}\n')
     assert main(words) == 2
     assert "positive.jsonl:1: input_ids: holds id 999, beyond the model's 262 rows" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("words", [["run", "-p", "hi"], ["sweep", "--m", "0", "--harmful", "FILES/positive.txt"]])
+def test_commands_say_that_a_circuit_was_found_on_plain_text(checkpoint, tmp_path, capsys, words):
+    assert discover(checkpoint, tmp_path, "--no-template") == 0
+    name, *more = (word.replace("FILES", str(tmp_path)) for word in words)
+    command = [name, str(checkpoint), *more, "-c", str(tmp_path / "c.json"), "--max-new-tokens", "2"]
+    wanted = "c.json: chat_template_sha256: found on plain text, here prompts go through the chat template"
+    for flags, lines in (([], 1), (["--any-model"], 1), (["--no-template"], 0)):
+        capsys.readouterr()
+        assert main([*command, *flags]) == 0
+        said = [line for line in capsys.readouterr().err.splitlines() if "found" in line]
+        assert len(said) == lines and all(wanted in line and "--no-template" in line for line in said)
+
+
+def test_an_export_has_no_prompts_for_a_template(checkpoint, tmp_path, capsys):
+    assert discover(checkpoint, tmp_path, "--no-template") == 0
+    capsys.readouterr()
+    target = ["--to", "ref-code", "-o", str(tmp_path / "public.json")]
+    assert main(["export", str(checkpoint), "-c", str(tmp_path / "c.json"), *target]) == 0
+    assert "template" not in capsys.readouterr().err
