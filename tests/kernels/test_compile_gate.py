@@ -42,11 +42,14 @@ def test_products_need_wgmma_on_sm_90():
 
 
 def test_weights_must_be_fetched_ahead():
-    few = PRODUCT | dict(kernel="gate_up_flat_kernel", op="gate_up_decode", shared=98_304)
+    block = dict(BLOCK_T=64, BLOCK_N=32, BLOCK_K=64)
+    few = PRODUCT | dict(kernel="gate_up_flat_kernel", op="gate_up_decode", shared=49_152, block=block)
     assert compile_gate.failures(few, 90) == []
-    assert compile_gate.failures(few | dict(shared=49_152), 90) == [
-        "weights are not fetched ahead: 49152 bytes of shared memory"
+    assert compile_gate.failures(few | dict(shared=16_384), 90) == [
+        "weights are not fetched ahead: 16384 bytes of shared memory, a stage has 16384"
     ]
+    split = few | dict(kernel="down_split_kernel", op="down_split", block=dict(BLOCK_T=16, BLOCK_H=64, BLOCK_N=128))
+    assert compile_gate.failures(split, 90) == [] and compile_gate.failures(split | dict(shared=40_959), 90)
 
 
 SASS = """

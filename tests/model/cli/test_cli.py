@@ -226,7 +226,7 @@ def test_bad_files(checkpoint, files, capsys):
         (["run", checkpoint, "-p", "x", "-m", "nan", "-c", "c"], "multiplier: expected a finite number, got nan"),
         (["run", checkpoint, "-p", "x", "-m", "a"], "--multiplier: expected numbers such as"),
         (["run", checkpoint, "-p", "x" * 80], "--prompt[0]: has"),
-        (["run", "demo:other", "-p", "x"], "expected one of instruct, base, got 'other'"),
+        (["run", "demo:other", "-p", "x"], "expected one of instruct, base, smollm2, got 'other'"),
     ):
         assert main(arguments) == 2
         captured = capsys.readouterr()

