@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import random
 from collections import Counter
 from dataclasses import dataclass
@@ -107,6 +108,22 @@ class Circuit:
                 raise ValueError(f"random_like: layer {layer} has only {len(others)} neurons outside the circuit")
             neurons += [(layer, index, 0.0) for index in sorted(generator.sample(others, len(members)))]
         return Circuit(tuple(neurons), self.n_layers, self.n_neurons, score=f"random (seed {seed})")
+
+    def positive(self) -> Circuit:
+        """Return the neurons that are more active on the positive prompts. Their bootstrap and folds are left out."""
+        return self._half("positive")
+
+    def negative(self) -> Circuit:
+        """Return the neurons that are more active on the negative prompts: amplifying these takes a model the other way
+        than amplifying the positive ones."""
+        return self._half("negative")
+
+    def _half(self, sign: str) -> Circuit:
+        neurons = tuple(neuron for neuron in self.neurons if (neuron[2] > 0 if sign == "positive" else neuron[2] < 0))
+        if not neurons:
+            raise InputError("sign", f"no neuron of the circuit has a {sign} contrast")
+        rule = f"{sign} contrast of {self.k_rule or f'{self.k} neurons'}"
+        return dataclasses.replace(self, neurons=neurons, k_rule=rule, bootstrap=None, folds=None)
 
     def to_json(self) -> str:
         """Return what :meth:`save` writes."""

@@ -133,7 +133,7 @@ def launchers(model):
 
 
 # Kernels for few tokens fetch ahead through shared memory, and hold two stages there or more. Where the compiler gives
-# up fetching ahead, a kernel holds one, and waits for every load. Kernel -> 16-bit numbers of a stage, weights and tokens.
+# up fetching ahead, a kernel holds one, and waits for every load. Kernel -> 16-bit numbers of a stage.
 FETCH_AHEAD = {
     "gate_up_flat_kernel": lambda block: (2 * block["BLOCK_N"] + block["BLOCK_T"]) * block["BLOCK_K"],
     "down_split_kernel": lambda block: (block["BLOCK_H"] + block["BLOCK_T"]) * block["BLOCK_N"],

@@ -61,17 +61,26 @@ def device_of(args) -> str:
 
 
 def load_circuit(
-    path, model: LanguageModel, *, any_model: bool, chat: bool | None = None, prompts: bool = True
+    path,
+    model: LanguageModel,
+    *,
+    any_model: bool,
+    chat: bool | None = None,
+    prompts: bool = True,
+    sign: str | None = None,
 ) -> Circuit:
     """The circuit of a file, checked against the loaded model.
 
-    ``chat``: whether prompts go through its template; ``prompts``: whether the command has any.
+    ``chat``: whether prompts go through its template; ``prompts``: whether the command has any; ``sign``: which half.
     """
     circuit = Circuit.load(path, n_layers=model.config.num_hidden_layers, n_neurons=model.config.intermediate_size)
     if not prompts and circuit.chat_template_sha256 is None:
         chat = False  # plain text is no other template where no prompt goes through one
     model.check_circuit(circuit, path, any_model=any_model, chat=chat)
-    return circuit
+    try:
+        return circuit if sign is None else circuit.positive() if sign == "positive" else circuit.negative()
+    except InputError as error:
+        raise InputError(path, error) from None
 
 
 def together(paths, circuits: Sequence[Circuit], multiplier: float) -> Circuit:

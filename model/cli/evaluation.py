@@ -32,7 +32,7 @@ def run_eval(args):
         make_directory(args.output)
         check_directory(args.output)
     model = load_model(args)
-    circuit = load_circuit(args.circuit[0], model, any_model=args.any_model, chat=suite.chat)
+    circuit = load_circuit(args.circuit[0], model, any_model=args.any_model, sign=args.sign, chat=suite.chat)
     say_model(model, args)
     results = evaluate.evaluate(model, circuit, suite, out=args.output, say=say_to_stderr(args))
     if args.output:

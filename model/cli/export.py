@@ -27,7 +27,9 @@ def run_export(args):
         check_directory(args.output)
     directory = directory_of(args.model)
     model = load(directory, stream_layers=True)  # stream_layers: only the headers are read
-    circuits = [load_circuit(path, model, any_model=args.any_model, prompts=False) for path in args.circuit]
+    circuits = [
+        load_circuit(path, model, any_model=args.any_model, sign=args.sign, prompts=False) for path in args.circuit
+    ]
     if args.to == "ref-code":
         if len(circuits) > 1:
             raise InputError("--circuit", "the public code's JSON holds one circuit")

@@ -96,6 +96,11 @@ def circuit_flags(parser, *, required: bool, what: str = "circuit file") -> None
     parser.add_argument(
         "--any-model", action="store_true", help="accept a circuit found in another checkpoint of the same shape"
     )
+    parser.add_argument(
+        "--sign",
+        choices=["positive", "negative"],
+        help="only the neurons that are more active on the positive, or on the negative, prompts",
+    )
 
 
 def prompt_flags(parser) -> None:

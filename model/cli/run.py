@@ -26,7 +26,7 @@ def run_run(args):
         raise InputError("--multiplier", f"{what}; cna export gives each circuit its own")
     model = load_model(args)
     chat = False if args.no_template else None
-    circuits = [load_circuit(path, model, any_model=args.any_model, chat=chat) for path in paths]
+    circuits = [load_circuit(path, model, any_model=args.any_model, sign=args.sign, chat=chat) for path in paths]
     circuit = together(paths, circuits, multipliers[0]) if circuits else None
     # A row for each prompt and column, all in the same batches. A column is None (unsteered) or a multiplier.
     columns = [None] if circuit is None else [None, *multipliers]

@@ -255,3 +255,16 @@ def test_the_largest_seed_can_be_read_again(tmp_path):
     }  # fmt: skip
     Circuit(((0, 1, 1.0),), 2, 8, bootstrap=bootstrap).save(tmp_path / "c.json")
     assert Circuit.load(tmp_path / "c.json").bootstrap == bootstrap
+
+
+def test_halves_by_sign(tmp_path):
+    about = dict(score="abs-delta", k_rule="top_k", model={"name": "m"}, bootstrap={"frequency": [1.0, 0.5, 0.2]})
+    circuit = Circuit(((1, 3, 2.0), (0, 5, -1.5), (1, 0, 0.25), (0, 0, 0.0)), 2, 8, **about)
+    assert circuit.positive().neurons == ((1, 3, 2.0), (1, 0, 0.25))
+    assert circuit.negative().neurons == ((0, 5, -1.5),)
+    half = circuit.negative()
+    assert (half.k_rule, half.score, half.bootstrap) == ("negative contrast of top_k", "abs-delta", None)
+    half.save(tmp_path / "half.json")
+    assert Circuit.load(tmp_path / "half.json") == half
+    with pytest.raises(InputError, match="sign: no neuron of the circuit has a negative contrast"):
+        circuit.positive().negative()

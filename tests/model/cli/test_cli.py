@@ -297,3 +297,21 @@ def test_import_of_the_package_is_light():
     )
     result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
     assert result.stdout.strip() == "[]"
+
+
+def test_sign(checkpoint, files, capsys):
+    """--sign steers one half of a circuit, as that half alone does."""
+    assert discover(checkpoint, files, "--top-k", 6, "--no-universal") == 0
+    circuit = Circuit.load(files / "c.json")
+    circuit.positive().save(files / "half.json")
+    assert 0 < circuit.positive().k < 6
+    run = ["run", str(checkpoint), "-p", "x", "-m", "-400", "--max-new-tokens", "8", "--json"]
+    capsys.readouterr()
+    texts = []
+    for words in (["-c", "c.json"], ["-c", "half.json"], ["-c", "c.json", "--sign", "positive"]):
+        words[1] = str(files / words[1])
+        assert main([*run, *words]) == 0
+        texts.append(json.loads(capsys.readouterr().out))
+    assert texts[2] == texts[1] != texts[0]
+    assert main([*run, "-c", str(files / "half.json"), "--sign", "negative"]) == 2
+    assert "half.json: sign: no neuron of the circuit has a negative contrast" in capsys.readouterr().err
