@@ -70,13 +70,14 @@ def run_matrix(args):
     if args.json:
         print_json(results)
         return
-    titles, rows = table(results)
+    titles, rows = table(results, short=True)
     shown = Table(box=SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))
     for title in titles:
-        shown.add_column(title.replace(" ", "\n", 1), no_wrap=True)
+        shown.add_column(title.replace(" ", "\n", 1))
     for row in rows:
         shown.add_row(*row)
     stdout().print(shown)
+    stdout().print("*: p < 0.05, McNemar's exact test against the unsteered model on the same prompts", markup=False)
     if args.output:
         stdout().print(f"wrote matrix.json, matrix.md and the circuits to {args.output}/", markup=False)
 

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 
-def table(results: dict) -> tuple[list[str], list[list[str]]]:
+def table(results: dict, *, short: bool = False) -> tuple[list[str], list[list[str]]]:
     """Titles and rows: a row for each variant; for each behaviour "38 of 60", with the p of the paired test against the
-    unsteered model where it is below 0.05."""
+    unsteered model where it is below 0.05, and with wrecked answers. ``short``: a star for such a p, nothing else."""
     names = list(results["cells"])
     titles = ["steered by", "m", "neurons", *names]
     titles += ["KL, nats"] if "kl" in results["variants"][0] else []
@@ -13,7 +13,7 @@ def table(results: dict) -> tuple[list[str], list[list[str]]]:
     rows = []
     for number, variant in enumerate(results["variants"]):
         row = [_who(variant), f"{variant['multiplier']:g}", str(variant["k"] or "")]
-        row += [_cell(results["cells"][name][number]) for name in names]
+        row += [_cell(results["cells"][name][number], short) for name in names]
         if "kl" in variant:
             row.append(f"{variant['kl']['mean']:.3f}")
         if "answered" in variant:
@@ -30,9 +30,11 @@ def _who(variant: dict) -> str:
     return f"random like {variant['circuit']} ({variant['random'] + 1})"
 
 
-def _cell(cell: dict) -> str:
+def _cell(cell: dict, short: bool) -> str:
     p, kinds = cell["against unsteered"]["p"], cell["kinds"]
     text = f"{sum(cell['hits'])} of {cell['n']}"
+    if short:
+        return text + ("*" if p < 0.05 else " ")
     text += f" (p {p:.1g})" if p < 0.05 else ""
     wrecked = 0 if kinds is None else kinds["degenerate"] + kinds["empty"]
     return text + (f", {wrecked} wrecked" if wrecked else "")
