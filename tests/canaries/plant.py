@@ -13,6 +13,7 @@ import sys
 import tempfile
 from pathlib import Path
 
+import in_behaviours
 import in_engine
 import in_files
 import in_kernels
@@ -20,7 +21,11 @@ import in_loading
 import in_tables
 
 ROOT = Path(__file__).resolve().parents[2]
-CANARIES = [canary for module in (in_kernels, in_loading, in_engine, in_tables, in_files) for canary in module.CANARIES]
+CANARIES = [
+    canary
+    for module in (in_kernels, in_loading, in_engine, in_tables, in_files, in_behaviours)
+    for canary in module.CANARIES
+]
 
 
 def run_tests(directory, canary):
