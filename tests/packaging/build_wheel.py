@@ -48,10 +48,16 @@ def faults(wheel):
     return [*found, f"has {size:,} bytes, more than {LARGEST[name]:,}"] if size > LARGEST[name] else found
 
 
+def _sources(folder: Path):
+    """The files of a folder that belong to the package: modules and data."""
+    for pattern in ("*.py", "data/*.txt", "data/behaviours/*.json"):
+        yield from folder.rglob(pattern)
+
+
 def engine_files():
     yield from (LIBRARY, "cna_kernels/cpu/cna.h", "cna_kernels/py.typed")
     for folder, package in (("cna_kernels", "cna_kernels"), ("model", "cna_kernels/model")):
-        for path in [*(ROOT / folder).rglob("*.py"), *(ROOT / folder).rglob("data/*.txt")]:
+        for path in _sources(ROOT / folder):
             if not path.is_relative_to(DEMO):
                 yield f"{package}/{path.relative_to(ROOT / folder).as_posix()}"
 
