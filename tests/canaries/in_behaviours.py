@@ -84,7 +84,7 @@ CANARIES: list[Canary] = [
         "variants.append(Variant(control, multipliers[0]))",
         "variants.append(Variant(control, multipliers[-1]))",
         MATRIX,
-        "test_cells_are_those_of_a_plain_loop",
+        "test_controls_get_the_first_multiplier",
     ),
     Canary(
         "both halves",

@@ -90,6 +90,18 @@ def test_cells_are_those_of_a_plain_loop(model, behaviours, circuits, found):
     assert refusal[0] == 1.0 and refusal[1] == 0.0 and refusal[3] == 1.0, "the circuit works, random neurons do not"
 
 
+def test_controls_get_the_first_multiplier(model, behaviours, circuits):
+    """Far from 1, so that random neurons change the answers, too."""
+    circuit = circuits["refusal"]
+    found = matrix(
+        model, behaviours[:1], {"refusal": circuit}, multipliers=(-60.0, 1.5), random_draws=1, max_new_tokens=12
+    )
+    plain, _, _, control = found["samples"]["refusal"]
+    expected = model.generate(HELD_OUT, circuit=circuit.random_like(0), multiplier=-60.0, max_new_tokens=12)
+    assert control == expected != plain
+    assert [variant["multiplier"] for variant in found["variants"]] == [1.0, -60.0, 1.5, -60.0]
+
+
 def test_costs_stand_beside_every_variant(found):
     plain, ablated = found["variants"][0], found["variants"][1]
     assert plain["kl"]["mean"] == 0 and 0 < ablated["kl"]["mean"] < 1
