@@ -3,21 +3,20 @@
 from __future__ import annotations
 
 import json
-import warnings
 from pathlib import Path
 
 import cna_kernels
 from cna_kernels.circuit import Circuit
-from cna_kernels.errors import InputError, InputWarning
+from cna_kernels.errors import InputError
 from cna_kernels.files import check_directory, make_directory, sha256, write_text
 
-from ..evaluation.behaviour import BUNDLED, Behaviour
+from ..evaluation.behaviour import BUNDLED, Behaviour, is_name
 from ..evaluation.facts import environment
 from ..evaluation.matrix import matrix
 from ..evaluation.matrix_report import markdown, table
 from ..evaluation.store import Store
 from ..prompts.files import neutral_prompts, read_prompts
-from .arguments import load_circuit, load_model, multipliers_of
+from .arguments import load_circuit, load_model, multipliers_of, say_model
 from .console import SIMPLE_HEAD, Table, print_json, stdout
 from .evaluation import say_to_stderr
 
@@ -26,13 +25,21 @@ def run_matrix(args):
     behaviours = [_behaviour(name) for name in args.behaviour or BUNDLED]
     multipliers = tuple(dict.fromkeys(multipliers_of(args.multipliers, "--m")))
     harmless = read_prompts(args.harmless) if args.harmless else None
-    given = dict(_named(words) for words in args.circuit)
+    given: dict[str, str] = {}
+    for name, path in map(_named, args.circuit):
+        if name in given:
+            raise InputError("--circuit", f"names {name!r} twice")
+        given[name] = path
+    if len({behaviour.name for behaviour in behaviours}) < len(behaviours):
+        raise InputError("--behaviour", f"two have one name: {', '.join(each.name for each in behaviours)}")
+    if args.fraction is not None and all(behaviour.name in given for behaviour in behaviours):
+        raise InputError("--fraction", "is for circuits that are discovered, and every behaviour's is given")
     if args.output:
         make_directory(args.output)
         check_directory(args.output)
     model = load_model(args)
     say = say_to_stderr(args)
-    say(model.describe())
+    say_model(model, args)
     chat = {behaviour.name: behaviour.chat for behaviour in behaviours}
     circuits = {
         name: load_circuit(path, model, any_model=args.any_model, chat=chat.get(name)) for name, path in given.items()
@@ -89,13 +96,11 @@ def _behaviour(name: str) -> Behaviour:
 
 def _named(words: str) -> tuple[str, str]:
     name, equals, path = words.partition("=")
-    if not (name and equals and path):
-        raise InputError("--circuit", f"expected NAME=FILE, got {words!r}")
+    if not (equals and path and is_name(name)):
+        raise InputError("--circuit", f"expected NAME=FILE, NAME of letters, digits, - and _, got {words!r}")
     return name, path
 
 
 def _found(model, behaviour: Behaviour, fraction: float | None) -> Circuit:
     settings = {} if fraction is None else {"fraction": fraction}
-    with warnings.catch_warnings():
-        warnings.simplefilter("default", InputWarning)
-        return model.discover(behaviour.positive, behaviour.negative, chat=behaviour.chat, **settings)
+    return model.discover(behaviour.positive, behaviour.negative, chat=behaviour.chat, **settings)

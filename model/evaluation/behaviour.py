@@ -12,6 +12,7 @@ whether prompts go through the chat template; null: where the model has one. ``m
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib.resources import files
@@ -25,6 +26,7 @@ from ..prompts.files import PromptSet, read_prompts
 from .measures import Item, Measure, measure_of
 
 BUNDLED = ("refusal", "capitals", "agreement", "json", "french")
+RESERVED = "harmless"  # what the matrix calls its own prompts
 _FIELDS = ("behaviour", "about", "labels", "template", "positive", "negative", "measured", "measure")
 
 
@@ -51,6 +53,8 @@ class Behaviour:
     chat: bool | None = None
 
     def __post_init__(self) -> None:
+        if not is_name(self.name) or self.name == RESERVED:
+            raise InputError("behaviour", f"{self.name!r} cannot be a name: it becomes a part of file names")
         found_by = {text for prompts in (self.positive, self.negative) for text, _ in prompts}
         for item in self.measured:
             if item.prompt in found_by:
@@ -93,8 +97,11 @@ class Behaviour:
         if len(labels) != 2:
             raise fields.error("labels", f"expected two, got {len(labels)}")
         measure = measure_of(fields.object("measure"))
+        name = fields.read("behaviour", REQUIRED, "a name of letters, digits, - and _", is_name)
+        if name == RESERVED:
+            raise fields.error("behaviour", f"{name!r} is a name of the matrix's own")
         return cls(
-            name=fields.text("behaviour"),
+            name=name,
             about=fields.text("about", ""),
             labels=(labels[0], labels[1]),
             positive=_prompts(fields, "positive"),
@@ -103,6 +110,11 @@ class Behaviour:
             measure=measure,
             chat=fields.boolean("template", None),
         )
+
+
+def is_name(text: object) -> bool:
+    """Whether a text can name a behaviour or a circuit: it becomes a part of file names."""
+    return isinstance(text, str) and re.fullmatch(r"[\w-]{1,80}", text) is not None
 
 
 def _prompts(fields: Fields, name: str) -> PromptSet:

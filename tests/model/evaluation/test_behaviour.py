@@ -53,6 +53,8 @@ def test_hash_follows_what_is_measured_not_words(tmp_path):
 
 FAULTS = [
     (dict(behaviour="left out"), "behaviour: is missing"),
+    (dict(behaviour="../x"), "behaviour: expected a name of letters, digits, - and _, got '../x'"),
+    (dict(behaviour="harmless"), "behaviour: 'harmless' is a name of the matrix's own"),
     (dict(labels=["one"]), "labels: expected two, got 1"),
     (dict(template="yes"), "template: expected true or false"),
     (dict(positive="left out"), "positive: is missing"),

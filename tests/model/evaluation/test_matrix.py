@@ -41,8 +41,8 @@ def behaviours():
     first = [Item(prompt, f"first[{n}]", ("Sorry",), ("To",)) for n, prompt in enumerate(HELD_OUT)]
     return [
         behaviour("refusal", refused, [Item(prompt, f"held[{n}]") for n, prompt in enumerate(HELD_OUT)]),
-        behaviour("first word", Measure("next token"), [Item(i.prompt, i.place, i.answers) for i in first]),
-        behaviour("sorry or to", Measure("pair"), first),
+        behaviour("first-word", Measure("next token"), [Item(i.prompt, i.place, i.answers) for i in first]),
+        behaviour("sorry-or-to", Measure("pair"), first),
     ]
 
 
@@ -84,8 +84,8 @@ def test_cells_are_those_of_a_plain_loop(model, behaviours, circuits, found):
                 else:
                     with model.steered(circuit, variant["multiplier"]):
                         logits = model(ids)[0, -1]
-            assert found["cells"]["first word"][number]["hits"][place] == (int(logits.argmax()) == sorry)
-            assert found["cells"]["sorry or to"][number]["hits"][place] == bool(logits[sorry] > logits[to])
+            assert found["cells"]["first-word"][number]["hits"][place] == (int(logits.argmax()) == sorry)
+            assert found["cells"]["sorry-or-to"][number]["hits"][place] == bool(logits[sorry] > logits[to])
     refusal = [cell["share"] for cell in found["cells"]["refusal"]]
     assert refusal[0] == 1.0 and refusal[1] == 0.0 and refusal[3] == 1.0, "the circuit works, random neurons do not"
 
@@ -109,7 +109,7 @@ def test_costs_stand_beside_every_variant(found):
     assert sum(ablated["kinds"].values()) == 5
     test = found["cells"]["refusal"][1]["against unsteered"]
     assert test == {"lost": 6, "gained": 0, "p": 2 / 2**6}
-    assert found["cells"]["first word"][1]["kinds"] is None
+    assert found["cells"]["first-word"][1]["kinds"] is None
 
 
 def test_finished_parts_are_kept(model, behaviours, circuits, tmp_path, monkeypatch):
@@ -178,7 +178,11 @@ def test_command(tmp_path, capsys):
 
 FAULTS = [
     (["--behaviour", "nowhere.json"], "nowhere.json: No such file"),
-    (["-c", "x.json"], "--circuit: expected NAME=FILE, got 'x.json'"),
+    (["-c", "x.json"], "--circuit: expected NAME=FILE, NAME of letters, digits, - and _, got 'x.json'"),
+    (["-c", "../a=x.json"], "--circuit: expected NAME=FILE"),
+    (["-c", "a=x.json", "-c", "a=y.json"], "--circuit: names 'a' twice"),
+    (["--behaviour", "json", "--behaviour", "json"], "--behaviour: two have one name: json, json"),
+    (["--behaviour", "json", "-c", "json=x.json", "--fraction", "0.1"], "--fraction: is for circuits that are"),
     (["-c", "a=nowhere.json"], "nowhere.json: No such file"),
     (["--m", "x"], "--m"),
 ]
