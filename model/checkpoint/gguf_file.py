@@ -1,8 +1,8 @@
 """The header of a GGUF file, the format of llama.cpp: metadata, and where each tensor lies.
 
-The header is read here, not by the ``gguf`` package, whose reader makes an object of every token of the vocabulary and of
-every merge, which takes seconds, and takes a damaged file at its word. What the bytes of a quantised tensor mean is left
-to ``gguf.quants``.
+The header is read here, not by the ``gguf`` package, whose reader makes an object of every token of the vocabulary and
+of every merge, which takes seconds, and takes a damaged file at its word. What the bytes of a quantised tensor mean is
+left to ``gguf.quants``.
 
 The layout, all numbers little-endian: "GGUF", version u32, number of tensors u64, number of metadata pairs u64; the
 pairs (key, type u32, value); the tensors (name, number of dimensions u32, dimensions u64 with the innermost first, type

@@ -122,11 +122,12 @@ def _dtype(tensors: dict[str, GgufEntry]) -> str:
 def _read_rope(gguf: Gguf, arch: str, context: int, head_dim: int) -> Rope:
     fields = gguf.metadata
     theta = fields.number(f"{arch}.rope.freq_base", (1.0, 1e12), 10_000.0)
-    kind = fields.one_of(f"{arch}.rope.scaling.type", ("none", "linear", "yarn"), "none")
+    kind = fields.one_of(f"{arch}.rope.scaling.type", ("none", "linear", "yarn"), None)
     factor = fields.number(f"{arch}.rope.scaling.factor", (1.0, 1e6), None)
-    if kind == "none":  # before there was a type, a scale was linear
-        scale = fields.number(f"{arch}.rope.scale_linear", (1.0, 1e6), None)
-        kind, factor = ("linear", scale) if scale not in (None, 1.0) else (kind, factor)
+    if factor is None:
+        factor = fields.number(f"{arch}.rope.scale_linear", (1.0, 1e6), None)
+    if kind is None:  # a factor without a type is linear, as in llama.cpp
+        kind = "none" if factor in (None, 1.0) else "linear"
     entry = gguf.tensors.get(_FREQUENCIES)
     if entry is not None:
         where = f"{entry.path}: {_FREQUENCIES!r}"

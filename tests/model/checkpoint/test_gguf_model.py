@@ -79,10 +79,15 @@ def test_rope_scalings(tmp_path):
     import gguf
 
     theirs = tiny_model(rope_parameters=dict(rope_type="linear", factor=2.0, rope_theta=10000.0))
-    fields = [("rope_scaling_type", gguf.RopeScalingType.LINEAR), ("rope_scaling_factor", 2.0)]
-    path = write_gguf(tmp_path / "linear.gguf", theirs, fields=fields)
+    linear = [("rope_scaling_type", gguf.RopeScalingType.LINEAR), ("rope_scaling_factor", 2.0)]
+    old = [("float32", ("llama.rope.scale_linear", 2.0))]
+    for fields in (linear, linear[1:], old):  # a factor without a type is linear, as in llama.cpp
+        path = write_gguf(tmp_path / "linear.gguf", theirs, fields=fields)
+        with torch.inference_mode():
+            assert (load(path)(IDS) - theirs(IDS).logits).abs().max() < 2e-5
+    path = write_gguf(tmp_path / "none.gguf", theirs, fields=[("rope_scaling_type", gguf.RopeScalingType.NONE), old[0]])
     with torch.inference_mode():
-        assert (load(path)(IDS) - theirs(IDS).logits).abs().max() < 2e-5
+        assert (load(path)(IDS) - theirs(IDS).logits).abs().max() > 1e-2
     yarn = dict(rope_type="yarn", factor=4.0, rope_theta=10000.0, original_max_position_embeddings=16)
     theirs = tiny_model(rope_parameters=yarn)
     fields = [("rope_scaling_type", gguf.RopeScalingType.YARN), ("rope_scaling_factor", 4.0)]
