@@ -24,6 +24,7 @@ from cna_kernels import Circuit
 from cna_kernels.model import demo_checkpoint
 from cna_kernels.model.cli import main
 from cna_kernels.model.demo import world
+from cna_kernels.model.evaluation.behaviour import Behaviour
 from cna_kernels.model.prompts.corpus import Names, read_contrasts
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -37,6 +38,7 @@ NOT_RUN = {
     "torchrun --nproc-per-node=8": "test_tensor_parallel.py and test_run_directory.py run it with up to 4 ranks",
     "cna discover --ray": "test_on_ray.py runs it, where ray is installed",
     "pip install": "needs a package index",
+    "cna matrix MODEL -o": "the bundled model has no token for a verb of agreement; test_matrix.py runs other behaviours",
     "cna lm-eval": "needs MMLU from the Hugging Face hub; test_lm_eval_model.py runs a task of its own",
     "vllm serve": "not run, as its page says",
     "python convert_lora_to_gguf.py": "not run, as its page says",
@@ -125,7 +127,7 @@ def place(tmp_path, library, monkeypatch):
         (sides[0], ["refused.txt", "p.txt", "harmful-train.csv", "all.txt"]),
         (sides[1], ["answered.txt", "n.txt", "benign-train.csv"]),
         (measured[0], ["harmful.txt", "harmful.csv"]),
-        (measured[1], ["benign.csv"]),
+        (measured[1], ["benign.csv", "harmless.txt"]),
     ):
         for name in names:
             header = "Goal\n" if name.endswith(".csv") else ""
@@ -133,12 +135,14 @@ def place(tmp_path, library, monkeypatch):
     columns = zip(("positive", "negative"), sides, strict=True)
     records = [{"prompt": p, "columns": [f"{c}.{s}"]} for s, side in columns for p in side for c in ("refusal", "door")]
     (tmp_path / "behaviours.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
+    behaviour = {"behaviour": "mine", "positive": "p.txt", "negative": "n.txt", "measured": "harmful.txt"}
+    (tmp_path / "mine.json").write_text(json.dumps(behaviour | {"measure": {"kind": "refusal"}}))
     (tmp_path / "wiki.txt").write_text("The lamp stands near the back door. " * 20)
     for name in ("test", "dev"):
         (tmp_path / "mmlu" / name).mkdir(parents=True)
         (tmp_path / "mmlu" / name / f"tools_{name}.csv").write_text("What polishes a lamp?,a cloth,a saw,ink,rope,A\n")
     neurons = ((3, 435, -3.6), (6, 956, 2.2), (7, 806, -1.5))
-    for name in ("circuit.json", "a.json", "b.json", "c.json"):
+    for name in ("circuit.json", "a.json", "b.json", "c.json", "other.json"):
         Circuit(neurons, 8, 1024).save(tmp_path / name)
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("PATH", f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}")
@@ -200,6 +204,10 @@ def run_block(block, names, exports):
     if block.is_python:
         code = compile("\n" * block.line + text, str(ROOT / block.document), "exec")  # so that errors show its lines
         exec(code, names)
+        return
+    if block.language == "json":  # a behaviour: the only JSON that the documents show
+        Path("behaviour.json").write_text(text)
+        Behaviour.read("behaviour.json")
         return
     for command in block._replace(text=text).commands():
         if any(command.startswith(start) for start in NOT_RUN):

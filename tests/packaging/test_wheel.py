@@ -86,7 +86,7 @@ def test_what_the_wheel_requires(engine):
     assert 'triton>=3.6; platform_system == "Linux"' in metadata.get_all("Requires-Dist")
     assert extras["model"] == {"tokenizers>=0.22", "jinja2>=3.1", "rich>=13"}
     assert extras["plot"] == {"matplotlib>=3.8"}
-    assert extras["demo"] == {"cna-kernels[model,plot]", "cna-kernels-demo==1"}
+    assert extras["demo"] == {"cna-kernels[gguf,model,plot]", "cna-kernels-demo==1"}
     assert extras["all"] == {"cna-kernels[demo,eval,ray]"}
 
 
