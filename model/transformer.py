@@ -49,6 +49,10 @@ class Edit:
         """Return the edit of only these ``rows`` of the batch, ``[B']``, in this order."""
         return self
 
+    def alike(self) -> Tensor | None:
+        """``[B]`` int64: rows that are edited alike have the same number. None: that is not known."""
+        return None
+
 
 @dataclass
 class Steering:
@@ -68,6 +72,13 @@ class Steering:
         """Return the steering of only these ``rows`` of the batch, ``[B']``, in this order."""
         row_circuit = None if self.row_circuit is None else self.row_circuit[rows]
         return Steering(self.table, row_circuit, None if self.edit is None else self.edit.keep(rows))
+
+    def alike(self, batch: int) -> Tensor | None:
+        """``[B, 2]`` int64: rows that are steered alike have the same numbers. None: that is not known."""
+        plain = torch.zeros(batch, dtype=torch.int64)
+        circuit = plain if self.row_circuit is None else self.row_circuit.cpu().long()
+        edit = plain if self.edit is None else self.edit.alike()
+        return None if edit is None else torch.stack((circuit, edit.cpu()), dim=1)
 
 
 Steer = Steering  # the name of Steering before 0.2
@@ -90,9 +101,9 @@ class KVCache:
         return self.keys[layer, :, :, : self.used], self.values[layer, :, :, : self.used]
 
     def keep(self, rows: Tensor):
-        """Drop all rows of the batch but these ``[B']``, in this order."""
+        """Drop all rows of the batch but these ``[B']``, in this order; a row may be named several times."""
         self.keys, self.values = self.keys[:, rows], self.values[:, rows]
-        self.rows = self.rows[: len(rows)]
+        self.rows = torch.arange(len(rows), dtype=torch.int64, device=rows.device)[:, None]
 
 
 class RMSNorm(nn.Module):

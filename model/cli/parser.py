@@ -35,8 +35,16 @@ def build_parser() -> Parser:
     parser.add_argument("--version", action="version", version=f"cna {cna_kernels.__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
 
-    demo = command(commands, "demo", "the whole story on the bundled models", "cna demo --out demo-out")
-    demo.add_argument("--out", metavar="DIR", default="demo-out", help="for report and pictures (default: %(default)s)")
+    demo = command(
+        commands,
+        "demo",
+        "what steering does to a real model, SmolLM2-135M-Instruct",
+        "cna demo --out demo-out\n  cna demo --bundled",
+    )
+    demo.add_argument("--bundled", action="store_true", help="the small models that come with the project instead")
+    demo.add_argument(
+        "--out", metavar="DIR", help="for report and pictures (default: demo-out, with --bundled demo-bundled-out)"
+    )
 
     attribution_flags.add(commands)
 

@@ -1,180 +1,252 @@
-"""The demo's report as a table, Markdown, JSON and two pictures."""
+"""The demonstration's report as tables, Markdown, JSON and a picture."""
 
 from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING
-
-from ..evaluation import report as evaluation_report
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 if TYPE_CHECKING:
     from rich.console import Console
-    from rich.table import Table
 
-TRAINING = (
-    "The two models were trained for this project, from random weights, with seed 0 (`make train-demo`). The base "
-    'model answers everything, except after a notice such as "The owner is away today.": like a real corpus, its own '
-    "holds refusals, for another reason than the one that instruct tuning teaches. Instruct tuning teaches to refuse a "
-    "combination (some verbs with some objects; either alone is answered). It changes MLP weights only, with label "
-    "smoothing and under a penalty that makes it touch few neurons (a group penalty over each neuron's gate row, up "
-    "row and down column). That tuning touches few neurons is an assumption about how real instruct tuning behaves. "
-    "`python -m cna_kernels.model.demo.train --penalty 0` shows the same world without it. No neuron was steered in "
-    "training."
-)
-COLUMNS = ("setting", "k", "refusal", "proper", "quality", "benign refusal", "benign unchanged")
-
-
-def table_rows(report) -> list[tuple[str, ...]]:
-    """The main table: one row per setting, in the order of the story."""
-    rows = [("unsteered", "", report["baseline"])]
-    for row in report["circuits"]:
-        name = f"{row['score']}, {100 * row['fraction']:g}%, m = 0"
-        rows.append((name, str(row["k"]), row))
-    rows.append(
-        (
-            f"random neurons, mean of {report['random']['draws']} draws, m = 0",
-            str(report["random"]["k"]),
-            report["random"],
-        )
-    )
-    best = report["best"]
-    for row in report["sweep"]:
-        if row["multiplier"] not in (0.0, 1.0):
-            name = f"{best['score']}, {100 * best['fraction']:g}%, m = {row['multiplier']:g}"
-            rows.append((name, str(best["k"]), row))
-    for name, row in report["base"]["steering"].items():
-        rows.append((f"base model, {name}", "" if name == "unsteered" else str(best["k"]), row))
-    return [(name, k, *_percentages(row)) for name, k, row in rows]
+PAPER = "the paper: 87% of Llama-3.2-1B-Instruct's circuit for refusal, 58% of Qwen2.5-3B-Instruct's"
+SETTINGS = {
+    "unsteered": "nothing",
+    "ablated_0.1pct": "circuit, 0.1%",
+    "doubled_0.1pct": "circuit, 0.1%, m = 2",
+    "random_0.1pct": "random neurons",
+    "ablated_0.2pct": "circuit, 0.2%",
+    "random_0.2pct": "random neurons",
+    "ablated_1pct": "circuit, 1%",
+    "random_1pct": "random neurons",
+}
 
 
-def _percentages(row):
-    names = ("refusal", "proper", "quality", "benign_refusal", "benign_unchanged")
-    return [f"{row[name]:.3f}" if name == "quality" else f"{100 * row[name]:.0f}%" for name in names]
+PAIRED = "*: p < 0.05 by McNemar's exact test against the unsteered model."
 
 
-def print_report(report, console: Console):
-    """Print the main table and the before/after answers."""
-    from rich.table import Table
+class Block(NamedTuple):
+    """A table, with the line above it and the lines below."""
 
-    table = Table(*COLUMNS, title=_title(report), title_justify="left")
-    for row in table_rows(report):
-        table.add_row(*row)
-    console.print(table)
-    for example in report["examples"]:
-        for name, text in example.items():
-            console.print(f"{name:>8}: {text}", markup=False)
-        console.print()
-    console.print(_rivals(report))
-    for line in _legend(report):
-        console.print(line, markup=False)
+    title: str
+    columns: list[str]
+    rows: list[list[str]]
+    notes: list[str]
 
 
-def _rivals(report) -> Table:
-    """The circuit beside controls and competitors, unsteered and at m = 0, with intervals."""
-    from rich.table import Table
-
-    evaluation = report["evaluation"]
-    rows = evaluation_report.table_rows(evaluation, evaluation_report.brief(evaluation))
-    table = Table(*next(rows), title="the same held-out prompts, 95% intervals", title_justify="left")
-    for row in rows:
-        if row[1] in ("0", "1"):
-            table.add_row(*row)
-    return table
+def blocks(report: dict, *, short: bool = False) -> list[Block]:
+    """The report's tables; ``short``: of 80 columns."""
+    return [_capitals(report), _refusal(report, short=short), _cross(report), _layers(report)]
 
 
-def to_json(report) -> str:
-    return json.dumps(report, indent=2, allow_nan=False) + "\n"
+def _of(share: float, n: int) -> str:
+    return f"{round(share * n)} of {n}"
 
 
-def to_markdown(report) -> str:
-    lines = ["# A circuit for refusal", "", _title(report), ""]
-    lines += ["| " + " | ".join(COLUMNS) + " |", "|---" * len(COLUMNS) + "|"]
-    lines += ["| " + " | ".join(row) + " |" for row in table_rows(report)]
-    lines += ["", *(f"- {line}" for line in _legend(report)), "", "## Before and after", ""]
-    for example in report["examples"]:
-        lines += [f"- **{example['prompt']}**", f"  - m = 1: {example['m = 1']}", f"  - m = 0: {example['m = 0']}"]
-    evaluation = report["evaluation"]
-    lines += ["", "## Beside controls and competitors", ""]
-    for title, columns in evaluation_report.tables(evaluation):
-        lines += [
-            f"**{title}**",
-            "",
-            *evaluation_report.markdown(evaluation_report.table_rows(evaluation, columns)),
-            "",
-        ]
-    lines += [f"- {note}" for note in evaluation_report.NOTES]
-    lines += [f"- {name}: {about}" for name, about in evaluation["methods"].items()]
-    lines += [
-        "",
-        "More, with discovery scores against the number of neurons: [evaluation/report.md](evaluation/report.md).",
+def _capitals(report: dict) -> Block:
+    found = report["capitals"]
+    own, other, n = found["by multiplier"], found["by multiplier of the agreement circuit"], found["n"]
+    steps = sorted(own, key=float)
+    draws = ", ".join(str(round(share * n)) for share in found["random draws"])
+    rows = [
+        ["circuit for capitals", *(_of(own[m], n) for m in steps)],
+        ["circuit for agreement", *(_of(other[m], n) if m in other else "" for m in steps)],
+        ["random neurons", _of(found["random"], n), *("" for _ in steps[1:])],
     ]
-    base = report["base"]
-    quarter = base["share in the last quarter of layers"]
-    lines += [
-        "", "![refusal and quality against the multiplier](multipliers.png)", "",
-        "![neurons per layer](layers.png)", "", "## Base against instruct", "",
-        f"- Neurons per layer, instruct: {report['best']['per_layer']}; base: {base['circuit per layer']}.",
-        f"- Overlap of the two circuits: {100 * base['overlap with the instruct circuit']:.0f}%.",
-        f"- Share in the last quarter of the layers: instruct {100 * quarter['instruct']:.0f}%, "
-        f"base {100 * quarter['base']:.0f}%.",
-        "", "## How the models were trained", "", TRAINING, "", "## Conditions", "",
-    ]  # fmt: skip
-    for section in ("model", "prompts", "environment"):
-        lines += [f"- {name}: {value}" for name, value in report[section].items()]
+    notes = [
+        f"The circuit for capitals was found on 60 other countries. Each row multiplies {found['neurons']} neurons "
+        f"by m; m = 0 ablates them, m = 1 changes nothing. Random neurons: {draws}."
+    ]
+    return Block('"The capital of Peru is" is followed by the capital', ["", *(f"m = {m}" for m in steps)], rows, notes)
+
+
+def _refusal(report: dict, *, short: bool) -> Block:
+    rows = []
+    for row in report["refusal"]["rows"]:
+        kinds, harmless = row["kinds"], row["harmless"]
+        refused, p = f"{row['refused']} of {row['n']}", row["against unsteered"]["p"]
+        low, high = (f"{100 * row[end]:.0f}" for end in ("low", "high"))
+        rows.append([
+            SETTINGS[row["setting"]],
+            str(row["neurons"] or ""),
+            f"{refused}{'*' if p < 0.05 else ''}" if short else f"{refused} [{low}, {high}]",
+            *([] if short else [f"{p:.1g}" if p < 0.05 else ""]),
+            str(kinds["answer"]),
+            str(_wrecked(kinds)),
+            f"{harmless['answer']} of {sum(harmless.values())}",
+            f"{row['kl']:.2f}",
+        ])  # fmt: skip
+    contrast = report["refusal"]["contrast"]
+    return Block(
+        '"Do you have a passport?": the model refuses personal questions',
+        ["ablated", "k", "refused", *([] if short else ["p"]), "answered", "wrecked", "harmless", "KL"],
+        rows,
+        [
+            f"k: neurons. {PAIRED} wrecked: empty, or repeating itself, whatever it says. harmless: other questions "
+            "that are still answered. KL: nats from the unsteered model's next token, on neutral text.",
+            f"m = 2 does not amplify. Of the {contrast['neurons']} neurons {contrast['negative']} are more active on "
+            "questions that the model answers.",
+        ],
+    )
+
+
+def _wrecked(kinds: dict) -> int:
+    return kinds["degenerate"] + kinds["empty"] + kinds["short"] + kinds["unfinished"]
+
+
+def _cross(report: dict) -> Block:
+    names = list(report["behaviours"])
+    rows = []
+    for circuit, cells in report["cross"].items():
+        first = cells[names[0]]
+        rows.append([
+            circuit,
+            *(_starred(cells[name]) for name in names),
+            f"{100 * first['answered']:.0f}%",
+            f"{100 * first['degenerate']:.0f}%",
+            f"{first['kl']:.2f}",
+        ])  # fmt: skip
+    return Block(
+        "Each behaviour with each circuit of 0.1% ablated",
+        ["ablated", *names, "harmless", "degenerate", "KL"],
+        rows,
+        [f"{PAIRED} {specificity(report)}", _shared(report)],
+    )
+
+
+def _starred(cell: dict) -> str:
+    return _of(cell["share"], cell["n"]) + ("*" if _significant(cell) else "")
+
+
+def _significant(cell: dict) -> bool:
+    return cell["against unsteered"]["p"] < 0.05
+
+
+def specificity(report: dict) -> str:
+    """Say which circuits also change behaviours that are not their own."""
+    names = list(report["behaviours"])
+    also = [
+        f"{circuit} changes {name}"
+        for circuit, cells in report["cross"].items()
+        for name in names
+        if circuit in names and name != circuit and _significant(cells[name])
+    ]
+    if not also:
+        return "No circuit changes another behaviour."
+    return f"At 135M parameters the circuits are not specific: {', '.join(also)}."
+
+
+def _shared(report: dict) -> str:
+    pairs = [pair for pair in report["overlap"] if {*pair["circuits"]} <= {*report["behaviours"]}]
+    shared = [f"{' and '.join(pair['circuits'])} {pair['shared']}" for pair in pairs]
+    return f"Neurons that two circuits share: {', '.join(shared)}."
+
+
+def _layers(report: dict) -> Block:
+    shares = report["layers"]["share in the last three layers"]
+    per_layer = report["layers"]["per layer"]
+    rows = [[name, str(sum(per_layer[name])), f"{100 * share:.0f}%"] for name, share in shares.items()]
+    n_layers = report["model"]["layers"]
+    return Block(
+        f"Where the neurons are: the share of a circuit in the last three of {n_layers} layers",
+        ["circuit", "neurons", "in the last three"],
+        rows,
+        [f"{PAPER} (their top 200)."],
+    )
+
+
+def title(report: dict) -> str:
+    """The model, and how it was run."""
+    model, seen = report["model"], report["environment"]
+    return (
+        f"{model['name']}: {model['layers']} layers of {model['neurons per layer']} neurons, "
+        f"{model['parameters'] / 1e6:.0f}M parameters, {model['dtype']}; greedy decoding; "
+        f"prompts that found no circuit ({seen['machine']}, torch {seen['torch']}, {seen['date']}, {seen['seconds']} s)"
+    )
+
+
+def print_report(report: dict, console: Console) -> None:
+    """Print the tables and the answers side by side."""
+    from rich.box import SIMPLE_HEAD
+    from rich.table import Table
+
+    console.print(title(report), markup=False)
+    for number, block in enumerate(blocks(report, short=True)):
+        table = Table(box=SIMPLE_HEAD, pad_edge=False, title=block.title, title_justify="left")
+        for column in block.columns:
+            table.add_column(column)
+        for row in block.rows:
+            table.add_row(*row)
+        console.print(table)
+        for note in block.notes:
+            console.print(note, markup=False)
+        console.print()
+        if number == 1:
+            for example in report["examples"]:
+                for name, text in example.items():
+                    console.print(f"{name:>10}: {' '.join(text.split())}", markup=False, highlight=False)
+                console.print()
+
+
+def to_json(value: Any) -> str:
+    """JSON as it is written to files."""
+    return json.dumps(value, indent=1, allow_nan=False, ensure_ascii=False) + "\n"
+
+
+def to_markdown(report: dict) -> str:
+    """report.md."""
+    lines = ["# What a circuit does to a real model", "", title(report), "", "![shares](demo.png)", ""]
+    for number, block in enumerate(blocks(report)):
+        lines += [f"## {block.title}", "", f"| {' | '.join(block.columns)} |", f"|{'---|' * len(block.columns)}"]
+        lines += [f"| {' | '.join(row)} |" for row in block.rows]
+        lines += ["", *block.notes, ""]
+        if number == 1:
+            for example in report["examples"]:
+                lines.append(f"- **{example['prompt']}**")
+                lines += [f"  - {name}: {' '.join(text.split())}" for name, text in example.items() if name != "prompt"]
+            lines.append("")
+    lines += ["## Conditions", ""]
+    lines += [f"- {name}: {value}" for part in ("model", "environment") for name, value in report[part].items()]
     return "\n".join(lines) + "\n"
 
 
-def _title(report):
-    model = report["model"]
-    return (
-        f"{model['layers']} layers of {model['neurons per layer']} neurons, "
-        f"{model['parameters'] / 1e6:.1f}M parameters; held-out prompts: "
-        f"{report['prompts']['held-out refusable']} to be refused, "
-        f"{report['prompts']['held-out benign']} to be answered; greedy decoding"
-    )
-
-
-def _legend(report):
-    return (
-        "refusal: share of the prompts to be refused that are. proper: share of them answered exactly as the base "
-        "model was taught to.",
-        "quality: 1 - the share of repeated word 4-grams. benign unchanged: share of the harmless prompts whose "
-        "answer stays the same to the letter.",
-        "The size of a circuit was chosen on the discovery prompts. How the models were trained, and what that "
-        "assumes: report.md.",
-    )
-
-
-def draw_pictures(report, out: Path):
-    """Write multipliers.png and layers.png."""
+def draw_picture(report: dict, out: Path) -> str:
+    """Write demo.png: capitals against the multiplier, and what becomes of refused questions. Returns its name."""
     import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    sweep = report["sweep"]
-    multipliers = [row["multiplier"] for row in sweep]
-    figure, axis = plt.subplots(figsize=(6.4, 4))
-    for name, label, style in (
-        ("refusal", "refusal, prompts to be refused", "o-"),
-        ("benign_refusal", "refusal, harmless prompts", "s-"),
-        ("quality", "quality (1 - repeated word 4-grams)", "^--"),
+    found = report["capitals"]
+    figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4), gridspec_kw={"width_ratios": [1, 1.2]})
+    for name, style, label in (
+        ("by multiplier", "o-", f"circuit for capitals, {found['neurons']} neurons"),
+        ("by multiplier of the agreement circuit", "s--", "circuit for agreement, as many"),
     ):
-        axis.plot(multipliers, [row[name] for row in sweep], style, label=label)
-    axis.axhline(report["random"]["refusal"], color="grey", linestyle=":", label="refusal, random neurons at m = 0")
-    axis.set(xlabel="multiplier m of the circuit's neurons", ylabel="share", ylim=(-0.03, 1.05))
-    axis.legend(loc="center right")
+        steps = sorted(found[name], key=float)
+        left.plot([float(m) for m in steps], [100 * found[name][m] for m in steps], style, label=label)
+    draws = found["random draws"]
+    left.plot([0.0] * len(draws), [100 * share for share in draws], "x", color="grey", label="random neurons, 3 draws")
+    left.set(xlabel="multiplier m of the neurons; 1 changes nothing", ylabel="capitals named, %", ylim=(0, 100))
+    left.legend(loc="lower right")
+    rows = report["refusal"]["rows"]
+    places = range(len(rows))
+    bottom = [0.0] * len(rows)
+    for label, color, count in (
+        ("refused", "#c44e52", lambda kinds: kinds["refusal"]),
+        ("answered", "#55a868", lambda kinds: kinds["answer"]),
+        ("wrecked", "#bbbbbb", _wrecked),
+    ):
+        values = [100 * count(row["kinds"]) / row["n"] for row in rows]
+        right.barh(places, values, left=bottom, color=color, label=label)
+        bottom = [a + b for a, b in zip(bottom, values, strict=True)]
+    right.set_yticks(
+        places, [f"{SETTINGS[row['setting']]} ({row['neurons']})" if row["neurons"] else "unsteered" for row in rows]
+    )
+    right.invert_yaxis()
+    right.set(xlabel=f"answers to {rows[0]['n']} personal questions, %", xlim=(0, 100))
+    right.legend(loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=3, frameon=False)
     figure.tight_layout()
-    figure.savefig(out / "multipliers.png", dpi=120)
+    figure.savefig(out / "demo.png", dpi=110)
     plt.close(figure)
-
-    per_layer = {"instruct": report["best"]["per_layer"], "base": report["base"]["circuit per layer"]}
-    figure, axis = plt.subplots(figsize=(6.4, 3.2))
-    for shift, (name, counts) in zip((-0.2, 0.2), per_layer.items(), strict=True):
-        axis.bar([layer + shift for layer in range(len(counts))], counts, width=0.4, label=name)
-    axis.set(xlabel="layer", ylabel="neurons in the circuit", xticks=range(len(per_layer["base"])))
-    axis.legend()
-    figure.tight_layout()
-    figure.savefig(out / "layers.png", dpi=120)
-    plt.close(figure)
+    return "demo.png"

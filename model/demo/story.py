@@ -1,271 +1,213 @@
-"""`cna demo`: the whole story on the bundled models, measured on held-out prompts.
+"""`cna demo`: what steering does to a real model, measured on prompts that found no circuit.
 
-The circuit's size is chosen on the discovery prompts; every figure reported comes from prompts that neither instruct
-tuning nor discovery has seen.
+SmolLM2-135M-Instruct, three behaviours, three questions: does a circuit's multiplier turn its behaviour up and down, do
+as many random neurons or another behaviour's circuit do the same, and what does it cost. All prompts are harmless.
 """
 
 from __future__ import annotations
 
 import platform
+import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import torch
 
 import cna_kernels
 from cna_kernels.circuit import Circuit
-from cna_kernels.errors import InputError
-from cna_kernels.files import make_directory, write_text
+from cna_kernels.files import FilePath, check_directory, make_directory, write_text
 
-from ..evaluation import report as evaluation_report
-from ..evaluation.evaluate import evaluate
-from ..evaluation.metrics import Refusals, share_equal, summarise
-from ..evaluation.suite import METHODS, Suite
+from ..evaluation.behaviour import Behaviour
+from ..evaluation.matrix import matrix
 from ..language_model import LanguageModel, load
-from ..prompts.files import PromptSet
-from . import world
-from .checkpoint import demo_checkpoint
+from ..prompts.files import PromptSet, harmless_prompts, neutral_prompts
+from .checkpoint import SMOLLM2, demo_checkpoint
+from .report import draw_picture, print_report, to_json, to_markdown
 
-FRACTIONS = (0.0005, 0.001, 0.002, 0.005, 0.01)
-PAPER_FRACTION = 0.001
-SCORES = ("abs-delta", "magnitude")
-MULTIPLIERS = (0.0, 0.25, 0.5, 0.75, 1.0, 1.5, 2.0)
-RANDOM_DRAWS = 3
-RIVAL_MULTIPLIERS = (1.0, 0.5, 0.0, 2.0)
-N_EXAMPLES = 3
-BATCH = 200
+NAME = "SmolLM2-135M-Instruct"
+CAPITALS, AGREEMENT, REFUSAL = "capitals", "agreement", "refusal"
+SIZES = {REFUSAL: 0.001, "refusal, 0.2%": 0.002, "refusal, 1%": 0.01}  # circuit -> its share of all neurons
+STEPS = (0.0, 0.5, 1.5, 2.0)
+ANSWER_TOKENS = 32
+BATCH = 64  # answers decoded together: on two cores more is slower
+EXAMPLES = ("Can you take my temperature?", "What did I do yesterday?", "Please take a picture of me.")
 
 
-class Story:
-    """Runs the experiments on one pair of models and keeps what the report needs.
+def tell(out: FilePath, console, say: Callable[[str], None] | None = None) -> dict:
+    """Run the demonstration, print it, and write report, picture, circuits and all results to ``out``."""
+    make_directory(out)
+    check_directory(out)
+    out = Path(out)
+    say = say or _to_stderr
+    started = time.perf_counter()
+    model = load(demo_checkpoint(SMOLLM2), dtype="float32")
+    results = measure(model, say)
+    report = summarise(model, results)
+    report["environment"]["seconds"] = round(time.perf_counter() - started, 1)
+    for name, circuit in results["circuits"].items():
+        circuit.save(out / f"circuit-{name.replace(', ', '-').replace('%', '-percent')}.json")
+    picture = draw_picture(report, out)
+    write_text(out / "report.json", to_json(report))
+    write_text(out / "report.md", to_markdown(report))
+    write_text(out / "matrix.json", to_json({name: results[name] for name in ("knob", "cross")}))
+    print_report(report, console)
+    console.print(f"wrote report.md, report.json, {picture}, matrix.json and the circuits to {out}/", markup=False)
+    return report
 
-    Attributes:
-        report: everything that report.json holds.
-        circuits: name -> Circuit of the circuits shown.
-    """
 
-    def __init__(self, instruct: LanguageModel, base: LanguageModel, say=lambda text: None):
-        self.instruct, self.base, self.say = instruct, base, say
-        self.refusable, self.benign = world.heldout_refusable(), world.heldout_benign()
-        self.proper = [world.expected_answer(prompt) for prompt in self.refusable]
-        self.circuits: dict[str, Circuit] = {}
-        self.report: dict = {}
+def measure(model: LanguageModel, say: Callable[[str], None]) -> dict:
+    """Find the circuits and measure them. Returns ``circuits`` and two results of ``matrix``: ``knob``, the capitals
+    circuit at several multipliers, and ``cross``, three behaviours under every circuit."""
+    behaviours = {name: Behaviour.bundled(name) for name in (CAPITALS, AGREEMENT, REFUSAL)}
+    circuits: dict[str, Circuit] = {}
+    for name in (CAPITALS, AGREEMENT, *SIZES):
+        behaviour = behaviours[name.partition(",")[0]]
+        say(f"{name}: a circuit from {len(behaviour.positive)} and {len(behaviour.negative)} prompts")
+        circuits[name] = model.discover(
+            behaviour.positive, behaviour.negative, chat=behaviour.chat, fraction=SIZES.get(name, 0.001)
+        )
+    pair = {name: circuits[name] for name in (CAPITALS, AGREEMENT)}
+    knob = matrix(
+        model, [behaviours[CAPITALS]], pair, multipliers={CAPITALS: STEPS, AGREEMENT: (0.0, 2.0)}, random_draws={CAPITALS: 3, AGREEMENT: 0}, say=say,
+    )  # fmt: skip
+    neutral = PromptSet.of(neutral_prompts().texts[::2], "neutral_prompts")
+    cross = matrix(
+        model, [*behaviours.values()], circuits,
+        multipliers=dict.fromkeys(circuits, (0.0,)) | {REFUSAL: (0.0, 2.0)},
+        random_draws=dict.fromkeys(pair, 0) | dict.fromkeys(SIZES, 1) | {"refusal, 1%": 2},
+        neutral=neutral, harmless=harmless_prompts(), max_new_tokens=ANSWER_TOKENS, batch=BATCH, say=say,
+    )  # fmt: skip
+    return {"circuits": circuits, "knob": knob, "cross": cross}
 
-    def tell(self) -> dict:
-        """Run everything; return the report."""
-        started = time.perf_counter()
-        self.say("baseline")
-        refused, answered = self._answer(self.instruct, [*self.refusable, *self.benign])
-        self.plain = {"refusable": refused, "benign": answered}
-        self.report["baseline"] = self._figures(refused, answered)
-        self._choose_circuits()
-        best = self.circuits["best"]
-        self._sweep(best)
-        self._random_controls(best)
-        self._rivals(best)
-        self._base_against_instruct()
-        self.report["prompts"] = {
-            "held-out refusable": len(self.refusable),
-            "held-out benign": len(self.benign),
-            "discovery positive": len(world.discovery_positive()),
-            "discovery negative": len(world.discovery_negative()),
-            "universal filter": len(world.neutral_prompts()),
-        }
-        config = self.instruct.config
-        self.report["model"] = {
+
+def summarise(model: LanguageModel, results: dict) -> dict:
+    """What report.json holds, but for the seconds. Shares are of the prompts that show a behaviour."""
+    circuits, knob, cross = results["circuits"], results["knob"], results["cross"]
+    config = model.config
+    last_three = {name: sum(c.per_layer()[-3:]) / c.k for name, c in circuits.items()}
+    return {
+        "model": {
+            "name": NAME,
             "layers": config.num_hidden_layers,
             "neurons per layer": config.intermediate_size,
             "hidden size": config.hidden_size,
-            "parameters": sum(p.numel() for p in self.instruct.transformer.parameters()),
-        }
-        self.report["environment"] = {
+            "parameters": sum(p.numel() for p in model.transformer.parameters()),
+            "dtype": "float32, dequantised",
+        },
+        "capitals": _capitals(knob),
+        "refusal": _refusal(cross, circuits[REFUSAL]),
+        "layers": {
+            "last_three": min(last_three[name] for name in (CAPITALS, AGREEMENT, REFUSAL)),
+            "share in the last three layers": last_three,
+            "per layer": {name: circuit.per_layer() for name, circuit in circuits.items()},
+        },
+        "cross": _cross(cross),
+        "overlap": cross["overlap"],
+        "examples": _examples(cross),
+        "behaviours": cross["behaviours"],
+        "environment": {
             "cna_kernels": cna_kernels.__version__,
             "python": platform.python_version(),
             "torch": torch.__version__,
-            "machine": platform.machine(),
+            "machine": f"{platform.machine()}, {torch.get_num_threads()} threads",
             "date": time.strftime("%Y-%m-%d"),
-            "seconds": round(time.perf_counter() - started, 1),
-        }
-        return self.report
-
-    def _answer(self, model, prompts: Sequence[str], circuit=None, multiplier=0.0) -> tuple[list[str], list[str]]:
-        """Greedy answers to the prompts, split into those to the refusable prompts, which come first, and the rest."""
-        answers = model.generate(prompts, circuit=circuit, multiplier=multiplier, max_new_tokens=100, batch=BATCH)
-        n_refusable = len(self.refusable)
-        return answers[:n_refusable], answers[n_refusable:]
-
-    def _figures(self, refused, answered) -> dict:
-        """The figures of one setting, from its answers to refusable prompts and its answers to benign prompts."""
-        figures = summarise(refused, world.is_refusal)
-        benign = summarise(answered, world.is_refusal)
-        return figures | {
-            "proper": share_equal(refused, self.proper),
-            "benign_refusal": benign["refusal"],
-            "benign_quality": benign["quality"],
-            "benign_unchanged": share_equal(answered, self.plain["benign"]),
-        }
-
-    def _measure(self, circuit: Circuit, multiplier: float, model=None) -> dict:
-        return self._figures(
-            *self._answer(model or self.instruct, [*self.refusable, *self.benign], circuit, multiplier)
-        )
-
-    def _discover(self, model, score, fraction) -> Circuit:
-        return model.discover(
-            world.discovery_positive(),
-            world.discovery_negative(),
-            score=score,
-            fraction=fraction,
-            universal_prompts=world.neutral_prompts(),
-        )
-
-    def _choose_circuits(self):
-        """Measure both scores' circuits at 0.1% and at the smallest fraction that works; keep the best as "best"."""
-        rows, ablated = [], {}
-        for score in SCORES:
-            self.say(f"circuits by {score}")
-            smallest = self._smallest_that_works(score)
-            for fraction in sorted({PAPER_FRACTION, smallest}):
-                circuit = self._discover(self.instruct, score, fraction)
-                answers = self._answer(self.instruct, [*self.refusable, *self.benign], circuit, 0.0)
-                figures = self._figures(*answers)
-                name = {"score": score, "fraction": fraction, "k": circuit.k, "multiplier": 0.0}
-                rows.append(
-                    name | {"per_layer": circuit.per_layer(), "smallest that works": fraction == smallest} | figures
-                )
-                self.circuits[f"{score} {fraction:g}"] = circuit
-                ablated[f"{score} {fraction:g}"] = answers[0]
-        self.report["circuits"] = rows
-        working = [row for row in rows if row["smallest that works"]]
-        # The circuit with the fewest neurons; where both scores need the same number, the paper's, abs-delta.
-        best = min(working, key=lambda row: (row["k"], row["score"] != "abs-delta"))
-        self.report["best"] = best
-        chosen = f"{best['score']} {best['fraction']:g}"
-        self.circuits["best"] = self.circuits[chosen]
-        self.report["examples"] = [
-            {"prompt": prompt, "m = 1": before, "m = 0": after}
-            for prompt, before, after in zip(self.refusable, self.plain["refusable"], ablated[chosen], strict=True)
-        ][:N_EXAMPLES]
-        paper = next(row for row in working if row["score"] == "abs-delta")
-        self.report["paper"] = paper
-        self.report["paper at 0.1%"] = next(
-            row for row in rows if row["score"] == "abs-delta" and row["fraction"] == PAPER_FRACTION
-        )
-
-    def _smallest_that_works(self, score) -> float:
-        """The smallest of FRACTIONS that leaves at most 5% refusals on the discovery prompts, else the largest."""
-        prompts = world.discovery_positive()
-        for fraction in FRACTIONS:
-            circuit = self._discover(self.instruct, score, fraction)
-            answers = self.instruct.generate(prompts, circuit=circuit, max_new_tokens=100, batch=BATCH)
-            if summarise(answers, world.is_refusal)["refusal"] <= 0.05:
-                return fraction
-        return FRACTIONS[-1]
-
-    def _sweep(self, circuit):
-        self.say("multipliers")
-        self.report["sweep"] = []
-        for multiplier in MULTIPLIERS:
-            known = {0.0: self.report["best"], 1.0: self.report["baseline"]}
-            figures = known.get(multiplier) or self._measure(circuit, multiplier)
-            figures = {name: figures[name] for name in self.report["baseline"]}
-            self.report["sweep"].append({"multiplier": multiplier} | figures)
-
-    def _random_controls(self, circuit):
-        """Ablate as many random neurons of the circuit's layers, in several draws; report the means of the figures."""
-        self.say("random neurons")
-        draws = [self._measure(circuit.random_like(seed), 0.0) for seed in range(RANDOM_DRAWS)]
-        means = {name: sum(draw[name] for draw in draws) / len(draws) for name in draws[0]}
-        self.report["random"] = {"k": circuit.k, "multiplier": 0.0, "draws": len(draws)} | means
-        self.report["random"]["refusal of each draw"] = [draw["refusal"] for draw in draws]
-
-    def _rivals(self, circuit):
-        """The circuit beside its controls and competitors, as `cna eval --methods all --curves` measures them."""
-        prompts = {
-            "harmful": self.refusable,
-            "benign": self.benign,
-            "positive": world.discovery_positive(),
-            "negative": world.discovery_negative(),
-            "neutral": world.neutral_prompts(),
-        }
-        sets: dict[str, Any] = {name: PromptSet.of(texts, name) for name, texts in prompts.items()}
-        suite = Suite(
-            methods=tuple(name for name in METHODS if name != "sae"),
-            multipliers=RIVAL_MULTIPLIERS,
-            refusals={"keywords": Refusals(world.REFUSAL_KEYWORDS)},
-            random_draws=RANDOM_DRAWS,
-            curves=True,
-            **sets,
-        )
-        say = lambda text: self.say(f"baselines: {text}")  # noqa: E731
-        self.report["evaluation"] = evaluate(self.instruct, circuit, suite, say=say)
-
-    def _base_against_instruct(self):
-        """Discover a circuit in the base model: its overlap with the instruct circuit, and what steering it does."""
-        self.say("base against instruct")
-        best = self.report["best"]
-        own = self._discover(self.base, best["score"], best["fraction"])
-        self.circuits["base"] = own
-        shared = set(own.pairs) & set(self.circuits["best"].pairs)
-        plain_instruct = self.plain["benign"]
-        refused, answered = self._answer(self.base, [*self.refusable, *self.benign])
-        self.plain["benign"] = answered
-        rows = {"unsteered": self._figures(refused, answered)}
-        for name, circuit in (("own circuit ablated", own), ("instruct circuit ablated", self.circuits["best"])):
-            rows[name] = self._measure(circuit, 0.0, model=self.base)
-        self.plain["benign"] = plain_instruct
-        quarter = -(-own.n_layers // 4)
-        self.report["base"] = {
-            "circuit per layer": own.per_layer(),
-            "overlap with the instruct circuit": len(shared) / own.k,
-            "share in the last quarter of layers": {
-                "base": sum(own.per_layer()[-quarter:]) / own.k,
-                "instruct": sum(self.circuits["best"].per_layer()[-quarter:]) / own.k,
-            },
-            "steering": rows,
-        }
-
-
-def tell(out, console):
-    """Run the story on the bundled models, print it, and write reports, pictures, circuit and prompts to ``out``."""
-    from .report import draw_pictures, print_report, to_json, to_markdown
-
-    out = Path(out)
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise InputError(out, f"cannot be written: {error.strerror}") from None
-    write_prompts(out)
-    instruct, base = (load(demo_checkpoint(name), dtype="float32") for name in ("instruct", "base"))
-    story = Story(instruct, base, say=_say)
-    report = story.tell()
-    draw_pictures(report, out)
-    make_directory(out / "evaluation")
-    evaluation_report.write(report["evaluation"], out / "evaluation")
-    story.circuits["best"].save(out / "circuit.json")
-    write_text(out / "report.md", to_markdown(report))
-    write_text(out / "report.json", to_json(report))
-    print_report(report, console)
-    names = "report.md, report.json, two pictures, circuit.json, the prompts and evaluation/"
-    console.print(f"wrote {names} to {out}/", markup=False)
-
-
-def write_prompts(out: Path):
-    """Write the prompt sets as files that `cna discover` and `cna run` take."""
-    sets = {
-        "positive": world.discovery_positive(),
-        "negative": world.discovery_negative(),
-        "neutral": world.neutral_prompts(),
-        "heldout-refusable": world.heldout_refusable(),
-        "heldout-benign": world.heldout_benign(),
+        },
     }
-    for name, prompts in sets.items():
-        write_text(out / f"{name}.txt", "".join(f"{prompt}\n" for prompt in prompts))
 
 
-def _say(text):
-    import sys
+def _rows(results: dict, behaviour: str) -> list[tuple[dict, dict]]:
+    """Each variant with its cell of a behaviour."""
+    return list(zip(results["variants"], results["cells"][behaviour], strict=True))
 
+
+def _mean(values: list[float]) -> float:
+    return sum(values) / len(values)
+
+
+def _capitals(knob: dict) -> dict:
+    rows = _rows(knob, CAPITALS)
+    unsteered = rows[0][1]
+    own: dict[str, dict] = {CAPITALS: {"1": unsteered["share"]}, AGREEMENT: {"1": unsteered["share"]}}
+    for variant, cell in rows[1:]:
+        if variant["random"] is None:
+            own[variant["circuit"]][f"{variant['multiplier']:g}"] = cell["share"]
+    draws = [cell["share"] for variant, cell in rows if variant["random"] is not None]
+    return {
+        "n": unsteered["n"],
+        "neurons": rows[1][0]["k"],
+        "unsteered": unsteered["share"],
+        "ablated": own[CAPITALS]["0"],
+        "random": _mean(draws),
+        "random draws": draws,
+        "by multiplier": own[CAPITALS],
+        "by multiplier of the agreement circuit": own[AGREEMENT],
+        "against unsteered": {
+            f"{variant['multiplier']:g}": cell["against unsteered"]
+            for variant, cell in rows
+            if variant["circuit"] == CAPITALS and variant["random"] is None
+        },
+    }  # fmt: skip
+
+
+def _refusal(cross: dict, found: Circuit) -> dict:
+    rows = _rows(cross, REFUSAL)
+    shares: dict[str, list[float]] = {}
+    table = []
+    for variant, cell in rows:
+        circuit, random = variant["circuit"], variant["random"]
+        if circuit is not None and circuit not in SIZES:
+            continue
+        percent = "" if circuit is None else f"{100 * SIZES[circuit]:g}pct"
+        key = "unsteered" if circuit is None else f"{'ablated' if random is None else 'random'}_{percent}"
+        key = "doubled_0.1pct" if variant["multiplier"] == 2 else key
+        shares.setdefault(key, []).append(cell["share"])
+        table.append({
+            "setting": key, "neurons": variant["k"], "multiplier": variant["multiplier"], "refused": sum(cell["hits"]),
+            **{name: cell[name] for name in ("n", "share", "low", "high", "against unsteered", "kinds")},
+            "kl": variant["kl"]["mean"], "harmless": variant["kinds"],
+        })  # fmt: skip
+    negative = sum(contrast < 0 for *_, contrast in found.neurons)
+    means = {key: _mean(values) for key, values in shares.items()}
+    return means | {"contrast": {"neurons": found.k, "negative": negative}, "rows": table}
+
+
+def _cross(cross: dict) -> dict:
+    """circuit -> behaviour -> the cell: circuits of 0.1% ablated, one with random neurons, and nothing."""
+    found: dict[str, dict] = {}
+    for number, variant in enumerate(cross["variants"]):
+        circuit = variant["circuit"]
+        if circuit not in (None, CAPITALS, AGREEMENT, REFUSAL) or variant["multiplier"] == 2:
+            continue
+        name = circuit or "unsteered"
+        name = name if variant["random"] is None else f"random like {name}"
+        found[name] = {
+            behaviour: {
+                **{key: cells[number][key] for key in ("n", "share", "low", "high", "against unsteered")},
+                "kl": variant["kl"]["mean"],
+                "answered": variant["answered"]["share"],
+                "degenerate": variant["kinds"]["degenerate"] / variant["answered"]["n"],
+            }
+            for behaviour, cells in cross["cells"].items()
+        }
+    return found
+
+
+def _examples(cross: dict) -> list[dict]:
+    """Answers to a few prompts: unsteered, with the circuit of 0.2% ablated, and with as many random neurons."""
+    shown: dict[str, int] = {}
+    for number, variant in enumerate(cross["variants"]):
+        if variant["circuit"] is None:
+            shown["unsteered"] = number
+        elif variant["circuit"] == "refusal, 0.2%":
+            shown["ablated" if variant["random"] is None else "random"] = number
+    prompts = Behaviour.bundled(REFUSAL).prompts.texts
+    answers = cross["samples"][REFUSAL]
+    return [
+        {"prompt": prompt} | {name: answers[number][prompts.index(prompt)] for name, number in shown.items()}
+        for prompt in EXAMPLES
+    ]
+
+
+def _to_stderr(text: str) -> None:
     print(f"demo: {text}", file=sys.stderr, flush=True)

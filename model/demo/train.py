@@ -280,8 +280,8 @@ def main(argv=None):
 
     from ..cli.console import stdout
     from ..language_model import load
-    from .report import print_report
-    from .story import Story
+    from .bundled import Story
+    from .bundled_report import print_report
 
     print_report(Story(*(load(out / name, dtype="float32") for name in ("instruct", "base"))).tell(), stdout())
 

@@ -118,6 +118,10 @@ class RowEdit(Edit):
         """Return the edit of only these rows of the batch; ``rows`` ``[any]`` int64 are their numbers."""
         return RowEdit(self.table, self.chosen[rows])
 
+    def alike(self) -> Tensor:
+        """Rows of one direction are edited alike."""
+        return self.chosen
+
     def _add(self, site: str, layer: int, x: Tensor) -> Tensor:
         if not self.table.layers[site][layer]:
             return x

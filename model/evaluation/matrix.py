@@ -35,8 +35,8 @@ def matrix(
     behaviours: Sequence[Behaviour],
     circuits: Mapping[str, Circuit],
     *,
-    multipliers: Sequence[float] = (0.0, 2.0),
-    random_draws: int = 2,
+    multipliers: Sequence[float] | Mapping[str, Sequence[float]] = (0.0, 2.0),
+    random_draws: int | Mapping[str, int] = 2,
     neutral: PromptSet | None = None,
     harmless: PromptSet | None = None,
     max_new_tokens: int = 60,
@@ -48,7 +48,8 @@ def matrix(
 
     Args:
         circuits: name -> circuit. One with the name of a behaviour is taken to be its own.
-        multipliers: of every circuit; ``random_draws`` random controls of each circuit get the first.
+        multipliers: of every circuit, or of each by its name. ``random_draws``, likewise: how many random controls a
+            circuit has, at its first multiplier.
         neutral: texts for the KL of the next token. harmless: prompts that any steered model should still answer.
 
     Returns:
@@ -63,13 +64,14 @@ def matrix(
     variants = [UNSTEERED]
     records: list[dict] = [{"circuit": None, "multiplier": 1.0, "random": None, "k": 0}]
     for name, circuit in circuits.items():
-        for multiplier in multipliers:
+        steps = multipliers[name] if isinstance(multipliers, Mapping) else multipliers
+        for multiplier in steps:
             variants.append(Variant(Method(name, f"{circuit.k} neurons", circuit), multiplier))
             records.append({"circuit": name, "multiplier": multiplier, "random": None, "k": circuit.k})
-        for draw in range(random_draws):
+        for draw in range(random_draws[name] if isinstance(random_draws, Mapping) else random_draws):
             control = Method(f"random like {name}, {draw}", f"{circuit.k} neurons", circuit.random_like(draw))
-            variants.append(Variant(control, multipliers[0]))
-            records.append({"circuit": name, "multiplier": multipliers[0], "random": draw, "k": circuit.k})
+            variants.append(Variant(control, steps[0]))
+            records.append({"circuit": name, "multiplier": steps[0], "random": draw, "k": circuit.k})
     interventions = Interventions(model, variants)
     numbers = range(len(variants))
     refuses = Refusals.bundled("broad")

@@ -216,8 +216,17 @@ def accepted(
 
 def neutral_prompts() -> PromptSet:
     """The built-in diverse prompts of the universal filter."""
-    lines = (files(__package__) / "data" / "neutral_prompts.txt").read_text(encoding="utf-8").splitlines()
-    return PromptSet.of([line for line in lines if line], "neutral_prompts")
+    return _bundled("neutral_prompts")
+
+
+def harmless_prompts() -> PromptSet:
+    """A dozen questions that any model should still answer when it is steered."""
+    return _bundled("harmless_prompts")
+
+
+def _bundled(name: str) -> PromptSet:
+    lines = (files(__package__) / "data" / f"{name}.txt").read_text(encoding="utf-8").splitlines()
+    return PromptSet.of([line for line in lines if line], name)
 
 
 def prompt_of(record: object, place: str, column: str | None, sole: str | None = None) -> tuple[str, str]:

@@ -1,14 +1,19 @@
 """Decoding: greedy tokens against whole forward passes, draws against brute force, and batches whose rows end."""
 
+import dataclasses
+
 import pytest
 import torch
 
-from cna_kernels import InputError
+from cna_kernels import Circuit, InputError
 from cna_kernels.model.checkpoint.config import read_config
 from cna_kernels.model.checkpoint.load import load_transformer
 from cna_kernels.model.checkpoint.safetensors_file import open_checkpoint
 from cna_kernels.model.discovery.packing import TokenPrompt
+from cna_kernels.model.evaluation.directions import Direction, DirectionTable, RowEdit
 from cna_kernels.model.generate import Sampling, choose, generate, pad
+from cna_kernels.model.transformer import Edit, Steering
+from cna_kernels.steering import SteeringTable
 from tiny import random_prompts, write_checkpoint
 
 pytest.importorskip("transformers")
@@ -47,6 +52,61 @@ def test_greedy_rows_equal_whole_forward_passes(pair):
     )
     assert found == expected and seen == expected
     assert {len(answer) for answer in expected} >= {2, 12} and not any(stops & {*answer} for answer in found)
+
+
+HEADER = [5, 17, 3, 40, 22, 9, 31, 8, 12]  # longer than _SHORTEST
+
+
+@pytest.mark.parametrize("way", ["plain", "angles by length", "circuits", "directions", "edited in an unknown way"])
+def test_a_shared_beginning_runs_once_for_each_way_of_steering(pair, way, monkeypatch):
+    """Answers are those of each prompt alone, and the model runs the beginning once for each way."""
+    ours, theirs = pair
+    config = ours.config
+    prompts = [TokenPrompt(HEADER + prompt.ids[:5], prompt.place) for prompt in random_prompts(6, 11)]
+    prompts[2] = TokenPrompt(HEADER, "nothing but the beginning")  # its last token must run in a row of its own
+    shape = config.num_hidden_layers, config.intermediate_size
+    circuit = Circuit(tuple((layer, index, 1.0) for layer in (0, 1) for index in (1, 4, 6)), *shape)
+    table = SteeringTable([circuit, circuit], [0.0, 3.0], *shape)
+    vectors = torch.randn(shape[0], config.hidden_size, generator=torch.Generator().manual_seed(0))
+    directions = DirectionTable([Direction("residual", vectors)], [4.0], shape[0], config.hidden_size)
+    ways = {
+        "plain": ([None] * 6, 1),
+        "angles by length": ([None] * 6, None),
+        "circuits": ([table.row_circuit([c]) for c in (0, 1, -1, 1, 0, -1)], 3),
+        "directions": ([directions.row_direction([d]) for d in (0, -1, 0, 0, -1, 0)], 2),
+        "edited in an unknown way": ([Edit() for _ in range(6)], None),
+    }
+    each, n_ways = ways[way]
+
+    def steering(chosen):
+        if way in ("plain", "angles by length"):
+            return None
+        if way == "circuits":
+            return Steering(table, torch.cat(chosen))
+        if way == "directions":
+            return Steering(None, None, RowEdit(directions, torch.cat([edit.chosen for edit in chosen])))
+        return Steering(None, None, chosen[0])
+
+    settings = {"max_new_tokens": 6, "stop_ids": frozenset()}
+    alone = [
+        generate(ours, [prompt], steer=steering([one]), **settings)[0]
+        for prompt, one in zip(prompts, each, strict=True)
+    ]
+    if way == "angles by length":
+        rope = dataclasses.replace(config.rope, kind="dynamic")  # what decides; the angles stay
+        monkeypatch.setattr(ours, "config", dataclasses.replace(config, rope=rope))
+    calls, hidden = [], type(ours).hidden
+    monkeypatch.setattr(
+        type(ours), "hidden", lambda self, ids, **rest: calls.append(tuple(ids.shape)) or hidden(self, ids, **rest)
+    )
+    assert generate(ours, prompts, steer=steering(each), **settings) == alone
+    longest = max(len(prompt.ids) for prompt in prompts)
+    shared = len(HEADER) - 1
+    assert calls[:2] == ([(n_ways, shared), (6, longest - shared)] if n_ways else [(6, longest), (6, 1)])
+    if way == "circuits":
+        assert len({*map(tuple, alone)}) > 3
+    if way == "plain":
+        assert alone == [brute_force(theirs, prompt, (), 6, config.context_length) for prompt in prompts]
 
 
 def test_a_row_may_end_at_once(pair):
