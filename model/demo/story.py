@@ -69,7 +69,8 @@ def measure(model: LanguageModel, say: Callable[[str], None]) -> dict:
         )
     pair = {name: circuits[name] for name in (CAPITALS, AGREEMENT)}
     knob = matrix(
-        model, [behaviours[CAPITALS]], pair, multipliers={CAPITALS: STEPS, AGREEMENT: (0.0, 2.0)}, random_draws={CAPITALS: 3, AGREEMENT: 0}, say=say,
+        model, [behaviours[CAPITALS]], pair, multipliers={CAPITALS: STEPS, AGREEMENT: (0.0, 2.0)},
+        random_draws={CAPITALS: 3, AGREEMENT: 0}, say=say,
     )  # fmt: skip
     neutral = PromptSet.of(neutral_prompts().texts[::2], "neutral_prompts")
     cross = matrix(
