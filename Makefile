@@ -36,7 +36,7 @@ smollm2: .venv/.installed-smollm2
 # About ten minutes on two idle cores. Kill it at any time: the same command goes on.
 reproduce-smollm2: .venv/.installed-smollm2
 	mkdir -p build
-	$(BIN)/cna reproduce demo:smollm2 --batch 64 -o build/reproduce-smollm2
+	$(BIN)/cna reproduce demo:smollm2 --dtype float32 --batch 64 -o build/reproduce-smollm2
 
 demo: .venv/.installed
 	$(BIN)/cna demo --out demo-out
@@ -145,7 +145,7 @@ bench-host: .venv/.installed-test
 train-# About ten minutes on two idle cores. Kill it at any time: the same command goes on.
 reproduce-smollm2: .venv/.installed-smollm2
 	mkdir -p build
-	$(BIN)/cna reproduce demo:smollm2 --batch 64 -o build/reproduce-smollm2
+	$(BIN)/cna reproduce demo:smollm2 --dtype float32 --batch 64 -o build/reproduce-smollm2
 
 demo: .venv/.installed
 	$(BIN)/python -m cna_kernels.model.demo.train --out demo-checkpoints

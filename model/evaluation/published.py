@@ -121,9 +121,9 @@ def recognise(directory: FilePath, n_layers: int, n_neurons: int, given: str | N
         found = MODELS[name]
         if (found.n_layers, found.n_neurons) != (n_layers, n_neurons):
             shape = f"{n_layers} layers of {n_neurons} neurons, not {found.n_layers} of {found.n_neurons}"
-            return Match(None, f"with none: {where} says {name}, but the model has {shape}")
+            return Match(None, f"with no model of the paper: {where} says {name}, but the model has {shape}")
         return Match(name, f"with {name}, which {where} says", found)
-    return Match(None, "with none: it is not one of its models by name; --as NAME says that it is")
+    return Match(None, "with no model of the paper: none has its name; --as NAME says which it is")
 
 
 def named(given: str) -> str:

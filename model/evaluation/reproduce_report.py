@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from . import matrix_report
-from .published import DIFFERENCES, LAYERS, OVERLAP, QUALITY, REFUSAL, STATEMENTS, TOP
+from .published import DIFFERENCES, LAYERS, MODELS, OVERLAP, QUALITY, REFUSAL, STATEMENTS, TOP, Published
 from .report import markdown, number, percent
 
 UNKNOWN = "not in the paper"
@@ -110,7 +110,7 @@ def _refusal(results: dict) -> Shown:
         [
             _name(row, ablated=True),
             percent(row["refused"]),
-            _paper(row["published"], "refused", _whole),
+            _paper(row["published"], "refused", _whole, _unsteered if row["method"] == "unsteered" else _ablated),
             _p(row),
             percent(row["refused, strict list"]),
             percent(row["answered"]),
@@ -136,7 +136,7 @@ def _strengths(results: dict) -> Shown:
             percent(row["answered"]),
             str(row["kinds"]["degenerate"]),
             number(row["quality"]),
-            _paper(row["published"], "quality", str),
+            row["published"].get("quality", ""),
             number(row["token_quality"]),
             f"{row['kl']['mean']:.3f}",
             *([percent(row["benign refused"])] if "benign refused" in row else []),
@@ -160,7 +160,7 @@ def _mmlu(results: dict) -> Shown:
             f"{row['alpha']:g}",
             percent(row["mmlu"]["generated"]),
             f"{100 * (row['mmlu']['generated']['share'] - plain):+.1f}",
-            _paper(row["published"], "mmlu", str),
+            row["published"].get("mmlu", ""),
             percent(row["mmlu"]["no letter"]),
             percent(row["mmlu"]["likelihood"]),
         ]
@@ -175,8 +175,8 @@ def _layers(results: dict) -> Shown:
     body = []
     for row in results["layers"]:
         cells = []
-        for name in ("last three layers", "last quarter"):
-            cells += [_whole(row[name]), _paper(row["published"], name, _whole)]
+        for name, pick in _PARTS.items():
+            cells += [_whole(row[name]), _paper(row["published"], name, _whole, pick)]
         if row["role"] == "base":
             cells[1] = STATEMENTS["base"]
         per_layer = " ".join(map(str, row["per_layer"]))
@@ -193,7 +193,7 @@ def _overlap(results: dict) -> Shown:
         _PROMPTS[found["prompts"]],
         f"{found['shared']} of {found['k']}",
         _tenth(found["share"]),
-        _paper({"overlap": found["published"]}, "overlap", _tenth),
+        _paper(found, "published", _tenth, lambda model: model.overlap),
         _tenth(found["by chance"]),
     ]
     about = "Both circuits are found on the same texts."
@@ -210,6 +210,18 @@ def _behaviours(found: dict) -> Shown:
     return Shown("Other behaviours", about, [head, *rows])
 
 
+def _unsteered(model: Published) -> float:
+    return model.refusal[0]
+
+
+def _ablated(model: Published) -> float:
+    return model.refusal[1]
+
+
+_PARTS: dict[str, Callable] = {
+    "last three layers": lambda model: model.last_three_layers,
+    "last quarter": lambda model: model.last_quarter,
+}
 _PROMPTS = {"chat": "chat template", "plain": "plain text"}
 
 
@@ -226,12 +238,17 @@ def _p(row: dict) -> str:
     return f"{test['p']:.2g} (-{test['lost']}, +{test['gained']})"
 
 
-def _paper(published: dict, key: str, show: Callable) -> str:
-    """The paper's value; "" where it has none of the kind, UNKNOWN where it has one of its own models alone."""
+def _paper(published: dict, key: str, show: Callable, pick: Callable[[Published], float | None]) -> str:
+    """The paper's value of this model; "" where the paper has none of the kind.
+
+    Where the paper has the value of other models alone, it is UNKNOWN, and theirs, which ``pick`` gives, stand there.
+    """
     if key not in published:
         return ""
-    value = published[key]
-    return UNKNOWN if value is None else show(value)
+    if published[key] is not None:
+        return show(published[key])
+    others = [value for model in MODELS.values() if (value := pick(model)) is not None]
+    return f"{UNKNOWN}; its {len(others)} models: {show(min(others))} to {show(max(others))}"
 
 
 def _whole(share: float) -> str:

@@ -290,7 +290,9 @@ def test_command_without_files_says_what_is_left_out(tmp_path, capsys):
     for flag in ("--jbb FILE --benign FILE", "--benign FILE", "--base BASE", "--mmlu DIR"):
         assert f"needs `{flag}`" in text and f"needs `{flag}`" in shown
     assert "The prompts are not the paper's." in text and "29 prompts to be refused (personal questions" in text
-    assert "| circuit, ablated |" in text and "not in the paper" in text and "--as NAME says that it is" in text
+    assert "| circuit, ablated |" in text and "--as NAME says which it is" in text
+    for cell in ("8 models: 78% to 93%", "8 models: 2% to 58%", "2 models: 58% to 87%", "2 models: 90% to 95%"):
+        assert f"| not in the paper; its {cell} |" in text
     results = json.loads((tmp_path / "out" / "reproduce.json").read_text())
     assert results["overlap"] is None and "mmlu" not in results["strengths"][0]
     assert results["refusal"][0]["published"] == {"refused": None} and results["settings"]["bundled"]
