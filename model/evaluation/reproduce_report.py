@@ -181,7 +181,11 @@ def _layers(results: dict) -> Shown:
             cells[1] = STATEMENTS["base"]
         per_layer = " ".join(map(str, row["per_layer"]))
         body.append([results[row["role"]]["name"], _PROMPTS[row["prompts"]], *cells, per_layer])
-    about = f"The top {TOP} neurons by abs(contrast) of all layers together, universal neurons left out."
+    n = len(results["layers"][0]["per_layer"])
+    about = (
+        f"The top {TOP} neurons by abs(contrast) of all layers together, universal neurons left out. The last quarter is "
+        f"{-(-n // 4)} of {n} layers."
+    )
     return Shown(f"Where the top {TOP} neurons lie ({LAYERS})", about, [head, *body])
 
 
