@@ -183,8 +183,8 @@ def _layers(results: dict) -> Shown:
         body.append([results[row["role"]]["name"], _PROMPTS[row["prompts"]], *cells, per_layer])
     n = len(results["layers"][0]["per_layer"])
     about = (
-        f"The top {TOP} neurons by abs(contrast) of all layers together, universal neurons left out. The last quarter is "
-        f"{-(-n // 4)} of {n} layers."
+        f"The top {TOP} neurons by abs(contrast) of all layers together, universal neurons left out. The last quarter "
+        f"is {-(-n // 4)} of {n} layers."
     )
     return Shown(f"Where the top {TOP} neurons lie ({LAYERS})", about, [head, *body])
 
