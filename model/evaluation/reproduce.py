@@ -119,7 +119,7 @@ def reproduce(
     left_out = _left_out(sources, base)
     behaviours = _measurable(model, left_out)
     facts = run_facts(model, circuit, suite) | {
-        "base": None if base is None else base.identity(),
+        "base": None if base is None else {**base.identity(), "tokenizer_sha256": base.tokenizer.sha256},
         "top": TOP,
         "behaviours": {behaviour.name: behaviour.sha256 for behaviour in behaviours},
     }
