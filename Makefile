@@ -142,12 +142,7 @@ bench-embedding: .venv/.installed-test
 bench-host: .venv/.installed-test
 	$(BENCH) bench/cpu/bench_host.py
 
-train-# 12 minutes on two cores that did other work, too (2026-11-27). Kill it at any time: the same command goes on.
-reproduce-smollm2: .venv/.installed-smollm2
-	mkdir -p build
-	$(BIN)/cna reproduce demo:smollm2 --dtype float32 --batch 64 -o build/reproduce-smollm2
-
-demo: .venv/.installed
+train-demo: .venv/.installed
 	$(BIN)/python -m cna_kernels.model.demo.train --out demo-checkpoints
 
 clean:
