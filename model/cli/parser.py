@@ -8,7 +8,7 @@ from importlib import import_module
 
 import cna_kernels
 
-from . import attribution_flags, evaluation_flags
+from . import attribution_flags, evaluation_flags, reproduce_flags
 from .flags import (
     DTYPES,
     GIVEN,
@@ -28,6 +28,7 @@ from .flags import (
 MODULES = dict(demo="demo", show="show", run="run", export="export", doctor="doctor", status="status")
 MODULES |= dict.fromkeys(("discover", "estimate"), "attribution")
 MODULES |= dict.fromkeys(("eval", "sweep", "compare", "lm-eval"), "evaluation") | {"matrix": "matrix"}
+MODULES["reproduce"] = "reproduce"
 
 
 def build_parser() -> Parser:
@@ -114,6 +115,7 @@ def build_parser() -> Parser:
     export.add_argument("--dtype", choices=DTYPES, default="float32", help="lora: of the adapter (default: float32)")
 
     evaluation_flags.add(commands)
+    reproduce_flags.add(commands)
 
     doctor = command(
         commands,

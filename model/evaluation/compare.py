@@ -62,7 +62,7 @@ def compare(
         contrasts[name] = _contrast(model, suite.positive, suite.negative, suite.chat)
     (a, b), shapes = circuits.values(), {(c.n_layers, c.n_neurons) for c in circuits.values()}
     results: dict[str, Any] = {
-        "circuits": {name: _where(circuit) for name, circuit in circuits.items()},
+        "circuits": {name: layer_shares(circuit) for name, circuit in circuits.items()},
         "alike": alike(a, b, *contrasts.values()) if len(shapes) == 1 else None,
         "evaluations": {},
     }
@@ -86,7 +86,7 @@ def _contrast(model: LanguageModel, positive: PromptSet, negative: PromptSet, ch
     return select.contrast(baselines.contrast_sums(model, sides))
 
 
-def _where(circuit: Circuit) -> dict:
+def layer_shares(circuit: Circuit) -> dict:
     """In which layers a circuit lies."""
     per_layer, n = circuit.per_layer(), circuit.n_layers
     quarter = -(-n // 4)

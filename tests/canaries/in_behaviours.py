@@ -4,6 +4,7 @@ from canary import Canary
 
 GGUF, TOKENS = "tests/model/checkpoint/test_gguf_model.py", "tests/model/text/test_gguf_tokenizer.py"
 MEASURES, MATRIX = "tests/model/evaluation/test_measures.py", "tests/model/evaluation/test_matrix.py"
+REPRODUCE = "tests/model/evaluation/test_reproduce.py"
 
 CANARIES: list[Canary] = [
     Canary(
@@ -85,6 +86,30 @@ CANARIES: list[Canary] = [
         "variants.append(Variant(control, multipliers[-1]))",
         MATRIX,
         "test_controls_get_the_first_multiplier",
+    ),
+    Canary(
+        "base and instruct on different texts",
+        "model/evaluation/reproduce.py",
+        'wanted.append(("model", model, False))',
+        'wanted.append(("model", model, True))',
+        REPRODUCE,
+        "test_a_base_model_without_a_template_is_compared_on_plain_text",
+    ),
+    Canary(
+        "a row tested against itself",
+        "model/evaluation/reproduce.py",
+        'mcnemar(hits["unsteered", 1.0], hits',
+        'mcnemar(hits[method, row["multiplier"]], hits',
+        REPRODUCE,
+        "test_figures_are_those_of_each_prompt",
+    ),
+    Canary(
+        "the paper's values beside a model of another shape",
+        "model/evaluation/published.py",
+        "if (found.n_layers, found.n_neurons) != (n_layers, n_neurons):",
+        "if found.n_layers > n_layers + 100:",
+        "tests/model/evaluation/test_published.py",
+        "test_another_shape_is_another_model",
     ),
     Canary(
         "both halves",

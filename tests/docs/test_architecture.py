@@ -126,6 +126,7 @@ TESTED_TOGETHER = {
     "model/checkpoint/test_load.py": "model/checkpoint/: safetensors_file",
     "model/checkpoint/test_gguf_model.py": "model/checkpoint/: formats",
     "model/evaluation/test_matrix.py": "model/evaluation/: matrix_report; model/cli/: matrix",
+    "model/evaluation/test_reproduce.py": "model/evaluation/: reproduce_report; model/cli/: reproduce reproduce_flags",
     "model/checkpoint/test_export.py": "model/cli/: export",
     "model/text/test_chat_template.py": "model/text/: template_child",
     "model/discovery/test_discover.py": "model/discovery/: circuits settings",

@@ -39,6 +39,10 @@ NOT_RUN = {
     "cna discover --ray": "test_on_ray.py runs it, where ray is installed",
     "pip install": "needs a package index",
     "cna matrix MODEL -o": "no token of the bundled model tells agreement; test_matrix.py runs other behaviours",
+    "make reproduce-smollm2": "takes ten minutes; test_reproduce.py makes all tables of the bundled pair",
+    "cna reproduce demo:smollm2": "takes ten minutes; test_reproduce.py makes all tables of the bundled pair",
+    ".venv/bin/cna matrix demo:smollm2": "takes minutes; test_story.py measures the same",
+    ".venv/bin/cna run demo:smollm2": "needs the circuits of the command before",
     "cna lm-eval": "needs MMLU from the Hugging Face hub; test_lm_eval_model.py runs a task of its own",
     "vllm serve": "not run, as its page says",
     "python convert_lora_to_gguf.py": "not run, as its page says",
@@ -124,8 +128,8 @@ def place(tmp_path, library, monkeypatch):
     for prompts, names in (
         (world.discovery_positive(), ["demo-out/positive.txt"]),
         (world.discovery_negative(), ["demo-out/negative.txt"]),
-        (sides[0], ["refused.txt", "p.txt", "harmful-train.csv", "all.txt"]),
-        (sides[1], ["answered.txt", "n.txt", "benign-train.csv"]),
+        (sides[0], ["refused.txt", "p.txt", "harmful-train.csv", "harmful-behaviors.csv", "all.txt"]),
+        (sides[1], ["answered.txt", "n.txt", "benign-train.csv", "benign-behaviors.csv"]),
         (measured[0], ["harmful.txt", "harmful.csv"]),
         (measured[1], ["benign.csv", "harmless.txt"]),
     ):
