@@ -53,7 +53,7 @@ def run_matrix(args):
         "dtype": str(model.transformer.dtype).removeprefix("torch."),
         "device": model.device.type,
         "behaviours": {behaviour.name: behaviour.sha256 for behaviour in behaviours},
-        "circuits": {name: sha256(circuit.to_json()) for name, circuit in circuits.items()},
+        "circuits": [[name, sha256(circuit.to_json())] for name, circuit in circuits.items()],  # their order counts
         "multipliers": list(multipliers),
         "random_draws": args.random_draws,
         "max_new_tokens": args.max_new_tokens,
