@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,9 +11,10 @@ from cna_kernels.errors import InputError, one_line
 from cna_kernels.files import check_directory, make_directory, read_text
 
 from ..evaluation import compare, evaluate, report
+from ..evaluation.behaviour import is_name
 from ..evaluation.metrics import Refusals
 from ..evaluation.multiple_choice import read_multiple_choice
-from ..evaluation.suite import METHODS, Suite
+from ..evaluation.suite import METHODS, Suite, check_name
 from ..packages import require
 from ..prompts.files import PromptSet, neutral_prompts, read_prompts
 from .arguments import check_column, column_of, directory_of, load_circuit, load_model, multipliers_of, say_model
@@ -27,12 +29,18 @@ def run_eval(args):
             "--circuit", f"cna {args.command} takes one circuit; cna export writes several into one checkpoint"
         )
     suite = _suite(args)
+    controls = _controls(args)
     if args.output:
         require("tokenizers", "jinja2", "matplotlib")  # said now, because the pictures come last
         make_directory(args.output)
         check_directory(args.output)
     model = load_model(args)
     circuit = load_circuit(args.circuit[0], model, any_model=args.any_model, sign=args.sign, chat=suite.chat)
+    others = {
+        name: load_circuit(path, model, any_model=args.any_model, sign=args.sign, chat=suite.chat)
+        for name, path in controls.items()
+    }
+    suite = replace(suite, others=others)
     say_model(model, args)
     results = evaluate.evaluate(model, circuit, suite, out=args.output, say=say_to_stderr(args))
     if args.output:
@@ -141,6 +149,20 @@ def _suite(args) -> Suite:
     )
 
 
+def _controls(args) -> dict[str, str]:
+    """The circuit files of --control by name: NAME=FILE, or FILE, whose name without its suffix is taken."""
+    found: dict[str, str] = {}
+    for words in getattr(args, "control", ()):
+        name, equals, path = words.partition("=")
+        if not (equals and is_name(name)) or Path(words).exists():
+            name, path = Path(words).stem, words
+        if name in found:
+            raise InputError("--control", f"two are called {name!r}: give one another name, NAME=FILE")
+        check_name(name, "--control")
+        found[name] = path
+    return found
+
+
 def _methods(args) -> tuple[str, ...]:
     if args.methods is None:
         return ("circuit", "random")
@@ -186,3 +208,7 @@ def _show(results):
         stdout().print(table)
     for line in report.legend(results):
         stdout().print(line, markup=False)
+    for pair in results.get("overlap", ()):
+        one, other = pair["circuits"]
+        shared = f"{pair['shared']} neurons, {pair['own'][0]} are only in the first, {pair['own'][1]} in the second"
+        stdout().print(f"{one} and {other} share {shared}", markup=False)

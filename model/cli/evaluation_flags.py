@@ -87,6 +87,14 @@ def _rivals(parser):
         help="of circuit, random, activation, neuron, caa, caa-released, ablation, sae; or all "
         "(default: circuit,random)",
     )
+    parser.add_argument(
+        "--control",
+        action="append",
+        metavar="NAME=FILE",
+        default=[],
+        help="a further circuit, evaluated beside the circuit at the same multipliers; FILE alone is called as the "
+        "file; may be given again",
+    )
     parser.add_argument("--random-draws", type=whole(1, 10_000), default=3, metavar="N", help="default: %(default)s")
     parser.add_argument("--sae", metavar="FILE", help="a sparse autoencoder's safetensors file with W_dec")
     parser.add_argument("--sae-feature", type=whole(0, 1 << 40), metavar="N", help="the row of W_dec")

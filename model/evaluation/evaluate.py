@@ -27,8 +27,10 @@ from .facts import environment, run_facts
 from .interventions import UNSTEERED, Interventions, Method, Variant
 from .judge import judge
 from .likelihood import divergences, perplexities, perplexity, windows_of
+from .matrix import overlaps
 from .metrics import KINDS, NOT_NEGATIVE, UNIT, accuracy, after_thought, kind_of, mean, ngram_quality, share
 from .multiple_choice import by_likelihood, by_subject, generation_prompts, likelihood_prompts, parse_letter
+from .paired import against_circuit, against_unsteered
 from .store import Store
 from .suite import Suite
 
@@ -133,7 +135,11 @@ class Evaluation:
             for row, figures in zip(rows, part(interventions) or [{}] * len(rows), strict=True):
                 row |= figures
         self._judge(rows)
+        against_unsteered(rows, self.samples)
         self.results["rows"] = rows
+        self.results["circuit against others"] = against_circuit(rows, self.samples)
+        if suite.others:
+            self.results["overlap"] = overlaps({"circuit": self.circuit, **suite.others})
         self.results["methods"] = {method.name: method.about for method in self.methods}
         self.results["circuit"] = {
             "k": self.circuit.k, "score": self.circuit.score, "per_layer": self.circuit.per_layer(),

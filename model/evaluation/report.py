@@ -1,15 +1,16 @@
-"""An evaluation as tables in Markdown and as pictures."""
+"""An evaluation as tables, on a terminal and in Markdown."""
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
-from typing import Any
 
 from cna_kernels.files import write_text
 
-from ..packages import require
+from .matrix_report import overlap_table
+from .pictures import draw
+from .rows import merged_rows
 
 NOTES = (
     "Intervals are 95%: Wilson for shares, 1.96 standard errors for means. They say what other prompts of the same "
@@ -22,6 +23,9 @@ NOTES = (
     "comply; a method that makes a model stammer has few refusals and few answers.",
     "degenerate, empty, short answers: three counts, of all; unfinished: thoughts that had not ended, as a further "
     "count.",
+    "lost, gained, p: McNemar's exact test against the unsteered model on the same prompts: refusals of the unsteered "
+    "model that are none here, refusals that are new, and how likely so uneven a split is by chance. Of random "
+    "neurons the range over the draws. p counts one test, not all that a table holds.",
     "quality by words: 1 - the share of repeated word 4-grams, as published; it is blind to text without spaces, so "
     "the same for tokens stands beside it. 1 is a text that repeats nothing.",
     "KL: of the next token against the unsteered model's, 0 where steering changes nothing.",
@@ -32,6 +36,9 @@ CHOICES = {  # key in the results -> title
     "generated": "multiple choice right, in generated answers",
     "no letter": "multiple choice, generated answers without a letter",
 }
+
+SETS = {"harmful": "Prompts to be refused", "benign": "Prompts to be answered"}
+PAIRED = ("lost", "gained", "p")
 
 Column = tuple[str, Callable[[dict], str]]  # a column's title, and its cell for a row of the results
 
@@ -50,12 +57,14 @@ def column(title: str, show: Callable[[dict], str], *path: str) -> Column:
 def tables(results: dict) -> list[tuple[str, list[Column]]]:
     """The tables that the results have data for: (title, columns)."""
     first, found = results["rows"][0], []
-    for name, title in (("harmful", "Prompts to be refused"), ("benign", "Prompts to be answered")):
+    for name, title in SETS.items():
         if name not in first:
             continue
-        columns = [
-            column(f"{name} refused ({key} list)", percent, name, "refusal", key) for key in first[name]["refusal"]
-        ]
+        columns = []
+        for key in first[name]["refusal"]:
+            columns.append(column(f"{name} refused ({key} list)", percent, name, "refusal", key))
+            if "against unsteered" in first[name]:
+                columns.append((f"{name}, {key} list: lost, gained, p", partial(_against_unsteered, name, key)))
         columns += [
             column(f"{name} answered", percent, name, "answered"),
             column(f"{name}: degenerate, empty, short answers", broken, name, "kinds"),
@@ -80,6 +89,10 @@ def tables(results: dict) -> list[tuple[str, list[Column]]]:
     ]
     sizes += [f"{first['mmlu']['likelihood']['n']} questions"] if "mmlu" in first else []
     return [*found, (f"Likelihood and multiple choice ({', '.join(sizes)})", other)] if other else found
+
+
+def _against_unsteered(name: str, key: str, row: dict) -> str:
+    return "" if row["method"] == "unsteered" else paired(row[name]["against unsteered"][key])
 
 
 def brief(results: dict) -> list[Column]:
@@ -136,35 +149,18 @@ def number(value: dict) -> str:
     return f"{value['mean']:.{digits}f} [{value['low']:.{digits}f}, {value['high']:.{digits}f}]"
 
 
+def paired(test: dict) -> str:
+    """A paired test, as in 21, 0, p 1e-06; over several draws, each as its range."""
+    lost, gained, p = (value if isinstance(value, list) else [value] for value in (test[k] for k in PAIRED))
+    counts = (f"{min(v)}-{max(v)}" if min(v) < max(v) else f"{min(v)}" for v in (lost, gained))
+    low, high = f"{min(p):.1g}", f"{max(p):.1g}"
+    return f"{', '.join(counts)}, p {low}" + (f" to {high}" if low != high else "")
+
+
 def broken(kinds: dict) -> str:
     """Degenerate, empty and short answers; and unfinished thoughts, where there are any."""
     counts = ", ".join(f"{round(kinds[kind], 1):g}" for kind in ("degenerate", "empty", "short"))
     return f"{counts}, {round(kinds['unfinished'], 1):g} unfinished" if kinds.get("unfinished") else counts
-
-
-def merged_rows(results: dict) -> list[dict]:
-    """The rows of the results, all draws of random neurons merged into one row: means, and the widest bounds."""
-    rows: list[Any] = []  # each a row, or a list: the rows of all random draws at one multiplier
-    draws: dict[float, list[dict]] = {}
-    for row in results["rows"]:
-        if not row["method"].startswith("random "):
-            rows.append(row)
-            continue
-        members = draws.setdefault(row["multiplier"], [])
-        if not members:
-            rows.append(members)
-        members.append(row)
-    return [_merge(row) | {"method": f"random, {len(row)} draws"} if isinstance(row, list) else row for row in rows]
-
-
-def _merge(values):
-    first = values[0]
-    if isinstance(first, dict):
-        found = {key: _merge([value[key] for value in values]) for key in first}
-        if first.get("low") is not None:
-            found["low"], found["high"] = (pick(v[key] for v in values) for key, pick in (("low", min), ("high", max)))
-        return found
-    return first if isinstance(first, str) or first is None else sum(values) / len(values)
 
 
 def table_rows(results: dict, columns: Sequence[Column]) -> Iterator[list[str]]:
@@ -176,8 +172,9 @@ def table_rows(results: dict, columns: Sequence[Column]) -> Iterator[list[str]]:
 
 def markdown(rows: Iterator[list[str]]) -> list[str]:
     """Rows, the head first, as lines of Markdown."""
-    lines = ["| " + " | ".join(row) + " |" for row in rows]
-    return [lines[0], "|" + "---|" * (lines[0].count("|") - 1), *lines[1:]]
+    lines = [[cell.replace("|", "\\|") for cell in row] for row in rows]
+    head, *rest = (f"| {' | '.join(row)} |" for row in lines)
+    return [head, f"|{'---|' * len(lines[0])}", *rest]
 
 
 def to_markdown(results: dict, pictures: list[str]) -> str:
@@ -190,7 +187,14 @@ def to_markdown(results: dict, pictures: list[str]) -> str:
     lines += ["", f"Prompts: {counts or 'none'}.", ""]
     for title, columns in tables(results):
         lines += [f"## {title}", "", *markdown(table_rows(results, columns)), ""]
-    lines += [*(f"- {note}" for note in NOTES), "", "## Methods", ""]
+    lines += [*(f"- {note}" for note in NOTES), ""]
+    if results.get("circuit against others"):
+        lines += ["## The circuit against the other methods at the same multiplier", ""]
+        lines += [*markdown(_against_others(results)), ""]
+        lines += ["lost: refusals under the other method that are none under the circuit; gained: the reverse.", ""]
+    if results.get("overlap"):
+        lines += ["## Neurons that the circuits share", "", *overlap_table(results["overlap"]), ""]
+    lines += ["## Methods", ""]
     lines += [f"- **{name}**: {about}" for name, about in results["methods"].items()]
     lines += [f"- Note: {note}" for note in results["notes"]]
     for name, chosen in results["chosen"].items():
@@ -214,6 +218,14 @@ def to_markdown(results: dict, pictures: list[str]) -> str:
     return "\n".join(lines) + "\n"
 
 
+def _against_others(results) -> Iterator[list[str]]:
+    rows = merged_rows(results, "circuit against others")
+    tests = [(name, key) for name in SETS if name in rows[0] for key in rows[0][name]]
+    yield ["other method", "m", *(f"{name} refused ({key} list): lost, gained, p" for name, key in tests)]
+    for row in rows:
+        yield [row["method"], f"{row['multiplier']:g}", *(paired(row[name][key]) for name, key in tests)]
+
+
 def _alternatives(results) -> Iterator[list[str]]:
     points = results["alternatives"]
     sides = [name for name in ("necessity", "sufficiency") if name in points[0]]
@@ -223,91 +235,6 @@ def _alternatives(results) -> Iterator[list[str]]:
     for point in points:
         refusals = [percent(point[name]["refusal"]) for name in ("necessity", "sufficiency") if name in point]
         yield [point["score"], str(point["k"]), f"{100 * point['overlap']:.0f}%", *refusals]
-
-
-def draw(results: dict, out) -> list[str]:
-    """Write the pictures that the results have data for; return the names of their files."""
-    require("matplotlib")
-    os.environ.setdefault("MPLBACKEND", "Agg")
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    drawn = []
-
-    def save(figure, name):
-        figure.tight_layout()
-        figure.savefig(Path(out) / name, dpi=120)
-        plt.close(figure)
-        drawn.append(name)
-
-    curves = _by_method(results)
-    if "harmful" in results["rows"][0]:
-        figure, axes = plt.subplots(1, 3, figsize=(14, 4.2), sharex=True)
-        key = next(iter(results["rows"][0]["harmful"]["refusal"]))
-        for axis, title, value in (
-            (axes[0], f"refusal ({key}), harmful prompts", lambda row: row["harmful"]["refusal"][key]),
-            (axes[1], "answered, harmful prompts", lambda row: row["harmful"]["answered"]),
-            (axes[2], "token quality, harmful prompts", lambda row: row["harmful"]["token_quality"]),
-        ):
-            _draw_curves(axis, curves, value)
-            axis.set(xlabel="multiplier m", title=title, ylim=(-0.03, 1.05))
-        axes[0].legend(fontsize=8)
-        save(figure, "strength.png")
-    if "mmlu" in results["rows"][0]:
-        figure, axes = plt.subplots(1, 2, figsize=(10, 4), sharey=True)
-        for axis, name in zip(axes, ("likelihood", "generated"), strict=True):
-            _draw_curves(axis, curves, lambda row, name=name: row["mmlu"][name])
-            axis.set(xlabel="multiplier m", title=f"multiple choice, {name}", ylim=(-0.03, 1.05))
-        axes[0].legend(fontsize=8)
-        save(figure, "mmlu.png")
-    per_layer = results["circuit"]["per_layer"]
-    figure, axis = plt.subplots(figsize=(6.4, 3.2))
-    axis.bar(range(len(per_layer)), per_layer)
-    axis.set(xlabel="layer", ylabel="neurons in the circuit")
-    save(figure, "layers.png")
-    if "rank_curve" in results:
-        figure, axis = plt.subplots(figsize=(6.4, 3.6))
-        axis.plot(*zip(*results["rank_curve"], strict=True))
-        axis.axvline(results["circuit"]["k"], color="grey", linestyle=":", label=f"cut at {results['circuit']['k']}")
-        axis.set(xscale="log", xlabel="rank of the neuron", ylabel="abs(contrast)")
-        axis.legend()
-        save(figure, "ranks.png")
-    sizes = {point["k"] for point in results.get("alternatives", [])}
-    if len(sizes) > 1:
-        sides = [name for name in ("necessity", "sufficiency") if name in results["alternatives"][0]]
-        figure, axes = plt.subplots(1, len(sides), figsize=(6 * len(sides), 4), squeeze=False)
-        for axis, side in zip(axes[0], sides, strict=True):
-            for name in dict.fromkeys(point["score"] for point in results["alternatives"]):
-                points = [point for point in results["alternatives"] if point["score"] == name]
-                axis.plot([p["k"] for p in points], [p[side]["refusal"]["share"] for p in points], "o-", label=name)
-            axis.set(xscale="log", xlabel="neurons", ylabel="refusal", title=side, ylim=(-0.03, 1.05))
-        axes[0][0].legend(fontsize=8)
-        save(figure, "size.png")
-    return drawn
-
-
-def _by_method(results) -> dict[str, list[dict]]:
-    """Method -> its rows, in the order of the multiplier. The unsteered row is every method's row at m = 1."""
-    unsteered, *steered = merged_rows(results)
-    curves: dict[str, list[dict]] = {}
-    for row in steered:
-        curves.setdefault(row["method"], [unsteered]).append(row)
-    return {name: sorted(rows, key=lambda row: row["multiplier"]) for name, rows in curves.items()}
-
-
-def _draw_curves(axis, curves, value):
-    for name, rows in curves.items():
-        points = [value(row) for row in rows]
-        centre = [point.get("share", point.get("mean")) for point in points]
-        bounds = [(c, c) if p["low"] is None else (p["low"], p["high"]) for c, p in zip(centre, points, strict=True)]
-        errors = [
-            [max(sign * (c - bound[side]), 0) for c, bound in zip(centre, bounds, strict=True)]
-            for side, sign in ((0, 1), (1, -1))
-        ]
-        style = dict(color="grey", alpha=0.5, linestyle=":") if name.startswith("random") else {}
-        axis.errorbar([row["multiplier"] for row in rows], centre, errors, marker="o", capsize=2, label=name, **style)
 
 
 def write(results: dict, out):

@@ -16,7 +16,16 @@ from .multiple_choice import MultipleChoice
 
 MULTIPLIERS = (1.0, 0.75, 0.5, 0.25, 0.0, 2.0)
 METHODS = ("circuit", "random", "activation", "neuron", "caa", "caa-released", "ablation", "sae")
+TAKEN = (*METHODS, "unsteered", "top activation", "single neuron")  # names of rows that no further circuit may have
 NEED_SIDES = ("activation", "neuron", "caa", "caa-released", "ablation", "sae")  # need discovery prompts
+
+
+def check_name(name: str, where: str) -> None:
+    """Raise InputError naming ``where`` if a further circuit cannot have this name in tables."""
+    if name in TAKEN or name.startswith("random "):
+        raise InputError(where, f"{name!r} is the name of a method, give the circuit another")
+    if not (0 < len(name) <= 80 and name.isprintable()):
+        raise InputError(where, f"expected a name of 1 to 80 printable characters, got {name!r}")
 
 
 @dataclass(frozen=True)
@@ -36,7 +45,7 @@ class Suite:
         sae: a sparse autoencoder's file with W_dec, a feature's row, and the layer that the autoencoder belongs to.
         alternatives: whether other discovery scores are compared; with ``curves`` they are, at several sizes.
         judge_command: see ``judge.py``.
-        others: further circuits to evaluate, by name.
+        others: further circuits to evaluate, by name, as controls at the same multipliers.
         chat: whether prompts go through the chat template; None: where the checkpoint has one.
         batch: answers decoded together; None takes as many as memory has room for.
     """
@@ -81,6 +90,8 @@ class Suite:
                 "is for a text, and there is none" if self.text is None else f"expected at least 1, got {self.stride}"
             )
             raise InputError("stride", what)
+        for name in self.others:
+            check_name(name, "others")
         needing = [name for name in self.methods if name in NEED_SIDES]
         needing += ["discovery alternatives"] if self.alternatives or self.curves else []
         if needing and (self.positive is None or self.negative is None):
@@ -108,7 +119,7 @@ class Suite:
             "max_new_tokens": self.max_new_tokens, "random_draws": self.random_draws,
             "refusals": {name: sha256(*found.phrases) for name, found in self.refusals.items()},
             "chat": self.chat, "alternatives": self.alternatives, "curves": self.curves,
-            "others": {name: sha256(circuit.to_json()) for name, circuit in self.others.items()},
+            "others": [[name, sha256(circuit.to_json())] for name, circuit in self.others.items()],  # the order counts
             "sae": None if self.sae is None else [Path(self.sae[0]).name, *self.sae[1:]],
         }  # fmt: skip
         if self.text is not None:

@@ -38,7 +38,7 @@ NOT_RUN = {
     "torchrun --nproc-per-node=8": "test_tensor_parallel.py and test_run_directory.py run it with up to 4 ranks",
     "cna discover --ray": "test_on_ray.py runs it, where ray is installed",
     "pip install": "needs a package index",
-    "cna matrix MODEL -o": "the bundled model has no token for a verb of agreement; test_matrix.py runs other behaviours",
+    "cna matrix MODEL -o": "the bundled model has no token for a verb of agreement; test_matrix.py runs others",
     "cna lm-eval": "needs MMLU from the Hugging Face hub; test_lm_eval_model.py runs a task of its own",
     "vllm serve": "not run, as its page says",
     "python convert_lora_to_gguf.py": "not run, as its page says",
