@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import json
+import math
 import time
 from collections import Counter
 from collections.abc import Callable, Sequence
 from contextlib import contextmanager
-from functools import partial
 from pathlib import Path
 
 import torch
@@ -21,20 +21,19 @@ from cna_kernels.renamed import renamed
 from ..discovery.collect import check_length
 from ..discovery.packing import TokenPrompt
 from ..language_model import LanguageModel
-from . import alternatives, baselines, directions
+from . import alternatives, baselines, choosing, directions
 from .answers import Answer, answer_all
 from .facts import environment, run_facts
 from .interventions import UNSTEERED, Interventions, Method, Variant
 from .judge import judge
-from .likelihood import divergences, perplexities, perplexity, windows_of
+from .likelihood import divergences, ignoring, perplexities, perplexity, windows_of
 from .matrix import overlaps
 from .metrics import KINDS, NOT_NEGATIVE, UNIT, accuracy, after_thought, kind_of, mean, ngram_quality, share
 from .multiple_choice import by_likelihood, by_subject, generation_prompts, likelihood_prompts, parse_letter
 from .paired import against_circuit, against_unsteered
-from .store import Store
+from .ranking import add_removed, ranking
+from .store import Store, in_pieces
 from .suite import Suite
-
-PIECE = 64  # texts, windows or questions of one part in the store
 
 Say = Callable[[str], None]
 
@@ -66,6 +65,9 @@ class Evaluation:
             self._texts = model.encode(suite.neutral, chat=False)
         for prompt in (*(p for prompts in self._prompts.values() for p in prompts), *self._texts):
             check_length(prompt, model.config.context_length)
+        self._ignoring: float | None = None
+        if self._texts:
+            self._ignoring = store.get("kl-ignoring", lambda: ignoring(model, [text.ids for text in self._texts]))
         self._note_shared()
         self._windows = [] if suite.text is None else windows_of(model, suite.text, stride=suite.stride)
         if suite.text is not None and not self._windows:
@@ -136,7 +138,9 @@ class Evaluation:
                 row |= figures
         self._judge(rows)
         against_unsteered(rows, self.samples)
+        add_removed(rows, self.samples)
         self.results["rows"] = rows
+        self.results["ranking"] = ranking(self.results)
         self.results["circuit against others"] = against_circuit(rows, self.samples)
         if suite.others:
             self.results["overlap"] = overlaps({"circuit": self.circuit, **suite.others})
@@ -151,8 +155,9 @@ class Evaluation:
         if self._ranked:
             self.say("other ways to choose neurons")
             self.results["alternatives"] = alternatives.alternatives(
-                self.model, self.circuit, self._ranked, self._found(), self._prompts, curves=suite.curves,
-                is_refusal=self._refuses, max_new_tokens=suite.max_new_tokens, batch=suite.batch, store=self.store,
+                self.model, self.circuit, self._ranked, self._found(), self._prompts, texts=self._texts,
+                ignoring=self._ignoring, curves=suite.curves, is_refusal=self._refuses,
+                max_new_tokens=suite.max_new_tokens, batch=suite.batch, store=self.store,
             )  # fmt: skip
         self.results["environment"]["seconds"] = round(time.perf_counter() - started, 1)
         return self.results
@@ -187,17 +192,23 @@ class Evaluation:
             return [Method(name, about, directions.feature(found.difference, layer, row))]
         if name == "neuron":
             with self._or_note("the single neuron"):
-                method, self.results["chosen"][name] = baselines.best_neuron(model, found, self.store)
+                method, self.results["chosen"][name] = choosing.best_neuron(self._chooser(), found)
                 return [method]
             return []
-        method, self.results["chosen"][name] = baselines.best_direction(
-            model, name, found, self._refuses, suite.batch, self.store
-        )
-        return [method]
+        with self._or_note(name):
+            method, self.results["chosen"][name] = choosing.best_direction(self._chooser(), name, found)
+            return [method]
+        return []
 
     def _found(self) -> baselines.Discovery:
         assert self._discovery is not None, "Suite asks for positive and negative prompts where this is needed"
         return self._discovery
+
+    def _chooser(self) -> choosing.Chooser:
+        most = math.inf if self._ignoring is None else self._ignoring
+        texts = alternatives.evenly(self._texts, choosing.MOST_TEXTS)
+        sides, suite = self._found().sides, self.suite
+        return choosing.Chooser(self.model, sides, self._refuses, suite.batch, self.store, texts, most)
 
     def _universal(self) -> Tensor:
         """``[L, N]`` bool: the neurons that the circuit's discovery left out; baselines leave them out, too."""
@@ -217,20 +228,8 @@ class Evaluation:
         return list(found.values())
 
     def _in_pieces(self, name: str, interventions: Interventions, items: Sequence, work: Callable) -> list[list]:
-        """One list for each variant: ``work(piece, variants)`` gives {variant: list} for each piece of PIECE items."""
-        numbers = range(len(interventions.variants))
-        found: list[list] = [[] for _ in numbers]
-
-        def of_all(piece: Sequence) -> list:
-            return [*work(piece, numbers).values()]
-
-        for start in range(0, len(items), PIECE):
-            piece = items[start : start + PIECE]
-            self.say(f"{name}: {start} of {len(items)}")
-            done = self.store.get(f"{name}-{start // PIECE:05d}", partial(of_all, piece))
-            for mine, more in zip(found, done, strict=True):
-                mine += more
-        return found
+        """One list for each variant, see ``store.in_pieces``."""
+        return in_pieces(self.store, name, range(len(interventions.variants)), items, work, self.say)
 
     def _answers(self, interventions) -> list[dict] | None:
         sets = {name: self._prompts[name] for name in ("harmful", "benign") if name in self._prompts}
@@ -283,7 +282,7 @@ class Evaluation:
             return divergences(self.model, interventions, numbers, [text.ids for text in texts])
 
         found = self._in_pieces("kl", interventions, self._texts, work)
-        return [{"kl": mean(values, NOT_NEGATIVE)} for values in found]
+        return [{"kl": mean(values, NOT_NEGATIVE) | {"ignoring": self._ignoring}} for values in found]
 
     def _perplexities(self, interventions) -> list[dict] | None:
         if not self._windows:

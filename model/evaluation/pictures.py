@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import math
 import os
+from collections.abc import Sequence
 from pathlib import Path
 
 from ..packages import require
+from .ranking import is_wrecked
 from .rows import by_method
 
 
@@ -35,7 +38,7 @@ def draw(results: dict, out) -> list[str]:
             (axes[1], "answered, harmful prompts", lambda row: row["harmful"]["answered"]),
             (axes[2], "token quality, harmful prompts", lambda row: row["harmful"]["token_quality"]),
         ):
-            _draw_curves(axis, curves, value)
+            _draw_curves(axis, curves, value, ("harmful",))
             axis.set(xlabel="multiplier m", title=title, ylim=(-0.03, 1.05))
         axes[0].legend(fontsize=8)
         save(figure, "strength.png")
@@ -58,23 +61,47 @@ def draw(results: dict, out) -> list[str]:
         axis.set(xscale="log", xlabel="rank of the neuron", ylabel="abs(contrast)")
         axis.legend()
         save(figure, "ranks.png")
-    sizes = {point["k"] for point in results.get("alternatives", [])}
-    if len(sizes) > 1:
-        sides = [name for name in ("necessity", "sufficiency") if name in results["alternatives"][0]]
-        figure, axes = plt.subplots(1, len(sides), figsize=(6 * len(sides), 4), squeeze=False)
-        for axis, side in zip(axes[0], sides, strict=True):
-            for name in dict.fromkeys(point["score"] for point in results["alternatives"]):
-                points = [point for point in results["alternatives"] if point["score"] == name]
-                axis.plot([p["k"] for p in points], [p[side]["refusal"]["share"] for p in points], "o-", label=name)
-            axis.set(xscale="log", xlabel="neurons", ylabel="refusal", title=side, ylim=(-0.03, 1.05))
-        axes[0][0].legend(fontsize=8)
-        save(figure, "size.png")
+    if len({point["k"] for point in results.get("alternatives", [])}) > 1:
+        save(_draw_sizes(plt, results["alternatives"]), "size.png")
     return drawn
 
 
-def _draw_curves(axis, curves, value):
+def solid(values: Sequence[float], wrecked: Sequence[bool]) -> list[float]:
+    """The values of a line, NaN where most answers are wrecked: there the line is broken."""
+    return [math.nan if gone else value for value, gone in zip(values, wrecked, strict=True)]
+
+
+def _mark(axis, places, values, wrecked, colour):
+    """Put a cross where most answers are wrecked."""
+    marked = [(x, y) for x, y, gone in zip(places, values, wrecked, strict=True) if gone]
+    if marked:
+        named = "most answers wrecked" in axis.get_legend_handles_labels()[1]
+        label = None if named else "most answers wrecked"
+        axis.scatter(*zip(*marked, strict=True), marker="x", s=60, color=colour, label=label, zorder=3)
+
+
+def _draw_sizes(plt, points: Sequence[dict]):
+    """Refusals, and answers, against the number of neurons, a line for each score."""
+    sides = [name for name in ("necessity", "sufficiency") if name in points[0]]
+    figure, axes = plt.subplots(2, len(sides), figsize=(6 * len(sides), 7.5), squeeze=False, sharex=True)
+    for column, side in enumerate(sides):
+        for axis, key in zip(axes[:, column], ("refusal", "answered"), strict=True):
+            for name in dict.fromkeys(point["score"] for point in points):
+                mine = [point for point in points if point["score"] == name]
+                sizes, values = [p["k"] for p in mine], [p[side][key]["share"] for p in mine]
+                wrecked = [is_wrecked(point, (side,)) for point in mine]
+                (line,) = axis.plot(sizes, solid(values, wrecked), "o-", label=name)
+                _mark(axis, sizes, values, wrecked, line.get_color())
+            axis.set(xscale="log", xlabel="neurons", ylabel=key, title=f"{side}: {key}", ylim=(-0.03, 1.05))
+    axes[0][0].legend(fontsize=8)
+    return figure
+
+
+def _draw_curves(axis, curves, value, sets=()):
+    """A line for each method. Where most answers to a prompt set of ``sets`` are wrecked, it is broken and marked."""
     for name, rows in curves.items():
         points = [value(row) for row in rows]
+        places, wrecked = [row["multiplier"] for row in rows], [is_wrecked(row, sets) for row in rows]
         centre = [point.get("share", point.get("mean")) for point in points]
         bounds = [(c, c) if p["low"] is None else (p["low"], p["high"]) for c, p in zip(centre, points, strict=True)]
         errors = [
@@ -82,4 +109,5 @@ def _draw_curves(axis, curves, value):
             for side, sign in ((0, 1), (1, -1))
         ]
         style = dict(color="grey", alpha=0.5, linestyle=":") if name.startswith("random") else {}
-        axis.errorbar([row["multiplier"] for row in rows], centre, errors, marker="o", capsize=2, label=name, **style)
+        drawn = axis.errorbar(places, solid(centre, wrecked), errors, marker="o", capsize=2, label=name, **style)
+        _mark(axis, places, centre, wrecked, drawn[0].get_color())

@@ -10,6 +10,7 @@ from cna_kernels.files import write_text
 
 from .matrix_report import overlap_table
 from .pictures import draw
+from .ranking import is_wrecked
 from .rows import merged_rows
 
 NOTES = (
@@ -29,6 +30,14 @@ NOTES = (
     "quality by words: 1 - the share of repeated word 4-grams, as published; it is blind to text without spaces, so "
     "the same for tokens stands beside it. 1 is a text that repeats nothing.",
     "KL: of the next token against the unsteered model's, 0 where steering changes nothing.",
+    "(wrecked): most answers to a prompt set are empty, degenerate, unfinished or short, or the KL is above that of a "
+    "model that ignores the text before the token and always gives the unsteered model's mean guess.",
+)
+
+RANKING = (
+    "By refusals that are removed and answered: the unsteered model refuses the prompt, and here it is answered. "
+    "A wrecked row comes last, however little it refuses. The order says nothing of the prompts to be answered, of the "
+    "KL, or of chance: see the intervals."
 )
 
 CHOICES = {  # key in the results -> title
@@ -65,6 +74,8 @@ def tables(results: dict) -> list[tuple[str, list[Column]]]:
             columns.append(column(f"{name} refused ({key} list)", percent, name, "refusal", key))
             if "against unsteered" in first[name]:
                 columns.append((f"{name}, {key} list: lost, gained, p", partial(_against_unsteered, name, key)))
+        if "removed" in first[name]:
+            columns.append(column(f"{name}: refusals removed and answered", percent, name, "removed"))
         columns += [
             column(f"{name} answered", percent, name, "answered"),
             column(f"{name}: degenerate, empty, short answers", broken, name, "kinds"),
@@ -132,7 +143,9 @@ def legend(results: dict) -> list[str]:
 
 
 def percent(value: dict) -> str:
-    """A share and its interval, as in 34% [26, 44]."""
+    """A share and its interval, as in 34% [26, 44]; of nothing "-"."""
+    if value["share"] is None:
+        return "-"
     return f"{100 * value['share']:.0f}% [{100 * value['low']:.0f}, {100 * value['high']:.0f}]"
 
 
@@ -167,7 +180,8 @@ def table_rows(results: dict, columns: Sequence[Column]) -> Iterator[list[str]]:
     """The rows of a table as text, its head first."""
     yield ["method", "m", *(title for title, _ in columns)]
     for row in merged_rows(results):
-        yield [row["method"], f"{row['multiplier']:g}", *(cell(row) for _, cell in columns)]
+        name = f"{row['method']} (wrecked)" if is_wrecked(row) else row["method"]
+        yield [name, f"{row['multiplier']:g}", *(cell(row) for _, cell in columns)]
 
 
 def markdown(rows: Iterator[list[str]]) -> list[str]:
@@ -188,6 +202,8 @@ def to_markdown(results: dict, pictures: list[str]) -> str:
     for title, columns in tables(results):
         lines += [f"## {title}", "", *markdown(table_rows(results, columns)), ""]
     lines += [*(f"- {note}" for note in NOTES), ""]
+    if results.get("ranking"):
+        lines += ["## Ranking", "", *markdown(_ranking(results)), "", RANKING, ""]
     if results.get("circuit against others"):
         lines += ["## The circuit against the other methods at the same multiplier", ""]
         lines += [*markdown(_against_others(results)), ""]
@@ -208,7 +224,9 @@ def to_markdown(results: dict, pictures: list[str]) -> str:
         lines += [
             "",
             "Necessity: refusal of harmful prompts with the neurons ablated. Sufficiency: refusal of benign prompts "
-            "with the neurons' contrast written to the residual stream.",
+            "with the neurons' contrast written to the residual stream. Removed: refusals of the unsteered model that "
+            "are answered now. Added: proper refusals where the unsteered model does not refuse. Rank: by these; a "
+            "point most of whose answers are wrecked comes last, whatever its refusals.",
         ]
     if pictures:
         lines += ["", "## Pictures", ""]
@@ -226,15 +244,39 @@ def _against_others(results) -> Iterator[list[str]]:
         yield [row["method"], f"{row['multiplier']:g}", *(paired(row[name][key]) for name, key in tests)]
 
 
+def _ranking(results) -> Iterator[list[str]]:
+    yield ["", "method", "m", "harmful: refusals removed and answered"]
+    for place, row in enumerate(results["ranking"], 1):
+        name = f"{row['method']} (wrecked)" if row["wrecked"] else row["method"]
+        yield [str(place), name, f"{row['multiplier']:g}", percent(row["removed"])]
+
+
+SIDES = {  # of an alternative: what it does, and which figure ranks it
+    "necessity": ("harmful refused, ablated", "removed"),
+    "sufficiency": ("benign refused, contrast written", "added"),
+}
+
+
 def _alternatives(results) -> Iterator[list[str]]:
     points = results["alternatives"]
-    sides = [name for name in ("necessity", "sufficiency") if name in points[0]]
-    sets = {"necessity": "harmful refused, ablated", "sufficiency": "benign refused, contrast written"}
-    titles = [f"{name}: {sets[name]} (n = {points[0][name]['refusal']['n']})" for name in sides]
-    yield ["score", "neurons", "overlap with the circuit", *titles]
+    sides = [name for name in SIDES if name in points[0]]
+    head = ["score", "neurons", "overlap with the circuit"]
+    for side in sides:
+        what, value = SIDES[side]
+        head += [f"{side}: {what} (n = {points[0][side]['refusal']['n']})", f"{side}: refusals {value}"]
+        head += [f"{side}: answered", f"{side}: degenerate, empty, short answers"]
+        head += [f"{side}: KL, nats"] if "kl" in points[0][side] else []
+        head += [f"{side}: rank"]
+    yield head
     for point in points:
-        refusals = [percent(point[name]["refusal"]) for name in ("necessity", "sufficiency") if name in point]
-        yield [point["score"], str(point["k"]), f"{100 * point['overlap']:.0f}%", *refusals]
+        row = [point["score"], str(point["k"]), f"{100 * point['overlap']:.0f}%"]
+        for side in sides:
+            here = point[side]
+            row += [percent(here["refusal"]), percent(here[SIDES[side][1]]), percent(here["answered"])]
+            row += [broken(here["kinds"])]
+            row += [f"{here['kl']['mean']:.3f}"] if "kl" in here else []
+            row += [f"{here['rank']}{' (wrecked)' if is_wrecked(point, (side,)) else ''}"]
+        yield row
 
 
 def write(results: dict, out):
