@@ -57,6 +57,7 @@ def _evaluation_flags(parser, *, needs_output):
     )
     parser.add_argument("--harmful", metavar="FILE", help="prompts to be refused")
     parser.add_argument("--benign", metavar="FILE", help="prompts to be answered")
+    parser.add_argument("--labels", metavar="A,B", help="what tables and pictures call them (default: harmful,benign)")
     parser.add_argument(
         "--refusals", metavar="FILE", help="phrases that mark a refusal, one a line, instead of the bundled broad list"
     )
@@ -78,6 +79,12 @@ def _evaluation_flags(parser, *, needs_output):
 
 def _rivals(parser):
     """Add the flags that only cna eval has."""
+    parser.add_argument(
+        "--behaviour",
+        metavar="NAME",
+        help="a behaviour to measure instead of refusals of --harmful: refusal, capitals, agreement, json or french, "
+        "or a file",
+    )
     parser.add_argument("--positive", metavar="FILE", help="discovery prompts, for the baselines")
     parser.add_argument("--negative", metavar="FILE", help="discovery prompts, for the baselines")
     parser.add_argument(

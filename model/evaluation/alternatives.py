@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import Any
 
 from torch import Tensor
@@ -14,9 +14,10 @@ from ..discovery.packing import TokenPrompt
 from ..language_model import LanguageModel
 from . import baselines, ranking
 from .answers import answer_all
+from .counted import Counted, kinds_of
 from .interventions import UNSTEERED, Interventions, Method, Variant
 from .likelihood import divergences
-from .metrics import KINDS, NOT_NEGATIVE, Refusals, kind_of, mean, share
+from .metrics import KINDS, NOT_NEGATIVE, Refusals, mean, share
 from .store import Store, in_pieces
 
 SCORES = ("abs-delta", "magnitude", "cohen-d", "norm-weighted", "relp")
@@ -35,7 +36,7 @@ def alternatives(
     circuit: Circuit,
     ranked: dict[str, Tensor],
     discovery: baselines.Discovery,
-    prompts: Mapping[str, Sequence[TokenPrompt]],
+    prompts: Mapping[str, Counted],
     *,
     texts: Sequence[TokenPrompt] = (),
     ignoring: float | None = None,
@@ -47,15 +48,16 @@ def alternatives(
 ) -> list[dict]:
     """Return one point for each score and size.
 
-    A point has ``necessity`` and ``sufficiency``, each with the ``refusal`` share, the ``kinds`` of the answers, how
-    many are ``answered``, ``removed`` or ``added`` refusals (see ``ranking.py``), its ``rank`` among all points by
-    these, and, where there are neutral texts, the ``kl`` to the unsteered model.
+    A point has ``necessity`` and ``sufficiency``, each with the share of hits (``refusal``, or ``shown`` of a
+    behaviour), ``removed`` or ``added`` hits (see ``ranking.py``), its ``rank`` among all points by these, and, where
+    prompts are answered, the ``kinds`` of the answers and how many are ``answered``; where there are neutral texts, the
+    ``kl`` to the unsteered model.
 
     Args:
         circuit: the evaluated circuit. It gives the size, and overlaps are with it.
         ranked: score name -> its value for each neuron, see ``baselines.rankings``.
-        prompts: "harmful" prompts, for necessity: refusals with the neurons ablated. "benign" prompts, for sufficiency:
-            refusals with the neurons' contrast written to the residual stream.
+        prompts: "necessity": the prompts whose hits are counted with the neurons ablated. "sufficiency": those whose
+            hits are counted with the neurons' contrast written to the residual stream.
         texts: neutral texts; ``ignoring``: see ``likelihood.ignoring``.
         curves: use the sizes of STEPS, an eighth to eight times the circuit's, instead of the circuit's size alone.
     """
@@ -80,29 +82,29 @@ def alternatives(
 
         few = evenly(texts, MOST_PROMPTS)
         kl = in_pieces(store, "alternatives-kl", range(len(methods) + 1), few, diverge)
-    sides = (
-        ("harmful", 1, "necessity", "removed", ranking.removed),
-        ("benign", 2, "sufficiency", "added", ranking.added),
-    )
-    for name, first, what, value, count in sides:
-        if name not in prompts:
+    sides = ((1, "necessity", "removed", ranking.removed), (2, "sufficiency", "added", ranking.added))
+    for first, what, value, count in sides:
+        if what not in prompts:
             continue
-        numbers = list(range(first, len(methods) + 1, 2))
-        answers = answer_all(
-            model, interventions, [0, *numbers], evenly(prompts[name], MOST_PROMPTS), max_new_tokens=max_new_tokens,
-            batch=batch, store=store, name=f"alternatives-{name}",
-        )  # fmt: skip
-        before = [is_refusal(answer.text) for answer in answers[0]]
-        for point, number in zip(points, numbers, strict=True):
-            found = answers[number]
-            kinds = [kind_of(answer.text, answer.tokens, is_refusal) for answer in found]
-            counts = Counter(kinds)
-            figures: dict[str, Any] = {
-                "refusal": share(sum(is_refusal(answer.text) for answer in found), len(found)),
-                "kinds": {kind: counts[kind] for kind in KINDS},
-                "answered": share(counts["answer"], len(found)),
-                value: count(before, kinds),
-            }
+        counted, numbers = prompts[what].evenly(MOST_PROMPTS), [0, *range(first, len(methods) + 1, 2)]
+        name = f"alternatives-{counted.name}"
+        kinds: list[list[str] | None] = [None] * len(numbers)
+        if counted.from_logits:
+            work = partial(counted.hits_by_logits, model, interventions)
+            hits = in_pieces(store, name, numbers, range(len(counted.prompts)), work)
+        else:
+            answers = answer_all(
+                model, interventions, numbers, counted.prompts, max_new_tokens=max_new_tokens, batch=batch,
+                store=store, name=name,
+            )  # fmt: skip
+            every = [counted.hits([answer.text for answer in answers[number]]) for number in numbers]
+            hits = [next(iter(checks.values())) for checks in every]
+            kinds = [kinds_of(answers[number], is_refusal) for number in numbers]
+        for point, number, mine, kind in zip(points, numbers[1:], hits[1:], kinds[1:], strict=True):
+            figures: dict[str, Any] = {counted.field: share(sum(mine), len(mine)), value: count(hits[0], mine, kind)}
+            if kind is not None:
+                figures["kinds"] = {name: kind.count(name) for name in KINDS}
+                figures["answered"] = share(kind.count("answer"), len(kind))
             if kl:
                 figures["kl"] = mean(kl[number], NOT_NEGATIVE) | {"ignoring": ignoring}
             point[what] = figures

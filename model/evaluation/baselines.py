@@ -160,3 +160,10 @@ def written(model: LanguageModel, circuit: Circuit, delta: Tensor) -> Direction:
         weight = model.transformer.layers[layer].mlp.down_proj.weight[:, members].double().cpu()
         vectors[layer] = weight @ delta[layer, members]
     return Direction("mlp", vectors.float())
+
+
+def rank_curve(score: Tensor, points: int = 200) -> list[list]:
+    """Up to ``points`` pairs [rank, score], from the best to the last neuron, evenly spaced on a logarithmic axis."""
+    ordered = score.flatten().sort(descending=True).values
+    ranks = sorted({round(len(ordered) ** (step / (points - 1))) for step in range(points)})
+    return [[rank, ordered[rank - 1].item()] for rank in ranks]

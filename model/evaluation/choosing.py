@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 from cna_kernels.circuit import Circuit
@@ -18,10 +18,11 @@ from cna_kernels.errors import InputError
 from ..discovery.packing import TokenPrompt
 from ..language_model import LanguageModel
 from . import directions
-from .answers import answer_all
+from .answers import Answer, answer_all
 from .baselines import Discovery, Sides, first_tokens, top_circuit
 from .interventions import UNSTEERED, Interventions, Method, Variant
 from .likelihood import divergences, each_logits
+from .measures import Item, Measure
 from .metrics import Refusals, kind_of
 from .ranking import MOST, wrecks
 from .store import Store
@@ -42,6 +43,8 @@ class Chooser:
         sides: the prompts set apart.
         texts: neutral texts.
         ignoring: the KL on them of a model that ignores its text, see ``likelihood.ignoring``.
+        measure: of the behaviour that is to go away; None: refusals.
+        texts_of: place of a prompt -> its text, for the measure.
     """
 
     model: LanguageModel
@@ -51,13 +54,16 @@ class Chooser:
     store: Store
     texts: Sequence[TokenPrompt] = ()
     ignoring: float = math.inf
+    measure: Measure | None = None
+    texts_of: Mapping[str, str] = field(default_factory=dict)
 
     def trials(self, candidates: Sequence[Method], name: str) -> list[dict]:
         """Return what each candidate does at m = 0 to the prompts set apart.
 
-        ``refused``, ``answered`` and ``negative answered`` are shares of the positive and of the negative prompts; only
-        proper answers count as answered, see ``metrics.kind_of``. ``wrecked``: see ``ranking.wrecks``, of the worse
-        side. ``sound``: not most answers are wrecked, and the KL is below ``ignoring``.
+        ``shown``, ``answered`` and ``negative answered`` are shares of the positive and of the negative prompts. Shown
+        is the behaviour, or a refusal. Only proper answers that do not show it count as answered. ``wrecked``: see
+        ``ranking.wrecks``, of the worse side. ``sound``: not most answers are wrecked, and the KL is below
+        ``ignoring``.
         """
         model, sides, store = self.model, self.sides, self.store
         interventions = Interventions(model, [UNSTEERED, *(Variant(method, 0.0) for method in candidates)])
@@ -75,16 +81,26 @@ class Chooser:
             kinds = [kind_of(answer.text, answer.tokens, self.is_refusal) for answer in found]
             positive, negative = Counter(kinds[:n_positive]), Counter(kinds[n_positive:])
             wrecked, distance = max(wrecks(positive), wrecks(negative)), sum(values) / max(len(values), 1)
+            shown = self._shown(found[:n_positive], kinds[:n_positive])
+            answered = [kind == "answer" and not hit for kind, hit in zip(kinds[:n_positive], shown, strict=True)]
             table.append({
                 "name": method.name,
-                "refused": positive["refusal"] / n_positive,
-                "answered": positive["answer"] / n_positive,
+                "shown": sum(shown) / n_positive,
+                "answered": sum(answered) / n_positive,
                 "negative answered": negative["answer"] / len(sides.chosen_negative),
                 "wrecked": wrecked,
                 "kl": distance if texts else None,
                 "sound": wrecked <= MOST and distance <= self.ignoring,
             })  # fmt: skip
         return table
+
+    def _shown(self, answers: Sequence[Answer], kinds: Sequence[str]) -> list[bool]:
+        """Whether each answer to the positive prompts set apart shows the behaviour, or is a refusal."""
+        if self.measure is None or self.measure.needs_answers:
+            return [kind == "refusal" for kind in kinds]
+        prompts = self.sides.chosen_positive
+        items = [Item(self.texts_of.get(prompt.place, ""), prompt.place) for prompt in prompts]
+        return self.measure.of_texts([answer.text for answer in answers], items)
 
 
 def choose(candidates: Sequence[dict], name: str) -> int:
@@ -122,6 +138,9 @@ def best_direction(chooser: Chooser, kind: str, discovery: Discovery) -> tuple[M
     ]  # fmt: skip
     methods = [Method(f"layer {layer}, {sign:+d}", "", make(difference, layer), sign) for layer, sign in tried]
 
+    if chooser.measure is not None and chooser.measure.needs_answers:
+        what = f"the measure {chooser.measure.kind!r} needs an answer for each prompt, and discovery prompts have none"
+        raise InputError(kind, f"no layer can be chosen: {what}")
     table = chooser.trials(methods, f"choose-{kind}")
     best = choose(table, kind)
     layer, sign = tried[best]

@@ -1,7 +1,7 @@
 """Paired tests: two variants on the same prompts, compared prompt by prompt, by McNemar's exact test.
 
-All come from the samples of an evaluation, the records of ``samples.jsonl``. A prompt is a hit of a check, such as a
-list of refusals, where the answer has what the check looks for.
+All come from the samples of an evaluation, the records of ``samples.jsonl``. A prompt is a hit of a check, which is a
+list of refusals or a behaviour, where the model refuses, or shows the behaviour.
 """
 
 from __future__ import annotations
@@ -10,8 +10,12 @@ from collections.abc import Sequence
 
 from .metrics import mcnemar
 
-CHECKS = "refusal"  # the field of a sample that says of each check whether it is a hit
 Hits = dict[tuple[int, str], dict[str, list[bool]]]  # (variant, set) -> check -> whether each prompt is a hit
+
+
+def checks_of(sample: dict) -> dict[str, bool]:
+    """Of each check of a sample, whether the prompt is a hit."""
+    return sample["shown"] if "shown" in sample else sample["refusal"]
 
 
 def hits_of(samples: Sequence[dict]) -> Hits:
@@ -19,7 +23,7 @@ def hits_of(samples: Sequence[dict]) -> Hits:
     found: Hits = {}
     for sample in samples:
         checks = found.setdefault((sample["variant"], sample["set"]), {})
-        for name, hit in sample[CHECKS].items():
+        for name, hit in checks_of(sample).items():
             checks.setdefault(name, []).append(hit)
     return found
 

@@ -30,17 +30,22 @@ def draw(results: dict, out) -> list[str]:
         drawn.append(name)
 
     curves = by_method(results)
-    if "harmful" in results["rows"][0]:
-        figure, axes = plt.subplots(1, 3, figsize=(14, 4.2), sharex=True)
-        key = next(iter(results["rows"][0]["harmful"]["refusal"]))
-        for axis, title, value in (
-            (axes[0], f"refusal ({key}), harmful prompts", lambda row: row["harmful"]["refusal"][key]),
-            (axes[1], "answered, harmful prompts", lambda row: row["harmful"]["answered"]),
-            (axes[2], "token quality, harmful prompts", lambda row: row["harmful"]["token_quality"]),
-        ):
-            _draw_curves(axis, curves, value, ("harmful",))
+    first = results["rows"][0]
+    name = next((name for name in ("measured", "harmful") if name in first), None)
+    if name is not None:
+        label, answered = results.get("labels", {}).get(name, name), "kinds" in first[name]
+        field = "shown" if "shown" in first[name] else "refusal"
+        key = next(iter(first[name][field]))
+        what = f"{key}, {label}" if field == "shown" else f"refusal ({key}), {label} prompts"
+        panels = [(what, lambda row: row[name][field][key])]
+        if answered:
+            panels.append((f"answered, {label} prompts", lambda row: row[name]["answered"]))
+            panels.append((f"token quality, {label} prompts", lambda row: row[name]["token_quality"]))
+        figure, axes = plt.subplots(1, len(panels), figsize=(4.7 * len(panels), 4.2), sharex=True, squeeze=False)
+        for axis, (title, value) in zip(axes[0], panels, strict=True):
+            _draw_curves(axis, curves, value, (name,))
             axis.set(xlabel="multiplier m", title=title, ylim=(-0.03, 1.05))
-        axes[0].legend(fontsize=8)
+        axes[0][0].legend(fontsize=8)
         save(figure, "strength.png")
     if "mmlu" in results["rows"][0]:
         figure, axes = plt.subplots(1, 2, figsize=(10, 4), sharey=True)
@@ -83,9 +88,11 @@ def _mark(axis, places, values, wrecked, colour):
 def _draw_sizes(plt, points: Sequence[dict]):
     """Refusals, and answers, against the number of neurons, a line for each score."""
     sides = [name for name in ("necessity", "sufficiency") if name in points[0]]
-    figure, axes = plt.subplots(2, len(sides), figsize=(6 * len(sides), 7.5), squeeze=False, sharex=True)
+    keys = [key for key in ("refusal", "shown", "answered") if key in points[0][sides[0]]]
+    size = 6 * len(sides), 3.75 * len(keys)
+    figure, axes = plt.subplots(len(keys), len(sides), figsize=size, squeeze=False, sharex=True)
     for column, side in enumerate(sides):
-        for axis, key in zip(axes[:, column], ("refusal", "answered"), strict=True):
+        for axis, key in zip(axes[:, column], keys, strict=True):
             for name in dict.fromkeys(point["score"] for point in points):
                 mine = [point for point in points if point["score"] == name]
                 sizes, values = [p["k"] for p in mine], [p[side][key]["share"] for p in mine]

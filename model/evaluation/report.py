@@ -8,6 +8,7 @@ from pathlib import Path
 
 from cna_kernels.files import write_text
 
+from .counted import FIELDS
 from .matrix_report import overlap_table
 from .pictures import draw
 from .ranking import is_wrecked
@@ -24,9 +25,10 @@ NOTES = (
     "comply; a method that makes a model stammer has few refusals and few answers.",
     "degenerate, empty, short answers: three counts, of all; unfinished: thoughts that had not ended, as a further "
     "count.",
-    "lost, gained, p: McNemar's exact test against the unsteered model on the same prompts: refusals of the unsteered "
-    "model that are none here, refusals that are new, and how likely so uneven a split is by chance. Of random "
-    "neurons the range over the draws. p counts one test, not all that a table holds.",
+    "lost, gained, p: McNemar's exact test against the unsteered model on the same prompts: refusals, or prompts that "
+    "show the behaviour, of the unsteered model that are none here, those that are new, and how likely so "
+    "uneven a split is by chance. Of random neurons the range over the draws. p counts one test, not all that a table "
+    "holds.",
     "quality by words: 1 - the share of repeated word 4-grams, as published; it is blind to text without spaces, so "
     "the same for tokens stands beside it. 1 is a text that repeats nothing.",
     "KL: of the next token against the unsteered model's, 0 where steering changes nothing.",
@@ -35,7 +37,8 @@ NOTES = (
 )
 
 RANKING = (
-    "By refusals that are removed and answered: the unsteered model refuses the prompt, and here it is answered. "
+    "By what is removed and answered: the unsteered model refuses the prompt, or shows the behaviour, and here it is "
+    "answered without. "
     "A wrecked row comes last, however little it refuses. The order says nothing of the prompts to be answered, of the "
     "KL, or of chance: see the intervals."
 )
@@ -46,7 +49,7 @@ CHOICES = {  # key in the results -> title
     "no letter": "multiple choice, generated answers without a letter",
 }
 
-SETS = {"harmful": "Prompts to be refused", "benign": "Prompts to be answered"}
+SETS = {"measured": "Prompts to measure on", "harmful": "Prompts to be refused", "benign": "Prompts to be answered"}
 PAIRED = ("lost", "gained", "p")
 
 Column = tuple[str, Callable[[dict], str]]  # a column's title, and its cell for a row of the results
@@ -63,29 +66,78 @@ def column(title: str, show: Callable[[dict], str], *path: str) -> Column:
     return title, cell
 
 
+def label_of(results: dict, name: str) -> str:
+    """What tables call a prompt set."""
+    return results.get("labels", {}).get(name, name)
+
+
+def prefix(results: dict, name: str) -> str:
+    """What the title of a column begins with: the name of the set that it counts."""
+    return f"{label_of(results, name)}: "
+
+
+def field_of(figures: dict) -> str:
+    """The name of a set's hits: "shown" of a behaviour, else "refusal"."""
+    return FIELDS["shown" in figures]
+
+
+def checks(figures: dict) -> list[str]:
+    """The lists of refusals, or the behaviour, that are counted on a set."""
+    return list(figures[field_of(figures)])
+
+
+def n_of(figures: dict) -> int:
+    """The number of prompts of a set."""
+    return (figures["answered"] if "answered" in figures else figures["shown"][checks(figures)[0]])["n"]
+
+
+def check_title(results: dict, name: str, key: str) -> str:
+    """The title of the share of a check's hits: the behaviour, or who is refused by which list."""
+    return key if name == "measured" else f"{label_of(results, name)} refused ({key} list)"
+
+
+def removed_title(results: dict, name: str) -> str:
+    """The title of the hits that are gone."""
+    if name == "measured":
+        answered = " and answered" if "kinds" in results["rows"][0][name] else ""
+        return f"{results['behaviour']['name']}: removed{answered}"
+    return f"{label_of(results, name)}: refusals removed and answered"
+
+
+def set_title(results: dict, name: str) -> str:
+    """The heading of a set's table."""
+    label = label_of(results, name)
+    if name == "measured":
+        return f"{label}: {results['behaviour']['about'] or results['behaviour']['name']}"
+    return SETS[name] if label == name else f"{label}: {SETS[name][0].lower()}{SETS[name][1:]}"
+
+
 def tables(results: dict) -> list[tuple[str, list[Column]]]:
     """The tables that the results have data for: (title, columns)."""
     first, found = results["rows"][0], []
-    for name, title in SETS.items():
+    for name in SETS:
         if name not in first:
             continue
+        figures, called = first[name], prefix(results, name)
         columns = []
-        for key in first[name]["refusal"]:
-            columns.append(column(f"{name} refused ({key} list)", percent, name, "refusal", key))
-            if "against unsteered" in first[name]:
-                columns.append((f"{name}, {key} list: lost, gained, p", partial(_against_unsteered, name, key)))
-        if "removed" in first[name]:
-            columns.append(column(f"{name}: refusals removed and answered", percent, name, "removed"))
-        columns += [
-            column(f"{name} answered", percent, name, "answered"),
-            column(f"{name}: degenerate, empty, short answers", broken, name, "kinds"),
-            column(f"{name}: quality by words", number, name, "quality"),
-            column(f"{name}: quality by tokens", number, name, "token_quality"),
-            column(f"{name}: same answer as unsteered", percent, name, "unchanged"),
-        ]
-        if "judge" in first[name]:
-            columns.append(column(f"{name}: judge's score", number, name, "judge"))
-        found.append((f"{title} (n = {first[name]['answered']['n']})", columns))
+        for key in checks(figures):
+            columns.append(column(check_title(results, name, key), percent, name, field_of(figures), key))
+            if "against unsteered" in figures:
+                title = f"{check_title(results, name, key)}: lost, gained, p"
+                columns.append((title, partial(_against_unsteered, name, key)))
+        if "removed" in figures:
+            columns.append(column(removed_title(results, name), percent, name, "removed"))
+        if "kinds" in figures:
+            columns += [
+                column(f"{label_of(results, name)} answered", percent, name, "answered"),
+                column(f"{called}degenerate, empty, short answers", broken, name, "kinds"),
+                column(f"{called}quality by words", number, name, "quality"),
+                column(f"{called}quality by tokens", number, name, "token_quality"),
+                column(f"{called}same answer as unsteered", percent, name, "unchanged"),
+            ]
+        if "judge" in figures:
+            columns.append(column(f"{called}judge's score", number, name, "judge"))
+        found.append((f"{set_title(results, name)} (n = {n_of(figures)})", columns))
     other: list[Column] = []
     if "kl" in first:
         other.append(column("KL to unsteered, nats a token", number, "kl"))
@@ -110,14 +162,16 @@ def brief(results: dict) -> list[Column]:
     """The columns of the one table that fits a terminal."""
     first = results["rows"][0]
     columns: list[Column] = []
-    for name in ("harmful", "benign"):
-        if name not in first:
-            continue
-        key = next(iter(first[name]["refusal"]))
-        columns.append(column(f"{name} refused", span, name, "refusal", key))
-    if "harmful" in first:
-        columns.append(("harmful answered", lambda row: f"{100 * row['harmful']['answered']['share']:.0f}%"))
-        columns.append(("harmful token quality", lambda row: f"{row['harmful']['token_quality']['mean']:.2f}"))
+    for name in SETS:
+        if name in first:
+            key = checks(first[name])[0]
+            title = key if name == "measured" else f"{label_of(results, name)} refused"
+            columns.append(column(title, span, name, field_of(first[name]), key))
+    main = next((name for name in ("measured", "harmful") if "kinds" in first.get(name, {})), None)
+    if main is not None:
+        called = "" if main == "measured" else f"{label_of(results, main)} "
+        columns.append((f"{called}answered", lambda row: f"{100 * row[main]['answered']['share']:.0f}%"))
+        columns.append((f"{called}token quality", lambda row: f"{row[main]['token_quality']['mean']:.2f}"))
     if "kl" in first:
         columns.append(("KL to unsteered, nats", lambda row: f"{row['kl']['mean']:.4f}"))
     if "perplexity" in first:
@@ -130,14 +184,20 @@ def brief(results: dict) -> list[Column]:
 def legend(results: dict) -> list[str]:
     """The lines under the one table that fits a terminal: how many prompts, and what the columns count."""
     first = results["rows"][0]
-    roles = {"harmful": "to be refused", "benign": "to be answered"}
+    roles = {"harmful": "to be refused", "measured": "to measure on", "benign": "to be answered"}
     sets = {name: role for name, role in roles.items() if name in first}
-    counts = [f"{name}: {first[name]['answered']['n']} prompts {role}" for name, role in sets.items()]
+    counts = []
+    for name, role in sets.items():
+        n = n_of(first[name])
+        counts.append(f"{label_of(results, name)}: {n} prompts {role}")
     lines = ["; ".join(counts)] if counts else []
-    for name in list(sets)[:1]:
+    if "measured" in sets:
+        behaviour = results["behaviour"]
+        lines.append(f"{behaviour['name']}: {behaviour['about'] or behaviour['measure']}, with 95% intervals")
+    for name in [name for name in sets if name != "measured"][:1]:
         key = next(iter(first[name]["refusal"]))
         lines.append(f"refused: answers with a phrase of the {key} list, with 95% intervals")
-    if "harmful" in sets:
+    if any("kinds" in first[name] for name in ("harmful", "measured") if name in sets):
         lines.append("answered: neither refused nor empty, degenerate or short")
     return lines
 
@@ -197,7 +257,10 @@ def to_markdown(results: dict, pictures: list[str]) -> str:
     lines += [f"Model {facts['model']['name']}, {facts['dtype']}. Circuit: {results['circuit']['k']} neurons by "
               f"{results['circuit']['score'] or 'an unknown score'}. Greedy decoding, at most "
               f"{facts['suite']['max_new_tokens']} new tokens."]  # fmt: skip
-    counts = ", ".join(f"{found['count']} {name}" for name, found in facts["suite"]["prompts"].items())
+    counts = ", ".join(
+        f"{found['count']} {name}" + (f" ({label_of(results, name)})" if label_of(results, name) != name else "")
+        for name, found in facts["suite"]["prompts"].items()
+    )
     lines += ["", f"Prompts: {counts or 'none'}.", ""]
     for title, columns in tables(results):
         lines += [f"## {title}", "", *markdown(table_rows(results, columns)), ""]
@@ -207,7 +270,11 @@ def to_markdown(results: dict, pictures: list[str]) -> str:
     if results.get("circuit against others"):
         lines += ["## The circuit against the other methods at the same multiplier", ""]
         lines += [*markdown(_against_others(results)), ""]
-        lines += ["lost: refusals under the other method that are none under the circuit; gained: the reverse.", ""]
+        lines += [
+            "lost: refusals, or shows of the behaviour, under the other method but not under the circuit; gained: the "
+            "reverse.",
+            "",
+        ]
     if results.get("overlap"):
         lines += ["## Neurons that the circuits share", "", *overlap_table(results["overlap"]), ""]
     lines += ["## Methods", ""]
@@ -223,9 +290,9 @@ def to_markdown(results: dict, pictures: list[str]) -> str:
         lines += markdown(_alternatives(results))
         lines += [
             "",
-            "Necessity: refusal of harmful prompts with the neurons ablated. Sufficiency: refusal of benign prompts "
-            "with the neurons' contrast written to the residual stream. Removed: refusals of the unsteered model that "
-            "are answered now. Added: proper refusals where the unsteered model does not refuse. Rank: by these; a "
+            "Necessity: refusals, or the behaviour, with the neurons ablated. Sufficiency: the same of benign prompts "
+            "with the neurons' contrast written to the residual stream. Removed: what the unsteered model shows, and "
+            "is answered without now. Added: what it does not show, and shows now in proper answers. Rank: by these; a "
             "point most of whose answers are wrecked comes last, whatever its refusals.",
         ]
     if pictures:
@@ -239,21 +306,22 @@ def to_markdown(results: dict, pictures: list[str]) -> str:
 def _against_others(results) -> Iterator[list[str]]:
     rows = merged_rows(results, "circuit against others")
     tests = [(name, key) for name in SETS if name in rows[0] for key in rows[0][name]]
-    yield ["other method", "m", *(f"{name} refused ({key} list): lost, gained, p" for name, key in tests)]
+    yield ["other method", "m", *(f"{check_title(results, name, key)}: lost, gained, p" for name, key in tests)]
     for row in rows:
         yield [row["method"], f"{row['multiplier']:g}", *(paired(row[name][key]) for name, key in tests)]
 
 
 def _ranking(results) -> Iterator[list[str]]:
-    yield ["", "method", "m", "harmful: refusals removed and answered"]
+    where = next(name for name in ("measured", "harmful") if name in results["rows"][0])
+    yield ["", "method", "m", removed_title(results, where)]
     for place, row in enumerate(results["ranking"], 1):
         name = f"{row['method']} (wrecked)" if row["wrecked"] else row["method"]
         yield [str(place), name, f"{row['multiplier']:g}", percent(row["removed"])]
 
 
-SIDES = {  # of an alternative: what it does, and which figure ranks it
-    "necessity": ("harmful refused, ablated", "removed"),
-    "sufficiency": ("benign refused, contrast written", "added"),
+SIDES = {  # of an alternative: on which set, what is done, and which figure ranks it
+    "necessity": ("harmful", "ablated", "removed"),
+    "sufficiency": ("benign", "contrast written", "added"),
 }
 
 
@@ -262,18 +330,22 @@ def _alternatives(results) -> Iterator[list[str]]:
     sides = [name for name in SIDES if name in points[0]]
     head = ["score", "neurons", "overlap with the circuit"]
     for side in sides:
-        what, value = SIDES[side]
-        head += [f"{side}: {what} (n = {points[0][side]['refusal']['n']})", f"{side}: refusals {value}"]
-        head += [f"{side}: answered", f"{side}: degenerate, empty, short answers"]
-        head += [f"{side}: KL, nats"] if "kl" in points[0][side] else []
+        (name, what, value), first = SIDES[side], points[0][side]
+        counted = f"{label_of(results, name)} refused"
+        if "shown" in first:
+            counted = results["behaviour"]["name"] + (f" of {label_of(results, name)}" if name == "benign" else "")
+        head += [f"{side}: {counted}, {what} (n = {first[field_of(first)]['n']})"]
+        head += [f"{side}: {'refusals ' if 'refusal' in first else ''}{value}"]
+        head += [f"{side}: answered", f"{side}: degenerate, empty, short answers"] if "kinds" in first else []
+        head += [f"{side}: KL, nats"] if "kl" in first else []
         head += [f"{side}: rank"]
     yield head
     for point in points:
         row = [point["score"], str(point["k"]), f"{100 * point['overlap']:.0f}%"]
         for side in sides:
             here = point[side]
-            row += [percent(here["refusal"]), percent(here[SIDES[side][1]]), percent(here["answered"])]
-            row += [broken(here["kinds"])]
+            row += [percent(here[field_of(here)]), percent(here[SIDES[side][2]])]
+            row += [percent(here["answered"]), broken(here["kinds"])] if "kinds" in here else []
             row += [f"{here['kl']['mean']:.3f}"] if "kl" in here else []
             row += [f"{here['rank']}{' (wrecked)' if is_wrecked(point, (side,)) else ''}"]
         yield row

@@ -12,6 +12,7 @@ from cna_kernels.model.evaluation import pictures, report
 from cna_kernels.model.evaluation.alternatives import alternatives
 from cna_kernels.model.evaluation.baselines import Discovery, Sides
 from cna_kernels.model.evaluation.choosing import Chooser, best_neuron, choose
+from cna_kernels.model.evaluation.counted import Counted
 from cna_kernels.model.evaluation.directions import Direction
 from cna_kernels.model.evaluation.evaluate import evaluate
 from cna_kernels.model.evaluation.interventions import UNSTEERED, Interventions, Method, Variant
@@ -101,9 +102,13 @@ def test_a_broken_method_is_ranked_last_in_curves(model, circuit, discovery, tmp
         magnitude[layer, index] = place
     k = 256  # sizes 32 to 2048
     texts = model.encode(NEUTRAL, chat=False)
+    sets = {
+        side: Counted(name, prompts.texts, model.encode(prompts), {"keywords": KEYWORDS})
+        for side, name, prompts in (("necessity", "harmful", HARMFUL), ("sufficiency", "benign", BENIGN))
+    }
     points = alternatives(
         model, Circuit(tuple((0, index, 0.0) for index in range(k)), L, N), {"layers": layers, "good": magnitude},
-        discovery, {"harmful": model.encode(HARMFUL), "benign": model.encode(BENIGN)}, texts=texts, curves=True,
+        discovery, sets, texts=texts, curves=True,
         ignoring=ignoring(model, [text.ids for text in texts]), is_refusal=KEYWORDS, max_new_tokens=24, batch=None,
         store=Store(None, {}),
     )  # fmt: skip
@@ -136,8 +141,8 @@ def test_a_choice_passes_over_wrecks(model, discovery, silence):
     chooser = Chooser(model, discovery.sides, KEYWORDS, None, Store(None, {}))
     candidates = [Method("silence", "", silence), Method("nothing", "", nothing)]
     table = chooser.trials(candidates, "x")
-    assert table[0]["refused"] == 0 and table[0]["wrecked"] == 1 and not table[0]["sound"]
-    assert table[1]["refused"] > 0.9 and table[1]["sound"] and choose(table, "x") == 1
+    assert table[0]["shown"] == 0 and table[0]["wrecked"] == 1 and not table[0]["sound"]
+    assert table[1]["shown"] > 0.9 and table[1]["sound"] and choose(table, "x") == 1
     with pytest.raises(InputError, match="x: each of the 1 tried leaves answers most of which are empty"):
         choose(table[:1], "x")
     texts = model.encode(NEUTRAL, chat=False)
@@ -195,10 +200,14 @@ def test_wrecks(counts, share):
 
 
 def test_only_answers_count():
-    after = ["answer", "empty", "refusal", "answer", "short", "degenerate"]
-    assert removed([True, True, True, False, True, True], after)["share"] == 1 / 5
-    assert added([False, True, False, False, False, False], ["refusal", *after[1:]])["share"] == 2 / 5
-    assert removed([False] * 6, after) == {"share": None, "low": None, "high": None, "n": 0}
+    kinds = ["answer", "empty", "refusal", "answer", "short", "degenerate"]
+    hits = [False, False, True, False, False, False]
+    assert removed([True, True, True, False, True, True], hits, kinds)["share"] == 1 / 5
+    assert removed([True, True, True, False, True, True], hits, None)["share"] == 4 / 5
+    assert removed([True], [True], ["answer"])["share"] == 0, "an answer that still shows the behaviour"
+    hits = [True, True, True, False, False, True]
+    assert added([False, True, False, False, False, False], hits, kinds)["share"] == 2 / 5
+    assert removed([False] * 6, hits, kinds) == {"share": None, "low": None, "high": None, "n": 0}
     assert is_wrecked({"kl": {"mean": 3.0, "ignoring": 2.0}}) and not is_wrecked(
         {"kl": {"mean": 3.0, "ignoring": None}}
     )
