@@ -194,6 +194,7 @@ def _compare(commands):
     parser.add_argument("--positive", metavar="FILE", required=True, help="prompts that show the behaviour")
     parser.add_argument("--negative", metavar="FILE", required=True, help="prompts that do not")
     parser.add_argument("--fraction", type=float, metavar="X", help="as for cna discover")
-    parser.add_argument("--score", choices=["abs-delta", "magnitude", "cohen-d"], help="as for cna discover")
+    scores = ["abs-delta", "magnitude", "cohen-d", "norm-weighted"]
+    parser.add_argument("--score", choices=scores, help="as for cna discover")
     parser.add_argument("--universal-prompts", metavar="FILE", help="as for cna discover")
     _evaluation_flags(parser, needs_output=True)

@@ -5,7 +5,6 @@ What has to be chosen among candidates is chosen in ``choosing.py``, on discover
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -19,15 +18,12 @@ from cna_kernels.sums import ActivationSums
 
 from ..discovery.collect import collect
 from ..discovery.packing import TokenPrompt
+from ..discovery.weights import down_norms
 from ..language_model import LanguageModel
-from . import directions
+from . import directions, relp
 from .directions import Direction
-from .interventions import UNSTEERED, Interventions
-from .likelihood import each_logits
-from .relp import relevance
 
 VALIDATION = 16  # most prompts of each side set apart to choose with
-DIFFERENCE = 0.05  # least difference between both sides' shares of answers that a token begins
 
 
 @dataclass(frozen=True)
@@ -95,50 +91,27 @@ def contrast_sums(model: LanguageModel, sides: Sides) -> ActivationSums:
     return sums
 
 
-def down_norms(model: LanguageModel) -> Tensor:
-    """Return the length of each neuron's column of ``down_proj``, fp64 ``[L, N]``."""
-    layers = model.transformer.layers
-    return torch.stack([layer.mlp.down_proj.weight.double().norm(dim=0).cpu() for layer in layers])
-
-
 def first_tokens(model: LanguageModel, sides: Sides) -> tuple[list[int], list[int]]:
-    """Return (targets, counterfactuals): tokens that begin clearly more, or fewer, positive answers than negative ones.
-
-    "Clearly" means that the shares of the two sides' answers differ by DIFFERENCE. Raises InputError where there is no
-    target or no counterfactual.
-    """
-    shares, plain = [], Interventions(model, [UNSTEERED])
-    for prompts in (sides.positive, sides.negative):
-        rows = [(0, prompt.ids) for prompt in prompts]
-        first = [int(logits.argmax(-1)) for logits in each_logits(model, plain, rows, last=True)]
-        shares.append(Counter({token: count / len(prompts) for token, count in Counter(first).items()}))
-    every = sorted(set(shares[0]) | set(shares[1]))
-    targets = [token for token in every if shares[0][token] >= shares[1][token] + DIFFERENCE]
-    counterfactuals = [token for token in every if shares[1][token] >= shares[0][token] + DIFFERENCE]
-    if not targets or not counterfactuals:
-        raise InputError("positive", "answers begin like those of the negative prompts: no token tells them apart")
-    return targets, counterfactuals
+    """See ``relp.first_tokens``, of the prompts that are not set apart."""
+    return relp.first_tokens(model.transformer, sides.positive, sides.negative)
 
 
 def rankings(model: LanguageModel, discovery: Discovery, names: Sequence[str]) -> dict[str, Tensor]:
     """Return score name -> the score of every neuron, fp64 ``[L, N]``; neurons are ranked by it, largest first.
 
-    - ``abs-delta``, ``magnitude``, ``cohen-d``: see :func:`cna_kernels.select.scores`.
-    - ``norm-weighted``: abs-delta times the length of the neuron's column of ``down_proj``.
+    - ``abs-delta``, ``magnitude``, ``cohen-d``, ``norm-weighted``: see :func:`cna_kernels.select.scores`.
     - ``activation``: abs(mean positive), a control: neurons that fire, whatever their contrast.
     - ``relp``: the neurons' relevance for the tokens that begin positive answers, see ``relp.py``.
     """
     sides, sums, delta = discovery.sides, discovery.sums, discovery.delta
     found = {}
     for name in names:
-        if name == "norm-weighted":
-            found[name] = delta.abs() * down_norms(model)
-        elif name == "activation":
+        if name == "activation":
             found[name] = sums.mean(select.POSITIVE).abs()
         elif name == "relp":
-            found[name] = relevance(model.transformer, sides.positive, *first_tokens(model, sides))
+            found[name] = relp.relevance(model.transformer, sides.positive, *first_tokens(model, sides))
         else:
-            found[name] = select.scores(name, sums, delta)
+            found[name] = select.scores(name, sums, delta, down_norms(model) if name == "norm-weighted" else None)
     return found
 
 
