@@ -57,7 +57,8 @@ def alternatives(
         circuit: the evaluated circuit. It gives the size, and overlaps are with it.
         ranked: score name -> its value for each neuron, see ``baselines.rankings``.
         prompts: "necessity": the prompts whose hits are counted with the neurons ablated. "sufficiency": those whose
-            hits are counted with the neurons' contrast written to the residual stream.
+            hits are counted with the neurons' contrast written to the residual stream. "answered": prompts that are
+            answered beside those of a behaviour that is measured from logits, to tell wrecks.
         texts: neutral texts; ``ignoring``: see ``likelihood.ignoring``.
         curves: use the sizes of STEPS, an eighth to eight times the circuit's, instead of the circuit's size alone.
     """
@@ -92,6 +93,13 @@ def alternatives(
         if counted.from_logits:
             work = partial(counted.hits_by_logits, model, interventions)
             hits = in_pieces(store, name, numbers, range(len(counted.prompts)), work)
+            if "answered" in prompts:
+                others = prompts["answered"].evenly(MOST_PROMPTS).prompts
+                answers = answer_all(
+                    model, interventions, numbers, others, max_new_tokens=max_new_tokens, batch=batch, store=store,
+                    name="alternatives-answered",
+                )  # fmt: skip
+                kinds = [kinds_of(answers[number], is_refusal) for number in numbers]
         else:
             answers = answer_all(
                 model, interventions, numbers, counted.prompts, max_new_tokens=max_new_tokens, batch=batch,
@@ -101,7 +109,8 @@ def alternatives(
             hits = [next(iter(checks.values())) for checks in every]
             kinds = [kinds_of(answers[number], is_refusal) for number in numbers]
         for point, number, mine, kind in zip(points, numbers[1:], hits[1:], kinds[1:], strict=True):
-            figures: dict[str, Any] = {counted.field: share(sum(mine), len(mine)), value: count(hits[0], mine, kind)}
+            own = None if counted.from_logits else kind  # else the kinds are those of other prompts' answers
+            figures: dict[str, Any] = {counted.field: share(sum(mine), len(mine)), value: count(hits[0], mine, own)}
             if kind is not None:
                 figures["kinds"] = {name: kind.count(name) for name in KINDS}
                 figures["answered"] = share(kind.count("answer"), len(kind))

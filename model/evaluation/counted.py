@@ -100,6 +100,7 @@ def both_ways(sets: Sequence[Counted], suite: Suite) -> dict[str, Counted]:
     """ "necessity" and "sufficiency": the prompts that show it, and benign ones which may come to show it.
 
     There is no sufficiency where a behaviour's measure needs an answer for each prompt, which benign prompts lack.
+    "answered": benign prompts to be answered beside a behaviour that is measured from logits.
     """
     found = {"necessity": sets[0]}
     for benign in sets[1:]:
@@ -108,6 +109,8 @@ def both_ways(sets: Sequence[Counted], suite: Suite) -> dict[str, Counted]:
         elif not suite.behaviour.measure.needs_answers:
             items = [Item(text, place) for text, place in suite.benign]
             found["sufficiency"] = replace(benign, behaviour=suite.behaviour, items=items)
+        if sets[0].from_logits:
+            found["answered"] = benign
     return found
 
 

@@ -10,6 +10,7 @@ from cna_kernels.files import write_text
 
 from .counted import FIELDS
 from .matrix_report import overlap_table
+from .measures import FROM_LOGITS
 from .pictures import draw
 from .ranking import is_wrecked
 from .rows import merged_rows
@@ -331,12 +332,15 @@ def _alternatives(results) -> Iterator[list[str]]:
     head = ["score", "neurons", "overlap with the circuit"]
     for side in sides:
         (name, what, value), first = SIDES[side], points[0][side]
+        from_logits = results.get("behaviour", {}).get("measure") in FROM_LOGITS
+        others = "benign prompts, " if from_logits else ""  # whose answers are counted
         counted = f"{label_of(results, name)} refused"
         if "shown" in first:
             counted = results["behaviour"]["name"] + (f" of {label_of(results, name)}" if name == "benign" else "")
         head += [f"{side}: {counted}, {what} (n = {first[field_of(first)]['n']})"]
         head += [f"{side}: {'refusals ' if 'refusal' in first else ''}{value}"]
-        head += [f"{side}: answered", f"{side}: degenerate, empty, short answers"] if "kinds" in first else []
+        answered = f"{side}: {others}" if "kinds" in first else ""
+        head += [f"{answered}answered", f"{answered}degenerate, empty, short answers"] if answered else []
         head += [f"{side}: KL, nats"] if "kl" in first else []
         head += [f"{side}: rank"]
     yield head

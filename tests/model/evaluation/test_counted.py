@@ -130,6 +130,9 @@ def test_a_behaviour_of_logits(model, circuit, tmp_path):
     )
     assert "sufficiency is left out: the behaviour's measure needs an answer for each prompt" in notes
     assert all("necessity" in point and "sufficiency" not in point for point in results["alternatives"])
+    for point in results["alternatives"]:  # the answers to benign prompts tell whether its point is a wreck
+        assert sum(point["necessity"]["kinds"].values()) == 5 and point["necessity"]["shown"]["n"] == 10
+    assert "| necessity: benign prompts, answered |" in report.to_markdown(results, [])
     samples = [json.loads(line) for line in (tmp_path / "out" / "samples.jsonl").read_text().splitlines()]
     mine = [s["shown"]["closed"] for s in samples if s["set"] == "measured" and s["method"] == "circuit"]
     assert mine == expected["circuit"] and {s["set"] for s in samples if "answer" in s} == {"benign"}
