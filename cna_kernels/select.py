@@ -44,14 +44,20 @@ def contrast(sums: ActivationSums, rounded_to: torch.dtype | None = None) -> Ten
     return positive - negative
 
 
-def scores(name: str, sums: ActivationSums, delta: Tensor) -> Tensor:
+def scores(name: str, sums: ActivationSums, delta: Tensor, norms: Tensor | None = None) -> Tensor:
     """Return the score that selection ranks neurons by, ``[L, N]``, larger first.
 
     - ``abs-delta``: abs(delta), the paper's rule.
     - ``magnitude``: abs(mean positive) - abs(mean negative). Leaves out neurons that fire for the negative set.
     - ``cohen-d``: abs(delta) over the pooled standard deviation, so that large activations do not win by size
       (J. Cohen, Statistical Power Analysis for the Behavioral Sciences, 1988). Needs two prompts a side.
+    - ``norm-weighted``: abs(delta) times the norm of the neuron's column of ``down_proj``, which ``norms`` ``[L, N]``
+      gives: how far the contrast moves the residual stream.
     """
+    if name == "norm-weighted":
+        if norms is None:
+            raise InputError("score", "norm-weighted needs the norms of the columns of down_proj")
+        return delta.abs() * norms.to(delta)
     if name == "abs-delta":
         return delta.abs()
     if name == "magnitude":
@@ -169,6 +175,8 @@ class Selection:
         universal: neurons to leave out because they fire anyway.
         exclude: (layer, index) of other neurons to leave out.
         rounded_to: see :func:`contrast`.
+        norms: ``[L, N]``, for the score "norm-weighted"; see :func:`scores`.
+        ranking: ``[L, N]``, the score itself, where it does not come from sums; ``score`` is then its name.
 
     Raises:
         InputError: naming the argument: fewer neurons are left than are asked for, or a neuron does not exist.
@@ -185,9 +193,11 @@ class Selection:
         universal: UniversalNeurons | None = None,
         exclude: Iterable[tuple[int, int]] = (),
         rounded_to: torch.dtype | None = None,
+        norms: Tensor | None = None,
+        ranking: Tensor | None = None,
     ) -> None:
         self.n_layers, self.n_neurons = len(widths), max(widths)
-        self.score, self.rounded_to = score, rounded_to
+        self.score, self.rounded_to, self.norms, self.ranking = score, rounded_to, norms, ranking
         if universal is not None and not isinstance(universal, UniversalNeurons):
             raise InputError("universal", f"expected what Engine.universal returns, got {short(universal)}")
         self.skip_layers = tuple(whole_number("skip_layers", layer) for layer in _listed("skip_layers", skip_layers))
@@ -215,7 +225,9 @@ class Selection:
         if sums.count.shape[0] != 2:
             raise InputError("sums", f"expected two columns, positive and negative, got {sums.count.shape[0]}")
         delta = contrast(sums, self.rounded_to)
-        score = scores(self.score, sums, delta).cpu()
+        score = self.ranking
+        if score is None:
+            score = scores(self.score, sums, delta, self.norms).cpu()
         return delta.cpu(), top_neurons(score, self.k, self.excluded)
 
     def circuit(self, sums: ActivationSums, **provenance: Any) -> Circuit:

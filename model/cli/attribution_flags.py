@@ -59,7 +59,9 @@ def _discover(commands):
     size.add_argument("--fraction", type=float, metavar="X", help="share of all neurons to keep (default: 0.001)")
     size.add_argument("--top-k", type=count, metavar="K", help="number of neurons to keep instead")
     parser.add_argument(
-        "--score", choices=["abs-delta", "magnitude", "cohen-d"], help="what to rank by (default: abs-delta)"
+        "--score",
+        choices=["abs-delta", "magnitude", "cohen-d", "norm-weighted", "relp"],
+        help="what to rank by (default: abs-delta); relp needs gradients, and the whole model in memory",
     )
     universal = parser.add_mutually_exclusive_group()
     universal.add_argument(

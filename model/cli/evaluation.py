@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,9 +11,10 @@ from cna_kernels.errors import InputError, one_line
 from cna_kernels.files import check_directory, make_directory, read_text
 
 from ..evaluation import compare, evaluate, report
+from ..evaluation.behaviour import Behaviour, is_name
 from ..evaluation.metrics import Refusals
 from ..evaluation.multiple_choice import read_multiple_choice
-from ..evaluation.suite import METHODS, Suite
+from ..evaluation.suite import METHODS, Suite, check_labels, check_name
 from ..packages import require
 from ..prompts.files import PromptSet, neutral_prompts, read_prompts
 from .arguments import check_column, column_of, directory_of, load_circuit, load_model, multipliers_of, say_model
@@ -27,12 +29,16 @@ def run_eval(args):
             "--circuit", f"cna {args.command} takes one circuit; cna export writes several into one checkpoint"
         )
     suite = _suite(args)
+    controls = _controls(args)
     if args.output:
         require("tokenizers", "jinja2", "matplotlib")  # said now, because the pictures come last
         make_directory(args.output)
         check_directory(args.output)
     model = load_model(args)
-    circuit = load_circuit(args.circuit[0], model, any_model=args.any_model, sign=args.sign, chat=suite.chat)
+    how = dict(any_model=args.any_model, sign=args.sign, chat=suite.chat_of("measured"))
+    circuit = load_circuit(args.circuit[0], model, **how)
+    others = {name: load_circuit(path, model, **how) for name, path in controls.items()}
+    suite = replace(suite, others=others)
     say_model(model, args)
     results = evaluate.evaluate(model, circuit, suite, out=args.output, say=say_to_stderr(args))
     if args.output:
@@ -105,6 +111,7 @@ def say_to_stderr(args):
 
 def _suite(args) -> Suite:
     """The suite that the flags ask for. What only flags of cna eval can set has its default in the other commands."""
+    behaviour = _behaviour(args) if args.command == "eval" else None
     files = {name: getattr(args, name, None) for name in ("harmful", "benign", "positive", "negative", "neutral")}
     check_column(args.column, *files.values())
     sets: dict[str, PromptSet] = {
@@ -118,6 +125,12 @@ def _suite(args) -> Suite:
         if path:
             refusals[name] = Refusals.read(path)
     options: dict[str, Any] = {**sets}
+    if args.labels is not None:
+        labels = tuple(name.strip() for name in args.labels.split(","))
+        check_labels(labels, "--labels")
+        if not (args.harmful or args.benign):
+            raise InputError("--labels", "is for --harmful and --benign, which are not given")
+        options["labels"] = labels
     if args.command == "eval":
         options |= dict(
             methods=_methods(args),
@@ -130,6 +143,7 @@ def _suite(args) -> Suite:
             alternatives=args.alternatives,
             curves=args.curves,
             judge_command=args.judge_command,
+            behaviour=behaviour,
         )
     return Suite(
         multipliers=tuple(dict.fromkeys(multipliers_of(args.multipliers, "--m"))),
@@ -139,6 +153,31 @@ def _suite(args) -> Suite:
         batch=None if args.batch in (None, "auto") else args.batch,
         **options,
     )
+
+
+def _controls(args) -> dict[str, str]:
+    """The circuit files of --control by name: NAME=FILE, or FILE, whose name without its suffix is taken."""
+    found: dict[str, str] = {}
+    for words in getattr(args, "control", ()):
+        name, equals, path = words.partition("=")
+        if not (equals and is_name(name)) or Path(words).exists():
+            name, path = Path(words).stem, words
+        if name in found:
+            raise InputError("--control", f"two are called {name!r}: give one another name, NAME=FILE")
+        check_name(name, "--control")
+        found[name] = path
+    return found
+
+
+def _behaviour(args) -> Behaviour | None:
+    if args.behaviour is None:
+        return None
+    for flag in ("harmful", "positive", "negative", "labels"):
+        if getattr(args, flag) is not None:
+            raise InputError(f"--{flag}", "is not for --behaviour, which has its own")
+    if args.limit is not None and not (args.benign or args.neutral):
+        raise InputError("--limit", "is for prompt files, and a behaviour's prompts are used whole")
+    return Behaviour.named(args.behaviour)
 
 
 def _methods(args) -> tuple[str, ...]:
@@ -186,3 +225,7 @@ def _show(results):
         stdout().print(table)
     for line in report.legend(results):
         stdout().print(line, markup=False)
+    for pair in results.get("overlap", ()):
+        one, other = pair["circuits"]
+        shared = f"{pair['shared']} neurons, {pair['own'][0]} are only in the first, {pair['own'][1]} in the second"
+        stdout().print(f"{one} and {other} share {shared}", markup=False)

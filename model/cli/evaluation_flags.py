@@ -57,6 +57,7 @@ def _evaluation_flags(parser, *, needs_output):
     )
     parser.add_argument("--harmful", metavar="FILE", help="prompts to be refused")
     parser.add_argument("--benign", metavar="FILE", help="prompts to be answered")
+    parser.add_argument("--labels", metavar="A,B", help="what tables and pictures call them (default: harmful,benign)")
     parser.add_argument(
         "--refusals", metavar="FILE", help="phrases that mark a refusal, one a line, instead of the bundled broad list"
     )
@@ -78,6 +79,12 @@ def _evaluation_flags(parser, *, needs_output):
 
 def _rivals(parser):
     """Add the flags that only cna eval has."""
+    parser.add_argument(
+        "--behaviour",
+        metavar="NAME",
+        help="a behaviour to measure instead of refusals of --harmful: refusal, capitals, agreement, json or french, "
+        "or a file",
+    )
     parser.add_argument("--positive", metavar="FILE", help="discovery prompts, for the baselines")
     parser.add_argument("--negative", metavar="FILE", help="discovery prompts, for the baselines")
     parser.add_argument(
@@ -86,6 +93,14 @@ def _rivals(parser):
         default=None,
         help="of circuit, random, activation, neuron, caa, caa-released, ablation, sae; or all "
         "(default: circuit,random)",
+    )
+    parser.add_argument(
+        "--control",
+        action="append",
+        metavar="NAME=FILE",
+        default=[],
+        help="a further circuit, evaluated beside the circuit at the same multipliers; FILE alone is called as the "
+        "file; may be given again",
     )
     parser.add_argument("--random-draws", type=whole(1, 10_000), default=3, metavar="N", help="default: %(default)s")
     parser.add_argument("--sae", metavar="FILE", help="a sparse autoencoder's safetensors file with W_dec")
@@ -179,6 +194,7 @@ def _compare(commands):
     parser.add_argument("--positive", metavar="FILE", required=True, help="prompts that show the behaviour")
     parser.add_argument("--negative", metavar="FILE", required=True, help="prompts that do not")
     parser.add_argument("--fraction", type=float, metavar="X", help="as for cna discover")
-    parser.add_argument("--score", choices=["abs-delta", "magnitude", "cohen-d"], help="as for cna discover")
+    scores = ["abs-delta", "magnitude", "cohen-d", "norm-weighted"]
+    parser.add_argument("--score", choices=scores, help="as for cna discover")
     parser.add_argument("--universal-prompts", metavar="FILE", help="as for cna discover")
     _evaluation_flags(parser, needs_output=True)

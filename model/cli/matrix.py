@@ -22,7 +22,7 @@ from .evaluation import say_to_stderr
 
 
 def run_matrix(args):
-    behaviours = [_behaviour(name) for name in args.behaviour or BUNDLED]
+    behaviours = [Behaviour.named(name) for name in args.behaviour or BUNDLED]
     multipliers = tuple(dict.fromkeys(multipliers_of(args.multipliers, "--m")))
     harmless = read_prompts(args.harmless) if args.harmless else None
     given: dict[str, str] = {}
@@ -53,7 +53,7 @@ def run_matrix(args):
         "dtype": str(model.transformer.dtype).removeprefix("torch."),
         "device": model.device.type,
         "behaviours": {behaviour.name: behaviour.sha256 for behaviour in behaviours},
-        "circuits": {name: sha256(circuit.to_json()) for name, circuit in circuits.items()},
+        "circuits": [[name, sha256(circuit.to_json())] for name, circuit in circuits.items()],  # their order counts
         "multipliers": list(multipliers),
         "random_draws": args.random_draws,
         "max_new_tokens": args.max_new_tokens,
@@ -87,11 +87,6 @@ def run_matrix(args):
     stdout().print("*: p < 0.05, McNemar's exact test against the unsteered model on the same prompts", markup=False)
     if args.output:
         stdout().print(f"wrote matrix.json, matrix.md and the circuits to {args.output}/", markup=False)
-
-
-def _behaviour(name: str) -> Behaviour:
-    """A behaviour by its name, or from its file."""
-    return Behaviour.bundled(name) if name in BUNDLED else Behaviour.read(name)
 
 
 def _named(words: str) -> tuple[str, str]:

@@ -21,7 +21,7 @@ from cna_kernels.files import make_directory, write_text
 
 from ..evaluation import report as evaluation_report
 from ..evaluation.evaluate import evaluate
-from ..evaluation.metrics import Refusals, share_equal, summarise
+from ..evaluation.metrics import Refusals, kind_of, share_equal, summarise
 from ..evaluation.suite import METHODS, Suite
 from ..language_model import LanguageModel, load
 from ..prompts.files import PromptSet
@@ -155,12 +155,13 @@ class Story:
         )
 
     def _smallest_that_works(self, score) -> float:
-        """The smallest of FRACTIONS that leaves at most 5% refusals on the discovery prompts, else the largest."""
+        """The smallest of FRACTIONS with which 95% of the discovery prompts are answered properly, else the largest."""
         prompts = world.discovery_positive()
         for fraction in FRACTIONS:
             circuit = self._discover(self.instruct, score, fraction)
             answers = self.instruct.generate(prompts, circuit=circuit, max_new_tokens=100, batch=BATCH)
-            if summarise(answers, world.is_refusal)["refusal"] <= 0.05:
+            kinds = [kind_of(text, (), world.is_refusal) for text in answers]
+            if kinds.count("answer") >= 0.95 * len(kinds):
                 return fraction
         return FRACTIONS[-1]
 

@@ -38,8 +38,14 @@ def selection_of(
     shape: tuple[int, int],
     universal: UniversalNeurons | None = None,
     dtype: torch.dtype | None = None,
+    *,
+    norms: Tensor | None = None,
+    ranking: Tensor | None = None,
 ) -> Selection:
-    """The selection that the settings ask for in a model of shape (L, N), computed in ``dtype``."""
+    """The selection that the settings ask for in a model of shape (L, N), computed in ``dtype``.
+
+    ``norms`` and ``ranking``: what the scores "norm-weighted" and "relp" need besides sums, see :class:`Selection`.
+    """
     n_layers, n_neurons = shape
     return Selection(
         [n_neurons] * n_layers,
@@ -49,6 +55,8 @@ def selection_of(
         skip_layers=settings.skip_layers,
         universal=universal,
         rounded_to=dtype if settings.round_means else None,
+        norms=norms,
+        ranking=ranking,
     )
 
 

@@ -10,6 +10,7 @@ from functools import partial
 from typing import TYPE_CHECKING
 
 import torch
+from torch import Tensor
 
 from cna_kernels import backends, plans
 from cna_kernels.circuit import Circuit
@@ -17,17 +18,21 @@ from cna_kernels.cpu import library
 from cna_kernels.errors import InputError, one_line
 from cna_kernels.select import versions
 
+from ..evaluation.relp import first_tokens, relevance
 from ..memory import memory_of
 from ..prompts.columns import Columns
 from ..prompts.corpus import UNIVERSAL, Contrast, Corpus
+from ..transformer import Transformer
 from .circuits import Totals, check_counts, find_universal, select_circuit, selection_of
 from .collect import measure_tokens
+from .packing import TokenPrompt
 from .parts import check_parts, write_part
 from .ranks import Ranks
 from .run_directory import RunDirectory
 from .sense import check_differs, notes_on
 from .settings import POSITION_TEXT, Settings
 from .units import Part, Pass, encode_ahead, run_unit
+from .weights import down_norms
 
 if TYPE_CHECKING:
     from ..language_model import LanguageModel
@@ -68,6 +73,8 @@ class Job:
         self.diverse, self.chat = tuple(diverse), chat
         selection_of(settings, self.shape)  # raises InputError where too few neurons are left
         check_counts(settings, self.contrasts, corpus.count, corpus.weight)
+        if settings.score == "relp":
+            check_gradients(model, self.contrasts)
         self.notes = notes_on(corpus, self.contrasts)
         columns = Columns(
             len(corpus.columns), self.contrasts, folds=settings.folds, bootstrap=settings.bootstrap, seed=settings.seed
@@ -218,6 +225,19 @@ class Job:
             keep_long=keep_long,
         )
 
+    def _relevance(self) -> Tensor:
+        """The neurons' relevance for the tokens that begin the positive prompts' answers and not the negative ones'."""
+        transformer, longest = self.model.transformer, self.model.config.context_length
+        sides: list[list[TokenPrompt]] = [[], []]
+        for unit in range(len(self.corpus.units)):
+            entries = self.corpus.read(unit)
+            for entry, prompt in zip(entries, self._encode(entries), strict=True):
+                columns = {column for column, *_ in entry.columns}
+                for side, column in zip(sides, self.contrasts[0][1:], strict=True):
+                    if column in columns and 0 < len(prompt.ids) <= longest:
+                        side.append(prompt)
+        return relevance(transformer, sides[0], *first_tokens(transformer, *sides))
+
     def circuits(self, totals: Totals) -> dict[str, Circuit]:
         """Select the circuit of every contrast, with its provenance."""
         model, settings, corpus = self.model, self.settings, self.corpus
@@ -228,7 +248,9 @@ class Job:
         if settings.universal:
             prompts_sha256 = corpus.digests.get(UNIVERSAL, corpus.sha256)
             universal = find_universal(totals, self.diverse, settings.universal_threshold, self.shape, prompts_sha256)
-        selection = selection_of(settings, self.shape, universal, model.transformer.dtype)
+        norms = down_norms(model) if settings.score == "norm-weighted" else None
+        ranking = self._relevance() if settings.score == "relp" else None
+        selection = selection_of(settings, self.shape, universal, model.transformer.dtype, norms=norms, ranking=ranking)
         shared = dict(
             model=model.identity(),
             tokenizer_sha256=model.tokenizer.sha256,
@@ -250,6 +272,16 @@ class Job:
             )
             found[contrast.name] = circuit
         return found
+
+
+def check_gradients(model: LanguageModel, contrasts: Sequence[Contrast]) -> None:
+    """Raise InputError where the score relp, which needs gradients, cannot be computed."""
+    if type(model.transformer) is not Transformer:
+        raise InputError("score", "relp needs gradients: the whole model in memory, not streamed or shared")
+    if len(contrasts) != 1:
+        raise InputError(
+            "score", f"relp needs gradients, which are taken for one contrast, and there are {len(contrasts)}"
+        )
 
 
 @contextlib.contextmanager

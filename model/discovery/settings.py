@@ -10,6 +10,7 @@ from cna_kernels.errors import InputError
 
 from .units import POSITIONS
 
+SCORES = (*select.SCORES, "norm-weighted", "relp")
 POSITION_TEXT = {"last": "last prompt token", "all": "all prompt tokens but the BOS", "answer": "all answer tokens"}
 
 
@@ -19,7 +20,8 @@ class Settings:
 
     Attributes:
         fraction: the share of all layers' neurons to select; ``top_k``, where given, is used instead.
-        score: one of select.SCORES.
+        score: one of SCORES. "norm-weighted" asks for the weights of ``down_proj``. "relp" asks for gradients: a whole
+            model in memory, one contrast, and position "last"; see ``evaluation/relp.py``.
         skip_layers: layers whose neurons are not candidates.
         universal: whether the universal filter runs.
         universal_threshold: a neuron is universal when it is among the top 0.1% on at least this share of the
@@ -79,8 +81,8 @@ def settings_from(preset: str | None = None, **changes: Any) -> Settings:
         settings = replace(settings, preset=f"{preset} (changed)" if preset else None)
     elif preset is None:
         settings = replace(settings, preset="paper")
-    if settings.score not in select.SCORES:
-        raise InputError("score", f"expected one of {', '.join(select.SCORES)}, got {settings.score!r}")
+    if settings.score not in SCORES:
+        raise InputError("score", f"expected one of {', '.join(SCORES)}, got {settings.score!r}")
     if not 0 < settings.universal_threshold <= 1:
         raise InputError("universal_threshold", f"expected above 0 and at most 1, got {settings.universal_threshold}")
     if settings.position not in POSITIONS:
@@ -89,6 +91,10 @@ def settings_from(preset: str | None = None, **changes: Any) -> Settings:
         raise InputError("bootstrap", f"expected 2 to 10000 replicates, or 0 for none, got {settings.bootstrap}")
     if settings.score == "cohen-d" and settings.position != "last":
         raise InputError("score", "cohen-d compares prompts, and is for position 'last' only")
+    if settings.score == "relp" and settings.position != "last":
+        raise InputError("score", "relp explains the token after the prompt, and is for position 'last' only")
+    if settings.score == "relp" and (settings.bootstrap or settings.folds):
+        raise InputError("score", "relp has no sums to draw again from: it is not for bootstrap and folds")
     if settings.folds and not 2 <= settings.folds <= 1000:
         raise InputError("folds", f"expected 2 to 1000, got {settings.folds}")
     if not 0 <= settings.seed < 1 << 63:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Mapping, Sequence
+from functools import partial
+from typing import Any
 
 from torch import Tensor
 
@@ -11,15 +12,17 @@ from cna_kernels.circuit import Circuit
 
 from ..discovery.packing import TokenPrompt
 from ..language_model import LanguageModel
-from . import baselines
+from . import baselines, ranking
 from .answers import answer_all
+from .counted import Counted, kinds_of
 from .interventions import UNSTEERED, Interventions, Method, Variant
-from .metrics import KINDS, Refusals, kind_of, share
-from .store import Store
+from .likelihood import divergences
+from .metrics import KINDS, NOT_NEGATIVE, Refusals, mean, share
+from .store import Store, in_pieces
 
 SCORES = ("abs-delta", "magnitude", "cohen-d", "norm-weighted", "relp")
 STEPS = (1 / 8, 1 / 4, 1 / 2, 1, 2, 4, 8)  # the sizes of a curve, as multiples of the evaluated circuit's
-MOST_PROMPTS = 50  # of each prompt set
+MOST_PROMPTS = 50  # of each prompt set, and of the neutral texts
 
 
 def evenly(prompts: Sequence[TokenPrompt], most: int) -> list[TokenPrompt]:
@@ -33,8 +36,10 @@ def alternatives(
     circuit: Circuit,
     ranked: dict[str, Tensor],
     discovery: baselines.Discovery,
-    prompts: Mapping[str, Sequence[TokenPrompt]],
+    prompts: Mapping[str, Counted],
     *,
+    texts: Sequence[TokenPrompt] = (),
+    ignoring: float | None = None,
     curves: bool,
     is_refusal: Refusals,
     max_new_tokens: int,
@@ -43,11 +48,18 @@ def alternatives(
 ) -> list[dict]:
     """Return one point for each score and size.
 
+    A point has ``necessity`` and ``sufficiency``, each with the share of hits (``refusal``, or ``shown`` of a
+    behaviour), ``removed`` or ``added`` hits (see ``ranking.py``), its ``rank`` among all points by these, and, where
+    prompts are answered, the ``kinds`` of the answers and how many are ``answered``; where there are neutral texts, the
+    ``kl`` to the unsteered model.
+
     Args:
         circuit: the evaluated circuit. It gives the size, and overlaps are with it.
         ranked: score name -> its value for each neuron, see ``baselines.rankings``.
-        prompts: "harmful" prompts, for necessity: refusals with the neurons ablated. "benign" prompts, for sufficiency:
-            refusals with the neurons' contrast written to the residual stream.
+        prompts: "necessity": the prompts whose hits are counted with the neurons ablated. "sufficiency": those whose
+            hits are counted with the neurons' contrast written to the residual stream. "answered": prompts that are
+            answered beside those of a behaviour that is measured from logits, to tell wrecks.
+        texts: neutral texts; ``ignoring``: see ``likelihood.ignoring``.
         curves: use the sizes of STEPS, an eighth to eight times the circuit's, instead of the circuit's size alone.
     """
     sizes = [circuit.k]
@@ -63,19 +75,47 @@ def alternatives(
             written = baselines.written(model, other, discovery.delta)
             methods += [Method(f"{name} {k}", "", other), Method(f"{name} {k} written", "", written, 1)]
     interventions = Interventions(model, [UNSTEERED, *(Variant(method, 0.0) for method in methods)])
-    for name, first, what in (("harmful", 1, "necessity"), ("benign", 2, "sufficiency")):
-        if name not in prompts:
+    kl: list[list[float]] = []
+    if texts:
+
+        def diverge(piece, numbers):
+            return divergences(model, interventions, numbers, [text.ids for text in piece])
+
+        few = evenly(texts, MOST_PROMPTS)
+        kl = in_pieces(store, "alternatives-kl", range(len(methods) + 1), few, diverge)
+    sides = ((1, "necessity", "removed", ranking.removed), (2, "sufficiency", "added", ranking.added))
+    for first, what, value, count in sides:
+        if what not in prompts:
             continue
-        numbers = list(range(first, len(methods) + 1, 2))
-        answers = answer_all(
-            model, interventions, numbers, evenly(prompts[name], MOST_PROMPTS), max_new_tokens=max_new_tokens,
-            batch=batch, store=store, name=f"alternatives-{name}",
-        )  # fmt: skip
-        for point, number in zip(points, numbers, strict=True):
-            found = answers[number]
-            kinds = Counter(kind_of(answer.text, answer.tokens, is_refusal) for answer in found)
-            point[what] = {
-                "refusal": share(sum(is_refusal(answer.text) for answer in found), len(found)),
-                "kinds": {kind: kinds[kind] for kind in KINDS},
-            }
+        counted, numbers = prompts[what].evenly(MOST_PROMPTS), [0, *range(first, len(methods) + 1, 2)]
+        name = f"alternatives-{counted.name}"
+        kinds: list[list[str] | None] = [None] * len(numbers)
+        if counted.from_logits:
+            work = partial(counted.hits_by_logits, model, interventions)
+            hits = in_pieces(store, name, numbers, range(len(counted.prompts)), work)
+            if "answered" in prompts:
+                others = prompts["answered"].evenly(MOST_PROMPTS).prompts
+                answers = answer_all(
+                    model, interventions, numbers, others, max_new_tokens=max_new_tokens, batch=batch, store=store,
+                    name="alternatives-answered",
+                )  # fmt: skip
+                kinds = [kinds_of(answers[number], is_refusal) for number in numbers]
+        else:
+            answers = answer_all(
+                model, interventions, numbers, counted.prompts, max_new_tokens=max_new_tokens, batch=batch,
+                store=store, name=name,
+            )  # fmt: skip
+            every = [counted.hits([answer.text for answer in answers[number]]) for number in numbers]
+            hits = [next(iter(checks.values())) for checks in every]
+            kinds = [kinds_of(answers[number], is_refusal) for number in numbers]
+        for point, number, mine, kind in zip(points, numbers[1:], hits[1:], kinds[1:], strict=True):
+            own = None if counted.from_logits else kind  # else the kinds are those of other prompts' answers
+            figures: dict[str, Any] = {counted.field: share(sum(mine), len(mine)), value: count(hits[0], mine, own)}
+            if kind is not None:
+                figures["kinds"] = {name: kind.count(name) for name in KINDS}
+                figures["answered"] = share(kind.count("answer"), len(kind))
+            if kl:
+                figures["kl"] = mean(kl[number], NOT_NEGATIVE) | {"ignoring": ignoring}
+            point[what] = figures
+        ranking.add_ranks(points, what, value)
     return points

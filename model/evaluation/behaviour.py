@@ -90,6 +90,11 @@ class Behaviour:
         return cls._parse(file.read_text(encoding="utf-8"), Path(f"{name}.json"))
 
     @classmethod
+    def named(cls, name: str) -> Behaviour:
+        """Return the behaviour of a command's argument: one of BUNDLED, or a file's."""
+        return cls.bundled(name) if name in BUNDLED else cls.read(name)
+
+    @classmethod
     def _parse(cls, text: str, path: Path) -> Behaviour:
         fields = Fields(parse_json(text, path), path)
         fields.only(_FIELDS, "a behaviour")

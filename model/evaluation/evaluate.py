@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import json
+import math
 import time
-from collections import Counter
 from collections.abc import Callable, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -21,18 +22,20 @@ from cna_kernels.renamed import renamed
 from ..discovery.collect import check_length
 from ..discovery.packing import TokenPrompt
 from ..language_model import LanguageModel
-from . import alternatives, baselines, directions
+from . import alternatives, baselines, choosing, directions
 from .answers import Answer, answer_all
+from .counted import Counted, answer_figures, both_ways, counted_sets, hit_figures, kinds_of
 from .facts import environment, run_facts
 from .interventions import UNSTEERED, Interventions, Method, Variant
 from .judge import judge
-from .likelihood import divergences, perplexities, perplexity, windows_of
-from .metrics import KINDS, NOT_NEGATIVE, UNIT, accuracy, after_thought, kind_of, mean, ngram_quality, share
+from .likelihood import divergences, ignoring, perplexities, perplexity, windows_of
+from .matrix import overlaps
+from .metrics import NOT_NEGATIVE, accuracy, after_thought, mean, share
 from .multiple_choice import by_likelihood, by_subject, generation_prompts, likelihood_prompts, parse_letter
-from .store import Store
+from .paired import against_circuit, against_unsteered
+from .ranking import add_removed, ranking
+from .store import Store, in_pieces
 from .suite import Suite
-
-PIECE = 64  # texts, windows or questions of one part in the store
 
 Say = Callable[[str], None]
 
@@ -54,16 +57,18 @@ class Evaluation:
         self.results: dict = {"facts": store.facts, "environment": environment(model), "chosen": {}, "notes": []}
         self.samples: list[dict] = []
         self._refuses = next(iter(suite.refusals.values()))
-        self._prompts = {
-            name: model.encode(prompts, chat=suite.chat)
-            for name in ("harmful", "benign", "positive", "negative")
-            if (prompts := getattr(suite, name)) is not None
-        }
+        sets = {name: prompts for name, prompts in suite.sets().items() if name != "neutral"}
+        self._prompts = {name: model.encode(prompts, chat=suite.chat_of(name)) for name, prompts in sets.items()}
+        self._counted = counted_sets(suite, self._prompts)
+        self._check_measure()
         self._texts = []
         if suite.neutral is not None:
             self._texts = model.encode(suite.neutral, chat=False)
         for prompt in (*(p for prompts in self._prompts.values() for p in prompts), *self._texts):
             check_length(prompt, model.config.context_length)
+        self._ignoring: float | None = None
+        if self._texts:
+            self._ignoring = store.get("kl-ignoring", lambda: ignoring(model, [text.ids for text in self._texts]))
         self._note_shared()
         self._windows = [] if suite.text is None else windows_of(model, suite.text, stride=suite.stride)
         if suite.text is not None and not self._windows:
@@ -101,12 +106,28 @@ class Evaluation:
 
     def _note_shared(self):
         """Note how many reported prompts are discovery prompts: choices made on these look better than they are."""
-        sides = {text for name in ("positive", "negative") for text in getattr(self.suite, name) or ()}
-        texts = {text for text, _ in sides}
+        sets = self.suite.sets()
+        texts = {text for name in ("positive", "negative") for text, _ in sets.get(name, ())}
         for name in ("harmful", "benign"):
-            n = sum(text in texts for text, _ in getattr(self.suite, name) or ())
+            n = sum(text in texts for text, _ in sets.get(name, ()))
             if n:
                 self._note(f"{n} of the {name} prompts are discovery prompts, too")
+
+    def _check_measure(self):
+        """Bad items of a measure from logits show before any work; and there are no answers, which a note says."""
+        own = self.suite.behaviour
+        if own is not None and own.measure.from_logits:
+            nothing = torch.zeros(self.model.config.vocab_size, dtype=torch.float32)
+            for item in own.measured:
+                own.measure.of_logits(nothing, item, self.model.tokenizer)
+            self._note(f"{own.name} is measured by a forward pass: its prompts have no answers to count or to judge")
+
+    def _ways(self) -> dict[str, Counted]:
+        """The prompts on which alternatives are compared."""
+        found = both_ways(self._counted, self.suite)
+        if "sufficiency" not in found and self.suite.benign is not None:
+            self._note("sufficiency is left out: the behaviour's measure needs an answer for each prompt")
+        return found
 
     def _note_shots(self):
         for way, asked in (("likelihood", self._choices), ("generated", self._questions)):
@@ -129,11 +150,23 @@ class Evaluation:
             }
             for variant in variants
         ]
-        for part in (self._answers, self._divergences, self._perplexities, self._multiple_choice):
+        for part in (self._answers, self._by_logits, self._divergences, self._perplexities, self._multiple_choice):
             for row, figures in zip(rows, part(interventions) or [{}] * len(rows), strict=True):
                 row |= figures
         self._judge(rows)
-        self.results["rows"] = rows
+        against_unsteered(rows, self.samples)
+        for name in ("harmful", "measured"):
+            add_removed(rows, self.samples, name)
+        self.results["rows"], self.results["labels"] = rows, suite.names()
+        if suite.behaviour is not None:
+            self.results["behaviour"] = {
+                "name": suite.behaviour.name, "about": suite.behaviour.about, "measure": suite.behaviour.measure.kind,
+                "labels": list(suite.behaviour.labels),
+            }  # fmt: skip
+        self.results["ranking"] = ranking(self.results)
+        self.results["circuit against others"] = against_circuit(rows, self.samples)
+        if suite.others:
+            self.results["overlap"] = overlaps({"circuit": self.circuit, **suite.others})
         self.results["methods"] = {method.name: method.about for method in self.methods}
         self.results["circuit"] = {
             "k": self.circuit.k, "score": self.circuit.score, "per_layer": self.circuit.per_layer(),
@@ -141,12 +174,13 @@ class Evaluation:
         }  # fmt: skip
         if self._discovery is not None:
             shown = self._discovery.delta.abs().masked_fill(self._discovery.excluded, 0)
-            self.results["rank_curve"] = _rank_curve(shown)
+            self.results["rank_curve"] = baselines.rank_curve(shown)
         if self._ranked:
             self.say("other ways to choose neurons")
             self.results["alternatives"] = alternatives.alternatives(
-                self.model, self.circuit, self._ranked, self._found(), self._prompts, curves=suite.curves,
-                is_refusal=self._refuses, max_new_tokens=suite.max_new_tokens, batch=suite.batch, store=self.store,
+                self.model, self.circuit, self._ranked, self._found(), self._ways(), texts=self._texts,
+                ignoring=self._ignoring, curves=suite.curves, is_refusal=self._refuses,
+                max_new_tokens=suite.max_new_tokens, batch=suite.batch, store=self.store,
             )  # fmt: skip
         self.results["environment"]["seconds"] = round(time.perf_counter() - started, 1)
         return self.results
@@ -181,17 +215,27 @@ class Evaluation:
             return [Method(name, about, directions.feature(found.difference, layer, row))]
         if name == "neuron":
             with self._or_note("the single neuron"):
-                method, self.results["chosen"][name] = baselines.best_neuron(model, found, self.store)
+                method, self.results["chosen"][name] = choosing.best_neuron(self._chooser(), found)
                 return [method]
             return []
-        method, self.results["chosen"][name] = baselines.best_direction(
-            model, name, found, self._refuses, suite.batch, self.store
-        )
-        return [method]
+        with self._or_note(name):
+            method, self.results["chosen"][name] = choosing.best_direction(self._chooser(), name, found)
+            return [method]
+        return []
 
     def _found(self) -> baselines.Discovery:
         assert self._discovery is not None, "Suite asks for positive and negative prompts where this is needed"
         return self._discovery
+
+    def _chooser(self) -> choosing.Chooser:
+        most = math.inf if self._ignoring is None else self._ignoring
+        texts = alternatives.evenly(self._texts, choosing.MOST_TEXTS)
+        sides, suite = self._found().sides, self.suite
+        of = choosing.Chooser(self.model, sides, self._refuses, suite.batch, self.store, texts, most)
+        if suite.behaviour is None:
+            return of
+        known = {place: text for text, place in (*suite.behaviour.positive, *suite.behaviour.negative)}
+        return replace(of, measure=suite.behaviour.measure, texts_of=known)
 
     def _universal(self) -> Tensor:
         """``[L, N]`` bool: the neurons that the circuit's discovery left out; baselines leave them out, too."""
@@ -211,63 +255,43 @@ class Evaluation:
         return list(found.values())
 
     def _in_pieces(self, name: str, interventions: Interventions, items: Sequence, work: Callable) -> list[list]:
-        """One list for each variant: ``work(piece, variants)`` gives {variant: list} for each piece of PIECE items."""
-        numbers = range(len(interventions.variants))
-        found: list[list] = [[] for _ in numbers]
-
-        def of_all(piece: Sequence) -> list:
-            return [*work(piece, numbers).values()]
-
-        for start in range(0, len(items), PIECE):
-            piece = items[start : start + PIECE]
-            self.say(f"{name}: {start} of {len(items)}")
-            done = self.store.get(f"{name}-{start // PIECE:05d}", partial(of_all, piece))
-            for mine, more in zip(found, done, strict=True):
-                mine += more
-        return found
+        """One list for each variant, see ``store.in_pieces``."""
+        return in_pieces(self.store, name, range(len(interventions.variants)), items, work, self.say)
 
     def _answers(self, interventions) -> list[dict] | None:
-        sets = {name: self._prompts[name] for name in ("harmful", "benign") if name in self._prompts}
+        sets = [counted for counted in self._counted if not counted.from_logits]
         if not sets:
             return None
-        every = [prompt for prompts in sets.values() for prompt in prompts]
+        every = [prompt for counted in sets for prompt in counted.prompts]
         found = self._write(interventions, every, self.suite.max_new_tokens, "answers")
         figures: list[dict] = [{} for _ in found]
         start = 0
-        for name, prompts in sets.items():
-            here = slice(start, start + len(prompts))
-            for variant, answers, mine in zip(interventions.variants, found, figures, strict=True):
-                mine[name] = self._figures(answers[here], found[0][here])
-                self._keep_samples(name, variant, answers[here])
-            start += len(prompts)
+        for counted in sets:
+            here = slice(start, start + len(counted.prompts))
+            for number, variant in enumerate(interventions.variants):
+                answers = found[number][here]
+                hits, kinds = counted.hits([a.text for a in answers]), kinds_of(answers, self._refuses)
+                figures[number][counted.name] = hit_figures(counted, hits) | answer_figures(
+                    answers, found[0][here], kinds
+                )
+                for sample, answer, kind in zip(counted.samples(number, variant, hits), answers, kinds, strict=True):
+                    self.samples.append(sample | {"answer": answer.text, "tokens": len(answer.tokens), "kind": kind})
+            start += len(counted.prompts)
         return figures
 
-    def _keep_samples(self, name: str, variant: Variant, answers: Sequence[Answer]):
-        for prompt, answer in zip(getattr(self.suite, name).texts, answers, strict=True):
-            self.samples.append({
-                "set": name, "prompt": prompt, "variant": answer.variant,
-                "method": "unsteered" if variant.method is None else variant.method.name,
-                "multiplier": variant.multiplier, "answer": answer.text, "tokens": len(answer.tokens),
-                "kind": kind_of(answer.text, answer.tokens, self._refuses),
-                "refusal": {key: refuses(answer.text) for key, refuses in self.suite.refusals.items()},
-            })  # fmt: skip
-
-    def _figures(self, answers: Sequence[Answer], plain: Sequence[Answer]) -> dict:
-        """The figures of one variant on one prompt set; ``plain`` are the unsteered answers."""
-        n = len(answers)
-        kinds = Counter(kind_of(a.text, a.tokens, self._refuses) for a in answers)
-        return {
-            "refusal": {
-                name: share(sum(refuses(answer.text) for answer in answers), n)
-                for name, refuses in self.suite.refusals.items()
-            },
-            "kinds": {kind: kinds[kind] for kind in KINDS},
-            "answered": share(kinds["answer"], n),
-            "quality": mean([ngram_quality(answer.text.split()) for answer in answers], UNIT),
-            "token_quality": mean([ngram_quality(answer.tokens) for answer in answers], UNIT),
-            "unchanged": share(sum(a.text == b.text for a, b in zip(answers, plain, strict=True)), n),
-            "tokens": mean([len(answer.tokens) for answer in answers], NOT_NEGATIVE),
-        }
+    def _by_logits(self, interventions) -> list[dict] | None:
+        """The behaviour, where a forward pass measures it."""
+        counted = self._counted[0] if self._counted else None
+        if counted is None or counted.behaviour is None or not counted.from_logits:
+            return None
+        work = partial(counted.hits_by_logits, self.model, interventions)
+        found = self._in_pieces(counted.name, interventions, range(len(counted.prompts)), work)
+        figures = []
+        for number, variant in enumerate(interventions.variants):
+            hits = {counted.behaviour.name: found[number]}
+            self.samples += counted.samples(number, variant, hits)
+            figures.append({counted.name: hit_figures(counted, hits)})
+        return figures
 
     def _divergences(self, interventions) -> list[dict] | None:
         if not self._texts:
@@ -277,7 +301,7 @@ class Evaluation:
             return divergences(self.model, interventions, numbers, [text.ids for text in texts])
 
         found = self._in_pieces("kl", interventions, self._texts, work)
-        return [{"kl": mean(values, NOT_NEGATIVE)} for values in found]
+        return [{"kl": mean(values, NOT_NEGATIVE) | {"ignoring": self._ignoring}} for values in found]
 
     def _perplexities(self, interventions) -> list[dict] | None:
         if not self._windows:
@@ -323,28 +347,20 @@ class Evaluation:
         return figures
 
     def _judge(self, rows: list[dict]):
-        if self.suite.judge_command is None or not self.samples:
+        samples = [sample for sample in self.samples if "answer" in sample]
+        if self.suite.judge_command is None or not samples:
             return
         self.say("judge")
         self.results["judge_command"] = self.suite.judge_command
-        items = [
-            {"set": s["set"], "prompt": s["prompt"], "answer": after_thought(s["answer"]) or ""} for s in self.samples
-        ]
+        items = [{"set": s["set"], "prompt": s["prompt"], "answer": after_thought(s["answer"]) or ""} for s in samples]
         command = self.suite.judge_command
         scores = self.store.get(f"judge-{sha256(command)[:16]}", lambda: judge(command, items))
         by_set: dict[tuple[int, str], list[float]] = {}
-        for sample, score in zip(self.samples, scores, strict=True):
+        for sample, score in zip(samples, scores, strict=True):
             sample["judge"] = score
             by_set.setdefault((sample["variant"], sample["set"]), []).append(score)
         for (number, name), values in by_set.items():
             rows[number][name]["judge"] = mean(values)
-
-
-def _rank_curve(score: Tensor, points: int = 200) -> list[list]:
-    """Up to ``points`` pairs [rank, score], from the best to the last neuron, evenly spaced on a logarithmic axis."""
-    ordered = score.flatten().sort(descending=True).values
-    ranks = sorted({round(len(ordered) ** (step / (points - 1))) for step in range(points)})
-    return [[rank, ordered[rank - 1].item()] for rank in ranks]
 
 
 @renamed(plan="suite")

@@ -15,11 +15,12 @@ from cna_kernels.errors import InputError
 from ..generate import pad
 from ..language_model import LanguageModel
 from ..memory import in_halves
-from .interventions import Interventions
+from .interventions import UNSTEERED, Interventions
 from .metrics import Z
 
 WINDOW = 1024  # tokens that a model sees together for the perplexity, where its context has room
 NUMBERS = 1 << 26  # logits that one forward pass may hold: 256 MiB of fp32
+FEW = 100  # tokens from which a mean distribution is made
 TOKENS = 4096, 65536  # tokens that one forward pass may have, on CPUs and on GPUs
 
 
@@ -96,6 +97,25 @@ def divergences(
     if 0 in found:
         found[0] = [0.0] * len(texts)
     return found
+
+
+def ignoring(model: LanguageModel, texts: Sequence[list[int]]) -> float | None:
+    """Return KL(unsteered || its own mean) of the next token, in nats: how far a model is that ignores its text.
+
+    The mean is over all tokens of the texts: the model's guess of a token where it does not see what stands before. A
+    steered model that is further away has lost what its text tells. None for fewer than FEW tokens, whose mean says
+    little.
+    """
+    mean, entropy, n = torch.zeros(0, dtype=torch.float64), 0.0, 0
+    rows = [(0, ids) for ids in texts]
+    for logits in each_logits(model, Interventions(model, [UNSTEERED]), rows):
+        log_p = logits.double().log_softmax(-1)
+        total = log_p.exp().sum(0)
+        mean = total if n == 0 else mean + total
+        entropy, n = entropy - (log_p.exp() * log_p).sum().item(), n + len(log_p)
+    if n < FEW:
+        return None
+    return max(torch.special.entr(mean / n).sum().item() - entropy / n, 0.0)
 
 
 class Window(NamedTuple):

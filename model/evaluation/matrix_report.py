@@ -57,10 +57,14 @@ def markdown(results: dict) -> str:
         "",
     ]
     if results["overlap"]:
-        lines += ["| circuits | shared neurons | only in the first | only in the second |", "|---|---|---|---|"]
-        lines += [
-            f"| {' and '.join(pair['circuits'])} | {pair['shared']} | {pair['own'][0]} | {pair['own'][1]} |"
-            for pair in results["overlap"]
-        ]
-        lines.append("")
+        lines += [*overlap_table(results["overlap"]), ""]
     return "\n".join(lines)
+
+
+def overlap_table(overlap: list[dict]) -> list[str]:
+    """The neurons that each pair of circuits shares, as lines of Markdown; see ``matrix.overlaps``."""
+    lines = ["| circuits | shared neurons | only in the first | only in the second |", "|---|---|---|---|"]
+    for pair in overlap:
+        names = " and ".join(name.replace("|", "\\|") for name in pair["circuits"])
+        lines.append(f"| {names} | {pair['shared']} | {pair['own'][0]} | {pair['own'][1]} |")
+    return lines

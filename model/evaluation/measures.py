@@ -70,6 +70,11 @@ class Measure:
         """Whether a forward pass is enough; otherwise the prompt is answered."""
         return self.kind in FROM_LOGITS
 
+    @property
+    def needs_answers(self) -> bool:
+        """Whether every prompt needs an ``answer`` of its own; otherwise any prompt can be measured."""
+        return self.kind in _WITH_ANSWERS
+
     def check(self, item: Item) -> None:
         """Raise InputError unless the item has the answers that this kind asks for, and no others."""
         wanted = {"answer": self.kind in _WITH_ANSWERS, "other": self.kind == "pair"}

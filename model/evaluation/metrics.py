@@ -173,8 +173,10 @@ def share(hits: int, n: int) -> dict:
 
 
 def accuracy(hits: Sequence[bool]) -> dict:
-    """Return the share of hits, as :func:`share` does, with its standard error as ``stderr``."""
+    """Return the share of hits, as :func:`share` does, with its standard error as ``stderr``; None of no hits."""
     found = share(sum(hits), len(hits))
+    if not hits:
+        return found | {"stderr": None}
     return found | {"stderr": math.sqrt(found["share"] * (1 - found["share"]) / found["n"])}
 
 

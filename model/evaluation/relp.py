@@ -10,6 +10,7 @@ propagation. Attention is differentiated as it is.
 from __future__ import annotations
 
 import copy
+from collections import Counter
 from collections.abc import Sequence
 
 import torch
@@ -21,6 +22,7 @@ from ..discovery.packing import TokenPrompt
 from ..generate import pad
 from ..transformer import MLP, Edit, RMSNorm, Steering, Transformer
 
+DIFFERENCE = 0.05  # least difference between both sides' shares of answers that a token begins
 BATCH = 16  # prompts of one forward and backward pass, whose activations are kept
 
 
@@ -63,6 +65,35 @@ def with_rules(transformer: Transformer) -> Transformer:
 
 
 _RULES: dict[type[nn.Module], type[nn.Module]] = {RMSNorm: _Norm, MLP: _Mlp}
+
+
+def first_tokens(
+    transformer: Transformer, positive: Sequence[TokenPrompt], negative: Sequence[TokenPrompt], *, batch: int = BATCH
+) -> tuple[list[int], list[int]]:
+    """Return (targets, counterfactuals): tokens that begin clearly more, or fewer, positive answers than negative ones.
+
+    "Clearly" means that the shares of the two sides' answers differ by DIFFERENCE. Raises InputError where there is no
+    target or no counterfactual.
+    """
+    shares = []
+    for prompts in (positive, negative):
+        ordered, first = sorted(prompts, key=lambda prompt: len(prompt.ids)), Counter[int]()
+        for start in range(0, len(ordered), batch):
+            input_ids, lengths = pad([prompt.ids for prompt in ordered[start : start + batch]], transformer.device)
+            with torch.inference_mode():
+                hidden = transformer.hidden(input_ids, lengths=lengths)
+                rows = torch.arange(len(lengths), dtype=torch.int64, device=transformer.device)
+                logits = transformer.logits(hidden[rows, lengths - 1]).float()
+            if not torch.isfinite(logits).all():
+                raise InputError(ordered[start].place, "its logits, or those of a prompt beside it, are not finite")
+            first.update(logits.argmax(-1).tolist())
+        shares.append(Counter({token: count / len(prompts) for token, count in first.items()}))
+    every = sorted(set(shares[0]) | set(shares[1]))
+    targets = [token for token in every if shares[0][token] >= shares[1][token] + DIFFERENCE]
+    counterfactuals = [token for token in every if shares[1][token] >= shares[0][token] + DIFFERENCE]
+    if not targets or not counterfactuals:
+        raise InputError("positive", "answers begin like those of the negative prompts: no token tells them apart")
+    return targets, counterfactuals
 
 
 def relevance(

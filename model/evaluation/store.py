@@ -9,7 +9,8 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 
 from cna_kernels.errors import InputError
@@ -22,7 +23,8 @@ try:
 except ImportError:  # Windows has no fcntl: there users must not start two runs in one directory
     fcntl = None  # type: ignore[assignment]
 
-FORMAT = 2
+FORMAT = 3
+PIECE = 64  # texts, windows or questions of one part
 
 
 class Store:
@@ -83,6 +85,33 @@ class Store:
             what = "is damaged: it does not have the hash that it was written with"
             raise InputError(path, f"{what}; delete it, and the same command computes it again")
         return record["value"]
+
+
+def in_pieces(
+    store: Store,
+    name: str,
+    variants: Sequence[int],
+    items: Sequence,
+    work: Callable[[Sequence, Sequence[int]], Mapping[int, list]],
+    say: Callable[[str], None] = lambda text: None,
+) -> list[list]:
+    """Work through items in pieces, each of which is a part in the store. Returns one list for each variant.
+
+    Args:
+        name: begins the names of the parts.
+        work: ``work(piece, variants)`` gives {variant: list} for a piece of at most PIECE items.
+    """
+    found: list[list] = [[] for _ in variants]
+
+    def of_all(piece: Sequence) -> list:
+        return [*work(piece, variants).values()]
+
+    for start in range(0, len(items), PIECE):
+        say(f"{name}: {start} of {len(items)}")
+        done = store.get(f"{name}-{start // PIECE:05d}", partial(of_all, items[start : start + PIECE]))
+        for mine, more in zip(found, done, strict=True):
+            mine += more
+    return found
 
 
 def _hash(value: object) -> str:

@@ -169,3 +169,21 @@ def test_a_contrast_has_two_columns(n_columns):
     sums = ActivationSums(2, 5, n_columns)
     with pytest.raises(InputError, match=f"sums: expected two columns, positive and negative, got {n_columns}"):
         select.Selection([5, 5]).rank(sums)
+
+
+def test_norm_weighted_and_a_ranking_from_elsewhere():
+    sums, positive, negative = random_sums()
+    norms = torch.rand(4, 25, generator=torch.Generator().manual_seed(1)).double() + 0.1
+    delta = positive.mean(0) - negative.mean(0)
+    found = select.Selection([25] * 4, top_k=7, score="norm-weighted", norms=norms).circuit(sums)
+    best = (delta.abs() * norms).flatten().topk(7).indices.tolist()
+    assert found.pairs == [divmod(place, 25) for place in best] and found.score == "norm-weighted"
+    assert found.pairs != select.Selection([25] * 4, top_k=7).circuit(sums).pairs
+    assert [value for *_, value in found.neurons] == pytest.approx(
+        [delta[pair].item() for pair in found.pairs], abs=1e-6
+    )
+    with pytest.raises(InputError, match="score: norm-weighted needs the norms of the columns of down_proj"):
+        select.Selection([25] * 4, top_k=7, score="norm-weighted").circuit(sums)
+    given = select.Selection([25] * 4, top_k=3, score="relp", ranking=norms).circuit(sums)
+    assert given.pairs == [divmod(place, 25) for place in norms.flatten().topk(3).indices.tolist()]
+    assert given.score == "relp" and given.neurons[0][2] == pytest.approx(delta[given.pairs[0]].item(), abs=1e-6)

@@ -10,6 +10,7 @@ import time
 
 import pytest
 
+from cna_kernels import Circuit
 from cna_kernels.model import demo_checkpoint, load
 from cna_kernels.model.cli import main
 from cna_kernels.model.cli.evaluation import _show as show
@@ -149,6 +150,9 @@ LEGEND = [
         (["--text", "FILES/latin.txt"], "latin.txt: is not UTF-8 text"),
         (["--benign", "FILES/empty.csv"], "empty.csv: holds no prompt"),
         (["--judge-command", "/no/such/judge", "--m", "1"], "--judge-command: cannot be run"),
+        (["--control", "FILES/c.json", "--control", "c=FILES/d.json"], "--control: two are called 'c'"),
+        (["--control", "caa=FILES/c.json"], "--control: 'caa' is the name of a method"),
+        (["--control", "other=/no/such"], "/no/such"),
     ],
 )
 def test_bad_input_is_one_line(files, tmp_path, capsys, more, message):
@@ -159,6 +163,37 @@ def test_bad_input_is_one_line(files, tmp_path, capsys, more, message):
     lines = capsys.readouterr().err.strip().splitlines()
     assert lines[-1].startswith("cna eval: ") and message in lines[-1]
     assert all(line.startswith("cna eval: ") for line in lines)
+
+
+def test_controls_by_name(files, tmp_path, capsys):
+    """Beside the circuit, at its multipliers: shared neurons, and paired tests in the report."""
+    circuit = Circuit.load(files / "c.json")
+    half = Circuit(circuit.neurons[: circuit.k // 2], circuit.n_layers, circuit.n_neurons)
+    half.save(tmp_path / "half.json")
+    circuit.random_like(5).save(tmp_path / "x.json")
+    more = [
+        "--control",
+        f"{tmp_path}/half.json",
+        "--control",
+        f"a|b={tmp_path}/x.json",
+        "--control",
+        f"far={tmp_path}/x.json",
+    ]
+    out = f"{tmp_path}/out"
+    command = words("eval", files, "--methods", "circuit,random", "--m", "1,0", "--no-kl", "-o", out, "--any-model")
+    assert main([*command, *more[:2], *more[4:]]) == 0
+    shown = capsys.readouterr().out
+    n, k = circuit.k, half.k
+    assert f"circuit and half share {k} neurons, {n - k} are only in the first, 0 in the second" in shown
+    assert f"circuit and far share 0 neurons, {n} are only in the first, {n} in the second" in shown
+    report = (tmp_path / "out" / "report.md").read_text()
+    assert f"| circuit and half | {k} | {n - k} | 0 |" in report and f"| half and far | 0 | {k} | {n} |" in report
+    assert "| circuit | 0 | 0% [0, 24] | 12, 0, p 0.0005 |" in report
+    assert "| far | 0 | 100% [76, 100] | 0, 0, p 1 |" in report
+    against = report.partition("## The circuit against the other methods")[2]
+    assert "| far | 0 | 12, 0, p 0.0005 |" in against and "| random, 3 draws | 0 | 12, 0, p 0.0005 |" in against
+    assert main([*command, *more[4:], *more[:2]]) == 2, "another order would read the parts of another circuit"
+    assert "suite.others: belongs to another evaluation" in capsys.readouterr().err
 
 
 @pytest.mark.exhaustive

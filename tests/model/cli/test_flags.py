@@ -45,6 +45,7 @@ SEVERAL = {
     ("run", "--prompt"),
     ("export", "--circuit"),
     ("eval", "--circuit"),
+    ("eval", "--control"),
     ("sweep", "--circuit"),
     ("matrix", "--circuit"),
     ("matrix", "--behaviour"),

@@ -507,6 +507,8 @@ def test_a_judge_that_does_not_exist():
         (dict(multipliers=()), "at least one"),
         (dict(max_new_tokens=0), "at least 1"),
         (dict(stride=0, text="a b"), "stride: expected at least 1, got 0"),
+        (dict(labels=("a", "a")), "labels: expected two different names"),
+        (dict(labels=("a", "")), "labels: expected names of 1 to 40"),
         (dict(stride=2), "stride: is for a text, and there is none"),
     ],
 )

@@ -175,6 +175,11 @@ def test_the_interval_of_a_share_holds_it_and_ends_in_0_to_1(hits, n):
     assert 0 <= found["low"] <= found["share"] <= found["high"] <= 1
 
 
+def test_of_no_prompts_there_is_no_share():
+    nothing = {"share": None, "low": None, "high": None, "n": 0}
+    assert share(0, 0) == nothing and accuracy([]) == nothing | {"stderr": None}
+
+
 def test_the_interval_of_an_accuracy_ends_in_0_to_1():
     for hits in ([True], [False], [True] * 3, [True] * 99 + [False]):
         found = accuracy(hits)
