@@ -32,6 +32,14 @@ def evaluation():
 
 
 @pytest.fixture(scope="session")
+def real():
+    """Rows for bench/results/real.json."""
+    from results import Results, cpu_environment
+
+    return Results("real", "cpu", cpu_environment())
+
+
+@pytest.fixture(scope="session")
 def embedding():
     """Rows for embedding.json in bench/results/, or in CNA_BENCH_RESULTS."""
     from results import Results, cpu_environment
