@@ -72,16 +72,16 @@ def draw(results: dict, out) -> list[str]:
 
 
 def solid(values: Sequence[float], wrecked: Sequence[bool]) -> list[float]:
-    """The values of a line, NaN where most answers are wrecked: there the line is broken."""
+    """The values of a line, NaN at wrecks: there the line is broken."""
     return [math.nan if gone else value for value, gone in zip(values, wrecked, strict=True)]
 
 
 def _mark(axis, places, values, wrecked, colour):
-    """Put a cross where most answers are wrecked."""
+    """Put a cross where there is a wreck."""
     marked = [(x, y) for x, y, gone in zip(places, values, wrecked, strict=True) if gone]
     if marked:
-        named = "most answers wrecked" in axis.get_legend_handles_labels()[1]
-        label = None if named else "most answers wrecked"
+        named = "wrecked" in axis.get_legend_handles_labels()[1]
+        label = None if named else "wrecked"
         axis.scatter(*zip(*marked, strict=True), marker="x", s=60, color=colour, label=label, zorder=3)
 
 
@@ -105,7 +105,7 @@ def _draw_sizes(plt, points: Sequence[dict]):
 
 
 def _draw_curves(axis, curves, value, sets=()):
-    """A line for each method. Where most answers to a prompt set of ``sets`` are wrecked, it is broken and marked."""
+    """A line for each method. Where a row is wrecked, by the prompt sets ``sets``, it is broken and marked."""
     for name, rows in curves.items():
         points = [value(row) for row in rows]
         places, wrecked = [row["multiplier"] for row in rows], [is_wrecked(row, sets) for row in rows]
