@@ -119,4 +119,28 @@ CANARIES: list[Canary] = [
         "tests/ops/test_circuit.py",
         "test_halves_by_sign",
     ),
+    Canary(
+        "a beginning shared over ways of steering",
+        "model/generate.py",
+        "    ways = steer.alike(batch)\n    if ways is None:",
+        "    ways = steer.alike(batch) * 0\n    if ways is None:",
+        "tests/model/test_generate.py",
+        "test_a_shared_beginning_runs_once_for_each_way_of_steering and circuits",
+    ),
+    Canary(
+        "directions that differ taken for one",
+        "model/transformer.py",
+        "edit = plain if self.edit is None else self.edit.alike()",
+        "edit = plain",
+        "tests/model/test_generate.py",
+        "test_a_shared_beginning_runs_once_for_each_way_of_steering and directions",
+    ),
+    Canary(
+        "random neurons counted as the circuit",
+        "model/demo/story.py",
+        "if variant[\"random\"] is None:\n            own[",
+        "if variant[\"multiplier\"] != 9:\n            own[",
+        "tests/model/demo/test_story.py",
+        "test_figures_are_those_of_the_results",
+    ),
 ]  # fmt: skip
