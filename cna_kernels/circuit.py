@@ -165,8 +165,7 @@ class Circuit:
         return self._half("positive")
 
     def negative(self) -> Circuit:
-        """Return the neurons that are less active on the positive prompts than on the negative ones. Their bootstrap and
-        folds are left out."""
+        """Return the neurons that are less active on the positive prompts. Their bootstrap and folds are left out."""
         return self._half("negative")
 
     def _half(self, sign: str) -> Circuit:

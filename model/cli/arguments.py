@@ -71,8 +71,8 @@ def load_circuit(
 ) -> Circuit:
     """The circuit of a file, checked against the loaded model.
 
-    ``chat``: whether prompts go through its template; ``prompts``: whether the command has any; ``sign``: which half, or how it
-    is steered, see :func:`signed`.
+    ``chat``: whether prompts go through its template; ``prompts``: whether the command has any; ``sign``: a value of
+    --sign, see :func:`signed`.
     """
     circuit = Circuit.load(path, n_layers=model.config.num_hidden_layers, n_neurons=model.config.intermediate_size)
     if not prompts and circuit.chat_template_sha256 is None:

@@ -105,8 +105,8 @@ def sign_flag(parser) -> None:
     parser.add_argument(
         "--sign",
         choices=SIGNS,
-        help="only the neurons that are more active on the positive, or on the negative, prompts; aligned: all of them, "
-        "at 2 - m those whose contrast is against their mean on the positive prompts",
+        help="only the neurons that are more active on the positive, or on the negative, prompts; aligned: all, those "
+        "whose contrast is against their mean on the positive prompts at 2 - m",
     )
 
 
