@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import random
 from collections import Counter
 from dataclasses import dataclass
@@ -16,7 +17,8 @@ from .files import FilePath, read_json, write_text
 
 @dataclass(frozen=True)
 class Circuit:
-    """Neurons in rank order with their contrast. A circuit holds no multiplier: steering chooses the multiplier.
+    """Neurons in rank order with their contrast. A circuit holds no multiplier: steering chooses the multiplier m, and
+    :meth:`multipliers` says what each neuron gets at m.
 
     Attributes:
         neurons: (layer, index, contrast) best first.
@@ -35,6 +37,9 @@ class Circuit:
             in rank order, and ``others``: neurons outside this circuit that at least half of the replicates select.
         folds: cross-validation. For each part of the prompts in turn, the circuit of all other prompts: its ``overlap``
             with this circuit, and the share of its contrast that is ``retained`` on the part left out.
+        positive_mean: the mean activation of each neuron over the positive prompts, in rank order; None where unknown.
+        mirrored: (layer, index) of the neurons that get 2 - m where the others get m, see :meth:`aligned`; None for a
+            plain circuit, all of whose neurons get m.
     """
 
     neurons: tuple[tuple[int, int, float], ...]
@@ -57,6 +62,8 @@ class Circuit:
     bootstrap: dict[str, Any] | None = None
     folds: dict[str, Any] | None = None
     excluded: tuple[tuple[int, int], ...] = ()
+    positive_mean: tuple[float, ...] | None = None
+    mirrored: tuple[tuple[int, int], ...] | None = None
 
     def __post_init__(self) -> None:
         neurons, seen = [], set()
@@ -75,6 +82,16 @@ class Circuit:
             seen.add((layer, index))
             neurons.append((layer, index, contrast))
         object.__setattr__(self, "neurons", tuple(neurons))  # of plain numbers, whatever they were given as
+        if self.positive_mean is not None:
+            means = tuple(float(mean) for mean in self.positive_mean)
+            if len(means) != len(neurons) or not all(map(math.isfinite, means)):
+                raise InputError("positive_mean", f"expected {len(neurons)} finite numbers, one for each neuron")
+            object.__setattr__(self, "positive_mean", means)
+        if self.mirrored is not None:
+            places = tuple((whole_number("mirrored", layer), whole_number("mirrored", i)) for layer, i in self.mirrored)
+            if len(set(places)) != len(places) or not set(places) <= seen:
+                raise InputError("mirrored", "expected neurons of the circuit, each once")
+            object.__setattr__(self, "mirrored", places)
 
     @property
     def k(self) -> int:
@@ -98,32 +115,71 @@ class Circuit:
         counts = Counter(layer for layer, _ in self.pairs)
         return [counts[layer] for layer in range(self.n_layers)]
 
+    def multipliers(self, multiplier: float) -> list[float]:
+        """Return what each neuron's activation is multiplied by at the multiplier m, in rank order: m, and 2 - m where
+        the neuron is mirrored."""
+        mirrored = set(self.mirrored or ())
+        return [2 - multiplier if pair in mirrored else multiplier for pair in self.pairs]
+
+    def aligned(self) -> Circuit:
+        """Return the circuit whose multiplier moves every neuron along its contrast: above 1 towards what the positive
+        prompts have more of than the negative ones, below 1 away from it.
+
+        A neuron whose mean over the positive prompts and whose contrast have opposite signs is mirrored: it gets 2 - m
+        where the others get m. m = 1 still changes nothing; m = 0 ablates the others and doubles the mirrored ones. A
+        circuit that is aligned already, or the control of one, is returned as it is.
+
+        Raises:
+            InputError: the means are not known, because the circuit was imported or found before they were recorded.
+        """
+        if self.mirrored is not None:
+            return self
+        if self.positive_mean is None:
+            raise InputError("positive_mean", "is missing, which an aligned circuit needs: discover it again")
+        of_means = zip(self.neurons, self.positive_mean, strict=True)
+        opposite = ((layer, index) for (layer, index, delta), mean in of_means if delta < 0 < mean or mean < 0 < delta)
+        return dataclasses.replace(self, mirrored=tuple(opposite))
+
     def random_like(self, seed: int) -> Circuit:
-        """Return as many random neurons from the same layers, none of this circuit: the control for every claim."""
-        generator = random.Random(seed)
-        neurons = []
+        """Return as many random neurons from the same layers, none of this circuit: the control for every claim.
+
+        Of a circuit with mirrored neurons, as many of each layer's are mirrored.
+        """
+        generator, own = random.Random(seed), set(self.mirrored or ())
+        neurons, mirrored = [], []
         for layer, members in self.by_layer().items():
             others = sorted(set(range(self.n_neurons)) - set(members))
             if len(others) < len(members):
                 raise ValueError(f"random_like: layer {layer} has only {len(others)} neurons outside the circuit")
-            neurons += [(layer, index, 0.0) for index in sorted(generator.sample(others, len(members)))]
-        return Circuit(tuple(neurons), self.n_layers, self.n_neurons, score=f"random (seed {seed})")
+            drawn = generator.sample(others, len(members))
+            neurons += [(layer, index, 0.0) for index in sorted(drawn)]
+            n_mirrored = sum((layer, index) in own for index in members)
+            mirrored += [(layer, index) for index in sorted(drawn[:n_mirrored])]  # random ones: the draw has no order
+        return Circuit(
+            tuple(neurons), self.n_layers, self.n_neurons, score=f"random (seed {seed})",
+            mirrored=None if self.mirrored is None else tuple(mirrored),
+        )  # fmt: skip
 
     def positive(self) -> Circuit:
         """Return the neurons that are more active on the positive prompts. Their bootstrap and folds are left out."""
         return self._half("positive")
 
     def negative(self) -> Circuit:
-        """Return the neurons that are more active on the negative prompts: amplifying these takes a model the other way
-        than amplifying the positive ones."""
+        """Return the neurons that are less active on the positive prompts. Their bootstrap and folds are left out."""
         return self._half("negative")
 
     def _half(self, sign: str) -> Circuit:
-        neurons = tuple(neuron for neuron in self.neurons if (neuron[2] > 0 if sign == "positive" else neuron[2] < 0))
-        if not neurons:
+        kept = [rank for rank, (*_, x) in enumerate(self.neurons) if (x > 0 if sign == "positive" else x < 0)]
+        if not kept:
             raise InputError("sign", f"no neuron of the circuit has a {sign} contrast")
-        rule = f"{sign} contrast of {self.k_rule or f'{self.k} neurons'}"
-        return dataclasses.replace(self, neurons=neurons, k_rule=rule, bootstrap=None, folds=None)
+        neurons = tuple(self.neurons[rank] for rank in kept)
+        pairs = {(layer, index) for layer, index, _ in neurons}
+        return dataclasses.replace(
+            self, neurons=neurons, k_rule=f"{sign} contrast of {self.k_rule or f'{self.k} neurons'}",
+            bootstrap=None, folds=None,
+            positive_mean=None if self.positive_mean is None else tuple(self.positive_mean[rank] for rank in kept),
+            mirrored=None if self.mirrored is None else tuple(pair for pair in self.mirrored if pair in pairs),
+        )  # fmt: skip
 
     def to_json(self) -> str:
         """Return what :meth:`save` writes."""

@@ -19,6 +19,7 @@ _SHARE = (0, 1)  # the bounds of a share
 # the fields of a circuit that are texts, and the hashes inside its ``model``
 _TEXTS = ("score", "k_rule", "position", "tokenizer_sha256", "chat_template_sha256", "dtype", "preset")
 _HASHES = ("settings_sha256", "tensors_sha256", "decoder_sha256")
+_NEW = ("positive_mean", "mirrored")  # where they are None, a file is as it was before there were such fields
 _OLD_HASHES = ("config_sha256", "headers_sha256", "weights_sha256", "neurons_sha256")  # of samples, before 0.2
 
 
@@ -27,6 +28,7 @@ def to_json(circuit: Any) -> str:
     record = {"schema_version": SCHEMA_VERSION, "site": SITE, "k": circuit.k}
     record |= {field.name: getattr(circuit, field.name) for field in dataclasses.fields(circuit)}
     neurons = record.pop("neurons")
+    record = {name: value for name, value in record.items() if value is not None or name not in _NEW}
     lines = ",\n".join("    " + json.dumps(neuron, allow_nan=False) for neuron in neurons)
     head = json.dumps(record, indent=2, allow_nan=False)
     return head[: head.rindex("\n")] + ',\n  "neurons": [\n' + lines + "\n  ]\n}\n"
@@ -83,6 +85,9 @@ def _from_record(fields: Fields) -> dict[str, Any]:
         known[name] = None if inside is None else inside.record
     excluded = _pairs(fields, "excluded", shape, [])
     known["excluded"] = tuple((layer, index) for layer, index in excluded)
+    known["positive_mean"] = _numbers(fields, "positive_mean", k, "one for each neuron", None)
+    mirrored = _pairs(fields, "mirrored", shape, None)
+    known["mirrored"] = None if mirrored is None else tuple((layer, index) for layer, index in mirrored)
     fields.only((*known, "schema_version", "site", "k"), _KIND)
     return known
 
@@ -161,10 +166,11 @@ def _pairs(fields: Fields, name: str, shape: tuple[int, int], *default: Any) -> 
     return fields.items(name, inside, "[layer, index] in the model's shape", *default)
 
 
-def _numbers(fields: Fields, name: str, n: int, what: str) -> None:
-    values = fields.items(name, is_number, "a number")
-    if len(values) != n:
+def _numbers(fields: Fields, name: str, n: int, what: str, *default: Any) -> Any:
+    values = fields.items(name, is_number, "a number", *default)
+    if values is not None and len(values) != n:
         raise fields.error(name, f"expected {n} numbers, {what}, got {len(values)}")
+    return values
 
 
 def _from_public_code(

@@ -233,8 +233,10 @@ class Selection:
     def circuit(self, sums: ActivationSums, **provenance: Any) -> Circuit:
         """Select a circuit. ``provenance``: further fields of :class:`Circuit`, which its file will hold."""
         delta, chosen = self.rank(sums)
+        positive = sums.mean(POSITIVE).cpu()
         return Circuit(
             neurons=tuple((layer, index, delta[layer, index].item()) for layer, index in chosen),
+            positive_mean=tuple(positive[layer, index].item() for layer, index in chosen),
             n_layers=self.n_layers,
             n_neurons=self.n_neurons,
             score=self.score,

@@ -28,6 +28,7 @@ class Entries(NamedTuple):
     index: Array  # type: ignore[assignment]  # [k] int32, by layer and neuron; the field hides tuple.index
     edges: list[Array]  # for each layer [experts * (blocks + 1)] int32: the first entry from each edge on
     multiplier: float
+    mirrored: Array | None = None  # [k] bool: where the factor is 2 - multiplier; None where it is so nowhere
 
 
 class SteeringTable:
@@ -46,7 +47,8 @@ class SteeringTable:
 
     Args:
         circuits: the circuits, in the order of their numbers 0..K-1.
-        multipliers: one for each: 0 ablates, 1 changes nothing, above 1 amplifies.
+        multipliers: one for each: 0 ablates, 1 changes nothing, above 1 scales up. What a
+            circuit's neurons get at it, :meth:`Circuit.multipliers` says.
         n_layers, n_neurons: the shape of the model to steer.
         device: the device of the layers: one for all, or one for each layer.
         max_circuits: the number of circuits that the table can hold; default: as many as are given.
@@ -168,7 +170,7 @@ class SteeringTable:
             if self._used + len(index) > self.max_entries:
                 others, changed = _without_gaps(others), [*others, number]
                 self._used = kept
-            entries = Entries(self._used, index, edges, multiplier)
+            entries = Entries(self._used, index, edges, multiplier, _mirrored(circuit))
             self._used += len(index)
             self._freed.pop(number, None)
             self._change_to({**others, number: entries}, changed)
@@ -191,9 +193,9 @@ class SteeringTable:
             entries = self._circuits[number]
             if entries.multiplier != multiplier:
                 self._writing = True
-                self._circuits = {**self._circuits, number: entries._replace(multiplier=multiplier)}
-                for _, value in self._arena.values():
-                    value[entries.start : entries.start + len(entries.index)] = multiplier
+                changed = entries._replace(multiplier=multiplier)
+                self._circuits = {**self._circuits, number: changed}
+                self._put_multiplier(changed)
                 self._writing = False
 
     def set_multipliers(self, multipliers: Sequence[float]) -> None:
@@ -280,12 +282,19 @@ class SteeringTable:
     def _put(self, number: int, entries: Entries) -> None:
         """Write a circuit's entries, then the offsets that point to them."""
         end = entries.start + len(entries.index)
-        for index, value in self._arena.values():
+        for index, _ in self._arena.values():
             index[entries.start : end] = torch.from_numpy(entries.index).to(index.device)
-            value[entries.start : end] = entries.multiplier
+        self._put_multiplier(entries)
         for layers, offsets in self._groups:
             edges = np.stack([entries.edges[layer] for layer in layers]) + np.int32(entries.start)
             offsets[:, number] = torch.from_numpy(edges).to(offsets.device)
+
+    def _put_multiplier(self, entries: Entries) -> None:
+        """Write what each of a circuit's neurons is multiplied by."""
+        m, end = entries.multiplier, entries.start + len(entries.index)
+        each = None if entries.mirrored is None else np.where(entries.mirrored, 2 - m, m).astype(np.float32)
+        for _, value in self._arena.values():
+            value[entries.start : end] = m if each is None else torch.from_numpy(each).to(value.device)
 
     def __reduce__(self) -> tuple[Any, ...]:
         with self.lock:
@@ -331,6 +340,14 @@ def _without_gaps(circuits: dict[int, Entries]) -> dict[int, Entries]:
         moved[number] = entries._replace(start=start)
         start += len(entries.index)
     return moved
+
+
+def _mirrored(circuit: Circuit) -> Array | None:
+    """Which of the circuit's neurons, by layer and index, get 2 - m: ``[k]`` bool, or None where none does."""
+    if not circuit.mirrored:
+        return None
+    mirrored = set(circuit.mirrored)
+    return np.array([pair in mirrored for pair in sorted(circuit.pairs)])
 
 
 def _one_each(value: Any, n: int) -> list[Any]:

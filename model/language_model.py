@@ -277,7 +277,7 @@ class LanguageModel:
 
         Args:
             circuit: one circuit, or several for one batch.
-            multiplier: one for all circuits, or one for each: 0 ablates, 1 changes nothing, above 1 amplifies.
+            multiplier: one for all circuits, or one for each: 0 ablates, 1 changes nothing, above 1 scales up.
             row_circuit: the number of the circuit that each row of the batch uses, -1 for none. None: all rows use 0.
         """
         circuits = [circuit] if isinstance(circuit, Circuit) else list(circuit)

@@ -36,15 +36,18 @@ NeuronMultipliers = dict[int, dict[int, float]]  # layer -> neuron -> what its a
 
 
 def neuron_multipliers(circuits: Sequence[Circuit], multipliers: Sequence[float]) -> NeuronMultipliers:
-    """Merge circuits, each at its multiplier. A neuron in several circuits gets the product of their multipliers."""
+    """Merge circuits, each at its multiplier. A neuron in several circuits gets the product of their multipliers.
+
+    A circuit's neurons get what :meth:`Circuit.multipliers` says: mirrored ones 2 - m.
+    """
     if len(circuits) != len(multipliers):
         raise InputError("multiplier", f"expected {len(circuits)}, one for each circuit, got {len(multipliers)}")
     merged: NeuronMultipliers = {}
     for circuit, multiplier in zip(circuits, multipliers, strict=True):
-        check_multiplier(multiplier)
-        for layer, index in circuit.pairs:
+        each = circuit.multipliers(check_multiplier(multiplier))
+        for (layer, index), factor in zip(circuit.pairs, each, strict=True):
             neurons = merged.setdefault(layer, {})
-            neurons[index] = neurons.get(index, 1.0) * multiplier
+            neurons[index] = neurons.get(index, 1.0) * factor
     changed = {layer: {index: m for index, m in sorted(found.items()) if m != 1} for layer, found in merged.items()}
     return {layer: found for layer, found in sorted(changed.items()) if found}
 
@@ -235,7 +238,13 @@ def _scale_columns(checkpoint: Checkpoint, name: str, directory: Path, found: di
 
 
 def to_ref_code(circuit: Circuit, out: FilePath) -> None:
-    """Write the JSON of the public CNA code: "layer,position,index" with position -1, the last prompt token."""
+    """Write the JSON of the public CNA code: "layer,position,index" with position -1, the last prompt token.
+
+    Raises:
+        InputError: neurons of the circuit are mirrored, which that JSON cannot say; or ``out`` cannot be written.
+    """
+    if circuit.mirrored is not None:
+        raise InputError("circuit", "is aligned: the public code's JSON has no place for the neurons that get 2 - m")
     record = {
         "neurons": {f"{layer},-1,{index}": contrast for layer, index, contrast in circuit.neurons},
         "prompt": "",

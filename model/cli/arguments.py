@@ -71,16 +71,22 @@ def load_circuit(
 ) -> Circuit:
     """The circuit of a file, checked against the loaded model.
 
-    ``chat``: whether prompts go through its template; ``prompts``: whether the command has any; ``sign``: which half.
+    ``chat``: whether prompts go through its template; ``prompts``: whether the command has any; ``sign``: a value of
+    --sign, see :func:`signed`.
     """
     circuit = Circuit.load(path, n_layers=model.config.num_hidden_layers, n_neurons=model.config.intermediate_size)
     if not prompts and circuit.chat_template_sha256 is None:
         chat = False  # plain text is no other template where no prompt goes through one
     model.check_circuit(circuit, path, any_model=any_model, chat=chat)
     try:
-        return circuit if sign is None else circuit.positive() if sign == "positive" else circuit.negative()
+        return signed(circuit, sign)
     except InputError as error:
         raise InputError(path, error) from None
+
+
+def signed(circuit: Circuit, sign: str | None) -> Circuit:
+    """The circuit that a value of --sign makes of a circuit: a half, or the aligned one. None leaves it as it is."""
+    return circuit if sign is None else getattr(circuit, sign)()
 
 
 def together(paths, circuits: Sequence[Circuit], multiplier: float) -> Circuit:
@@ -92,14 +98,21 @@ def together(paths, circuits: Sequence[Circuit], multiplier: float) -> Circuit:
     if len(circuits) == 1:
         return circuits[0]
     neurons: dict[tuple[int, int], float] = {}
+    factors: dict[tuple[int, int], float] = {}
+    mirrored = {pair for circuit in circuits for pair in circuit.mirrored or ()}
     for path, circuit in zip(paths, circuits, strict=True):
-        for layer, index, contrast in circuit.neurons:
-            if (layer, index) in neurons and multiplier not in (0, 1):
-                what = f"neuron {index} of layer {layer} is in another circuit, too: {multiplier:g} would count twice"
+        for (layer, index, contrast), factor in zip(circuit.neurons, circuit.multipliers(multiplier), strict=True):
+            if (layer, index) in neurons and (factor not in (0, 1) or factors[layer, index] != factor):
+                twice = f"{factor:g} would count twice" if factors[layer, index] == factor else "with 2 - m"
+                what = f"neuron {index} of layer {layer} is in another circuit, too: {twice}"
                 raise InputError(path, f"{what}; cna export multiplies the multipliers of such neurons")
             neurons.setdefault((layer, index), contrast)
+            factors[layer, index] = factor
     found = tuple((*place, contrast) for place, contrast in neurons.items())
-    return Circuit(found, circuits[0].n_layers, circuits[0].n_neurons)
+    plain = all(circuit.mirrored is None for circuit in circuits)
+    return Circuit(
+        found, circuits[0].n_layers, circuits[0].n_neurons, mirrored=None if plain else tuple(sorted(mirrored))
+    )
 
 
 def multipliers_of(text: str, flag: str) -> list[float]:

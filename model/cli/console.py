@@ -40,6 +40,11 @@ def show_circuit(circuit: Circuit, *, as_json: bool, imported: bool = False):
     for rank, (layer, index, value) in enumerate(circuit.neurons[:10], 1):
         table.add_row(str(rank), str(layer), str(index), f"{value:+.4f}")
     console.print(table)
+    if circuit.mirrored is not None:
+        print_line(console, f"aligned: {len(circuit.mirrored)} of the neurons get 2 - m where the others get m")
+    elif circuit.positive_mean is not None:
+        n = len(circuit.aligned().mirrored or ())
+        print_line(console, f"contrast against the mean on positive prompts: {n} neurons, which --sign aligned mirrors")
     universal = circuit.universal
     if imported:
         print_line(console, "universal filter: not known")

@@ -11,6 +11,7 @@ from .flags import (
     positive,
     prompt_flags,
     seed,
+    sign_flag,
     template_arg,
     whole,
 )
@@ -160,6 +161,7 @@ def _matrix(commands):
         help="a further circuit, or that of the behaviour NAME, which is else discovered; may be given again",
     )
     parser.add_argument("--any-model", action="store_true", help="accept circuits found in another checkpoint")
+    sign_flag(parser)
     parser.add_argument("--fraction", type=float, metavar="X", help="as for cna discover")
     parser.add_argument("--m", "-m", dest="multipliers", metavar="M,M", default="0,2", help="default: %(default)s")
     parser.add_argument(

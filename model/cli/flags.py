@@ -10,6 +10,7 @@ from collections.abc import Callable
 from cna_kernels.errors import InputError, one_line
 from cna_kernels.files import parse_json
 
+SIGNS = ["positive", "negative", "aligned"]  # methods of a Circuit
 DTYPES = ["bfloat16", "float16", "float32"]
 MODEL_HELP = (
     "checkpoint directory in Hugging Face layout, or a .gguf file; demo:instruct or demo:base for the bundled pair, "
@@ -96,10 +97,16 @@ def circuit_flags(parser, *, required: bool, what: str = "circuit file") -> None
     parser.add_argument(
         "--any-model", action="store_true", help="accept a circuit found in another checkpoint of the same shape"
     )
+    sign_flag(parser)
+
+
+def sign_flag(parser) -> None:
+    """Add --sign."""
     parser.add_argument(
         "--sign",
-        choices=["positive", "negative"],
-        help="only the neurons that are more active on the positive, or on the negative, prompts",
+        choices=SIGNS,
+        help="only the neurons that are more active on the positive, or on the negative, prompts; aligned: all, those "
+        "whose contrast is against their mean on the positive prompts at 2 - m",
     )
 
 

@@ -16,7 +16,7 @@ from ..evaluation.matrix import matrix
 from ..evaluation.matrix_report import markdown, table
 from ..evaluation.store import Store
 from ..prompts.files import neutral_prompts, read_prompts
-from .arguments import load_circuit, load_model, multipliers_of, say_model
+from .arguments import load_circuit, load_model, multipliers_of, say_model, signed
 from .console import SIMPLE_HEAD, Table, print_json, stdout
 from .evaluation import say_to_stderr
 
@@ -42,12 +42,13 @@ def run_matrix(args):
     say_model(model, args)
     chat = {behaviour.name: behaviour.chat for behaviour in behaviours}
     circuits = {
-        name: load_circuit(path, model, any_model=args.any_model, chat=chat.get(name)) for name, path in given.items()
+        name: load_circuit(path, model, any_model=args.any_model, sign=args.sign, chat=chat.get(name))
+        for name, path in given.items()
     }
     for behaviour in behaviours:
         if behaviour.name not in circuits:
             say(f"{behaviour.name}: {len(behaviour.positive)} and {len(behaviour.negative)} prompts")
-            circuits[behaviour.name] = _found(model, behaviour, args.fraction)
+            circuits[behaviour.name] = signed(_found(model, behaviour, args.fraction), args.sign)
     facts = {
         "model": model.identity(),
         "dtype": str(model.transformer.dtype).removeprefix("torch."),

@@ -67,7 +67,7 @@ def build_parser() -> Parser:
         "--multiplier",
         metavar="M,M",
         default="0",
-        help="0 ablates, 1 is baseline, above 1 amplifies (default: 0); several with one circuit: a column each",
+        help="0 ablates, 1 is baseline, above 1 scales up (default: 0); several with one circuit: a column each",
     )
     run.add_argument("-p", "--prompt", action="append", metavar="TEXT", help="a prompt; may be given again")
     run.add_argument("--prompts", metavar="FILE", help="a prompt file")

@@ -120,7 +120,11 @@ def top_circuit(name: str, score: Tensor, discovery: Discovery, k: int) -> Circu
     shown = score if name == "relp" else discovery.delta
     neurons = select.top_neurons(score, k, discovery.excluded)
     n_layers, n_neurons = score.shape
-    return Circuit(tuple((*pair, shown[pair].item()) for pair in neurons), n_layers, n_neurons, score=name)
+    positive = None if name == "relp" else discovery.sums.mean(select.POSITIVE)  # a relevance is no contrast
+    return Circuit(
+        tuple((*pair, shown[pair].item()) for pair in neurons), n_layers, n_neurons, score=name,
+        positive_mean=None if positive is None else tuple(positive[pair].item() for pair in neurons),
+    )  # fmt: skip
 
 
 def written(model: LanguageModel, circuit: Circuit, delta: Tensor) -> Direction:

@@ -171,6 +171,7 @@ class Evaluation:
         self.results["circuit"] = {
             "k": self.circuit.k, "score": self.circuit.score, "per_layer": self.circuit.per_layer(),
             "contrast": [contrast for *_, contrast in self.circuit.neurons],
+            "mirrored": None if self.circuit.mirrored is None else list(map(list, self.circuit.mirrored)),
         }  # fmt: skip
         if self._discovery is not None:
             shown = self._discovery.delta.abs().masked_fill(self._discovery.excluded, 0)
@@ -189,7 +190,8 @@ class Evaluation:
         """The methods that a name of the suite stands for, with all that they need found and chosen."""
         model, suite, circuit = self.model, self.suite, self.circuit
         if name == "circuit":
-            return [Method(name, f"{circuit.k} neurons by {circuit.score or 'an unknown score'}", circuit)]
+            mirrored = "" if circuit.mirrored is None else f", {len(circuit.mirrored)} of them at 2 - m"
+            return [Method(name, f"{circuit.k} neurons by {circuit.score or 'an unknown score'}{mirrored}", circuit)]
         if name == "random":
             about = "as many random neurons of the same layers"
             try:

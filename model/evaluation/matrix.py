@@ -53,7 +53,8 @@ def matrix(
         neutral: texts for the KL of the next token. harmless: prompts that any steered model should still answer.
 
     Returns:
-        ``variants``: one record each, the unsteered model first, with ``kl`` and ``answered``; ``cells``: behaviour ->
+        ``variants``: one record each, the unsteered model first, with ``k`` neurons, of an aligned circuit how many
+        are ``mirrored``, ``kl`` and ``answered``; ``cells``: behaviour ->
         one record for each variant, with the ``hits`` on each prompt; ``overlap``: shared and own neurons of each pair
         of circuits.
     """
@@ -62,16 +63,17 @@ def matrix(
         raise InputError("behaviours", f"two have one name: {', '.join(names)}")
     store = store or Store(None, {})
     variants = [UNSTEERED]
-    records: list[dict] = [{"circuit": None, "multiplier": 1.0, "random": None, "k": 0}]
+    records: list[dict] = [{"circuit": None, "multiplier": 1.0, "random": None, "k": 0, "mirrored": None}]
     for name, circuit in circuits.items():
         steps = multipliers[name] if isinstance(multipliers, Mapping) else multipliers
+        size = {"k": circuit.k, "mirrored": None if circuit.mirrored is None else len(circuit.mirrored)}
         for multiplier in steps:
             variants.append(Variant(Method(name, f"{circuit.k} neurons", circuit), multiplier))
-            records.append({"circuit": name, "multiplier": multiplier, "random": None, "k": circuit.k})
+            records.append({"circuit": name, "multiplier": multiplier, "random": None, **size})
         for draw in range(random_draws[name] if isinstance(random_draws, Mapping) else random_draws):
             control = Method(f"random like {name}, {draw}", f"{circuit.k} neurons", circuit.random_like(draw))
             variants.append(Variant(control, steps[0]))
-            records.append({"circuit": name, "multiplier": steps[0], "random": draw, "k": circuit.k})
+            records.append({"circuit": name, "multiplier": steps[0], "random": draw, **size})
     interventions = Interventions(model, variants)
     numbers = range(len(variants))
     refuses = Refusals.bundled("broad")

@@ -12,7 +12,9 @@ def table(results: dict, *, short: bool = False) -> tuple[list[str], list[list[s
     titles += ["harmless answered"] if "answered" in results["variants"][0] else []
     rows = []
     for number, variant in enumerate(results["variants"]):
-        row = [_who(variant), f"{variant['multiplier']:g}", str(variant["k"] or "")]
+        mirrored = variant.get("mirrored")  # of an aligned circuit
+        size = str(variant["k"] or "") + ("" if mirrored is None else f", {mirrored} at 2 - m")
+        row = [_who(variant), f"{variant['multiplier']:g}", size]
         row += [_cell(results["cells"][name][number], short) for name in names]
         if "kl" in variant:
             row.append(f"{variant['kl']['mean']:.3f}")

@@ -40,7 +40,7 @@ from .suite import Suite
 
 METHODS = ("circuit", "random", "caa", "caa-released")
 BEHAVIOURS = ("capitals", "agreement")
-MULTIPLIERS = (0.0, 2.0)  # of the behaviours' circuits: ablated, amplified
+MULTIPLIERS = (0.0, 2.0)  # of the behaviours' circuits: ablated, doubled
 BEHAVIOUR_DRAWS = 2  # random circuits beside each behaviour's
 
 

@@ -209,7 +209,7 @@ def _behaviours(found: dict) -> Shown:
     sizes = ", ".join(f"{name}: {cells[0]['n']} prompts" for name, cells in found["cells"].items())
     about = (
         f"{sizes}. A cell counts the prompts that show the behaviour, by forward passes alone; m = 0 ablates the "
-        "circuit of 0.1% of the neurons, m = 2 amplifies it. The paper has no such table."
+        "circuit of 0.1% of the neurons, m = 2 doubles it. The paper has no such table."
     )
     return Shown("Other behaviours", about, [head, *rows])
 

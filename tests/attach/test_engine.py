@@ -434,6 +434,7 @@ def test_selection_is_that_of_the_command_line(tmp_path):
     assert circuit.pairs == expected.pairs
     for ours_one, theirs_one in zip(circuit.neurons, expected.neurons, strict=True):
         assert abs(ours_one[2] - theirs_one[2]) <= 1e-5 * abs(theirs_one[2])
+    assert circuit.positive_mean == pytest.approx(expected.positive_mean, rel=1e-5, abs=1e-7)
     without = engine.select(sums, top_k=9, exclude=circuit.pairs[:2], skip_layers=[0])
     assert not set(circuit.pairs[:2]) & set(without.pairs) and all(layer > 0 for layer, _ in without.pairs)
     assert engine.select(sums, fraction=0.05).k == round(0.05 * engine.n_layers * engine.n_neurons)

@@ -41,6 +41,7 @@ NOT_RUN = {
     "cna matrix MODEL -o": "no token of the bundled model tells agreement; test_matrix.py runs other behaviours",
     "make reproduce-smollm2": "takes ten minutes; test_reproduce.py makes all tables of the bundled pair",
     "cna reproduce demo:smollm2": "takes ten minutes; test_reproduce.py makes all tables of the bundled pair",
+    "cna matrix demo:smollm2": "takes minutes; test_story.py measures the same",
     ".venv/bin/cna matrix demo:smollm2": "takes minutes; test_story.py measures the same",
     ".venv/bin/cna run demo:smollm2": "needs the circuits of the command before",
     "cna lm-eval": "needs MMLU from the Hugging Face hub; test_lm_eval_model.py runs a task of its own",

@@ -73,6 +73,15 @@ def test_shape_of_a_circuit():
 
 
 CHANGES = {
+    "positive_mean: expected 3 numbers, one for each neuron, got 2": {"positive_mean": [0.5, 1]},
+    "positive_mean: expected a number, got 'x'": {"positive_mean": "x"},
+    "positive_mean[1]: expected a number, got True": {"positive_mean": [0.5, True, 1]},
+    "positive_mean[2]: expected a number, got None": {"positive_mean": [0.5, 1, None]},
+    "positive_mean[0]: expected a number, got 1": {"positive_mean": [10**400, 1, 2]},
+    "mirrored: expected [layer, index] in the model's shape, got True": {"mirrored": True},
+    "mirrored[0]: expected [layer, index] in the model's shape, got [3, 1]": {"mirrored": [[3, 1]]},
+    "mirrored: expected neurons of the circuit, each once": {"mirrored": [[2, 7], [2, 7]]},
+    "mirrored: expected neurons of the circuit": {"mirrored": [[2, 8]]},
     "schema_version: expected 1, got 2": {"schema_version": 2},
     "schema_version: expected 1, got None": {"schema_version": None},
     "n_layers: expected a whole number from 1 to 10000, got 'three'": {"n_layers": "three"},
@@ -268,3 +277,110 @@ def test_halves_by_sign(tmp_path):
     assert Circuit.load(tmp_path / "half.json") == half
     with pytest.raises(InputError, match="sign: no neuron of the circuit has a negative contrast"):
         circuit.positive().negative()
+
+
+# Means on the positive prompts, and circuits that are steered along their contrast.
+
+NEURONS = ((1, 3, 2.0), (0, 5, -1.5), (1, 0, 0.25), (0, 0, -0.1), (0, 7, 0.0), (1, 6, -3.0))
+MEANS = (-4.0, 0.5, 1e-200, -0.25, -1.0, 1e-200)
+
+
+def measured(**changes):
+    return Circuit(NEURONS, 2, 8, positive_mean=MEANS, **changes)
+
+
+@pytest.mark.parametrize(
+    ("contrast", "mean", "mirrored"),
+    [
+        (1.0, 2.0, False), (-1.0, -2.0, False), (1.0, -2.0, True), (-1.0, 2.0, True), (-1.0, 0.0, False),
+        (0.0, -1.0, False), (0.0, 0.0, False), (1e-200, 1e-200, False), (1e-200, -1e-200, True), (-0.0, 3.0, False),
+    ],
+)  # fmt: skip
+@pytest.mark.parametrize("m", [0.0, 0.5, 1.0, 1.5, 2.0, -3.0])
+def test_aligned_moves_every_neuron_along_its_contrast(contrast, mean, mirrored, m):
+    """The step from the mean on the positive prompts is along the contrast above 1, against it below 1."""
+    circuit = Circuit(((0, 1, contrast), (1, 2, 1.0)), 2, 8, positive_mean=(mean, 1.0)).aligned()
+    first, second = circuit.multipliers(m)
+    assert circuit.mirrored == (((0, 1),) if mirrored else ()) and (first, second) == (2 - m if mirrored else m, m)
+    step = (first - 1) * mean
+    assert step == 0 or contrast == 0 or (np.sign(step) == np.sign(contrast)) == (m > 1)
+
+
+def test_plain_circuits_give_every_neuron_the_multiplier():
+    assert measured().multipliers(1.5) == [1.5] * 6 == make().multipliers(1.5) + [1.5] * 3
+
+
+def test_what_an_aligned_circuit_is():
+    circuit = measured(model={"name": "m"}, bootstrap={"seed": 0})
+    aligned = circuit.aligned()
+    assert aligned.mirrored == ((1, 3), (0, 5), (1, 6)) and aligned.multipliers(2.0) == [0, 0, 2, 2, 2, 0]
+    assert aligned.multipliers(0.0) == [2, 2, 0, 0, 0, 2] and aligned.multipliers(1.0) == [1.0] * 6
+    assert aligned.aligned() is aligned and aligned != circuit and aligned.to_json() != circuit.to_json()
+    assert (aligned.neurons, aligned.positive_mean, aligned.bootstrap) == (NEURONS, MEANS, {"seed": 0})
+    with pytest.raises(InputError, match=r"^positive_mean: is missing, .*: discover it again$"):
+        make().aligned()
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"positive_mean": (1.0,)}, "positive_mean: expected 6 finite numbers, one for each neuron"),
+        ({"positive_mean": (float("nan"),) * 6}, "positive_mean: expected 6 finite numbers"),
+        ({"mirrored": ((0, 1),)}, "mirrored: expected neurons of the circuit, each once"),
+        ({"mirrored": ((0, 5), (0, 5))}, "mirrored: expected neurons of the circuit, each once"),
+        ({"mirrored": ((0.5, 5),)}, "mirrored: expected a whole number"),
+    ],
+)
+def test_means_and_mirrored_neurons_are_checked(changes, said):
+    with pytest.raises(InputError, match=said):
+        Circuit(NEURONS, 2, 8, **changes)
+
+
+@pytest.mark.parametrize("make_one", [measured, lambda: measured().aligned(), lambda: measured().aligned().positive()])
+def test_files_hold_the_means_and_what_is_mirrored(tmp_path, make_one):
+    circuit = make_one()
+    circuit.save(tmp_path / "c.json")
+    assert (
+        Circuit.load(tmp_path / "c.json") == circuit
+        and Circuit.load(tmp_path / "c.json").to_json() == (tmp_path / "c.json").read_text()
+    )
+
+
+def test_old_files_are_read_and_written_as_before(tmp_path):
+    """Nothing new stands in the file of a circuit without means, so its hash, too, is what it was."""
+    record = json.loads(make().to_json())
+    assert not {"positive_mean", "mirrored"} & set(record) and Circuit.from_record(record, "c.json") == make()
+    record |= {"positive_mean": None, "mirrored": None}
+    assert Circuit.from_record(record, "c.json").positive_mean is None
+    with pytest.raises(InputError, match=r"not a field of a circuit file"):
+        Circuit.from_record(record | {"aligned": True}, "c.json")
+
+
+def test_halves_keep_what_is_known_of_their_neurons():
+    for circuit in (measured(), measured().aligned()):
+        known = dict(zip(circuit.pairs, MEANS, strict=True))
+        for half in (circuit.positive(), circuit.negative()):
+            assert half.positive_mean == tuple(known[pair] for pair in half.pairs) and 0 < half.k < 6
+            assert half.aligned().multipliers(1.5) == [
+                dict(zip(circuit.pairs, circuit.aligned().multipliers(1.5), strict=True))[pair] for pair in half.pairs
+            ]
+            assert (half.mirrored is None) == (circuit.mirrored is None)
+
+
+def test_a_random_control_mirrors_as_many():
+    """In each layer as many as the circuit, of the neurons that the plain circuit's control has, too."""
+    plain = Circuit(
+        tuple((layer, index, -1.0 if index < 9 else 1.0) for layer in (0, 1, 3) for index in range(3 * layer, 12)),
+        4, 400, positive_mean=(1.0,) * 24,
+    )  # fmt: skip
+    circuit, places = plain.aligned(), set()
+    for seed in range(20):
+        control = circuit.random_like(seed)
+        assert control.neurons == plain.random_like(seed).neurons and plain.random_like(seed).mirrored is None
+        assert control.aligned() is control and control.positive_mean is None
+        for layer in range(4):
+            of = [sum(at == layer for at, _ in one.mirrored) for one in (circuit, control)]
+            assert of[0] == of[1] and (layer != 0 or of[0] == 9)
+        own = {layer: [i for at, i in control.pairs if at == layer] for layer in range(4)}
+        places |= {own[layer].index(index) for layer, index in control.mirrored if layer == 0}
+    assert places == set(range(12)), "which ones are mirrored is random"

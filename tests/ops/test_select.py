@@ -187,3 +187,17 @@ def test_norm_weighted_and_a_ranking_from_elsewhere():
     given = select.Selection([25] * 4, top_k=3, score="relp", ranking=norms).circuit(sums)
     assert given.pairs == [divmod(place, 25) for place in norms.flatten().topk(3).indices.tolist()]
     assert given.score == "relp" and given.neurons[0][2] == pytest.approx(delta[given.pairs[0]].item(), abs=1e-6)
+
+
+@pytest.mark.parametrize("score", ["abs-delta", "magnitude"])
+@pytest.mark.parametrize("rounded_to", [None, torch.bfloat16])
+def test_a_circuit_holds_the_means_of_its_neurons(score, rounded_to):
+    """Over the positive prompts, in rank order; not rounded, even where the contrast is."""
+    sums, positive, negative = random_sums()
+    found = select.Selection([25] * 4, top_k=80, score=score, rounded_to=rounded_to).circuit(sums)
+    assert found.mirrored is None and found.positive_mean == pytest.approx(
+        [positive.mean(0)[pair].item() for pair in found.pairs], abs=1e-6
+    )
+    distance = [abs(positive.mean(0)[pair] - negative.mean(0)[pair]) for pair in found.pairs]
+    assert max(distance) > 0.5, "sides without a difference would hide everything"
+    assert 0 < len(found.aligned().mirrored) < 80

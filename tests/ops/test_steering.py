@@ -305,6 +305,64 @@ def test_rows_are_whole_numbers(rows, said):
             table.row_circuit(rows)
 
 
+# Aligned circuits.
+
+# neurons in rank order, which is not the order of layers; the second and the fourth are mirrored
+NEURONS = ((2, 7, 1.0), (0, 3, -1.0), (2, 1, -1.0), (2, 0, 1.0), (1, 5, 2.0))
+ALIGNED = Circuit(NEURONS, L, N, positive_mean=(1.0, 2.0, -0.5, -3.0, 0.0)).aligned()
+
+
+def dense_of(*held):
+    """The table's definition: ``[L, K + 1, N]`` from (circuit, multiplier) pairs."""
+    dense = torch.ones(L, len(held) + 1, N)
+    for number, (circuit, multiplier) in enumerate(held):
+        for (layer, index), factor in zip(circuit.pairs, circuit.multipliers(multiplier), strict=True):
+            dense[layer, number, index] = factor
+    return dense
+
+
+@pytest.mark.parametrize("m", [0.0, 0.25, 1.0, 1.5, 2.0, -7.0])
+def test_aligned_circuits_hold_what_each_neuron_gets(m):
+    """Beside a plain circuit, added, replaced, moved, copied, held again and changed in place."""
+    assert ALIGNED.mirrored == ((0, 3), (2, 0))
+    table = SteeringTable([FIRST, ALIGNED], [0.5, 0.25], L, N, max_circuits=3, max_entries=12)
+    scales, before = [table.layer(layer) for layer in range(L)], addresses(table)
+
+    def holds(expected, of=None):
+        of = scales if of is None else [of.layer(layer) for layer in range(L)]
+        return all(torch.equal(dense_scale(of[i], N)[: len(expected[i]) - 1], expected[i][:-1]) for i in range(L))
+
+    table.set_multiplier(1, m)
+    expected = dense_of((FIRST, 0.5), (ALIGNED, m))
+    assert holds(expected) and addresses(table) == before, "a change is a write in place, which views see"
+    copied, held = copy.deepcopy(table), table.held()
+    assert holds(expected, copied) and holds(expected, pickle.loads(pickle.dumps(table)))
+    copied.set_multiplier(1, 3.0)
+    assert holds(dense_of((FIRST, 0.5), (ALIGNED, 3.0)), copied) and holds(expected)
+    table.remove(0)
+    table.replace(2, MIDDLE, m)
+    table.replace(0, Circuit(tuple((1, n, 1.0) for n in range(5)), L, N), 0.0)  # there is room once gaps are closed
+    assert holds(dense_of((Circuit(tuple((1, n, 1.0) for n in range(5)), L, N), 0.0), (ALIGNED, m), (MIDDLE, m)))
+    table.hold(held)
+    assert holds(expected)
+    table.set_multipliers([2.0, 1.5])
+    assert holds(dense_of((FIRST, 2.0), (ALIGNED, 1.5)))
+    table.replace(1, Circuit(NEURONS, L, N), m)
+    assert holds(dense_of((FIRST, 2.0), (Circuit(NEURONS, L, N), m))), "the plain circuit of the same neurons"
+
+
+@pytest.mark.parametrize("m", [0.0, 0.5, 2.0])
+def test_the_ops_steer_by_aligned_circuits(m):
+    table, act = SteeringTable([ALIGNED, FIRST], [1.0, m], L, N), torch.randn(3, N)
+    table.set_multiplier(0, m)
+    rows, dense = table.row_circuit([0, 1, -1]), dense_of((ALIGNED, m), (FIRST, m))
+    for layer in range(L):
+        for backend in ("reference", None):
+            steered = ops.steer_act(act, scale=table.layer(layer), row_circuit=rows, backend=backend)
+            assert torch.equal(steered, act * dense[layer])
+        assert (steered[0] != act[0]).any() == (layer != 1 or m != 1), "steering without effect would hide everything"
+
+
 # Numbers that come free.
 
 

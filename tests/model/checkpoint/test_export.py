@@ -18,8 +18,14 @@ transformers = pytest.importorskip("transformers")
 
 A = Circuit(((2, 7, 1.0), (0, 3, 0.5), (2, 8, -1.0), (2, 40, 0.25), (0, 9, 0.2)), 3, 48)
 B = Circuit(((1, 11, 1.0), (2, 7, 0.5), (0, 40, 0.25)), 3, 48)
+# half of its neurons get 2 - m
+ALIGNED = Circuit(
+    ((2, 7, 1.0), (0, 3, -0.5), (1, 8, -1.0), (2, 40, 0.25), (1, 9, 0.2), (2, 20, 1.0)), 3, 48,
+    positive_mean=(-1.0, 1.0, -1.0, 2.0, -2.0, 1.0),
+).aligned()  # fmt: skip
 IDS = torch.randint(6, TEXT_VOCABULARY, (2, 15), generator=torch.Generator().manual_seed(1))
 CASES = [((A,), (0.0,)), ((A,), (0.5,)), ((A,), (2.0,)), ((A, B), (0.0, 2.0)), ((A, B), (0.5, 3.0))]
+CASES += [((ALIGNED,), (0.0,)), ((ALIGNED,), (0.5,)), ((ALIGNED,), (2.0,)), ((ALIGNED, B), (1.5, 2.0))]
 
 
 @pytest.fixture(scope="module", params=["llama", "qwen3-tied"])
@@ -69,6 +75,15 @@ def test_neuron_multipliers_several_circuits_multiply():
     assert export.neuron_multipliers([A, A], [0.5, 2.0]) == {} == export.neuron_multipliers([A], [1.0])
     with pytest.raises(InputError, match="multiplier: expected 2"):
         export.neuron_multipliers([A, B], [0.0])
+
+
+def test_neuron_multipliers_of_an_aligned_circuit():
+    assert ALIGNED.mirrored == ((2, 7), (0, 3), (1, 9))
+    assert export.neuron_multipliers([ALIGNED], [0.5]) == {
+        0: {3: 1.5}, 1: {8: 0.5, 9: 1.5}, 2: {7: 1.5, 20: 0.5, 40: 0.5}
+    }  # fmt: skip
+    both = export.neuron_multipliers([ALIGNED, B], [2.0, 3.0])
+    assert both == {0: {3: 0.0, 40: 3.0}, 1: {8: 2.0, 9: 0.0, 11: 3.0}, 2: {7: 0.0, 20: 2.0, 40: 2.0}}
 
 
 @pytest.mark.parametrize(("circuits", "multipliers"), CASES)
@@ -180,6 +195,9 @@ def test_a_copy_that_fails_leaves_nothing(model, tmp_path, monkeypatch):
 
 
 def test_the_public_json_is_read_again(tmp_path):
+    with pytest.raises(InputError, match="circuit: is aligned: the public code's JSON has no place for"):
+        export.to_ref_code(ALIGNED, tmp_path / "c.json")
+    assert not (tmp_path / "c.json").exists()
     export.to_ref_code(A, tmp_path / "c.json")
     again = Circuit.load(tmp_path / "c.json", n_layers=3, n_neurons=48)
     assert sorted(again.neurons) == sorted(A.neurons)

@@ -4,10 +4,12 @@ import argparse
 import json
 
 import pytest
+import torch
 from safetensors.torch import load_file
 
 from cna_kernels import Circuit
 from cna_kernels.model import load
+from cna_kernels.model.checkpoint import export as export_module
 from cna_kernels.model.cli import flags, main
 from cna_kernels.model.cli.parser import build_parser
 from tiny import write_language_model
@@ -135,11 +137,17 @@ OVERLAPPING = Circuit(((1, 4, 1.0), (2, 47, 1.0)), 3, 48)
 BOTH = Circuit((*A.neurons, *B.neurons), 3, 48)
 
 
+# Two circuits of which some neurons are mirrored with --sign aligned: (1, 4) in both, (2, 2) in one of them.
+C = Circuit(((1, 4, 1.0), (2, 2, -1.0), (0, 9, 2.0)), 3, 48, positive_mean=(-1.0, 1.0, 1.0))
+D = Circuit(((1, 4, 2.0), (0, 40, 1.0), (2, 30, -3.0)), 3, 48, positive_mean=(-2.0, 3.0, 1.0))
+E = Circuit(((2, 2, 1.0),), 3, 48, positive_mean=(1.0,))
+
+
 @pytest.fixture(scope="module")
 def files(tmp_path_factory):
     directory = tmp_path_factory.mktemp("files")
     write_language_model(directory / "model")
-    for name, circuit in (("a", A), ("b", B), ("c", OVERLAPPING)):
+    for name, circuit in (("a", A), ("b", B), ("c", OVERLAPPING), ("C", C), ("D", D), ("E", E)):
         circuit.save(directory / f"{name}.json")
     (directory / "p.txt").write_text("open it\n")
     return directory
@@ -170,6 +178,10 @@ def test_several_circuits_of_run_steer_together(files, tmp_path, capsys, m):
     [
         (("run", "a", "b", ["-m", "0,2", "-p", "hi"]), "--multiplier: expected one number for all 2 circuits, got 0,2"),
         (("run", "a", "c", ["-m", "0.5", "-p", "hi"]), "c.json: neuron 4 of layer 1 is in another circuit, too"),
+        (("run", "a", ["-m", "2", "-p", "hi", "--sign", "aligned"]), "a.json: positive_mean: is missing"),
+        (("export", "C", ["--to", "ref-code", "-o", "OUT", "--sign", "aligned"]), "circuit: is aligned: the public"),
+        (("run", "C", "D", ["-m", "0", "-p", "hi", "--sign", "aligned"]), "D.json: neuron 4 of layer 1 is in another"),
+        (("run", "C", "E", ["-m", "0", "-p", "hi", "--sign", "aligned"]), "neuron 2 of layer 2 is in another circuit"),
         (("eval", "a", "b", ["--harmful", "p.txt", "-o", "OUT"]), "--circuit: cna eval takes one circuit"),
         (("sweep", "a", "b", ["--harmful", "p.txt"]), "--circuit: cna sweep takes one circuit"),
         (
@@ -195,6 +207,37 @@ def test_what_a_command_cannot_do_with_circuits(files, tmp_path, capsys, words, 
     more = [word.replace("OUT", str(tmp_path / "out")).replace("p.txt", str(files / "p.txt")) for word in more]
     assert main(with_circuits(files, words[0], *names, more=more)) == 2
     assert message in capsys.readouterr().err and not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(("names", "m"), [(("C",), "-30"), (("D",), "12"), (("C", "D"), "2")])
+def test_aligned_circuits_on_the_command_line(files, tmp_path, capsys, names, m):
+    """`run` and `export` with --sign aligned scale each neuron by m or 2 - m; others are not the same answers."""
+    own = {"C": C, "D": D}
+    of_each = [dict(zip(own[name].pairs, own[name].aligned().multipliers(float(m)), strict=True)) for name in names]
+    shared = {pair: factor for found in of_each for pair, factor in found.items()}  # (1, 4) at 0 in both
+    assert set(shared.values()) == {float(m), 2 - float(m)}
+    model = load(files / "model")
+    expected = {}
+    for (layer, index), factor in shared.items():
+        expected.setdefault(layer, {})[index] = factor
+    export_module.to_checkpoint(files / "model", model.checkpoint, expected, tmp_path / "expected")
+    wanted = load(tmp_path / "expected")
+    more = ["-m", m, "--sign", "aligned", "-p", "hi", "--max-new-tokens", "6", "--json"]
+    assert main(with_circuits(files, "run", *names, more=more)) == 0
+    _, steered = (answer["text"] for answer in json.loads(capsys.readouterr().out)[0]["answers"])
+    assert steered == wanted.generate("hi", max_new_tokens=6)
+    out = tmp_path / "steered"
+    more = ["-m", m, "--to", "checkpoint", "-o", str(out), "--sign", "aligned"]
+    assert main(with_circuits(files, "export", *names, more=more)) == 0
+    exported, plain = load(out), load(files / "model")
+    ids = torch.tensor([[5, 6, 7, 8]])
+    with torch.inference_mode():
+        assert torch.equal(exported(ids), wanted(ids)) and (exported(ids) - plain(ids)).abs().max() > 1e-3
+        if len(names) == 1:
+            with model.steered(own[names[0]].aligned(), float(m)):
+                assert (model(ids) - exported(ids)).abs().max() < 1e-3
+            with model.steered(own[names[0]], float(m)):
+                assert (model(ids) - exported(ids)).abs().max() > 1e-3, "the plain circuit does something else"
 
 
 def test_overlapping_circuits_that_are_ablated(files, capsys):

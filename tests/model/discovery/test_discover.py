@@ -101,6 +101,11 @@ def test_paper_preset_equals_plain_hooks(checkpoint):
     assert circuit.pairs == [divmod(place, 300) for place in ranked.tolist()]
     assert circuit.universal["excluded"] == [list(divmod(p, 300)) for p in universal.nonzero()[:, 0].tolist()]
     assert not set(map(tuple, circuit.universal["excluded"])) & set(circuit.pairs)
+    means = acts(POSITIVE).mean(0)
+    assert max(abs(means[pair] - delta[pair]) for pair in circuit.pairs) > 1e-3, "a contrast is no mean"
+    assert circuit.positive_mean == pytest.approx([means[pair].item() for pair in circuit.pairs], rel=1e-4, abs=1e-6)
+    opposite = {pair for pair in circuit.pairs if means[pair] * delta[pair] < 0}
+    assert opposite and set(circuit.aligned().mirrored) == opposite
 
 
 @pytest.mark.parametrize("score", select.SCORES)

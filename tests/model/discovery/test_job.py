@@ -43,6 +43,7 @@ def same(one, other, relative=1e-5):
     assert one.pairs == other.pairs
     for (_, _, got), (_, _, want) in zip(one.neurons, other.neurons, strict=True):
         assert abs(got - want) <= relative * abs(one.neurons[0][2])
+    assert one.positive_mean == pytest.approx(other.positive_mean, rel=relative, abs=relative * abs(one.neurons[0][2]))
 
 
 def test_replicates_equal_explicit_resampling(model):

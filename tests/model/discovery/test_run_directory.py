@@ -65,6 +65,8 @@ def test_a_run_gives_the_circuit_of_a_plain_discovery(files, finished, tmp_path,
     plain, run = json.loads((tmp_path / "plain.json").read_bytes()), json.loads(finished[1])
     contrasts = [torch.tensor([contrast for *_, contrast in each.pop("neurons")]) for each in (plain, run)]
     torch.testing.assert_close(*contrasts, rtol=1e-5, atol=1e-7)
+    means = [torch.tensor(each.pop("positive_mean")) for each in (plain, run)]
+    torch.testing.assert_close(*means, rtol=1e-5, atol=1e-7)
     places = [
         [pair for *pair, _ in json.loads(text)["neurons"]]
         for text in ((tmp_path / "plain.json").read_bytes(), finished[1])
