@@ -14,8 +14,8 @@ from tiny import VARIANTS, write_checkpoint
 
 # The files that take longest. They start first, because workers get whole files (--dist loadfile).
 FIRST = (
-    "test_triton", "test_documents", "test_demo", "test_cpu", "test_engine", "test_packing", "test_run_directory",
-    "test_evaluation_command", "test_gpu_harness",
+    "test_triton", "test_documents", "test_story", "test_bundled", "test_cpu", "test_engine", "test_packing",
+    "test_run_directory", "test_evaluation_command", "test_gpu_harness",
 )  # fmt: skip
 
 
