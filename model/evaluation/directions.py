@@ -119,7 +119,7 @@ class RowEdit(Edit):
         return RowEdit(self.table, self.chosen[rows])
 
     def alike(self) -> Tensor:
-        """Rows of one direction are edited alike."""
+        """``[B]`` int64: rows of one direction are edited alike."""
         return self.chosen
 
     def _add(self, site: str, layer: int, x: Tensor) -> Tensor:

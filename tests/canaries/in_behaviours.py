@@ -82,8 +82,8 @@ CANARIES: list[Canary] = [
     Canary(
         "controls at another multiplier",
         "model/evaluation/matrix.py",
-        "variants.append(Variant(control, multipliers[0]))",
-        "variants.append(Variant(control, multipliers[-1]))",
+        "variants.append(Variant(control, steps[0]))",
+        "variants.append(Variant(control, steps[-1]))",
         MATRIX,
         "test_controls_get_the_first_multiplier",
     ),
@@ -142,6 +142,8 @@ CANARIES: list[Canary] = [
         "if variant[\"multiplier\"] != 9:\n            own[",
         "tests/model/demo/test_story.py",
         "test_figures_are_those_of_the_results",
+    ),
+    Canary(
         "means of the whole in a half",
         "cna_kernels/circuit.py",
         "tuple(self.positive_mean[rank] for rank in kept)",

@@ -122,9 +122,10 @@ def test_linear(level, shape, dtype):
     generator = torch.Generator().manual_seed(4)
     x, w, bias = (torch.randn(s, generator=generator).to(dtype) for s in ((T, H), (O, H), (O,)))
     w = (w.float() * H**-0.5).to(dtype)
+    slack = 2 if T * O >= 64 else 4  # the largest of few errors of PyTorch says less about its error
     for b in (None, bias):
         answer = F.linear(x.double(), w.double(), None if b is None else b.double())
-        assert_close("y", ops.linear(x, w, b, backend="cpu"), F.linear(x, w, b), answer, slack=2, dtype=dtype)
+        assert_close("y", ops.linear(x, w, b, backend="cpu"), F.linear(x, w, b), answer, slack=slack, dtype=dtype)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=name_of)

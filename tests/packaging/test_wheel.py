@@ -117,7 +117,7 @@ REFUSED = {
     "eval": (["eval", MODEL, "-c", "c.json", "-o", "r"], "tokenizers, jinja2, matplotlib", "model,plot"),
     "compare": (["compare", MODEL, MODEL, *PLAIN, "-o", "r"], "tokenizers, jinja2, matplotlib", "model,plot"),
     "lm-eval": (["lm-eval", "--tasks", "mmlu"], "tokenizers, jinja2, lm_eval", "model,eval"),
-    "demo": (["demo"], TO_DEMO, None),
+    "demo": (["demo", "--bundled"], TO_DEMO, None),
     "run demo:instruct": (["run", "demo:instruct", "-p", "hi"], TO_DEMO, None),
 }
 
