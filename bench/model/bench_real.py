@@ -1,7 +1,7 @@
 """A real model, SmolLM2-135M-Instruct, the way the public CNA code goes: transformers, eager attention, a hook on every
 down_proj, one prompt at a time.
 
-R1: discovery with 60 prompts. R2: 32 answers of at most 24 tokens with a circuit ablated. Both sides read the same
+R1: discovery with 60 prompts. R2: 32 answers of at most 16 tokens with a circuit ablated. Both sides read the same
 file, dequantised. In fp32 the 200 neurons of the largest contrast, and the answers, are compared first; in bf16 two
 forward passes round differently, and the answers fork.
 """
@@ -18,7 +18,7 @@ from interleave import compare
 
 transformers = pytest.importorskip("transformers")
 pytest.importorskip("gguf")
-N_PROMPTS, N_ANSWERS, NEW_TOKENS, TOP = 60, 32, 24, 200
+N_PROMPTS, N_ANSWERS, NEW_TOKENS, TOP = 60, 32, 16, 200
 
 
 @pytest.fixture(scope="module", params=["float32", "bfloat16"])

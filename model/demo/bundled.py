@@ -33,7 +33,8 @@ PAPER_FRACTION = 0.001
 SCORES = ("abs-delta", "magnitude")
 MULTIPLIERS = (0.0, 0.25, 0.5, 0.75, 1.0, 1.5, 2.0)
 RANDOM_DRAWS = 3
-RIVAL_MULTIPLIERS = (1.0, 0.5, 0.0, 2.0)
+RIVAL_MULTIPLIERS = (1.0, 0.0)
+RIVAL_PROMPTS = 30  # of each kind
 N_EXAMPLES = 3
 BATCH = 200
 
@@ -185,8 +186,8 @@ class Story:
     def _rivals(self, circuit):
         """The circuit beside its controls and competitors, as `cna eval --methods all --curves` measures them."""
         prompts = {
-            "harmful": self.refusable,
-            "benign": self.benign,
+            "harmful": self.refusable[:RIVAL_PROMPTS],
+            "benign": self.benign[:RIVAL_PROMPTS],
             "positive": world.discovery_positive(),
             "negative": world.discovery_negative(),
             "neutral": world.neutral_prompts(),
@@ -198,6 +199,8 @@ class Story:
             refusals={"keywords": Refusals(world.REFUSAL_KEYWORDS)},
             random_draws=RANDOM_DRAWS,
             curves=True,
+            curve_steps=(1 / 8, 1 / 4, 1.0, 8.0),
+            max_new_tokens=60,  # more than any answer of the world needs
             **sets,
         )
         say = lambda text: self.say(f"baselines: {text}")  # noqa: E731

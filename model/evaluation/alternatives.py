@@ -21,7 +21,6 @@ from .metrics import KINDS, NOT_NEGATIVE, Refusals, mean, share
 from .store import Store, in_pieces
 
 SCORES = ("abs-delta", "magnitude", "cohen-d", "norm-weighted", "relp")
-STEPS = (1 / 8, 1 / 4, 1 / 2, 1, 2, 4, 8)  # the sizes of a curve, as multiples of the evaluated circuit's
 MOST_PROMPTS = 50  # of each prompt set, and of the neutral texts
 
 
@@ -40,7 +39,7 @@ def alternatives(
     *,
     texts: Sequence[TokenPrompt] = (),
     ignoring: float | None = None,
-    curves: bool,
+    steps: Sequence[float],
     is_refusal: Refusals,
     max_new_tokens: int,
     batch: int | None,
@@ -60,12 +59,10 @@ def alternatives(
             hits are counted with the neurons' contrast written to the residual stream. "answered": prompts that are
             answered beside those of a behaviour that is measured from logits, to tell wrecks.
         texts: neutral texts; ``ignoring``: see ``likelihood.ignoring``.
-        curves: use the sizes of STEPS, an eighth to eight times the circuit's, instead of the circuit's size alone.
+        steps: the sizes, as multiples of the evaluated circuit's.
     """
-    sizes = [circuit.k]
-    if curves:
-        most = discovery.delta.numel() - int(discovery.excluded.sum())
-        sizes = sorted({min(max(round(step * circuit.k), 1), most) for step in STEPS})
+    most = discovery.delta.numel() - int(discovery.excluded.sum())
+    sizes = sorted({min(max(round(step * circuit.k), 1), most) for step in steps})
     methods, points = [], []
     for name, score in ranked.items():
         for k in sizes:

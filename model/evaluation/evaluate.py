@@ -180,7 +180,7 @@ class Evaluation:
             self.say("other ways to choose neurons")
             self.results["alternatives"] = alternatives.alternatives(
                 self.model, self.circuit, self._ranked, self._found(), self._ways(), texts=self._texts,
-                ignoring=self._ignoring, curves=suite.curves, is_refusal=self._refuses,
+                ignoring=self._ignoring, steps=suite.curve_steps if suite.curves else (1.0,), is_refusal=self._refuses,
                 max_new_tokens=suite.max_new_tokens, batch=suite.batch, store=self.store,
             )  # fmt: skip
         self.results["environment"]["seconds"] = round(time.perf_counter() - started, 1)

@@ -17,6 +17,7 @@ from .metrics import Refusals
 from .multiple_choice import MultipleChoice
 
 MULTIPLIERS = (1.0, 0.75, 0.5, 0.25, 0.0, 2.0)
+CURVE_STEPS = (1 / 8, 1 / 4, 1 / 2, 1.0, 2.0, 4.0, 8.0)
 METHODS = ("circuit", "random", "activation", "neuron", "caa", "caa-released", "ablation", "sae")
 TAKEN = (*METHODS, "unsteered", "top activation", "single neuron")  # names of rows that no further circuit may have
 NEED_SIDES = ("activation", "neuron", "caa", "caa-released", "ablation", "sae")  # need discovery prompts
@@ -57,7 +58,8 @@ class Suite:
         refusals: name -> list of phrases; the first list decides the kinds of answers.
         random_draws: the number of circuits of random neurons, with seeds from 0 up.
         sae: a sparse autoencoder's file with W_dec, a feature's row, and the layer that the autoencoder belongs to.
-        alternatives: whether other discovery scores are compared; with ``curves`` they are, at several sizes.
+        alternatives: whether other discovery scores are compared; with ``curves`` they are, at the sizes
+            ``curve_steps``, multiples of the circuit's.
         judge_command: see ``judge.py``.
         others: further circuits to evaluate, by name, as controls at the same multipliers.
         chat: whether prompts go through the chat template; None: where the checkpoint has one.
@@ -83,6 +85,7 @@ class Suite:
     sae: tuple[str, int, int] | None = None
     alternatives: bool = False
     curves: bool = False
+    curve_steps: tuple[float, ...] = CURVE_STEPS
     judge_command: str | None = None
     others: dict[str, Circuit] = field(default_factory=dict)
     chat: bool | None = None
@@ -159,7 +162,8 @@ class Suite:
             "methods": list(self.methods), "multipliers": list(self.multipliers), "prompts": sets,
             "max_new_tokens": self.max_new_tokens, "random_draws": self.random_draws,
             "refusals": {name: sha256(*found.phrases) for name, found in self.refusals.items()},
-            "chat": self.chat, "alternatives": self.alternatives, "curves": self.curves,
+            "chat": self.chat, "alternatives": self.alternatives,
+            "curves": list(self.curve_steps) if self.curves else False,
             "others": [[name, sha256(circuit.to_json())] for name, circuit in self.others.items()],  # the order counts
             "behaviour": None if self.behaviour is None else self.behaviour.sha256,
             "sae": None if self.sae is None else [Path(self.sae[0]).name, *self.sae[1:]],

@@ -108,7 +108,7 @@ def test_a_broken_method_is_ranked_last_in_curves(model, circuit, discovery, tmp
     }
     points = alternatives(
         model, Circuit(tuple((0, index, 0.0) for index in range(k)), L, N), {"layers": layers, "good": magnitude},
-        discovery, sets, texts=texts, curves=True,
+        discovery, sets, texts=texts, steps=(1 / 8, 1, 8),
         ignoring=ignoring(model, [text.ids for text in texts]), is_refusal=KEYWORDS, max_new_tokens=24, batch=None,
         store=Store(None, {}),
     )  # fmt: skip
