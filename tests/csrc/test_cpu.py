@@ -116,16 +116,15 @@ def test_values(level, op, shape, dtype, feature):
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=name_of)
-@pytest.mark.parametrize("shape", [(1, 1, 1), (1, 7, 4200), (5, 33, 40), (50, 70, 1100), (300, 31, 33)], ids=name_of)
+@pytest.mark.parametrize("shape", [(1, 1, 1), (1, 71, 4200), (5, 33, 40), (50, 70, 1100), (300, 31, 33)], ids=name_of)
 def test_linear(level, shape, dtype):
     T, O, H = shape  # noqa: E741
     generator = torch.Generator().manual_seed(4)
     x, w, bias = (torch.randn(s, generator=generator).to(dtype) for s in ((T, H), (O, H), (O,)))
     w = (w.float() * H**-0.5).to(dtype)
-    slack = 2 if T * O >= 64 else 4  # the largest of few errors of PyTorch says less about its error
     for b in (None, bias):
         answer = F.linear(x.double(), w.double(), None if b is None else b.double())
-        assert_close("y", ops.linear(x, w, b, backend="cpu"), F.linear(x, w, b), answer, slack=slack, dtype=dtype)
+        assert_close("y", ops.linear(x, w, b, backend="cpu"), F.linear(x, w, b), answer, slack=2, dtype=dtype)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=name_of)

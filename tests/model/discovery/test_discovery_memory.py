@@ -28,8 +28,8 @@ def peak_of_discover(tmp_path, n_prompts, *more):
     arguments += [tmp_path / "negative.txt", "-o", tmp_path / "circuit.json"]
     command = [sys.executable, "-c", PROGRAM, *map(str, arguments), *more]
     environment = {**os.environ}
-    if not library.missing() and library.isa() == "amx":  # there PyTorch's products keep a kernel for each shape, of
-        environment["CNA_CPU_ISA"] = "avx512_bf16"  # up to 1,024 shapes: with the packs of 1,000 prompts not all yet
+    if not library.missing() and library.isa() == "amx":  # there PyTorch's products, not ours, keep memory for
+        environment["CNA_CPU_ISA"] = "avx512_bf16"  # each shape of a pack: docs/limits.md says so
     output = subprocess.run(command, check=True, capture_output=True, text=True, env=environment).stdout
     return int(output.split()[-1]) * 1024
 
