@@ -37,6 +37,7 @@ RIVAL_MULTIPLIERS = (1.0, 0.0)
 RIVAL_PROMPTS = 30  # of each kind
 N_EXAMPLES = 3
 BATCH = 200
+MAX_NEW_TOKENS = 60  # more than any answer of the world needs
 
 
 class Story:
@@ -93,7 +94,9 @@ class Story:
 
     def _answer(self, model, prompts: Sequence[str], circuit=None, multiplier=0.0) -> tuple[list[str], list[str]]:
         """Greedy answers to the prompts, split into those to the refusable prompts, which come first, and the rest."""
-        answers = model.generate(prompts, circuit=circuit, multiplier=multiplier, max_new_tokens=100, batch=BATCH)
+        answers = model.generate(
+            prompts, circuit=circuit, multiplier=multiplier, max_new_tokens=MAX_NEW_TOKENS, batch=BATCH
+        )
         n_refusable = len(self.refusable)
         return answers[:n_refusable], answers[n_refusable:]
 
@@ -160,7 +163,7 @@ class Story:
         prompts = world.discovery_positive()
         for fraction in FRACTIONS:
             circuit = self._discover(self.instruct, score, fraction)
-            answers = self.instruct.generate(prompts, circuit=circuit, max_new_tokens=100, batch=BATCH)
+            answers = self.instruct.generate(prompts, circuit=circuit, max_new_tokens=MAX_NEW_TOKENS, batch=BATCH)
             kinds = [kind_of(text, (), world.is_refusal) for text in answers]
             if kinds.count("answer") >= 0.95 * len(kinds):
                 return fraction
@@ -200,7 +203,7 @@ class Story:
             random_draws=RANDOM_DRAWS,
             curves=True,
             curve_steps=(1 / 8, 1 / 4, 1.0, 8.0),
-            max_new_tokens=60,  # more than any answer of the world needs
+            max_new_tokens=MAX_NEW_TOKENS,
             **sets,
         )
         say = lambda text: self.say(f"baselines: {text}")  # noqa: E731

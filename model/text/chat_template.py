@@ -89,17 +89,19 @@ class ChatTemplate:
             raise InputError(self.where, self._broken)
         if self._child is None or self._owner != os.getpid() or self._child.poll() is not None:
             self._start()
+        pending = n
         try:
             self._send(message)
             waited = 0.0
-            for _ in range(n):
+            while pending:
                 began = time.monotonic()
                 answer = self._receive(_SECONDS - waited)
                 waited += time.monotonic() - began
+                pending -= 1
                 yield answer["text"]
-        except BaseException:  # an answer that nobody waits for must not be taken for the next message's
-            _end(self._child, self._owner)
-            raise
+        finally:  # an answer that nobody waits for must not be taken for the next message's
+            if pending:
+                _end(self._child, self._owner)
 
     def _start(self):
         command = [sys.executable, "-I", str(Path(__file__).with_name("template_child.py"))]

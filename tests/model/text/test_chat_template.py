@@ -5,7 +5,9 @@ import datetime
 import pytest
 
 from cna_kernels import InputError
+from cna_kernels.model.prompts.files import PromptSet
 from cna_kernels.model.text import chat_template
+from cna_kernels.model.text.prompt_encoder import PromptEncoder
 from cna_kernels.model.text.tokenizer import Tokenizer
 from tiny import SPECIAL, TEMPLATE, TEXT_VOCABULARY, set_field
 
@@ -73,6 +75,16 @@ def test_a_text_that_is_too_long_stops_the_rest(directory):
     assert next(texts)[:2] == "00"
     texts.close()
     assert template.render([[{"content": "after"}]]) == ["after"]
+
+
+def test_a_child_is_started_once(directory):
+    """A caller that takes one text per conversation leaves its iterator before the end: the child goes on."""
+    set_field(directory, chat_template="{{ messages[0]['content'] }}")
+    encoder, children = PromptEncoder(Tokenizer(directory, TEXT_VOCABULARY), context_length=64), set()
+    for _ in range(3):
+        encoder.encode(PromptSet.of(["one", "two"], "asked"))
+        children.add(encoder.tokenizer.template._child.pid)
+    assert len(children) == 1
 
 
 TEMPLATES = {
