@@ -49,7 +49,7 @@ def run_eval(args):
     _show(results)
     if args.output:
         names = "results.json, samples.jsonl, report.md and pictures"
-        stdout().print(f"wrote {names} to {args.output}/", markup=False)
+        stdout().print(f"wrote {names} to {Path(args.output)}/", markup=False)
 
 
 run_sweep = run_eval  # cna sweep has a few of the flags of cna eval
@@ -85,7 +85,8 @@ def run_compare(args):
         )
         stdout().print(f"\n{name}: {found['k']} neurons, {where}", markup=False)
         _show(results["evaluations"][name])
-    stdout().print(f"wrote compare.json, compare.md, circuits and both evaluations to {args.output}/", markup=False)
+    names = "compare.json, compare.md, circuits and both evaluations"
+    stdout().print(f"wrote {names} to {Path(args.output)}/", markup=False)
 
 
 def run_lm_eval(args):

@@ -14,6 +14,7 @@ from ..evaluation.behaviour import BUNDLED, Behaviour, is_name
 from ..evaluation.facts import environment
 from ..evaluation.matrix import matrix
 from ..evaluation.matrix_report import markdown, table
+from ..evaluation.paired import STAR
 from ..evaluation.store import Store
 from ..prompts.files import neutral_prompts, read_prompts
 from .arguments import load_circuit, load_model, multipliers_of, say_model, signed
@@ -85,9 +86,9 @@ def run_matrix(args):
     for row in rows:
         shown.add_row(*row)
     stdout().print(shown)
-    stdout().print("*: p < 0.05, McNemar's exact test against the unsteered model on the same prompts", markup=False)
+    stdout().print(STAR, markup=False)
     if args.output:
-        stdout().print(f"wrote matrix.json, matrix.md and the circuits to {args.output}/", markup=False)
+        stdout().print(f"wrote matrix.json, matrix.md and the circuits to {Path(args.output)}/", markup=False)
 
 
 def _named(words: str) -> tuple[str, str]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 from cna_kernels.errors import InputError
 from cna_kernels.files import check_directory, make_directory
 
@@ -47,7 +49,7 @@ def run_reproduce(args):
         stdout().print(f"left out: {line}", markup=False)
     stdout().print(f"also in reproduce.md: {'; '.join(shown.title for shown in others)}", markup=False)
     names = "reproduce.md, reproduce.json, samples.jsonl and the circuits"
-    stdout().print(f"wrote {names} to {args.output}/", markup=False)
+    stdout().print(f"wrote {names} to {Path(args.output)}/", markup=False)
 
 
 def _sources(args) -> Sources:

@@ -6,6 +6,8 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from ..evaluation.paired import CHANCE
+
 if TYPE_CHECKING:
     from rich.console import Console
 
@@ -22,7 +24,7 @@ SETTINGS = {
 }
 
 
-PAIRED = "*: p < 0.05 by McNemar's exact test against the unsteered model."
+PAIRED = f"*: p < {CHANCE:g} by McNemar's exact test against the unsteered model."
 
 
 class Block(NamedTuple):
@@ -69,8 +71,8 @@ def _refusal(report: dict, *, short: bool) -> Block:
         rows.append([
             SETTINGS[row["setting"]],
             str(row["neurons"] or ""),
-            f"{refused}{'*' if p < 0.05 else ''}" if short else f"{refused} [{low}, {high}]",
-            *([] if short else [f"{p:.1g}" if p < 0.05 else ""]),
+            f"{refused}{'*' if p < CHANCE else ''}" if short else f"{refused} [{low}, {high}]",
+            *([] if short else [f"{p:.1g}" if p < CHANCE else ""]),
             str(kinds["answer"]),
             str(_wrecked(kinds)),
             f"{harmless['answer']} of {sum(harmless.values())}",
@@ -119,7 +121,7 @@ def _starred(cell: dict) -> str:
 
 
 def _significant(cell: dict) -> bool:
-    return cell["against unsteered"]["p"] < 0.05
+    return cell["against unsteered"]["p"] < CHANCE
 
 
 def specificity(report: dict) -> str:

@@ -17,8 +17,10 @@ from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 from tqdm import tqdm
 
 from cna_kernels.errors import InputError, one_line
+from cna_kernels.fields import short
 
 from ..cli.arguments import load_circuit
+from ..cli.flags import SIGNS
 from ..discovery.packing import TokenPrompt
 from ..generate import Sampling, generate
 from ..language_model import load
@@ -42,6 +44,7 @@ class CnaLM(TemplateLM):
         batch_size: int | str | None = 16,
         max_batch_size: int | None = None,
         any_model: bool = False,
+        sign: str | None = None,
         **unknown,
     ):
         """
@@ -52,15 +55,20 @@ class CnaLM(TemplateLM):
             batch_size: answers decoded together.
             max_batch_size: accepted because the harness passes it; not used.
             any_model: accept a circuit found in another checkpoint of the same shape.
+            sign: which of the circuit's neurons, as --sign of the other commands: one of SIGNS.
         """
         super().__init__()
         if unknown:
             raise InputError(f"model_args: {next(iter(unknown))}", "is no argument of the model type cna")
+        if sign is not None and sign not in SIGNS:
+            raise InputError("model_args: sign", f"expected one of {', '.join(SIGNS)}, got {short(sign)}")
+        if sign is not None and circuit is None:
+            raise InputError("model_args: sign", "is for a circuit, and none is given")
         device = device or ("cuda" if torch.cuda.is_available() else "cpu")
         self.model = load(pretrained, device=device, dtype=dtype)
         variant = UNSTEERED
         if circuit is not None:
-            loaded = load_circuit(circuit, self.model, any_model=any_model)
+            loaded = load_circuit(circuit, self.model, any_model=any_model, sign=sign)
             variant = Variant(Method("circuit", "", loaded), float(multiplier))
         self.interventions = Interventions(self.model, [variant])
         asked = str(batch_size or "")

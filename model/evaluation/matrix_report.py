@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from .paired import CHANCE
+
 
 def table(results: dict, *, short: bool = False) -> tuple[list[str], list[list[str]]]:
     """Titles and rows: a row for each variant; for each behaviour "38 of 60", with the p of the paired test against the
@@ -36,8 +38,8 @@ def _cell(cell: dict, short: bool) -> str:
     p, kinds = cell["against unsteered"]["p"], cell["kinds"]
     text = f"{sum(cell['hits'])} of {cell['n']}"
     if short:
-        return text + ("*" if p < 0.05 else " ")
-    text += f" (p {p:.1g})" if p < 0.05 else ""
+        return text + ("*" if p < CHANCE else " ")
+    text += f" (p {p:.1g})" if p < CHANCE else ""
     wrecked = 0 if kinds is None else kinds["degenerate"] + kinds["empty"]
     return text + (f", {wrecked} wrecked" if wrecked else "")
 

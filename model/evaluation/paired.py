@@ -10,6 +10,9 @@ from collections.abc import Sequence
 
 from .metrics import mcnemar
 
+CHANCE = 0.05  # tables mark a p below it
+STAR = f"*: p < {CHANCE:g}, McNemar's exact test against unsteered on the same prompts"
+
 Hits = dict[tuple[int, str], dict[str, list[bool]]]  # (variant, set) -> check -> whether each prompt is a hit
 
 

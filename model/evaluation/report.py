@@ -11,6 +11,7 @@ from cna_kernels.files import write_text
 from .counted import FIELDS
 from .matrix_report import overlap_table
 from .measures import FROM_LOGITS
+from .paired import CHANCE, STAR
 from .pictures import draw
 from .ranking import is_wrecked
 from .rows import merged_rows
@@ -159,6 +160,13 @@ def _against_unsteered(name: str, key: str, row: dict) -> str:
     return "" if row["method"] == "unsteered" else paired(row[name]["against unsteered"][key])
 
 
+def _starred(name: str, key: str, row: dict) -> str:
+    """A share, with a star where it differs from the unsteered model's by more than chance; of draws, in each."""
+    test = row[name].get("against unsteered", {}).get(key, {"p": 1.0})
+    worst = max(test["p"]) if isinstance(test["p"], list) else test["p"]
+    return span(row[name][field_of(row[name])][key]) + ("*" if worst < CHANCE else " ")
+
+
 def brief(results: dict) -> list[Column]:
     """The columns of the one table that fits a terminal."""
     first = results["rows"][0]
@@ -167,7 +175,7 @@ def brief(results: dict) -> list[Column]:
         if name in first:
             key = checks(first[name])[0]
             title = key if name == "measured" else f"{label_of(results, name)} refused"
-            columns.append(column(title, span, name, field_of(first[name]), key))
+            columns.append((title, partial(_starred, name, key)))
     main = next((name for name in ("measured", "harmful") if "kinds" in first.get(name, {})), None)
     if main is not None:
         called = "" if main == "measured" else f"{label_of(results, main)} "
@@ -200,6 +208,8 @@ def legend(results: dict) -> list[str]:
         lines.append(f"refused: answers with a phrase of the {key} list, with 95% intervals")
     if any("kinds" in first[name] for name in ("harmful", "measured") if name in sets):
         lines.append("answered: neither refused nor empty, degenerate or short")
+    if any("against unsteered" in first[name] for name in sets):
+        lines.append(STAR)
     return lines
 
 

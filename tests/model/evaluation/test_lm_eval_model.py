@@ -58,6 +58,18 @@ def test_arguments_that_do_not_exist_are_refused():
 
     with pytest.raises(InputError, match="model_args: circut: is no argument"):
         CnaLM(demo_checkpoint("instruct"), circut="c.json")
+    with pytest.raises(InputError, match="model_args: sign: expected one of positive, negative, aligned, got 'up'"):
+        CnaLM(demo_checkpoint("instruct"), circuit="c.json", sign="up")
+    with pytest.raises(InputError, match="model_args: sign: is for a circuit"):
+        CnaLM(demo_checkpoint("instruct"), sign="positive")
+
+
+def test_one_sign_of_a_circuit(tmp_path):
+    from cna_kernels.model.evaluation.lm_eval_model import CnaLM
+
+    Circuit(((1, 2, 1.0), (3, 4, -1.0)), 8, 1024).save(tmp_path / "c.json")
+    steered = CnaLM(demo_checkpoint("instruct"), circuit=tmp_path / "c.json", sign="negative")
+    assert steered.interventions.variants[0].method.by.pairs == [(3, 4)]
 
 
 def test_a_rendered_chat_brings_its_own_bos():

@@ -174,6 +174,12 @@ def test_command(tmp_path, capsys):
     assert main(words) == 0
     assert main([*words, "--no-kl"]) == 2
     assert "manifest.json: kl: belongs to another evaluation" in capsys.readouterr().err
+    swapped = [*words, "-c", f"mine={tmp_path / 'out' / 'circuit-mine.json'}"]
+    swapped.remove("--fraction"), swapped.remove("0.01")
+    assert main(swapped) == 0
+    first = swapped.index("-c")
+    assert main([*swapped[:first], *swapped[-2:], *swapped[first:-2]]) == 2, "columns of cells are in the other order"
+    assert "manifest.json: circuits: belongs to another evaluation" in capsys.readouterr().err
 
 
 FAULTS = [
