@@ -31,7 +31,7 @@ from .checkpoint import demo_checkpoint
 FRACTIONS = (0.0005, 0.001, 0.002, 0.005, 0.01)
 PAPER_FRACTION = 0.001
 SCORES = ("abs-delta", "magnitude")
-MULTIPLIERS = (0.0, 0.25, 0.5, 0.75, 1.0, 1.5, 2.0)
+MULTIPLIERS = (0.0, 0.5, 1.0, 1.5, 2.0)
 RANDOM_DRAWS = 3
 RIVAL_MULTIPLIERS = (1.0, 0.0)
 RIVAL_PROMPTS = 30  # of each kind
@@ -202,7 +202,7 @@ class Story:
             refusals={"keywords": Refusals(world.REFUSAL_KEYWORDS)},
             random_draws=RANDOM_DRAWS,
             curves=True,
-            curve_steps=(1 / 8, 1 / 4, 1.0, 8.0),
+            curve_steps=(1 / 4, 1.0, 8.0),
             max_new_tokens=MAX_NEW_TOKENS,
             **sets,
         )

@@ -111,7 +111,7 @@ def test_story(demo):
 @pytest.mark.exhaustive
 def test_multipliers_are_a_knob(demo):
     sweep = {row["multiplier"]: row for row in demo[1]["sweep"]}
-    assert sorted(sweep) == [0, 0.25, 0.5, 0.75, 1, 1.5, 2]
+    assert sorted(sweep) == [0, 0.5, 1, 1.5, 2]
     refusals = [sweep[m]["refusal"] for m in sorted(sweep)]
     assert refusals == sorted(refusals) and sweep[1]["refusal"] - sweep[0]["refusal"] > 0.8
     assert sweep[1] == {"multiplier": 1.0} | demo[1]["baseline"]
