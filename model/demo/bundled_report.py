@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ..evaluation import report as evaluation_report
+from ..evaluation.paired import STAR
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -76,7 +77,7 @@ def _rivals(report) -> Table:
 
     evaluation = report["evaluation"]
     rows = evaluation_report.table_rows(evaluation, evaluation_report.brief(evaluation))
-    table = Table(*next(rows), title="the same held-out prompts, 95% intervals", title_justify="left")
+    table = Table(*next(rows), title=f"the same held-out prompts, 95% intervals. {STAR}", title_justify="left")
     for row in rows:
         if row[1] in ("0", "1"):
             table.add_row(*row)

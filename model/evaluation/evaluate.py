@@ -3,16 +3,12 @@
 from __future__ import annotations
 
 import json
-import math
 import time
 from collections.abc import Callable, Sequence
-from contextlib import contextmanager
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
 import torch
-from torch import Tensor
 
 from cna_kernels.circuit import Circuit
 from cna_kernels.errors import InputError
@@ -22,10 +18,11 @@ from cna_kernels.renamed import renamed
 from ..discovery.collect import check_length
 from ..discovery.packing import TokenPrompt
 from ..language_model import LanguageModel
-from . import alternatives, baselines, choosing, directions
+from . import alternatives, baselines
 from .answers import Answer, answer_all
 from .counted import Counted, answer_figures, both_ways, counted_sets, hit_figures, kinds_of
 from .facts import environment, run_facts
+from .finder import Finder
 from .interventions import UNSTEERED, Interventions, Method, Variant
 from .judge import judge
 from .likelihood import divergences, ignoring, perplexities, perplexity, windows_of
@@ -54,7 +51,7 @@ class Evaluation:
         self, model: LanguageModel, circuit: Circuit, suite: Suite, store: Store, say: Say = lambda text: None
     ) -> None:
         self.model, self.circuit, self.suite, self.store, self.say = model, circuit, suite, store, say
-        self.results: dict = {"facts": store.facts, "environment": environment(model), "chosen": {}, "notes": []}
+        self.results: dict = {"facts": store.facts, "environment": environment(model), "notes": []}
         self.samples: list[dict] = []
         self._refuses = next(iter(suite.refusals.values()))
         sets = {name: prompts for name, prompts in suite.sets().items() if name != "neutral"}
@@ -80,25 +77,13 @@ class Evaluation:
                 model, suite.multiple_choice, shots=suite.shots, room=suite.choice_tokens, chat=suite.chat
             )
             self._note_shots()
-        self._discovery: baselines.Discovery | None = None
-        if "positive" in self._prompts and "negative" in self._prompts:
-            say("discovery prompts")
-            sides = baselines.Sides.split(self._prompts["positive"], self._prompts["negative"])
-            self._discovery = baselines.Discovery.of(model, sides, self._universal())
-        self._ranked: dict[str, Tensor] = {}
-        for name in alternatives.SCORES if suite.alternatives or suite.curves else ():
-            with self._or_note(name):
-                self._ranked |= baselines.rankings(model, self._found(), (name,))
-        self.methods = [method for name in suite.methods for method in self._methods(name)]
+        self._found = Finder(
+            model, circuit, suite, store, self._prompts, self._texts, self._ignoring, note=self._note, say=say
+        )
+        self._ranked = self._found.rankings(alternatives.SCORES if suite.alternatives or suite.curves else ())
+        self.methods = [method for name in suite.methods for method in self._found.methods(name)]
         self.methods += [Method(name, f"{other.k} neurons", other) for name, other in suite.others.items()]
-
-    @contextmanager
-    def _or_note(self, name: str):
-        """Where the prompts do not allow the baseline ``name``, leave it out and say why in the results' notes."""
-        try:
-            yield
-        except InputError as error:
-            self._note(f"{name} is left out: {error}")
+        self.results["chosen"] = self._found.chosen
 
     def _note(self, text: str):
         self.results["notes"].append(text)
@@ -173,80 +158,18 @@ class Evaluation:
             "contrast": [contrast for *_, contrast in self.circuit.neurons],
             "mirrored": None if self.circuit.mirrored is None else list(map(list, self.circuit.mirrored)),
         }  # fmt: skip
-        if self._discovery is not None:
-            shown = self._discovery.delta.abs().masked_fill(self._discovery.excluded, 0)
+        if (discovery := self._found.discovery) is not None:
+            shown = discovery.delta.abs().masked_fill(discovery.excluded, 0)
             self.results["rank_curve"] = baselines.rank_curve(shown)
         if self._ranked:
             self.say("other ways to choose neurons")
             self.results["alternatives"] = alternatives.alternatives(
-                self.model, self.circuit, self._ranked, self._found(), self._ways(), texts=self._texts,
+                self.model, self.circuit, self._ranked, self._found.of_prompts(), self._ways(), texts=self._texts,
                 ignoring=self._ignoring, steps=suite.curve_steps if suite.curves else (1.0,), is_refusal=self._refuses,
                 max_new_tokens=suite.max_new_tokens, batch=suite.batch, store=self.store,
             )  # fmt: skip
         self.results["environment"]["seconds"] = round(time.perf_counter() - started, 1)
         return self.results
-
-    def _methods(self, name: str) -> list[Method]:
-        """The methods that a name of the suite stands for, with all that they need found and chosen."""
-        model, suite, circuit = self.model, self.suite, self.circuit
-        if name == "circuit":
-            mirrored = "" if circuit.mirrored is None else f", {len(circuit.mirrored)} of them at 2 - m"
-            return [Method(name, f"{circuit.k} neurons by {circuit.score or 'an unknown score'}{mirrored}", circuit)]
-        if name == "random":
-            about = "as many random neurons of the same layers"
-            try:
-                draws = [circuit.random_like(draw) for draw in range(suite.random_draws)]
-            except ValueError as error:
-                raise InputError("methods", error) from None
-            return [Method(f"random {number}", about, draw) for number, draw in enumerate(draws, 1)]
-        self.say(f"preparing {name}")
-        found = self._found()
-        if name == "activation":
-            score = baselines.rankings(model, found, (name,))[name]
-            top = baselines.top_circuit(name, score, found, circuit.k)
-            return [Method("top activation", "as many neurons, those that fire most", top)]
-        if name == "caa-released":
-            about = "mean difference of every layer's MLP output, added with sign +1 as published"
-            return [Method(name, about, directions.caa_as_released(found.difference), 1)]
-        if name == "sae" and suite.sae is not None:
-            path, feature, layer = suite.sae
-            if not 0 <= layer < model.config.num_hidden_layers:
-                raise InputError("sae layer", f"expected 0 to {model.config.num_hidden_layers - 1}, got {layer}")
-            row = directions.read_decoder_row(path, feature, model.config.hidden_size)
-            about = f"feature {feature} of {Path(path).name} after layer {layer}, as far as prompts differ along it"
-            return [Method(name, about, directions.feature(found.difference, layer, row))]
-        if name == "neuron":
-            with self._or_note("the single neuron"):
-                method, self.results["chosen"][name] = choosing.best_neuron(self._chooser(), found)
-                return [method]
-            return []
-        with self._or_note(name):
-            method, self.results["chosen"][name] = choosing.best_direction(self._chooser(), name, found)
-            return [method]
-        return []
-
-    def _found(self) -> baselines.Discovery:
-        assert self._discovery is not None, "Suite asks for positive and negative prompts where this is needed"
-        return self._discovery
-
-    def _chooser(self) -> choosing.Chooser:
-        most = math.inf if self._ignoring is None else self._ignoring
-        texts = alternatives.evenly(self._texts, choosing.MOST_TEXTS)
-        sides, suite = self._found().sides, self.suite
-        of = choosing.Chooser(self.model, sides, self._refuses, suite.batch, self.store, texts, most)
-        if suite.behaviour is None:
-            return of
-        known = {place: text for text, place in (*suite.behaviour.positive, *suite.behaviour.negative)}
-        return replace(of, measure=suite.behaviour.measure, texts_of=known)
-
-    def _universal(self) -> Tensor:
-        """``[L, N]`` bool: the neurons that the circuit's discovery left out; baselines leave them out, too."""
-        config = self.model.config
-        excluded = torch.zeros(config.num_hidden_layers, config.intermediate_size, dtype=torch.bool)
-        for layer, index in (self.circuit.universal or {}).get("excluded", []):
-            excluded[layer, index] = True
-        excluded[list(self.circuit.skipped_layers)] = True
-        return excluded
 
     def _write(self, interventions: Interventions, prompts, max_new_tokens: int, name: str) -> list[list[Answer]]:
         """The answers of every variant to all prompts."""
