@@ -143,12 +143,16 @@ class Circuit:
     def random_like(self, seed: int) -> Circuit:
         """Return as many random neurons from the same layers, none of this circuit: the control for every claim.
 
-        Of a circuit with mirrored neurons, as many of each layer's are mirrored.
+        The universal neurons, which the circuit's discovery left out, are left out here, too. Of a circuit with
+        mirrored neurons, as many of each layer's are mirrored.
         """
+        excluded: dict[int, set[int]] = {}
+        for layer, index in (self.universal or {}).get("excluded", []):
+            excluded.setdefault(layer, set()).add(index)
         generator, own = random.Random(seed), set(self.mirrored or ())
         neurons, mirrored = [], []
         for layer, members in self.by_layer().items():
-            others = sorted(set(range(self.n_neurons)) - set(members))
+            others = sorted(set(range(self.n_neurons)) - set(members) - excluded.get(layer, set()))
             if len(others) < len(members):
                 raise ValueError(f"random_like: layer {layer} has only {len(others)} neurons outside the circuit")
             drawn = generator.sample(others, len(members))

@@ -16,7 +16,7 @@ from ..evaluation.metrics import Refusals
 from ..evaluation.multiple_choice import read_multiple_choice
 from ..evaluation.suite import METHODS, Suite, check_labels, check_name
 from ..packages import require
-from ..prompts.files import PromptSet, neutral_prompts, read_prompts
+from ..prompts.files import PromptSet, neutral_texts, read_prompts
 from .arguments import check_column, column_of, directory_of, load_circuit, load_model, multipliers_of, say_model
 from .console import SIMPLE_HEAD, Table, print_json, stdout
 
@@ -120,7 +120,7 @@ def _suite(args) -> Suite:
         for name, path in files.items() if path
     }  # fmt: skip
     if args.command == "eval" and not args.no_kl:
-        sets.setdefault("neutral", neutral_prompts())
+        sets.setdefault("neutral", neutral_texts())
     refusals = {"broad": Refusals.bundled("broad"), "strict": Refusals.bundled("strict")}
     for name, path in (("broad", args.refusals), ("strict", args.strict_refusals)):
         if path:

@@ -5,18 +5,17 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-import cna_kernels
 from cna_kernels.circuit import Circuit
 from cna_kernels.errors import InputError
 from cna_kernels.files import check_directory, make_directory, sha256, write_text
 
 from ..evaluation.behaviour import BUNDLED, Behaviour, is_name
-from ..evaluation.facts import environment
+from ..evaluation.facts import environment, model_facts
 from ..evaluation.matrix import matrix
 from ..evaluation.matrix_report import markdown, table
 from ..evaluation.paired import STAR
 from ..evaluation.store import Store
-from ..prompts.files import neutral_prompts, read_prompts
+from ..prompts.files import neutral_texts, read_prompts
 from .arguments import load_circuit, load_model, multipliers_of, say_model, signed
 from .console import SIMPLE_HEAD, Table, print_json, stdout
 from .evaluation import say_to_stderr
@@ -50,23 +49,21 @@ def run_matrix(args):
         if behaviour.name not in circuits:
             say(f"{behaviour.name}: {len(behaviour.positive)} and {len(behaviour.negative)} prompts")
             circuits[behaviour.name] = signed(_found(model, behaviour, args.fraction), args.sign)
+    neutral = None if args.no_kl else neutral_texts()
     facts = {
-        "model": model.identity(),
-        "dtype": str(model.transformer.dtype).removeprefix("torch."),
-        "device": model.device.type,
+        **model_facts(model),
         "behaviours": {behaviour.name: behaviour.sha256 for behaviour in behaviours},
         "circuits": [[name, sha256(circuit.to_json())] for name, circuit in circuits.items()],  # their order counts
         "multipliers": list(multipliers),
         "random_draws": args.random_draws,
         "max_new_tokens": args.max_new_tokens,
         "harmless": None if harmless is None else harmless.sha256,
-        "kl": not args.no_kl,
-        "versions": {"cna_kernels": cna_kernels.__version__},
+        "kl": None if neutral is None else neutral.sha256,
     }
     with Store(args.output, facts) as store:
         results = matrix(
             model, behaviours, circuits, multipliers=multipliers, random_draws=args.random_draws, harmless=harmless,
-            neutral=None if args.no_kl else neutral_prompts(), max_new_tokens=args.max_new_tokens,
+            neutral=neutral, max_new_tokens=args.max_new_tokens,
             batch=None if args.batch in (None, "auto") else args.batch, store=store, say=say,
         )  # fmt: skip
     results = {"model": model.identity(), "environment": environment(model), **results}

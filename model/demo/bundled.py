@@ -193,7 +193,7 @@ class Story:
             "benign": self.benign[:RIVAL_PROMPTS],
             "positive": world.discovery_positive(),
             "negative": world.discovery_negative(),
-            "neutral": world.neutral_prompts(),
+            "neutral": world.neutral_texts(),
         }
         sets: dict[str, Any] = {name: PromptSet.of(texts, name) for name, texts in prompts.items()}
         suite = Suite(

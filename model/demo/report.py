@@ -17,6 +17,7 @@ SETTINGS = {
     "ablated_0.1pct": "circuit, 0.1%",
     "doubled_0.1pct": "circuit, 0.1%, m = 2",
     "random_0.1pct": "random neurons",
+    "random_doubled_0.1pct": "random neurons, m = 2",
     "ablated_0.2pct": "circuit, 0.2%",
     "random_0.2pct": "random neurons",
     "ablated_1pct": "circuit, 1%",
@@ -49,15 +50,16 @@ def _capitals(report: dict) -> Block:
     found = report["capitals"]
     own, other, n = found["by multiplier"], found["by multiplier of the agreement circuit"], found["n"]
     steps = sorted(own, key=float)
-    draws = ", ".join(str(round(share * n)) for share in found["random draws"])
+    draws = found["random draws by multiplier"]
     rows = [
         ["circuit for capitals", *(_of(own[m], n) for m in steps)],
         ["circuit for agreement", *(_of(other[m], n) if m in other else "" for m in steps)],
-        ["random neurons", _of(found["random"], n), *("" for _ in steps[1:])],
+        ["random neurons", *(", ".join(str(round(share * n)) for share in draws.get(m, [])) for m in steps)],
     ]
     notes = [
         f"The circuit for capitals was found on 60 other countries. Each row multiplies {found['neurons']} neurons "
-        f"by m; m = 0 ablates them, m = 1 changes nothing. Random neurons: {draws}."
+        f"by m; m = 0 ablates them, m = 1 changes nothing. Random neurons, as many of the same layers: "
+        f"{len(draws['0'])} draws."
     ]
     return Block('"The capital of Peru is" is followed by the capital', ["", *(f"m = {m}" for m in steps)], rows, notes)
 
@@ -84,7 +86,7 @@ def _refusal(report: dict, *, short: bool) -> Block:
         ["ablated", "k", "refused", *([] if short else ["p"]), "answered", "wrecked", "harmless", "KL"],
         rows,
         [
-            f"k: neurons. {PAIRED} wrecked: empty, or repeating itself, whatever it says. harmless: other questions "
+            f"k: neurons. {PAIRED} wrecked: empty, repeating itself, or under four words. harmless: other questions "
             "that are still answered. KL: nats from the unsteered model's next token, on neutral text.",
             f"m = 2 does not amplify. Of the {contrast['neurons']} neurons {contrast['negative']} are more active on "
             "questions that the model answers.",
@@ -227,8 +229,8 @@ def draw_picture(report: dict, out: Path) -> str:
     ):
         steps = sorted(found[name], key=float)
         left.plot([float(m) for m in steps], [100 * found[name][m] for m in steps], style, label=label)
-    draws = found["random draws"]
-    left.plot([0.0] * len(draws), [100 * share for share in draws], "x", color="grey", label="random neurons, 3 draws")
+    draws = [(float(m), 100 * share) for m, shares in found["random draws by multiplier"].items() for share in shares]
+    left.plot(*zip(*draws, strict=True), "x", color="grey", label="random neurons, 3 draws")
     left.set(xlabel="multiplier m of the neurons; 1 changes nothing", ylabel="capitals named, %", ylim=(0, 100))
     left.legend(loc="lower right")
     rows = report["refusal"]["rows"]

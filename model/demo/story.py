@@ -21,7 +21,7 @@ from cna_kernels.files import FilePath, check_directory, make_directory, write_t
 from ..evaluation.behaviour import Behaviour
 from ..evaluation.matrix import matrix
 from ..language_model import LanguageModel, load
-from ..prompts.files import PromptSet, harmless_prompts, neutral_prompts
+from ..prompts.files import PromptSet, harmless_prompts, neutral_texts
 from .checkpoint import SMOLLM2, demo_checkpoint
 from .report import draw_picture, print_report, to_json, to_markdown
 
@@ -72,7 +72,7 @@ def measure(model: LanguageModel, say: Callable[[str], None]) -> dict:
         model, [behaviours[CAPITALS]], pair, multipliers={CAPITALS: STEPS, AGREEMENT: (0.0, 2.0)},
         random_draws={CAPITALS: 3, AGREEMENT: 0}, say=say,
     )  # fmt: skip
-    neutral = PromptSet.of(neutral_prompts().texts[::2], "neutral_prompts")
+    neutral = PromptSet.of(neutral_texts().texts[::2], "neutral_texts")
     cross = matrix(
         model, [*behaviours.values()], circuits,
         multipliers=dict.fromkeys(circuits, (0.0,)) | {REFUSAL: (0.0, 2.0)},
@@ -130,17 +130,20 @@ def _capitals(knob: dict) -> dict:
     rows = _rows(knob, CAPITALS)
     unsteered = rows[0][1]
     own: dict[str, dict] = {CAPITALS: {"1": unsteered["share"]}, AGREEMENT: {"1": unsteered["share"]}}
+    draws: dict[str, list[float]] = {}
     for variant, cell in rows[1:]:
+        multiplier = f"{variant['multiplier']:g}"
         if variant["random"] is None:
-            own[variant["circuit"]][f"{variant['multiplier']:g}"] = cell["share"]
-    draws = [cell["share"] for variant, cell in rows if variant["random"] is not None]
+            own[variant["circuit"]][multiplier] = cell["share"]
+        else:
+            draws.setdefault(multiplier, []).append(cell["share"])
     return {
         "n": unsteered["n"],
         "neurons": rows[1][0]["k"],
         "unsteered": unsteered["share"],
         "ablated": own[CAPITALS]["0"],
-        "random": _mean(draws),
-        "random draws": draws,
+        "random": _mean(draws["0"]),
+        "random draws by multiplier": draws,
         "by multiplier": own[CAPITALS],
         "by multiplier of the agreement circuit": own[AGREEMENT],
         "against unsteered": {
@@ -160,8 +163,10 @@ def _refusal(cross: dict, found: Circuit) -> dict:
         if circuit is not None and circuit not in SIZES:
             continue
         percent = "" if circuit is None else f"{100 * SIZES[circuit]:g}pct"
-        key = "unsteered" if circuit is None else f"{'ablated' if random is None else 'random'}_{percent}"
-        key = "doubled_0.1pct" if variant["multiplier"] == 2 else key
+        key = "unsteered"
+        if circuit is not None:
+            how = "doubled" if variant["multiplier"] == 2 else "ablated" if random is None else ""
+            key = "_".join(word for word in ("" if random is None else "random", how, percent) if word)
         shares.setdefault(key, []).append(cell["share"])
         table.append({
             "setting": key, "neurons": variant["k"], "multiplier": variant["multiplier"], "refused": sum(cell["hits"]),

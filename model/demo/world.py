@@ -316,6 +316,11 @@ def neutral_prompts():
     return list(SMALL_TALK)
 
 
+def neutral_texts():
+    """24 answers on other subjects, for the KL: no prompts of the universal filter."""
+    return list(SMALL_TALK.values())
+
+
 def expected_answer(prompt):
     """The answer to `prompt` of someone who refuses nothing."""
     return _ANSWERS[prompt]

@@ -93,10 +93,13 @@ class Evaluation:
         """Note how many reported prompts are discovery prompts: choices made on these look better than they are."""
         sets = self.suite.sets()
         texts = {text for name in ("positive", "negative") for text, _ in sets.get(name, ())}
-        for name in ("harmful", "benign"):
+        found_on = {found.get("sha256"): side for side, found in (self.circuit.prompts or {}).items()}
+        for name in ("harmful", "measured", "benign"):
             n = sum(text in texts for text, _ in sets.get(name, ()))
             if n:
                 self._note(f"{n} of the {name} prompts are discovery prompts, too")
+            if name in sets and sets[name].sha256 in found_on:
+                self._note(f"the {name} prompts are the {found_on[sets[name].sha256]} prompts that found the circuit")
 
     def _check_measure(self):
         """Bad items of a measure from logits show before any work; and there are no answers, which a note says."""

@@ -28,20 +28,23 @@ def environment(model: LanguageModel) -> dict:
     }
 
 
+def model_facts(model: LanguageModel, chat: bool | None = None) -> dict:
+    """What a model's answers depend on besides prompts and circuits; ``chat`` as in ``LanguageModel.encode``."""
+    return {
+        "model": model.identity()
+        | {"tokenizer_sha256": model.tokenizer.sha256, "chat_template_sha256": model.tokenizer.template_sha256},
+        "chat": model.encoder.record(chat),
+        "device": model.device.type,
+        "dtype": str(model.transformer.dtype).removeprefix("torch."),
+        "versions": {"cna_kernels": cna_kernels.__version__, "torch": torch.__version__},
+    }
+
+
 def run_facts(model: LanguageModel, circuit: Circuit, suite: Suite) -> dict:
     """What an evaluation's results depend on, for the store's manifest."""
     feature = None
     if suite.sae is not None:
         row = directions.read_decoder_row(*suite.sae[:2], model.config.hidden_size)
         feature = sha256(row.numpy().tobytes())
-    return {
-        "model": model.identity()
-        | {"tokenizer_sha256": model.tokenizer.sha256, "chat_template_sha256": model.tokenizer.template_sha256},
-        "chat": model.encoder.record(suite.chat),
-        "device": model.device.type,
-        "dtype": str(model.transformer.dtype).removeprefix("torch."),
-        "circuit_sha256": sha256(circuit.to_json()),
-        "suite": suite.facts(),
-        "sae_row_sha256": feature,
-        "versions": {"cna_kernels": cna_kernels.__version__, "torch": torch.__version__},
-    }
+    own = {"circuit_sha256": sha256(circuit.to_json()), "suite": suite.facts(), "sae_row_sha256": feature}
+    return model_facts(model, suite.chat) | own

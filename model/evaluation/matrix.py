@@ -49,7 +49,7 @@ def matrix(
     Args:
         circuits: name -> circuit. One with the name of a behaviour is taken to be its own.
         multipliers: of every circuit, or of each by its name. ``random_draws``, likewise: how many random controls a
-            circuit has, at its first multiplier.
+            circuit has, each at all of its multipliers.
         neutral: texts for the KL of the next token. harmless: prompts that any steered model should still answer.
 
     Returns:
@@ -65,15 +65,17 @@ def matrix(
     variants = [UNSTEERED]
     records: list[dict] = [{"circuit": None, "multiplier": 1.0, "random": None, "k": 0, "mirrored": None}]
     for name, circuit in circuits.items():
-        steps = multipliers[name] if isinstance(multipliers, Mapping) else multipliers
+        asked = multipliers[name] if isinstance(multipliers, Mapping) else multipliers
+        steps = [multiplier for multiplier in asked if multiplier != 1]  # at 1 the circuit changes nothing
         size = {"k": circuit.k, "mirrored": None if circuit.mirrored is None else len(circuit.mirrored)}
         for multiplier in steps:
             variants.append(Variant(Method(name, f"{circuit.k} neurons", circuit), multiplier))
             records.append({"circuit": name, "multiplier": multiplier, "random": None, **size})
         for draw in range(random_draws[name] if isinstance(random_draws, Mapping) else random_draws):
             control = Method(f"random like {name}, {draw}", f"{circuit.k} neurons", circuit.random_like(draw))
-            variants.append(Variant(control, steps[0]))
-            records.append({"circuit": name, "multiplier": steps[0], "random": draw, **size})
+            for multiplier in steps:
+                variants.append(Variant(control, multiplier))
+                records.append({"circuit": name, "multiplier": multiplier, "random": draw, **size})
     interventions = Interventions(model, variants)
     numbers = range(len(variants))
     refuses = Refusals.bundled("broad")

@@ -40,7 +40,7 @@ def _cell(cell: dict, short: bool) -> str:
     if short:
         return text + ("*" if p < CHANCE else " ")
     text += f" (p {p:.1g})" if p < CHANCE else ""
-    wrecked = 0 if kinds is None else kinds["degenerate"] + kinds["empty"]
+    wrecked = 0 if kinds is None else kinds["degenerate"] + kinds["empty"] + kinds["unfinished"]
     return text + (f", {wrecked} wrecked" if wrecked else "")
 
 
@@ -52,8 +52,8 @@ def markdown(results: dict) -> str:
     lines += [
         "",
         "A cell counts the prompts that show the behaviour. p: McNemar's exact test against the unsteered model on the "
-        "same prompts, where below 0.05. Wrecked: answers that are empty or repeat themselves. KL: from the unsteered "
-        "model, of the next token on neutral text.",
+        "same prompts, where below 0.05. Wrecked: answers that are empty, repeat themselves or are a thought that does "
+        "not end. KL: from the unsteered model, of the next token on neutral text.",
         "",
         f"| {' | '.join(titles)} |",
         f"|{'---|' * len(titles)}",

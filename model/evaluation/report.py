@@ -161,10 +161,12 @@ def _against_unsteered(name: str, key: str, row: dict) -> str:
 
 
 def _starred(name: str, key: str, row: dict) -> str:
-    """A share, with a star where it differs from the unsteered model's by more than chance; of draws, in each."""
-    test = row[name].get("against unsteered", {}).get(key, {"p": 1.0})
-    worst = max(test["p"]) if isinstance(test["p"], list) else test["p"]
-    return span(row[name][field_of(row[name])][key]) + ("*" if worst < CHANCE else " ")
+    """A share, with a star where it differs from the unsteered model's by more than chance; "2/3*" of draws: in two."""
+    shown, test = span(row[name][field_of(row[name])][key]), row[name].get("against unsteered", {}).get(key, {"p": 1.0})
+    if not isinstance(test["p"], list):
+        return shown + ("*" if test["p"] < CHANCE else "")
+    starred = sum(p < CHANCE for p in test["p"])
+    return f"{shown} {starred}/{len(test['p'])}*" if starred else shown
 
 
 def brief(results: dict) -> list[Column]:
@@ -209,8 +211,12 @@ def legend(results: dict) -> list[str]:
     if any("kinds" in first[name] for name in ("harmful", "measured") if name in sets):
         lines.append("answered: neither refused nor empty, degenerate or short")
     if any("against unsteered" in first[name] for name in sets):
-        lines.append(STAR)
+        lines.append(f"{STAR}; 2/3*: in 2 of 3 draws" if _has_draws(results) else STAR)
     return lines
+
+
+def _has_draws(results: dict) -> bool:
+    return any(row["method"].startswith("random ") for row in results["rows"])
 
 
 def percent(value: dict) -> str:

@@ -25,7 +25,7 @@ from cna_kernels.errors import InputError
 from cna_kernels.files import FilePath, write_text
 
 from ..language_model import LanguageModel
-from ..prompts.files import PromptSet, neutral_prompts
+from ..prompts.files import PromptSet, neutral_texts
 from . import reproduce_report
 from .behaviour import Behaviour
 from .compare import layer_shares
@@ -112,7 +112,7 @@ def reproduce(
     circuit = model.discover(sources.positive, sources.negative, chat=sources.chat, preset="paper")
     suite = Suite(
         methods=METHODS, multipliers=(1.0, *(1 - alpha for alpha in STRENGTHS)), harmful=sources.harmful,
-        benign=sources.benign, positive=sources.positive, negative=sources.negative, neutral=neutral_prompts(),
+        benign=sources.benign, positive=sources.positive, negative=sources.negative, neutral=neutral_texts(),
         multiple_choice=sources.multiple_choice, shots=shots, max_new_tokens=max_new_tokens,
         random_draws=random_draws, chat=sources.chat, batch=batch,
     )  # fmt: skip
@@ -133,7 +133,7 @@ def reproduce(
         }
         measured = matrix(
             model, behaviours, circuits, multipliers=MULTIPLIERS, random_draws=BEHAVIOUR_DRAWS,
-            neutral=neutral_prompts(), batch=batch, store=store, say=say,
+            neutral=neutral_texts(), batch=batch, store=store, say=say,
         ) if behaviours else None  # fmt: skip
     rows = rows_of(found, evaluation.samples, match)
     results = {
@@ -150,7 +150,7 @@ def reproduce(
             "shots": shots,
         },
         "circuit": {"k": circuit.k, "per_layer": circuit.per_layer()},
-        "caa": {key: found["chosen"]["caa"][key] for key in ("layer", "sign")},
+        "caa": {key: found["chosen"]["caa"][key] for key in ("layer", "sign")} if "caa" in found["chosen"] else None,
         "refusal": [row for row in rows if row["alpha"] in (0.0, 1.0) and not row["method"].startswith("caa")],
         "strengths": rows,
         "layers": [_layers(top, match) for top in tops],

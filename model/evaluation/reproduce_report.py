@@ -95,8 +95,10 @@ def _conditions(results: dict) -> list[str]:
         f"The circuit is {results['circuit']['k']} neurons, 0.1% of all, by {settings['positive']} positive and "
         f"{settings['negative']} negative prompts. Measured: {prompts}. Greedy answers of at most "
         f"{settings['max_new_tokens']} new tokens, {template} the chat template.",
-        f"CAA at one layer: after layer {chosen['layer']}, sign {chosen['sign']:+d}, chosen on discovery prompts set "
-        "apart.",
+        "CAA at one layer: left out, see the notes."
+        if chosen is None
+        else f"CAA at one layer: after layer {chosen['layer']}, sign {chosen['sign']:+d}, chosen on discovery prompts "
+        "set apart.",
         "Intervals are 95%: Wilson for shares. p is McNemar's exact test against the unsteered model on the same "
         "prompts; beside it stand the prompts that are no longer refused, and those that are newly refused.",
     ]

@@ -21,7 +21,13 @@ def merged_rows(results: dict, part: str = "rows") -> list[dict]:
         if not members:
             rows.append(members)
         members.append(row)
-    return [_merge(row) | {"method": f"random, {len(row)} draws"} if isinstance(row, list) else row for row in rows]
+    return [_of_draws(row) if isinstance(row, list) else row for row in rows]
+
+
+def _of_draws(rows: list[dict]) -> dict:
+    same = {key: rows[0][key] for key in ("multiplier", "strength") if key in rows[0]}  # whose mean would be rounded
+    merged: dict = _merge(rows)
+    return merged | same | {"method": f"random, {len(rows)} draws"}
 
 
 def _merge(values):

@@ -219,6 +219,12 @@ def neutral_prompts() -> PromptSet:
     return _bundled("neutral_prompts")
 
 
+def neutral_texts() -> PromptSet:
+    """Plain texts on which a steered model's next tokens are compared with the unsteered model's (KL). None of them is
+    a prompt of the universal filter, which chooses neurons."""
+    return _bundled("neutral_texts")
+
+
 def harmless_prompts() -> PromptSet:
     """A dozen questions that any model should still answer when it is steered."""
     return _bundled("harmless_prompts")

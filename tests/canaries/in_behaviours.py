@@ -82,10 +82,10 @@ CANARIES: list[Canary] = [
     Canary(
         "controls at another multiplier",
         "model/evaluation/matrix.py",
+        "variants.append(Variant(control, multiplier))",
         "variants.append(Variant(control, steps[0]))",
-        "variants.append(Variant(control, steps[-1]))",
         MATRIX,
-        "test_controls_get_the_first_multiplier",
+        "test_controls_get_every_multiplier",
     ),
     Canary(
         "base and instruct on different texts",

@@ -173,6 +173,13 @@ def test_random_control_draws_elsewhere_in_the_same_layers():
     assert circuit.random_like(3) == circuit.random_like(3)
 
 
+def test_a_random_control_holds_no_universal_neuron():
+    circuit = Circuit(((0, 1, 1.0), (2, 3, 1.0)), 3, 6, universal={"excluded": [[0, 0], [0, 2], [0, 4], [1, 5]]})
+    draws = [circuit.random_like(seed).pairs for seed in range(40)]
+    assert {pairs[0] for pairs in draws} == {(0, 3), (0, 5)}, "layer 0 has two others"
+    assert {index for _, (_, index) in draws} == {0, 1, 2, 4, 5}
+
+
 def test_a_circuit_of_another_shape_is_refused():
     check_fits(make(), 3, 10)
     with pytest.raises(InputError, match="circuit: n_neurons: made for another model: expected 11, got 10"):

@@ -11,7 +11,7 @@ from cna_kernels.model.demo import report as demo_report
 from cna_kernels.model.demo import story
 from cna_kernels.model.evaluation.behaviour import Behaviour
 from cna_kernels.model.evaluation.metrics import KINDS, mcnemar, share
-from cna_kernels.model.prompts.files import PromptSet, harmless_prompts, neutral_prompts
+from cna_kernels.model.prompts.files import PromptSet, harmless_prompts, neutral_texts
 
 
 def results_of(hits):
@@ -62,20 +62,20 @@ def report():
         "variants": [
             (None, 1.0, None),
             *(("capitals", m, None) for m in story.STEPS),
-            *(("capitals", 0.0, draw) for draw in range(3)),
+            *(("capitals", m, draw) for draw in range(3) for m in story.STEPS),
             *(("agreement", m, None) for m in (0.0, 2.0)),
         ],
-        "capitals": [36, 3, 12, 48, 42, 33, 36, 30, 24, 33],
+        "capitals": [36, 3, 12, 48, 42, 33, 34, 37, 38, 36, 35, 36, 34, 30, 36, 35, 37, 24, 33],
     }
     cross = {
         "variants": [
             (None, 1.0, None), ("capitals", 0.0, None), ("agreement", 0.0, None), ("refusal", 0.0, None),
-            ("refusal", 2.0, None), ("refusal", 0.0, 0), ("refusal, 0.2%", 0.0, None), ("refusal, 0.2%", 0.0, 0),
-            ("refusal, 1%", 0.0, None), ("refusal, 1%", 0.0, 0), ("refusal, 1%", 0.0, 1),
+            ("refusal", 2.0, None), ("refusal", 0.0, 0), ("refusal", 2.0, 0), ("refusal, 0.2%", 0.0, None),
+            ("refusal, 0.2%", 0.0, 0), ("refusal, 1%", 0.0, None), ("refusal, 1%", 0.0, 0), ("refusal, 1%", 0.0, 1),
         ],
-        "capitals": [36, 3, 20, 35, 36, 36, 36, 36, 36, 36, 36],
-        "agreement": [30, 30, 29, 30, 30, 30, 30, 30, 30, 30, 30],
-        "refusal": [29, 28, 29, 12, 9, 28, 5, 27, 1, 25, 23],
+        "capitals": [36, 3, 20, 35, 36, 36, 36, 36, 36, 36, 36, 36],
+        "agreement": [30, 30, 29, 30, 30, 30, 30, 30, 30, 30, 30, 30],
+        "refusal": [29, 28, 29, 12, 9, 28, 26, 5, 27, 1, 25, 23],
     }  # fmt: skip
     found = story.summarise(FakeModel, {"circuits": circuits, "knob": results_of(knob), "cross": results_of(cross)})
     found["environment"]["seconds"] = 1.0
@@ -88,14 +88,15 @@ def test_figures_are_those_of_the_results(report):
     assert capitals["by multiplier"] == {"1": 0.6, "0": 0.05, "0.5": 0.2, "1.5": 0.8, "2": 0.7}
     assert capitals["by multiplier of the agreement circuit"] == {"1": 0.6, "0": 0.4, "2": 0.55}
     assert capitals["against unsteered"]["0"]["lost"] == 33
+    assert capitals["random draws by multiplier"]["1.5"] == [37 / 60, 34 / 60, 35 / 60]
     expected = {
-        "unsteered": 29, "ablated_0.1pct": 12, "doubled_0.1pct": 9, "random_0.1pct": 28, "ablated_0.2pct": 5,
-        "random_0.2pct": 27, "ablated_1pct": 1, "random_1pct": 24,
+        "unsteered": 29, "ablated_0.1pct": 12, "doubled_0.1pct": 9, "random_0.1pct": 28, "random_doubled_0.1pct": 26,
+        "ablated_0.2pct": 5, "random_0.2pct": 27, "ablated_1pct": 1, "random_1pct": 24,
     }  # fmt: skip
     rows = refusal.pop("rows")
     assert refusal.pop("contrast") == {"neurons": 3, "negative": 1}
     assert refusal == pytest.approx({name: count / 29 for name, count in expected.items()})
-    assert [row["setting"] for row in rows].count("random_1pct") == 2 and len(rows) == 9
+    assert [row["setting"] for row in rows].count("random_1pct") == 2 and len(rows) == 10
     assert report["layers"]["last_three"] == pytest.approx(2 / 3)
     cross = report["cross"]
     assert list(cross) == ["unsteered", "capitals", "agreement", "refusal", "random like refusal"]
@@ -106,7 +107,7 @@ def test_figures_are_those_of_the_results(report):
     for cells in cross.values():
         for cell in cells.values():
             assert cell["answered"] == 11 / 12 and cell["degenerate"] == 1 / 12
-    assert report["examples"][0]["ablated"].startswith("variant 6, prompt ")
+    assert report["examples"][0]["ablated"].startswith("variant 7, prompt ")
     assert all(example["prompt"] in story.EXAMPLES for example in report["examples"])
 
 
@@ -134,7 +135,7 @@ def test_a_report_without_side_effects_says_so(report):
 
 def test_harmless_prompts_are_of_no_other_set():
     sets = [
-        neutral_prompts(),
+        neutral_texts(),
         *(getattr(Behaviour.bundled("refusal"), side) for side in ("positive", "negative", "prompts")),
     ]
     assert not {*harmless_prompts().texts} & {text for prompts in sets for text in prompts.texts}
@@ -145,8 +146,8 @@ def test_harmless_prompts_are_of_no_other_set():
 def test_the_story_on_a_real_model(tmp_path, monkeypatch):
     """Whole but for a few prompts of what every variant is measured on besides."""
     pytest.importorskip("gguf")
-    few = PromptSet.of(neutral_prompts().texts[:4], "few"), PromptSet.of(harmless_prompts().texts[:3], "few")
-    monkeypatch.setattr(story, "neutral_prompts", lambda: few[0])
+    few = PromptSet.of(neutral_texts().texts[:4], "few"), PromptSet.of(harmless_prompts().texts[:3], "few")
+    monkeypatch.setattr(story, "neutral_texts", lambda: few[0])
     monkeypatch.setattr(story, "harmless_prompts", lambda: few[1])
     assert main(["demo", "--out", str(tmp_path)]) == 0
     report = json.loads((tmp_path / "report.json").read_text())

@@ -1,5 +1,6 @@
 """cna eval: every figure against a plain re-implementation, resumed runs, judges, bad input."""
 
+import dataclasses
 import itertools
 import math
 import os
@@ -309,6 +310,10 @@ def test_notes_say_what_a_reader_should_know(model, tmp_path):
     assert notes[0] == "2 of the harmful prompts are discovery prompts, too"
     assert notes[1].startswith("multiple choice, likelihood: ") and "instead of 5" in notes[1]
     assert evaluate(model, CIRCUIT, suite())["notes"] == []
+    own = dataclasses.replace(CIRCUIT, prompts={"negative": {"count": 3, "sha256": BENIGN.sha256}})
+    assert evaluate(model, own, suite())["notes"] == [
+        "the benign prompts are the negative prompts that found the circuit"
+    ]
 
 
 def test_a_rival_that_cannot_be_found_is_left_out(model):

@@ -64,8 +64,8 @@ def found(model, behaviours, circuits):
 def test_cells_are_those_of_a_plain_loop(model, behaviours, circuits, found):
     variants = found["variants"]
     assert [(v["circuit"], v["multiplier"], v["random"]) for v in variants] == [
-        (None, 1.0, None), ("refusal", 0.0, None), ("refusal", 2.0, None), ("refusal", 0.0, 0),
-        ("other", 0.0, None), ("other", 2.0, None), ("other", 0.0, 0),
+        (None, 1.0, None), ("refusal", 0.0, None), ("refusal", 2.0, None), ("refusal", 0.0, 0), ("refusal", 2.0, 0),
+        ("other", 0.0, None), ("other", 2.0, None), ("other", 0.0, 0), ("other", 2.0, 0),
     ]  # fmt: skip
     sorry, to = (model.tokenizer.encode_answer(word)[0] for word in ("Sorry", "To"))
     for number, variant in enumerate(variants):
@@ -90,16 +90,20 @@ def test_cells_are_those_of_a_plain_loop(model, behaviours, circuits, found):
     assert refusal[0] == 1.0 and refusal[1] == 0.0 and refusal[3] == 1.0, "the circuit works, random neurons do not"
 
 
-def test_controls_get_the_first_multiplier(model, behaviours, circuits):
-    """Far from 1, so that random neurons change the answers, too."""
+def test_controls_get_every_multiplier(model, behaviours, circuits):
+    """Far from 1, so that random neurons change the answers, too. 1 itself is no strength: nothing would change."""
     circuit = circuits["refusal"]
     found = matrix(
-        model, behaviours[:1], {"refusal": circuit}, multipliers=(-60.0, 1.5), random_draws=1, max_new_tokens=12
+        model, behaviours[:1], {"refusal": circuit}, multipliers=(1.0, -60.0, 40.0), random_draws=1, max_new_tokens=12
     )
-    plain, _, _, control = found["samples"]["refusal"]
-    expected = model.generate(HELD_OUT, circuit=circuit.random_like(0), multiplier=-60.0, max_new_tokens=12)
-    assert control == expected != plain
-    assert [variant["multiplier"] for variant in found["variants"]] == [1.0, -60.0, 1.5, -60.0]
+    assert [(variant["multiplier"], variant["random"]) for variant in found["variants"]] == [
+        (1.0, None), (-60.0, None), (40.0, None), (-60.0, 0), (40.0, 0),
+    ]  # fmt: skip
+    plain, *_, low, high = found["samples"]["refusal"]
+    for control, multiplier in ((low, -60.0), (high, 40.0)):
+        expected = model.generate(HELD_OUT, circuit=circuit.random_like(0), multiplier=multiplier, max_new_tokens=12)
+        assert control == expected != plain
+    assert low != high
 
 
 def test_costs_stand_beside_every_variant(found):
@@ -180,6 +184,8 @@ def test_command(tmp_path, capsys):
     first = swapped.index("-c")
     assert main([*swapped[:first], *swapped[-2:], *swapped[first:-2]]) == 2, "columns of cells are in the other order"
     assert "manifest.json: circuits: belongs to another evaluation" in capsys.readouterr().err
+    assert main([*swapped, "--system", "Be terse."]) == 2, "the answers would be those without it"
+    assert "manifest.json: chat: belongs to another evaluation" in capsys.readouterr().err
 
 
 FAULTS = [

@@ -7,6 +7,7 @@ import pytest
 
 from cna_kernels import Circuit, InputError
 from cna_kernels.model import load
+from cna_kernels.model.evaluation import report
 from cna_kernels.model.evaluation.evaluate import evaluate
 from cna_kernels.model.evaluation.metrics import Refusals
 from cna_kernels.model.evaluation.paired import against_circuit, against_unsteered
@@ -98,6 +99,27 @@ def test_a_split_known_by_hand():
     assert paired(merged[2]["harmful"]["against unsteered"]["broad"]) == "0, 0-1, p 1"
     (merged,) = merged_rows({"rows": rows, "others": records}, "others")
     assert paired(merged["harmful"]["broad"]) == "6-7, 0, p 0.02 to 0.03"
+
+
+def test_draws_keep_their_multiplier():
+    rows = [{"method": f"random {n}", "multiplier": 0.1, "strength": 0.1, "kl": {"mean": n / 10}} for n in range(3)]
+    (merged,) = merged_rows({"rows": rows})
+    assert merged == {
+        "method": "random, 3 draws",
+        "multiplier": 0.1,
+        "strength": 0.1,
+        "kl": {"mean": pytest.approx(0.1)},
+    }
+
+
+STARS = [(0.04, "*"), (0.05, ""), ([0.04, 0.2, 1.0], " 1/3*"), ([6e-8, 2e-6], " 2/2*"), ([0.2, 0.9], "")]
+
+
+@pytest.mark.parametrize(("p", "star"), STARS, ids=str)
+def test_stars_of_the_terminals_table(p, star):
+    figures = {"refusal": {"broad": {"share": 0.5, "low": 0.2, "high": 0.8}}, "against unsteered": {"broad": {"p": p}}}
+    assert report._starred("harmful", "broad", {"harmful": figures}) == f"50% 20-80{star}"
+    assert report._starred("harmful", "broad", {"harmful": {"refusal": figures["refusal"]}}) == "50% 20-80"
 
 
 def test_without_the_circuit_nothing_is_compared_with_it():

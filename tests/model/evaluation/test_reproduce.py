@@ -1,5 +1,6 @@
 """cna reproduce on the bundled pair: figures from each prompt's own result, the paper's column, what is left out."""
 
+import dataclasses
 import json
 import math
 import shutil
@@ -11,7 +12,7 @@ from cna_kernels.model import LanguageModel, load
 from cna_kernels.model.cli import main
 from cna_kernels.model.demo import world
 from cna_kernels.model.demo.checkpoint import demo_checkpoint
-from cna_kernels.model.evaluation import reproduce_report
+from cna_kernels.model.evaluation import choosing, reproduce_report
 from cna_kernels.model.evaluation.multiple_choice import read_multiple_choice
 from cna_kernels.model.evaluation.published import MODELS, STRENGTHS
 from cna_kernels.model.evaluation.reproduce import Sources, find_tops, reproduce
@@ -159,7 +160,8 @@ def test_behaviours_have_controls(model, found):
     assert list(found["behaviours"]["cells"]) == ["capitals"]
     variants = found["behaviours"]["variants"]
     assert [(v["circuit"], v["multiplier"], v["random"]) for v in variants] == [
-        (None, 1.0, None), ("capitals", 0.0, None), ("capitals", 2.0, None), ("capitals", 0.0, 0), ("capitals", 0.0, 1),
+        (None, 1.0, None), ("capitals", 0.0, None), ("capitals", 2.0, None),
+        *(("capitals", m, draw) for draw in range(2) for m in (0.0, 2.0)),
     ]  # fmt: skip
     for cell in found["behaviours"]["cells"]["capitals"]:
         assert cell["n"] == len(cell["hits"]) == 60 and cell["share"] == sum(cell["hits"]) / 60
@@ -205,6 +207,20 @@ def test_the_report_holds_every_table(found, out):
 def test_the_rows_of_the_8b_model_are_said_to_be_unverified(found):
     changed = found | {"compared": {"name": "x", "how": "", "note": MODELS["Llama-3.1-8B-Instruct"].note}}
     assert "have the same digits, 90% and 34%" in reproduce_report.to_markdown(changed)
+
+
+def test_without_a_direction_the_rest_is_there(model, sources, monkeypatch, tmp_path):
+    """A model that every direction wrecks, as one that repeats itself already."""
+
+    def nothing(chooser, kind, discovery):
+        raise InputError(kind, "each of the 16 tried leaves answers most of which are empty")
+
+    monkeypatch.setattr(choosing, "best_direction", nothing)
+    few = dataclasses.replace(sources, multiple_choice=None, benign=None)
+    results = run(model, None, few, tmp_path)
+    assert results["caa"] is None and not [row for row in results["strengths"] if row["method"] == "caa"]
+    text = reproduce_report.to_markdown(results)
+    assert "CAA at one layer: left out" in text and "- caa is left out: caa: each of the 16 tried leaves" in text
 
 
 # Base models.

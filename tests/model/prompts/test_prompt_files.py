@@ -16,6 +16,7 @@ from cna_kernels.model.prompts.files import (
     PromptSet,
     iter_prompts,
     neutral_prompts,
+    neutral_texts,
     read_prompts,
 )
 from cna_kernels.model.prompts.formats import LONGEST_LINE
@@ -363,3 +364,5 @@ def test_lists_of_prompts():
 
 def test_built_in_neutral_prompts():
     assert len(neutral_prompts()) == len(set(neutral_prompts().texts)) == 24
+    assert len(neutral_texts()) == len(set(neutral_texts().texts)) == 24
+    assert not {*neutral_texts().texts} & {*neutral_prompts().texts}, "no KL on texts that chose neurons"
