@@ -165,7 +165,11 @@ def _matrix(commands):
     parser.add_argument("--fraction", type=float, metavar="X", help="as for cna discover")
     parser.add_argument("--m", "-m", dest="multipliers", metavar="M,M", default="0,2", help="default: %(default)s")
     parser.add_argument(
-        "--random-draws", type=whole(0, 10_000), default=2, metavar="N", help="controls of each (default: %(default)s)"
+        "--random-draws",
+        type=whole(0, 10_000),
+        default=2,
+        metavar="N",
+        help="controls of each, at every multiplier (default: %(default)s)",
     )
     parser.add_argument("--harmless", metavar="FILE", help="prompts that a steered model should still answer")
     parser.add_argument("--no-kl", action="store_true", help="leave the KL on neutral text out")
