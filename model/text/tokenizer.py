@@ -25,6 +25,7 @@ CLEANED = (  # what ``clean_up_tokenization_spaces`` stands for, in transformers
     (" ' ", "'"),
     *((f" {end}", end) for end in ("n't", "'m", "'s", "'ve", "'re")),
 )
+_SPACES = "\u0120\u2581 "  # how vocabularies spell a space
 _PROBE = "A probe: 1 + 2 = 3, naïve."
 
 
@@ -138,10 +139,19 @@ class Tokenizer:
         return self.template.each(chats, template_args)
 
     def first_ids(self, texts: str | Sequence[str], what: str) -> list[int]:
-        """Return the first id of an answer, or of each of several answers. ``what`` names them in an error."""
-        ids = [self.encode_answer(text)[:1] for text in ([texts] if isinstance(texts, str) else texts)]
+        """Return the first id of an answer, or of each of several answers. ``what`` names them in an error.
+
+        An answer whose first token is a space alone, as that of " 1949" in many vocabularies, is an error: every other
+        number begins with the same token.
+        """
+        texts = [texts] if isinstance(texts, str) else texts
+        ids = [self.encode_answer(text)[:1] for text in texts]
         if not ids or not all(ids):
             raise InputError(what, "holds no token")
+        for text, (first,) in zip(texts, ids, strict=True):
+            if text.strip() and not (self.token(first) or "x").strip(_SPACES):
+                advice = "leave the space out, and end the prompt with it"
+                raise InputError(what, f"{short(text)} begins with a token that is a space alone: {advice}")
         return [first for (first,) in ids]
 
     def token(self, number: int) -> str | None:

@@ -6,6 +6,7 @@ import sys
 import pytest
 
 from cna_kernels import InputError
+from cna_kernels.model import demo_checkpoint
 from cna_kernels.model.text.tokenizer import Tokenizer, stop_ids
 from tiny import SPECIAL, TEMPLATE, TEXT_VOCABULARY, set_field, write_text_files
 
@@ -143,6 +144,19 @@ def test_settings_that_make_no_sense(directory, changes, message):
     with pytest.raises(InputError) as caught:
         Tokenizer(directory, TEXT_VOCABULARY)
     assert "tokenizer_config.json: " in str(caught.value) and message in str(caught.value)
+
+
+def test_a_first_token_that_is_a_space_alone():
+    """Every number would be the answer."""
+    tokenizer = Tokenizer(demo_checkpoint("instruct"), 1024)
+    assert tokenizer.encode_answer(" 19")[0] == tokenizer.encode_answer(" 7")[0], (
+        "the bundled vocabulary is of this kind"
+    )
+    with pytest.raises(
+        InputError, match=r"place: ' 19' begins with a token that is a space alone: leave the space out"
+    ):
+        tokenizer.first_ids([" the", " 19"], "place")
+    assert tokenizer.first_ids(["19", " the", "\n", " "], "place")
 
 
 def test_the_hash_is_of_what_the_tokens_are(directory):
