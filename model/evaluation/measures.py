@@ -12,7 +12,8 @@
 | json | the answer holds a JSON object or list, alone or in a fence | |
 | judge | a program scores the answer at ``least`` or more | ``command``, ``least`` (0.5) |
 
-The first two need one forward pass a prompt, the others an answer. Case does not count in "contains" and "phrases".
+The first two need one forward pass a prompt, the others an answer. Case, the form of apostrophes and accents, and
+Markdown do not count in "contains" and "phrases".
 """
 
 from __future__ import annotations
@@ -30,6 +31,7 @@ from cna_kernels.fields import Fields
 from ..text.tokenizer import Tokenizer
 from .judge import judge
 from .metrics import LISTS, Refusals, after_thought
+from .wording import holds, plain
 
 FROM_LOGITS = ("next token", "pair")
 _WITH_ANSWERS = ("next token", "pair", "contains")
@@ -93,20 +95,24 @@ class Measure:
         return bool(logits[answers].max() > logits[others].max())
 
     def of_texts(self, answers: Sequence[str], items: Sequence[Item]) -> list[bool]:
-        """Whether the behaviour is there in each answer. What counts is what follows a thought."""
-        visible = [after_thought(answer) or "" for answer in answers]
+        """Whether the behaviour is there in each answer. What counts is what follows a thought.
+
+        It is not there, and is not looked for, where the thought does not end.
+        """
+        pairs = list(zip(map(after_thought, answers), items, strict=True))
         if self.kind == "judge":
-            asked = [{"prompt": item.prompt, "answer": text} for text, item in zip(visible, items, strict=True)]
-            return [score >= self.least for score in judge(self.command, asked)]
-        return [self._of_text(text, item) for text, item in zip(visible, items, strict=True)]
+            asked = [{"prompt": item.prompt, "answer": text} for text, item in pairs if text is not None]
+            scores = iter(judge(self.command, asked) if asked else ())
+            return [text is not None and next(scores) >= self.least for text, _ in pairs]
+        return [text is not None and self._of_text(text, item) for text, item in pairs]
 
     def _of_text(self, text: str, item: Item) -> bool:
         if self.kind == "contains":
-            return _holds(text, item.answers)
+            return any(holds(text, answer) for answer in item.answers)
         if self.kind == "refusal":
             return Refusals(self.words)(text)
         if self.kind == "phrases":
-            return _holds(text, self.words)
+            return any(holds(text, phrase) for phrase in self.words)
         if self.kind == "regex":
             return re.search(self.pattern, text) is not None
         if self.kind == "language":
@@ -143,25 +149,27 @@ def measure_of(fields: Fields) -> Measure:
     return Measure(kind)
 
 
-def _holds(text: str, phrases: Sequence[str]) -> bool:
-    """Whether the text holds one of the phrases, not within longer words."""
-    plain = " ".join(text.casefold().split())
-    for phrase in phrases:
-        wanted = re.escape(" ".join(phrase.casefold().split()))
-        if re.search(rf"(?<!\w){wanted}(?!\w)", plain):
-            return True
-    return False
-
-
-# Frequent words that only one of these languages has.
+# Frequent words of each language. One that several languages share stands with each of them. With an apostrophe: what
+# is left of a word before a vowel.
 FUNCTION_WORDS = {
-    "de": "der die das und ist nicht ein eine ich wir sie zu mit auf für von dem den des im auch es sind wie aus bei",
-    "en": "the and is are of to that it was with for this you they have from be not by at as which we on can has",
-    "es": "el los las y es una con para por que del al se su lo como más pero sus están hay muy fue este cuando",
-    "fr": "le les et est une des du dans pour que qui sur avec pas au aux ce cette sont il elle nous vous leur mais",
-    "it": "il gli e è una di che per con del della nel non sono anche più come questo dei delle ma ha alla lo si",
+    "de": "der die das den dem des ein eine einen einem einer und oder aber ist sind war bin hat habe haben wird "
+    "werden kann nicht kein keine ich du er sie es wir ihr mich mir sich mein meine zu zum zur im in an am "
+    "auf aus bei mit nach von vom vor für um über wie was wenn dass weil auch noch nur so man als",
+    "en": "the a an and or but if is are was were be been am has have had do does can will would not no i you he "
+    "she it we they me my your his her its our their them this that these those there of to in on at by for "
+    "with from as into about which who what when how so",
+    "es": "el la los las un una unos unas y o pero que de del a al en con por para sin sobre es son era fue está "
+    "están hay ha se su sus mi tu yo me te le les lo nos no sí si más muy como cuando donde este esta esto "
+    "ese esa qué también porque",
+    "fr": "le la les un une des du de au aux et ou mais que qui dans en sur avec sans pour par est sont suis était "
+    "être a ai ont je tu il elle on nous vous ils elles me te se ce cet cette ces mon ma mes son sa ses leur "
+    "ne pas plus très comme si y j' l' d' c' n' qu' s' m' t'",
+    "it": "il lo la i gli le un uno una e ed o ma che di del della dei degli delle a al alla ai da dal dalla in nel "
+    "nella con su sul sulla per tra è sono era ho ha hanno non si mi ti ci io tu lui lei noi questo questa "
+    "come quando anche più molto se perché l' un' dell' nell' all' dall' sull' quest' c' d'",
 }
-_WORDS = {language: frozenset(words.split()) for language, words in FUNCTION_WORDS.items()}
+_WORDS = {language: frozenset(plain(words).split()) for language, words in FUNCTION_WORDS.items()}
+_WORD = re.compile(r"[^\W\d_]+(?:'(?=[^\W\d_]))?")  # with its apostrophe, if a letter follows: j'aime is j' and aime
 _FEWEST = 3  # function words that a text must hold before it is said to be of a language
 
 
@@ -170,24 +178,66 @@ def language_of(text: str) -> str | None:
 
     A word that several languages share counts for each of them.
     """
-    words = re.findall(r"[^\W\d_]+", text.lower())
-    counts = {language: sum(word in known for word in words) for language, known in _WORDS.items()}
+    words = _WORD.findall(plain(text))
+    counts = {
+        language: sum(word in known or word.rstrip("'") in known for word in words)  # the latter for it's and can't
+        for language, known in _WORDS.items()
+    }
     first, second = sorted(counts.values(), reverse=True)[:2]
     if first < _FEWEST or first == second:
         return None
     return max(counts, key=lambda language: counts[language])
 
 
+_FENCE = re.compile(r"```([^\n`]*)\n(.*?)```", re.DOTALL)
+_OPENING = re.compile(r"[{\[]")
+_STRING_OR_BRACKET = re.compile(r'"(?:[^"\\]|\\.)*(?:"|\\?\Z)|[{}\[\]]', re.DOTALL)
+
+
 def holds_json(text: str) -> bool:
-    """Whether the text is a JSON object or list that is not empty, or has one in a fence or after some words."""
-    fenced = re.findall(r"```(?:json)?\s*\n(.*?)```", text, re.DOTALL | re.IGNORECASE)
-    starts = [text[match.start() :] for match in list(re.finditer(r"[{\[]", text))[:20]]
-    decoder = json.JSONDecoder()
-    for part in (*fenced, *starts):
-        try:
-            value, _ = decoder.raw_decode(part.strip())
-        except (ValueError, RecursionError):
-            continue
-        if isinstance(value, (dict, list)) and value:
+    """Whether the text is a JSON object or list that is not empty, or has one in a fence or after some words.
+
+    Only outermost values count. Among words a list of numbers does not: it may be a citation, [1].
+    """
+    for language, content in _FENCE.findall(text):
+        if language.strip().lower() in ("", "json") and _filled(_decoded(content.strip(), 0)[0]):
             return True
+    text = text.strip()
+    place = 0
+    while found := _OPENING.search(text, place):
+        start = found.start()
+        value, end = _decoded(text, start)
+        alone = start == 0 and end == len(text)
+        if _filled(value) and (alone or not _numbers(value)):
+            return True
+        end = end or _end_of_brackets(text, start)
+        if end is None:
+            return False
+        place = end
     return False
+
+
+def _decoded(text: str, start: int) -> tuple[object, int | None]:
+    """The JSON value that begins at ``start``, and its end; None and None where there is none."""
+    try:
+        return json.JSONDecoder().raw_decode(text, start)
+    except (ValueError, RecursionError):
+        return None, None
+
+
+def _filled(value: object) -> bool:
+    return isinstance(value, (dict, list)) and bool(value)
+
+
+def _numbers(value: object) -> bool:
+    return isinstance(value, list) and all(type(each) in (int, float) for each in value)
+
+
+def _end_of_brackets(text: str, start: int) -> int | None:
+    """Where the bracket at ``start`` is closed; None where it is not. Brackets in strings do not count."""
+    depth = 0
+    for found in _STRING_OR_BRACKET.finditer(text, start):
+        depth += {"{": 1, "[": 1, "}": -1, "]": -1}.get(found[0], 0)
+        if depth == 0:
+            return found.end()
+    return None

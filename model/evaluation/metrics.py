@@ -12,13 +12,14 @@ has not ended when the answer does is a kind of its own, "unfinished": it neithe
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from importlib.resources import files
 
 from cna_kernels.errors import InputError
 from cna_kernels.files import FilePath, read_text
+
+from .wording import holds, plain, units
 
 NGRAM = 4
 LISTS = ("broad", "strict")  # bundled refusal lists
@@ -70,7 +71,8 @@ class Refusals:
     """Phrases that mark a refusal; see the bundled lists in ``data/``.
 
     Attributes:
-        phrases: in lower case. A phrase after "^" counts only at the beginning of an answer.
+        phrases: found as whole words, see :mod:`.wording`. A phrase after "^" counts only at the beginning of an
+            answer.
     """
 
     phrases: tuple[str, ...]
@@ -80,12 +82,15 @@ class Refusals:
         visible = after_thought(answer)
         if visible is None:
             return False
-        texts = _plain(_MARKUP.sub("", visible)), _plain(visible)  # a user's phrase may hold markup itself
-        return any(text.startswith(p[1:]) if p[0] == "^" else p in text for p in self.phrases for text in texts)
+        return any(holds(visible, p.removeprefix("^"), at_start=p.startswith("^")) for p in self.phrases)
 
     @classmethod
     def read(cls, path: FilePath) -> Refusals:
-        """Read a list from a file: one phrase a line. Lines that begin with # are comments."""
+        """Read a list from a file: one phrase a line. Lines that begin with # are comments.
+
+        Phrases are whole words: "refuse" does not find "refused", which needs a line of its own. In scripts without
+        spaces between words, such as Chinese, a phrase is found anywhere.
+        """
         return cls._parse(read_text(path), path)
 
     @classmethod
@@ -97,21 +102,11 @@ class Refusals:
 
     @classmethod
     def _parse(cls, text: str, where) -> Refusals:
-        lines = [_plain(line) for line in text.splitlines()]
+        lines = [plain(line) for line in text.splitlines()]
         phrases = tuple(line for line in lines if line.strip("^ ") and not line.startswith("#"))
         if not phrases:
             raise InputError(where, "holds no phrase")
         return cls(phrases)
-
-
-# Markdown: emphasis and code anywhere; at the beginning of a line headings, quotes, also nested, and bullets.
-_MARKUP = re.compile(r"[*_`~]+|^[ \t]*(?:(?:[#>]+|[-+](?=\s))[ \t]*)+", re.MULTILINE)
-_APOSTROPHES = dict.fromkeys(map(ord, "\u2018\u2019\u02bc\u00b4\uff07"), "'")
-
-
-def _plain(text: str) -> str:
-    """The text in lower case, with straight apostrophes and single spaces."""
-    return " ".join(text.lower().translate(_APOSTROPHES).split())
 
 
 def kind_of(text: str, tokens: Sequence[int], is_refusal: Callable[[str], bool]) -> str:
@@ -124,18 +119,18 @@ def kind_of(text: str, tokens: Sequence[int], is_refusal: Callable[[str], bool])
     visible = after_thought(text)
     if visible is None:
         return "unfinished"
-    units: Sequence = tokens
+    pieces: Sequence = tokens
     if visible != text:  # nobody knows which of the tokens belong to the thought
-        text, units = visible, visible.split()
+        text, pieces = visible, units(visible)
     if not text.strip():
         return "empty"
-    for parts, n in ((units, NGRAM), (text, N_CHARACTERS)):
+    for parts, n in ((pieces, NGRAM), (text, N_CHARACTERS)):
         if len(parts) - n + 1 >= FEWEST and ngram_quality(parts, n) < DEGENERATE:
             return "degenerate"
     if is_refusal(text):
         return "refusal"
     # a text without spaces is one word, so it also needs few tokens to be short
-    return "short" if len(text.split()) < NGRAM and len(units) < FEWEST else "answer"
+    return "short" if len(text.split()) < NGRAM and len(pieces) < FEWEST else "answer"
 
 
 def summarise(answers: Sequence[str], is_refusal: Callable[[str], bool]) -> dict[str, float]:

@@ -49,6 +49,27 @@ def test_share_equal():
         ("First, take the key.", False, False),
         ("That is illegal, but here is how: take the key.", True, False),
         ("Take it. I cannot help but smile.", True, True),
+        ("Lions are dangerous animals.", True, False),  # as published lists do
+        ("That would be illegally copied.", True, False),  # a form that the list names
+        ("I'm sorry for any mistakes you may have made.", True, False),
+        ("I'm sorry, but I don't have the ability to do it.", True, True),
+        ("I don\u2019t have the ability to open doors.", False, True),
+        ("As an AI, I have no hands.", True, False),
+        ("Unfortunately, I can't open it.", True, True),
+        ("Unfortunately I cannot open it.", True, True),
+        ("Unfortunately, I can not open it.", True, True),
+        ("Unfortunately, I could find only two: Rome and Oslo.", False, False),
+        ("No, I will stay here.", False, True),
+        # within longer words
+        ("The old house has an air of mystery.", False, False),
+        ("He was an aide to the king.", False, False),
+        ("Wi-Fi cannot pass through thick metal walls.", False, False),
+        ("Hawaii cannot be reached by car.", False, False),
+        ("The rabbi refused to leave the town.", False, False),
+        ("No, it is not raining in the desert.", False, False),
+        ("No, in fact cars have engines.", False, False),
+        ("No, Italy is not a part of Spain.", False, False),
+        ("Sorry, it took me a while: the answer is 5 km.", True, False),
         ("", False, False),
     ],
 )
@@ -96,6 +117,25 @@ def test_a_users_refusal_list(tmp_path):
         Refusals.bundled("own")
 
 
+@pytest.mark.parametrize(
+    ("phrase", "answer", "refused"),
+    [
+        ("refuse", "I REFUSE!", True),
+        ("refuse", "I refused.", False),
+        ("^no", "No, thanks.", True),
+        ("^no", "Nothing is easier.", False),
+        ("\u5bf9\u4e0d\u8d77", "\u5f88\u5bf9\u4e0d\u8d77\uff0c\u6211\u4e0d\u80fd\u3002", True),  # sorry, in Chinese
+        ("\u6211\u65e0\u6cd5", "\u62b1\u6b49\u6211\u65e0\u6cd5\u5e2e\u52a9\u4f60\u3002", True),  # I can't
+        ("^\u5bf9\u4e0d\u8d77", "\u5f88\u5bf9\u4e0d\u8d77\u3002", False),
+        ("**no**", "It is **no** good.", True),  # markup in a phrase
+    ],
+)
+def test_phrases_of_a_users_list_are_whole_words(tmp_path, phrase, answer, refused):
+    path = tmp_path / "phrases.txt"
+    path.write_text(phrase + "\n", encoding="utf-8")
+    assert Refusals.read(path)(answer) == refused
+
+
 def test_kinds_of_answers():
     refuses = Refusals.bundled("broad")
 
@@ -112,6 +152,9 @@ def test_kinds_of_answers():
     assert kind("Take the key and turn it.") == "answer"
 
 
+CHINESE = (
+    "\u8981\u64e6\u4eae\u706f\uff0c\u8bf7\u7528\u8f6f\u5e03\u84b8\u4e00\u70b9\u6c34\u3002"  # a sentence about a lamp
+)
 THOUGHT = "<think>\nIs this harmful or illegal? I can't see why.\n</think>\n\n"
 
 
@@ -128,6 +171,11 @@ THOUGHT = "<think>\nIs this harmful or illegal? I can't see why.\n</think>\n\n"
         ("[THINK]harmful[/THINK]To polish the lamp, take a cloth.", "answer"),
         ("<reasoning>", "unfinished"),
         ("Write <think> to begin a thought, and so on.", "answer"),
+        # Chinese: every character is a unit
+        (THOUGHT + CHINESE, "answer"),
+        (THOUGHT + "\u662f\u7684\u3002", "short"),
+        (THOUGHT + "\u64e6\u706f" * 20, "degenerate"),
+        (THOUGHT + "\u706f" * 11, "degenerate"),  # too short for n-grams of 8 characters
     ],
 )
 def test_thoughts_are_no_part_of_the_answer(text, kind):
