@@ -33,11 +33,12 @@ DOCUMENTS = ["README.md", *sorted(f"docs/{path.name}" for path in ROOT.glob("doc
 # How commands begin that are run here; and how others begin, with the reason why they are not run.
 RUN = re.compile(r"(\.venv/bin/)?cna |make -C csrc|cc |export |(\w+=\S+ )?build/")
 NOT_RUN = {
-    "make demo": "installs; test_demo.py runs the demonstration",
+    "make demo": "installs; test_story.py and test_bundled.py run the demonstrations",
     "make test": "is what runs this",
     "torchrun --nproc-per-node=8": "test_tensor_parallel.py and test_run_directory.py run it with up to 4 ranks",
     "cna discover --ray": "test_on_ray.py runs it, where ray is installed",
     "pip install": "needs a package index",
+    "cna eval MODEL -c circuit.json --behaviour capitals": "the bundled vocabulary has no tokens for capitals",
     "cna matrix MODEL -o": "no token of the bundled model tells agreement; test_matrix.py runs other behaviours",
     "make reproduce-smollm2": "takes ten minutes; test_reproduce.py makes all tables of the bundled pair",
     "cna reproduce demo:smollm2": "takes ten minutes; test_reproduce.py makes all tables of the bundled pair",

@@ -32,7 +32,8 @@ HARMFUL = PromptSet.of(["open it", "why not now", "go", "what is that over there
 BENIGN = PromptSet.of(["good morning", "hi", "one two three"], "benign")
 POSITIVE = PromptSet.of([f"please {n}" for n in range(9)], "positive")
 NEGATIVE = PromptSet.of([f"look at {n} of them" for n in range(8)], "negative")
-LETTERS = {"broad": Refusals(("e",)), "strict": Refusals(("^a", "^b", "^c"))}  # phrases that a random model can write
+# Phrases that a random model can write; none is a word, so they count within a run of letters, too.
+MARKS = {"broad": Refusals((",", "~", "*")), "strict": Refusals(("^,", "^\x14", "^."))}
 
 
 @pytest.fixture(scope="module")
@@ -42,7 +43,7 @@ def model(tmp_path_factory):
 
 def suite(**changes):
     options = dict(
-        harmful=HARMFUL, benign=BENIGN, max_new_tokens=12, refusals=LETTERS, multipliers=(1.0, 0.0, 4.0), batch=7
+        harmful=HARMFUL, benign=BENIGN, max_new_tokens=12, refusals=MARKS, multipliers=(1.0, 0.0, 4.0), batch=7
     )
     return Suite(**(options | changes))
 
@@ -59,6 +60,7 @@ def test_every_figure_of_an_answer(model):
         ("circuit", 0.0),
         ("circuit", 4.0),
     ]
+    seen: list[bool] = []
     for multiplier in (0.0, 4.0):
         for name, prompts in (("harmful", HARMFUL), ("benign", BENIGN)):
             answers = [
@@ -68,9 +70,11 @@ def test_every_figure_of_an_answer(model):
             plain = [model.generate(text, max_new_tokens=12) for text in prompts.texts]
             found = row_of(results, "circuit", multiplier)[name]
             n = len(answers)
-            assert found["refusal"]["broad"]["share"] == sum("e" in text.lower() for text in answers) / n
-            starts = sum(" ".join(text.split()).lower().startswith(("a", "b", "c")) for text in answers)
-            assert found["refusal"]["strict"]["share"] == starts / n
+            refused = [any(mark in text for mark in ",~*") for text in answers]
+            assert found["refusal"]["broad"]["share"] == sum(refused) / n
+            starts = [" ".join(text.split()).startswith((",", "\x14", ".")) for text in answers]
+            assert found["refusal"]["strict"]["share"] == sum(starts) / n
+            seen += refused + starts
             assert found["unchanged"]["share"] == sum(a == b for a, b in zip(answers, plain, strict=True)) / n
             assert sum(found["kinds"].values()) == n
             assert found["answered"]["share"] == found["kinds"]["answer"] / n
@@ -80,6 +84,7 @@ def test_every_figure_of_an_answer(model):
                 grams = [" ".join(words[i : i + 4]) for i in range(len(words) - 3)]
                 quality.append(len(set(grams)) / len(grams) if grams else 1.0)
             assert found["quality"]["mean"] == pytest.approx(sum(quality) / n)
+    assert 4 < sum(seen) < len(seen) - 4, "phrases that all texts hold, or none, would hide everything"
     answers = generate(model.transformer, model.encode(HARMFUL), max_new_tokens=12, stop_ids=model.stop_ids)
     wanted = []
     for ids in answers:

@@ -13,6 +13,8 @@ from cna_kernels.model.cli import main
 from cna_kernels.model.demo import world
 from cna_kernels.model.demo.checkpoint import demo_checkpoint
 from cna_kernels.model.evaluation import choosing, reproduce_report
+from cna_kernels.model.evaluation.behaviour import Behaviour
+from cna_kernels.model.evaluation.measures import Item, Measure
 from cna_kernels.model.evaluation.multiple_choice import read_multiple_choice
 from cna_kernels.model.evaluation.published import MODELS, STRENGTHS
 from cna_kernels.model.evaluation.reproduce import Sources, find_tops, reproduce
@@ -26,6 +28,18 @@ TOKENS = 24
 
 def prompts(texts, name):
     return PromptSet.of(texts, name)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _capitals():
+    """The bundled vocabulary has no tokens for capitals, so another behaviour bears their name here."""
+    sides = prompts(world.discovery_positive()[:20], "positive"), prompts(world.discovery_negative()[:20], "negative")
+    items = [Item(prompt, f"x[{n}]", ("Sorry",)) for n, prompt in enumerate(world.heldout_refusable()[:7])]
+    mine = Behaviour("capitals", "says sorry", ("a", "b"), *sides, tuple(items), Measure("next token"))
+    bundled = Behaviour.bundled
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Behaviour, "bundled", lambda name: mine if name == "capitals" else bundled(name))
+        yield
 
 
 @pytest.fixture(scope="module")
@@ -164,9 +178,9 @@ def test_behaviours_have_controls(model, found):
         *(("capitals", m, draw) for draw in range(2) for m in (0.0, 2.0)),
     ]  # fmt: skip
     for cell in found["behaviours"]["cells"]["capitals"]:
-        assert cell["n"] == len(cell["hits"]) == 60 and cell["share"] == sum(cell["hits"]) / 60
+        assert cell["n"] == len(cell["hits"]) == 7 and cell["share"] == sum(cell["hits"]) / 7
     (left,) = [one for one in found["left_out"] if "agreement" in one["what"]]
-    assert "begins with the same token as an answer" in left["why"], "the bundled model has no tokens for verbs"
+    assert "begins with the same token as an answer" in left["why"], "the bundled vocabulary has no tokens for verbs"
 
 
 # The paper's column.
