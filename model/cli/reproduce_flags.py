@@ -40,7 +40,7 @@ def add(commands) -> None:
     parser.add_argument("--shots", type=whole(0, 100), metavar="N", help="examples in front (default: 5)")
     parser.add_argument("--seed", type=seed, metavar="N", help="draws the questions (default: 0)")
     parser.add_argument(
-        "--random-draws", type=whole(1, 10_000), default=1, metavar="N", help="random circuits (default: %(default)s)"
+        "--random-draws", type=whole(1, 10_000), default=3, metavar="N", help="random circuits (default: %(default)s)"
     )
     parser.add_argument(
         "--max-new-tokens", type=positive, default=150, metavar="N", help="longest answer (default: %(default)s)"

@@ -232,7 +232,7 @@ def draw_picture(report: dict, out: Path) -> str:
     draws = [(float(m), 100 * share) for m, shares in found["random draws by multiplier"].items() for share in shares]
     left.plot(*zip(*draws, strict=True), "x", color="grey", label="random neurons, 3 draws")
     left.set(xlabel="multiplier m of the neurons; 1 changes nothing", ylabel="capitals named, %", ylim=(0, 100))
-    left.legend(loc="lower right")
+    left.legend(loc="lower right", fontsize="small")
     rows = report["refusal"]["rows"]
     places = range(len(rows))
     bottom = [0.0] * len(rows)

@@ -81,7 +81,7 @@ def reproduce(
     base: LanguageModel | None = None,
     name: str | None = None,
     max_new_tokens: int = MAX_NEW_TOKENS,
-    random_draws: int = 1,
+    random_draws: int = 3,
     shots: int = 5,
     batch: int | None = None,
     out: FilePath | None = None,

@@ -63,7 +63,7 @@ def sources(tmp_path_factory):
 
 
 def run(model, base, sources, out, **changes):
-    options = dict(base=base, name=LLAMA, max_new_tokens=TOKENS, shots=1, batch=64, out=out)
+    options = dict(base=base, name=LLAMA, max_new_tokens=TOKENS, shots=1, random_draws=1, batch=64, out=out)
     return reproduce(model, sources, **(options | changes))
 
 
