@@ -214,7 +214,7 @@ def test_commands_say_that_a_circuit_was_found_on_plain_text(checkpoint, tmp_pat
     for flags, lines in (([], 1), (["--any-model"], 1), (["--no-template"], 0)):
         capsys.readouterr()
         assert main([*command, *flags]) == 0
-        said = [line for line in capsys.readouterr().err.splitlines() if "found" in line]
+        said = [line for line in capsys.readouterr().err.splitlines() if "found on plain" in line]
         assert len(said) == lines and all(wanted in line and "--no-template" in line for line in said)
 
 
