@@ -148,6 +148,7 @@ def test_the_story_on_a_real_model(tmp_path, monkeypatch):
     pytest.importorskip("gguf")
     few = PromptSet.of(neutral_texts().texts[:4], "few"), PromptSet.of(harmless_prompts().texts[:3], "few")
     monkeypatch.setattr(story, "neutral_texts", lambda: few[0])
+    monkeypatch.setattr(story, "ANSWER_TOKENS", 20)  # a refusal begins with its phrase
     monkeypatch.setattr(story, "harmless_prompts", lambda: few[1])
     assert main(["demo", "--out", str(tmp_path)]) == 0
     report = json.loads((tmp_path / "report.json").read_text())
