@@ -146,13 +146,11 @@ class Circuit:
         The universal neurons, which the circuit's discovery left out, are left out here, too. Of a circuit with
         mirrored neurons, as many of each layer's are mirrored.
         """
-        excluded: dict[int, set[int]] = {}
-        for layer, index in (self.universal or {}).get("excluded", []):
-            excluded.setdefault(layer, set()).add(index)
+        taken = {*self.pairs, *map(tuple, (self.universal or {}).get("excluded", []))}
         generator, own = random.Random(seed), set(self.mirrored or ())
         neurons, mirrored = [], []
         for layer, members in self.by_layer().items():
-            others = sorted(set(range(self.n_neurons)) - set(members) - excluded.get(layer, set()))
+            others = [index for index in range(self.n_neurons) if (layer, index) not in taken]
             if len(others) < len(members):
                 raise ValueError(f"random_like: layer {layer} has only {len(others)} neurons outside the circuit")
             drawn = generator.sample(others, len(members))

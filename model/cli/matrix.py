@@ -24,6 +24,8 @@ from .evaluation import say_to_stderr
 def run_matrix(args):
     behaviours = [Behaviour.named(name) for name in args.behaviour or BUNDLED]
     multipliers = tuple(dict.fromkeys(multipliers_of(args.multipliers, "--m")))
+    if set(multipliers) == {1.0}:
+        raise InputError("--m", "expected a multiplier besides 1, which changes nothing")
     harmless = read_prompts(args.harmless) if args.harmless else None
     given: dict[str, str] = {}
     for name, path in map(_named, args.circuit):

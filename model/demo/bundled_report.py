@@ -79,8 +79,7 @@ def _rivals(report) -> Table:
     rows = evaluation_report.table_rows(evaluation, evaluation_report.brief(evaluation))
     table = Table(*next(rows), title=f"the same held-out prompts, 95% intervals. {STAR}", title_justify="left")
     for row in rows:
-        if row[1] in ("0", "1"):
-            table.add_row(*row)
+        table.add_row(*row)
     return table
 
 

@@ -29,6 +29,9 @@ NAME = "SmolLM2-135M-Instruct"
 CAPITALS, AGREEMENT, REFUSAL = "capitals", "agreement", "refusal"
 SIZES = {REFUSAL: 0.001, "refusal, 0.2%": 0.002, "refusal, 1%": 0.01}  # circuit -> its share of all neurons
 STEPS = (0.0, 0.5, 1.5, 2.0)
+HOW = {  # whether neurons are random, and the multiplier -> how keys of the report call it
+    (False, 0.0): "ablated", (False, 2.0): "doubled", (True, 0.0): "random", (True, 2.0): "random_doubled",
+}  # fmt: skip
 ANSWER_TOKENS = 32
 BATCH = 64  # answers decoded together: on two cores more is slower
 EXAMPLES = ("Can you take my temperature?", "What did I do yesterday?", "Please take a picture of me.")
@@ -163,10 +166,7 @@ def _refusal(cross: dict, found: Circuit) -> dict:
         if circuit is not None and circuit not in SIZES:
             continue
         percent = "" if circuit is None else f"{100 * SIZES[circuit]:g}pct"
-        key = "unsteered"
-        if circuit is not None:
-            how = "doubled" if variant["multiplier"] == 2 else "ablated" if random is None else ""
-            key = "_".join(word for word in ("" if random is None else "random", how, percent) if word)
+        key = "unsteered" if circuit is None else f"{HOW[random is not None, variant['multiplier']]}_{percent}"
         shares.setdefault(key, []).append(cell["share"])
         table.append({
             "setting": key, "neurons": variant["k"], "multiplier": variant["multiplier"], "refused": sum(cell["hits"]),

@@ -77,13 +77,13 @@ class Evaluation:
                 model, suite.multiple_choice, shots=suite.shots, room=suite.choice_tokens, chat=suite.chat
             )
             self._note_shots()
-        self._found = Finder(
+        self._finder = Finder(
             model, circuit, suite, store, self._prompts, self._texts, self._ignoring, note=self._note, say=say
         )
-        self._ranked = self._found.rankings(alternatives.SCORES if suite.alternatives or suite.curves else ())
-        self.methods = [method for name in suite.methods for method in self._found.methods(name)]
+        self._ranked = self._finder.rankings(alternatives.SCORES if suite.alternatives or suite.curves else ())
+        self.methods = [method for name in suite.methods for method in self._finder.methods(name)]
         self.methods += [Method(name, f"{other.k} neurons", other) for name, other in suite.others.items()]
-        self.results["chosen"] = self._found.chosen
+        self.results["chosen"] = self._finder.chosen
 
     def _note(self, text: str):
         self.results["notes"].append(text)
@@ -161,13 +161,13 @@ class Evaluation:
             "contrast": [contrast for *_, contrast in self.circuit.neurons],
             "mirrored": None if self.circuit.mirrored is None else list(map(list, self.circuit.mirrored)),
         }  # fmt: skip
-        if (discovery := self._found.discovery) is not None:
+        if (discovery := self._finder.discovery) is not None:
             shown = discovery.delta.abs().masked_fill(discovery.excluded, 0)
             self.results["rank_curve"] = baselines.rank_curve(shown)
         if self._ranked:
             self.say("other ways to choose neurons")
             self.results["alternatives"] = alternatives.alternatives(
-                self.model, self.circuit, self._ranked, self._found.of_prompts(), self._ways(), texts=self._texts,
+                self.model, self.circuit, self._ranked, self._finder.of_prompts(), self._ways(), texts=self._texts,
                 ignoring=self._ignoring, steps=suite.curve_steps if suite.curves else (1.0,), is_refusal=self._refuses,
                 max_new_tokens=suite.max_new_tokens, batch=suite.batch, store=self.store,
             )  # fmt: skip

@@ -48,8 +48,8 @@ def matrix(
 
     Args:
         circuits: name -> circuit. One with the name of a behaviour is taken to be its own.
-        multipliers: of every circuit, or of each by its name. ``random_draws``, likewise: how many random controls a
-            circuit has, each at all of its multipliers.
+        multipliers: of every circuit, or of each by its name; 1 is left out, as the unsteered model has it.
+        random_draws: likewise, how many random controls a circuit has, each at all of its multipliers.
         neutral: texts for the KL of the next token. harmless: prompts that any steered model should still answer.
 
     Returns:

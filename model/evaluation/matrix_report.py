@@ -52,8 +52,8 @@ def markdown(results: dict) -> str:
     lines += [
         "",
         "A cell counts the prompts that show the behaviour. p: McNemar's exact test against the unsteered model on the "
-        "same prompts, where below 0.05. Wrecked: answers that are empty, repeat themselves or are a thought that does "
-        "not end. KL: from the unsteered model, of the next token on neutral text.",
+        f"same prompts, where below {CHANCE:g}. Wrecked: answers that are empty, repeat themselves or are a thought "
+        "that does not end. KL: from the unsteered model, of the next token on neutral text.",
         "",
         f"| {' | '.join(titles)} |",
         f"|{'---|' * len(titles)}",

@@ -90,15 +90,15 @@ def _conditions(results: dict) -> list[str]:
     if settings["benign"]:
         prompts += f", {settings['benign']} prompts to be answered"
     template = "through" if settings["chat template"] else "without"
+    caa = "left out, see the notes"
+    if chosen is not None:
+        caa = f"after layer {chosen['layer']}, sign {chosen['sign']:+d}, chosen on discovery prompts set apart"
     return [
         f"The model is compared {results['compared']['how']}.",
         f"The circuit is {results['circuit']['k']} neurons, 0.1% of all, by {settings['positive']} positive and "
         f"{settings['negative']} negative prompts. Measured: {prompts}. Greedy answers of at most "
         f"{settings['max_new_tokens']} new tokens, {template} the chat template.",
-        "CAA at one layer: left out, see the notes."
-        if chosen is None
-        else f"CAA at one layer: after layer {chosen['layer']}, sign {chosen['sign']:+d}, chosen on discovery prompts "
-        "set apart.",
+        f"CAA at one layer: {caa}.",
         "Intervals are 95%: Wilson for shares. p is McNemar's exact test against the unsteered model on the same "
         "prompts; beside it stand the prompts that are no longer refused, and those that are newly refused.",
     ]

@@ -197,6 +197,7 @@ FAULTS = [
     (["--behaviour", "json", "-c", "json=x.json", "--fraction", "0.1"], "--fraction: is for circuits that are"),
     (["-c", "a=nowhere.json"], "nowhere.json: No such file"),
     (["--m", "x"], "--m"),
+    (["--m", "1"], "--m: expected a multiplier besides 1, which changes nothing"),
 ]
 
 
