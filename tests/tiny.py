@@ -69,6 +69,8 @@ TEMPLATE = (
     "{{ bos_token }}{% for message in messages %}<user>{{ message['content'] }}<end>{% endfor %}"
     "{% if add_generation_prompt %}<assistant>{% endif %}"
 )
+# A judge of answers, a program that gives each this score: JUDGE % "1".
+JUDGE = "import json,sys\nfor line in sys.stdin:\n r=json.loads(line)\n print(json.dumps({'id':r['id'],'score':%s}))\n"
 SPECIAL = ["<pad>", "<s>", "</s>", "<user>", "<assistant>", "<end>"]
 TEXT_VOCABULARY = 256 + len(SPECIAL)
 

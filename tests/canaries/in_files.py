@@ -100,7 +100,7 @@ CANARIES = [
         "model/evaluation/judge.py",
         "            if len(output) > MOST:",
         "            if not output:",
-        "tests/model/evaluation/test_evaluate.py",
+        "tests/model/evaluation/test_judge.py",
         "test_a_judge_without_end_is_stopped",
     ),
     Canary(

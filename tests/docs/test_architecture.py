@@ -135,7 +135,7 @@ TESTED_TOGETHER = {
     "model/discovery/test_run_directory.py": "model/discovery/: part_header parts",
     "packaging/test_wheel.py": "model/: packages",
     "model/evaluation/test_evaluate.py": (
-        "model/evaluation/: alternatives answers baselines choosing facts finder interventions judge likelihood "
+        "model/evaluation/: alternatives answers baselines choosing facts finder interventions likelihood "
         "pictures report rows store suite"
     ),
     "model/prompts/test_prompt_files.py": "model/prompts/: files formats",
