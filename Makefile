@@ -3,7 +3,7 @@
 # make reproduce-smollm2   the paper's tables on SmolLM2-135M-Instruct, in build/reproduce-smollm2/
 # make test   install, then run the tests of every day
 # make test-all   the same, then run all tests: full products of parameters, whole demonstrations, kills at any time
-# make test-ci    the same, but the full products in Triton's interpreter: what CI runs
+# make test-ci    the same, but the rare tests and the exhaustive ones in Triton's interpreter: what CI runs
 # make test-device-versions   the tests that need no GPU, with the GPU machine's versions, in build/device-versions/
 # make wheel  the wheels in dist/: their sizes, and that they hold what they must
 # make docs   the API reference and the documents as HTML, in build/docs
@@ -51,14 +51,17 @@ demo-bundled: .venv/.installed
 
 # As many workers as cores, each on one thread: threads that wait for each other spin, and would slow the other workers.
 # A worker that dies (out of memory) ends the run: with another in its place, pytest-xdist would wait for ever.
-TEST = OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --maxprocesses 8 --max-worker-restart 0 --dist loadfile
+# Files start in the order of tests/conftest.py, the longest first; pytest-xdist would start those with few tests last.
+BY_FILE = --dist loadfile --no-loadscope-reorder
+TEST = OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --maxprocesses 8 --max-worker-restart 0 $(BY_FILE)
 
 test: .venv/.installed-test
 	$(TEST)
 
-# all, but the full products in Triton's interpreter: what a CI of two cores has time for
+# What a CI of two cores has time for. Left out are the tests with the marker `rare`, such as full products of
+# parameters, and the exhaustive tests in Triton's interpreter. `make test-all` runs them.
 test-ci: .venv/.installed-test
-	$(TEST) -m 'not (interpreted and exhaustive)'
+	$(TEST) -m 'not rare and not (interpreted and exhaustive)'
 
 test-all: .venv/.installed-test
 	$(TEST) -m ''
@@ -72,7 +75,7 @@ DEVICE_TEST = OMP_NUM_THREADS=1 CUDA_VISIBLE_DEVICES= $(DEVICE)/bin/python -m py
 # Triton 3.6's interpreter fails with the GPU machine's numpy, so the first run skips its tests. The second run has an
 # older numpy and runs only them.
 test-device-versions: $(DEVICE)/.installed-library
-	$(DEVICE_TEST) --dist loadfile -m ''
+	$(DEVICE_TEST) $(BY_FILE) -m ''
 	PYTHONPATH=$(CURDIR)/$(DEVICE)/numpy-2.3 $(DEVICE_TEST) -m interpreted
 
 $(DEVICE)/.installed: tests/bench/device_environment.py constraints-device.txt pyproject.toml

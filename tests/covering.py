@@ -1,6 +1,6 @@
 """A few of all cases, chosen so that every pair of parameter values that occurs in any case occurs in a chosen case.
 
-The everyday tests run the chosen cases, a covering array of the full product; the others are marked ``exhaustive``.
+The everyday tests run the chosen cases, a covering array of the full product; the others are marked ``rare``.
 Most faults show with two values together, nearly all with three (D. R. Kuhn et al., IEEE Transactions on Software
 Engineering 30, 2004).
 """
@@ -32,9 +32,12 @@ def covering(cases, strength=2):
 
 
 def parameters(cases, ids, strength=2, everyday=lambda case: True):
-    """pytest's parameters for all cases. Those not needed to cover the ``everyday`` cases are marked ``exhaustive``."""
+    """pytest's parameters for all cases. Without a mark are the few that cover the ``everyday`` cases; ``exhaustive``
+    are the few that cover the other cases; all the rest are ``rare``.
+    """
     chosen = set(covering([case for case in cases if everyday(case)], strength))
-    return [
-        pytest.param(*case, id=name, marks=() if case in chosen else pytest.mark.exhaustive)
-        for case, name in zip(cases, ids, strict=True)
-    ]
+    others = set(covering([case for case in cases if not everyday(case)], strength))
+    marks = {
+        case: () if case in chosen else pytest.mark.exhaustive if case in others else pytest.mark.rare for case in cases
+    }
+    return [pytest.param(*case, id=name, marks=marks[case]) for case, name in zip(cases, ids, strict=True)]

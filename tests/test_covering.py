@@ -32,6 +32,8 @@ def test_the_others_are_marked():
     found = parameters(FULL, [str(number) for number in range(len(FULL))])
     everyday = [parameter.values for parameter in found if not parameter.marks]
     assert everyday == covering(FULL) and len(found) == len(FULL)
-    assert {mark.name for parameter in found for mark in parameter.marks} == {"exhaustive"}
+    assert {mark.name for parameter in found for mark in parameter.marks} == {"rare"}
     some = parameters(FULL, map(str, FULL), everyday=lambda case: case[0] < 2)
     assert [p.values for p in some if not p.marks] == covering(FULL[: len(FULL) // 4]) and len(some) == len(FULL)
+    others = [p.values for p in some if [mark.name for mark in p.marks] == ["exhaustive"]]
+    assert others == covering(FULL[len(FULL) // 4 :])

@@ -38,7 +38,8 @@ class Case(NamedTuple):
     """A condition: how the model is made, what is done to it before and after attach, how it is called.
 
     before, after: functions of the model. around: a function of the model that gives a context, entered for each call.
-    call: a function of the model that gives logits or tokens. refuses: words of the error at attach or in the pass.
+    call: a function of the model that gives logits or tokens; twin: the same for the twin, where it is called otherwise.
+    refuses: words of the error at attach or in the pass.
     of_attach: words of the error of attach itself. tolerance: of the largest logit. sums: whether they are compared.
     """
 
@@ -47,6 +48,7 @@ class Case(NamedTuple):
     after: Callable[[Any], Any] = lambda model: None
     around: Callable[[Any], Any] = lambda model: nullcontext()
     call: Callable[[Any], torch.Tensor] = lambda model: model(IDS).logits
+    twin: Callable[[Any], torch.Tensor] | None = None
     model: str = "llama"
     make: dict[str, Any] = {}  # noqa: RUF012
     refuses: str | None = None
@@ -317,6 +319,10 @@ def compiled_then(change):
     return call
 
 
+def eager(model):
+    return model(IDS).logits
+
+
 def with_other_weights(model):
     weights = {name: 0.9 * x.detach() for name, x in model.named_parameters()}
     return torch.func.functional_call(model, weights, (IDS,), dict(use_cache=False)).logits
@@ -373,8 +379,10 @@ REPLACED = "was replaced after attach; detach, and attach again"
 HYBRID = dict(num_hidden_layers=4)
 BAMBA = HYBRID | dict(stem="Bamba", attn_layer_indices=[1], mamba_n_heads=8, mamba_d_head=8)
 JAMBA = dict(stem="Jamba", num_experts=1, use_mamba_kernels=False, attn_layer_period=2, attn_layer_offset=1)
-EXPENSIVE = ("compiled", *(f"compiled, a {what}" for what in ("forward of its own", "hook on all modules")))
-EXPENSIVE += ("compiled, a mode for functions",)
+EXHAUSTIVE = ("compiled", "compiled, a forward of its own", "compiled, a hook on all modules")
+RARE = ("compiled, a mode for functions",)  # takes 20 seconds
+TWO = dict(num_hidden_layers=2)
+
 
 CASES = [
     # Architectures, dtypes.
@@ -475,13 +483,13 @@ CASES = [
     Case("other weights by functional_call", call=with_other_weights, sums=False),
     Case("two sets of weights by vmap", call=over_models, sums=False),
     Case("training", after=lambda model: model.train()),
-    # Compiled.
-    Case("compiled", call=compiled),
+    # Compiled. Compiling takes seconds: the models are small, and where a plain twin says the same it is not compiled.
+    Case("compiled", call=compiled, twin=eager, make=TWO),
     Case("compiled, its MLPs first", to_each(lambda mlp: mlp.compile(backend="eager"))),
     Case("compiled MLPs in their places", compile_mlps),
-    Case("compiled, a forward of its own", bound(clamped), call=compiled),
-    Case("compiled, a hook on all modules", call=compiled_then(hook_of_all("forward", lambda x, y: 0.5 * y))),
-    Case("compiled, a mode for functions", call=compiled_then(lambda model: RoundedFunctions())),
+    Case("compiled, a forward of its own", bound(clamped), call=compiled, twin=eager, make=TWO),
+    Case("compiled, a hook on all modules", call=compiled_then(hook_of_all("forward", lambda x, y: 0.5 * y)), make=TWO),
+    Case("compiled, a mode for functions", call=compiled_then(lambda model: RoundedFunctions()), make=TWO),
     Case("compiled, a layer is replaced", call=compiled_then(with_other_layer), refuses=REPLACED),
 ]  # fmt: skip
 
@@ -539,9 +547,10 @@ def scaled(circuit, multiplier):
     return function
 
 
-def called(case, model):
+def called(case, model, twin=False):
+    call = (case.twin if twin else None) or case.call
     with torch.set_grad_enabled(case.grad), case.around(model):
-        return case.call(model)
+        return call(model)
 
 
 def close(got, expected, tolerance):
@@ -549,10 +558,11 @@ def close(got, expected, tolerance):
     return got.shape == expected.shape and bool(((got - expected).abs() <= tolerance * scale).all())
 
 
-@pytest.mark.parametrize(
-    "case",
-    [pytest.param(c, marks=pytest.mark.exhaustive if c.name in EXPENSIVE else (), id=c.name) for c in CASES],
-)
+def how_often(case):
+    return pytest.mark.rare if case.name in RARE else pytest.mark.exhaustive if case.name in EXHAUSTIVE else ()
+
+
+@pytest.mark.parametrize("case", [pytest.param(case, marks=how_often(case), id=case.name) for case in CASES])
 @pytest.mark.parametrize("backend", [None, "reference"])
 def test_parity(case, backend):
     if backend and (case.of_attach or case.refuses or "compiled" in case.name or case.grad):
@@ -571,11 +581,11 @@ def test_parity(case, backend):
             called(case, model)
         return
     case.after(twin)
-    plain = called(case, twin)
+    plain = called(case, twin, twin=True)
     assert close(called(case, model), plain, case.tolerance), "unsteered"
     circuit = random_circuit(engine, 0, size=12 * engine.n_layers)
     with hooked(twin, scaled(circuit, -2.0)):
-        steered = called(case, twin)
+        steered = called(case, twin, twin=True)
     with engine.steer(circuit, -2.0, ROWS):
         assert close(called(case, model), steered, case.tolerance), "steered"
     assert not steered.numel() or not close(plain, steered, 20 * case.tolerance), "steering must show"
@@ -607,7 +617,7 @@ def compare_sums(case, engine, model, twin):
             found[layer] = act[torch.arange(3), last]
 
     with hooked(twin, note):
-        called(case, twin)
+        called(case, twin, twin=True)
     with engine.collect(torch.eye(3)) as sums:
         called(case, model)
     expected = torch.stack([found[layer] for layer in range(engine.n_layers)]).double()

@@ -205,14 +205,19 @@ def test_rows_by_token():
 # Compiled.
 
 
-EVERYDAY = ("llama", "qwen3-moe")  # the models that are compiled every day: each takes 3 seconds
+# The models that are compiled every day, and those that CI compiles besides: each takes seconds. The rest are like these.
+EVERYDAY = ("llama", "qwen3-moe")
+OF_CI = ("llama-bias", "gemma2", "phi3", "qwen3-moe-mixed")
+TWO = dict(num_hidden_layers=2)
 
 
-@pytest.mark.parametrize(
-    "name", [pytest.param(name, marks=() if name in EVERYDAY else pytest.mark.exhaustive) for name in MODELS]
-)
+def how_often(name):
+    return () if name in EVERYDAY else pytest.mark.exhaustive if name in OF_CI else pytest.mark.rare
+
+
+@pytest.mark.parametrize("name", [pytest.param(name, marks=how_often(name)) for name in MODELS])
 def test_compiled_follows_the_table_without_recompiling(name):
-    model, ids = make(name), ids_of(2, 9)
+    model, ids = make(name, **TWO), ids_of(2, 9)
     engine = quietly(model)
     circuits = [random_circuit(engine, seed, size=60) for seed in range(3)]
     engine.set(circuits[:2], [0.0, 2.0])
@@ -242,7 +247,7 @@ def test_compiled_follows_the_table_without_recompiling(name):
 @pytest.mark.parametrize("name", ["llama", pytest.param("qwen3-moe-mixed", marks=pytest.mark.exhaustive)])
 def test_compiled_sums(name):
     """Passes with sums and passes without are two graphs, each compiled once."""
-    model, ids = make(name), ids_of(3, 9)
+    model, ids = make(name, **TWO), ids_of(3, 9)
     engine = quietly(model)
     token_weight = torch.rand(3, 2)
     with engine.collect(token_weight, squares=True) as expected:
@@ -262,7 +267,7 @@ def test_compiled_sums(name):
 @pytest.mark.exhaustive
 def test_compiled_by_inductor():
     """The default backend of torch.compile: steering, sums, and a multiplier that changes."""
-    model, ids = make("llama"), ids_of(2, 9)
+    model, ids = make("llama", **TWO), ids_of(2, 9)
     engine = attach(model)
     engine.set([random_circuit(engine, 0)], [-2.0])
     engine.rows([0, -1])
@@ -283,7 +288,7 @@ def test_compiled_by_inductor():
 @pytest.mark.exhaustive
 def test_compiled_with_other_lengths():
     """Dynamic shapes: a third length needs no new graph, and sums still go to each layer's own buffer."""
-    model = make("llama")
+    model = make("llama", **TWO)
     engine = attach(model)
     engine.set([random_circuit(engine, 0)], [-2.0])
     engine.rows([0, -1])
@@ -299,7 +304,7 @@ def test_compiled_with_other_lengths():
 
 
 def test_compiled_steps_in_a_static_cache():
-    model, ids = make("llama"), ids_of(2, 9)
+    model, ids = make("llama", **TWO), ids_of(2, 9)
     engine = attach(model)
     engine.set([random_circuit(engine, 0), random_circuit(engine, 1)], [-2.0, 4.0])
     engine.rows([0, 1])
@@ -324,7 +329,7 @@ def test_compiled_steps_in_a_static_cache():
 
 
 def test_generate_in_a_static_cache():
-    model, ids = make("llama"), ids_of(2, 6)
+    model, ids = make("llama", **TWO), ids_of(2, 6)
     engine = attach(model)
     engine.set([random_circuit(engine, 0, size=60)], [-3.0])
     engine.rows([0, -1])
