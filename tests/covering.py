@@ -37,7 +37,8 @@ def parameters(cases, ids, strength=2, everyday=lambda case: True):
     """
     chosen = set(covering([case for case in cases if everyday(case)], strength))
     others = set(covering([case for case in cases if not everyday(case)], strength))
-    marks = {
-        case: () if case in chosen else pytest.mark.exhaustive if case in others else pytest.mark.rare for case in cases
-    }
-    return [pytest.param(*case, id=name, marks=marks[case]) for case, name in zip(cases, ids, strict=True)]
+
+    def how_often(case):
+        return () if case in chosen else pytest.mark.exhaustive if case in others else pytest.mark.rare
+
+    return [pytest.param(*case, id=name, marks=how_often(case)) for case, name in zip(cases, ids, strict=True)]

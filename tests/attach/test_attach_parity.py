@@ -38,7 +38,7 @@ class Case(NamedTuple):
     """A condition: how the model is made, what is done to it before and after attach, how it is called.
 
     before, after: functions of the model. around: a function of the model that gives a context, entered for each call.
-    call: a function of the model that gives logits or tokens; twin: the same for the twin, where it is called otherwise.
+    call: a function of the model that gives logits or tokens; twin: the same for a twin that is called otherwise.
     refuses: words of the error at attach or in the pass.
     of_attach: words of the error of attach itself. tolerance: of the largest logit. sums: whether they are compared.
     """

@@ -205,7 +205,7 @@ def test_rows_by_token():
 # Compiled.
 
 
-# The models that are compiled every day, and those that CI compiles besides: each takes seconds. The rest are like these.
+# The models that are compiled every day, and those that CI compiles, too: each takes seconds. The rest are like them.
 EVERYDAY = ("llama", "qwen3-moe")
 OF_CI = ("llama-bias", "gemma2", "phi3", "qwen3-moe-mixed")
 TWO = dict(num_hidden_layers=2)

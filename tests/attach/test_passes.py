@@ -178,7 +178,7 @@ def test_compiled_layers_run_again(reentrant, monkeypatch):
 
     def run(checkpointed, compiled):
         torch._dynamo.reset()
-        model = make("llama").train()
+        model = make("llama", num_hidden_layers=2).train()
         engine = quietly(model)
         engine.set([random_circuit(engine, seed) for seed in range(2)], [-2.0, 3.0])
         for layer in model.model.layers if compiled else ():

@@ -53,7 +53,12 @@ def test_serve_prints_refusals_and_answers():
 
 @pytest.mark.exhaustive
 @pytest.mark.parametrize(
-    ("name", "package"), [("attach_transformers.py", "transformers"), ("lora_peft.py", "peft"), ("serve.py", None)]
+    ("name", "package"),
+    [
+        pytest.param("attach_transformers.py", "transformers", marks=pytest.mark.rare),
+        pytest.param("lora_peft.py", "peft", marks=pytest.mark.rare),
+        ("serve.py", None),
+    ],
 )
 def test_the_model_is_an_argument(name, package):
     """The base model has learnt no refusals, so that no line of its answers holds one."""

@@ -99,20 +99,16 @@ FP64 = [(op, name, shape) for op, name in PLANS for shape in SHAPES_FP64 if name
 FP64 = [each for each in FP64 if each[0] not in plan.PLANS or servable(*each, torch.bfloat16)]
 
 
-def needed_everyday(op, name, shape):
-    """These plans run sums of their own; the others run the same, so one shape of many tokens is enough for them."""
-    return shape != SHAPES_FP64[1] or (op, name) in (("swiglu", "-"), ("gated_mlp", "flat"), ("down_proj", "split"))
+def how_often(op, name, shape):
+    """Three plans sum tokens in kernels of their own; the others share those, so one shape is enough."""
+    needed = shape != SHAPES_FP64[1] or (op, name) in (("swiglu", "-"), ("gated_mlp", "flat"), ("down_proj", "split"))
+    return () if needed else pytest.mark.exhaustive
 
 
 @pytest.mark.parametrize(
     ("op", "name", "shape"),
-    [
-        pytest.param(
-            *each, id=f"{WHERE}-{op}-{name}-{s[0]}", marks=() if needed_everyday(*each) else pytest.mark.exhaustive
-        )
-        for each in FP64
-        for op, name, s in [each]
-    ],
+    [pytest.param(*each, marks=how_often(*each)) for each in FP64],
+    ids=[f"{WHERE}-{op}-{name}-{s[0]}" for op, name, s in FP64],
 )
 def test_sums_in_fp64(monkeypatch, op, name, shape):
     """What variances need: nothing is lost beside the rounding of act, whichever plan computes and steers it."""

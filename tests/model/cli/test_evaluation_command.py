@@ -53,7 +53,7 @@ def words(command, files, *more):
     return [command, "demo:instruct", *(w for pair in usual.items() if pair[0] not in more for w in pair), *more]
 
 
-@pytest.mark.exhaustive
+@pytest.mark.rare
 def test_eval_writes_everything(files, tmp_path, capsys):
     more = [
         "--positive", f"{files}/positive.txt", "--negative", f"{files}/negative.txt", "--mmlu", f"{files}/mmlu",
@@ -197,7 +197,7 @@ def test_controls_by_name(files, tmp_path, capsys):
     assert "suite.others: belongs to another evaluation" in capsys.readouterr().err
 
 
-@pytest.mark.exhaustive
+@pytest.mark.rare
 def test_killed_and_started_again(files, tmp_path):
     """After SIGKILL and the same command again, the files are those of a run that was not killed."""
     command = [sys.executable, "-m", "cna_kernels.model", *words("eval", files, "--m", "1,0", "--batch", "8")]

@@ -142,7 +142,7 @@ def test_harmless_prompts_are_of_no_other_set():
     assert len({*harmless_prompts().texts}) == 12
 
 
-@pytest.mark.exhaustive
+@pytest.mark.rare
 def test_the_story_on_a_real_model(tmp_path, monkeypatch):
     """Whole but for a few prompts of what every variant is measured on besides."""
     pytest.importorskip("gguf")

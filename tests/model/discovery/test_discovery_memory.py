@@ -41,7 +41,7 @@ def test_10000_prompts_need_no_more_memory_than_1000(tmp_path):
     assert many - few < 20 << 20, f"{(many - few) / 2**20:.1f} MiB more"
 
 
-@pytest.mark.exhaustive
+@pytest.mark.rare
 @pytest.mark.skipif(sys.platform != "linux", reason="reads the peak from /proc")
 def test_replicates_need_little_more_than_their_sums(tmp_path):
     """fp64 sums and sums of squares, and the buffers of the ops, as large again: four times the sums alone."""

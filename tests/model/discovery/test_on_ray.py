@@ -29,6 +29,7 @@ def files(tmp_path_factory):
 @pytest.fixture(scope="module")
 def expected(files):
     """The hashes of a run by one process, without Ray."""
+    pytest.importorskip("ray", reason="needs the package ray")
     subprocess.run(command(files, files / "one.json", files / "one"), check=True, capture_output=True)
     return hashes(files / "one.json", files / "one")
 

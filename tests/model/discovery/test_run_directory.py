@@ -521,7 +521,7 @@ def test_any_number_of_workers_gives_the_same_bytes(files, finished, tmp_path):
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="forks")
-@pytest.mark.parametrize("n", [3, pytest.param(20, marks=pytest.mark.exhaustive)])
+@pytest.mark.parametrize("n", [3, pytest.param(20, marks=pytest.mark.rare)])
 def test_kills_at_any_time_change_nothing(files, finished, tmp_path, n):
     import hashlib
 
@@ -542,7 +542,7 @@ def parts_of(run):
 
 
 @pytest.mark.exhaustive
-@pytest.mark.parametrize("n", [1, 2, 4])
+@pytest.mark.parametrize("n", [pytest.param(1, marks=pytest.mark.rare), 2, pytest.param(4, marks=pytest.mark.rare)])
 def test_torchrun(files, finished, tmp_path, n):
     done = torchrun(n, "-m", "cna_kernels.model", *command(files, tmp_path / "c.json", "--run-dir", tmp_path / "run"))
     assert done.returncode == 0, done.stderr

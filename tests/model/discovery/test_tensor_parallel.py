@@ -201,7 +201,7 @@ def directory(tmp_path_factory):
     return directory
 
 
-@pytest.fixture(scope="module", params=[2, pytest.param(4, marks=pytest.mark.exhaustive)])
+@pytest.fixture(scope="module", params=[2, pytest.param(4, marks=pytest.mark.rare)])
 def ranks(request, directory):
     """What every rank has found."""
     n_ranks = request.param

@@ -231,7 +231,7 @@ def test_without_a_direction_the_rest_is_there(model, sources, monkeypatch, tmp_
 
     monkeypatch.setattr(choosing, "best_direction", nothing)
     few = dataclasses.replace(sources, multiple_choice=None, benign=None)
-    results = run(model, None, few, tmp_path)
+    results = run(model, None, few, tmp_path, max_new_tokens=4)
     assert results["caa"] is None and not [row for row in results["strengths"] if row["method"] == "caa"]
     text = reproduce_report.to_markdown(results)
     assert "CAA at one layer: left out" in text and "- caa is left out: caa: each of the 16 tried leaves" in text
