@@ -59,7 +59,7 @@ test: .venv/.installed-test
 	$(TEST)
 
 # What a CI of two cores has time for. Left out are the tests with the marker `rare`, such as full products of
-# parameters, and the exhaustive tests in Triton's interpreter. `make test-all` runs them.
+# parameters, and the exhaustive tests in Triton's interpreter: CONTRIBUTING.md lists them. `make test-all` runs them.
 test-ci: .venv/.installed-test
 	$(TEST) -m 'not rare and not (interpreted and exhaustive)'
 

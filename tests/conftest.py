@@ -12,10 +12,13 @@ if not torch.cuda.is_available():
 from cna_kernels import plans
 from tiny import VARIANTS, write_checkpoint
 
-# The files that take longest. They start first, because workers get whole files (--dist loadfile).
+# The files that take longest, the longest first. They start first, because workers get whole files (--dist loadfile).
 FIRST = (
-    "test_triton", "test_documents", "test_story", "test_bundled", "test_cpu", "test_engine", "test_packing",
-    "test_run_directory", "test_evaluation_command", "test_gpu_harness",
+    "test_triton", "test_documents", "test_attach_parity", "test_bundled", "test_wheel", "test_engine",
+    "test_run_directory", "test_repeat", "test_process", "test_reproduce", "test_examples", "test_public_api",
+    "test_csrc", "test_smollm2", "test_story", "test_evaluate", "test_discovery_memory", "test_tensor_parallel",
+    "test_cpu", "test_evaluation_command", "test_lm_eval_model", "test_gpu_harness", "test_streamed", "test_prompt",
+    "test_engine_company", "test_packing",
 )  # fmt: skip
 
 
