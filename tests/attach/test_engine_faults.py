@@ -189,7 +189,7 @@ def test_layers_compiled_one_by_one():
 
 @pytest.mark.exhaustive
 def test_batches_of_many_sizes_share_a_graph():
-    model = make("llama")
+    model = make("llama", num_hidden_layers=2)
     engine = attach(model)
     engine.set([random_circuit(engine, 0)], [-2.0])
     torch._dynamo.reset()

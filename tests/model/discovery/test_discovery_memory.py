@@ -34,7 +34,7 @@ def peak_of_discover(tmp_path, n_prompts, *more):
     return int(output.split()[-1]) * 1024
 
 
-@pytest.mark.exhaustive
+@pytest.mark.rare
 @pytest.mark.skipif(sys.platform != "linux", reason="reads the peak from /proc")
 def test_10000_prompts_need_no_more_memory_than_1000(tmp_path):
     few, many = peak_of_discover(tmp_path, 1000), peak_of_discover(tmp_path, 10_000)
