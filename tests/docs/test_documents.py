@@ -191,8 +191,6 @@ def run_command(command, exports):
     """Run a shell command. A plain `cna` command runs in this process, which has already loaded torch."""
     words = None if re.search(r"[$|<>;&`]", command) else shlex.split(command, comments=True)
     if words and words[0] in ("cna", ".venv/bin/cna"):
-        if words[1] == "eval" and "--max-new-tokens" not in words:
-            words += ["--max-new-tokens", "24"]  # of wrecked answers that never end, every method has some
         printed = io.StringIO()
         with redirect_stdout(printed), redirect_stderr(printed):
             try:
