@@ -27,6 +27,7 @@ _NAMES = {
     "attn_output": "self_attn.o_proj", "attn_q_norm": "self_attn.q_norm", "attn_k_norm": "self_attn.k_norm",
     "ffn_gate": "mlp.gate_proj", "ffn_up": "mlp.up_proj", "ffn_down": "mlp.down_proj",
 }  # fmt: skip
+_HUGGING_FACE = ("embed_tokens.", "layers.", "norm.")  # beginnings of names that would stand for a model's own tensors
 _FREQUENCIES = "rope_freqs.weight"
 # Fields that change what a model computes, and that no model of these architectures here follows: -> accepted values.
 _REFUSED = {
@@ -145,6 +146,8 @@ def _read_rope(gguf: Gguf, arch: str, context: int, head_dim: int) -> Rope:
         raise fields.error(f"{arch}.rope.scaling.factor", "is missing")
     if kind == "linear":
         return Rope(kind, theta, factor)
+    if theta == 1:
+        raise fields.error(f"{arch}.rope.freq_base", "expected more than 1 beside rope.scaling.type yarn, got 1.0")
     original = fields.integer(f"{arch}.rope.scaling.original_context_length", _BIG, context)
     attention = fields.number(f"{arch}.rope.scaling.attn_factor", (1e-6, 1e6), 1.0)
     for name in ("yarn_ext_factor", "yarn_attn_factor", "yarn_log_multiplier"):
@@ -154,8 +157,8 @@ def _read_rope(gguf: Gguf, arch: str, context: int, head_dim: int) -> Rope:
         theta,
         factor,
         original_max_position=original,
-        beta_fast=fields.number(f"{arch}.rope.scaling.yarn_beta_fast", (0.0, 1e6), 32.0),
-        beta_slow=fields.number(f"{arch}.rope.scaling.yarn_beta_slow", (0.0, 1e6), 1.0),
+        beta_fast=fields.number(f"{arch}.rope.scaling.yarn_beta_fast", (1e-6, 1e6), 32.0),
+        beta_slow=fields.number(f"{arch}.rope.scaling.yarn_beta_slow", (1e-6, 1e6), 1.0),
         attention_factor=attention * (1.0 if factor <= 1 else 0.1 * math.log(factor) + 1.0),
     )
 
@@ -176,7 +179,10 @@ def open_gguf(path: FilePath) -> Checkpoint:
             continue
         if arch == "llama":
             heads = {"q_proj": n_heads, "k_proj": n_kv_heads}.get(usual.split(".")[-2] if "." in usual else "")
-            entry = entry if heads is None else _in_order(entry, heads)
+            if heads is not None and entry.shape[0] % (2 * heads) == 0:  # other shapes are refused later
+                entry = dataclasses.replace(entry, heads=heads)
+        if usual in entries or name.startswith(_HUGGING_FACE):
+            raise InputError(f"{entry.path}: {name!r}", f"is not llama.cpp's name of {usual!r}")
         entries[usual] = entry
     return Checkpoint(entries)
 
@@ -187,13 +193,3 @@ def _usual_name(name: str) -> str:
     if layer[0] == "blk" and len(layer) == 3 and layer[2] in _NAMES:
         return f"model.layers.{layer[1]}.{_NAMES[layer[2]]}.{end}"
     return f"{_NAMES[stem]}.{end}" if stem in _NAMES else f"model.{name}"
-
-
-def _in_order(entry: GgufEntry, n_heads: int) -> GgufEntry:
-    """A projection whose rows are read in the order of its heads' halves. The rows of a vector are its numbers."""
-    n_rows = entry.shape[0]
-    if n_rows % (2 * n_heads):
-        return entry  # its shape is refused later
-    half = n_rows // n_heads // 2
-    order = tuple(head * 2 * half + 2 * i + side for head in range(n_heads) for side in (0, 1) for i in range(half))
-    return dataclasses.replace(entry, order=order)

@@ -39,6 +39,7 @@ RULES = {
 }
 # Rules of vocabularies whose whole words go before merges, and that put a BOS in front unless the file says otherwise.
 _WHOLE_WORDS = ("llama-bpe", "llama3", "llama-v3", "falcon3", "pixtral", "tekken")
+_LONGEST_PIECE = 512  # characters; SentencePiece makes none of more than 16 unless it is told to
 _NORMAL, _UNKNOWN, _CONTROL, _USER_DEFINED, _UNUSED, _BYTE = 1, 2, 3, 4, 5, 6
 _SPECIAL = {"bos_token": "bos", "eos_token": "eos", "unk_token": "unknown", "pad_token": "padding"}
 _ENDS = ("eos", "eot", "eom")
@@ -81,8 +82,8 @@ def read_gguf_tokenizer(path: FilePath, guard: Callable) -> TokenizerFiles | Non
 def gguf_stop_ids(path: FilePath) -> set[int]:
     """The ids that end an answer: those that the file names, and control tokens that end one in any model."""
     fields = read_gguf(path).metadata
-    tokens = fields.record.get("tokenizer.ggml.tokens") or []
-    kinds = fields.record.get("tokenizer.ggml.token_type") or []
+    tokens = fields.record.get("tokenizer.ggml.tokens") or []  # read_gguf_tokenizer has checked both, if there are any
+    kinds = (tokens and fields.record.get("tokenizer.ggml.token_type")) or []
     found = {fields.integer(f"tokenizer.ggml.{name}_token_id", (0, 1 << 30), None) for name in _ENDS} - {None}
     texts = {number: text for number, text in enumerate(tokens[: len(kinds)]) if kinds[number] == _CONTROL}
     return found | {number for number, text in texts.items() if text in _END_TEXTS}
@@ -127,6 +128,10 @@ def _sentencepiece(fields: Fields, tokens: list[str], kinds: list[int]) -> dict[
         scores = fields.items("tokenizer.ggml.scores", is_number, "a number")
         if len(scores) != len(tokens):
             raise fields.error("tokenizer.ggml.scores", f"expected {len(tokens)}, one a token, got {len(scores)}")
+        for place, token in enumerate(tokens):
+            if len(token) > _LONGEST_PIECE:  # all ways to divide it would be tried
+                what = f"has {len(token)} characters, more than the {_LONGEST_PIECE} accepted"
+                raise fields.error(f"tokenizer.ggml.tokens[{place}]", what)
         merges = _merges(vocab, dict(zip(tokens, scores, strict=True)))
     settings = {"add_prefix_space": fields.boolean("tokenizer.ggml.add_space_prefix", True)}
     unknown = fields.integer("tokenizer.ggml.unknown_token_id", (0, len(tokens) - 1), 0)

@@ -18,8 +18,8 @@ CANARIES: list[Canary] = [
     Canary(
         "biases stay in pairs",
         "model/checkpoint/gguf_file.py",
-        "return values if self.order is None else values[list(self.order)]",
-        "return values if self.order is None or values.dim() == 1 else values[list(self.order)]",
+        "return values if not self.heads else self._in_order(values)",
+        "return values if not self.heads or values.dim() == 1 else self._in_order(values)",
         GGUF,
         "test_every_family_has_the_logits_of_its_other_layout and bias",
     ),

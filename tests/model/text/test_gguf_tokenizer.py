@@ -195,12 +195,14 @@ def test_named_templates(tmp_path):
 
 def test_a_file_without_a_tokenizer(tmp_path):
     writer = gguf.GGUFWriter(tmp_path / "t.gguf", "llama")
+    writer.add_uint32("tokenizer.ggml.token_type", 3)  # of no token
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.close()
     here = Tokenizer(tmp_path / "t.gguf", 10)
     with pytest.raises(InputError, match="holds no tokenizer"):
         here.encode("x")
+    assert gguf_stop_ids(tmp_path / "t.gguf") == set()
 
 
 FAULTS = [
@@ -217,6 +219,22 @@ def test_faults_name_the_field(tmp_path, how, what):
     with pytest.raises(InputError) as caught:
         Tokenizer(path, len(tokens))
     assert f"{path}: {what}" in str(caught.value)
+
+
+@pytest.mark.parametrize("kind", ["bert", "t5", "rwkv", "none", "GPT2"])
+def test_kinds_that_are_not_read(tmp_path, kind):
+    path, tokens = written(tmp_path / "t.gguf", byte_level("gpt-2"), kind, pre="gpt-2")
+    with pytest.raises(InputError, match=f"tokenizer.ggml.model: expected gpt2 or llama, got '{kind}'"):
+        Tokenizer(path, len(tokens))
+
+
+def test_a_piece_that_would_take_hours(tmp_path):
+    """All ways to divide a piece of a million characters are 10^12 characters."""
+    backend = sentencepiece()
+    backend.add_tokens(["a" * 1_000_000])
+    path, tokens = written(tmp_path / "t.gguf", backend, "llama")
+    with pytest.raises(InputError, match=r"tokenizer\.ggml\.tokens\[500\]: has 1000000 characters, more than the 512"):
+        Tokenizer(path, len(tokens))
 
 
 def test_every_rule_is_a_pattern():
