@@ -28,7 +28,7 @@ _NAMES = {
     "ffn_gate": "mlp.gate_proj", "ffn_up": "mlp.up_proj", "ffn_down": "mlp.down_proj",
 }  # fmt: skip
 _HUGGING_FACE = ("embed_tokens.", "layers.", "norm.")  # beginnings of names that would stand for a model's own tensors
-_FREQUENCIES = "rope_freqs.weight"
+FREQUENCIES = "rope_freqs.weight"
 # Fields that change what a model computes, and that no model of these architectures here follows: -> accepted values.
 _REFUSED = {
     "expert_count": (None, 0), "attention.scale": (None,), "logit_scale": (None, 1.0), "residual_scale": (None, 1.0),
@@ -129,9 +129,9 @@ def _read_rope(gguf: Gguf, arch: str, context: int, head_dim: int) -> Rope:
         factor = fields.number(f"{arch}.rope.scale_linear", (1.0, 1e6), None)
     if kind is None:  # a factor without a type is linear, as in llama.cpp
         kind = "none" if factor in (None, 1.0) else "linear"
-    entry = gguf.tensors.get(_FREQUENCIES)
+    entry = gguf.tensors.get(FREQUENCIES)
     if entry is not None:
-        where = f"{entry.path}: {_FREQUENCIES!r}"
+        where = f"{entry.path}: {FREQUENCIES!r}"
         if kind != "none":
             raise InputError(where, f"beside rope.scaling.type {kind} is not supported")
         if entry.shape != (head_dim // 2,):
@@ -175,7 +175,7 @@ def open_gguf(path: FilePath) -> Checkpoint:
     entries: dict[str, TensorEntry] = {}
     for name, entry in gguf.tensors.items():
         usual = _usual_name(name)
-        if name == _FREQUENCIES:
+        if name == FREQUENCIES:
             continue
         if arch == "llama":
             heads = {"q_proj": n_heads, "k_proj": n_kv_heads}.get(usual.split(".")[-2] if "." in usual else "")
@@ -193,3 +193,13 @@ def _usual_name(name: str) -> str:
     if layer[0] == "blk" and len(layer) == 3 and layer[2] in _NAMES:
         return f"model.layers.{layer[1]}.{_NAMES[layer[2]]}.{end}"
     return f"{_NAMES[stem]}.{end}" if stem in _NAMES else f"model.{name}"
+
+
+def gguf_name(name: str) -> str:
+    """llama.cpp's name of a tensor that a checkpoint in Hugging Face layout has: the other way round."""
+    names = {usual: own for own, usual in _NAMES.items()}
+    stem, _, end = name.rpartition(".")
+    if not stem.startswith("model.layers."):
+        return f"{names[stem]}.{end}"
+    _, _, number, rest = stem.split(".", 3)
+    return f"blk.{number}.{names[rest]}.{end}"

@@ -5,37 +5,18 @@ import struct
 import numpy as np
 import pytest
 import torch
-import transformers
 from gguf import RopeScalingType
 
 from cna_kernels import attach
 from cna_kernels.errors import InputError
 from cna_kernels.model import load
 from cna_kernels.model.checkpoint import formats, gguf_file
-from gguf_files import K_QUANTS, llama3_factors, write_gguf
-from tiny import LLAMA3, SHAPE, VARIANTS, write_checkpoint
+from gguf_files import FAMILIES, K_QUANTS, as_transformers_reads, llama3_factors, tiny_model, write_gguf
+from tiny import LLAMA3, write_checkpoint
 
 BLOCKS = ("Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", *K_QUANTS)
 KINDS = ("F32", "F16", "BF16", *BLOCKS)
 IDS = torch.tensor([[5, 17, 3, 80, 41, 7, 7, 22], [9, 1, 60, 2, 33, 14, 96, 50]])
-
-
-def tiny_model(stem="Llama", *, seed=0, **changes):
-    """A random model whose rows hold whole blocks of 256."""
-    shape = SHAPE | dict(hidden_size=256, intermediate_size=512, num_hidden_layers=2) | changes
-    torch.manual_seed(seed)
-    model = getattr(transformers, f"{stem}ForCausalLM")(getattr(transformers, f"{stem}Config")(**shape)).eval()
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.add_(torch.randn_like(parameter) * (0.2 if parameter.dim() == 1 else 0.03))
-    return model
-
-
-def as_transformers_reads(path):
-    model = transformers.AutoModelForCausalLM.from_pretrained(
-        path.parent, gguf_file=path.name, dtype=torch.float32, local_files_only=True
-    )
-    return model.eval()
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -50,13 +31,6 @@ def test_logits_of_each_block_type(tmp_path, kind):
     weight = mine.checkpoint.read("model.layers.1.mlp.down_proj.weight")
     assert torch.equal(weight.float(), theirs.model.layers[1].mlp.down_proj.weight)
     assert mine.identity()["decoder_sha256"] == attach(theirs).identity()["decoder_sha256"]
-
-
-FAMILIES = [
-    (name, changes)
-    for name, (_, changes) in VARIANTS.items()
-    if "dynamic" not in name and "sliding" not in name and name not in ("mistral", "llama-rope-linear")
-]
 
 
 @pytest.mark.parametrize("variant", [name for name, _ in FAMILIES])
