@@ -16,7 +16,7 @@ from cna_kernels.files import FilePath
 from .gguf_tokenizer import END_TEXTS, GPT2, RULES, SPECIAL_IDS, WHOLE_WORDS, read_gguf_tokenizer
 from .tokenizer import Tokenizer
 from .tokenizer_classes import QWEN2
-from .tokenizer_files import SETTINGS, read_tokenizer_files
+from .tokenizer_files import SETTINGS, TokenizerFiles, read_tokenizer_files
 
 Value = tuple[Any, int, int | None]  # the value, its type in the file, and for an array that of its items
 INT32, UINT32, FLOAT32, BOOL, TEXT, ARRAY = 5, 4, 6, 7, 8, 9
@@ -37,7 +37,7 @@ def tokenizer_fields(tokenizer: Tokenizer, model_type: str, stops: frozenset[int
     Raises:
         InputError: naming the file and the field that GGUF, or its reader here, has no place for.
     """
-    files = read_tokenizer_files(tokenizer.directory, model_type, tokenizer.guard)
+    files = _files(tokenizer, model_type)
     if files is None:
         return {"tokenizer.ggml.model": ("none", TEXT, None)}
     settings = Fields(files.settings, tokenizer.directory / SETTINGS)
@@ -63,7 +63,7 @@ def tokenizer_fields(tokenizer: Tokenizer, model_type: str, stops: frozenset[int
     for name, key in SPECIAL_IDS.items():
         if name in ids:
             fields[f"tokenizer.ggml.{key}_token_id"] = (ids[name], UINT32, None)
-    before, after = _around(files.backend, record)
+    before, after = _around(tokenizer, files.backend, record)
     for name, found in (("bos", before), ("eos", after)):
         if found not in ([], [ids.get(f"{name}_token")]):
             raise record.error("post_processor", f"puts {found} around a text, not the {name.upper()} token; {HOW}")
@@ -88,24 +88,30 @@ def tokenizer_fields(tokenizer: Tokenizer, model_type: str, stops: frozenset[int
 
 def require_same_tokenizer(tokenizer: Tokenizer, model_type: str, path: FilePath) -> None:
     """Raise InputError unless the tokenizer of a GGUF file gives a few texts the directory's ids."""
-    there = read_tokenizer_files(tokenizer.directory, model_type, tokenizer.guard)
+    there = _files(tokenizer, model_type)
     here = read_gguf_tokenizer(path, tokenizer.guard)
     if there is None or here is None:
         assert there is here, "a tokenizer is written where there is one"
         return
-    named = {
-        name: text for name, text in there.special.items() if name in SPECIAL_IDS and there.backend.token_to_id(text)
-    }
-    if named.items() - here.special.items():
+    known = {name: text for name, text in there.special.items() if there.backend.token_to_id(text) is not None}
+    if any(here.special.get(name) != known.get(name) for name in SPECIAL_IDS):
         raise InputError(there.path, f"its special tokens are read as others from GGUF; {HOW}")
     special = sorted(token.content for token in there.backend.get_added_tokens_decoder().values())
     for text in (*_PROBES, *(f"a {token}b {token} c" for token in special[:1000])):
         for adds in (True, False):
-            one, two = (
-                tokenizer.guard(files.backend.encode, text, add_special_tokens=adds).ids for files in (there, here)
-            )
-            if one != two or there.backend.decode(one, False) != here.backend.decode(one, False):
+            backends = there.backend, here.backend
+            one, two = (tokenizer.guard(backend.encode, text, add_special_tokens=adds).ids for backend in backends)
+            texts = [tokenizer.guard(backend.decode, one, skip_special_tokens=False) for backend in backends]
+            if one != two or texts[0] != texts[1]:
                 raise InputError(there.path, f"gives {short(text)} other ids than its GGUF form; {HOW}")
+
+
+def _files(tokenizer: Tokenizer, model_type: str) -> TokenizerFiles | None:
+    files = read_tokenizer_files(tokenizer.directory, model_type, tokenizer.guard)
+    if files is not None:
+        files.backend.no_truncation()
+        files.backend.no_padding()
+    return files
 
 
 def _rule(record: Fields) -> str:
@@ -169,9 +175,9 @@ def _tokens(record: Fields, rows: int) -> tuple[list[str], list[int]]:
     return [texts.get(n, f"[PAD{n}]") for n in range(rows)], [kinds.get(n, _UNUSED) for n in range(rows)]
 
 
-def _around(backend: Any, record: Fields) -> tuple[list[int], list[int]]:
+def _around(tokenizer: Tokenizer, backend: Any, record: Fields) -> tuple[list[int], list[int]]:
     """The ids that come before and after those of a text."""
-    inner, whole = (backend.encode("a b", add_special_tokens=adds).ids for adds in (False, True))
+    inner, whole = (tokenizer.guard(backend.encode, "a b", add_special_tokens=adds).ids for adds in (False, True))
     for first in range(len(whole) - len(inner) + 1):
         if whole[first : first + len(inner)] == inner:
             return whole[:first], whole[first + len(inner) :]

@@ -236,6 +236,8 @@ def test_stop_ids_and_bos(tmp_path):
 
     backend = byte_level("gpt-2")
     backend.add_special_tokens(["<a>", "<b>"])
+    backend.enable_padding(length=9)
+    backend.enable_truncation(5)
     backend.post_processor = TemplateProcessing(single="<|endoftext|> $A", special_tokens=[("<|endoftext|>", 0)])
     number = {token: backend.token_to_id(token) for token in ("<a>", "<b>", "<|im_end|>")}
     source = directory_with(tmp_path, backend)
