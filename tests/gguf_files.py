@@ -3,6 +3,9 @@
 import gguf
 import numpy as np
 import torch
+import transformers
+
+from tiny import SHAPE, VARIANTS
 
 NAMES = {
     "model.embed_tokens": "token_embd", "model.norm": "output_norm", "lm_head": "output",
@@ -13,6 +16,12 @@ NAMES = {
 }  # fmt: skip
 # Type -> bytes of a block of 256, and where its fp16 scales lie.
 K_QUANTS = {"Q4_K": (144, (0, 2)), "Q5_K": (176, (0, 2)), "Q6_K": (210, (208,))}
+# Those of tiny.VARIANTS that a GGUF file holds as they are.
+FAMILIES = [
+    (name, changes)
+    for name, (_, changes) in VARIANTS.items()
+    if "dynamic" not in name and "sliding" not in name and name not in ("mistral", "llama-rope-linear")
+]
 
 
 def gguf_name(name):
@@ -119,3 +128,21 @@ def llama3_factors(rope, head_dim):
             smooth = (turns - low) / (high - low)
             factors.append(1 / ((1 - smooth) / rope["factor"] + smooth))
     return factors
+
+
+def tiny_model(stem="Llama", *, seed=0, **changes):
+    """A random model whose rows hold whole blocks of 256."""
+    shape = SHAPE | dict(hidden_size=256, intermediate_size=512, num_hidden_layers=2) | changes
+    torch.manual_seed(seed)
+    model = getattr(transformers, f"{stem}ForCausalLM")(getattr(transformers, f"{stem}Config")(**shape)).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(torch.randn_like(parameter) * (0.2 if parameter.dim() == 1 else 0.03))
+    return model
+
+
+def as_transformers_reads(path):
+    model = transformers.AutoModelForCausalLM.from_pretrained(
+        path.parent, gguf_file=path.name, dtype=torch.float32, local_files_only=True
+    )
+    return model.eval()

@@ -214,7 +214,12 @@ def _read_rope(fields: Fields, max_position: int, head_dim: int) -> Rope:
     stretch = max_position / original
     factor = rope.number("factor", (1e-6, 1e6), stretch if kind == "longrope" or "factor" in rope.record else REQUIRED)
     scale = rope.number("attention_factor", (1e-6, 1e6), None)
+    if kind == "yarn" and theta == 1:
+        where = rope if "rope_theta" in rope.record else fields
+        raise where.error("rope_theta", "expected more than 1 for yarn, got 1")
     if kind == "longrope":
+        if scale is None and factor > 1 and original == 1:
+            raise rope.error("original_max_position_embeddings", "expected more than 1 for longrope, got 1")
         if scale is None:
             scale = 1.0 if factor <= 1 else math.sqrt(1 + math.log(factor) / math.log(original))
         short, long = (_factors(rope, name, head_dim // 2) for name in ("short_factor", "long_factor"))
@@ -230,8 +235,8 @@ def _read_rope(fields: Fields, max_position: int, head_dim: int) -> Rope:
         theta,
         factor,
         original_max_position=original,
-        beta_fast=rope.number("beta_fast", (0.0, 1e6), None) or 32.0,
-        beta_slow=rope.number("beta_slow", (0.0, 1e6), None) or 1.0,
+        beta_fast=_beta(rope, "beta_fast", 32.0),
+        beta_slow=_beta(rope, "beta_slow", 1.0),
         truncate=rope.boolean("truncate", True),
         attention_factor=scale,
     )
@@ -242,6 +247,14 @@ def _factors(rope: Fields, name: str, n: int) -> tuple[float, ...]:
     if len(values) != n:
         raise rope.error(name, f"expected {n} numbers, one for each frequency, got {len(values)}")
     return tuple(map(float, values))
+
+
+def _beta(rope: Fields, name: str, default: float) -> float:
+    """How often a frequency turns; 0 stands for the default, as in transformers."""
+    value = rope.number(name, (0.0, 1e6), None) or default
+    if value < 1e-6:
+        raise rope.error(name, f"expected 0 or a number from 1e-06, got {value}")
+    return value
 
 
 def _yarn_scale(factor: float, weight: float | None = 1.0) -> float:

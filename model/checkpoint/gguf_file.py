@@ -13,6 +13,7 @@ https://github.com/ggml-org/ggml/blob/master/docs/gguf.md
 from __future__ import annotations
 
 import functools
+import itertools
 import math
 import os
 import re
@@ -44,6 +45,7 @@ PLAIN = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "F6
 _SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
 _TEXT, _ARRAY = 8, 9
 _MAX_HEADER, _MAX_TENSORS, _MAX_DIMS = 256 << 20, 1 << 16, 4
+_MAX_ITEMS = 1 << 22  # of all arrays together: 8 times the tokens and merges of the largest vocabularies
 _PIECE = 1 << 22  # elements that are dequantised at a time
 _SPLIT = re.compile(r"-(\d{5})-of-(\d{5})\.gguf$")
 
@@ -53,10 +55,11 @@ class GgufEntry(TensorEntry):
     """One tensor of a GGUF file: ``dtype`` is that of its values, fp32 where ``stored`` is a block format.
 
     Attributes:
-        order: ``order[i]`` is the row in the file of row i of the tensor; None where they are the same.
+        heads: of a projection whose rows lie in pairs in the file, (0, D/2, 1, D/2 + 1, ...) of each head: the number
+            of heads; 0 where rows lie in their order.
     """
 
-    order: tuple[int, ...] | None = None
+    heads: int = 0
 
     @property
     def kind(self) -> str:
@@ -78,12 +81,12 @@ class GgufEntry(TensorEntry):
             in_threads(fill, range(0, n_rows, step))
             values = torch.from_numpy(numbers)
         values = values.view(self.shape)
-        return values if self.order is None else values[list(self.order)]
+        return values if not self.heads else self._in_order(values)
 
     def read_rows(self, rows: Iterable[int], columns: range | None = None) -> torch.Tensor:
-        if self.order is not None and len(self.shape) == 1:
+        if self.heads and len(self.shape) == 1:
             return self.read()[None, slice(None) if columns is None else slice(columns.start, columns.stop)]
-        wanted = [row if self.order is None else self.order[row] for row in rows]
+        wanted = [self._place(row) if self.heads else row for row in rows]
         columns = range(self.shape[-1]) if columns is None else columns
         read = torch.empty(len(wanted), len(columns), dtype=self.dtype)
         for row, into in zip(wanted, read, strict=True):
@@ -92,14 +95,26 @@ class GgufEntry(TensorEntry):
 
     def pieces(self, size: int) -> Iterator[tuple[bytes | memoryview, torch.Tensor]]:
         """See TensorEntry. Rows that are in another order come in one piece."""
-        values = None if self.order is None else as_rows(self.read())
+        values = as_rows(self.read()) if self.heads else None
         width = self.shape[-1]
         n_rows, n_bytes = math.prod(self.shape) // width, self._row_bytes()
-        step = n_rows if self.order is not None else max(1, size // n_bytes)
+        step = n_rows if self.heads else max(1, size // n_bytes)
         for first in range(0, n_rows, step):
             last = min(first + step, n_rows)
             content = self._bytes(first, last)
             yield content, self._values(content) if values is None else values
+
+    def _in_order(self, values: torch.Tensor) -> torch.Tensor:
+        """Rows that are stored in pairs, in the order of the heads' halves."""
+        pairs = values.unflatten(0, (self.heads, -1, 2))
+        return pairs.transpose(1, 2).reshape(self.shape)
+
+    def _place(self, row: int) -> int:
+        """The row in the file of a row of the tensor."""
+        half = self.shape[0] // self.heads // 2
+        head, within = divmod(row, 2 * half)
+        side, number = divmod(within, half)
+        return head * 2 * half + 2 * number + side
 
     def _row_bytes(self) -> int:
         return (self.end - self.start) // (math.prod(self.shape) // self.shape[-1])
@@ -142,11 +157,13 @@ class Gguf:
 
     Attributes:
         metadata: key -> value; arrays are lists.
+        kinds: key -> its type in the file, and for an array that of its items.
         tensors: name -> where the tensor lies.
     """
 
     path: Path
     metadata: Fields
+    kinds: dict[str, tuple[int, int | None]]
     tensors: dict[str, GgufEntry]
 
 
@@ -173,29 +190,28 @@ def _read(path: Path, *stamp: int) -> Gguf:
     parts = [path]
     split = _SPLIT.search(path.name)
     if split is not None:
-        start = path.name[: split.start()]
-        parts = [
-            path.with_name(f"{start}-{number:05}-of-{split[2]}.gguf")
-            for number in range(1, min(int(split[2]), 999) + 1)
-        ]
-    metadata, tensors = _read_header(parts[0])
+        start, number, last = path.name[: split.start()], int(split[1]), int(split[2])
+        if not 1 <= number <= last:
+            raise InputError(path, f"expected a part from 1 to {last} in its name, got {number}")
+        parts = [path.with_name(f"{start}-{each:05}-of-{split[2]}.gguf") for each in range(1, min(last, 999) + 1)]
+    metadata, kinds, tensors = _read_header(parts[0])
     n_parts = metadata.get("split.count", 1)
     if n_parts != len(parts):
         where = f"{parts[0]}: split.count"
         raise InputError(where, f"is {short(n_parts)}; parts of a split file are named NAME-00001-of-0000N.gguf")
     for part in parts[1:]:
-        for name, entry in _read_header(part)[1].items():
+        for name, entry in _read_header(part)[2].items():
             if name in tensors:
                 raise InputError(f"{part}: {name!r}", f"is also in {tensors[name].path.name}")
             tensors[name] = entry
-    return Gguf(path, Fields(metadata, path), tensors)
+    return Gguf(path, Fields(metadata, path), kinds, tensors)
 
 
 class _Cursor:
     """Reads the header from front to back; whatever lies beyond the end of the file is an InputError."""
 
     def __init__(self, path: Path, file: BinaryIO, size: int):
-        self.path, self.at = path, 0
+        self.path, self.at, self.items = path, 0, 0
         self._file, self._end = file, min(size, _MAX_HEADER)
 
     def take(self, n: int, what: str) -> bytes:
@@ -215,23 +231,30 @@ class _Cursor:
         except UnicodeDecodeError:
             raise InputError(f"{self.path}: {what}", "is not UTF-8 text") from None
 
-    def value(self, kind: int, what: str) -> Any:
+    def value(self, kind: int, what: str) -> tuple[Any, int | None]:
+        """A value, and for an array the type of its items."""
         if kind in _SCALARS:
-            return self.number(_SCALARS[kind], what)
+            return self.number(_SCALARS[kind], what), None
         if kind == _TEXT:
-            return self.text(what)
+            return self.text(what), None
         if kind != _ARRAY:
             raise InputError(f"{self.path}: {what}", f"is of type {kind}, which GGUF does not have")
         kind, n = self.number("I", what), self.number("Q", what)
-        if kind in _SCALARS:
-            layout = struct.Struct(f"<{_SCALARS[kind]}")
-            return [value for (value,) in layout.iter_unpack(self.take(n * layout.size, what))]
-        if kind != _TEXT or n > self._end:  # a text takes 8 bytes or more
+        if kind not in _SCALARS and kind != _TEXT:
             raise InputError(f"{self.path}: {what}", f"is an array of {n} of type {kind}, which is not read")
-        return [self.text(what) for _ in range(n)]
+        if n > self._end - self.at:  # an item takes a byte or more
+            self.take(n, what)
+        self.items += n
+        if self.items > _MAX_ITEMS:
+            raise InputError(f"{self.path}: {what}", f"is an array of {n}; all arrays hold at most {_MAX_ITEMS} items")
+        if kind == _TEXT:
+            return [self.text(what) for _ in range(n)], kind
+        layout = struct.Struct(f"<{_SCALARS[kind]}")
+        return [value for (value,) in layout.iter_unpack(self.take(n * layout.size, what))], kind
 
 
-def _read_header(path: Path) -> tuple[dict[str, Any], dict[str, GgufEntry]]:
+def _read_header(path: Path) -> tuple[dict[str, Any], dict[str, tuple[int, int | None]], dict[str, GgufEntry]]:
+    """The metadata of one file, the types of its values, and its tensors."""
     with open_regular(path) as file:
         size = os.fstat(file.fileno()).st_size
         cursor = _Cursor(path, file, size)
@@ -246,11 +269,14 @@ def _read_header(path: Path) -> tuple[dict[str, Any], dict[str, GgufEntry]]:
             what = f"holds {n_tensors} tensors and {n_pairs} fields, more than the {_MAX_TENSORS} accepted"
             raise InputError(path, what)
         metadata: dict[str, Any] = {}
+        kinds: dict[str, tuple[int, int | None]] = {}
         for _ in range(n_pairs):
             name = cursor.text("the key of a field")
             if name in metadata:
                 raise InputError(path, f"repeats the field {name!r}")
-            metadata[name] = cursor.value(cursor.number("I", name), name)
+            kind = cursor.number("I", name)
+            metadata[name], of_items = cursor.value(kind, name)
+            kinds[name] = kind, of_items
         records = [_tensor_record(cursor) for _ in range(n_tensors)]
     alignment = Fields(metadata, path).integer("general.alignment", (1, 1 << 20), 32)
     start_of_data = -(-cursor.at // alignment) * alignment
@@ -267,7 +293,17 @@ def _read_header(path: Path) -> tuple[dict[str, Any], dict[str, GgufEntry]]:
             raise InputError(where, f"lies at bytes {start} to {start + length} of a file of {size}: it is truncated")
         dtype = PLAIN.get(stored, torch.float32)
         entries[name] = GgufEntry(name, path, stored, dtype, shape, start, start + length)
-    return metadata, entries
+    _require_apart(entries)
+    return metadata, kinds, entries
+
+
+def _require_apart(entries: dict[str, GgufEntry]):
+    """Refuse tensors that share bytes: llama.cpp takes none, and one of them would be made of the other's numbers."""
+    in_order = sorted(entries.values(), key=lambda entry: entry.start)
+    for first, second in itertools.pairwise(in_order):
+        if second.start < first.end:
+            what = f"lies at bytes {second.start} to {second.end}, over {first.name!r} at {first.start} to {first.end}"
+            raise InputError(f"{second.path}: {second.name!r}", what)
 
 
 def _tensor_record(cursor: _Cursor) -> tuple[str, tuple[int, ...], int, int]:

@@ -27,7 +27,8 @@ _NAMES = {
     "attn_output": "self_attn.o_proj", "attn_q_norm": "self_attn.q_norm", "attn_k_norm": "self_attn.k_norm",
     "ffn_gate": "mlp.gate_proj", "ffn_up": "mlp.up_proj", "ffn_down": "mlp.down_proj",
 }  # fmt: skip
-_FREQUENCIES = "rope_freqs.weight"
+_HUGGING_FACE = ("embed_tokens.", "layers.", "norm.")  # beginnings of names that would stand for a model's own tensors
+FREQUENCIES = "rope_freqs.weight"
 # Fields that change what a model computes, and that no model of these architectures here follows: -> accepted values.
 _REFUSED = {
     "expert_count": (None, 0), "attention.scale": (None,), "logit_scale": (None, 1.0), "residual_scale": (None, 1.0),
@@ -128,9 +129,9 @@ def _read_rope(gguf: Gguf, arch: str, context: int, head_dim: int) -> Rope:
         factor = fields.number(f"{arch}.rope.scale_linear", (1.0, 1e6), None)
     if kind is None:  # a factor without a type is linear, as in llama.cpp
         kind = "none" if factor in (None, 1.0) else "linear"
-    entry = gguf.tensors.get(_FREQUENCIES)
+    entry = gguf.tensors.get(FREQUENCIES)
     if entry is not None:
-        where = f"{entry.path}: {_FREQUENCIES!r}"
+        where = f"{entry.path}: {FREQUENCIES!r}"
         if kind != "none":
             raise InputError(where, f"beside rope.scaling.type {kind} is not supported")
         if entry.shape != (head_dim // 2,):
@@ -145,6 +146,8 @@ def _read_rope(gguf: Gguf, arch: str, context: int, head_dim: int) -> Rope:
         raise fields.error(f"{arch}.rope.scaling.factor", "is missing")
     if kind == "linear":
         return Rope(kind, theta, factor)
+    if theta == 1:
+        raise fields.error(f"{arch}.rope.freq_base", "expected more than 1 beside rope.scaling.type yarn, got 1.0")
     original = fields.integer(f"{arch}.rope.scaling.original_context_length", _BIG, context)
     attention = fields.number(f"{arch}.rope.scaling.attn_factor", (1e-6, 1e6), 1.0)
     for name in ("yarn_ext_factor", "yarn_attn_factor", "yarn_log_multiplier"):
@@ -154,8 +157,8 @@ def _read_rope(gguf: Gguf, arch: str, context: int, head_dim: int) -> Rope:
         theta,
         factor,
         original_max_position=original,
-        beta_fast=fields.number(f"{arch}.rope.scaling.yarn_beta_fast", (0.0, 1e6), 32.0),
-        beta_slow=fields.number(f"{arch}.rope.scaling.yarn_beta_slow", (0.0, 1e6), 1.0),
+        beta_fast=fields.number(f"{arch}.rope.scaling.yarn_beta_fast", (1e-6, 1e6), 32.0),
+        beta_slow=fields.number(f"{arch}.rope.scaling.yarn_beta_slow", (1e-6, 1e6), 1.0),
         attention_factor=attention * (1.0 if factor <= 1 else 0.1 * math.log(factor) + 1.0),
     )
 
@@ -172,11 +175,14 @@ def open_gguf(path: FilePath) -> Checkpoint:
     entries: dict[str, TensorEntry] = {}
     for name, entry in gguf.tensors.items():
         usual = _usual_name(name)
-        if name == _FREQUENCIES:
+        if name == FREQUENCIES:
             continue
         if arch == "llama":
             heads = {"q_proj": n_heads, "k_proj": n_kv_heads}.get(usual.split(".")[-2] if "." in usual else "")
-            entry = entry if heads is None else _in_order(entry, heads)
+            if heads is not None and entry.shape[0] % (2 * heads) == 0:  # other shapes are refused later
+                entry = dataclasses.replace(entry, heads=heads)
+        if usual in entries or name.startswith(_HUGGING_FACE):
+            raise InputError(f"{entry.path}: {name!r}", f"is not llama.cpp's name of {usual!r}")
         entries[usual] = entry
     return Checkpoint(entries)
 
@@ -189,11 +195,11 @@ def _usual_name(name: str) -> str:
     return f"{_NAMES[stem]}.{end}" if stem in _NAMES else f"model.{name}"
 
 
-def _in_order(entry: GgufEntry, n_heads: int) -> GgufEntry:
-    """A projection whose rows are read in the order of its heads' halves. The rows of a vector are its numbers."""
-    n_rows = entry.shape[0]
-    if n_rows % (2 * n_heads):
-        return entry  # its shape is refused later
-    half = n_rows // n_heads // 2
-    order = tuple(head * 2 * half + 2 * i + side for head in range(n_heads) for side in (0, 1) for i in range(half))
-    return dataclasses.replace(entry, order=order)
+def gguf_name(name: str) -> str:
+    """llama.cpp's name of a tensor that a checkpoint in Hugging Face layout has: the other way round."""
+    names = {usual: own for own, usual in _NAMES.items()}
+    stem, _, end = name.rpartition(".")
+    if not stem.startswith("model.layers."):
+        return f"{names[stem]}.{end}"
+    _, _, number, rest = stem.split(".", 3)
+    return f"blk.{number}.{names[rest]}.{end}"

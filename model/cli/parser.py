@@ -25,7 +25,9 @@ from .flags import (
 )
 
 # The module of model/cli that holds run_COMMAND.
-MODULES = dict(demo="demo", show="show", run="run", export="export", doctor="doctor", status="status")
+MODULES = dict(
+    demo="demo", show="show", run="run", export="export", quantize="quantize", doctor="doctor", status="status"
+)
 MODULES |= dict.fromkeys(("discover", "estimate"), "attribution")
 MODULES |= dict.fromkeys(("eval", "sweep", "compare", "lm-eval"), "evaluation") | {"matrix": "matrix"}
 MODULES["reproduce"] = "reproduce"
@@ -113,6 +115,16 @@ def build_parser() -> Parser:
         "--uniform-rank", action="store_true", help="lora: the same rank in every layer, padded with zeros"
     )
     export.add_argument("--dtype", choices=DTYPES, default="float32", help="lora: of the adapter (default: float32)")
+
+    quantize = command(
+        commands,
+        "quantize",
+        "a checkpoint as a GGUF file with block-quantised weights",
+        "cna quantize path/to/model --to q8_0 -o model.gguf",
+    )
+    quantize.add_argument("model", metavar="MODEL", help=MODEL_HELP)
+    quantize.add_argument("--to", metavar="TYPE", required=True, help="q8_0, q5_0, q4_1 or q4_0")
+    quantize.add_argument("-o", "--output", metavar="FILE", required=True, help="file to make; its name ends in .gguf")
 
     evaluation_flags.add(commands)
     reproduce_flags.add(commands)

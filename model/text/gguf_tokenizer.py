@@ -28,22 +28,24 @@ _TEKKEN = (
     rf"[^\r\n\p{{L}}\p{{N}}]?[{_UPPER}]*[{_LOWER}]+|[^\r\n\p{{L}}\p{{N}}]?[{_UPPER}]+[{_LOWER}]*"
     r"|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
-_GPT2 = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
+GPT2 = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
 # The name of a rule -> the patterns by which text is split, one after the other.
 RULES = {
     **dict.fromkeys(("llama-bpe", "llama3", "llama-v3", "falcon3", "pixtral", "smaug-bpe"), (_LLAMA3,)),
     **dict.fromkeys(("qwen2", "deepseek-r1-qwen", "megrez"), (QWEN2,)),
-    **dict.fromkeys(("smollm", "starcoder", "refact", "command-r", "codeshell"), (r"\p{N}", _GPT2)),
-    **dict.fromkeys(("gpt-2", "phi-2", "olmo", "mpt"), (_GPT2,)),
+    **dict.fromkeys(("smollm", "starcoder", "refact", "command-r", "codeshell"), (r"\p{N}", GPT2)),
+    **dict.fromkeys(("gpt-2", "phi-2", "olmo", "mpt"), (GPT2,)),
     "tekken": (_TEKKEN,),
 }
 # Rules of vocabularies whose whole words go before merges, and that put a BOS in front unless the file says otherwise.
-_WHOLE_WORDS = ("llama-bpe", "llama3", "llama-v3", "falcon3", "pixtral", "tekken")
+WHOLE_WORDS = ("llama-bpe", "llama3", "llama-v3", "falcon3", "pixtral", "tekken")
+_LONGEST_PIECE = 512  # characters; SentencePiece makes none of more than 16 unless it is told to
 _NORMAL, _UNKNOWN, _CONTROL, _USER_DEFINED, _UNUSED, _BYTE = 1, 2, 3, 4, 5, 6
-_SPECIAL = {"bos_token": "bos", "eos_token": "eos", "unk_token": "unknown", "pad_token": "padding"}
+# A special token, and the start of the field that holds its id.
+SPECIAL_IDS = {"bos_token": "bos", "eos_token": "eos", "unk_token": "unknown", "pad_token": "padding"}
 _ENDS = ("eos", "eot", "eom")
 # Control tokens that end an answer in any model, whatever the file names: those of llama.cpp.
-_END_TEXTS = (
+END_TEXTS = (
     "<|eot_id|>", "<|eom_id|>", "<|im_end|>", "<|end|>", "<end_of_turn>", "<|endoftext|>", "<|end_of_text|>",
     "</s>", "<EOT>", "<|END_OF_TURN_TOKEN|>",
 )  # fmt: skip
@@ -70,7 +72,7 @@ def read_gguf_tokenizer(path: FilePath, guard: Callable) -> TokenizerFiles | Non
     model = fields.one_of("tokenizer.ggml.model", ("gpt2", "llama"))
     content = json.dumps((_byte_level if model == "gpt2" else _sentencepiece)(fields, tokens, kinds))
     special = {}
-    for name, key in _SPECIAL.items():
+    for name, key in SPECIAL_IDS.items():
         number = fields.integer(f"tokenizer.ggml.{key}_token_id", (0, len(tokens) - 1), None)
         if number is not None:
             special[name] = tokens[number]
@@ -81,11 +83,11 @@ def read_gguf_tokenizer(path: FilePath, guard: Callable) -> TokenizerFiles | Non
 def gguf_stop_ids(path: FilePath) -> set[int]:
     """The ids that end an answer: those that the file names, and control tokens that end one in any model."""
     fields = read_gguf(path).metadata
-    tokens = fields.record.get("tokenizer.ggml.tokens") or []
-    kinds = fields.record.get("tokenizer.ggml.token_type") or []
+    tokens = fields.record.get("tokenizer.ggml.tokens") or []  # read_gguf_tokenizer has checked both, if there are any
+    kinds = (tokens and fields.record.get("tokenizer.ggml.token_type")) or []
     found = {fields.integer(f"tokenizer.ggml.{name}_token_id", (0, 1 << 30), None) for name in _ENDS} - {None}
     texts = {number: text for number, text in enumerate(tokens[: len(kinds)]) if kinds[number] == _CONTROL}
-    return found | {number for number, text in texts.items() if text in _END_TEXTS}
+    return found | {number for number, text in texts.items() if text in END_TEXTS}
 
 
 def _templates(fields: Fields) -> Any:
@@ -111,10 +113,10 @@ def _byte_level(fields: Fields, tokens: list[str], kinds: list[int]) -> dict[str
         "added_tokens": _added(tokens, kinds),
         "normalizer": {"type": "NFC"} if RULES[rule] == (QWEN2,) else None,
         "pre_tokenizer": {"type": "Sequence", "pretokenizers": [*splits, as_bytes]},
-        "post_processor": _post_processor(fields, tokens, rule in _WHOLE_WORDS),
+        "post_processor": _post_processor(fields, tokens, rule in WHOLE_WORDS),
         "decoder": as_bytes,
         "model": bpe_parts(dict(vocab=_numbered(fields, tokens), merges=pairs))
-        | {"ignore_merges": rule in _WHOLE_WORDS},
+        | {"ignore_merges": rule in WHOLE_WORDS},
     }
 
 
@@ -127,6 +129,10 @@ def _sentencepiece(fields: Fields, tokens: list[str], kinds: list[int]) -> dict[
         scores = fields.items("tokenizer.ggml.scores", is_number, "a number")
         if len(scores) != len(tokens):
             raise fields.error("tokenizer.ggml.scores", f"expected {len(tokens)}, one a token, got {len(scores)}")
+        for place, token in enumerate(tokens):
+            if len(token) > _LONGEST_PIECE:  # all ways to divide it would be tried
+                what = f"has {len(token)} characters, more than the {_LONGEST_PIECE} accepted"
+                raise fields.error(f"tokenizer.ggml.tokens[{place}]", what)
         merges = _merges(vocab, dict(zip(tokens, scores, strict=True)))
     settings = {"add_prefix_space": fields.boolean("tokenizer.ggml.add_space_prefix", True)}
     unknown = fields.integer("tokenizer.ggml.unknown_token_id", (0, len(tokens) - 1), 0)

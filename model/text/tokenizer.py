@@ -59,9 +59,9 @@ class Tokenizer:
         self.sha256: str | None = None
         self.template_sha256: str | None = None
         if is_gguf(directory):
-            files = read_gguf_tokenizer(directory, self._guard)
+            files = read_gguf_tokenizer(directory, self.guard)
         else:
-            files = read_tokenizer_files(self.directory, _model_type(self.directory), self._guard)
+            files = read_tokenizer_files(self.directory, _model_type(self.directory), self.guard)
         self._backend: Backend | None = None
         if files is None:
             return
@@ -76,7 +76,7 @@ class Tokenizer:
         forced = files.settings.get("clean_up_tokenization_spaces_for_bpe_even_though_it_will_corrupt_output")
         may_clean = type(backend.model).__name__ != "BPE" or bool(forced)
         self.cleans_up = may_clean and bool(files.settings.get("clean_up_tokenization_spaces"))
-        probe = self._guard(backend.encode, _PROBE).ids  # a hostile file may fail only when it is used
+        probe = self.guard(backend.encode, _PROBE).ids  # a hostile file may fail only when it is used
         self.adds_bos = bool(probe) and self.bos_id is not None and probe[0] == self.bos_id
         added = backend.get_added_tokens_decoder().values()
         self.special_texts = tuple(sorted(token.content for token in added if token.special))
@@ -169,7 +169,7 @@ class Tokenizer:
         return "".join([*pieces, self._decode(ids[start:])])
 
     def _decode(self, ids: Sequence[int]) -> str:
-        text: str = self._guard(self._there().decode, list(ids), skip_special_tokens=True)
+        text: str = self.guard(self._there().decode, list(ids), skip_special_tokens=True)
         for before, after in CLEANED if self.cleans_up else ():
             text = text.replace(before, after)
         return text
@@ -182,7 +182,7 @@ class Tokenizer:
         return self._backend
 
     def _ids(self, text, *, special_tokens):
-        ids = self._guard(self._there().encode, text, add_special_tokens=special_tokens).ids
+        ids = self.guard(self._there().encode, text, add_special_tokens=special_tokens).ids
         if max(ids, default=0) >= self.vocab_size:  # a token that was added without a row of the embedding
             number = max(ids)
             token = self._there().id_to_token(number)
@@ -190,7 +190,7 @@ class Tokenizer:
             raise InputError(self._path, what)
         return ids
 
-    def _guard(self, function, *arguments, **options):
+    def guard(self, function, *arguments, **options):
         """Call a function of ``tokenizers``. A hostile file can make its Rust code panic, which raises no Exception."""
         try:
             return function(*arguments, **options)

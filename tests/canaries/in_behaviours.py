@@ -2,6 +2,7 @@
 
 from canary import Canary
 
+QUANTIZE = "tests/model/checkpoint/test_quantize.py"
 GGUF, TOKENS = "tests/model/checkpoint/test_gguf_model.py", "tests/model/text/test_gguf_tokenizer.py"
 MEASURES, MATRIX = "tests/model/evaluation/test_measures.py", "tests/model/evaluation/test_matrix.py"
 REPRODUCE = "tests/model/evaluation/test_reproduce.py"
@@ -16,10 +17,42 @@ CANARIES: list[Canary] = [
         "test_every_family_has_the_logits_of_its_other_layout and llama",
     ),
     Canary(
+        "rows of heads are quantised in halves",
+        "model/checkpoint/quantize.py",
+        "rows.swapaxes(1, 2)",
+        "rows",
+        QUANTIZE,
+        "test_directories_of_every_family and llama",
+    ),
+    Canary(
+        "an embedding of 4 bits",
+        "model/checkpoint/quantize.py",
+        '"token_embd" if tied else "output"',
+        '"output"',
+        QUANTIZE,
+        "test_weights_are_those_of_the_package and tied",
+    ),
+    Canary(
+        "tokens of text become control tokens",
+        "model/text/gguf_fields.py",
+        '_CONTROL if token["special"] else _USER_DEFINED',
+        "_CONTROL",
+        QUANTIZE,
+        "test_tokenizers",
+    ),
+    Canary(
+        "tensors may share bytes",
+        "model/checkpoint/gguf_file.py",
+        "if second.start < first.end:",
+        "if second.start < first.start:",
+        "tests/model/checkpoint/test_gguf_file.py",
+        "test_faults",
+    ),
+    Canary(
         "biases stay in pairs",
         "model/checkpoint/gguf_file.py",
-        "return values if self.order is None else values[list(self.order)]",
-        "return values if self.order is None or values.dim() == 1 else values[list(self.order)]",
+        "return values if not self.heads else self._in_order(values)",
+        "return values if not self.heads or values.dim() == 1 else self._in_order(values)",
         GGUF,
         "test_every_family_has_the_logits_of_its_other_layout and bias",
     ),
@@ -42,8 +75,8 @@ CANARIES: list[Canary] = [
     Canary(
         "digits in runs",
         "model/text/gguf_tokenizer.py",
-        '(r"\\p{N}", _GPT2)',
-        "(_GPT2,)",
+        '(r"\\p{N}", GPT2)',
+        "(GPT2,)",
         TOKENS,
         "test_ids_are_those_of_the_tokenizer_that_was_written and smollm",
     ),

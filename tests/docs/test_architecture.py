@@ -144,6 +144,9 @@ TESTED_TOGETHER = {
         "model/: __main__; model/cli/: arguments attribution_flags console doctor parser run show status"
     ),
     "model/cli/test_evaluation_command.py": "model/cli/: evaluation evaluation_flags",
+    "model/checkpoint/test_quantize.py": (
+        "model/checkpoint/: gguf_source; model/text/: gguf_fields; model/cli/: quantize"
+    ),
     "model/demo/test_bundled.py": "model/demo/: bundled_report checkpoint world",
     "model/demo/test_story.py": "model/cli/: demo; model/demo/: report",
 }

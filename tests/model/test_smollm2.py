@@ -3,17 +3,22 @@
 `make smollm2` installs it, and so does `make test`; without it these tests are skipped.
 """
 
+import dataclasses
 import json
 
+import numpy as np
 import pytest
 import torch
 
-from cna_kernels.errors import InputError
+from cna_kernels.errors import InputError, InputWarning
 from cna_kernels.model import load
+from cna_kernels.model.checkpoint.load import save_transformer
+from cna_kernels.model.checkpoint.quantize import quantize
 from cna_kernels.model.demo.checkpoint import demo_checkpoint
 from cna_kernels.model.evaluation.behaviour import Behaviour
 from cna_kernels.model.evaluation.matrix import matrix
 from cna_kernels.model.prompts.files import neutral_prompts
+from cna_kernels.model.text.gguf_tokenizer import read_gguf_tokenizer
 
 
 @pytest.fixture(scope="module")
@@ -106,3 +111,38 @@ def test_capitals(path):
     assert agreement[0] >= 0.9 and agreement[1] >= 0.8
     assert 0.001 < found["variants"][1]["kl"]["mean"] < 1
     assert json.dumps(found)
+
+
+@pytest.mark.exhaustive
+def test_quantised(path, exact, tmp_path):
+    """From the file and from a directory with the same numbers the same blocks; 8 bits give the same answer."""
+    gguf = pytest.importorskip("gguf")
+    with pytest.warns(InputWarning, match="210 Q4_1"):
+        quantize(path, "q8_0", tmp_path / "file.gguf")
+    (tmp_path / "hf").mkdir()
+    save_transformer(exact.transformer, tmp_path / "hf", dtype=torch.float32)
+    settings = dataclasses.asdict(exact.config)
+    settings |= {"rope_theta": settings.pop("rope")["theta"], "attention_bias": settings.pop("qkv_bias")}
+    (tmp_path / "hf" / "config.json").write_text(json.dumps(settings))
+    files = read_gguf_tokenizer(path, lambda function, *words: function(*words))
+    files.backend.save(str(tmp_path / "hf" / "tokenizer.json"))
+    (tmp_path / "hf" / "tokenizer_config.json").write_text(
+        json.dumps({**files.special, "chat_template": exact.tokenizer.template.source})
+    )
+    quantize(tmp_path / "hf", "q8_0", tmp_path / "directory.gguf")
+    one, two = (
+        {tensor.name: tensor for tensor in gguf.GGUFReader(tmp_path / name).tensors}
+        for name in ("file.gguf", "directory.gguf")
+    )
+    assert one.keys() == two.keys()
+    for name, tensor in one.items():
+        assert tensor.tensor_type == two[name].tensor_type and np.array_equal(tensor.data, two[name].data), name
+    for name in ("file.gguf", "directory.gguf"):
+        model = load(tmp_path / name, dtype="float32")
+        ids = torch.tensor(model.tokenizer.encode_messages([CHAT]))
+        assert ids.tolist() == exact.tokenizer.encode_messages([CHAT])
+        assert [model.tokenizer.encode(text) for text in TEXTS] == [exact.tokenizer.encode(text) for text in TEXTS]
+        assert (model(ids) - exact(ids)).norm() < 0.05 * exact(ids).norm()
+        prompt = "What is the capital of France?"
+        assert model.generate(prompt, max_new_tokens=20) == exact.generate(prompt, max_new_tokens=20)
+        assert model.stop_ids == exact.stop_ids

@@ -89,6 +89,15 @@ REFUSALS = {
     "hidden_size: expected at least 4 for each of 4 heads, got 8": dict(hidden_size=8),
     "rope_parameters: expected a JSON object": dict(rope_parameters=[1]),
     "rope_theta: expected a number from 1 to 1e+12, got 0": dict(rope_theta=0),
+    "rope_theta: expected more than 1 for yarn, got 1": dict(
+        rope_theta=1, rope_scaling=dict(rope_type="yarn", factor=4)
+    ),
+    "rope_scaling.beta_fast: expected 0 or a number from 1e-06, got 1e-320": dict(
+        rope_scaling=dict(rope_type="yarn", factor=4, beta_fast=1e-320)
+    ),
+    "rope_scaling.original_max_position_embeddings: expected more than 1 for longrope, got 1": dict(
+        rope_scaling=dict(rope_type="longrope", factor=4, original_max_position_embeddings=1)
+    ),
     "layer_types: expected 3 entries of full_attention or sliding_attention": dict(
         model_type="qwen3", architectures=None, layer_types=["full_attention"]
     ),

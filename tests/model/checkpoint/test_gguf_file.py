@@ -1,6 +1,7 @@
 """Damaged and hostile GGUF headers: one line that names the file, never another error, never a wrong number."""
 
 import random
+import re
 import struct
 
 import pytest
@@ -48,7 +49,13 @@ FAULTS = [
     (header(pairs=[(b"\xff", 4, WHOLE)]), "the key of a field: is not UTF-8 text"),
     (header(pairs=[("a", 77, WHOLE)]), "a: is of type 77, which GGUF does not have"),
     (header(pairs=[("a", 9, struct.pack("<IQ", 4, 1 << 61))]), "a: is cut off"),
-    (header(pairs=[("a", 9, struct.pack("<IQ", 8, 1 << 61))]), "a: is an array of"),
+    (header(pairs=[("a", 9, struct.pack("<IQ", 8, 1 << 61))]), "a: is cut off"),
+    (
+        header(
+            pairs=[("a", 9, struct.pack("<IQ", 0, 1 << 22) + bytes(1 << 22)), ("b", 9, struct.pack("<IQ", 0, 1) + b"x")]
+        ),
+        "b: is an array of 1; all arrays hold at most 4194304 items",
+    ),
     (header(pairs=[("a", 9, struct.pack("<IQ", 9, 1))]), "a: is an array of 1 of type 9, which is not read"),
     (header(pairs=[("a", 4, WHOLE)] * 2), "repeats the field 'a'"),
     (header(pairs=[("general.alignment", 4, bytes(4))]), "general.alignment: expected a whole number from 1"),
@@ -62,6 +69,18 @@ FAULTS = [
     (header(tensors=[("w", (4, 2), 0, 7)], data=bytes(99)), "'w': lies at bytes"),
     (header(tensors=[("w", (4, 2), 0, (1 << 64) - 32)], data=bytes(99)), "'w': lies at bytes"),
     (header(tensors=[ONE, ONE], data=bytes(99)), "'w': is there twice"),
+    (
+        header(tensors=[ONE, ("v", (4, 2), 0, 0)], data=bytes(32)),
+        "'v': lies at bytes 128 to 160, over 'w' at 128 to 160",
+    ),
+    (
+        header(tensors=[("v", (4, 2), 0, 32), ("w", (4, 3), 0, 0)], data=bytes(64)),
+        "'v': lies at bytes 160 to 192, over 'w' at 128 to 176",
+    ),
+    (
+        header(tensors=[("long", (4, 9), 0, 0), ("a", (2,), 0, 32), ("b", (2,), 0, 64)], data=bytes(144)),
+        "'a': lies at bytes 192 to 200, over 'long' at 160 to 304",
+    ),
     (header(pairs=[("split.count", 2, bytes([3, 0]))]), "split.count: is 3; parts of a split file"),
 ]
 
@@ -118,6 +137,28 @@ def test_every_cut_and_any_flipped_byte_of_a_header(tmp_path):
         except InputError:
             refused += 1
     assert refused > 60
+
+
+@pytest.mark.parametrize(("name", "what"), [
+    ("x-00001-of-00000.gguf", "expected a part from 1 to 0 in its name, got 1"),
+    ("x-00000-of-00002.gguf", "expected a part from 1 to 2 in its name, got 0"),
+    ("x-00003-of-00002.gguf", "expected a part from 1 to 2 in its name, got 3"),
+    ("x-00001-of-00002.gguf", "split.count: is 1; parts of a split file"),
+    ("x-00001-of-99999.gguf", "split.count: is 1; parts of a split file"),
+])  # fmt: skip
+def test_names_of_parts(tmp_path, name, what):
+    (tmp_path / name).write_bytes(header())
+    (tmp_path / "x-00001-of-00002.gguf").write_bytes(header())
+    with pytest.raises(InputError, match=re.escape(what)):
+        read_gguf(tmp_path / name)
+
+
+def test_tensors_that_follow_each_other(tmp_path):
+    """Tensors in any order, with nothing or a gap between them, share no byte."""
+    tensors = [("c", (4, 3), 0, 96), ("a", (4, 2), 0, 0), ("b", (4, 2), 0, 32)]
+    path = tmp_path / "x.gguf"
+    path.write_bytes(header(tensors=tensors, data=bytes(144)))
+    assert set(read_gguf(path).tensors) == {"a", "b", "c"}
 
 
 def test_names(tmp_path):

@@ -1,38 +1,22 @@
 """GGUF files of every family and block format: the same numbers, logits and identity as transformers' own reading."""
 
+import struct
+
 import numpy as np
 import pytest
 import torch
-import transformers
+from gguf import RopeScalingType
 
 from cna_kernels import attach
 from cna_kernels.errors import InputError
 from cna_kernels.model import load
 from cna_kernels.model.checkpoint import formats, gguf_file
-from gguf_files import K_QUANTS, llama3_factors, write_gguf
-from tiny import LLAMA3, SHAPE, VARIANTS, write_checkpoint
+from gguf_files import FAMILIES, K_QUANTS, as_transformers_reads, llama3_factors, tiny_model, write_gguf
+from tiny import LLAMA3, write_checkpoint
 
 BLOCKS = ("Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", *K_QUANTS)
 KINDS = ("F32", "F16", "BF16", *BLOCKS)
 IDS = torch.tensor([[5, 17, 3, 80, 41, 7, 7, 22], [9, 1, 60, 2, 33, 14, 96, 50]])
-
-
-def tiny_model(stem="Llama", *, seed=0, **changes):
-    """A random model whose rows hold whole blocks of 256."""
-    shape = SHAPE | dict(hidden_size=256, intermediate_size=512, num_hidden_layers=2) | changes
-    torch.manual_seed(seed)
-    model = getattr(transformers, f"{stem}ForCausalLM")(getattr(transformers, f"{stem}Config")(**shape)).eval()
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.add_(torch.randn_like(parameter) * (0.2 if parameter.dim() == 1 else 0.03))
-    return model
-
-
-def as_transformers_reads(path):
-    model = transformers.AutoModelForCausalLM.from_pretrained(
-        path.parent, gguf_file=path.name, dtype=torch.float32, local_files_only=True
-    )
-    return model.eval()
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -47,13 +31,6 @@ def test_logits_of_each_block_type(tmp_path, kind):
     weight = mine.checkpoint.read("model.layers.1.mlp.down_proj.weight")
     assert torch.equal(weight.float(), theirs.model.layers[1].mlp.down_proj.weight)
     assert mine.identity()["decoder_sha256"] == attach(theirs).identity()["decoder_sha256"]
-
-
-FAMILIES = [
-    (name, changes)
-    for name, (_, changes) in VARIANTS.items()
-    if "dynamic" not in name and "sliding" not in name and name not in ("mistral", "llama-rope-linear")
-]
 
 
 @pytest.mark.parametrize("variant", [name for name, _ in FAMILIES])
@@ -154,6 +131,7 @@ def test_split_files(tmp_path):
         load(parts[0])
 
 
+YARN = [("rope_scaling_type", RopeScalingType.YARN), ("rope_scaling_factor", 4.0)]
 REFUSED = [
     # fields, tensors, what the error says
     ([("expert_count", 4)], (), "llama.expert_count: is not supported, got 4"),
@@ -166,6 +144,15 @@ REFUSED = [
     ([], [("blk.0.attn_sinks.weight", [1.0])], "may change what it computes"),
     ([], [("rope_freqs.weight", [1.0, 2.0])], "'rope_freqs.weight': expected shape [32], got [2]"),
     ([], [("rope_freqs.weight", [0.0] * 32)], "'rope_freqs.weight': expected numbers above 0"),
+    (
+        [],
+        [("layers.0.mlp.up_proj.weight", [[1.0]])],
+        "'layers.0.mlp.up_proj.weight': is not llama.cpp's name of 'model.l",
+    ),
+    ([], [("embed_tokens.weight", [[1.0]])], "'embed_tokens.weight': is not llama.cpp's name of 'model.embed_tokens."),
+    ([*YARN, ("rope_freq_base", 1.0)], (), "llama.rope.freq_base: expected more than 1 beside rope.scaling.type yarn"),
+    ([*YARN, ("rope_scaling_yarn_beta_fast", 0.0)], (), "llama.rope.scaling.yarn_beta_fast: expected a number from"),
+    ([*YARN, ("rope_scaling_yarn_beta_slow", 0.0)], (), "llama.rope.scaling.yarn_beta_slow: expected a number from"),
 ]
 
 
@@ -175,6 +162,23 @@ def test_what_would_compute_otherwise_is_refused(tmp_path, fields, tensors, what
     with pytest.raises(InputError) as caught:
         load(path)
     assert what in str(caught.value) and str(path) in str(caught.value)
+
+
+def test_rows_of_nothing(tmp_path):
+    """A sparse file whose query projection has 2^38 rows: refused by its shape, without a number for each row."""
+    path = write_gguf(tmp_path / "tiny.gguf", tiny_model())
+    content = path.read_bytes()
+    name = b"blk.0.attn_q.weight"
+    place = content.index(name) + len(name)
+    n_dims, columns, rows, kind, _ = struct.unpack("<IQQIQ", content[place : place + 32])
+    assert (n_dims, columns, rows, kind) == (2, 256, 256, 0)
+    offset = len(content) // 32 * 32
+    changed = struct.pack("<IQQIQ", 2, 1, 1 << 38, 0, offset)
+    path.write_bytes(content[:place] + changed + content[place + 32 :])
+    with open(path, "r+b") as file:
+        file.truncate((1 << 40) + (1 << 30))
+    with pytest.raises(InputError, match=r"q_proj\.weight': expected shape \[256, 256\], got \[274877906944, 1\]"):
+        load(path)
 
 
 def test_other_architectures_are_refused(tmp_path):

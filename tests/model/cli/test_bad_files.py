@@ -5,12 +5,13 @@ A row of ARGUMENTS is a place in a command where a file stands; a row of BAD is 
 
 import os
 import shutil
+import struct
 
 import pytest
 
 from cna_kernels import Circuit
 from cna_kernels.model.cli import main
-from tiny import write_language_model
+from tiny import SHAPE, write_language_model
 
 pytest.importorskip("transformers")
 
@@ -63,6 +64,11 @@ ARGUMENTS = {  # BAD.json and so on: where the bad file stands; OUT: a folder th
     "run --prompts": ("run MODEL --prompts BAD.txt", TEXT),
     "run --prompts json": ("run MODEL --prompts BAD.json", LINES),
     "run MODEL": ("run BAD -p hi", FOLDER),
+    "run MODEL.gguf": ("run BAD.gguf -p hi", JSON),
+    "doctor MODEL.gguf": ("doctor BAD.gguf", JSON),
+    "quantize MODEL": ("quantize BAD --to q8_0 -o OUT/new.gguf", FOLDER),
+    "quantize MODEL.gguf": ("quantize BAD.gguf --to q8_0 -o OUT/new.gguf", JSON),
+    "quantize -o": ("quantize MODEL --to q8_0 -o BAD.gguf", (FOLDER | {"a folder"}) - {"missing"}),
     "discover --positive": ("discover MODEL --positive BAD.txt --negative GOOD/p.txt -o OUT/c.json", TEXT),
     "discover --negative": ("discover MODEL --positive GOOD/p.txt --negative BAD.jsonl -o OUT/c.json", LINES),
     "discover --contrasts": ("discover MODEL --contrasts BAD.jsonl -o OUT", LINES),
@@ -122,7 +128,7 @@ def test_bad_files(good, tmp_path, capfd, name, bad):
     path = next(tmp_path / word.rpartition("/")[2] for word in words if word.startswith(f"{tmp_path}/bad"))
     BAD[bad](path)
     refused(capfd, words, path.name)
-    assert not [*(tmp_path / "out").glob("*.json")]
+    assert not [*(tmp_path / "out").glob("*.json"), *(tmp_path / "out").glob("*.gguf")]
 
 
 FILES = ["config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json", "generation_config.json"]
@@ -136,6 +142,68 @@ def test_bad_files_of_a_model(good, tmp_path, capfd, file, bad):
     path.unlink()
     BAD[bad](path)
     refused(capfd, ["run", str(tmp_path / "model"), "-p", "hi", "--max-new-tokens", "1"], file)
+
+
+# Changes to a whole GGUF file -> what the one line says.
+GGUF = {
+    "a cut header": (lambda content: content[:1000], "is cut off"),
+    "cut data": (lambda content: content[:-1], "it is truncated"),
+    "big-endian": (lambda content: content[:4] + content[4:8][::-1] + content[8:], "big-endian"),
+    "version 4": (lambda content: content[:4] + b"\4" + content[5:], "version: is 4"),
+    "architecture": (lambda content: content.replace(b"llama", b"lamma"), "general.architecture: expected llama"),
+    "tokenizer": (lambda content: content.replace(b"\4\0\0\0\0\0\0\0gpt2", b"\4\0\0\0\0\0\0\0bert"),
+                  "tokenizer.ggml.model: expected gpt2 or llama, got 'bert'"),
+    "a type": (lambda content: changed(content, kind=23), "'output_norm.weight': is of type 23"),
+    "a block": (lambda content: changed(content, kind=12), "'output_norm.weight': expected rows of whole blocks"),
+    "overlap": (lambda content: changed(content, offset=0), "'output_norm.weight': lies at bytes"),
+    "outside": (lambda content: changed(content, offset=1 << 40), "'output_norm.weight': lies at bytes"),
+    "a huge size": (lambda content: changed(content, columns=1 << 40), "'output_norm.weight': lies at bytes"),
+}  # fmt: skip
+
+
+def changed(content, **changes):
+    """The file with other fields in the record of output_norm.weight."""
+    name = b"output_norm.weight"
+    place = content.index(name) + len(name)
+    n_dims, columns, kind, offset = struct.unpack("<IQIQ", content[place : place + 24])
+    record = dict(n_dims=n_dims, columns=columns, kind=kind, offset=offset) | changes
+    return content[:place] + struct.pack("<IQIQ", *record.values()) + content[place + 24 :]
+
+
+@pytest.fixture(scope="module")
+def good_gguf(tmp_path_factory):
+    """A GGUF file of a tiny Llama with a byte-level tokenizer of the bytes alone."""
+    gguf = pytest.importorskip("gguf")
+    import transformers
+    from tokenizers.pre_tokenizers import ByteLevel
+
+    from gguf_files import write_gguf
+
+    def tokenizer(writer):
+        tokens = sorted(ByteLevel.alphabet())
+        writer.add_tokenizer_model("gpt2")
+        writer.add_tokenizer_pre("gpt-2")
+        writer.add_token_list(tokens)
+        writer.add_token_types([1] * len(tokens))
+        writer.add_key_value("tokenizer.ggml.merges", ["a b"], gguf.GGUFValueType.ARRAY, gguf.GGUFValueType.STRING)
+
+    shape = SHAPE | dict(vocab_size=256)
+    model = transformers.LlamaForCausalLM(transformers.LlamaConfig(**shape))
+    return write_gguf(tmp_path_factory.mktemp("gguf") / "good.gguf", model, tokenizer=tokenizer).read_bytes()
+
+
+@pytest.mark.parametrize("command", ["run {} -p hi", "doctor {}", "quantize {} --to q4_0 -o {}.new.gguf"])
+@pytest.mark.parametrize("bad", GGUF)
+def test_bad_gguf_files(good_gguf, tmp_path, capfd, bad, command):
+    if (bad, command[:8]) == ("tokenizer", "quantize"):
+        pytest.skip("copies a tokenizer of any kind")
+    change, what = GGUF[bad]
+    path = tmp_path / "bad.gguf"
+    path.write_bytes(change(good_gguf))
+    words = command.replace("{}", str(path)).split()
+    assert main(words) == 2 and len([*tmp_path.iterdir()]) == 1
+    lines = capfd.readouterr().err.strip().split("\n")
+    assert len(lines) == 1 and lines[0].startswith(f"cna {words[0]}: {path}: ") and what in lines[0], lines
 
 
 @pytest.mark.parametrize("name", ["red\x1b[31m", "two\nlines", "half\udcff", "right\u202eleft", "x" * 255])

@@ -5,75 +5,14 @@ import json
 import gguf
 import numpy as np
 import pytest
-import tokenizers
 import transformers
-from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tokenizers, trainers
+from tokenizers import Regex, pre_tokenizers
 
 from cna_kernels.errors import InputError
 from cna_kernels.model.checkpoint.gguf_file import read_gguf
 from cna_kernels.model.text.gguf_tokenizer import RULES, gguf_stop_ids
 from cna_kernels.model.text.tokenizer import Tokenizer, stop_ids
-
-TEXTS = [
-    "The capital of Vietnam is",
-    "12345 and 7, don't  we'Ll\n\n  x",
-    "naïve 日本 émigré 😀 ",
-    "  def f(x):\n\treturn x**2 /  3\r\n",
-    "<|im_start|>user\nhi<|im_end|> <think> so",
-    "",
-    " ",
-    "HTTPServer iOSApp ǅungla",
-]
-CORPUS = [*(text * 3 for text in TEXTS), *["12 123 1234 12345 don't we'll server app tokens capital vietnam"] * 20]
-SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
-CHATML = (
-    "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}<|im_start|>assistant\n"
-)
-_LLAMA3 = (
-    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+"
-    r"|\s+(?!\S)|\s+"
-)
-_QWEN = _LLAMA3.replace(r"\p{N}{1,3}", r"\p{N}")
-
-
-def _split(pattern):
-    bytes_ = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
-    return pre_tokenizers.Sequence([pre_tokenizers.Split(Regex(pattern), behavior="isolated"), bytes_])
-
-
-_GPT2 = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)
-# The pre-tokeniser of the models' own tokenizer.json, by the name that llama.cpp gives it.
-PRE = {
-    "llama-bpe": _split(_LLAMA3),
-    "qwen2": _split(_QWEN),
-    "smollm": pre_tokenizers.Sequence([pre_tokenizers.Digits(individual_digits=True), _GPT2]),
-    "gpt-2": _GPT2,
-}
-
-
-def byte_level(rule):
-    """A byte-level BPE, trained on the texts, with the rule of that name."""
-    backend = tokenizers.Tokenizer(models.BPE(ignore_merges=rule == "llama-bpe"))
-    backend.pre_tokenizer, backend.decoder = PRE[rule], decoders.ByteLevel()
-    if rule == "qwen2":
-        backend.normalizer = normalizers.NFC()
-    alphabet = pre_tokenizers.ByteLevel.alphabet()
-    trainer = trainers.BpeTrainer(
-        vocab_size=420, initial_alphabet=alphabet, special_tokens=SPECIAL, show_progress=False
-    )
-    backend.train_from_iterator(CORPUS, trainer)
-    backend.add_tokens([AddedToken("<think>", special=False, normalized=False)])
-    return backend
-
-
-def sentencepiece():
-    """A BPE as SentencePiece makes it, with bytes for what it has no piece for."""
-    backend = tokenizers.Tokenizer(models.BPE(byte_fallback=True, fuse_unk=True, unk_token="<unk>"))
-    backend.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="first", split=False)
-    special = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256))]
-    trainer = trainers.BpeTrainer(vocab_size=500, special_tokens=special, limit_alphabet=60, show_progress=False)
-    backend.train_from_iterator([text.replace("\n", " ") for text in CORPUS], trainer)
-    return backend
+from gguf_tokenizers import CHATML, PRE, SPECIAL, TEXTS, byte_level, sentencepiece
 
 
 def written(path, backend, model, *, pre=None, fields=(), merges=True):
@@ -195,12 +134,14 @@ def test_named_templates(tmp_path):
 
 def test_a_file_without_a_tokenizer(tmp_path):
     writer = gguf.GGUFWriter(tmp_path / "t.gguf", "llama")
+    writer.add_uint32("tokenizer.ggml.token_type", 3)  # of no token
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.close()
     here = Tokenizer(tmp_path / "t.gguf", 10)
     with pytest.raises(InputError, match="holds no tokenizer"):
         here.encode("x")
+    assert gguf_stop_ids(tmp_path / "t.gguf") == set()
 
 
 FAULTS = [
@@ -217,6 +158,22 @@ def test_faults_name_the_field(tmp_path, how, what):
     with pytest.raises(InputError) as caught:
         Tokenizer(path, len(tokens))
     assert f"{path}: {what}" in str(caught.value)
+
+
+@pytest.mark.parametrize("kind", ["bert", "t5", "rwkv", "none", "GPT2"])
+def test_kinds_that_are_not_read(tmp_path, kind):
+    path, tokens = written(tmp_path / "t.gguf", byte_level("gpt-2"), kind, pre="gpt-2")
+    with pytest.raises(InputError, match=f"tokenizer.ggml.model: expected gpt2 or llama, got '{kind}'"):
+        Tokenizer(path, len(tokens))
+
+
+def test_a_piece_that_would_take_hours(tmp_path):
+    """All ways to divide a piece of a million characters are 10^12 characters."""
+    backend = sentencepiece()
+    backend.add_tokens(["a" * 1_000_000])
+    path, tokens = written(tmp_path / "t.gguf", backend, "llama")
+    with pytest.raises(InputError, match=r"tokenizer\.ggml\.tokens\[500\]: has 1000000 characters, more than the 512"):
+        Tokenizer(path, len(tokens))
 
 
 def test_every_rule_is_a_pattern():
