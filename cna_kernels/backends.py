@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from . import plans, reference
+from .blocks import dense
 from .cpu import library
 from .errors import InputError
 from .extras import Extras, Inputs, Run
@@ -107,14 +108,16 @@ def prepare(op: str, inputs: Inputs, extras: Extras | tuple[()], backend: str | 
 
 
 def plain(op: str) -> Run:
-    """Return the op in plain PyTorch: a function of the op's tensors, then the extras."""
+    """Return the op in plain PyTorch: a function of the op's tensors, then the extras. Blocks become tensors."""
     if op == "linear":
-        return F.linear
+        return lambda x, w, bias: F.linear(x, dense(w, x.dtype), bias)
     n_extras = len(Extras._fields)
     function: Run = getattr(reference, op)
 
     def run(*tensors: Tensor | None) -> Tensor:
-        inputs: Inputs = tensors[:-n_extras]
+        first = tensors[0]
+        assert first is not None
+        inputs: Inputs = tuple(dense(x, first.dtype) if x is not None else None for x in tensors[:-n_extras])
         extras = Extras(*tensors[-n_extras:])
         if op == "gated_mlp":
             x, w_gate, w_up, w_down = inputs

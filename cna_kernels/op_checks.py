@@ -7,6 +7,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from .blocks import BlockWeight, Weight
 from .errors import check_tensor
 from .extras import Extras, Inputs
 from .scale import NEURON_BLOCK
@@ -18,16 +19,29 @@ SUMS = (torch.float32, torch.float64)
 # Each check returns the shape of the activations, (T, N); that of ``linear`` returns the shape of the result, (T, O).
 
 
-def _check_gated_mlp(x: Tensor, w_gate: Tensor, w_up: Tensor | None, w_down: Tensor) -> tuple[int, int]:
+def _check_weight(name: str, w: Weight, shape: tuple[int | None, int], x: Tensor) -> None:
+    """A weight has the dtype of x, or lies in blocks."""
+    if not isinstance(w, BlockWeight):
+        return check_tensor(name, w, shape=shape, dtype=x.dtype, device=x.device)
+    if w.shape[1] != shape[1] or shape[0] not in (None, w.shape[0]):
+        wanted = ", ".join("any" if size is None else str(size) for size in shape)
+        raise ValueError(f"{name}: expected shape [{wanted}], got {w.dtype} {list(w.shape)}")
+    if x.device != w.device:
+        raise ValueError(f"{name}: blocks are read on the CPU, got {w.dtype} beside {x.device}")
+
+
+def _check_gated_mlp(x: Tensor, w_gate: Weight, w_up: Weight | None, w_down: Weight) -> tuple[int, int]:
     check_tensor("x", x, shape=(None, None), dtype=FLOATS)
     n_rows, n_hidden = x.shape
-    check_tensor("w_down", w_down, shape=(n_hidden, None), dtype=x.dtype, device=x.device)
-    n_neurons = w_down.shape[1]
+    n_neurons = w_down.shape[-1] if len(w_down.shape) else 0
+    _check_weight("w_down", w_down, (n_hidden, n_neurons), x)
     if w_up is None:
-        check_tensor("w_gate_up", w_gate, shape=(2 * n_neurons, n_hidden), dtype=x.dtype, device=x.device)
+        if isinstance(w_gate, BlockWeight):
+            raise ValueError("w_gate_up: expected a pair of gate and up where weights lie in blocks")
+        _check_weight("w_gate_up", w_gate, (2 * n_neurons, n_hidden), x)
     else:
-        check_tensor("w_gate", w_gate, shape=(n_neurons, n_hidden), dtype=x.dtype, device=x.device)
-        check_tensor("w_up", w_up, shape=(n_neurons, n_hidden), dtype=x.dtype, device=x.device)
+        _check_weight("w_gate", w_gate, (n_neurons, n_hidden), x)
+        _check_weight("w_up", w_up, (n_neurons, n_hidden), x)
     return n_rows, n_neurons
 
 
@@ -37,9 +51,9 @@ def _check_swiglu(gate: Tensor, up: Tensor) -> tuple[int, int]:
     return gate.shape[0], gate.shape[1]
 
 
-def _check_down_proj(act: Tensor, w_down: Tensor) -> tuple[int, int]:
+def _check_down_proj(act: Tensor, w_down: Weight) -> tuple[int, int]:
     check_tensor("act", act, shape=(None, None), dtype=FLOATS)
-    check_tensor("w_down", w_down, shape=(None, act.shape[1]), dtype=act.dtype, device=act.device)
+    _check_weight("w_down", w_down, (None, act.shape[1]), act)
     return act.shape[0], act.shape[1]
 
 
@@ -48,9 +62,9 @@ def _check_steer_act(act: Tensor) -> tuple[int, int]:
     return act.shape[0], act.shape[1]
 
 
-def _check_linear(x: Tensor, w: Tensor, bias: Tensor | None) -> tuple[int, int]:
+def _check_linear(x: Tensor, w: Weight, bias: Tensor | None) -> tuple[int, int]:
     check_tensor("x", x, shape=(None, None), dtype=FLOATS)
-    check_tensor("w", w, shape=(None, x.shape[1]), dtype=x.dtype, device=x.device)
+    _check_weight("w", w, (None, x.shape[1]), x)
     if bias is not None:
         check_tensor("bias", bias, shape=(w.shape[0],), dtype=x.dtype, device=x.device)
     return x.shape[0], w.shape[0]

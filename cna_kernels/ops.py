@@ -19,6 +19,7 @@ from torch.autograd import forward_ad
 from torch.utils._device import DeviceContext
 
 from . import backends, library
+from .blocks import BlockWeight, Weight
 from .extras import Extras, Inputs
 from .op_checks import FLOATS as FLOATS
 from .op_checks import check
@@ -29,8 +30,8 @@ from .serve import READY, as_given, count_change, is_as_stored, looks, prepare
 
 def gated_mlp(
     x: Tensor,
-    w_gate_up: Tensor | tuple[Tensor, Tensor],
-    w_down: Tensor,
+    w_gate_up: Tensor | tuple[Weight, Weight],
+    w_down: Weight,
     *,
     token_weight: Tensor | None = None,
     act_sum: Tensor | None = None,
@@ -47,6 +48,7 @@ def gated_mlp(
     Args:
         x: ``[T, H]`` bf16, fp16 or fp32. The other floating inputs share its dtype unless said otherwise.
         w_gate_up: ``[2N, H]``, the rows of ``gate_proj`` then those of ``up_proj``; or a tuple of the two, ``[N, H]``.
+            Weights may be BlockWeights on CPUs, as pairs here; gradients then flow through their numbers.
         w_down: ``[H, N]``.
         token_weight: ``[T, C]`` fp32, how much each token counts in each column.
         act_sum: ``[C, N]`` fp32, or fp64, added to in place. Needs ``token_weight``. Where an input requires grad, what
@@ -97,7 +99,7 @@ def swiglu(
 
 def down_proj(
     act: Tensor,
-    w_down: Tensor,
+    w_down: Weight,
     *,
     token_weight: Tensor | None = None,
     act_sum: Tensor | None = None,
@@ -116,7 +118,7 @@ def down_proj(
 
     Args:
         act: ``[T, N]`` bf16, fp16 or fp32.
-        w_down: ``[H, N]``, same dtype.
+        w_down: ``[H, N]``, same dtype, or a BlockWeight.
         token_weight, act_sum, act_sumsq, scale, row_circuit, backend: as in :func:`gated_mlp`.
 
     Returns:
@@ -150,19 +152,19 @@ def steer_act(
     return call("steer_act", (act,), _extras(token_weight, act_sum, act_sumsq, scale, row_circuit, weight), backend)
 
 
-def linear(x: Tensor, w: Tensor, bias: Tensor | None = None, *, backend: str | None = None) -> Tensor:
+def linear(x: Tensor, w: Weight, bias: Tensor | None = None, *, backend: str | None = None) -> Tensor:
     """Any other linear layer, ``y = x @ w^T + bias``: the CPU engine's products on CPUs, PyTorch's elsewhere.
 
     Args:
         x: ``[T, H]`` bf16, fp16 or fp32.
-        w: ``[O, H]``, same dtype.
+        w: ``[O, H]``, same dtype, or on CPUs a BlockWeight.
         bias: ``[O]``, same dtype.
         backend: as in :func:`gated_mlp`.
 
     Returns:
         y ``[T, O]``.
     """
-    if x.device.type != "cpu":
+    if x.device.type != "cpu" and isinstance(w, Tensor):
         return F.linear(x, w, bias)
     return call("linear", (x, w, bias), (), backend)
 
@@ -193,6 +195,7 @@ def call(op: str, inputs: Inputs, extras: Extras | tuple[()], backend: str | Non
     """
     if _observed() or _needs_grad(inputs, extras):
         check(op, inputs, extras)
+        inputs = tuple(x.dense(inputs[0].dtype) if isinstance(x, BlockWeight) else x for x in inputs)
         taken_apart = _is_taken_apart(inputs, extras)
         if taken_apart or _needs_grad(inputs, extras):
             if not taken_apart:

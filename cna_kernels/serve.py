@@ -10,13 +10,14 @@ from torch import Tensor
 from torch.autograd.graph import increment_version
 
 from . import backends, plans
+from .blocks import BlockWeight
 from .extras import Extras, Inputs, Run
 
 Looks: TypeAlias = tuple[Any, ...]
 # What a call looks like -> the function that serves it: of the op's tensors, then the extras.
 READY: dict[Looks, Run] = plans.kept()
 _MOST = 1 << 14  # kinds of calls to keep; a long run over prompts of all lengths meets many
-_KNOWN = (torch.Tensor, torch.nn.Parameter)
+_KNOWN = (torch.Tensor, torch.nn.Parameter, BlockWeight)
 
 
 def looks(op: str, inputs: Inputs, extras: Extras | tuple[()], backend: str | None) -> Looks:

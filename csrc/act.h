@@ -1,6 +1,7 @@
 // silu(gate) * up, the sums of its result, and steering. Included inside a level's namespace.
 
 inline int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
+inline int64_t larger(int64_t a, int64_t b) { return a > b ? a : b; }
 inline int64_t round_up(int64_t n, int64_t step) { return (n + step - 1) / step * step; }
 
 // exp(x) for x in [-87, 88]: Cody-Waite reduction and the polynomial of Cephes' expf (Moshier), relative error 2^-23.

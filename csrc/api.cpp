@@ -88,6 +88,33 @@ struct Call {
     add(at, 1, columns, stride);
   }
 
+  // Add rows [n_rows, K] of weights in elements of T; `stride` counts elements.
+  template <class T>
+  Weights add_weights(const T *at, int64_t n_rows, int64_t K, int64_t stride) {
+    add(at, n_rows, K, stride);
+    return {at, status == CNA_OK ? stride * int64_t(sizeof(T)) : 0, type_of(T())};
+  }
+
+  // Add rows of weights in elements of T, or in blocks.
+  template <class T>
+  Weights add_weights(const cna_weight *w, int64_t n_rows, int64_t K, T = T()) {
+    if (!w || reinterpret_cast<uintptr_t>(w) % alignof(cna_weight)) {
+      fail(w ? CNA_ERR_ALIGN : CNA_ERR_NULL);
+      return {};
+    }
+    if (w->type == type_of(T())) {
+      if (w->row_bytes % int64_t(sizeof(T))) fail(CNA_ERR_ALIGN);
+      return add_weights(static_cast<const T *>(w->at), n_rows, K, w->row_bytes / int64_t(sizeof(T)));
+    }
+    const BlockSize size = block_size(w->type);
+    if (!size.elements) fail(CNA_ERR_TYPE);
+    if (size.elements && K % size.elements) fail(CNA_ERR_BLOCK);
+    int64_t row_bytes = w->row_bytes;
+    add(static_cast<const uint8_t *>(w->at), n_rows,
+        size.elements && K >= 0 && K <= LARGEST ? K / size.elements * size.bytes : K, row_bytes);
+    return {w->at, row_bytes, int(w->type)};
+  }
+
   // Check the extras and copy to `used` the parts that have any work.
   void add_extras(const cna_extras *extras, cna_extras *used, int64_t n_tokens, int64_t N) {
     *used = cna_extras();
@@ -151,22 +178,35 @@ const Ops<float> &ops(const Level &level) {
   return level.fp32;
 }
 
+// Whose weights a call has: an array with a stride, or a cna_weight.
 template <class T>
-int gated_mlp(T *y, const T *x, const T *w_gate, const T *w_up, const T *w_down, const cna_extras *extras,
-              int64_t n_tokens, int64_t H, int64_t N, int64_t y_stride, int64_t x_stride, int64_t w_gate_up_stride,
-              int64_t w_down_stride, int n_threads) {
+struct Strided {
+  const T *at;
+  int64_t stride;
+};
+template <class T>
+Weights add_weights(Call &call, Strided<T> w, int64_t n_rows, int64_t K) {
+  return call.add_weights(w.at, n_rows, K, w.stride);
+}
+template <class T>
+Weights add_weights(Call &call, const cna_weight *w, int64_t n_rows, int64_t K) {
+  return call.add_weights<T>(w, n_rows, K);
+}
+
+template <class T, class W>
+int gated_mlp(T *y, const T *x, W w_gate, W w_up, W w_down, const cna_extras *extras, int64_t n_tokens, int64_t H,
+              int64_t N, int64_t y_stride, int64_t x_stride, int n_threads) {
   Call call;
   cna_extras used;
   call.add(y, n_tokens, H, y_stride, true);
   call.add(x, n_tokens, H, x_stride);
-  call.add(w_gate, N, H, w_gate_up_stride);
-  call.add(w_up, N, H, w_gate_up_stride);
-  call.add(w_down, H, N, w_down_stride);
+  const Weights gate = add_weights<T>(call, w_gate, N, H), up = add_weights<T>(call, w_up, N, H);
+  const Weights down = add_weights<T>(call, w_down, H, N);
   call.add_extras(extras, &used, n_tokens, N);
   const Level *level = call.ready(n_threads);
   if (!level || !n_tokens || !H) return call.status;  // with H = 0 act is 0 and adds nothing
-  return ops<T>(*level).gated_mlp(y, x, w_gate, w_up, w_down, used, n_tokens, H, N, y_stride, x_stride,
-                                  w_gate_up_stride, w_down_stride, usable_threads(n_threads));
+  return ops<T>(*level).gated_mlp(y, x, gate, up, down, used, n_tokens, H, N, y_stride, x_stride,
+                                  usable_threads(n_threads));
 }
 
 template <class T>
@@ -198,32 +238,42 @@ int steer_act(T *steered, const T *act, const cna_extras *extras, int64_t n_toke
                                   usable_threads(n_threads));
 }
 
-template <class T>
-int down_proj(T *y, const T *act, const T *w_down, const cna_extras *extras, int64_t n_tokens, int64_t H, int64_t N,
-              int64_t y_stride, int64_t act_stride, int64_t w_down_stride, int n_threads) {
+template <class T, class W>
+int down_proj(T *y, const T *act, W w_down, const cna_extras *extras, int64_t n_tokens, int64_t H, int64_t N,
+              int64_t y_stride, int64_t act_stride, int n_threads) {
   Call call;
   cna_extras used;
   call.add(y, n_tokens, H, y_stride, true);
   call.add(act, n_tokens, N, act_stride);
-  call.add(w_down, H, N, w_down_stride);
+  const Weights down = add_weights<T>(call, w_down, H, N);
   call.add_extras(extras, &used, n_tokens, N);
   const Level *level = call.ready(n_threads);
   if (!level || !n_tokens || (!H && !used.token_weight)) return call.status;
-  return ops<T>(*level).down_proj(y, act, w_down, used, n_tokens, H, N, y_stride, act_stride, w_down_stride,
-                                  usable_threads(n_threads));
+  return ops<T>(*level).down_proj(y, act, down, used, n_tokens, H, N, y_stride, act_stride, usable_threads(n_threads));
 }
 
-template <class T>
-int linear(T *y, const T *x, const T *w, const T *bias, int64_t n_tokens, int64_t O, int64_t H, int64_t y_stride,
-           int64_t x_stride, int64_t w_stride, int n_threads) {
+template <class T, class W>
+int linear(T *y, const T *x, W w, const T *bias, int64_t n_tokens, int64_t O, int64_t H, int64_t y_stride,
+           int64_t x_stride, int n_threads) {
   Call call;
   call.add(y, n_tokens, O, y_stride, true);
   call.add(x, n_tokens, H, x_stride);
-  call.add(w, O, H, w_stride);
+  const Weights weights = add_weights<T>(call, w, O, H);
   if (bias) call.add_row(bias, O);
   const Level *level = call.ready(n_threads);
   if (!level || !n_tokens || !O) return call.status;
-  return ops<T>(*level).linear(y, x, w, bias, n_tokens, O, H, y_stride, x_stride, w_stride, usable_threads(n_threads));
+  return ops<T>(*level).linear(y, x, weights, bias, n_tokens, O, H, y_stride, x_stride, usable_threads(n_threads));
+}
+
+template <class T>
+int dequantize(T *out, const cna_weight *w, int64_t O, int64_t H, int64_t out_stride, int n_threads) {
+  Call call;
+  call.add(out, O, H, out_stride, true);
+  const Weights weights = call.add_weights<T>(w, O, H);
+  if (weights.type == type_of(T())) call.fail(CNA_ERR_TYPE);
+  const Level *level = call.ready(n_threads);
+  if (!level || !O || !H) return call.status;
+  return ops<T>(*level).dequantize(out, weights, O, H, out_stride, usable_threads(n_threads));
 }
 
 // Bf16 and Fp16 are structs of one uint16_t: the same bytes.
@@ -258,37 +308,59 @@ const char *cna_status_text(int status) {
     case CNA_ERR_THREADS: return "n_threads is below 1";
     case CNA_ERR_ISA: return "the instruction-set level asked for is unknown, or this CPU does not have it";
     case CNA_ERR_MEMORY: return "no memory for the workspace";
+    case CNA_ERR_TYPE: return "a weight's type is neither a block format nor that of the function";
+    case CNA_ERR_BLOCK: return "the rows of a weight are not whole blocks";
     default: return "unknown status";
   }
 }
 
-#define CNA_DEFINE(DTYPE, TYPE)                                                                                       \
-  int cna_gated_mlp_##DTYPE(TYPE *y, const TYPE *x, const TYPE *w_gate, const TYPE *w_up, const TYPE *w_down,         \
-                            const cna_extras *extras, int64_t T, int64_t H, int64_t N, int64_t y_stride,              \
-                            int64_t x_stride, int64_t w_gate_up_stride, int64_t w_down_stride, int n_threads) {       \
-    return gated_mlp(DTYPE(y), DTYPE(x), DTYPE(w_gate), DTYPE(w_up), DTYPE(w_down), extras, T, H, N, y_stride,        \
-                     x_stride, w_gate_up_stride, w_down_stride, n_threads);                                           \
-  }                                                                                                                   \
-  int cna_swiglu_##DTYPE(TYPE *act, const TYPE *gate, const TYPE *up, const cna_extras *extras, int64_t T, int64_t N, \
-                         int64_t act_stride, int64_t gate_stride, int64_t up_stride, int n_threads) {                 \
-    return swiglu(DTYPE(act), DTYPE(gate), DTYPE(up), extras, T, N, act_stride, gate_stride, up_stride, n_threads);   \
-  }                                                                                                                   \
-  int cna_steer_act_##DTYPE(TYPE *steered, const TYPE *act, const cna_extras *extras, int64_t T, int64_t N,           \
-                            int64_t steered_stride, int64_t act_stride, int n_threads) {                              \
-    return steer_act(DTYPE(steered), DTYPE(act), extras, T, N, steered_stride, act_stride, n_threads);                \
-  }                                                                                                                   \
-  int cna_down_proj_##DTYPE(TYPE *y, const TYPE *act, const TYPE *w_down, const cna_extras *extras, int64_t T,        \
-                            int64_t H, int64_t N, int64_t y_stride, int64_t act_stride, int64_t w_down_stride,        \
-                            int n_threads) {                                                                          \
-    return down_proj(DTYPE(y), DTYPE(act), DTYPE(w_down), extras, T, H, N, y_stride, act_stride, w_down_stride,       \
-                     n_threads);                                                                                      \
-  }                                                                                                                   \
-  int cna_linear_##DTYPE(TYPE *y, const TYPE *x, const TYPE *w, const TYPE *bias, int64_t T, int64_t O, int64_t H,    \
-                         int64_t y_stride, int64_t x_stride, int64_t w_stride, int n_threads) {                       \
-    return linear(DTYPE(y), DTYPE(x), DTYPE(w), DTYPE(bias), T, O, H, y_stride, x_stride, w_stride, n_threads);       \
+#define CNA_DEFINE(DTYPE, TYPE, ELEMENT)                                                                               \
+  int cna_gated_mlp_##DTYPE(TYPE *y, const TYPE *x, const TYPE *w_gate, const TYPE *w_up, const TYPE *w_down,          \
+                            const cna_extras *extras, int64_t T, int64_t H, int64_t N, int64_t y_stride,               \
+                            int64_t x_stride, int64_t w_gate_up_stride, int64_t w_down_stride, int n_threads) {        \
+    const Strided<ELEMENT> gate = {DTYPE(w_gate), w_gate_up_stride}, up = {DTYPE(w_up), w_gate_up_stride},             \
+                           down = {DTYPE(w_down), w_down_stride};                                                      \
+    return gated_mlp(DTYPE(y), DTYPE(x), gate, up, down, extras, T, H, N, y_stride, x_stride, n_threads);              \
+  }                                                                                                                    \
+  int cna_swiglu_##DTYPE(TYPE *act, const TYPE *gate, const TYPE *up, const cna_extras *extras, int64_t T, int64_t N,  \
+                         int64_t act_stride, int64_t gate_stride, int64_t up_stride, int n_threads) {                  \
+    return swiglu(DTYPE(act), DTYPE(gate), DTYPE(up), extras, T, N, act_stride, gate_stride, up_stride, n_threads);    \
+  }                                                                                                                    \
+  int cna_steer_act_##DTYPE(TYPE *steered, const TYPE *act, const cna_extras *extras, int64_t T, int64_t N,            \
+                            int64_t steered_stride, int64_t act_stride, int n_threads) {                               \
+    return steer_act(DTYPE(steered), DTYPE(act), extras, T, N, steered_stride, act_stride, n_threads);                 \
+  }                                                                                                                    \
+  int cna_down_proj_##DTYPE(TYPE *y, const TYPE *act, const TYPE *w_down, const cna_extras *extras, int64_t T,         \
+                            int64_t H, int64_t N, int64_t y_stride, int64_t act_stride, int64_t w_down_stride,         \
+                            int n_threads) {                                                                           \
+    const Strided<ELEMENT> down = {DTYPE(w_down), w_down_stride};                                                      \
+    return down_proj(DTYPE(y), DTYPE(act), down, extras, T, H, N, y_stride, act_stride, n_threads);                    \
+  }                                                                                                                    \
+  int cna_linear_##DTYPE(TYPE *y, const TYPE *x, const TYPE *w, const TYPE *bias, int64_t T, int64_t O, int64_t H,     \
+                         int64_t y_stride, int64_t x_stride, int64_t w_stride, int n_threads) {                        \
+    return linear(DTYPE(y), DTYPE(x), Strided<ELEMENT>{DTYPE(w), w_stride}, DTYPE(bias), T, O, H, y_stride, x_stride,  \
+                  n_threads);                                                                                          \
+  }                                                                                                                    \
+  int cna_gated_mlp_typed_##DTYPE(TYPE *y, const TYPE *x, const cna_weight *w_gate, const cna_weight *w_up,            \
+                                  const cna_weight *w_down, const cna_extras *extras, int64_t T, int64_t H, int64_t N, \
+                                  int64_t y_stride, int64_t x_stride, int n_threads) {                                 \
+    return gated_mlp(DTYPE(y), DTYPE(x), w_gate, w_up, w_down, extras, T, H, N, y_stride, x_stride, n_threads);        \
+  }                                                                                                                    \
+  int cna_down_proj_typed_##DTYPE(TYPE *y, const TYPE *act, const cna_weight *w_down, const cna_extras *extras,        \
+                                  int64_t T, int64_t H, int64_t N, int64_t y_stride, int64_t act_stride,               \
+                                  int n_threads) {                                                                     \
+    return down_proj(DTYPE(y), DTYPE(act), w_down, extras, T, H, N, y_stride, act_stride, n_threads);                  \
+  }                                                                                                                    \
+  int cna_linear_typed_##DTYPE(TYPE *y, const TYPE *x, const cna_weight *w, const TYPE *bias, int64_t T, int64_t O,    \
+                               int64_t H, int64_t y_stride, int64_t x_stride, int n_threads) {                         \
+    return linear(DTYPE(y), DTYPE(x), w, DTYPE(bias), T, O, H, y_stride, x_stride, n_threads);                         \
+  }                                                                                                                    \
+  int cna_dequantize_##DTYPE(TYPE *out, const cna_weight *w, int64_t O, int64_t H, int64_t out_stride,                 \
+                             int n_threads) {                                                                          \
+    return dequantize(DTYPE(out), w, O, H, out_stride, n_threads);                                                     \
   }
 
-CNA_DEFINE(bf16, uint16_t)
-CNA_DEFINE(fp16, uint16_t)
-CNA_DEFINE(fp32, float)
+CNA_DEFINE(bf16, uint16_t, Bf16)
+CNA_DEFINE(fp16, uint16_t, Fp16)
+CNA_DEFINE(fp32, float, float)
 }

@@ -28,7 +28,7 @@ extern "C" {
 #define CNA_API
 #endif
 
-#define CNA_ABI_VERSION 2
+#define CNA_ABI_VERSION 3
 
 typedef enum cna_status {
   CNA_OK = 0,
@@ -41,8 +41,33 @@ typedef enum cna_status {
   CNA_ERR_SCALE = 7,   /* a circuit in use: offsets out of order, an index outside its block or not ascending */
   CNA_ERR_THREADS = 8, /* n_threads is below 1 */
   CNA_ERR_ISA = 9,     /* CNA_CPU_ISA or cna_use_isa names a level that is unknown or that this CPU lacks */
-  CNA_ERR_MEMORY = 10  /* the workspace could not be allocated */
+  CNA_ERR_MEMORY = 10, /* the workspace could not be allocated */
+  CNA_ERR_TYPE = 11,   /* a cna_weight's type is neither a block format nor that of the function */
+  CNA_ERR_BLOCK = 12   /* the rows of a cna_weight in a block format are not whole blocks */
 } cna_status;
+
+/* What the numbers of a cna_weight are. The numbers of the types are those of GGUF, the layouts of blocks those of
+   ggml, as they lie in a file: w = scale * q - offset with scales and whole numbers of 4 to 8 bits. */
+typedef enum cna_type {
+  CNA_FP32 = 0,
+  CNA_FP16 = 1,
+  CNA_Q4_0 = 2,  /* blocks of 32 numbers in 18 bytes; likewise: */
+  CNA_Q4_1 = 3,  /* 32 in 20 */
+  CNA_Q5_0 = 6,  /* 32 in 22 */
+  CNA_Q5_1 = 7,  /* 32 in 24 */
+  CNA_Q8_0 = 8,  /* 32 in 34 */
+  CNA_Q4_K = 12, /* 256 in 144 */
+  CNA_Q5_K = 13, /* 256 in 176 */
+  CNA_Q6_K = 14, /* 256 in 210 */
+  CNA_BF16 = 30
+} cna_type;
+
+/* The rows of a matrix of weights. Blocks may lie at any address. */
+typedef struct cna_weight {
+  const void *at;
+  int64_t type;      /* a cna_type */
+  int64_t row_bytes; /* from one row to the next */
+} cna_weight;
 
 /* The optional arguments: sums, steering, or both. Set version, and every field that is not used to 0. */
 typedef struct cna_extras {
@@ -130,6 +155,42 @@ CNA_API int cna_linear_fp16(uint16_t *y, const uint16_t *x, const uint16_t *w, c
                             int64_t O, int64_t H, int64_t y_stride, int64_t x_stride, int64_t w_stride, int n_threads);
 CNA_API int cna_linear_fp32(float *y, const float *x, const float *w, const float *bias, int64_t T, int64_t O,
                             int64_t H, int64_t y_stride, int64_t x_stride, int64_t w_stride, int n_threads);
+
+/* The same three with weights in blocks, or of the function's own type. Products are those with the numbers that the
+   blocks stand for, in fp32 at few tokens; at more tokens these are rounded to the function's type first. x, act and y
+   are never quantised. */
+CNA_API int cna_gated_mlp_typed_bf16(uint16_t *y, const uint16_t *x, const cna_weight *w_gate, const cna_weight *w_up,
+                                     const cna_weight *w_down, const cna_extras *extras, int64_t T, int64_t H,
+                                     int64_t N, int64_t y_stride, int64_t x_stride, int n_threads);
+CNA_API int cna_gated_mlp_typed_fp16(uint16_t *y, const uint16_t *x, const cna_weight *w_gate, const cna_weight *w_up,
+                                     const cna_weight *w_down, const cna_extras *extras, int64_t T, int64_t H,
+                                     int64_t N, int64_t y_stride, int64_t x_stride, int n_threads);
+CNA_API int cna_gated_mlp_typed_fp32(float *y, const float *x, const cna_weight *w_gate, const cna_weight *w_up,
+                                     const cna_weight *w_down, const cna_extras *extras, int64_t T, int64_t H,
+                                     int64_t N, int64_t y_stride, int64_t x_stride, int n_threads);
+CNA_API int cna_down_proj_typed_bf16(uint16_t *y, const uint16_t *act, const cna_weight *w_down,
+                                     const cna_extras *extras, int64_t T, int64_t H, int64_t N, int64_t y_stride,
+                                     int64_t act_stride, int n_threads);
+CNA_API int cna_down_proj_typed_fp16(uint16_t *y, const uint16_t *act, const cna_weight *w_down,
+                                     const cna_extras *extras, int64_t T, int64_t H, int64_t N, int64_t y_stride,
+                                     int64_t act_stride, int n_threads);
+CNA_API int cna_down_proj_typed_fp32(float *y, const float *act, const cna_weight *w_down, const cna_extras *extras,
+                                     int64_t T, int64_t H, int64_t N, int64_t y_stride, int64_t act_stride,
+                                     int n_threads);
+CNA_API int cna_linear_typed_bf16(uint16_t *y, const uint16_t *x, const cna_weight *w, const uint16_t *bias, int64_t T,
+                                  int64_t O, int64_t H, int64_t y_stride, int64_t x_stride, int n_threads);
+CNA_API int cna_linear_typed_fp16(uint16_t *y, const uint16_t *x, const cna_weight *w, const uint16_t *bias, int64_t T,
+                                  int64_t O, int64_t H, int64_t y_stride, int64_t x_stride, int n_threads);
+CNA_API int cna_linear_typed_fp32(float *y, const float *x, const cna_weight *w, const float *bias, int64_t T,
+                                  int64_t O, int64_t H, int64_t y_stride, int64_t x_stride, int n_threads);
+
+/* out[O, H] = the numbers that w [O, H], in a block format, stands for, rounded once from fp32. */
+CNA_API int cna_dequantize_bf16(uint16_t *out, const cna_weight *w, int64_t O, int64_t H, int64_t out_stride,
+                                int n_threads);
+CNA_API int cna_dequantize_fp16(uint16_t *out, const cna_weight *w, int64_t O, int64_t H, int64_t out_stride,
+                                int n_threads);
+CNA_API int cna_dequantize_fp32(float *out, const cna_weight *w, int64_t O, int64_t H, int64_t out_stride,
+                                int n_threads);
 
 #ifdef __cplusplus
 }

@@ -1,6 +1,10 @@
-// What an instruction-set level provides: fifteen operations (five ops in three dtypes), called with checked arguments.
+// What an instruction-set level provides: eighteen operations (six in three dtypes), called with checked arguments.
 // Each level compiles the same files in a namespace of its own, for its instructions; what they share comes from here.
 #pragma once
+
+#include <initializer_list>
+#include <type_traits>
+#include <utility>
 
 #include "cna.h"
 #include "dtypes.h"
@@ -9,19 +13,49 @@
 
 namespace cna {
 
+// Rows of weights: the first row, bytes from one row to the next, and what they hold: a cna_type.
+struct Weights {
+  const void *at;
+  int64_t row_bytes;
+  int type;
+};
+
+constexpr int type_of(Bf16) { return CNA_BF16; }
+constexpr int type_of(Fp16) { return CNA_FP16; }
+constexpr int type_of(float) { return CNA_FP32; }
+
+// Numbers in a block and its bytes, of the block formats; 0 for other types.
+struct BlockSize {
+  int elements, bytes;
+};
+constexpr BlockSize block_size(int64_t type) {
+  switch (type) {
+    case CNA_Q4_0: return {32, 18};
+    case CNA_Q4_1: return {32, 20};
+    case CNA_Q5_0: return {32, 22};
+    case CNA_Q5_1: return {32, 24};
+    case CNA_Q8_0: return {32, 34};
+    case CNA_Q4_K: return {256, 144};
+    case CNA_Q5_K: return {256, 176};
+    case CNA_Q6_K: return {256, 210};
+    default: return {0, 0};
+  }
+}
+
 template <class T>
 struct Ops {
-  int (*gated_mlp)(T *y, const T *x, const T *w_gate, const T *w_up, const T *w_down, const cna_extras &extras,
-                   int64_t n_tokens, int64_t H, int64_t N, int64_t y_stride, int64_t x_stride, int64_t w_gate_up_stride,
-                   int64_t w_down_stride, int n_threads);
+  int (*gated_mlp)(T *y, const T *x, const Weights &w_gate, const Weights &w_up, const Weights &w_down,
+                   const cna_extras &extras, int64_t n_tokens, int64_t H, int64_t N, int64_t y_stride, int64_t x_stride,
+                   int n_threads);
   int (*swiglu)(T *act, const T *gate, const T *up, const cna_extras &extras, int64_t n_tokens, int64_t N,
                 int64_t act_stride, int64_t gate_stride, int64_t up_stride, int n_threads);
   int (*steer_act)(T *steered, const T *act, const cna_extras &extras, int64_t n_tokens, int64_t N,
                    int64_t steered_stride, int64_t act_stride, int n_threads);
-  int (*down_proj)(T *y, const T *act, const T *w_down, const cna_extras &extras, int64_t n_tokens, int64_t H,
-                   int64_t N, int64_t y_stride, int64_t act_stride, int64_t w_down_stride, int n_threads);
-  int (*linear)(T *y, const T *x, const T *w, const T *bias, int64_t n_tokens, int64_t O, int64_t H, int64_t y_stride,
-                int64_t x_stride, int64_t w_stride, int n_threads);
+  int (*down_proj)(T *y, const T *act, const Weights &w_down, const cna_extras &extras, int64_t n_tokens, int64_t H,
+                   int64_t N, int64_t y_stride, int64_t act_stride, int n_threads);
+  int (*linear)(T *y, const T *x, const Weights &w, const T *bias, int64_t n_tokens, int64_t O, int64_t H,
+                int64_t y_stride, int64_t x_stride, int n_threads);
+  int (*dequantize)(T *out, const Weights &w, int64_t n_rows, int64_t K, int64_t out_stride, int n_threads);
 };
 
 struct Level {

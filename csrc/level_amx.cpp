@@ -18,8 +18,11 @@ namespace amx {
 #define CNA_AMX
 #include "vec_avx512.h"
 
-// Up to how many tokens dot.h is faster than panel.h; unmeasured.
+// Up to how many tokens dot.h is faster than amx.h; unmeasured.
 constexpr int64_t FEW_BF16 = 8, FEW_FP16 = 48, FEW_FP32 = 4;
+
+// The same for weights in blocks, dot_blocks.h, in every dtype: 2 cores of Emerald Rapids, 2026-11-27.
+constexpr int64_t FEW_BLOCKS = 8;
 
 #include "level_body.h"
 

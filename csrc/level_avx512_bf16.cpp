@@ -20,6 +20,9 @@ namespace avx512_bf16 {
 // Up to how many tokens dot.h is faster than panel.h: 2 cores of Zen 4, 2026-11-21.
 constexpr int64_t FEW_BF16 = 4, FEW_FP16 = 48, FEW_FP32 = 4;
 
+// The same for weights in blocks, dot_blocks.h, in every dtype: 2 cores of Emerald Rapids, 2026-11-27.
+constexpr int64_t FEW_BLOCKS = 8;
+
 #include "level_body.h"
 
 }  // namespace avx512_bf16

@@ -3,6 +3,8 @@
 
 #include "dot.h"
 #include "panel.h"
+#include "blocks.h"
+#include "dot_blocks.h"
 #ifdef CNA_AMX
 #include "amx.h"
 #endif

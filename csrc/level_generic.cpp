@@ -9,6 +9,9 @@ namespace generic {
 // Up to how many tokens dot.h is faster than panel.h; unmeasured beyond 64 tokens.
 constexpr int64_t FEW_BF16 = 16, FEW_FP16 = 16, FEW_FP32 = 16;
 
+// The same for weights in blocks, dot_blocks.h; unmeasured.
+constexpr int64_t FEW_BLOCKS = 8;
+
 #include "level_body.h"
 
 }  // namespace generic

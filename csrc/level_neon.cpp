@@ -13,6 +13,9 @@ namespace neon {
 // Up to how many tokens dot.h is faster than panel.h; unmeasured.
 constexpr int64_t FEW_BF16 = 8, FEW_FP16 = 8, FEW_FP32 = 8;
 
+// The same for weights in blocks, dot_blocks.h; unmeasured.
+constexpr int64_t FEW_BLOCKS = 8;
+
 #include "level_body.h"
 
 }  // namespace neon

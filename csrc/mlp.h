@@ -30,12 +30,7 @@ constexpr int64_t most_few(Bf16) { return FEW_BF16; }
 constexpr int64_t most_few(Fp16) { return FEW_FP16; }
 constexpr int64_t most_few(float) { return FEW_FP32; }
 
-// Floats that a thread needs: two tiles of results and the panels of a tile's weights.
 inline int64_t tile_size(int64_t n_tokens) { return round_up(n_tokens, TOKENS_TOGETHER) * BLOCK; }
-template <class T>
-int64_t scratch_size(int64_t n_tokens) {
-  return 2 * tile_size(n_tokens) + BLOCK * UNITS<T>;
-}
 
 // Calls run(parts, t0, n_tokens) for one chunk of tokens after the other. Each call takes its memory from `parts`; a
 // call before the first chunk, where parts.at is nullptr, only measures how much memory that is.
@@ -52,28 +47,43 @@ int in_chunks(int64_t all_tokens, const Run &run) {
   return CNA_OK;
 }
 
-// The products of one matrix of tokens x [n_tokens, K] with any rows of weights.
+// The products of one matrix of tokens x [n_tokens, K] with any rows of weights, of T or in blocks.
 template <class T>
 struct Product {
   int64_t n_tokens, K;
-  bool few;
-  void *tokens;
+  void *dots = nullptr, *many = nullptr, *blocks = nullptr;  // the tokens as dot.h, Many and dot_blocks.h read them
+  bool unpacks = false;                                      // whether rows of blocks are turned into rows of T
 
-  Product(Parts &parts, int64_t n_tokens, int64_t K) : n_tokens(n_tokens), K(K), few(n_tokens <= most_few(T())) {
-    tokens = parts.take<char>(few ? ByDot<T>::token_bytes(n_tokens, K) : Many<T>::token_bytes(n_tokens, K));
+  // `weights`: all that the tokens will be multiplied with.
+  Product(Parts &parts, int64_t n_tokens, int64_t K, std::initializer_list<const Weights *> weights)
+      : n_tokens(n_tokens), K(K) {
+    bool by_dots = false, by_many = false, by_blocks = false;
+    for (const Weights *w : weights) {
+      const bool plain = w->type == type_of(T()), few = n_tokens <= (plain ? most_few(T()) : FEW_BLOCKS);
+      (!few ? by_many : plain ? by_dots : by_blocks) = true;
+      if (!few && !plain) unpacks = true;
+    }
+    if (by_dots) dots = parts.take<char>(ByDot<T>::token_bytes(n_tokens, K));
+    if (by_many) many = parts.take<char>(Many<T>::token_bytes(n_tokens, K));
+    if (by_blocks) blocks = parts.take<char>(ByBlocks<T>::token_bytes(n_tokens, K));
   }
 
-  // Bring x into the form that the kernels read. each(t) is called before token t is read.
+  // Floats that a thread needs: two tiles of results, the panels of a tile's weights, and its rows turned into T.
+  int64_t scratch_size() const {
+    return 2 * tile_size(n_tokens) + BLOCK * UNITS<T> + (unpacks ? round_up(BLOCK * K * sizeof(T) / 4, 16) : 0);
+  }
+
+  // Bring x into the forms that the kernels read. each(t) is called before token t is read, once
+  // where all weights are of one form.
   template <class Each>
   void prepare(const T *x, int64_t x_stride, int n_threads, const Each &each) const {
-    if (few)
-      prepare_as<ByDot<T>>(x, x_stride, n_threads, each);
-    else
-      prepare_as<Many<T>>(x, x_stride, n_threads, each);
+    if (dots) prepare_as<ByDot<T>>(dots, x, x_stride, n_threads, each);
+    if (many) prepare_as<Many<T>>(many, x, x_stride, n_threads, each);
+    if (blocks) prepare_as<ByBlocks<T>>(blocks, x, x_stride, n_threads, each);
   }
 
   template <class How, class Each>
-  void prepare_as(const T *x, int64_t x_stride, int n_threads, const Each &each) const {
+  void prepare_as(void *tokens, const T *x, int64_t x_stride, int n_threads, const Each &each) const {
     parallel_for(How::n_blocks(n_tokens), n_tokens * K < SMALL ? 1 : n_threads, [&](int64_t block, int) {
       const int64_t t0 = How::first_token(block, n_tokens), t1 = How::first_token(block + 1, n_tokens);
       for (int64_t t = t0; t < t1; t++) each(t);
@@ -81,19 +91,34 @@ struct Product {
     });
   }
 
-  // Computes c[n_tokens, BLOCK] for O <= BLOCK rows of weights. next: the weights of the next tile, or nullptr.
-  void tile(float *c, const T *w, int64_t w_stride, int64_t O, const T *next, float *panels) const {
-    const auto run = few ? ByDot<T>::tile : Many<T>::tile;
-    run(c, BLOCK, w, w_stride, O, tokens, n_tokens, K, next, panels);
+  // Computes c[n_tokens, BLOCK] for O <= BLOCK rows of weights, from `row` on. next: the weights of T whose rows from
+  // next_row on are those of the next tile, or nullptr. panels: the scratch behind the tiles of results.
+  void tile(float *c, const Weights &w, int64_t row, int64_t O, const Weights *next, int64_t next_row,
+            float *panels) const {
+    if (w.type == type_of(T())) {
+      const T *ahead = next && next->type == w.type ? rows_of(*next, next_row) : nullptr;
+      const auto run = dots ? ByDot<T>::tile : Many<T>::tile;
+      run(c, BLOCK, rows_of(w, row), w.row_bytes / sizeof(T), O, dots ? dots : many, n_tokens, K, ahead, panels);
+    } else if (blocks) {
+      ByBlocks<T>::tile(c, BLOCK, w, row, O, blocks, n_tokens, K);
+    } else {
+      T *rows = reinterpret_cast<T *>(panels + BLOCK * UNITS<T>);
+      dequantize_rows(rows, K, w, row, O, K);
+      Many<T>::tile(c, BLOCK, rows, K, O, many, n_tokens, K, nullptr, panels);
+    }
+  }
+
+  static const T *rows_of(const Weights &w, int64_t row) {
+    return reinterpret_cast<const T *>(static_cast<const char *>(w.at) + row * w.row_bytes);
   }
 
   // y[n_tokens, O] = x @ w^T + bias. scratch: n_threads times `scratch_size` floats.
-  void times(T *y, int64_t y_stride, const T *w, int64_t w_stride, const T *bias, int64_t O, float *scratch,
-             int64_t scratch_size, int n_threads) const {
+  void times(T *y, int64_t y_stride, const Weights &w, const T *bias, int64_t O, float *scratch, int64_t scratch_size,
+             int n_threads) const {
     parallel_for((O + BLOCK - 1) / BLOCK, n_threads, [&](int64_t task, int thread) {
       float *c = scratch + thread * scratch_size, *panels = c + 2 * tile_size(n_tokens);
       const int64_t o0 = task * BLOCK, n = smaller(BLOCK, O - o0);
-      tile(c, w + o0 * w_stride, w_stride, n, o0 + n < O ? w + (o0 + n) * w_stride : nullptr, panels);
+      tile(c, w, o0, n, o0 + n < O ? &w : nullptr, o0 + n, panels);
       for (int64_t t = 0; t < n_tokens; t++)
         for (int64_t o = 0; o < n; o += W) {
           F32 value = load(c + t * BLOCK + o);
@@ -106,21 +131,22 @@ struct Product {
 
 // y = (act * scale) @ w_down^T. act [n_tokens, N] is steered in place and then prepared for the product.
 template <class T>
-void steer_and_project(T *y, int64_t y_stride, T *act, int64_t act_stride, const Product<T> &down, const T *w_down,
-                       int64_t w_down_stride, int64_t H, const cna_extras &extras, float *scratch, int n_threads) {
+void steer_and_project(T *y, int64_t y_stride, T *act, int64_t act_stride, const Product<T> &down,
+                       const Weights &w_down, int64_t H, const cna_extras &extras, float *scratch, int64_t scratch_size,
+                       int n_threads) {
   down.prepare(act, act_stride, n_threads, [&](int64_t t) {
     if (extras.row_circuit) steer_row(extras, act + t * act_stride, t, down.K);
   });
-  down.times(y, y_stride, w_down, w_down_stride, nullptr, H, scratch, scratch_size<T>(down.n_tokens), n_threads);
+  down.times(y, y_stride, w_down, nullptr, H, scratch, scratch_size, n_threads);
 }
 
 template <class T>
-int gated_mlp(T *y, const T *x, const T *w_gate, const T *w_up, const T *w_down, const cna_extras &all_extras,
-              int64_t all_tokens, int64_t H, int64_t N, int64_t y_stride, int64_t x_stride, int64_t w_gate_up_stride,
-              int64_t w_down_stride, int n_threads) {
+int gated_mlp(T *y, const T *x, const Weights &w_gate, const Weights &w_up, const Weights &w_down,
+              const cna_extras &all_extras, int64_t all_tokens, int64_t H, int64_t N, int64_t y_stride,
+              int64_t x_stride, int n_threads) {
   return in_chunks(all_tokens, [&](Parts &parts, int64_t t0, int64_t n_tokens) {
-    const int64_t size = scratch_size<T>(n_tokens);
-    const Product<T> gate_up(parts, n_tokens, H), down(parts, n_tokens, N);
+    const Product<T> gate_up(parts, n_tokens, H, {&w_gate, &w_up}), down(parts, n_tokens, N, {&w_down});
+    const int64_t size = larger(gate_up.scratch_size(), down.scratch_size());
     T *act = parts.take<T>(n_tokens * N);
     float *scratch = parts.take<float>(n_threads * size);
     int32_t *counted = parts.take<int32_t>(n_tokens);
@@ -132,23 +158,23 @@ int gated_mlp(T *y, const T *x, const T *w_gate, const T *w_up, const T *w_down,
       float *gate = scratch + thread * size, *up = gate + tile_size(n_tokens);
       float *panels = gate + 2 * tile_size(n_tokens);
       const int64_t n0 = task * BLOCK, n = smaller(BLOCK, N - n0);
-      const T *gate_rows = w_gate + n0 * w_gate_up_stride, *up_rows = w_up + n0 * w_gate_up_stride;
-      gate_up.tile(gate, gate_rows, w_gate_up_stride, n, up_rows, panels);
-      gate_up.tile(up, up_rows, w_gate_up_stride, n, n0 + n < N ? gate_rows + n * w_gate_up_stride : nullptr, panels);
+      gate_up.tile(gate, w_gate, n0, n, &w_up, n0, panels);
+      gate_up.tile(up, w_up, n0, n, n0 + n < N ? &w_gate : nullptr, n0 + n, panels);
       for (int64_t t = 0; t < n_tokens; t++) swiglu_row(act + t * N + n0, gate + t * BLOCK, up + t * BLOCK, n);
       sum_tokens(extras, act, N, counted, n_counted, n0, n0 + n);
     });
-    steer_and_project(y + t0 * y_stride, y_stride, act, N, down, w_down, w_down_stride, H, extras, scratch, n_threads);
+    steer_and_project(y + t0 * y_stride, y_stride, act, N, down, w_down, H, extras, scratch, size, n_threads);
   });
 }
 
 template <class T>
-int down_proj(T *y, const T *act, const T *w_down, const cna_extras &all_extras, int64_t all_tokens, int64_t H,
-              int64_t N, int64_t y_stride, int64_t act_stride, int64_t w_down_stride, int n_threads) {
+int down_proj(T *y, const T *act, const Weights &w_down, const cna_extras &all_extras, int64_t all_tokens, int64_t H,
+              int64_t N, int64_t y_stride, int64_t act_stride, int n_threads) {
   return in_chunks(all_tokens, [&](Parts &parts, int64_t t0, int64_t n_tokens) {
-    const Product<T> down(parts, n_tokens, N);
+    const Product<T> down(parts, n_tokens, N, {&w_down});
+    const int64_t size = down.scratch_size();
     T *steered = parts.take<T>(all_extras.row_circuit ? n_tokens * N : 0);
-    float *scratch = parts.take<float>(n_threads * scratch_size<T>(n_tokens));
+    float *scratch = parts.take<float>(n_threads * size);
     int32_t *counted = parts.take<int32_t>(n_tokens);
     if (!parts.at) return;
     const cna_extras extras = from_token(all_extras, t0);
@@ -160,25 +186,24 @@ int down_proj(T *y, const T *act, const T *w_down, const cna_extras &all_extras,
       });
     if (extras.row_circuit) {
       for (int64_t t = 0; t < n_tokens; t++) std::memcpy(steered + t * N, rows + t * act_stride, N * sizeof(T));
-      steer_and_project(y + t0 * y_stride, y_stride, steered, N, down, w_down, w_down_stride, H, extras, scratch,
-                        n_threads);
+      steer_and_project(y + t0 * y_stride, y_stride, steered, N, down, w_down, H, extras, scratch, size, n_threads);
     } else {
       down.prepare(rows, act_stride, n_threads, [](int64_t) {});
-      down.times(y + t0 * y_stride, y_stride, w_down, w_down_stride, nullptr, H, scratch, scratch_size<T>(n_tokens),
-                 n_threads);
+      down.times(y + t0 * y_stride, y_stride, w_down, nullptr, H, scratch, size, n_threads);
     }
   });
 }
 
 template <class T>
-int linear(T *y, const T *x, const T *w, const T *bias, int64_t all_tokens, int64_t O, int64_t H, int64_t y_stride,
-           int64_t x_stride, int64_t w_stride, int n_threads) {
+int linear(T *y, const T *x, const Weights &w, const T *bias, int64_t all_tokens, int64_t O, int64_t H,
+           int64_t y_stride, int64_t x_stride, int n_threads) {
   return in_chunks(all_tokens, [&](Parts &parts, int64_t t0, int64_t n_tokens) {
-    const Product<T> product(parts, n_tokens, H);
-    float *scratch = parts.take<float>(n_threads * scratch_size<T>(n_tokens));
+    const Product<T> product(parts, n_tokens, H, {&w});
+    const int64_t size = product.scratch_size();
+    float *scratch = parts.take<float>(n_threads * size);
     if (!parts.at) return;
     product.prepare(x + t0 * x_stride, x_stride, n_threads, [](int64_t) {});
-    product.times(y + t0 * y_stride, y_stride, w, w_stride, bias, O, scratch, scratch_size<T>(n_tokens), n_threads);
+    product.times(y + t0 * y_stride, y_stride, w, bias, O, scratch, size, n_threads);
   });
 }
 
@@ -222,6 +247,15 @@ int steer_act(T *steered, const T *act, const cna_extras &extras, int64_t n_toke
 }
 
 template <class T>
+int dequantize(T *out, const Weights &w, int64_t n_rows, int64_t K, int64_t out_stride, int n_threads) {
+  parallel_for((n_rows + BLOCK - 1) / BLOCK, n_rows * K < SMALL ? 1 : n_threads, [&](int64_t task, int) {
+    const int64_t row = task * BLOCK;
+    dequantize_rows(out + row * out_stride, out_stride, w, row, smaller(BLOCK, n_rows - row), K);
+  });
+  return CNA_OK;
+}
+
+template <class T>
 constexpr Ops<T> ops() {
-  return {gated_mlp<T>, swiglu<T>, steer_act<T>, down_proj<T>, linear<T>};
+  return {gated_mlp<T>, swiglu<T>, steer_act<T>, down_proj<T>, linear<T>, dequantize<T>};
 }

@@ -31,6 +31,9 @@ inline F32 load(const Bf16 *p) {
   return _mm256_castsi256_ps(_mm256_slli_epi32(wide, 16));
 }
 inline F32 load(const Fp16 *p) { return _mm256_cvtph_ps(_mm_loadu_si128((const __m128i *)p)); }
+inline F32 load(const int8_t *p) {
+  return _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64((const __m128i *)p)));
+}
 inline void store(float *p, F32 a) { _mm256_storeu_ps(p, a); }
 inline void store(Bf16 *p, F32 a) {
   const __m256i bits = _mm256_castps_si256(a),

@@ -1,5 +1,6 @@
 // Vectors of 16 floats: AVX-512 F, BW, DQ, VL. See vec_generic.h for the interface.
 
+#define CNA_AVX512
 typedef __m512 F32;
 constexpr int W = 16;
 constexpr int TILE_TOKENS = 14;  // 28 accumulators, 2 vectors of weights and a token: 31 of the 32 registers
@@ -29,6 +30,9 @@ inline F32 load(const Bf16 *p) {
   return _mm512_castsi512_ps(_mm512_slli_epi32(wide, 16));
 }
 inline F32 load(const Fp16 *p) { return _mm512_cvtph_ps(_mm256_loadu_si256((const __m256i *)p)); }
+inline F32 load(const int8_t *p) {
+  return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i *)p)));
+}
 inline void store(float *p, F32 a) { _mm512_storeu_ps(p, a); }
 inline void store(Bf16 *p, F32 a) {
   const __m512i bits = _mm512_castps_si512(a),

@@ -31,6 +31,7 @@ inline F32 load_words(const void *p) {  // W 32-bit words at any address
 }
 inline F32 load(const Bf16 *p) { return F32{widen(p[0]), widen(p[1]), widen(p[2]), widen(p[3])}; }
 inline F32 load(const Fp16 *p) { return F32{widen(p[0]), widen(p[1]), widen(p[2]), widen(p[3])}; }
+inline F32 load(const int8_t *p) { return F32{float(p[0]), float(p[1]), float(p[2]), float(p[3])}; }
 inline void store(float *p, F32 a) { std::memcpy(p, &a, sizeof a); }
 inline void store(Bf16 *p, F32 a) {
   for (int i = 0; i < W; i++) narrow(p + i, a[i]);

@@ -24,6 +24,12 @@ inline F32 load(const float *p) { return vld1q_f32(p); }
 inline F32 load_words(const void *p) { return vreinterpretq_f32_u8(vld1q_u8((const uint8_t *)p)); }
 inline F32 load(const Bf16 *p) { return vreinterpretq_f32_u32(vshll_n_u16(vld1_u16((const uint16_t *)p), 16)); }
 inline F32 load(const Fp16 *p) { return vcvt_f32_f16(vreinterpret_f16_u16(vld1_u16((const uint16_t *)p))); }
+inline F32 load(const int8_t *p) {
+  int32_t four;
+  std::memcpy(&four, p, sizeof four);
+  const int8x8_t bytes = vreinterpret_s8_s32(vdup_n_s32(four));
+  return vcvtq_f32_s32(vmovl_s16(vget_low_s16(vmovl_s8(bytes))));
+}
 inline void store(float *p, F32 a) { vst1q_f32(p, a); }
 inline void store(Bf16 *p, F32 a) {
   const uint32x4_t bits = vreinterpretq_u32_f32(a), odd = vandq_u32(vshrq_n_u32(bits, 16), vdupq_n_u32(1));

@@ -66,8 +66,7 @@ def generate(
     for prompt in prompts:
         check_length(prompt, context)
     sampling = sampling or Sampling()
-    embedding = transformer.embed_tokens.weight
-    device = embedding.device
+    device = transformer.device
     input_ids, lengths = pad([prompt.ids for prompt in prompts], device)
     batch, longest = input_ids.shape
     cache_length = min(longest + max_new_tokens, context)
@@ -76,7 +75,7 @@ def generate(
     members = list(range(batch))  # the prompt that each row of the batch decodes
     running = set(members)
     with torch.inference_mode():
-        _check_cache_fits(transformer.config, batch, cache_length, embedding)
+        _check_cache_fits(transformer, batch, cache_length)
         hidden, cache = _prefill(transformer, input_ids, lengths, cache_length, steer)
         while True:
             logits = transformer.logits(hidden)
@@ -121,7 +120,7 @@ def _prefill(
     A beginning that all prompts share, as the header of a chat, is run once for each way of steering.
     """
     batch, longest = input_ids.shape
-    device, dtype = input_ids.device, transformer.embed_tokens.weight.dtype
+    device, dtype = input_ids.device, transformer.dtype
     rows = torch.arange(batch, dtype=torch.int64, device=device)
     shared = _shared_beginning(input_ids, lengths)
     first, members = _alike(batch, steer)
@@ -173,13 +172,14 @@ def _checked_seed(seed) -> int:
     return int(seed)
 
 
-def _check_cache_fits(config, batch, length, embedding):
+def _check_cache_fits(transformer: Transformer, batch: int, length: int):
     """Raise DoesNotFit, which names max_new_tokens, for a cache that memory cannot hold."""
+    config, device = transformer.config, transformer.device
     numbers = 2 * config.num_hidden_layers * batch * config.num_key_value_heads * length * config.head_dim
-    needed, available = numbers * embedding.dtype.itemsize, memory_of(embedding.device)
+    needed, available = numbers * transformer.dtype.itemsize, memory_of(device)
     if available is not None and needed > available:
         what = f"keys and values of {batch} x {length} tokens need {needed / 2**30:.1f} GiB"
-        raise DoesNotFit("max_new_tokens", f"{what}, {embedding.device} has {available / 2**30:.1f}")
+        raise DoesNotFit("max_new_tokens", f"{what}, {device} has {available / 2**30:.1f}")
 
 
 def _require_finite(logits, members, running, prompts):

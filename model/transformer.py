@@ -6,6 +6,7 @@ into ``gate_up_proj``. B sequences of S tokens, right-padded: causal attention n
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -17,6 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from cna_kernels import ops
+from cna_kernels.blocks import BlockWeight
 from cna_kernels.scale import make_scale
 from cna_kernels.steering import SteeringTable
 from cna_kernels.sums import ActivationSums
@@ -121,15 +123,36 @@ class RMSNorm(nn.Module):
 
 
 class Linear(nn.Linear):
-    """``torch.nn.Linear`` on ``ops.linear``, which uses the CPU engine on CPUs."""
+    """``torch.nn.Linear`` on ``ops.linear``, which uses the CPU engine on CPUs.
+
+    The weight may be a BlockWeight; that of ``gate_up_proj`` a pair of them, without a bias.
+    """
+
+    weight: Any  # Parameter, BlockWeight or (BlockWeight, BlockWeight)
 
     def forward(self, x: Tensor) -> Tensor:
-        y = ops.linear(x.flatten(0, -2), self.weight, self.bias)
+        rows = x.flatten(0, -2)
+        if isinstance(self.weight, tuple):
+            y = torch.cat([ops.linear(rows, weight) for weight in self.weight], dim=-1)
+            y = y if self.bias is None else y + self.bias
+        else:
+            y = ops.linear(rows, self.weight, self.bias)
         return y.view(*x.shape[:-1], y.shape[-1])
 
 
 class Embedding(nn.Embedding):
-    """``torch.nn.Embedding`` that draws no weights on the meta device: PyTorch would import its compiler to do so."""
+    """``torch.nn.Embedding`` that draws no weights on the meta device: PyTorch would import its compiler to do so.
+
+    The weight may be a BlockWeight, whose rows become ``row_dtype``.
+    """
+
+    weight: Any  # Parameter or BlockWeight
+    row_dtype = torch.float32
+
+    def forward(self, ids: Tensor) -> Tensor:
+        if isinstance(self.weight, BlockWeight):
+            return self.weight.rows(ids, self.row_dtype)
+        return super().forward(ids)
 
     def reset_parameters(self):
         if not self.weight.is_meta:
@@ -229,11 +252,25 @@ class Transformer(nn.Module):
 
     @property
     def device(self) -> torch.device:
-        return self.embed_tokens.weight.device
+        return self.norm.weight.device
 
     @property
     def dtype(self) -> torch.dtype:
-        return self.embed_tokens.weight.dtype
+        """The dtype of activations, and of all weights that do not lie in blocks."""
+        return self.norm.weight.dtype
+
+    def n_weights(self) -> int:
+        """The number of weights, those in blocks among them."""
+        in_blocks = sum(math.prod(weight.shape) for weight in self.block_weights())
+        return in_blocks + sum(weight.numel() for weight in self.parameters())
+
+    def block_weights(self) -> Iterator[BlockWeight]:
+        """Yield the weights that lie in the blocks of a GGUF file."""
+        for module in self.modules():
+            weight = getattr(module, "weight", None)
+            for each in weight if isinstance(weight, tuple) else (weight,):
+                if isinstance(each, BlockWeight):
+                    yield each
 
     def blocks(self) -> Iterator[list[Layer]]:
         """Yield the layers, in their order, in lists that are in memory together: here one list of all layers."""
@@ -254,6 +291,8 @@ class Transformer(nn.Module):
         """
         mlp = self.layers[0].mlp
         w_gate_up, w_down = mlp.gate_up_proj.weight, mlp.down_proj.weight
+        if self.device.type == "cpu":
+            return []
         n_neurons, device = w_down.shape[1], w_down.device
         scale = make_scale([{}], n_neurons, device)
         called = set()

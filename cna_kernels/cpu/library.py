@@ -13,7 +13,7 @@ from pathlib import Path
 
 from .. import plans
 
-ABI_VERSION = 2
+ABI_VERSION = 3
 PATH = Path(__file__).with_name("libcna.dylib" if sys.platform == "darwin" else "libcna.so")
 BUILD = "with a C++ compiler installed, run 'pip install .' (or 'pip install -e .') in the project's directory again"
 if sys.platform == "win32":
@@ -35,13 +35,18 @@ class Extras(Structure):
     )
 
 
-# op -> (number of arrays before the extras, whether extras follow, number of sizes and strides). n_threads comes last.
+# op -> (number of arrays and weights before the extras, whether extras follow, number of sizes and strides). n_threads
+# comes last.
 _OPS = {
     "gated_mlp": (5, True, 7),
     "swiglu": (3, True, 5),
     "steer_act": (2, True, 4),
     "down_proj": (3, True, 6),
     "linear": (4, False, 6),
+    "gated_mlp_typed": (5, True, 5),
+    "down_proj_typed": (3, True, 5),
+    "linear_typed": (4, False, 5),
+    "dequantize": (2, False, 3),
 }
 
 SIGNATURES = {

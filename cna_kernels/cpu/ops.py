@@ -17,12 +17,13 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .. import backends, reference
+from ..blocks import BlockWeight
 from ..extras import Extras, Inputs, Run
 from . import library
 from .plan import choose
-
-_SUFFIX = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
-_threads = torch.get_num_threads
+from .typed import describer
+from .typed import function as _function
+from .typed import threads as _threads
 
 
 def prepare(op: str, inputs: Inputs, extras: Extras | tuple[()]) -> Run:
@@ -37,6 +38,8 @@ def prepare(op: str, inputs: Inputs, extras: Extras | tuple[()]) -> Run:
 def _gated_mlp(inputs: Inputs, extras: Extras) -> Run:
     x, w_gate, w_up, w_down = inputs
     (T, H), N = x.shape, w_down.shape[1]
+    if any(isinstance(w, BlockWeight) for w in (w_gate, w_up, w_down)):
+        return _typed_gated_mlp(inputs, extras)
     if choose("gated_mlp", T, x.dtype).name == "torch":
         return _gated_mlp_by_torch()
     if w_up is not None and w_gate.stride(0) != w_up.stride(0):
@@ -51,6 +54,27 @@ def _gated_mlp(inputs: Inputs, extras: Extras) -> Run:
         up = gate + from_gate_to_up if w_up is None else w_up.data_ptr()
         arrays = y.data_ptr(), x.data_ptr(), gate, up, w_down.data_ptr()
         if status := function(*arrays, pack(*extras), *sizes, _threads()):
+            library.check(name, status)
+        return y
+
+    return run
+
+
+def _typed_gated_mlp(inputs: Inputs, extras: Extras) -> Run:
+    """Weights in blocks, or some of them: gate and up are two weights, or the halves of one tensor."""
+    x, w_gate, w_up, w_down = inputs
+    (T, H), N = x.shape, w_down.shape[1]
+    name, function = _function("gated_mlp_typed", x.dtype)
+    halves = w_up is None
+    gate_of, up_of = describer(w_gate), describer(w_gate if halves else w_up)
+    down_of, pack, sizes, shape = describer(w_down), _packer(extras), (T, H, N, H, x.stride(0)), (T, H)
+
+    def run(x: Tensor, w_gate: Any, w_up: Any, w_down: Any, *extras: Tensor | None) -> Tensor:
+        y = x.new_empty(shape)
+        if halves:
+            w_gate, w_up = w_gate[:N], w_gate[N:]
+        weights = gate_of(w_gate), up_of(w_up), down_of(w_down)
+        if status := function(y.data_ptr(), x.data_ptr(), *weights, pack(*extras), *sizes, _threads()):
             library.check(name, status)
         return y
 
@@ -99,6 +123,8 @@ def _swiglu(inputs: Inputs, extras: Extras) -> Run:
 def _down_proj(inputs: Inputs, extras: Extras) -> Run:
     act, w_down = inputs
     (T, N), H = act.shape, w_down.shape[0]
+    if isinstance(w_down, BlockWeight):
+        return _typed_down_proj(inputs, extras)
     if choose("down_proj", T, act.dtype).name == "torch":
         return backends.plain("down_proj")
     name, function = _function("down_proj", act.dtype)
@@ -107,6 +133,21 @@ def _down_proj(inputs: Inputs, extras: Extras) -> Run:
     def run(act: Tensor, w_down: Tensor, *extras: Tensor | None) -> Tensor:
         y = act.new_empty(shape)
         if status := function(y.data_ptr(), act.data_ptr(), w_down.data_ptr(), pack(*extras), *sizes, _threads()):
+            library.check(name, status)
+        return y
+
+    return run
+
+
+def _typed_down_proj(inputs: Inputs, extras: Extras) -> Run:
+    act, w_down = inputs
+    (T, N), H = act.shape, w_down.shape[0]
+    name, function = _function("down_proj_typed", act.dtype)
+    down_of, pack, sizes, shape = describer(w_down), _packer(extras), (T, H, N, H, act.stride(0)), (T, H)
+
+    def run(act: Tensor, w_down: BlockWeight, *extras: Tensor | None) -> Tensor:
+        y = act.new_empty(shape)
+        if status := function(y.data_ptr(), act.data_ptr(), down_of(w_down), pack(*extras), *sizes, _threads()):
             library.check(name, status)
         return y
 
@@ -130,6 +171,8 @@ def _steer_act(inputs: Inputs, extras: Extras) -> Run:
 def _linear(inputs: Inputs, extras: tuple[()]) -> Run:
     x, w, _ = inputs
     (T, H), O = x.shape, w.shape[0]  # noqa: E741
+    if isinstance(w, BlockWeight):
+        return _typed_linear(inputs)
     if choose("linear", T, x.dtype).name == "torch":
         return F.linear
     name, function = _function("linear", x.dtype)
@@ -145,6 +188,22 @@ def _linear(inputs: Inputs, extras: tuple[()]) -> Run:
     return run
 
 
+def _typed_linear(inputs: Inputs) -> Run:
+    x, w, _ = inputs
+    (T, H), O = x.shape, w.shape[0]  # noqa: E741
+    name, function = _function("linear_typed", x.dtype)
+    weight_of, sizes, shape = describer(w), (T, O, H, O, x.stride(0)), (T, O)
+
+    def run(x: Tensor, w: BlockWeight, bias: Tensor | None) -> Tensor:
+        y = x.new_empty(shape)
+        arrays = y.data_ptr(), x.data_ptr(), weight_of(w), None if bias is None else bias.data_ptr()
+        if status := function(*arrays, *sizes, _threads()):
+            library.check(name, status)
+        return y
+
+    return run
+
+
 _PREPARE: dict[str, Callable[[Inputs, Any], Run]] = {
     "gated_mlp": _gated_mlp,
     "swiglu": _swiglu,
@@ -152,11 +211,6 @@ _PREPARE: dict[str, Callable[[Inputs, Any], Run]] = {
     "steer_act": _steer_act,
     "linear": _linear,
 }
-
-
-def _function(op: str, dtype: torch.dtype) -> tuple[str, Callable[..., int]]:
-    name = f"cna_{op}_{_SUFFIX[dtype]}"
-    return name, getattr(library.load(), name)
 
 
 _FIELDS = struct.Struct(f"@{len(library.Extras._fields_)}q")
@@ -213,6 +267,6 @@ def _apart_all(inputs: Inputs, extras: tuple[Tensor | None, ...]) -> Inputs:
 
 
 def _apart(x: Tensor | None) -> Tensor | None:
-    if x is not None and x.dim() == 2 and x.shape[0] > 1 and x.stride(0) < x.shape[1]:
+    if isinstance(x, Tensor) and x.dim() == 2 and x.shape[0] > 1 and x.stride(0) < x.shape[1]:
         return x.contiguous()
     return x

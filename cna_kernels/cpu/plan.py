@@ -19,6 +19,7 @@ DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 # (level, dtype) -> the time of csrc as a share of PyTorch's at the same level, `make bench`.
 SHARE = {
+    ("amx", torch.bfloat16): "0.75 to 0.95",
     ("avx512_bf16", torch.bfloat16): "0.5 to 1.0",
     ("avx512_bf16", torch.float16): "0.2 to 1.1",
     ("avx512_bf16", torch.float32): "0.3 to 0.8",
@@ -27,23 +28,32 @@ SHARE = {
     ("avx512", torch.float32): "0.3 to 0.8",
 }
 MEASURED = "1 to 256 tokens, 2 cores of Zen 4, 2026-11-21"
+MEASURED_AMX = "64 and 256 tokens, 2 cores of Emerald Rapids, 2026-11-27"
 
-# (level, dtype) -> the number of tokens from which PyTorch's products are used, and why.
-TORCH_FROM = {
-    ("amx", torch.bfloat16): (9, "PyTorch's AMX products; those of csrc have run only in emulation"),
-    **{("generic", dtype): (5, "no vector instructions in the generic level of csrc") for dtype in DTYPES},
+# Weights in GGUF's blocks are always multiplied by csrc: up to FEW_BLOCKS tokens straight from the blocks, which are
+# turned into the activations' dtype for more (csrc/level_*.cpp).
+FEW_BLOCKS = 8
+
+# (level, dtype) -> the first and the last number of tokens for which PyTorch's products are used, and why.
+TORCH = {
+    ("amx", torch.bfloat16): (
+        9,
+        47,
+        "AMX: csrc takes 0.9 to 1.8 of PyTorch's time; 2 cores of Emerald Rapids, 2026-11-27",
+    ),
+    **{("generic", dtype): (5, math.inf, "no vector instructions in the generic level of csrc") for dtype in DTYPES},
 }
 
 
 def default(level: str, dtype: torch.dtype, n_tokens: int) -> Plan:
     """The plan for a call where nothing overrides it."""
-    first, reason = TORCH_FROM.get((level, dtype), (math.inf, ""))
-    if n_tokens >= first:
+    first, last, reason = TORCH.get((level, dtype), (math.inf, math.inf, ""))
+    if first <= n_tokens <= last:
         return Plan("torch", reason)
     share = SHARE.get((level, dtype))
     if share is None:
         return Plan("csrc", "each weight is read once; against PyTorch unmeasured at this level")
-    return Plan("csrc", f"{share} of PyTorch's time; {MEASURED}")
+    return Plan("csrc", f"{share} of PyTorch's time; {MEASURED_AMX if level == 'amx' else MEASURED}")
 
 
 def choose(op: str, n_tokens: int, dtype: torch.dtype) -> Plan:

@@ -2,7 +2,7 @@
 
 The header is read here, not by the ``gguf`` package, whose reader makes an object of every token of the vocabulary and
 of every merge, which takes seconds, and takes a damaged file at its word. What the bytes of a quantised tensor mean is
-left to ``gguf.quants``.
+left to ``cna_kernels.blocks``.
 
 The layout, all numbers little-endian: "GGUF", version u32, number of tensors u64, number of metadata pairs u64; the
 pairs (key, type u32, value); the tensors (name, number of dimensions u32, dimensions u64 with the innermost first, type
@@ -26,10 +26,12 @@ from typing import Any, BinaryIO
 import numpy as np
 import torch
 
+from cna_kernels.blocks import FORMATS, BlockWeight
+from cna_kernels.cpu import library
 from cna_kernels.errors import InputError
 from cna_kernels.fields import Fields, short
 from cna_kernels.files import FilePath, open_regular
-from cna_kernels.fingerprint import as_rows, in_threads
+from cna_kernels.fingerprint import as_rows
 
 from ..packages import require
 from .safetensors_file import TensorEntry
@@ -46,7 +48,6 @@ _SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: 
 _TEXT, _ARRAY = 8, 9
 _MAX_HEADER, _MAX_TENSORS, _MAX_DIMS = 256 << 20, 1 << 16, 4
 _MAX_ITEMS = 1 << 22  # of all arrays together: 8 times the tokens and merges of the largest vocabularies
-_PIECE = 1 << 22  # elements that are dequantised at a time
 _SPLIT = re.compile(r"-(\d{5})-of-(\d{5})\.gguf$")
 
 
@@ -66,22 +67,27 @@ class GgufEntry(TensorEntry):
         return f"GGUF {self.stored}"
 
     def read(self) -> torch.Tensor:
-        width = self.shape[-1]
-        n_rows = math.prod(self.shape) // width
-        if self.stored in PLAIN:
-            values = self._stored_rows(0, n_rows)
-        else:
-            numbers = np.empty((n_rows, width), dtype=np.float32)
-            step = max(1, _PIECE // width)
-
-            def fill(first: int):
-                last = min(first + step, n_rows)
-                numbers[first:last] = self._dequantised(self._bytes(first, last))
-
-            in_threads(fill, range(0, n_rows, step))
-            values = torch.from_numpy(numbers)
-        values = values.view(self.shape)
+        values = self._stored_rows(0, math.prod(self.shape) // self.shape[-1]).view(self.shape)
         return values if not self.heads else self._in_order(values)
+
+    def in_blocks(self, files: dict[Path, np.ndarray]) -> BlockWeight | None:
+        """The matrix as the blocks that the file holds, without a copy; None where it is not stored in blocks.
+
+        Rows that lie in another order are copied. ``files`` keeps the files that are mapped into memory.
+        """
+        if self.stored not in FORMATS or len(self.shape) != 2:
+            return None
+        n_rows, n_bytes = self.shape[0], self._row_bytes()
+        if self.heads:
+            rows = torch.frombuffer(bytearray(self._bytes(0, n_rows)), dtype=torch.uint8).view(n_rows, n_bytes)
+            return BlockWeight(self._in_order(rows), self.stored)
+        if self.path not in files:
+            open_regular(self.path).close()
+            files[self.path] = np.memmap(self.path, dtype=np.uint8, mode="c")  # writable for PyTorch, never written to
+        content = files[self.path][self.start : self.end]
+        if len(content) != n_rows * n_bytes:
+            raise InputError(f"{self.path}: {self.name!r}", "was truncated while it was read")
+        return BlockWeight(torch.from_numpy(content).view(n_rows, n_bytes), self.stored)
 
     def read_rows(self, rows: Iterable[int], columns: range | None = None) -> torch.Tensor:
         if self.heads and len(self.shape) == 1:
@@ -107,7 +113,7 @@ class GgufEntry(TensorEntry):
     def _in_order(self, values: torch.Tensor) -> torch.Tensor:
         """Rows that are stored in pairs, in the order of the heads' halves."""
         pairs = values.unflatten(0, (self.heads, -1, 2))
-        return pairs.transpose(1, 2).reshape(self.shape)
+        return pairs.transpose(1, 2).reshape(values.shape)
 
     def _place(self, row: int) -> int:
         """The row in the file of a row of the tensor."""
@@ -139,16 +145,10 @@ class GgufEntry(TensorEntry):
         """The numbers that rows of the file stand for, ``[rows, N]``."""
         if self.stored in PLAIN:
             return torch.frombuffer(bytearray(content), dtype=PLAIN[self.stored]).view(-1, self.shape[-1])
-        return torch.from_numpy(self._dequantised(content))
-
-    def _dequantised(self, content: bytes) -> np.ndarray:
-        require("gguf")
-        from gguf import GGMLQuantizationType
-        from gguf.quants import dequantize
-
-        blocks = np.frombuffer(content, dtype=np.uint8).reshape(-1, self._row_bytes())
-        with np.errstate(all="ignore"):  # a block may hold an infinite scale
-            return dequantize(blocks, GGMLQuantizationType[self.stored])
+        if library.missing():
+            require("gguf")
+        blocks = torch.frombuffer(bytearray(content), dtype=torch.uint8).view(-1, self._row_bytes())
+        return BlockWeight(blocks, self.stored).dense()
 
 
 @dataclass(frozen=True)

@@ -5,17 +5,21 @@ from __future__ import annotations
 import math
 import re
 import warnings
+from collections.abc import Collection
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
 
+from cna_kernels.blocks import BlockWeight
 from cna_kernels.errors import InputError, InputWarning
 from cna_kernels.files import write_bytes
 
 from ..memory import memory_of
 from ..transformer import Layer, Transformer
 from .config import DTYPES, ModelConfig
+from .gguf_file import GgufEntry
 from .safetensors_file import SINGLE, Checkpoint, TensorEntry
 
 _LAYER = "model.layers.{}."
@@ -118,17 +122,49 @@ def load_transformer(
 ) -> Transformer:
     """Build the model on the meta device and give it the checkpoint's tensors one by one.
 
-    At most one tensor exists twice at a time. ``dtype`` None keeps the dtype of config.json.
+    At most one tensor exists twice at a time. ``dtype`` None keeps the dtype of config.json. On a CPU matrices that a
+    GGUF file holds in blocks stay there: the file is mapped into memory, and must not change while the model is used.
     """
     check_entries(checkpoint, config, directory)
     dtype = dtype_of(config, checkpoint) if dtype is None else dtype
-    check_memory(config, dtype, device, directory)
+    in_blocks = _in_blocks(checkpoint, config) if torch.device(device).type == "cpu" else {}
+    check_memory(config, dtype, device, directory, in_blocks)
     with torch.device("meta"):
         transformer = Transformer(config)
+    transformer.embed_tokens.row_dtype = dtype
     for name in expected_shapes(config):
-        _load_tensor(transformer, name.removeprefix("model."), checkpoint, name, dtype, device)
+        path = name.removeprefix("model.")
+        if name not in in_blocks:
+            _load_tensor(transformer, path, checkpoint, name, dtype, device)
+        elif ".gate_proj." in path:
+            pair = in_blocks[name], in_blocks[name.replace("gate_proj", "up_proj")]
+            _set_blocks(transformer, path.replace("gate_proj", "gate_up_proj"), pair)
+        elif ".up_proj." not in path:
+            _set_blocks(transformer, path, in_blocks[name])
     transformer.rotary.to(device)
     return transformer.eval()
+
+
+def _in_blocks(checkpoint: Checkpoint, config: ModelConfig) -> dict[str, BlockWeight]:
+    """The matrices that stay in the blocks of their file. gate_proj and up_proj do so together, or not at all."""
+    files: dict[Path, Any] = {}
+    found = {}
+    for name in expected_shapes(config):
+        entry = checkpoint.entries[name]
+        blocks = entry.in_blocks(files) if isinstance(entry, GgufEntry) else None
+        if blocks is not None:
+            found[name] = blocks
+    for one, other in (("gate_proj", "up_proj"), ("up_proj", "gate_proj")):
+        for name in [name for name in found if f".{one}." in name and name.replace(one, other) not in found]:
+            del found[name]
+    return found
+
+
+def _set_blocks(module: nn.Module, path: str, value: BlockWeight | tuple[BlockWeight, BlockWeight]):
+    owner_path, _, name = path.rpartition(".")
+    owner = module.get_submodule(owner_path)
+    delattr(owner, name)  # a Parameter, whose name takes nothing else
+    setattr(owner, name, value)
 
 
 def dtype_of(config: ModelConfig, checkpoint: Checkpoint) -> torch.dtype:
@@ -179,9 +215,10 @@ def _set_parameter(module: nn.Module, path: str, value: torch.Tensor) -> nn.Para
     return parameter
 
 
-def check_memory(config, dtype, device, directory):
-    """Raise InputError where memory cannot hold the weights, before any weight is allocated."""
-    needed = dtype.itemsize * sum(torch.Size(shape).numel() for shape in expected_shapes(config).values())
+def check_memory(config, dtype, device, directory, in_blocks: Collection[str] = ()):
+    """Raise InputError where memory cannot hold the weights but ``in_blocks``, before any weight is allocated."""
+    read = [shape for name, shape in expected_shapes(config).items() if name not in in_blocks]
+    needed = dtype.itemsize * sum(map(math.prod, read))
     available = memory_of(device)
     if available is not None and needed > available:
         raise InputError(directory, f"needs {needed / 2**30:.1f} GiB for weights, {device} has {available / 2**30:.1f}")

@@ -114,6 +114,9 @@ def _cpu_engine():
             same = [other for other in plan.OPS if ranges[other] == found]
             for first, (name, reason) in found if op == same[0] else ():
                 facts[f"{', '.join(same)} on cpu, {short}, T >= {first}"] = f"{name} ({reason})"
+    facts["weights in GGUF's blocks on cpu"] = (
+        f"csrc: straight from the blocks up to {plan.FEW_BLOCKS} tokens, as rows of the activations' dtype for more"
+    )
     return facts
 
 

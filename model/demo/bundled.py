@@ -80,7 +80,7 @@ class Story:
             "layers": config.num_hidden_layers,
             "neurons per layer": config.intermediate_size,
             "hidden size": config.hidden_size,
-            "parameters": sum(p.numel() for p in self.instruct.transformer.parameters()),
+            "parameters": self.instruct.transformer.n_weights(),
         }
         self.report["environment"] = {
             "cna_kernels": cna_kernels.__version__,

@@ -96,7 +96,7 @@ def summarise(model: LanguageModel, results: dict) -> dict:
             "layers": config.num_hidden_layers,
             "neurons per layer": config.intermediate_size,
             "hidden size": config.hidden_size,
-            "parameters": sum(p.numel() for p in model.transformer.parameters()),
+            "parameters": model.transformer.n_weights(),
             "dtype": "float32, dequantised",
         },
         "capitals": _capitals(knob),

@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from cna_kernels.blocks import dense
+
 from ..transformer import Transformer
 
 if TYPE_CHECKING:
@@ -22,7 +24,7 @@ def down_norms(model: LanguageModel) -> Tensor:
     transformer, found = model.transformer, []
     for number in range(model.config.num_hidden_layers):
         if type(transformer) is Transformer:
-            weight = transformer.layers[number].mlp.down_proj.weight  # [H, N]
+            weight = dense(transformer.layers[number].mlp.down_proj.weight, torch.float32)  # [H, N]
         else:
             weight = model.checkpoint.read(f"model.layers.{number}.mlp.down_proj.weight").to(transformer.dtype)
         found.append(weight.double().norm(dim=0).cpu())

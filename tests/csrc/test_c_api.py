@@ -16,7 +16,7 @@ if reason := library.missing():
 
 HEADER = Path(__file__).resolve().parents[2] / "csrc" / "cna.h"
 STATUS = {name: int(value) for name, value in re.findall(r"(CNA_(?:OK|ERR_\w+)) = (\d+)", HEADER.read_text())}
-OK, VERSION, NULL, SIZE, STRIDE, ALIGN, OVERLAP, SCALE, THREADS, ISA, MEMORY = range(11)
+OK, VERSION, NULL, SIZE, STRIDE, ALIGN, OVERLAP, SCALE, THREADS, ISA, MEMORY, TYPE, BLOCK = range(13)
 T, H, N, C, K = 4, 6, 10, 2, 2
 
 # op -> names of its array arguments, in order. A call also passes extras and n_threads.
@@ -89,8 +89,8 @@ each_function = pytest.mark.parametrize(("op", "dtype"), [(op, dtype) for op in 
 
 def test_every_status_has_a_text():
     texts = [library.load().cna_status_text(code).decode() for code in STATUS.values()]
-    assert list(STATUS.values()) == list(range(11)) and len(set(texts)) == 11 and all(texts)
-    for code in (-1, 11, 2**31 - 1):
+    assert list(STATUS.values()) == list(range(13)) and len(set(texts)) == 13 and all(texts)
+    for code in (-1, 13, 2**31 - 1):
         assert library.load().cna_status_text(code) == b"unknown status"
 
 
@@ -235,7 +235,7 @@ def test_alignment_threads_and_versions(op, dtype):
     assert arguments.call() == OK
     if op == "linear":
         return
-    for version in (0, 1, 3, -1, 2**63 - 1):
+    for version in (0, 1, 2, 4, -1, 2**63 - 1):
         arguments = Arguments(op, dtype)
         arguments.extras.version = version
         arguments.refused(VERSION)
@@ -345,7 +345,7 @@ def test_random_arguments_never_raise_a_signal():
 def fuzz(n_calls, seed=0):
     """Calls with one to three arguments made wrong at random, each in a way that the library can detect."""
     random_number = random.Random(seed)
-    counts = dict.fromkeys(range(11), 0)
+    counts = dict.fromkeys(range(13), 0)
     for _ in range(n_calls):
         arguments = Arguments(random_number.choice(OPS), random_number.choice(list(DTYPES)))
         for _ in range(random_number.randint(1, 3)):

@@ -1,19 +1,14 @@
-"""The CPU engine against the definition, at every instruction-set level that this machine has.
-
-If the machine has bf16 products but no AMX, the AMX level runs, too, with its tile instructions as plain loops.
-"""
+"""The CPU engine against the definition, at every instruction-set level that this machine has; see levels.py."""
 
 import contextlib
 import itertools
-import shutil
-import subprocess
 import threading
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from levels import EMULATED, LEVELS
 
 from cna_kernels import make_scale, ops
 from cna_kernels.cpu import library
@@ -35,14 +30,8 @@ from op_cases import (
 )
 from tiny import assert_model_agrees_with_reference
 
-CSRC = Path(__file__).resolve().parents[2] / "csrc"
 if reason := library.missing():
     pytest.skip(f"the CPU engine {reason}", allow_module_level=True)
-
-EMULATED = "amx-emulated"
-LEVELS = library.levels()
-if LEVELS[-1] == "avx512_bf16" and shutil.which("make") and CSRC.exists():
-    LEVELS = [*LEVELS, EMULATED]
 
 # (T, N, H): decode with a short and a long token, one neuron, one block of fewer tokens than half a vector, several
 # passes of few tokens, panels with ragged tokens and several blocks of k, two blocks of neurons, and more tokens than
@@ -50,36 +39,6 @@ if LEVELS[-1] == "avx512_bf16" and shutil.which("make") and CSRC.exists():
 SHAPES = [
     (1, 48, 24), (1, 40, 4200), (3, 1, 5), (6, 32, 40), (16, 136, 200), (63, 130, 72), (130, 1032, 72), (270, 70, 1100)
 ]  # fmt: skip
-
-
-@pytest.fixture(scope="session")
-def emulated(tmp_path_factory):
-    """The library with AMX's instructions emulated."""
-    build = tmp_path_factory.mktemp("amx")
-    make(f"BUILD={build}", "OPTIMIZE=-O1 -DCNA_AMX_EMULATED", str(build / "libcna.so"))
-    return library.open_library(build / "libcna.so")
-
-
-def make(*arguments):
-    done = subprocess.run(
-        ["make", "-s", "-j2", "-C", str(CSRC), *arguments], capture_output=True, text=True, timeout=500
-    )
-    assert done.returncode == 0, done.stderr
-    return done.stdout
-
-
-# The emulated library takes a minute to build, and is slow: all its tests are for `make test-all`.
-@pytest.fixture(params=[pytest.param(n, marks=pytest.mark.exhaustive if n == EMULATED else ()) for n in LEVELS])
-def level(request, monkeypatch):
-    """Run the test with the engine at this level."""
-    monkeypatch.setenv("CNA_PLAN", "gated_mlp=csrc,down_proj=csrc,linear=csrc")
-    if request.param == EMULATED:
-        built = request.getfixturevalue("emulated")
-        monkeypatch.setattr(library, "load", lambda: built)
-    library.use_isa(request.param.removesuffix("-emulated"))
-    assert library.isa() == request.param.removesuffix("-emulated")
-    yield request.param
-    library.use_isa(None)
 
 
 def run(op, case, extras):

@@ -122,6 +122,7 @@ TESTED_TOGETHER = {
         "cna_kernels/triton/: down_decode down_proj gate_up_decode launch ops steer sums sums_fp64 swiglu tiles"
     ),
     "csrc/test_cpu.py": "cna_kernels/cpu/: library ops plan",
+    "csrc/test_blocks.py": "cna_kernels/: blocks; cna_kernels/cpu/: typed",
     "csrc/test_csrc.py": "cna_kernels/cpu/: __main__",
     "model/checkpoint/test_load.py": "model/checkpoint/: safetensors_file",
     "model/checkpoint/test_gguf_model.py": "model/checkpoint/: formats",
