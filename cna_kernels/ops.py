@@ -193,7 +193,7 @@ def call(op: str, inputs: Inputs, extras: Extras | tuple[()], backend: str | Non
     Returns:
         What the op returns. Raises what the op raises.
     """
-    if _observed() or _needs_grad(inputs, extras):
+    if is_observed() or _needs_grad(inputs, extras):
         check(op, inputs, extras)
         inputs = tuple(x.dense(inputs[0].dtype) if isinstance(x, BlockWeight) else x for x in inputs)
         taken_apart = _is_taken_apart(inputs, extras)
@@ -218,7 +218,7 @@ def call(op: str, inputs: Inputs, extras: Extras | tuple[()], backend: str | Non
     return run(*inputs, *extras)
 
 
-def _observed() -> bool:
+def is_observed() -> bool:
     """Whether a tracer, a mode or a profiler watches PyTorch's operations: it would not see the launch of a kernel."""
     return (
         torch.compiler.is_compiling()

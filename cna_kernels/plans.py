@@ -16,6 +16,7 @@ NAMES = {
     "gated_mlp": ("gemv", "flat", "fused", "blas", "csrc", "torch"),
     "down_proj": ("split", "tma", "blas", "csrc", "torch"),
     "linear": ("csrc", "torch"),
+    "decode": ("csrc", "torch"),
 }
 
 

@@ -1,4 +1,6 @@
 // The C functions: every argument is checked before anything is written, then the level in use does the work.
+#include <vector>
+
 #include "isa.h"
 #include "threads.h"
 
@@ -69,7 +71,7 @@ int check_circuits(const cna_extras &e, int64_t n_tokens, int64_t N) {
 
 // All arrays of a call, the outputs first.
 struct Call {
-  Array arrays[14];
+  Array arrays[40];  // a layer of cna_decode has up to 34
   int n = 0;
   int status = CNA_OK;
 
@@ -276,6 +278,98 @@ int dequantize(T *out, const cna_weight *w, int64_t O, int64_t H, int64_t out_st
   return ops<T>(*level).dequantize(out, weights, O, H, out_stride, usable_threads(n_threads));
 }
 
+// The arguments of a layer. `given`: those that all layers share.
+template <class T>
+int check_layer(Layer &out, const cna_layer &layer, const cna_decoder &d, const Call &given, const cna_extras *extras,
+                cna_extras *used, int64_t n_tokens) {
+  Call call = given;
+  const int64_t n_q = d.n_heads * d.D, n_k = d.n_kv_heads * d.D;
+  const auto row = [&](const void *at, int64_t n, bool may_miss) {
+    if (at || !may_miss) call.add_row(static_cast<const T *>(at), n);
+    return at;
+  };
+  out.input_norm = row(layer.input_norm, d.H, false);
+  out.post_norm = row(layer.post_norm, d.H, false);
+  out.q_norm = row(layer.q_norm, d.D, true);
+  out.k_norm = row(layer.k_norm, d.D, true);
+  out.w_q = call.add_weights<T>(&layer.w_q, n_q, d.H);
+  out.w_k = call.add_weights<T>(&layer.w_k, n_k, d.H);
+  out.w_v = call.add_weights<T>(&layer.w_v, n_k, d.H);
+  out.w_o = call.add_weights<T>(&layer.w_o, d.H, n_q);
+  out.w_gate = call.add_weights<T>(&layer.w_gate, d.N, d.H);
+  out.w_up = call.add_weights<T>(&layer.w_up, d.N, d.H);
+  out.w_down = call.add_weights<T>(&layer.w_down, d.H, d.N);
+  out.b_q = row(layer.b_q, n_q, true);
+  out.b_k = row(layer.b_k, n_k, true);
+  out.b_v = row(layer.b_v, n_k, true);
+  out.b_o = row(layer.b_o, d.H, true);
+  // a cache is [T, n_kv_heads, length, D]: rows of heads, from the first to behind the last
+  const int64_t heads = (d.n_kv_heads - 1) * d.cache_head + d.length * d.D;
+  if (d.cache_head < d.length * d.D && d.n_kv_heads > 1) call.fail(CNA_ERR_STRIDE);
+  int64_t stride = d.cache_row;
+  call.add(static_cast<const T *>(layer.keys), n_tokens, heads, stride, true);
+  call.add(static_cast<const T *>(layer.values), n_tokens, heads, stride, true);
+  out.keys = layer.keys;
+  out.values = layer.values;
+  if (layer.window < 0) call.fail(CNA_ERR_SIZE);
+  out.window = layer.window;
+  call.add_extras(extras, used, n_tokens, d.N);
+  call.ready(1);
+  return call.status;
+}
+
+template <class T>
+int decode(T *hidden, const T *x, const cna_decoder *decoder, const int64_t *position, const T *cos, const T *sin,
+           const cna_extras *extras, int64_t n_tokens, int64_t hidden_stride, int64_t x_stride, int64_t rotation_stride,
+           int n_threads) {
+  Call call;
+  if (!decoder) return CNA_ERR_NULL;
+  if (reinterpret_cast<uintptr_t>(decoder) % alignof(cna_decoder)) return CNA_ERR_ALIGN;
+  if (decoder->version != CNA_ABI_VERSION) return CNA_ERR_VERSION;
+  const cna_decoder &d = *decoder;
+  constexpr int64_t MOST = int64_t(1) << 31;  // so that products of two sizes are below LARGEST's square
+  for (int64_t size : {n_tokens, d.n_layers, d.H, d.N, d.n_heads, d.n_kv_heads, d.D, d.length})
+    if (size < 0 || size > MOST) return CNA_ERR_SIZE;
+  if (d.n_kv_heads < 1 || d.n_heads % d.n_kv_heads || d.D % 2 || d.D < 2 || d.length < 1) return CNA_ERR_SIZE;
+  if (d.n_heads > LARGEST / d.D || d.length > LARGEST / d.D || d.cache_head < 0 ||
+      d.cache_head > LARGEST / d.n_kv_heads)
+    return CNA_ERR_SIZE;
+  call.add(hidden, n_tokens, d.H, hidden_stride, true);
+  call.add(x, n_tokens, d.H, x_stride);
+  int64_t sine_stride = rotation_stride;
+  call.add(cos, n_tokens, d.D, rotation_stride);
+  call.add(sin, n_tokens, d.D, sine_stride);
+  call.add_row(position, n_tokens);
+  call.add_row(static_cast<const T *>(d.norm), d.H);
+  if (d.n_layers && (!d.layers || reinterpret_cast<uintptr_t>(d.layers) % alignof(cna_layer)))
+    call.fail(d.layers ? CNA_ERR_ALIGN : CNA_ERR_NULL);
+  if (extras && reinterpret_cast<uintptr_t>(extras) % alignof(cna_extras)) call.fail(CNA_ERR_ALIGN);
+  const Level *level = call.ready(n_threads);
+  if (!level) return call.status;
+  for (int64_t t = 0; t < n_tokens; t++)
+    if (position[t] < 0 || position[t] >= d.length) return CNA_ERR_SIZE;
+  std::vector<Layer> layers(d.n_layers);
+  std::vector<cna_extras> used(extras ? d.n_layers : 0);
+  std::vector<const Weights *> stream, heads, act;
+  cna_extras none;
+  for (int64_t i = 0; i < d.n_layers; i++) {
+    const int status = check_layer<T>(layers[i], d.layers[i], d, call, extras ? extras + i : nullptr,
+                                      extras ? &used[i] : &none, n_tokens);
+    if (status != CNA_OK) return status;
+    const Layer &layer = layers[i];
+    for (const Weights *w : {&layer.w_q, &layer.w_k, &layer.w_v, &layer.w_gate, &layer.w_up}) stream.push_back(w);
+    heads.push_back(&layer.w_o);
+    act.push_back(&layer.w_down);
+  }
+  if (!n_tokens || !d.H) return CNA_OK;
+  const auto list = [](const std::vector<const Weights *> &all) { return WeightList{all.data(), int64_t(all.size())}; };
+  const Decoder checked = {layers.data(), d.norm,       d.n_layers,   d.H,         d.N,
+                           d.n_heads,     d.n_kv_heads, d.D,          d.length,    d.cache_row,
+                           d.cache_head,  d.eps,        list(stream), list(heads), list(act)};
+  return ops<T>(*level).decode(hidden, x, checked, position, cos, sin, extras ? used.data() : nullptr, n_tokens,
+                               hidden_stride, x_stride, rotation_stride, usable_threads(n_threads));
+}
+
 // Bf16 and Fp16 are structs of one uint16_t: the same bytes.
 inline Bf16 *bf16(uint16_t *p) { return reinterpret_cast<Bf16 *>(p); }
 inline const Bf16 *bf16(const uint16_t *p) { return reinterpret_cast<const Bf16 *>(p); }
@@ -354,6 +448,12 @@ const char *cna_status_text(int status) {
   int cna_linear_typed_##DTYPE(TYPE *y, const TYPE *x, const cna_weight *w, const TYPE *bias, int64_t T, int64_t O,    \
                                int64_t H, int64_t y_stride, int64_t x_stride, int n_threads) {                         \
     return linear(DTYPE(y), DTYPE(x), w, DTYPE(bias), T, O, H, y_stride, x_stride, n_threads);                         \
+  }                                                                                                                    \
+  int cna_decode_##DTYPE(TYPE *hidden, const TYPE *x, const cna_decoder *decoder, const int64_t *position,             \
+                         const TYPE *cos, const TYPE *sin, const cna_extras *extras, int64_t T, int64_t hidden_stride, \
+                         int64_t x_stride, int64_t rotation_stride, int n_threads) {                                   \
+    return decode(DTYPE(hidden), DTYPE(x), decoder, position, DTYPE(cos), DTYPE(sin), extras, T, hidden_stride,        \
+                  x_stride, rotation_stride, n_threads);                                                               \
   }                                                                                                                    \
   int cna_dequantize_##DTYPE(TYPE *out, const cna_weight *w, int64_t O, int64_t H, int64_t out_stride,                 \
                              int n_threads) {                                                                          \

@@ -184,6 +184,42 @@ CNA_API int cna_linear_typed_fp16(uint16_t *y, const uint16_t *x, const cna_weig
 CNA_API int cna_linear_typed_fp32(float *y, const float *x, const cna_weight *w, const float *bias, int64_t T,
                                   int64_t O, int64_t H, int64_t y_stride, int64_t x_stride, int n_threads);
 
+/* A layer of a Llama or Qwen. Norms, biases and the cache hold numbers of the function's type. */
+typedef struct cna_layer {
+  const void *input_norm, *post_norm; /* [H] */
+  const void *q_norm, *k_norm;        /* [D], or NULL */
+  cna_weight w_q, w_k, w_v, w_o;      /* [n_heads * D, H], twice [n_kv_heads * D, H], [H, n_heads * D] */
+  cna_weight w_gate, w_up, w_down;    /* [N, H] twice, [H, N] */
+  const void *b_q, *b_k, *b_v, *b_o;  /* as many numbers as their weights have rows, or NULL */
+  void *keys, *values;                /* [T, n_kv_heads, length, D], see cna_decoder */
+  int64_t window;                     /* a token sees so many tokens, itself among them; 0: all */
+} cna_layer;
+
+typedef struct cna_decoder {
+  int64_t version;         /* CNA_ABI_VERSION */
+  const cna_layer *layers; /* [n_layers] */
+  const void *norm;        /* [H] the last norm */
+  int64_t n_layers, H, N, n_heads, n_kv_heads, D;
+  int64_t length, cache_row,
+      cache_head; /* tokens that the caches have room for; numbers from row to row, head to head */
+  double eps;
+} cna_decoder;
+
+/* A step of decoding: one token of each of T sequences through all layers. hidden[T, H] is the normed stream, whose
+   product with the output matrix is the logits.
+   x [T, H] the embeddings; position [T], below length: where keys and values go, and up to where the token looks; cos
+   and sin [T, D], the halves of D being the coordinates of each rotation; extras [n_layers] sums and steering, or NULL.
+ */
+CNA_API int cna_decode_bf16(uint16_t *hidden, const uint16_t *x, const cna_decoder *decoder, const int64_t *position,
+                            const uint16_t *cos, const uint16_t *sin, const cna_extras *extras, int64_t T,
+                            int64_t hidden_stride, int64_t x_stride, int64_t rotation_stride, int n_threads);
+CNA_API int cna_decode_fp16(uint16_t *hidden, const uint16_t *x, const cna_decoder *decoder, const int64_t *position,
+                            const uint16_t *cos, const uint16_t *sin, const cna_extras *extras, int64_t T,
+                            int64_t hidden_stride, int64_t x_stride, int64_t rotation_stride, int n_threads);
+CNA_API int cna_decode_fp32(float *hidden, const float *x, const cna_decoder *decoder, const int64_t *position,
+                            const float *cos, const float *sin, const cna_extras *extras, int64_t T,
+                            int64_t hidden_stride, int64_t x_stride, int64_t rotation_stride, int n_threads);
+
 /* out[O, H] = the numbers that w [O, H], in a block format, stands for, rounded once from fp32. */
 CNA_API int cna_dequantize_bf16(uint16_t *out, const cna_weight *w, int64_t O, int64_t H, int64_t out_stride,
                                 int n_threads);

@@ -1,4 +1,4 @@
-// What an instruction-set level provides: eighteen operations (six in three dtypes), called with checked arguments.
+// What an instruction-set level provides: 21 operations (seven in three dtypes), called with checked arguments.
 // Each level compiles the same files in a namespace of its own, for its instructions; what they share comes from here.
 #pragma once
 
@@ -42,6 +42,28 @@ constexpr BlockSize block_size(int64_t type) {
   }
 }
 
+// A cna_layer and a cna_decoder whose arguments are checked.
+struct Layer {
+  const void *input_norm, *post_norm, *q_norm, *k_norm;
+  Weights w_q, w_k, w_v, w_o, w_gate, w_up, w_down;
+  const void *b_q, *b_k, *b_v, *b_o;
+  void *keys, *values;
+  int64_t window;
+};
+struct WeightList {
+  const Weights *const *first;
+  int64_t n;
+  __attribute__((always_inline)) const Weights *const *begin() const { return first; }
+  __attribute__((always_inline)) const Weights *const *end() const { return first + n; }
+};
+struct Decoder {
+  const Layer *layers;
+  const void *norm;
+  int64_t n_layers, H, N, n_heads, n_kv_heads, D, length, cache_row, cache_head;
+  double eps;
+  WeightList of_stream, of_heads, of_act;  // all weights that the stream, the heads' results and act meet
+};
+
 template <class T>
 struct Ops {
   int (*gated_mlp)(T *y, const T *x, const Weights &w_gate, const Weights &w_up, const Weights &w_down,
@@ -56,6 +78,9 @@ struct Ops {
   int (*linear)(T *y, const T *x, const Weights &w, const T *bias, int64_t n_tokens, int64_t O, int64_t H,
                 int64_t y_stride, int64_t x_stride, int n_threads);
   int (*dequantize)(T *out, const Weights &w, int64_t n_rows, int64_t K, int64_t out_stride, int n_threads);
+  int (*decode)(T *hidden, const T *x, const Decoder &decoder, const int64_t *position, const T *cos, const T *sin,
+                const cna_extras *extras, int64_t n_tokens, int64_t hidden_stride, int64_t x_stride,
+                int64_t rotation_stride, int n_threads);
 };
 
 struct Level {

@@ -10,3 +10,5 @@
 #endif
 
 #include "mlp.h"
+
+#include "decode.h"

@@ -54,18 +54,23 @@ struct Product {
   void *dots = nullptr, *many = nullptr, *blocks = nullptr;  // the tokens as dot.h, Many and dot_blocks.h read them
   bool unpacks = false;                                      // whether rows of blocks are turned into rows of T
 
+  enum Form { DOTS, MANY, BLOCKS };
+  Form form_of(const Weights &w) const {
+    const bool plain = w.type == type_of(T()), few = n_tokens <= (plain ? most_few(T()) : FEW_BLOCKS);
+    return !few ? MANY : plain ? DOTS : BLOCKS;
+  }
+
   // `weights`: all that the tokens will be multiplied with.
-  Product(Parts &parts, int64_t n_tokens, int64_t K, std::initializer_list<const Weights *> weights)
-      : n_tokens(n_tokens), K(K) {
-    bool by_dots = false, by_many = false, by_blocks = false;
+  template <class List = std::initializer_list<const Weights *>>
+  Product(Parts &parts, int64_t n_tokens, int64_t K, const List &weights) : n_tokens(n_tokens), K(K) {
+    bool needed[3] = {};
     for (const Weights *w : weights) {
-      const bool plain = w->type == type_of(T()), few = n_tokens <= (plain ? most_few(T()) : FEW_BLOCKS);
-      (!few ? by_many : plain ? by_dots : by_blocks) = true;
-      if (!few && !plain) unpacks = true;
+      needed[form_of(*w)] = true;
+      if (form_of(*w) == MANY && w->type != type_of(T())) unpacks = true;
     }
-    if (by_dots) dots = parts.take<char>(ByDot<T>::token_bytes(n_tokens, K));
-    if (by_many) many = parts.take<char>(Many<T>::token_bytes(n_tokens, K));
-    if (by_blocks) blocks = parts.take<char>(ByBlocks<T>::token_bytes(n_tokens, K));
+    if (needed[DOTS]) dots = parts.take<char>(ByDot<T>::token_bytes(n_tokens, K));
+    if (needed[MANY]) many = parts.take<char>(Many<T>::token_bytes(n_tokens, K));
+    if (needed[BLOCKS]) blocks = parts.take<char>(ByBlocks<T>::token_bytes(n_tokens, K));
   }
 
   // Floats that a thread needs: two tiles of results, the panels of a tile's weights, and its rows turned into T.
@@ -73,13 +78,18 @@ struct Product {
     return 2 * tile_size(n_tokens) + BLOCK * UNITS<T> + (unpacks ? round_up(BLOCK * K * sizeof(T) / 4, 16) : 0);
   }
 
-  // Bring x into the forms that the kernels read. each(t) is called before token t is read, once
-  // where all weights are of one form.
+  // Bring x into the forms in which these weights read it. each(t) is called once before token t is read.
   template <class Each>
-  void prepare(const T *x, int64_t x_stride, int n_threads, const Each &each) const {
-    if (dots) prepare_as<ByDot<T>>(dots, x, x_stride, n_threads, each);
-    if (many) prepare_as<Many<T>>(many, x, x_stride, n_threads, each);
-    if (blocks) prepare_as<ByBlocks<T>>(blocks, x, x_stride, n_threads, each);
+  void prepare(const T *x, int64_t x_stride, int n_threads, std::initializer_list<const Weights *> weights,
+               const Each &each) const {
+    bool needed[3] = {}, first = true;
+    for (const Weights *w : weights) needed[form_of(*w)] = true;
+    const auto once = [&](int64_t t) {
+      if (first) each(t);
+    };
+    if (needed[DOTS]) prepare_as<ByDot<T>>(dots, x, x_stride, n_threads, once), first = false;
+    if (needed[MANY]) prepare_as<Many<T>>(many, x, x_stride, n_threads, once), first = false;
+    if (needed[BLOCKS]) prepare_as<ByBlocks<T>>(blocks, x, x_stride, n_threads, once);
   }
 
   template <class How, class Each>
@@ -97,9 +107,10 @@ struct Product {
             float *panels) const {
     if (w.type == type_of(T())) {
       const T *ahead = next && next->type == w.type ? rows_of(*next, next_row) : nullptr;
-      const auto run = dots ? ByDot<T>::tile : Many<T>::tile;
-      run(c, BLOCK, rows_of(w, row), w.row_bytes / sizeof(T), O, dots ? dots : many, n_tokens, K, ahead, panels);
-    } else if (blocks) {
+      const bool few = form_of(w) == DOTS;
+      const auto run = few ? ByDot<T>::tile : Many<T>::tile;
+      run(c, BLOCK, rows_of(w, row), w.row_bytes / sizeof(T), O, few ? dots : many, n_tokens, K, ahead, panels);
+    } else if (form_of(w) == BLOCKS) {
       ByBlocks<T>::tile(c, BLOCK, w, row, O, blocks, n_tokens, K);
     } else {
       T *rows = reinterpret_cast<T *>(panels + BLOCK * UNITS<T>);
@@ -112,19 +123,25 @@ struct Product {
     return reinterpret_cast<const T *>(static_cast<const char *>(w.at) + row * w.row_bytes);
   }
 
-  // y[n_tokens, O] = x @ w^T + bias. scratch: n_threads times `scratch_size` floats.
+  // Block `task` of BLOCK outputs of y[n_tokens, O] = x @ w^T + bias. scratch: a thread's `scratch_size` floats.
+  void block_of(T *y, int64_t y_stride, const Weights &w, const T *bias, int64_t O, int64_t task,
+                float *scratch) const {
+    float *c = scratch, *panels = c + 2 * tile_size(n_tokens);
+    const int64_t o0 = task * BLOCK, n = smaller(BLOCK, O - o0);
+    tile(c, w, o0, n, o0 + n < O ? &w : nullptr, o0 + n, panels);
+    for (int64_t t = 0; t < n_tokens; t++)
+      for (int64_t o = 0; o < n; o += W) {
+        F32 value = load(c + t * BLOCK + o);
+        if (bias) value = add(value, load_some(bias + o0 + o, n - o));
+        store_some(y + t * y_stride + o0 + o, value, n - o);
+      }
+  }
+
+  // All of y.
   void times(T *y, int64_t y_stride, const Weights &w, const T *bias, int64_t O, float *scratch, int64_t scratch_size,
              int n_threads) const {
     parallel_for((O + BLOCK - 1) / BLOCK, n_threads, [&](int64_t task, int thread) {
-      float *c = scratch + thread * scratch_size, *panels = c + 2 * tile_size(n_tokens);
-      const int64_t o0 = task * BLOCK, n = smaller(BLOCK, O - o0);
-      tile(c, w, o0, n, o0 + n < O ? &w : nullptr, o0 + n, panels);
-      for (int64_t t = 0; t < n_tokens; t++)
-        for (int64_t o = 0; o < n; o += W) {
-          F32 value = load(c + t * BLOCK + o);
-          if (bias) value = add(value, load_some(bias + o0 + o, n - o));
-          store_some(y + t * y_stride + o0 + o, value, n - o);
-        }
+      block_of(y, y_stride, w, bias, O, task, scratch + thread * scratch_size);
     });
   }
 };
@@ -134,10 +151,28 @@ template <class T>
 void steer_and_project(T *y, int64_t y_stride, T *act, int64_t act_stride, const Product<T> &down,
                        const Weights &w_down, int64_t H, const cna_extras &extras, float *scratch, int64_t scratch_size,
                        int n_threads) {
-  down.prepare(act, act_stride, n_threads, [&](int64_t t) {
+  down.prepare(act, act_stride, n_threads, {&w_down}, [&](int64_t t) {
     if (extras.row_circuit) steer_row(extras, act + t * act_stride, t, down.K);
   });
   down.times(y, y_stride, w_down, nullptr, H, scratch, scratch_size, n_threads);
+}
+
+// act[n_tokens, N] = silu(x @ w_gate^T) * (x @ w_up^T), and its sums.
+template <class T>
+void gate_up_act(T *act, const T *x, int64_t x_stride, const Product<T> &gate_up, const Weights &w_gate,
+                 const Weights &w_up, int64_t N, const cna_extras &extras, int32_t *counted, float *scratch,
+                 int64_t scratch_size, int n_threads) {
+  const int64_t n_tokens = gate_up.n_tokens, n_counted = find_counted(counted, extras, n_tokens);
+  gate_up.prepare(x, x_stride, n_threads, {&w_gate, &w_up}, [](int64_t) {});
+  parallel_for((N + BLOCK - 1) / BLOCK, n_threads, [&](int64_t task, int thread) {
+    float *gate = scratch + thread * scratch_size, *up = gate + tile_size(n_tokens);
+    float *panels = gate + 2 * tile_size(n_tokens);
+    const int64_t n0 = task * BLOCK, n = smaller(BLOCK, N - n0);
+    gate_up.tile(gate, w_gate, n0, n, &w_up, n0, panels);
+    gate_up.tile(up, w_up, n0, n, n0 + n < N ? &w_gate : nullptr, n0 + n, panels);
+    for (int64_t t = 0; t < n_tokens; t++) swiglu_row(act + t * N + n0, gate + t * BLOCK, up + t * BLOCK, n);
+    sum_tokens(extras, act, N, counted, n_counted, n0, n0 + n);
+  });
 }
 
 template <class T>
@@ -152,17 +187,7 @@ int gated_mlp(T *y, const T *x, const Weights &w_gate, const Weights &w_up, cons
     int32_t *counted = parts.take<int32_t>(n_tokens);
     if (!parts.at) return;
     const cna_extras extras = from_token(all_extras, t0);
-    const int64_t n_counted = find_counted(counted, extras, n_tokens);
-    gate_up.prepare(x + t0 * x_stride, x_stride, n_threads, [](int64_t) {});
-    parallel_for((N + BLOCK - 1) / BLOCK, n_threads, [&](int64_t task, int thread) {
-      float *gate = scratch + thread * size, *up = gate + tile_size(n_tokens);
-      float *panels = gate + 2 * tile_size(n_tokens);
-      const int64_t n0 = task * BLOCK, n = smaller(BLOCK, N - n0);
-      gate_up.tile(gate, w_gate, n0, n, &w_up, n0, panels);
-      gate_up.tile(up, w_up, n0, n, n0 + n < N ? &w_gate : nullptr, n0 + n, panels);
-      for (int64_t t = 0; t < n_tokens; t++) swiglu_row(act + t * N + n0, gate + t * BLOCK, up + t * BLOCK, n);
-      sum_tokens(extras, act, N, counted, n_counted, n0, n0 + n);
-    });
+    gate_up_act(act, x + t0 * x_stride, x_stride, gate_up, w_gate, w_up, N, extras, counted, scratch, size, n_threads);
     steer_and_project(y + t0 * y_stride, y_stride, act, N, down, w_down, H, extras, scratch, size, n_threads);
   });
 }
@@ -188,7 +213,7 @@ int down_proj(T *y, const T *act, const Weights &w_down, const cna_extras &all_e
       for (int64_t t = 0; t < n_tokens; t++) std::memcpy(steered + t * N, rows + t * act_stride, N * sizeof(T));
       steer_and_project(y + t0 * y_stride, y_stride, steered, N, down, w_down, H, extras, scratch, size, n_threads);
     } else {
-      down.prepare(rows, act_stride, n_threads, [](int64_t) {});
+      down.prepare(rows, act_stride, n_threads, {&w_down}, [](int64_t) {});
       down.times(y + t0 * y_stride, y_stride, w_down, nullptr, H, scratch, size, n_threads);
     }
   });
@@ -202,7 +227,7 @@ int linear(T *y, const T *x, const Weights &w, const T *bias, int64_t all_tokens
     const int64_t size = product.scratch_size();
     float *scratch = parts.take<float>(n_threads * size);
     if (!parts.at) return;
-    product.prepare(x + t0 * x_stride, x_stride, n_threads, [](int64_t) {});
+    product.prepare(x + t0 * x_stride, x_stride, n_threads, {&w}, [](int64_t) {});
     product.times(y + t0 * y_stride, y_stride, w, bias, O, scratch, size, n_threads);
   });
 }
@@ -253,9 +278,4 @@ int dequantize(T *out, const Weights &w, int64_t n_rows, int64_t K, int64_t out_
     dequantize_rows(out + row * out_stride, out_stride, w, row, smaller(BLOCK, n_rows - row), K);
   });
   return CNA_OK;
-}
-
-template <class T>
-constexpr Ops<T> ops() {
-  return {gated_mlp<T>, swiglu<T>, steer_act<T>, down_proj<T>, linear<T>, dequantize<T>};
 }

@@ -24,6 +24,7 @@ from cna_kernels.steering import SteeringTable
 from cna_kernels.sums import ActivationSums
 from cna_kernels.warm_up import blank_extras, warm_up
 
+from . import decode
 from .checkpoint.config import ModelConfig
 from .rope import RotaryEmbedding, rotate
 
@@ -95,12 +96,19 @@ class KVCache:
         self.values = torch.zeros(shape, dtype=dtype, device=device)
         self.rows = torch.arange(batch, dtype=torch.int64, device=device)[:, None]  # [B, 1]
         self.used = 0  # tokens of the longest row so far
+        self._step: decode.DecodeStep | None = None
 
     def update(self, layer: int, positions: Tensor, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
         """Write ``[B, KV heads, S, D]`` at ``positions [B, S]``; return all, ``[B, KV heads, used, D]``."""
         self.keys[layer][self.rows, :, positions] = keys.transpose(1, 2)
         self.values[layer][self.rows, :, positions] = values.transpose(1, 2)
         return self.keys[layer, :, :, : self.used], self.values[layer, :, :, : self.used]
+
+    def step_of(self, transformer: Transformer) -> decode.DecodeStep:
+        """What decodes on this cache in one call; made when it is first asked for."""
+        if self._step is None or not self._step.fits(self):
+            self._step = decode.DecodeStep(transformer, self)
+        return self._step
 
     def keep(self, rows: Tensor):
         """Drop all rows of the batch but these ``[B']``, in this order; a row may be named several times."""
@@ -346,6 +354,8 @@ class Transformer(nn.Module):
         if edit is not None:
             x = edit.write(-1, "embedding", x)
         cos, sin = self.rotary(positions, lengths, x.dtype)
+        if n_tokens == 1 and cache is not None and edit is None and decode.serves(self, batch):
+            return cache.step_of(self)(x, cos, sin, positions, tap, table, row_circuit)
         for number, layer in enumerate(self.layers):
             if tap is not None:
                 extras |= tap.sums.layer(number)

@@ -8,7 +8,7 @@ from __future__ import annotations
 import functools
 import os
 import sys
-from ctypes import CDLL, Structure, c_char_p, c_int, c_int64, c_void_p
+from ctypes import CDLL, Structure, c_char_p, c_double, c_int, c_int64, c_void_p
 from pathlib import Path
 
 from .. import plans
@@ -35,6 +35,35 @@ class Extras(Structure):
     )
 
 
+class Weight(Structure):
+    """``cna_weight``."""
+
+    _fields_ = (("at", c_void_p), ("type", c_int64), ("row_bytes", c_int64))
+
+
+class Layer(Structure):
+    """``cna_layer``."""
+
+    _fields_ = (
+        *((name, c_void_p) for name in ("input_norm", "post_norm", "q_norm", "k_norm")),
+        *((f"w_{name}", Weight) for name in ("q", "k", "v", "o", "gate", "up", "down")),
+        *((name, c_void_p) for name in ("b_q", "b_k", "b_v", "b_o", "keys", "values")),
+        ("window", c_int64),
+    )
+
+
+class Decoder(Structure):
+    """``cna_decoder``."""
+
+    _fields_ = (
+        ("version", c_int64),
+        *((name, c_void_p) for name in ("layers", "norm")),
+        *((name, c_int64) for name in ("n_layers", "H", "N", "n_heads", "n_kv_heads", "D")),
+        *((name, c_int64) for name in ("length", "cache_row", "cache_head")),
+        ("eps", c_double),
+    )
+
+
 # op -> (number of arrays and weights before the extras, whether extras follow, number of sizes and strides). n_threads
 # comes last.
 _OPS = {
@@ -47,6 +76,7 @@ _OPS = {
     "down_proj_typed": (3, True, 5),
     "linear_typed": (4, False, 5),
     "dequantize": (2, False, 3),
+    "decode": (6, True, 4),
 }
 
 SIGNATURES = {

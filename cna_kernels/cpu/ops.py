@@ -46,7 +46,7 @@ def _gated_mlp(inputs: Inputs, extras: Extras) -> Run:
         return _with_contiguous_weights(inputs, extras)
     name, function = _function("gated_mlp", x.dtype)
     sizes = T, H, N, H, x.stride(0), w_gate.stride(0), w_down.stride(0)
-    from_gate_to_up, pack = N * w_gate.stride(0) * w_gate.element_size(), _packer(extras)
+    from_gate_to_up, pack = N * w_gate.stride(0) * w_gate.element_size(), packer(extras)
     shape = T, H
 
     def run(x: Tensor, w_gate: Tensor, w_up: Tensor | None, w_down: Tensor, *extras: Tensor | None) -> Tensor:
@@ -67,7 +67,7 @@ def _typed_gated_mlp(inputs: Inputs, extras: Extras) -> Run:
     name, function = _function("gated_mlp_typed", x.dtype)
     halves = w_up is None
     gate_of, up_of = describer(w_gate), describer(w_gate if halves else w_up)
-    down_of, pack, sizes, shape = describer(w_down), _packer(extras), (T, H, N, H, x.stride(0)), (T, H)
+    down_of, pack, sizes, shape = describer(w_down), packer(extras), (T, H, N, H, x.stride(0)), (T, H)
 
     def run(x: Tensor, w_gate: Any, w_up: Any, w_down: Any, *extras: Tensor | None) -> Tensor:
         y = x.new_empty(shape)
@@ -109,7 +109,7 @@ def _dense(weight: Tensor) -> Tensor:
 def _swiglu(inputs: Inputs, extras: Extras) -> Run:
     gate, up = inputs
     name, function = _function("swiglu", gate.dtype)
-    shape, sizes, pack = gate.shape, (*gate.shape, gate.shape[1], gate.stride(0), up.stride(0)), _packer(extras)
+    shape, sizes, pack = gate.shape, (*gate.shape, gate.shape[1], gate.stride(0), up.stride(0)), packer(extras)
 
     def run(gate: Tensor, up: Tensor, *extras: Tensor | None) -> Tensor:
         act = gate.new_empty(shape)
@@ -128,7 +128,7 @@ def _down_proj(inputs: Inputs, extras: Extras) -> Run:
     if choose("down_proj", T, act.dtype).name == "torch":
         return backends.plain("down_proj")
     name, function = _function("down_proj", act.dtype)
-    shape, sizes, pack = (T, H), (T, H, N, H, act.stride(0), w_down.stride(0)), _packer(extras)
+    shape, sizes, pack = (T, H), (T, H, N, H, act.stride(0), w_down.stride(0)), packer(extras)
 
     def run(act: Tensor, w_down: Tensor, *extras: Tensor | None) -> Tensor:
         y = act.new_empty(shape)
@@ -143,7 +143,7 @@ def _typed_down_proj(inputs: Inputs, extras: Extras) -> Run:
     act, w_down = inputs
     (T, N), H = act.shape, w_down.shape[0]
     name, function = _function("down_proj_typed", act.dtype)
-    down_of, pack, sizes, shape = describer(w_down), _packer(extras), (T, H, N, H, act.stride(0)), (T, H)
+    down_of, pack, sizes, shape = describer(w_down), packer(extras), (T, H, N, H, act.stride(0)), (T, H)
 
     def run(act: Tensor, w_down: BlockWeight, *extras: Tensor | None) -> Tensor:
         y = act.new_empty(shape)
@@ -157,7 +157,7 @@ def _typed_down_proj(inputs: Inputs, extras: Extras) -> Run:
 def _steer_act(inputs: Inputs, extras: Extras) -> Run:
     (act,) = inputs
     name, function = _function("steer_act", act.dtype)
-    shape, sizes, pack = act.shape, (*act.shape, act.shape[1], act.stride(0)), _packer(extras)
+    shape, sizes, pack = act.shape, (*act.shape, act.shape[1], act.stride(0)), packer(extras)
 
     def run(act: Tensor, *extras: Tensor | None) -> Tensor:
         steered = act.new_empty(shape)
@@ -216,7 +216,7 @@ _PREPARE: dict[str, Callable[[Inputs, Any], Run]] = {
 _FIELDS = struct.Struct(f"@{len(library.Extras._fields_)}q")
 
 
-def _packer(like: Extras) -> Callable[..., bytes | None]:
+def packer(like: Extras) -> Callable[..., bytes | None]:
     """A function of the extras that returns ``cna_extras`` as bytes, or None where nothing is summed or steered.
 
     ``like``: extras like those of the calls to come. The bytes hold addresses: the caller keeps the tensors alive.

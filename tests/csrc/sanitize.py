@@ -3,8 +3,8 @@
     python tests/csrc/sanitize.py [--quick]
 
 The package is copied, and the copy gets the sanitized library. The sanitizers must report nothing while the tests run
-without a bug, and each planted bug must be reported in its test, wrong numbers by the test; otherwise the exit code is 1. --quick: one feature of
-eight, no bug.
+without a bug, and each planted bug must be reported in its test, wrong numbers by the test; otherwise the exit code
+is 1. --quick: one feature of eight, no bug.
 Linux with gcc.
 """
 
@@ -18,7 +18,10 @@ from typing import NamedTuple
 
 ROOT = Path(__file__).resolve().parents[2]
 FLAGS = "-O1 -g -fsanitize=address,undefined -fno-sanitize-recover=all -fno-omit-frame-pointer"
-SUITE = tuple(f"tests/csrc/test_{name}.py" for name in ("cpu", "cpu_process", "c_api", "blocks", "typed_api"))
+SUITE = (
+    *(f"tests/csrc/test_{name}.py" for name in ("cpu", "cpu_process", "c_api", "blocks", "typed_api")),
+    "tests/model/test_decode.py",
+)
 REPORTS = ("ERROR: AddressSanitizer", "runtime error:")
 
 

@@ -95,7 +95,7 @@ def test_every_status_has_a_text():
 
 
 def test_the_binding_is_the_header():
-    """Every function of cna.h is in SIGNATURES with as many arguments, and the extras have the same fields."""
+    """Every function of cna.h is in SIGNATURES with as many arguments, and every struct has the same fields."""
     text = re.sub(r"/\*.*?\*/", "", HEADER.read_text(), flags=re.S)
     declared = {
         name: [] if arguments.strip() == "void" else arguments.split(",")
@@ -104,12 +104,15 @@ def test_the_binding_is_the_header():
     assert set(declared) == set(library.SIGNATURES)
     for name, arguments in declared.items():
         assert len(arguments) == len(library.SIGNATURES[name][1]), name
-    body = re.search(r"typedef struct cna_extras \{(.*?)\}", text, flags=re.S)[1]
-    fields = re.findall(r"(?:const )?(\w+) (\*?)(\w+);", body)
-    kinds = {("int64_t", ""): ctypes.c_int64}
-    assert [(name, kinds.get((kind, star), ctypes.c_void_p)) for kind, star, name in fields] == list(
-        library.Extras._fields_
-    )
+    kinds = {"int64_t": ctypes.c_int64, "double": ctypes.c_double, "cna_weight": library.Weight}
+    for name in ("Extras", "Weight", "Layer", "Decoder"):
+        body = re.search(rf"typedef struct cna_{name.lower()} \{{(.*?)\}}", text, flags=re.S)[1]
+        fields = [
+            (one.strip(" *"), ctypes.c_void_p if "*" in one else kinds[kind])
+            for kind, all_of_it in re.findall(r"(?:const )?(\w+) ([^;]+);", body)
+            for one in all_of_it.split(",")
+        ]
+        assert fields == list(getattr(library, name)._fields_), name
     assert int(re.search(r"CNA_ABI_VERSION (\d+)", text)[1]) == library.ABI_VERSION
 
 

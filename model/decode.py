@@ -1,0 +1,111 @@
+"""A step of decoding in one call of the CPU engine: one token of every sequence through all layers, ``cna_decode``.
+
+The plain forward of ``transformer.py`` is the definition, and serves all that this does not: other devices, several
+tokens of a sequence, edits of the stream, biases of the MLP, gradients, onlookers such as profilers. ``CNA_PLAN=
+decode=torch`` turns the step off.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from cna_kernels import backends, ops, plans
+from cna_kernels.blocks import BlockWeight
+from cna_kernels.cpu import library, plan, typed
+from cna_kernels.extras import Extras
+
+if TYPE_CHECKING:
+    from .transformer import KVCache, Tap, Transformer
+
+
+def serves(transformer: Transformer, batch: int) -> bool:
+    """Whether the CPU engine runs steps of ``batch`` sequences."""
+    if transformer.device.type != "cpu" or transformer.config.mlp_bias or torch.is_grad_enabled() or ops.is_observed():
+        return False
+    if backends.name_for(transformer.device) != "cpu" or "torch" in plans.asked().values():
+        return False
+    in_blocks = isinstance(transformer.layers[0].mlp.down_proj.weight, BlockWeight)
+    return in_blocks or plan.choose("linear", batch, transformer.dtype).name == "csrc"
+
+
+class DecodeStep:
+    """Steps on one cache. It holds the addresses of weights and cache, which must stay where they are."""
+
+    def __init__(self, transformer: Transformer, cache: KVCache):
+        config, dtype = transformer.config, transformer.dtype
+        self.name, self.function = typed.function("decode", dtype)
+        self.keys, self.values, self.norm = cache.keys, cache.values, transformer.norm.weight
+        layers = (library.Layer * config.num_hidden_layers)()
+        for number, (layer, module) in enumerate(zip(layers, transformer.layers, strict=True)):
+            attention, mlp = module.self_attn, module.mlp
+            gate_up = mlp.gate_up_proj.weight
+            gate, up = gate_up if isinstance(gate_up, tuple) else gate_up.chunk(2)
+            weights: dict[str, Any] = dict(
+                w_q=attention.q_proj.weight, w_k=attention.k_proj.weight, w_v=attention.v_proj.weight,
+                w_o=attention.o_proj.weight, w_gate=gate, w_up=up, w_down=mlp.down_proj.weight,
+            )  # fmt: skip
+            vectors: dict[str, Any] = dict(
+                input_norm=module.input_layernorm.weight, post_norm=module.post_attention_layernorm.weight,
+                q_norm=getattr(attention.q_norm, "weight", None), k_norm=getattr(attention.k_norm, "weight", None),
+                b_q=attention.q_proj.bias, b_k=attention.k_proj.bias, b_v=attention.v_proj.bias,
+                b_o=attention.o_proj.bias, keys=cache.keys[number], values=cache.values[number],
+            )  # fmt: skip
+            for field, weight in weights.items():
+                setattr(layer, field, library.Weight.from_buffer_copy(typed.describer(weight)(weight)))
+            for field, vector in vectors.items():
+                setattr(layer, field, None if vector is None else vector.data_ptr())
+            layer.window = config.sliding_windows[number] or 0
+        self.layers = layers
+        _, _, _, length, head_dim = cache.keys.shape
+        self.decoder = library.Decoder(
+            version=library.ABI_VERSION, layers=ctypes.addressof(layers), norm=self.norm.data_ptr(),
+            n_layers=config.num_hidden_layers, H=config.hidden_size, N=config.intermediate_size,
+            n_heads=config.num_attention_heads, n_kv_heads=config.num_key_value_heads, D=head_dim, length=length,
+            cache_row=cache.keys.stride(1), cache_head=cache.keys.stride(2), eps=config.rms_norm_eps,
+        )  # fmt: skip
+
+    def fits(self, cache: KVCache) -> bool:
+        return self.keys is cache.keys and self.values is cache.values
+
+    def __call__(
+        self, x: Tensor, cos: Tensor, sin: Tensor, positions: Tensor, tap: Tap | None, table: Any, row_circuit: Any
+    ) -> Tensor:
+        """Return the normed stream ``[B, 1, H]``.
+
+        Args:
+            x: ``[B, 1, H]``; cos, sin: ``[B, 1, 1, D]``; positions: ``[B, 1]`` int64.
+            tap, table, row_circuit: what is summed and steered, as in ``Transformer.hidden``.
+        """
+        batch, _, hidden = x.shape
+        x, positions = x.contiguous(), positions.contiguous()
+        cos, sin = cos.expand(batch, 1, 1, -1).contiguous(), sin.expand(batch, 1, 1, -1).contiguous()
+        out = torch.empty_like(x)
+        extras = self._extras(tap, table, row_circuit)
+        status = self.function(
+            out.data_ptr(), x.data_ptr(), ctypes.addressof(self.decoder), positions.data_ptr(), cos.data_ptr(),
+            sin.data_ptr(), extras, batch, hidden, hidden, cos.shape[-1], typed.threads(),
+        )  # fmt: skip
+        library.check(self.name, status)
+        return out
+
+    def _extras(self, tap: Tap | None, table: Any, row_circuit: Any) -> bytes | None:
+        """``cna_extras`` of every layer."""
+        if tap is None and table is None:
+            return None
+        from cna_kernels.cpu.ops import packer
+
+        found = []
+        for number in range(len(self.layers)):
+            given: dict[str, Any] = {}
+            if tap is not None:
+                given |= {"token_weight": tap.token_weight, **tap.sums.layer(number)}
+            if table is not None:
+                offsets, index, value = table.layer(number)
+                given |= dict(scale_offsets=offsets, scale_index=index, scale_value=value, row_circuit=row_circuit)
+            extras = Extras(**given)
+            found.append(packer(extras)(*extras) or bytes(library.Extras(version=library.ABI_VERSION)))
+        return b"".join(found)
