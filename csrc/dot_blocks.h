@@ -68,51 +68,33 @@ template <class Q>
 void block_tile(float *c, int64_t c_stride, const uint8_t *w, int64_t row_bytes, int64_t O, const float *x,
                 int64_t n_tokens, int64_t K) {
   for (int64_t o = 0; o < O; o++, w += row_bytes)
-    for (int64_t t = 0; t < n_tokens; t += BLOCK_TOKENS) {
+    for (int64_t t = 0, n; t < n_tokens; t += n) {
       float *to = c + t * c_stride + o;
       const float *from = x + t * K;
-      switch (smaller(n_tokens - t, BLOCK_TOKENS)) {
-        case 1: block_row<Q, 1>(to, c_stride, w, from, K, K); break;
-        case 2: block_row<Q, 2>(to, c_stride, w, from, K, K); break;
-        case 3: block_row<Q, 3>(to, c_stride, w, from, K, K); break;
-        default: block_row<Q, 4>(to, c_stride, w, from, K, K);
-      }
+      n = n_tokens - t >= BLOCK_TOKENS ? BLOCK_TOKENS : n_tokens - t >= 2 ? 2 : 1;
+      if (n == BLOCK_TOKENS)
+        block_row<Q, BLOCK_TOKENS>(to, c_stride, w, from, K, K);
+      else if (n == 2)
+        block_row<Q, 2>(to, c_stride, w, from, K, K);
+      else
+        block_row<Q, 1>(to, c_stride, w, from, K, K);
     }
 }
 
-// How mlp.h uses this file; see ByDot. K is a multiple of 32.
-template <class T>
-struct ByBlocks {
-  static int64_t token_bytes(int64_t n_tokens, int64_t K) { return n_tokens * K * sizeof(float); }
-  static int64_t n_blocks(int64_t n_tokens) { return n_tokens; }
-  static int64_t first_token(int64_t block, int64_t) { return block; }
-  static void prepare(void *tokens, const T *x, int64_t, int64_t t, int64_t, int64_t K) {
-    float *out = static_cast<float *>(tokens) + t * K;
-    for (int64_t k = 0; k < K; k += W) store(out + k, load(x + k));
-  }
-  static void tile(float *c, int64_t c_stride, const Weights &w, int64_t row, int64_t O, const void *tokens,
-                   int64_t n_tokens, int64_t K) {
-    const uint8_t *blocks = static_cast<const uint8_t *>(w.at) + row * w.row_bytes;
-    with_format(w.type, [&](auto format) {
-      block_tile<decltype(format)>(c, c_stride, blocks, w.row_bytes, O, static_cast<const float *>(tokens), n_tokens,
-                                   K);
-    });
-  }
-};
-
-// out[K] = the numbers that a row of blocks stands for, rounded to T.
-template <class Q, class T>
-void dequantize_row(T *out, const uint8_t *w, int64_t K) {
-  each_group_of_row<Q>(w, K, [&](int64_t k, int, const F32(&weights)[32 / W]) __attribute__((always_inline)) {
-    for (int v = 0; v < 32 / W; v++) store(out + k + v * W, weights[v]);
+// The functions of BlockKernels.
+inline void tile_of_blocks(float *c, int64_t c_stride, const Weights &w, int64_t row, int64_t O, const float *tokens,
+                           int64_t n_tokens, int64_t K) {
+  const uint8_t *blocks = static_cast<const uint8_t *>(w.at) + row * w.row_bytes;
+  with_format(w.type, [&](auto format) {
+    block_tile<decltype(format)>(c, c_stride, blocks, w.row_bytes, O, tokens, n_tokens, K);
   });
 }
 
-template <class T>
-void dequantize_rows(T *out, int64_t out_stride, const Weights &w, int64_t row, int64_t n_rows, int64_t K) {
-  const uint8_t *blocks = static_cast<const uint8_t *>(w.at) + row * w.row_bytes;
-  with_format(w.type, [&](auto format) {
-    for (int64_t r = 0; r < n_rows; r++)
-      dequantize_row<decltype(format)>(out + r * out_stride, blocks + r * w.row_bytes, K);
+inline void numbers_of_blocks(float *out, const uint8_t *blocks, int type, int64_t n) {
+  with_format(type, [&](auto format) {
+    each_group_of_row<decltype(format)>(
+        blocks, n, [&](int64_t k, int, const F32(&weights)[32 / W]) __attribute__((always_inline)) {
+          for (int v = 0; v < 32 / W; v++) store(out + k + v * W, weights[v]);
+        });
   });
 }

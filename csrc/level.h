@@ -20,15 +20,15 @@ struct Weights {
   int type;
 };
 
-constexpr int type_of(Bf16) { return CNA_BF16; }
-constexpr int type_of(Fp16) { return CNA_FP16; }
-constexpr int type_of(float) { return CNA_FP32; }
+static constexpr int type_of(Bf16) { return CNA_BF16; }
+static constexpr int type_of(Fp16) { return CNA_FP16; }
+static constexpr int type_of(float) { return CNA_FP32; }
 
 // Numbers in a block and its bytes, of the block formats; 0 for other types.
 struct BlockSize {
   int elements, bytes;
 };
-constexpr BlockSize block_size(int64_t type) {
+static constexpr BlockSize block_size(int64_t type) {
   switch (type) {
     case CNA_Q4_0: return {32, 18};
     case CNA_Q4_1: return {32, 20};
@@ -41,6 +41,17 @@ constexpr BlockSize block_size(int64_t type) {
     default: return {0, 0};
   }
 }
+
+// The products with weights in blocks, of fp32 tokens, and the numbers of blocks: compiled once for the levels that
+// would compile the same code.
+struct BlockKernels {
+  // c[n_tokens, O] from tokens [n_tokens, K] and the rows of w from `row` on
+  void (*tile)(float *c, int64_t c_stride, const Weights &w, int64_t row, int64_t O, const float *tokens,
+               int64_t n_tokens, int64_t K);
+  // out[n] = the numbers of the blocks at `blocks`
+  void (*numbers)(float *out, const uint8_t *blocks, int type, int64_t n);
+};
+extern const BlockKernels BLOCKS_GENERIC, BLOCKS_AVX2, BLOCKS_AVX512, BLOCKS_NEON;
 
 // A cna_layer and a cna_decoder whose arguments are checked.
 struct Layer {

@@ -21,6 +21,9 @@ constexpr int64_t FEW_BF16 = 8, FEW_FP16 = 8, FEW_FP32 = 8;
 // The same for weights in blocks, dot_blocks.h, in every dtype: 2 cores of Emerald Rapids, 2026-11-27.
 constexpr int64_t FEW_BLOCKS = 8;
 
+#define CNA_OWN_BLOCKS
+constexpr const BlockKernels &block_kernels = BLOCKS_AVX2;
+
 #include "level_body.h"
 
 }  // namespace avx2
@@ -29,6 +32,7 @@ constexpr int64_t FEW_BLOCKS = 8;
 #pragma clang attribute pop
 #endif
 
+extern const BlockKernels BLOCKS_AVX2 = {avx2::tile_of_blocks, avx2::numbers_of_blocks};
 extern const Level LEVEL_AVX2 = {"avx2", avx2::ops<Bf16>(), avx2::ops<Fp16>(), avx2::ops<float>()};
 
 }  // namespace cna

@@ -23,6 +23,9 @@ constexpr int64_t FEW_BF16 = 48, FEW_FP16 = 48, FEW_FP32 = 4;
 // The same for weights in blocks, dot_blocks.h, in every dtype: 2 cores of Emerald Rapids, 2026-11-27.
 constexpr int64_t FEW_BLOCKS = 8;
 
+#define CNA_OWN_BLOCKS
+constexpr const BlockKernels &block_kernels = BLOCKS_AVX512;
+
 #include "level_body.h"
 
 }  // namespace avx512
@@ -31,6 +34,7 @@ constexpr int64_t FEW_BLOCKS = 8;
 #pragma clang attribute pop
 #endif
 
+extern const BlockKernels BLOCKS_AVX512 = {avx512::tile_of_blocks, avx512::numbers_of_blocks};
 extern const Level LEVEL_AVX512 = {"avx512", avx512::ops<Bf16>(), avx512::ops<Fp16>(), avx512::ops<float>()};
 
 }  // namespace cna

@@ -1,10 +1,15 @@
-// The operations of cna.h from the vectors (vec_*.h) and the FEW_* constants of a level. Included inside its namespace.
+// The operations of cna.h from the vectors (vec_*.h), the FEW_* constants and the block kernels of a level. Included
+// inside its namespace. A level that defines CNA_OWN_BLOCKS has block kernels of its own.
 #include "act.h"
 
 #include "dot.h"
 #include "panel.h"
+#ifdef CNA_OWN_BLOCKS
 #include "blocks.h"
+
 #include "dot_blocks.h"
+#endif
+#include "by_blocks.h"
 #ifdef CNA_AMX
 #include "amx.h"
 #endif

@@ -16,10 +16,14 @@ constexpr int64_t FEW_BF16 = 8, FEW_FP16 = 8, FEW_FP32 = 8;
 // The same for weights in blocks, dot_blocks.h; unmeasured.
 constexpr int64_t FEW_BLOCKS = 8;
 
+#define CNA_OWN_BLOCKS
+constexpr const BlockKernels &block_kernels = BLOCKS_NEON;
+
 #include "level_body.h"
 
 }  // namespace neon
 
+extern const BlockKernels BLOCKS_NEON = {neon::tile_of_blocks, neon::numbers_of_blocks};
 extern const Level LEVEL_NEON = {"neon", neon::ops<Bf16>(), neon::ops<Fp16>(), neon::ops<float>()};
 
 }  // namespace cna

@@ -108,7 +108,7 @@ def test_the_binding_is_the_header():
     for name in ("Extras", "Weight", "Layer", "Decoder"):
         body = re.search(rf"typedef struct cna_{name.lower()} \{{(.*?)\}}", text, flags=re.S)[1]
         fields = [
-            (one.strip(" *"), ctypes.c_void_p if "*" in one else kinds[kind])
+            (one.strip(" *\n"), ctypes.c_void_p if "*" in one else kinds[kind])
             for kind, all_of_it in re.findall(r"(?:const )?(\w+) ([^;]+);", body)
             for one in all_of_it.split(",")
         ]
