@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from cna_kernels.blocks import BlockWeight
+from cna_kernels.blocks import BlockWeight, dense
 from cna_kernels.errors import InputError, InputWarning
 from cna_kernels.files import write_bytes
 
@@ -228,12 +228,13 @@ def save_transformer(transformer: Transformer, directory, *, dtype=torch.bfloat1
     """Write ``model.safetensors`` with the checkpoint's names; gate_up_proj is split into gate_proj and up_proj."""
     from safetensors.torch import save
 
-    state = dict(transformer.named_parameters())
     tensors = {}
     for name in expected_shapes(transformer.config):
         path = name.removeprefix("model.")
         half = 0 if ".gate_proj." in path else 1 if ".up_proj." in path else None
-        value: torch.Tensor = state[path.replace("gate_proj", "gate_up_proj").replace(".up_proj", ".gate_up_proj")]
-        value = value if half is None else value.chunk(2)[half]
-        tensors[name] = value.detach().to(dtype).contiguous()
+        owner, _, leaf = path.replace("gate_proj", "gate_up_proj").replace(".up_proj", ".gate_up_proj").rpartition(".")
+        value: Any = getattr(transformer.get_submodule(owner), leaf)
+        if half is not None:
+            value = value[half] if isinstance(value, tuple) else value.chunk(2)[half]
+        tensors[name] = dense(value, torch.float32).detach().to(dtype).contiguous()
     write_bytes(Path(directory) / SINGLE, save(tensors, metadata={"format": "pt"}))

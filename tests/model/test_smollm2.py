@@ -94,6 +94,16 @@ def test_ref_code_preset_equals_hooks(exact, theirs):
         assert contrast == pytest.approx(delta[layer, index].item(), rel=2e-3, abs=1e-4)
 
 
+def test_blocks_find_the_circuit_of_the_dequantised_weights(exact, path):
+    """Weights that stay in the file's blocks, and weights that are dequantised layer by layer."""
+    assert {weight.dtype for weight in exact.transformer.block_weights()} >= {"Q4_1"}
+    behaviour = Behaviour.bundled("capitals")
+    sides = [behaviour.positive.texts[:12], behaviour.negative.texts[:12]]
+    found = exact.discover(*sides, chat=behaviour.chat)
+    dequantised = load(path, dtype="float32", stream_layers=True).discover(*sides, chat=behaviour.chat)
+    assert found.k == 46 and set(found.pairs) == set(dequantised.pairs)
+
+
 def test_capitals(path):
     """Forward passes alone: the circuit of capitals makes and breaks them, neurons like it do not."""
     model, behaviour = load(path), Behaviour.bundled("capitals")

@@ -50,8 +50,8 @@ class FakeModel:
 
     class transformer:
         @staticmethod
-        def parameters():
-            return []
+        def n_weights():
+            return 1000
 
 
 @pytest.fixture
