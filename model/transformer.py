@@ -299,7 +299,7 @@ class Transformer(nn.Module):
         """
         mlp = self.layers[0].mlp
         w_gate_up, w_down = mlp.gate_up_proj.weight, mlp.down_proj.weight
-        if self.device.type == "cpu":
+        if isinstance(w_down, BlockWeight):  # on a CPU
             return []
         n_neurons, device = w_down.shape[1], w_down.device
         scale = make_scale([{}], n_neurons, device)
@@ -341,8 +341,6 @@ class Transformer(nn.Module):
             lengths = positions[:, -1] + 1
         if cache is not None:
             cache.used = min(cache.used + n_tokens, cache.keys.shape[3])
-        n_keys = n_tokens if cache is None else cache.used
-        masks = {window: _mask(positions, n_keys, window, starts_here) for window in set(self.config.sliding_windows)}
         extras: dict[str, Any] = {}
         if tap is not None:
             extras["token_weight"] = tap.token_weight
@@ -356,6 +354,8 @@ class Transformer(nn.Module):
         cos, sin = self.rotary(positions, lengths, x.dtype)
         if n_tokens == 1 and cache is not None and edit is None and decode.serves(self, batch):
             return cache.step_of(self)(x, cos, sin, positions, tap, table, row_circuit)
+        n_keys = n_tokens if cache is None else cache.used
+        masks = {window: _mask(positions, n_keys, window, starts_here) for window in set(self.config.sliding_windows)}
         for number, layer in enumerate(self.layers):
             if tap is not None:
                 extras |= tap.sums.layer(number)
