@@ -68,14 +68,16 @@ def test_numbers_are_those_of_the_gguf_package(level, kind):
             assert torch.equal(weight.dense(dtype), expected.to(dtype))
 
 
+def covered(cases):
+    """pytest's parameters for cases that begin with a level."""
+    names = ["-".join("-".join(x) if isinstance(x, tuple) else name_of(x) for x in case) for case in cases]
+    return parameters(cases, names, everyday=lambda case: case[0] != EMULATED)
+
+
 LINEAR = list(itertools.product(LEVELS, FORMATS, TOKENS, DTYPES))
 
 
-@pytest.mark.parametrize(
-    ("level", "kind", "n_tokens", "dtype"),
-    parameters(LINEAR, ["-".join(map(name_of, case)) for case in LINEAR], everyday=lambda case: case[0] != EMULATED),
-    indirect=["level"],
-)
+@pytest.mark.parametrize(("level", "kind", "n_tokens", "dtype"), covered(LINEAR), indirect=["level"])
 def test_linear(level, kind, n_tokens, dtype):
     generator = torch.Generator().manual_seed(n_tokens)
     widths = (256, 512, 1280) if FORMATS[kind][1] == 256 else (32, 576, 992)
@@ -128,10 +130,10 @@ def run(op, case, weights, extras):
 KINDS = [("Q4_K", "Q4_K", "Q6_K"), ("Q8_0", "Q4_0", "Q5_K"), ("Q5_0", "Q5_1", "Q4_1")]
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=name_of)
-@pytest.mark.parametrize("kinds", KINDS, ids="-".join)
-@pytest.mark.parametrize("n_tokens", [1, 6, 45])
-@pytest.mark.parametrize("op", ["gated_mlp", "down_proj"])
+RIDING = list(itertools.product(LEVELS, ("gated_mlp", "down_proj"), (1, 6, 45), KINDS, DTYPES))
+
+
+@pytest.mark.parametrize(("level", "op", "n_tokens", "kinds", "dtype"), covered(RIDING), indirect=["level"])
 def test_sums_and_steering_ride_along(level, op, n_tokens, kinds, dtype):
     case, weights = case_in_blocks(n_tokens, dtype, *kinds)
     for feature in ("both", "columns"):
@@ -148,8 +150,10 @@ def test_the_engines_own_type_beside_blocks(level):
         assert_values(case, "gated_mlp", y, extras)
 
 
-@each_format
-@pytest.mark.parametrize("n_tokens", [1, 6, 45])
+ALIKE = list(itertools.product(LEVELS, FORMATS, (1, 6, 45)))
+
+
+@pytest.mark.parametrize(("level", "kind", "n_tokens"), covered(ALIKE), indirect=["level"])
 def test_threads_neighbours_strides_and_rows_without_a_circuit(level, kind, n_tokens):
     """The same bits for any number of threads, for a token in another batch, for rows apart from each other; and for
     tokens that no circuit steers."""
