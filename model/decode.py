@@ -26,10 +26,17 @@ def serves(transformer: Transformer, batch: int) -> bool:
     """Whether the CPU engine runs steps of ``batch`` sequences."""
     if transformer.device.type != "cpu" or transformer.config.mlp_bias or torch.is_grad_enabled() or ops.is_observed():
         return False
-    if backends.name_for(transformer.device) != "cpu" or "torch" in plans.asked().values():
+    if backends.name_for(transformer.device) != "cpu" or not is_planned():
         return False
+    if plans.override("decode") == "csrc":
+        return True
     in_blocks = isinstance(transformer.layers[0].mlp.down_proj.weight, BlockWeight)
     return in_blocks or plan.choose("linear", batch, transformer.dtype).name == "csrc"
+
+
+def is_planned() -> bool:
+    """Whether CNA_PLAN leaves the step on: it names it, or asks nothing of PyTorch. Raises InputError."""
+    return plans.override("decode") == "csrc" or "torch" not in plans.asked().values()
 
 
 class DecodeStep:

@@ -133,7 +133,7 @@ class RMSNorm(nn.Module):
 class Linear(nn.Linear):
     """``torch.nn.Linear`` on ``ops.linear``, which uses the CPU engine on CPUs.
 
-    The weight may be a BlockWeight; that of ``gate_up_proj`` a pair of them, without a bias.
+    The weight may be a BlockWeight; that of ``gate_up_proj`` a pair of them.
     """
 
     weight: Any  # Parameter, BlockWeight or (BlockWeight, BlockWeight)

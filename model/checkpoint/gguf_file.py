@@ -67,13 +67,16 @@ class GgufEntry(TensorEntry):
         values = self._stored_rows(0, math.prod(self.shape) // self.shape[-1]).view(self.shape)
         return values if not self.heads else self._in_order(values)
 
-    def in_blocks(self, files: dict[Path, np.ndarray]) -> BlockWeight | None:
-        """The matrix as the blocks that the file holds, without a copy; None where it is not stored in blocks.
+    @property
+    def is_in_blocks(self) -> bool:
+        """Whether this is a matrix in a block format."""
+        return self.stored in FORMATS and len(self.shape) == 2
 
-        Rows that lie in another order are copied. ``files`` keeps the files that are mapped into memory.
+    def in_blocks(self, files: dict[Path, np.ndarray]) -> BlockWeight:
+        """The matrix as the blocks that the file holds, without a copy; rows that lie in another order are copied.
+
+        ``files`` keeps the files that are mapped into memory.
         """
-        if self.stored not in FORMATS or len(self.shape) != 2:
-            return None
         n_rows, n_bytes = self.shape[0], self._row_bytes()
         if self.heads:
             rows = torch.frombuffer(bytearray(self._bytes(0, n_rows)), dtype=torch.uint8).view(n_rows, n_bytes)

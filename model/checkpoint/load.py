@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import re
 import warnings
-from collections.abc import Collection
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -132,32 +132,30 @@ def load_transformer(
     with torch.device("meta"):
         transformer = Transformer(config)
     transformer.embed_tokens.row_dtype = dtype
+    files: dict[Path, Any] = {}
     for name in expected_shapes(config):
         path = name.removeprefix("model.")
         if name not in in_blocks:
             _load_tensor(transformer, path, checkpoint, name, dtype, device)
         elif ".gate_proj." in path:
-            pair = in_blocks[name], in_blocks[name.replace("gate_proj", "up_proj")]
+            up = in_blocks[name.replace("gate_proj", "up_proj")]
+            pair = in_blocks[name].in_blocks(files), up.in_blocks(files)
             _set_blocks(transformer, path.replace("gate_proj", "gate_up_proj"), pair)
         elif ".up_proj." not in path:
-            _set_blocks(transformer, path, in_blocks[name])
+            _set_blocks(transformer, path, in_blocks[name].in_blocks(files))
     transformer.rotary.to(device)
     return transformer.eval()
 
 
-def _in_blocks(checkpoint: Checkpoint, config: ModelConfig) -> dict[str, BlockWeight]:
+def _in_blocks(checkpoint: Checkpoint, config: ModelConfig) -> dict[str, GgufEntry]:
     """The matrices that stay in the blocks of their file. gate_proj and up_proj do so together, or not at all."""
-    files: dict[Path, Any] = {}
-    found = {}
-    for name in expected_shapes(config):
-        entry = checkpoint.entries[name]
-        blocks = entry.in_blocks(files) if isinstance(entry, GgufEntry) else None
-        if blocks is not None:
-            found[name] = blocks
-    for one, other in (("gate_proj", "up_proj"), ("up_proj", "gate_proj")):
-        for name in [name for name in found if f".{one}." in name and name.replace(one, other) not in found]:
-            del found[name]
-    return found
+    entries = {name: checkpoint.entries[name] for name in expected_shapes(config)}
+    found = {name: entry for name, entry in entries.items() if isinstance(entry, GgufEntry) and entry.is_in_blocks}
+
+    def other(name: str) -> str:
+        return name.replace("gate_proj", "up_proj") if "gate_proj" in name else name.replace("up_proj", "gate_proj")
+
+    return {name: entry for name, entry in found.items() if other(name) in found}
 
 
 def _set_blocks(module: nn.Module, path: str, value: BlockWeight | tuple[BlockWeight, BlockWeight]):
@@ -215,10 +213,14 @@ def _set_parameter(module: nn.Module, path: str, value: torch.Tensor) -> nn.Para
     return parameter
 
 
-def check_memory(config, dtype, device, directory, in_blocks: Collection[str] = ()):
-    """Raise InputError where memory cannot hold the weights but ``in_blocks``, before any weight is allocated."""
+def check_memory(config, dtype, device, directory, in_blocks: Mapping[str, TensorEntry] | None = None):
+    """Raise InputError where memory cannot hold the weights, before any weight is allocated.
+
+    ``in_blocks``: those that take as many bytes as in the file.
+    """
+    in_blocks = in_blocks or {}
     read = [shape for name, shape in expected_shapes(config).items() if name not in in_blocks]
-    needed = dtype.itemsize * sum(map(math.prod, read))
+    needed = dtype.itemsize * sum(map(math.prod, read)) + sum(x.end - x.start for x in in_blocks.values())
     available = memory_of(device)
     if available is not None and needed > available:
         raise InputError(directory, f"needs {needed / 2**30:.1f} GiB for weights, {device} has {available / 2**30:.1f}")

@@ -97,8 +97,9 @@ def _machine() -> dict[str, str]:
 
 def _cpu_engine():
     """The CPU engine's instruction sets, and which of its kernels serve how many tokens."""
-    from cna_kernels import plans
     from cna_kernels.cpu import library, plan
+
+    from ..decode import is_planned
 
     facts = {"CNA_CPU_ISA": os.environ.get("CNA_CPU_ISA") or "not set"}
     if library.missing():
@@ -118,8 +119,8 @@ def _cpu_engine():
     facts["weights in GGUF's blocks on cpu"] = (
         f"csrc: straight from the blocks up to {plan.FEW_BLOCKS} tokens, as rows of the activations' dtype for more"
     )
-    by_torch = "torch" in plans.asked().values()
-    facts["decoding on cpu"] = "op by op (CNA_PLAN)" if by_torch else "csrc: all layers of a token in one call"
+    planned = is_planned()
+    facts["decoding on cpu"] = "csrc: all layers of a token in one call" if planned else "op by op (CNA_PLAN)"
     return facts
 
 

@@ -127,6 +127,8 @@ def test_what_the_step_does_not_serve(llama, monkeypatch):
         for plan in ("decode=torch", "linear=torch", "gated_mlp=torch"):
             plans.use(plan)
             assert not decode.serves(llama, 1)
+        plans.use("linear=torch,decode=csrc")
+        assert decode.serves(llama, 1), "asked for by name"
         plans.use(None)
         with torch.autograd.profiler.profile():
             assert not decode.serves(llama, 1)

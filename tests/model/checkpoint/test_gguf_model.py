@@ -226,6 +226,20 @@ def test_streamed_layers_find_the_same_circuit(tmp_path):
         assert torch.equal(one, torch.cat([dense(part, torch.float32) for part in parts])), name
 
 
+def test_a_file_larger_than_memory_is_refused(tmp_path, monkeypatch):
+    """Blocks count as they lie in the file: mapped, they would be read from the disk again for every token."""
+    path = write_gguf(tmp_path / "tiny.gguf", tiny_model(), kind="Q8_0")
+    checkpoint = formats.open_checkpoint(path)
+    in_file = sum(x.end - x.start for x in checkpoint.entries.values() if len(x.shape) > 1)
+    for memory, fits in ((2 * in_file, True), (in_file, False)):
+        monkeypatch.setattr("cna_kernels.model.checkpoint.load.memory_of", lambda device, n=memory: n)
+        if fits:
+            assert load(path).transformer.n_weights() > 0
+        else:
+            with pytest.raises(InputError, match=r"tiny\.gguf: needs 0\.0 GiB for weights"):
+                load(path)
+
+
 def test_llama3_factors_are_llama3(tmp_path):
     """The numbers that the files of these tests hold are those of transformers' own embedding."""
     theirs = tiny_model(rope_parameters=LLAMA3)
