@@ -97,7 +97,7 @@ def summarise(model: LanguageModel, results: dict) -> dict:
             "neurons per layer": config.intermediate_size,
             "hidden size": config.hidden_size,
             "parameters": model.transformer.n_weights(),
-            "dtype": "float32, dequantised",
+            "dtype": "float32, weights as the file stores them",
         },
         "capitals": _capitals(knob),
         "refusal": _refusal(cross, circuits[REFUSAL]),
