@@ -66,7 +66,7 @@ def test_override_serves_what_it_can(monkeypatch):
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("fused", "CNA_PLAN: expected one of gated_mlp, down_proj, linear before '=', got 'fused'"),
+        ("fused", "CNA_PLAN: expected one of gated_mlp, down_proj, linear, decode before '=', got 'fused'"),
         (
             "gated_mlp=fast",
             "CNA_PLAN: gated_mlp: expected one of gemv, flat, fused, blas, csrc, torch, got 'fast'",
