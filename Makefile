@@ -9,7 +9,7 @@
 # make docs   the API reference and the documents as HTML, in build/docs
 # make lint   ruff, mypy and clang-format
 # make canaries   plant bugs, one at a time, and check that a test catches each
-# make sanitize   the CPU tests under ASan and UBSan, and eight planted bugs that must be caught
+# make sanitize   the CPU tests under ASan and UBSan, and nine planted bugs that must be caught
 # make compile-gate   compile every kernel for every target without a GPU, and read the machine code: build/compile-gate/
 # make gpu WINDOW=1 OUT=DIR   on a machine with a GPU: tests and rows in 330 s (2: 360, 3: 300); nothing is installed
 #                             DRY=1 runs it on a CPU, LIST=1 only prints the jobs; ONLY=REGEX, MODELS=8B,70B

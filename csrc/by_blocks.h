@@ -32,3 +32,10 @@ void dequantize_rows(T *out, int64_t out_stride, const Weights &w, int64_t row, 
     }
   }
 }
+#ifdef CNA_BF16_PAIRS
+template <>
+inline void dequantize_rows(Bf16 *out, int64_t out_stride, const Weights &w, int64_t row, int64_t n_rows, int64_t K) {
+  const uint8_t *blocks = static_cast<const uint8_t *>(w.at) + row * w.row_bytes;
+  for (int64_t r = 0; r < n_rows; r++) BF16_OF_BLOCKS(out + r * out_stride, blocks + r * w.row_bytes, w.type, K);
+}
+#endif

@@ -53,6 +53,9 @@ struct BlockKernels {
 };
 extern const BlockKernels BLOCKS_GENERIC, BLOCKS_AVX2, BLOCKS_AVX512, BLOCKS_NEON;
 
+// The same rounded to bf16, for the levels that have products of bf16 pairs.
+extern void (*const BF16_OF_BLOCKS)(Bf16 *out, const uint8_t *blocks, int type, int64_t n);
+
 // A cna_layer and a cna_decoder whose arguments are checked.
 struct Layer {
   const void *input_norm, *post_norm, *q_norm, *k_norm;

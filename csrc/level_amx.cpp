@@ -18,11 +18,12 @@ namespace amx {
 #define CNA_AMX
 #include "vec_avx512.h"
 
-// Up to how many tokens dot.h is faster than amx.h; unmeasured.
-constexpr int64_t FEW_BF16 = 8, FEW_FP16 = 48, FEW_FP32 = 4;
+// Up to how many tokens dot.h is faster than amx.h (bf16) or panel.h: bf16 on 2 cores of Emerald Rapids, 2026-11-28.
+constexpr int64_t FEW_BF16 = 1, FEW_FP16 = 48, FEW_FP32 = 4;
 
-// The same for weights in blocks, dot_blocks.h, in every dtype: 2 cores of Emerald Rapids, 2026-11-27.
-constexpr int64_t FEW_BLOCKS = 8;
+// The same for weights in blocks, dot_blocks.h, with tokens in bf16 and in other dtypes: 2 cores of Emerald Rapids,
+// 2026-11-28.
+constexpr int64_t FEW_BLOCKS_BF16 = 2, FEW_BLOCKS = 8;
 
 constexpr const BlockKernels &block_kernels = BLOCKS_AVX512;
 

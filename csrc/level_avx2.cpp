@@ -19,7 +19,7 @@ namespace avx2 {
 constexpr int64_t FEW_BF16 = 8, FEW_FP16 = 8, FEW_FP32 = 8;
 
 // The same for weights in blocks, dot_blocks.h, in every dtype: 2 cores of Emerald Rapids, 2026-11-27.
-constexpr int64_t FEW_BLOCKS = 8;
+constexpr int64_t FEW_BLOCKS_BF16 = 8, FEW_BLOCKS = 8;
 
 #define CNA_OWN_BLOCKS
 constexpr const BlockKernels &block_kernels = BLOCKS_AVX2;

@@ -21,8 +21,9 @@ namespace avx512_bf16 {
 constexpr int64_t FEW_BF16 = 4, FEW_FP16 = 48, FEW_FP32 = 4;
 
 // The same for weights in blocks, dot_blocks.h, in every dtype: 2 cores of Emerald Rapids, 2026-11-27.
-constexpr int64_t FEW_BLOCKS = 8;
+constexpr int64_t FEW_BLOCKS_BF16 = 8, FEW_BLOCKS = 8;
 
+#define CNA_BF16_BLOCKS
 constexpr const BlockKernels &block_kernels = BLOCKS_AVX512;
 
 #include "level_body.h"
@@ -33,6 +34,7 @@ constexpr const BlockKernels &block_kernels = BLOCKS_AVX512;
 #pragma clang attribute pop
 #endif
 
+void (*const BF16_OF_BLOCKS)(Bf16 *out, const uint8_t *blocks, int type, int64_t n) = avx512_bf16::bf16_of_blocks;
 extern const Level LEVEL_AVX512_BF16 = {"avx512_bf16", avx512_bf16::ops<Bf16>(), avx512_bf16::ops<Fp16>(),
                                         avx512_bf16::ops<float>()};
 

@@ -9,6 +9,13 @@
 
 #include "dot_blocks.h"
 #endif
+#ifdef CNA_BF16_BLOCKS
+#include "blocks.h"
+
+#include "blocks_avx512.h"
+
+#include "blocks_bf16.h"
+#endif
 #include "by_blocks.h"
 #ifdef CNA_AMX
 #include "amx.h"

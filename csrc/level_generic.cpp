@@ -10,7 +10,7 @@ namespace generic {
 constexpr int64_t FEW_BF16 = 16, FEW_FP16 = 16, FEW_FP32 = 16;
 
 // The same for weights in blocks, dot_blocks.h; unmeasured.
-constexpr int64_t FEW_BLOCKS = 8;
+constexpr int64_t FEW_BLOCKS_BF16 = 8, FEW_BLOCKS = 8;
 
 #define CNA_OWN_BLOCKS
 constexpr const BlockKernels &block_kernels = BLOCKS_GENERIC;

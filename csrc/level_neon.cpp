@@ -14,7 +14,7 @@ namespace neon {
 constexpr int64_t FEW_BF16 = 8, FEW_FP16 = 8, FEW_FP32 = 8;
 
 // The same for weights in blocks, dot_blocks.h; unmeasured.
-constexpr int64_t FEW_BLOCKS = 8;
+constexpr int64_t FEW_BLOCKS_BF16 = 8, FEW_BLOCKS = 8;
 
 #define CNA_OWN_BLOCKS
 constexpr const BlockKernels &block_kernels = BLOCKS_NEON;

@@ -25,10 +25,15 @@ inline int64_t find_counted(int32_t *counted, const cna_extras &extras, int64_t 
   return n;
 }
 
-// The most tokens that dot.h serves, by dtype; see the level's file.
+// The most tokens that dot.h and dot_blocks.h serve, by dtype; see the level's file.
 constexpr int64_t most_few(Bf16) { return FEW_BF16; }
 constexpr int64_t most_few(Fp16) { return FEW_FP16; }
 constexpr int64_t most_few(float) { return FEW_FP32; }
+template <class T>
+constexpr int64_t most_few_blocks(T) {
+  return FEW_BLOCKS;
+}
+constexpr int64_t most_few_blocks(Bf16) { return FEW_BLOCKS_BF16; }
 
 inline int64_t tile_size(int64_t n_tokens) { return round_up(n_tokens, TOKENS_TOGETHER) * BLOCK; }
 
@@ -56,7 +61,7 @@ struct Product {
 
   enum Form { DOTS, MANY, BLOCKS };
   Form form_of(const Weights &w) const {
-    const bool plain = w.type == type_of(T()), few = n_tokens <= (plain ? most_few(T()) : FEW_BLOCKS);
+    const bool plain = w.type == type_of(T()), few = n_tokens <= (plain ? most_few(T()) : most_few_blocks(T()));
     return !few ? MANY : plain ? DOTS : BLOCKS;
   }
 

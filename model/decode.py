@@ -10,6 +10,7 @@ from __future__ import annotations
 import ctypes
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -67,6 +68,7 @@ class DecodeStep:
                 setattr(layer, field, None if vector is None else vector.data_ptr())
             layer.window = config.sliding_windows[number] or 0
         self.layers = layers
+        self.made: tuple[Any, Any, Any, np.ndarray] | None = None  # of _extras
         _, _, _, length, head_dim = cache.keys.shape
         self.decoder = library.Decoder(
             version=library.ABI_VERSION, layers=ctypes.addressof(layers), norm=self.norm.data_ptr(),
@@ -100,9 +102,21 @@ class DecodeStep:
         return out
 
     def _extras(self, tap: Tap | None, table: Any, row_circuit: Any) -> bytes | None:
-        """``cna_extras`` of every layer."""
+        """``cna_extras`` of every layer: made once for sums and a table, whose tensors stay where they are."""
         if tap is None and table is None:
             return None
+        sums, token_weight = (None, None) if tap is None else (tap.sums, tap.token_weight)
+        given: list[Any] = [None if x is None else (x.shape, x.stride(), x.dtype) for x in (token_weight, row_circuit)]
+        given.append(None if sums is None else sums.act_sum.data_ptr())
+        if self.made is None or self.made[0] is not sums or self.made[1] is not table or self.made[2] != given:
+            self.made = sums, table, given, self._extras_of(tap, table, row_circuit)
+        extras = self.made[3]
+        for field, x in (("token_weight", token_weight), ("row_circuit", row_circuit)):
+            if x is not None and extras[field][0]:
+                extras[field] = x.data_ptr()
+        return extras.tobytes()
+
+    def _extras_of(self, tap: Tap | None, table: Any, row_circuit: Any) -> np.ndarray:
         from cna_kernels.cpu.ops import packer
 
         found = []
@@ -115,4 +129,5 @@ class DecodeStep:
                 given |= dict(scale_offsets=offsets, scale_index=index, scale_value=value, row_circuit=row_circuit)
             extras = Extras(**given)
             found.append(packer(extras)(*extras) or bytes(library.Extras(version=library.ABI_VERSION)))
-        return b"".join(found)
+        fields = np.dtype([(field[0], np.int64) for field in library.Extras._fields_])
+        return np.frombuffer(bytearray(b"".join(found)), fields)

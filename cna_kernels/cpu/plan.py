@@ -28,21 +28,19 @@ SHARE = {
     ("avx512", torch.float32): "0.3 to 0.8",
 }
 MEASURED = "1 to 256 tokens, 2 cores of Zen 4, 2026-11-21"
-MEASURED_AMX = "64 and 256 tokens, 2 cores of Emerald Rapids, 2026-11-27"
+MEASURED_AMX = "1 to 256 tokens, 2 cores of Emerald Rapids, 2026-11-28"
 
-# Weights in GGUF's blocks are always multiplied by csrc: up to FEW_BLOCKS tokens straight from the blocks, which are
-# turned into the activations' dtype for more (csrc/level_*.cpp).
-FEW_BLOCKS = 8
+
+def few_blocks(level: str, dtype: torch.dtype) -> int:
+    """Up to how many tokens csrc multiplies straight with GGUF's blocks, which it turns into ``dtype`` for more.
+
+    No other plan serves these weights. The rule is that of csrc/level_*.cpp.
+    """
+    return 2 if level == "amx" and dtype == torch.bfloat16 else 8
+
 
 # (level, dtype) -> the first and the last number of tokens for which PyTorch's products are used, and why.
-TORCH = {
-    ("amx", torch.bfloat16): (
-        9,
-        47,
-        "AMX: csrc takes 0.9 to 1.8 of PyTorch's time; 2 cores of Emerald Rapids, 2026-11-27",
-    ),
-    **{("generic", dtype): (5, math.inf, "no vector instructions in the generic level of csrc") for dtype in DTYPES},
-}
+TORCH = {("generic", dtype): (5, math.inf, "no vector instructions in the generic level of csrc") for dtype in DTYPES}
 
 
 def default(level: str, dtype: torch.dtype, n_tokens: int) -> Plan:

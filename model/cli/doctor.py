@@ -116,8 +116,11 @@ def _cpu_engine():
             same = [other for other in plan.OPS if ranges[other] == found]
             for first, (name, reason) in found if op == same[0] else ():
                 facts[f"{', '.join(same)} on cpu, {short}, T >= {first}"] = f"{name} ({reason})"
+    few = ", ".join(
+        f"{plan.few_blocks(library.isa(), dtype)} ({str(dtype).removeprefix('torch.')})" for dtype in plan.DTYPES
+    )
     facts["weights in GGUF's blocks on cpu"] = (
-        f"csrc: straight from the blocks up to {plan.FEW_BLOCKS} tokens, as rows of the activations' dtype for more"
+        f"csrc: straight from the blocks up to {few} tokens, as rows of that dtype for more"
     )
     planned = is_planned()
     facts["decoding on cpu"] = "csrc: all layers of a token in one call" if planned else "op by op (CNA_PLAN)"

@@ -87,6 +87,19 @@ def test_linear(level, shape, dtype):
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=name_of)
+def test_edges_of_tiles(level, dtype):
+    """Exact for every rest of tokens, outputs and inputs; what lies behind a row of weights, and behind all, is NaN."""
+    generator = torch.Generator().manual_seed(5)
+    for T, O, K in itertools.product((1, 2, 16, 17, 33, 49), (1, 15, 17, 31, 48), (1, 31, 33, 64, 512, 545)):  # noqa: E741
+        x = torch.randint(-1, 2, (T, K), generator=generator).to(dtype)
+        room = torch.full((O + 3, K + 40), float("nan"), dtype=dtype)
+        w = room[:O, :K]
+        w.copy_(torch.randint(-1, 2, (O, K), generator=generator))
+        answer = F.linear(x.double(), w.double())
+        assert torch.equal(ops.linear(x, w, backend="cpu").double(), answer.to(dtype).double()), (T, O, K)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=name_of)
 @pytest.mark.parametrize("shape", [(1, 40, 24), (3, 40, 24), (17, 136, 72), (70, 40, 1100)], ids=name_of)
 def test_exact_on_small_integers(level, shape, dtype):
     """Integers that every format holds: no rounding anywhere, so every bit must agree."""

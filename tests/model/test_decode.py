@@ -108,6 +108,39 @@ def test_sums_ride_along(llama):
         torch.testing.assert_close(one, two, rtol=1e-4, atol=1e-5)
 
 
+def test_sums_and_circuits_change_between_steps(llama):
+    """On one cache: other sums, another table, new circuits in it, other rows, other weights, and nothing at all."""
+    config, found = llama.config, []
+    for plan in ("csrc", "torch"):
+        plans.use(f"decode={plan}")
+        shape = config.num_hidden_layers, config.intermediate_size
+        sums = [ActivationSums(*shape, 2), ActivationSums(*shape, 2), ActivationSums(*shape, 1)]
+        first, second = steering(config, ROWS), steering(config, ROWS)
+        second.row_circuit = torch.tensor([1, 1, -1], dtype=torch.int32)
+        second.table.set_multiplier(1, -1.5)
+        weights = [torch.rand(ROWS, 2, generator=torch.Generator().manual_seed(n)) for n in range(3)]
+        settings = [
+            (Tap(sums[0], weights[0]), None), (Tap(sums[0], weights[1]), first), (Tap(sums[1], weights[1]), first),
+            (None, second), (None, first), (None, None), (Tap(sums[2], weights[2][:, :1]), second),
+            (Tap(sums[2], torch.rand(ROWS, 4, generator=torch.Generator().manual_seed(4))[:, 1:2]), first),
+            (None, Steering(first.table, second.row_circuit)), (Tap(sums[1], weights[0]), first),
+        ]  # fmt: skip
+        cache, hidden = KVCache(config, ROWS, PROMPT + len(settings), llama.dtype, "cpu"), []
+        ids = torch.randint(3, 90, (ROWS, PROMPT + len(settings)), generator=torch.Generator().manual_seed(1))
+        with torch.inference_mode():
+            llama.hidden(ids[:, :PROMPT], cache=cache)
+            for at, (tap, steer) in enumerate(settings, PROMPT):
+                if at == PROMPT + 8:
+                    first.table.replace(0, Circuit(((0, 1, 1.0), (1, 7, 1.0)), *shape), 3.0)
+                positions = torch.full((ROWS, 1), at)
+                arguments = dict(positions=positions, lengths=positions[:, 0] + 1, cache=cache, steer=steer, tap=tap)
+                hidden.append(llama.hidden(ids[:, at : at + 1], **arguments))
+        found.append((torch.cat(hidden), *(each.act_sum for each in sums)))
+    for one, two in zip(*found, strict=True):
+        assert two.abs().max() > 0.1
+        torch.testing.assert_close(one, two, rtol=1e-4, atol=1e-5)
+
+
 def test_rows_threads_and_circuits_leave_other_rows_alone(llama):
     """The same bits for any number of threads, for a row alone, and for a row that no circuit steers beside others."""
     whole = steps(llama, "decode=csrc")[0]
