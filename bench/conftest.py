@@ -12,7 +12,9 @@ def results():
     """Rows for bench/results/cpu.json; CNA_BENCH_SETTING names the instruction sets that this run is limited to."""
     from results import Results, cpu_environment
 
-    return Results("cpu", os.environ.get("CNA_BENCH_SETTING", "as it is"), cpu_environment())
+    environment = cpu_environment()
+    whole = "AMX" if environment["isa"] == "amx" else "as it is"
+    return Results("cpu", os.environ.get("CNA_BENCH_SETTING", whole), environment)
 
 
 @pytest.fixture(scope="session")

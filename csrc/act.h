@@ -116,6 +116,19 @@ void sum_columns_fp64(const cna_extras &e, const T *act, int64_t act_stride, con
   }
 }
 
+// Asks for the memory of sums that are added to soon.
+inline void fetch_sums(const cna_extras &e, int64_t n_counted, int64_t n0, int64_t n1) {
+  const auto fetch = [&](const auto *sums, int64_t stride) {
+    for (int64_t column = 0; sums && column < e.n_columns; column++)
+      for (int64_t n = n0; n < n1; n += 64 / int64_t(sizeof *sums)) __builtin_prefetch(sums + column * stride + n, 1);
+  };
+  if (n_counted == 0) return;
+  fetch(e.act_sum, e.act_sum_stride);
+  fetch(e.act_sumsq, e.act_sumsq_stride);
+  fetch(e.act_sum_fp64, e.act_sum_stride);
+  fetch(e.act_sumsq_fp64, e.act_sumsq_stride);
+}
+
 template <class T>
 void sum_tokens(const cna_extras &e, const T *act, int64_t act_stride, const int32_t *counted, int64_t n_counted,
                 int64_t n0, int64_t n1) {

@@ -173,6 +173,7 @@ void gate_up_act(T *act, const T *x, int64_t x_stride, const Product<T> &gate_up
     float *gate = scratch + thread * scratch_size, *up = gate + tile_size(n_tokens);
     float *panels = gate + 2 * tile_size(n_tokens);
     const int64_t n0 = task * BLOCK, n = smaller(BLOCK, N - n0);
+    fetch_sums(extras, n_counted, n0, n0 + n);
     gate_up.tile(gate, w_gate, n0, n, &w_up, n0, panels);
     gate_up.tile(up, w_up, n0, n, n0 + n < N ? &w_gate : nullptr, n0 + n, panels);
     for (int64_t t = 0; t < n_tokens; t++) swiglu_row(act + t * N + n0, gate + t * BLOCK, up + t * BLOCK, n);

@@ -345,7 +345,7 @@ class Transformer(nn.Module):
         if tap is not None:
             extras["token_weight"] = tap.token_weight
         table, row_circuit, edit = (None, None, None) if steer is None else (steer.table, steer.row_circuit, steer.edit)
-        if row_circuit is not None:
+        if row_circuit is not None and n_tokens > 1:
             row_circuit = row_circuit.repeat_interleave(n_tokens)  # [T]
 
         x = self.embed_tokens(input_ids)  # [B, S, H]

@@ -4,9 +4,9 @@ Rows and targets: C1 one token, C2 a few, C3 many, C4 fp32, C5 sums and steering
 bandwidth, C7 fp16. bench_cpu_model.py measures a whole model. Each comparison first checks that both sides agree, then
 times them A B A B in one process. Weights rotate through copies that together exceed the last-level cache.
 
-``make bench`` runs this file and bench_cpu_model.py twice. The first setting is the machine as it is. The second limits
-both sides to AVX-512 without bf16 products (CNA_CPU_ISA=avx512, ONEDNN_MAX_CPU_ISA=AVX512_CORE), which is what Skylake,
-Cascade Lake and Ice Lake servers have.
+``make bench`` runs this file and bench_cpu_model.py twice. The first setting is the machine as it is, named AMX where
+it has that. The second limits both sides to AVX-512 without bf16 products (CNA_CPU_ISA=avx512,
+ONEDNN_MAX_CPU_ISA=AVX512_CORE), which is what Skylake, Cascade Lake and Ice Lake servers have.
 """
 
 import itertools

