@@ -215,6 +215,14 @@ CANARIES: list[Canary] = [
         "test_phases_are_those_of_positions and repeated and lookup",
     ),
     Canary(
+        "a step of decoding keeps the table of the step before",
+        "model/decode.py",
+        " or self.made[1] is not table",
+        "",
+        "tests/model/test_decode.py",
+        "sums_and_circuits_change",
+    ),
+    Canary(
         "the caller's bounds kept",
         "cna_kernels/engine/rows.py",
         'whole_numbers("start", bound).clone()',

@@ -1,4 +1,4 @@
-"""Run the CPU tests on a library with AddressSanitizer and UndefinedBehaviorSanitizer, then plant eight bugs.
+"""Run the CPU tests on a library with AddressSanitizer and UndefinedBehaviorSanitizer, then plant nine bugs.
 
     python tests/csrc/sanitize.py [--quick]
 
@@ -163,7 +163,8 @@ def main(quick):
         if quick:
             selection += " and (both or not test_values) and (not test_blocks or rows_end or numbers or own_type)"
         selection += " and (not test_every_family or qwen3 or mistral)"
-        code, output = run_tests(directory, *SUITE, "-k", selection)
+        workers = ("-n", "2", "--dist", "loadfile", "--max-worker-restart", "0")
+        code, output = run_tests(directory, *workers, *SUITE, "-k", selection)
         reports = sum(output.count(report) for report in REPORTS)
         summary = next((line for line in reversed(output.splitlines()) if " passed" in line), "").strip()
         print(f"CPU tests under ASan and UBSan: exit {code}, {reports} reports; {summary}", flush=True)
