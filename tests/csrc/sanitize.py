@@ -134,6 +134,7 @@ def run_tests(directory, *selection):
         "UBSAN_OPTIONS": "print_stacktrace=1",
         "PYTHONPATH": str(directory),
         "PYTHONDONTWRITEBYTECODE": "1",
+        "OMP_NUM_THREADS": "1",  # of each worker; tests of several threads ask for them
     }
     code = (
         "import sys, pytest, cna_kernels;"
