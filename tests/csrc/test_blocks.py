@@ -11,7 +11,7 @@ from levels import EMULATED, LEVELS
 
 from cna_kernels import ops
 from cna_kernels.blocks import FORMATS, BlockWeight
-from cna_kernels.cpu import library
+from cna_kernels.cpu import library, plan
 from covering import parameters
 from op_cases import DTYPES, assert_close, assert_values, make_case, wider, with_feature
 
@@ -50,6 +50,18 @@ def name_of(value):
 
 
 each_format = pytest.mark.parametrize("kind", FORMATS)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=name_of)
+def test_few_tokens_meet_the_very_numbers(level, dtype):
+    """127 d - 126 d is d = 1 + 2^-7 with the numbers themselves, and 1 with those rounded to the tokens' dtype."""
+    weight = random_blocks("Q8_0", 40, 32, scale=1 + 2**-7)
+    weight.blocks[:, 2], weight.blocks[:, 3] = 127, 126
+    few = plan.few_blocks(library.isa(), dtype)
+    for n_tokens, answer in ((1, 1 + 2**-7), (few, 1 + 2**-7), (few + 1, 1.0), (40, 1.0)):
+        x = torch.zeros(n_tokens, 32, dtype=dtype)
+        x[:, 0], x[:, 1] = 1, -1
+        assert (ops.linear(x, weight, backend="cpu") == answer).all(), n_tokens
 
 
 @each_format
