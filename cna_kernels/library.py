@@ -108,7 +108,10 @@ for _op, (_inputs, _fake) in _OPS.items():
 
 
 def through(op: str, inputs: Inputs, extras: Extras | tuple[()], backend: str | None) -> Tensor:
-    """Call an op by its entry in torch.library."""
+    """Call an op by its entry in torch.library. An op in place has none: it becomes PyTorch's own operations."""
+    if op not in _OPS:
+        with as_given(inputs[0]):
+            return backends.plain(op)(*inputs, *extras)
     if not extras or extras.token_weight is None:
         return _PLAIN_OP[op](*inputs, *extras[3:], backend)
     return _SUMS_OP[op](*inputs, *extras, backend)

@@ -75,6 +75,7 @@ _CHECKS: dict[str, Callable[..., tuple[int, int]]] = {
     "swiglu": _check_swiglu,
     "down_proj": _check_down_proj,
     "steer_act": _check_steer_act,
+    "steer_act_": _check_steer_act,
     "linear": _check_linear,
 }
 

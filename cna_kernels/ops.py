@@ -1,7 +1,8 @@
 """The public ops: they check their arguments and call a backend. ``reference.py`` is their definition.
 
 ``gated_mlp``, ``swiglu`` and ``down_proj`` do three jobs each: their part of the MLP, the streaming sums of the
-activations, and the per-neuron scale. ``steer_act`` does the last two. ``linear`` serves a model's other layers.
+activations, and the per-neuron scale. ``steer_act`` does the last two, and ``steer_act_``
+does them in place. ``linear`` serves a model's other layers.
 
 The first call with arguments of given shapes, strides and dtypes is checked, and the backend prepares a function that
 serves it. Later calls that look alike run that function. All ops are registered with torch.library (namespace
@@ -152,6 +153,23 @@ def steer_act(
     return call("steer_act", (act,), _extras(token_weight, act_sum, act_sumsq, scale, row_circuit, weight), backend)
 
 
+def steer_act_(
+    act: Tensor,
+    *,
+    token_weight: Tensor | None = None,
+    act_sum: Tensor | None = None,
+    act_sumsq: Tensor | None = None,
+    scale: Scale | None = None,
+    row_circuit: Tensor | None = None,
+    backend: str | None = None,
+) -> Tensor:
+    """:func:`steer_act` in place: only the steered neurons of ``act`` are written. Returns ``act``.
+
+    Tracers see PyTorch's own operations instead of an op of torch.library.
+    """
+    return call("steer_act_", (act,), _extras(token_weight, act_sum, act_sumsq, scale, row_circuit, None), backend)
+
+
 def linear(x: Tensor, w: Weight, bias: Tensor | None = None, *, backend: str | None = None) -> Tensor:
     """Any other linear layer, ``y = x @ w^T + bias``: the CPU engine's products on CPUs, PyTorch's elsewhere.
 
@@ -184,7 +202,7 @@ def call(op: str, inputs: Inputs, extras: Extras | tuple[()], backend: str | Non
     """Call an op with its tensors as torch.library takes them.
 
     Args:
-        op: "gated_mlp", "swiglu", "down_proj", "steer_act" or "linear".
+        op: "gated_mlp", "swiglu", "down_proj", "steer_act", "steer_act_" or "linear".
         inputs: for gated_mlp x ``[T, H]``, then w_gate_up ``[2N, H]`` and None, or w_gate and w_up ``[N, H]``, then
             w_down ``[H, N]``; for any other op its own tensors, in order.
         extras: what is summed and steered; () for linear.

@@ -108,6 +108,20 @@ def steer_act(
     return act.clone() if scale is None else _scaled(act, scale, row_circuit)
 
 
+def steer_act_(
+    act: Tensor,
+    *,
+    token_weight: Tensor | None = None,
+    act_sum: Tensor | None = None,
+    act_sumsq: Tensor | None = None,
+    scale: Scale | None = None,
+    row_circuit: Tensor | None = None,
+) -> Tensor:
+    """The sums and the scaling in place: act ``[T, N]`` -> act."""
+    _accumulate(act, token_weight, act_sum, act_sumsq)
+    return act if scale is None else act.copy_(_scaled(act, scale, row_circuit))
+
+
 def _accumulate(act: Tensor, token_weight: Tensor | None, act_sum: Tensor | None, act_sumsq: Tensor | None) -> None:
     """Add the weighted sums of this call's tokens to act_sum and act_sumsq, both ``[C, N]``, in place."""
     if act_sum is None and act_sumsq is None:

@@ -7,28 +7,17 @@ import os
 import threading
 import weakref
 from collections.abc import Iterable, Iterator, Sequence
-from typing import Any, NamedTuple, TypeAlias
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from .circuit import Circuit, check_fits
+from .entries import Entries, by_place, edges_of, lay_out, mirrored_of, without_gaps
 from .errors import InputError
 from .fields import whole_number
-from .scale import NEURON_BLOCK, Scale
-
-Array: TypeAlias = np.ndarray[Any, np.dtype[Any]]
-
-
-class Entries(NamedTuple):
-    """What one circuit puts into the table, on the host."""
-
-    start: int  # the place of the first entry; the others follow it
-    index: Array  # type: ignore[assignment]  # [k] int32, by layer and neuron; the field hides tuple.index
-    edges: list[Array]  # for each layer [experts * (blocks + 1)] int32: the first entry from each edge on
-    multiplier: float
-    mirrored: Array | None = None  # [k] bool: where the factor is 2 - multiplier; None where it is so nowhere
+from .scale import Scale
 
 
 class SteeringTable:
@@ -85,7 +74,7 @@ class SteeringTable:
         self.max_entries = max_entries
         self._experts = _one_each(n_experts, n_layers)
         self._widths = [n_neurons] * n_layers if widths is None else list(widths)
-        self._edges = [_edges(width, n) for width, n in zip(self._widths, self._experts, strict=True)]
+        self._edges = [edges_of(width, n) for width, n in zip(self._widths, self._experts, strict=True)]
         devices = [torch.device(d) for d in _one_each(device, n_layers)]
         self._circuits: dict[int, Entries] = {}  # never changed, only replaced: other threads read it without the lock
         self._used = 0  # entries up to the end of the last circuit
@@ -127,7 +116,7 @@ class SteeringTable:
         """The numbers in use, ascending."""
         return sorted(self._circuits)
 
-    def add(self, circuit: Circuit, multiplier: float) -> int:
+    def add(self, circuit: Circuit, multiplier: float | Sequence[float]) -> int:
         """Add a circuit and return its number: the lowest that no circuit has had, else the one that is longest free.
 
         A number that rows still name is not given to another circuit: rows that :meth:`row_circuit` has returned, those
@@ -152,14 +141,21 @@ class SteeringTable:
         named = {n for rows in list(self._naming.values()) for n in rows.unique().tolist()} if self._freed else set()
         yield from (n for n in self._freed if n not in named)
 
-    def replace(self, number: int, circuit: Circuit, multiplier: float) -> None:
-        """Put a circuit in the place of another, or in a free one. Raises as ``add``, and then changes nothing."""
+    def replace(self, number: int, circuit: Circuit, multiplier: float | Sequence[float]) -> None:
+        """Put a circuit in the place of another, or in a free one. Raises as ``add``, and then changes nothing.
+
+        ``multiplier``: one number, or a list with one for each neuron, in rank order.
+        """
         number = whole_number("number", number)
         check_fits(circuit, self.n_layers, self.n_neurons)
-        multiplier = check_multiplier(multiplier)
+        own, one = None, 1.0
+        if isinstance(multiplier, (list, tuple)):
+            own = by_place(circuit, [check_multiplier(each) for each in multiplier])
+        else:
+            one = check_multiplier(multiplier)  # type: ignore[arg-type]  # anything: it refuses what is no number
         if not 0 <= number < self.max_circuits:
             raise InputError("number", f"expected 0 to {self.max_circuits - 1}, got {number}")
-        index, edges = self._lay_out(circuit)
+        index, edges = lay_out(circuit, self._widths, self._experts, self._edges)
         with self.lock:
             others = {n: entries for n, entries in self._circuits.items() if n != number}
             kept = sum(len(entries.index) for entries in others.values())
@@ -168,9 +164,9 @@ class SteeringTable:
                 raise InputError("table", f"{what}; see max_entries")
             changed: Iterable[int] = [number]
             if self._used + len(index) > self.max_entries:
-                others, changed = _without_gaps(others), [*others, number]
+                others, changed = without_gaps(others), [*others, number]
                 self._used = kept
-            entries = Entries(self._used, index, edges, multiplier, _mirrored(circuit))
+            entries = Entries(self._used, index, edges, one, mirrored_of(circuit), own)
             self._used += len(index)
             self._freed.pop(number, None)
             self._change_to({**others, number: entries}, changed)
@@ -191,9 +187,9 @@ class SteeringTable:
             if number not in self._circuits:
                 raise InputError("number", f"no circuit {number} in the table")
             entries = self._circuits[number]
-            if entries.multiplier != multiplier:
+            if entries.multiplier != multiplier or entries.own is not None:
                 self._writing = True
-                changed = entries._replace(multiplier=multiplier)
+                changed = entries._replace(multiplier=multiplier, own=None)
                 self._circuits = {**self._circuits, number: changed}
                 self._put_multiplier(changed)
                 self._writing = False
@@ -218,7 +214,7 @@ class SteeringTable:
             before = self._circuits
             self._freed = dict.fromkeys(n for n in (*self._freed, *before) if n not in held)
             self._used = sum(len(entries.index) for entries in held.values())
-            self._change_to(_without_gaps(held), {*before, *held})
+            self._change_to(without_gaps(held), {*before, *held})
 
     def layer(self, layer: int) -> Scale:
         """Return the layer's Scale. It is a view: later changes of the table show in it."""
@@ -252,20 +248,6 @@ class SteeringTable:
         """Return ``[B]`` int32: the old name of :meth:`row_circuit`, deprecated."""
         return self.row_circuit(circuit_of_row)
 
-    def _lay_out(self, circuit: Circuit) -> tuple[Array, list[Array]]:
-        """The circuit's entries, and for each layer the first entry from each edge on, counted from its first entry."""
-        members = circuit.by_layer()
-        index, edges, start = [], [], 0
-        for layer in range(self.n_layers):
-            neurons = np.asarray(members.get(layer, ()), dtype=np.int64)
-            width, n_experts = self._widths[layer], self._experts[layer]
-            if len(neurons) and neurons[-1] >= width:
-                raise InputError("circuit", f"layer {layer} has {width} neurons, got neuron {neurons[-1]}")
-            edges.append((start + np.searchsorted(neurons, self._edges[layer])).astype(np.int32))
-            index.append((neurons % (width // n_experts)).astype(np.int32))
-            start += len(neurons)
-        return np.concatenate(index) if index else np.zeros(0, np.int32), edges
-
     def _change_to(self, circuits: dict[int, Entries], changed: Iterable[int]) -> None:
         """Hold these circuits from now on; ``changed``: the numbers whose entries or places are not as before."""
         broken_off, self._writing = self._writing, True
@@ -291,10 +273,10 @@ class SteeringTable:
 
     def _put_multiplier(self, entries: Entries) -> None:
         """Write what each of a circuit's neurons is multiplied by."""
-        m, end = entries.multiplier, entries.start + len(entries.index)
-        each = None if entries.mirrored is None else np.where(entries.mirrored, 2 - m, m).astype(np.float32)
+        values, end = entries.values(), entries.start + len(entries.index)
         for _, value in self._arena.values():
-            value[entries.start : end] = m if each is None else torch.from_numpy(each).to(value.device)
+            place = value[entries.start : end]
+            place.fill_(values) if isinstance(values, float) else place.copy_(torch.from_numpy(values))
 
     def __reduce__(self) -> tuple[Any, ...]:
         with self.lock:
@@ -333,23 +315,6 @@ def _restored(
     return table
 
 
-def _without_gaps(circuits: dict[int, Entries]) -> dict[int, Entries]:
-    """The circuits, moved so that all free entries lie at the end."""
-    moved, start = {}, 0
-    for number, entries in sorted(circuits.items(), key=lambda item: item[1].start):
-        moved[number] = entries._replace(start=start)
-        start += len(entries.index)
-    return moved
-
-
-def _mirrored(circuit: Circuit) -> Array | None:
-    """Which of the circuit's neurons, by layer and index, get 2 - m: ``[k]`` bool, or None where none does."""
-    if not circuit.mirrored:
-        return None
-    mirrored = set(circuit.mirrored)
-    return np.array([pair in mirrored for pair in sorted(circuit.pairs)])
-
-
 def _one_each(value: Any, n: int) -> list[Any]:
     """A list of n from one value or from a sequence of n."""
     if isinstance(value, (list, tuple)):
@@ -357,13 +322,6 @@ def _one_each(value: Any, n: int) -> list[Any]:
             raise ValueError(f"expected {n} values, one for each layer, got {len(value)}")
         return list(value)
     return [value] * n
-
-
-def _edges(width: int, n_experts: int) -> Array:
-    """The neurons at which the blocks of NEURON_BLOCK neurons begin and end, expert after expert."""
-    own = width // n_experts
-    within = np.minimum(np.arange(-(-own // NEURON_BLOCK) + 1) * NEURON_BLOCK, own)
-    return (np.arange(n_experts)[:, None] * own + within).ravel()
 
 
 def distinct(

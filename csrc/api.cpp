@@ -232,7 +232,7 @@ int steer_act(T *steered, const T *act, const cna_extras *extras, int64_t n_toke
   Call call;
   cna_extras used;
   call.add(steered, n_tokens, N, steered_stride, true);
-  call.add(act, n_tokens, N, act_stride);
+  if (steered != act || (steered_stride != act_stride && n_tokens > 1)) call.add(act, n_tokens, N, act_stride);
   call.add_extras(extras, &used, n_tokens, N);
   const Level *level = call.ready(n_threads);
   if (!level || !n_tokens || !N) return call.status;

@@ -129,7 +129,8 @@ CNA_API int cna_swiglu_fp16(uint16_t *act, const uint16_t *gate, const uint16_t 
 CNA_API int cna_swiglu_fp32(float *act, const float *gate, const float *up, const cna_extras *extras, int64_t T,
                             int64_t N, int64_t act_stride, int64_t gate_stride, int64_t up_stride, int n_threads);
 
-/* steered[T, N] = act * scale, for programs that compute act and down_proj themselves. act [T, N]. */
+/* steered[T, N] = act * scale, for programs that compute act and down_proj themselves. act [T, N]. steered may be act
+   itself, with the same stride: then only steered neurons are written. */
 CNA_API int cna_steer_act_bf16(uint16_t *steered, const uint16_t *act, const cna_extras *extras, int64_t T, int64_t N,
                                int64_t steered_stride, int64_t act_stride, int n_threads);
 CNA_API int cna_steer_act_fp16(uint16_t *steered, const uint16_t *act, const cna_extras *extras, int64_t T, int64_t N,

@@ -272,9 +272,10 @@ int swiglu(T *act, const T *gate, const T *up, const cna_extras &extras, int64_t
 template <class T>
 int steer_act(T *steered, const T *act, const cna_extras &extras, int64_t n_tokens, int64_t N, int64_t steered_stride,
               int64_t act_stride, int n_threads) {
-  return write_act(
-      steered, steered_stride, extras, n_tokens, N, n_threads,
-      [&](T *to, int64_t t, int64_t n0, int64_t n) { std::memcpy(to, act + t * act_stride + n0, n * sizeof(T)); });
+  return write_act(steered, steered_stride, extras, n_tokens, N, n_threads,
+                   [&](T *to, int64_t t, int64_t n0, int64_t n) {
+                     if (steered != act) std::memcpy(to, act + t * act_stride + n0, n * sizeof(T));
+                   });
 }
 
 template <class T>

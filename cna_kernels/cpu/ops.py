@@ -168,6 +168,20 @@ def _steer_act(inputs: Inputs, extras: Extras) -> Run:
     return run
 
 
+def _steer_act_(inputs: Inputs, extras: Extras) -> Run:
+    (act,) = inputs
+    name, function = _function("steer_act", act.dtype)
+    sizes, pack = (*act.shape, act.stride(0), act.stride(0)), packer(extras)
+
+    def run(act: Tensor, *extras: Tensor | None) -> Tensor:
+        at = act.data_ptr()
+        if status := function(at, at, pack(*extras), *sizes, _threads()):
+            library.check(name, status)
+        return act
+
+    return run
+
+
 def _linear(inputs: Inputs, extras: tuple[()]) -> Run:
     x, w, _ = inputs
     (T, H), O = x.shape, w.shape[0]  # noqa: E741
@@ -209,6 +223,7 @@ _PREPARE: dict[str, Callable[[Inputs, Any], Run]] = {
     "swiglu": _swiglu,
     "down_proj": _down_proj,
     "steer_act": _steer_act,
+    "steer_act_": _steer_act_,
     "linear": _linear,
 }
 

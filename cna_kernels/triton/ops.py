@@ -25,7 +25,7 @@ from .plan import Call, choose
 from .repeat import Repeat
 from .steer import patch, put_back
 from .sums_fp64 import sum_fp64
-from .swiglu import steer_act, swiglu
+from .swiglu import steer_act, steer_act_, swiglu
 
 
 def prepare(op: str, inputs: tuple, extras: Extras | tuple) -> Callable:
@@ -100,6 +100,14 @@ def _steer_act(_, extras):
     return run
 
 
+def _steer_act_(inputs, _):
+    (act,) = inputs
+    if act.is_contiguous():
+        return Repeat(lambda act, *extras: steer_act_(act, **_keywords(extras)))
+    run = Repeat(lambda act, *extras: steer_act(act, **_keywords(extras)))  # the kernel writes rows without gaps
+    return lambda act, *extras: act if (new := run(act, *extras)) is act else act.copy_(new)
+
+
 def _down_proj(inputs, extras):
     plan = choose(call_of("down_proj", inputs)).name
     if plan == "split":
@@ -167,7 +175,7 @@ def _with_fp64_sums(op, inputs, extras):
         "gated_mlp": lambda: _act_of_x(choose(call_of("gated_mlp", inputs)).name),
         "swiglu": _swiglu,
     }.get(op, lambda: lambda act, *_: act)()
-    sums, following = Repeat(sum_fp64), None
+    sums, following, after = Repeat(sum_fp64), None, op if op == "steer_act_" else "steer_act"
 
     def run(*tensors):
         nonlocal following
@@ -178,13 +186,19 @@ def _with_fp64_sums(op, inputs, extras):
             return act
         steer = Extras(None, None, None, *extras[3:])
         if following is None:  # act looks alike in all calls that ``run`` serves
-            following = _PREPARE["down_proj" if w_down else "steer_act"]((act, *w_down), steer)
+            following = _PREPARE["down_proj" if w_down else after]((act, *w_down), steer)
         return following(act, *w_down, *steer)
 
     return run
 
 
-_PREPARE = {"gated_mlp": _gated_mlp, "swiglu": _swiglu, "steer_act": _steer_act, "down_proj": _down_proj}
+_PREPARE = {
+    "gated_mlp": _gated_mlp,
+    "swiglu": _swiglu,
+    "steer_act": _steer_act,
+    "steer_act_": _steer_act_,
+    "down_proj": _down_proj,
+}
 
 
 def _on_16_bytes(*tensors):

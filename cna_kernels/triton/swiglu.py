@@ -156,7 +156,14 @@ def steer_act(act, *, token_weight=None, act_sum=None, act_sumsq=None, scale=Non
     return steered
 
 
-def _pass(gate, up, act, token_weight, act_sum, act_sumsq, scale, row_circuit):
+def steer_act_(act, *, token_weight=None, act_sum=None, act_sumsq=None, scale=None, row_circuit=None):
+    """act ``[T, N]``, contiguous, summed and then scaled in place: only steered neurons are written."""
+    if token_weight is not None or scale is not None:
+        _pass(act, None, act, token_weight, act_sum, act_sumsq, scale, row_circuit, store=False)
+    return act
+
+
+def _pass(gate, up, act, token_weight, act_sum, act_sumsq, scale, row_circuit, store=True):
     T, N = gate.shape
     C = 0 if token_weight is None else token_weight.shape[1]
     config = _launch_config(T, N, C, launch.n_multiprocessors(gate.device), launch.arch(gate.device))
@@ -180,7 +187,7 @@ def _pass(gate, up, act, token_weight, act_sum, act_sumsq, scale, row_circuit):
         **sums.constants(),
         STEER=steer.on,
         GATED=up is not None,
-        STORE=up is not None or steer.on,
+        STORE=store and (up is not None or steer.on),
         BLOCK_T=config.BLOCK_T,
         BLOCK_N=config.BLOCK_N,
         BLOCK_C=config.BLOCK_C,

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from cna_kernels import ActivationSums, InputError, backends, make_scale, ops, plans, reference
-from op_cases import DTYPES, OPS, SHAPES, assert_close, assert_values, exact, make_case
+from op_cases import DTYPES, OPS, SHAPES, assert_close, assert_nothing_outside, assert_values, exact, make_case, wider
 
 CASES = [(op, shape, dtype) for op in OPS for shape in SHAPES for dtype in DTYPES]
 IDS = [f"{op}-{t}x{n}-{str(dtype)[6:]}" for op, (t, n), dtype in CASES]
@@ -17,6 +17,46 @@ def test_values(op, shape, dtype):
     y = getattr(ops, op)(*case.inputs(op), **extras)
     assert_values(case, op, y, extras)
     assert y.dtype == dtype and y.is_contiguous()
+
+
+# what an in-place call may be asked for; nothing at all among it
+IN_PLACE = {
+    "plain": (), "sums": ("token_weight", "act_sum", "act_sumsq"), "scale": ("scale", "row_circuit"),
+    "both": ("token_weight", "act_sum", "act_sumsq", "scale", "row_circuit"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("backend", ["reference", None, pytest.param("triton", marks=pytest.mark.interpreted)])
+@pytest.mark.parametrize("features", IN_PLACE)
+@pytest.mark.parametrize(("shape", "dtype"), [(shape, dtype) for shape in SHAPES for dtype in DTYPES])
+def test_in_place_has_the_bits_of_the_copy(shape, dtype, features, backend):
+    """``steer_act_`` on rows with gaps and without: steered neurons are written, and nothing else."""
+    if backend == "triton" and (dtype != torch.bfloat16 or backends.missing("triton", torch.device("cpu"))):
+        pytest.skip("one dtype, where kernels can be interpreted")
+    case = make_case(*shape, dtype)
+    for made in (wider, torch.clone):
+        copy, own = case.extras(), case.extras()
+        expected = ops.steer_act(case.act, **{name: copy[name] for name in IN_PLACE[features]}, backend=backend)
+        act = made(case.act)
+        got = ops.steer_act_(act, **{name: own[name] for name in IN_PLACE[features]}, backend=backend)
+        assert got is act and torch.equal(act, expected)
+        assert all(torch.equal(own[name], copy[name]) for name in ("act_sum", "act_sumsq"))
+        if made is wider:
+            assert_nothing_outside("act", act)
+    if features == "both" and shape[0] > 1 and shape[1] > 16:
+        assert not torch.equal(expected, case.act) and not torch.equal(own["act_sum"], case.act_sum)
+
+
+def test_in_place_under_a_tracer():
+    case = make_case(5, 48, torch.float32)
+    expected = ops.steer_act(case.act, scale=case.scale, row_circuit=case.row_circuit)
+
+    def steer(act):
+        return ops.steer_act_(act, scale=case.scale, row_circuit=case.row_circuit)
+
+    act = case.act.clone()
+    torch.compile(steer, fullgraph=True, backend="aot_eager")(act)
+    assert torch.equal(act, expected) and not torch.equal(act, case.act)
 
 
 @pytest.mark.parametrize("op", OPS)

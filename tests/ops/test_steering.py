@@ -351,6 +351,27 @@ def test_aligned_circuits_hold_what_each_neuron_gets(m):
     assert holds(dense_of((FIRST, 2.0), (Circuit(NEURONS, L, N), m))), "the plain circuit of the same neurons"
 
 
+def test_neurons_may_have_multipliers_of_their_own():
+    """In rank order, moved and copied like others, until one number is set for all."""
+    own = [0.0, 2.0, -1.5, 0.5, 1.0]
+    plain = Circuit(NEURONS, L, N)
+    table = SteeringTable([FIRST], [0.5], L, N, max_circuits=3, max_entries=12)
+    assert table.add(plain, own) == 1
+    table.remove(0)
+    table.replace(0, Circuit(tuple((1, n, 1.0) for n in range(5)), L, N), 0.0)  # there is room once gaps are closed
+    expected = torch.ones(L, N)
+    for (layer, index), factor in zip(plain.pairs, own, strict=True):
+        expected[layer, index] = factor
+    for of in (table, copy.deepcopy(table)):
+        assert all(torch.equal(dense_scale(of.layer(layer), N)[1], expected[layer]) for layer in range(L))
+    with pytest.raises(InputError, match="multiplier: expected one number, or 5"):
+        table.replace(1, plain, own[:4])
+    with pytest.raises(InputError, match="multiplier: expected a finite number"):
+        table.replace(1, plain, [*own[:4], float("inf")])
+    table.set_multiplier(1, 1.0)
+    assert all(torch.equal(dense_scale(table.layer(layer), N)[1], torch.ones(N)) for layer in range(L))
+
+
 @pytest.mark.parametrize("m", [0.0, 0.5, 2.0])
 def test_the_ops_steer_by_aligned_circuits(m):
     table, act = SteeringTable([ALIGNED, FIRST], [1.0, m], L, N), torch.randn(3, N)
