@@ -1,0 +1,156 @@
+"""What requests may ask for, what they carry, and the salt of the prefix cache."""
+
+import json
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+
+from cna_kernels import Circuit, InputError
+from cna_kernels.vllm.options import Options, read
+from cna_kernels.vllm.requests import FrontEnd, front_end_of, own_keys, resolve
+
+L, N = 3, 300
+FIRST = Circuit(((2, 7, 1.0), (0, 3, -1.0), (2, 1, -1.0)), L, N)
+SECOND = Circuit(((2, 7, 1.0), (1, 200, 2.0)), L, N)
+MIRRORED = Circuit(((0, 5, -1.0), (1, 6, 1.0)), L, N, positive_mean=(1.0, 1.0)).aligned()
+CONFIG = SimpleNamespace(model="m", hf_text_config=SimpleNamespace(num_hidden_layers=L, intermediate_size=N))
+
+
+@pytest.fixture
+def front(tmp_path):
+    files = {"first": FIRST, "second": SECOND, "mirrored": MIRRORED}
+    for name, circuit in files.items():
+        circuit.save(tmp_path / f"{name}.json")
+    circuits = {name: str(tmp_path / f"{name}.json") for name in files}
+    return FrontEnd(Options(circuits, columns=2, max_neurons=4), CONFIG)
+
+
+# extra_args -> {(layer, index): multiplier}
+MEANS = [
+    ({"cna_circuit": "first"}, {(0, 3): 0, (2, 1): 0, (2, 7): 0}),
+    ({"cna_circuit": "first", "cna_multiplier": 2}, {(0, 3): 2, (2, 1): 2, (2, 7): 2}),
+    (
+        {"cna_circuit": ["first", "second"], "cna_multiplier": [2, 3.5]},
+        {(0, 3): 2, (2, 1): 2, (2, 7): 7, (1, 200): 3.5},
+    ),
+    ({"cna_circuit": ["first", "second"], "cna_multiplier": [2, 0.5]}, {(0, 3): 2, (2, 1): 2, (1, 200): 0.5}),
+    ({"cna_circuit": ["second", "second"], "cna_multiplier": -3.0}, {(2, 7): 9, (1, 200): 9}),
+    ({"cna_circuit": "mirrored", "cna_multiplier": 1.5}, {(0, 5): 0.5, (1, 6): 1.5}),
+    ({"cna_circuit": "first", "cna_multiplier": 1}, {}),
+    ({"cna_column": 1}, {}),
+]
+
+
+@pytest.mark.parametrize(("extra", "expected"), MEANS)
+def test_what_a_request_means(front, extra, expected):
+    asked = front.resolve({"other": 1, **extra})
+    assert asked.column == extra.get("cna_column")
+    if not expected:
+        assert asked.setting is None and asked.salted("s") == "s" and asked.salted(None) is None
+        return
+    setting = asked.setting
+    got = dict(
+        zip(zip(setting.layer.tolist(), setting.index.tolist(), strict=True), setting.value.tolist(), strict=True)
+    )
+    assert got == expected and list(got) == sorted(got)
+    report = asked.report()
+    assert report["n_neurons"] == len(expected) and report["sha256"] == setting.digest
+    names = extra["cna_circuit"] if isinstance(extra["cna_circuit"], list) else [extra["cna_circuit"]]
+    assert [each["circuit"] for each in report["circuits"]] == names
+    json.dumps(report)
+
+
+REFUSED = {
+    "cna_circuit: no circuit 'third'; known are first, mirrored, second": {"cna_circuit": "third"},
+    "cna_circut: is unknown; known are cna_circuit, cna_multiplier, cna_column": {"cna_circut": "first"},
+    "CNA_circuit: is unknown": {"CNA_circuit": "first"},
+    "cna: is unknown": {"cna": {"setting": None, "column": 0}},
+    "cna_multiplier: expected together with cna_circuit": {"cna_multiplier": 0.0},
+    "cna_multiplier: expected a finite number, got nan": {"cna_circuit": "first", "cna_multiplier": float("nan")},
+    "cna_multiplier: expected a finite number, got -inf": {"cna_circuit": "first", "cna_multiplier": -float("inf")},
+    "cna_multiplier: expected a finite number, got 1e+39": {"cna_circuit": "first", "cna_multiplier": 1e39},
+    "cna_multiplier: expected a finite number, got '0'": {"cna_circuit": "first", "cna_multiplier": "0"},
+    "cna_multiplier: expected a finite number, got True": {"cna_circuit": "first", "cna_multiplier": True},
+    "cna_multiplier: expected a finite number, got None": {"cna_circuit": "first", "cna_multiplier": None},
+    "cna_multiplier: expected one number, or 1, got 2": {"cna_circuit": "first", "cna_multiplier": [0, 1]},
+    "cna_multiplier: expected one number, or 2, got 0": {"cna_circuit": ["first", "second"], "cna_multiplier": []},
+    "cna_circuit: expected 1 to 64 names, got 0": {"cna_circuit": []},
+    "cna_circuit: expected letters": {"cna_circuit": "../first"},
+    "cna_circuit: expected letters, digits, '.', '_' and '-', got 3": {"cna_circuit": 3},
+    "cna_circuit: 6 neurons together, the engine takes 4; see max_neurons": {
+        "cna_circuit": ["first", "second", "mirrored"]
+    },
+    "cna_column: expected 0 to 1, got 2": {"cna_column": 2},
+    "cna_column: expected 0 to 1, got True": {"cna_column": True},
+    "cna_column: expected 0 to 1, got '0'": {"cna_column": "0"},
+    "multiplier: expected a finite number": {"cna_circuit": ["first"] * 3, "cna_multiplier": 1e20},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("said", REFUSED)
+def test_refusals_name_the_argument(front, said):
+    with pytest.raises(InputError) as caught:
+        front.resolve(REFUSED[said])
+    assert said in str(caught.value)
+    assert front.resolve({"cna_circuit": "first"}).setting is not None, "the front end goes on"
+
+
+def test_requests_without_our_keys_ask_for_nothing(front):
+    assert front.resolve(None) is front.resolve({}) is front.resolve({"top": 1}) is None
+    assert own_keys({"cna_circuit": 0, "x": 1, "CNA": 2, 3: 4}) == {"cna_circuit", "CNA"}
+
+
+def test_the_salt_is_of_the_content(front):
+    """Not of the name, and never that of another multiplier or circuit: a name may mean another circuit any time."""
+
+    def salt(old=None, **extra):
+        return front.resolve({f"cna_{name}": value for name, value in extra.items()}).salted(old)
+
+    salts = [
+        salt(circuit="first"), salt(circuit="first", multiplier=2.0), salt(circuit="second"),
+        salt("s", circuit="first"), salt(circuit=["first", "second"]), salt("None", circuit="first"), None, "s",
+    ]  # fmt: skip
+    assert len(set(salts)) == len(salts)
+    assert salt(circuit="first") == salts[0] == salt(circuit="first", multiplier=0) == salt(circuit=["first"])
+    front.registry.put("other", FIRST)
+    assert salt(circuit="other") == salts[0], "another name"
+    front.registry.put("first", SECOND)
+    assert salt(circuit="first") == salts[2] != salts[0], "the name means another circuit now"
+
+
+def test_an_engine_without_the_options_says_so():
+    processor = SimpleNamespace(vllm_config=SimpleNamespace(additional_config={}))
+    assert front_end_of(processor) is None and resolve(processor, {"x": 1}) is None
+    with pytest.raises(InputError, match="cna_circuit: this engine takes no circuits: start the engine with"):
+        resolve(processor, {"cna_circuit": "first"})
+    summing = SimpleNamespace(vllm_config=SimpleNamespace(additional_config={"cna": {}}, model_config=CONFIG))
+    with pytest.raises(InputError, match="cna_column: this engine sums nothing"):
+        resolve(summing, {"cna_column": 0})
+
+
+def test_settings_do_not_depend_on_the_order_of_neurons(front):
+    front.registry.put("turned", Circuit(FIRST.neurons[::-1], L, N))
+    turned, first = (front.resolve({"cna_circuit": name}).setting for name in ("turned", "first"))
+    assert turned.digest == first.digest
+    assert first.layer.dtype == np.int32 and first.value.dtype == np.float32
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        ([], "expected an object"),
+        ({"circuit": {}}, "circuit: is unknown; known are circuits"),
+        ({"circuits": 3}, "circuits: expected a directory, or files by name"),
+        ({"circuits": {"a": 1}}, "circuits: expected a directory, or files by name"),
+        ({"columns": True}, "columns: expected a whole number from 0 on"),
+        ({"columns": -1}, "columns: expected a whole number from 0 on"),
+        ({"max_neurons": 0}, "max_neurons: expected a whole number from 1 on"),
+        ({"any_model": 1}, "any_model: expected true or false"),
+    ],
+)
+def test_options_are_checked(given, said):
+    with pytest.raises(InputError) as caught:
+        read(given)
+    assert said in str(caught.value)
+    assert read({}) == Options({})
