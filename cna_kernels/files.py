@@ -162,6 +162,14 @@ def make_directory(path: FilePath) -> None:
         raise InputError(path, f"cannot be made a directory: {getattr(error, 'strerror', None) or error}") from None
 
 
+def make_parents(path: FilePath) -> None:
+    """Make the directories that lead to ``path``. Raise InputError naming the path."""
+    try:
+        Path(os.path.abspath(path)).parent.mkdir(parents=True, exist_ok=True)
+    except (OSError, ValueError) as error:
+        raise InputError(path, f"cannot be written: {getattr(error, 'strerror', None) or error}") from None
+
+
 def check_directory(path: FilePath) -> None:
     """As :func:`check_writable`, for a directory that will be made unless it exists, and for files in it."""
     name = os.fspath(path)

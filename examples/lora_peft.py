@@ -14,7 +14,8 @@ from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
 from cna_kernels.model import demo_checkpoint, load
-from cna_kernels.model.checkpoint.export import neuron_multipliers, to_lora
+from cna_kernels.model.checkpoint.export import neuron_multipliers
+from cna_kernels.model.checkpoint.lora import to_lora
 from cna_kernels.model.demo import world
 
 directory = sys.argv[1] if len(sys.argv) > 1 else demo_checkpoint("instruct")

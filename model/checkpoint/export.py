@@ -1,9 +1,6 @@
-"""A circuit at a multiplier for other engines: a LoRA adapter, a checkpoint with scaled columns, the public JSON.
+"""A circuit at a multiplier for other engines: a checkpoint with scaled columns, the public JSON; ``lora.py`` has LoRA.
 
-Multiplying neuron j of a layer by m before ``down_proj`` equals adding ``(m - 1) W_down[:, j] act[j]`` to the output of
-``down_proj``. A LoRA adapter on ``down_proj`` does exactly this: its A picks the neurons (rows of the identity), its B
-holds ``(m - 1) W_down[:, neurons]``, and its rank is the number of the circuit's neurons in the layer. Source of the
-LoRA form: E. Hu et al., arXiv 2106.09685.
+Multiplying neuron j of a layer by m before ``down_proj`` equals multiplying column j of ``down_proj`` by m.
 
 This module lies beside the checkpoint's reader because every export but the JSON reads the checkpoint.
 """
@@ -18,16 +15,14 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
-from safetensors.torch import save
 
 from cna_kernels.circuit import Circuit
 from cna_kernels.errors import InputError
-from cna_kernels.files import FilePath, check_writable, make_directory, write_bytes, write_text
+from cna_kernels.files import FilePath, check_writable, write_text
 from cna_kernels.renamed import renamed
 from cna_kernels.steering import check_multiplier
 
 from ..text.chat_template import FOLDER
-from .config import DTYPES, ModelConfig
 from .gguf_file import is_gguf
 from .load import DOWN
 from .safetensors_file import INDEX, SINGLE, Checkpoint
@@ -55,113 +50,11 @@ def neuron_multipliers(circuits: Sequence[Circuit], multipliers: Sequence[float]
 factors_of = neuron_multipliers  # the name before 0.2
 
 
-@renamed(factors="multipliers")
-def to_lora(
-    checkpoint: Checkpoint,
-    config: ModelConfig,
-    multipliers: NeuronMultipliers,
-    out: FilePath,
-    *,
-    base_model: str = "",
-    max_rank: int | None = None,
-    split: bool = False,
-    uniform: bool = False,
-    dtype: str = "float32",
-) -> list[Path]:
-    """Write a PEFT adapter directory, or several where ``split`` allows several. Return the directories written.
-
-    Args:
-        multipliers: see :func:`neuron_multipliers`.
-        out: the directory to make. Several adapters go to ``out/1``, ``out/2``, ...: all adapters together are the
-            circuit.
-        base_model: the name of the base model that the adapter records.
-        max_rank: the largest rank allowed. A layer with more neurons is refused, or with ``split`` divided.
-        uniform: give all layers of the model the same rank, padded with zeros, for engines that take no other adapter.
-        dtype: of A and B. A is exact in every dtype. B is exact in "float32"; for m = 0 and m = 2 also in the
-            checkpoint's own dtype.
-
-    Raises:
-        InputError: no neuron is scaled, or a layer needs a larger rank than ``max_rank``; names such layers.
-    """
-    if dtype not in DTYPES:
-        raise InputError("dtype", f"expected one of {', '.join(DTYPES)}, got {dtype!r}")
-    if not multipliers:
-        raise InputError("multiplier", "changes nothing: there is nothing to export")
-    largest = max(map(len, multipliers.values()))
-    if max_rank is not None and largest > max_rank and not split:
-        wide = ", ".join(f"{layer} ({len(found)})" for layer, found in multipliers.items() if len(found) > max_rank)
-        raise InputError(
-            "max_rank", f"layers with more than {max_rank} neurons: {wide}; --split writes several adapters"
-        )
-    step = largest if max_rank is None else max_rank
-    parts = [
-        {layer: pairs for layer, found in multipliers.items() if (pairs := list(found.items())[start : start + step])}
-        for start in range(0, largest, step)
-    ]
-    for part in parts:  # before anything is written
-        for name, tensor in _adapter(checkpoint, config, part, uniform, DTYPES[dtype]).items():
-            _require_finite(out, name, tensor)
-    places = [Path(out, str(number)) for number in range(1, len(parts) + 1)] if len(parts) > 1 else [Path(out)]
-    for config_file in (*Path(out).glob("adapter_config.json"), *Path(out).glob("*/adapter_config.json")):
-        if config_file.parent not in places:
-            raise InputError(config_file.parent, "holds an adapter that would stay beside the new one; remove it first")
-    make_directory(out)
-    for place, part in zip(places, parts, strict=True):
-        make_directory(place)
-        tensors = _adapter(checkpoint, config, part, uniform, DTYPES[dtype])
-        write_bytes(place / "adapter_model.safetensors", save(tensors, metadata={"format": "pt"}))
-        record = _adapter_config(part, base_model, uniform)
-        write_text(place / "adapter_config.json", json.dumps(record, indent=2) + "\n")
-    return places
-
-
-def _require_finite(out: FilePath, name: str, tensor: torch.Tensor):
+def require_finite(out: FilePath, name: str, tensor: torch.Tensor):
+    """Raise InputError naming the file and the tensor unless every number of it is finite."""
     if not tensor.isfinite().all():
         dtype = str(tensor.dtype).removeprefix("torch.")
         raise InputError(f"{out}: {name!r}", f"would hold infinities or NaN in {dtype}: a smaller multiplier is needed")
-
-
-def _adapter(checkpoint, config, part, uniform, dtype) -> dict[str, torch.Tensor]:
-    """The tensors of one adapter. ``part`` is layer -> [(neuron, multiplier)]."""
-    largest = max(map(len, part.values()))
-    layers = range(config.num_hidden_layers) if uniform else part
-    tensors: dict[str, torch.Tensor] = {}
-    for layer in layers:
-        pairs = part.get(layer, [])
-        rank = largest if uniform else len(pairs)
-        a = torch.zeros(rank, config.intermediate_size, dtype=torch.float32)
-        b = torch.zeros(config.hidden_size, rank, dtype=torch.float32)
-        if pairs:
-            neurons, scales = zip(*pairs, strict=True)
-            a[range(len(pairs)), neurons] = 1
-            columns = checkpoint.read(DOWN.format(layer))[:, list(neurons)]
-            b[:, : len(pairs)] = (columns.double() * (torch.tensor(scales, dtype=torch.float64) - 1)).float()
-        name = f"base_model.model.{DOWN.format(layer).removesuffix('.weight')}"
-        tensors |= {f"{name}.lora_A.weight": a.to(dtype), f"{name}.lora_B.weight": b.to(dtype)}
-    return tensors
-
-
-def _adapter_config(part, base_model, uniform) -> dict:
-    """The content of an adapter's adapter_config.json."""
-    ranks = {layer: len(pairs) for layer, pairs in part.items()}
-    largest = max(ranks.values())
-    own = {f"layers.{layer}.mlp.down_proj": rank for layer, rank in ranks.items() if rank != largest}
-    return {
-        "peft_type": "LORA",
-        "task_type": "CAUSAL_LM",
-        "base_model_name_or_path": base_model,
-        "r": largest,
-        "lora_alpha": largest,  # alpha / r = 1
-        "lora_dropout": 0.0,
-        "bias": "none",
-        "fan_in_fan_out": False,
-        "inference_mode": True,
-        "use_rslora": False,
-        "use_dora": False,
-        "target_modules": ["down_proj"] if uniform else [f"layers.{layer}.mlp.down_proj" for layer in part],
-        "rank_pattern": {} if uniform else own,
-        "alpha_pattern": {} if uniform else own,
-    }
 
 
 @renamed(factors="multipliers")
@@ -180,7 +73,7 @@ def to_checkpoint(directory: FilePath, checkpoint: Checkpoint, multipliers: Neur
         raise InputError(out, "is there already")
     for layer, found in multipliers.items():  # before anything is written
         name = DOWN.format(layer)
-        _require_finite(out, name, _scaled(checkpoint, name, found))
+        require_finite(out, name, _scaled(checkpoint, name, found))
     read = {entry.path.name for entry in checkpoint.entries.values()}
     _check_space(directory, read, out)
     partial = out.parent / f".{out.name}-{secrets.token_hex(4)}.partial"

@@ -5,9 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 
 from cna_kernels.errors import InputError
-from cna_kernels.files import check_directory, check_writable
+from cna_kernels.files import check_directory, check_writable, make_parents
 
-from ..checkpoint import export
+from ..checkpoint import export, lora
+from ..checkpoint.gguf_file import is_gguf
 from ..language_model import load
 from .arguments import check_output, directory_of, load_circuit, multipliers_of
 from .console import stdout
@@ -17,9 +18,11 @@ def run_export(args):
     multipliers = multipliers_of(args.multiplier, "--multiplier")
     if len(multipliers) == 1:
         multipliers *= len(args.circuit)
-    for flag, given in (("--max-rank", args.max_rank), ("--split", args.split), ("--uniform-rank", args.uniform_rank)):
-        if given and args.to != "lora":
+    for name in ("max_rank", "split", "uniform_rank", "engine", "base_model"):
+        if getattr(args, name) and args.to != "lora":
+            flag = "--for" if name == "engine" else f"--{name.replace('_', '-')}"
             raise InputError(flag, "is for --to lora")
+    make_parents(args.output)
     if args.to == "ref-code":
         check_writable(args.output)
         check_output(args.output, *args.circuit)
@@ -42,10 +45,37 @@ def run_export(args):
         export.to_checkpoint(directory, model.checkpoint, of_neurons, args.output)
         stdout().print(f"wrote {args.output}/: {n} columns scaled", markup=False)
         return
-    written = export.to_lora(
-        model.checkpoint, model.config, of_neurons, args.output, base_model=str(Path(directory).resolve().name),
+    base, said = base_model_of(args.base_model, directory)
+    names = ", ".join(f"{Path(path).name} at {m:g}" for path, m in zip(args.circuit, multipliers, strict=True))
+    written = lora.to_lora(
+        model.checkpoint, model.config, of_neurons, args.output, base_model=base, engine=args.engine,
         max_rank=args.max_rank, split=args.split, uniform=args.uniform_rank, dtype=args.dtype,
+        about=f"Circuits: {names}.",
     )  # fmt: skip
-    names = ", ".join(f"{path}/" for path in written)
-    ranks = f"{n} neurons in {len(of_neurons)} layers, at most {max(map(len, of_neurons.values()))} in one"
-    stdout().print(f"wrote {names}: {ranks}", markup=False)
+    paths = ", ".join(f"{path}/" for path in written)
+    largest = max(map(len, of_neurons.values()))
+    stdout().print(f"wrote {paths}: {n} neurons in {len(of_neurons)} layers, at most {largest} in one", markup=False)
+    for sentence in (said, *notes(args, multipliers, largest)):
+        stdout().print(sentence, markup=False)
+
+
+def base_model_of(given: str | None, directory) -> tuple[str, str]:
+    """The base model that an adapter records, which PEFT's AutoPeftModel follows, and a sentence about it."""
+    if given:
+        return given, f"base model: {given}"
+    if is_gguf(directory):
+        name = Path(directory).resolve().name
+        return name, f"base model: {name}, a file that PEFT cannot follow; --base-model names another"
+    path = str(Path(directory).resolve())
+    return path, f"base model: {path}; --base-model gives the adapter another name to share it under"
+
+
+def notes(args, multipliers, largest: int):
+    """What a user of the engine must know."""
+    if args.engine == "vllm":
+        needed = next(rank for rank in lora.VLLM_RANKS if rank >= largest)
+        yield f"vllm serve MODEL --enable-lora --max-lora-rank {needed} --lora-modules NAME={args.output}"
+        if not set(multipliers) <= {0.0, 2.0}:
+            yield "vLLM holds adapters in the model's dtype: for multipliers but 0 and 2 bf16 rounds the correction"
+    if args.engine == "llama.cpp":
+        yield f"python convert_lora_to_gguf.py {args.output} --base MODEL --outfile adapter.gguf"

@@ -109,6 +109,11 @@ def build_parser() -> Parser:
     )
     export.add_argument("--to", choices=["lora", "checkpoint", "ref-code"], required=True, help="what to write")
     export.add_argument("-o", "--output", metavar="PATH", required=True, help="directory to make; for ref-code a file")
+    export.add_argument(
+        "--for", dest="engine", choices=["peft", "llama.cpp", "vllm", "sglang"],
+        help="lora: the engine that will read it (default: the form that most engines read)",
+    )  # fmt: skip
+    export.add_argument("--base-model", metavar="NAME", help="lora: the base model that the adapter records")
     export.add_argument("--max-rank", type=positive, metavar="R", help="lora: the largest rank the engine takes")
     export.add_argument("--split", action="store_true", help="lora: several adapters where --max-rank is too small")
     export.add_argument(

@@ -9,7 +9,7 @@ import torch
 
 from cna_kernels import Circuit, SteeringTable, attach
 from cna_kernels.model import load
-from cna_kernels.model.checkpoint import export
+from cna_kernels.model.checkpoint import export, lora
 from tiny import write_language_model
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -49,7 +49,7 @@ def everything(directory, out):
     circuit = Circuit(tuple((0, n, 1.0) for n in range(8)), found.n_layers, found.n_neurons)
     answers = model.generate(POSITIVE, circuit=circuit, multiplier=-2.0, max_new_tokens=6, temperature=1.3, seed=3)
     multipliers = export.neuron_multipliers([circuit], [0.5])
-    export.to_lora(model.checkpoint, model.config, multipliers, out)
+    lora.to_lora(model.checkpoint, model.config, multipliers, out)
     theirs = transformers.AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32)
     engine, ids = attach(theirs), torch.tensor([[3, 4, 5], [6, 7, 8]], dtype=torch.int64)
     engine.set([circuit], [0.3])

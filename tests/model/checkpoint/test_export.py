@@ -5,68 +5,18 @@ import shutil
 
 import pytest
 import torch
-from safetensors import safe_open
 
 from cna_kernels import Circuit, InputError
 from cna_kernels.model import load
 from cna_kernels.model.checkpoint import export
 from cna_kernels.model.cli import main
 from cna_kernels.model.text.chat_template import find_chat_template
-from tiny import TEXT_VOCABULARY, write_checkpoint, write_text_files
-
-transformers = pytest.importorskip("transformers")
-
-A = Circuit(((2, 7, 1.0), (0, 3, 0.5), (2, 8, -1.0), (2, 40, 0.25), (0, 9, 0.2)), 3, 48)
-B = Circuit(((1, 11, 1.0), (2, 7, 0.5), (0, 40, 0.25)), 3, 48)
-# half of its neurons get 2 - m
-ALIGNED = Circuit(
-    ((2, 7, 1.0), (0, 3, -0.5), (1, 8, -1.0), (2, 40, 0.25), (1, 9, 0.2), (2, 20, 1.0)), 3, 48,
-    positive_mean=(-1.0, 1.0, -1.0, 2.0, -2.0, 1.0),
-).aligned()  # fmt: skip
-IDS = torch.randint(6, TEXT_VOCABULARY, (2, 15), generator=torch.Generator().manual_seed(1))
-CASES = [((A,), (0.0,)), ((A,), (0.5,)), ((A,), (2.0,)), ((A, B), (0.0, 2.0)), ((A, B), (0.5, 3.0))]
-CASES += [((ALIGNED,), (0.0,)), ((ALIGNED,), (0.5,)), ((ALIGNED,), (2.0,)), ((ALIGNED, B), (1.5, 2.0))]
+from export_cases import ALIGNED, CASES, IDS, A, B, steered, theirs, write_model
 
 
 @pytest.fixture(scope="module", params=["llama", "qwen3-tied"])
 def model(request, tmp_path_factory):
-    directory = tmp_path_factory.mktemp(request.param)
-    write_checkpoint(request.param, directory, vocab_size=TEXT_VOCABULARY, max_shard_size="20KB")
-    write_text_files(directory)
-    assert len(list(directory.glob("*.safetensors"))) > 2
-    return load(directory, dtype="float32")
-
-
-def theirs(directory):
-    return transformers.AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32).eval()
-
-
-def hooked(model, multiplied):
-    """A transformers model with hooks that multiply the neurons, independent of the engine."""
-    other, handles = theirs(model.directory), []
-    for layer, found in multiplied.items():
-
-        def scale(_, arguments, found=found):
-            act = arguments[0].clone()
-            for index, factor in found.items():
-                act[..., index] *= factor
-            return (act,)
-
-        handles.append(other.model.layers[layer].mlp.down_proj.register_forward_pre_hook(scale))
-    with torch.no_grad():
-        return other(IDS, use_cache=False).logits
-
-
-def steered(model, circuits, multipliers):
-    if len(circuits) == 1:
-        with model.steered(circuits[0], multipliers[0]), torch.no_grad():
-            return model(IDS)
-    return hooked(model, export.neuron_multipliers(circuits, multipliers))
-
-
-def logits(peft_model):
-    with torch.no_grad():
-        return peft_model(input_ids=IDS, use_cache=False).logits
+    return write_model(request.param, tmp_path_factory.mktemp(request.param))
 
 
 def test_neuron_multipliers_several_circuits_multiply():
@@ -86,49 +36,6 @@ def test_neuron_multipliers_of_an_aligned_circuit():
     assert both == {0: {3: 0.0, 40: 3.0}, 1: {8: 2.0, 9: 0.0, 11: 3.0}, 2: {7: 0.0, 20: 2.0, 40: 2.0}}
 
 
-@pytest.mark.parametrize(("circuits", "multipliers"), CASES)
-@pytest.mark.parametrize("uniform", [False, True], ids=["rank per layer", "uniform rank"])
-def test_peft_loads_the_adapter(model, tmp_path, circuits, multipliers, uniform):
-    peft = pytest.importorskip("peft")
-    multiplied = export.neuron_multipliers(circuits, multipliers)
-    assert export.to_lora(model.checkpoint, model.config, multiplied, tmp_path / "a", uniform=uniform) == [
-        tmp_path / "a"
-    ]
-    wanted = steered(model, circuits, multipliers)
-    with torch.no_grad():
-        assert (wanted - model(IDS)).abs().max() > 0.05, "steering without effect would hide everything"
-    found = logits(peft.PeftModel.from_pretrained(theirs(model.directory), tmp_path / "a"))
-    assert (found - wanted).abs().max() <= 1e-4
-    with safe_open(tmp_path / "a" / "adapter_model.safetensors", "pt") as file:
-        ranks = {name: file.get_slice(name).get_shape()[0] for name in file.keys() if "lora_A" in name}  # noqa: SIM118
-    largest = max(map(len, multiplied.values()))
-    assert sorted(ranks.values()) == ([largest] * 3 if uniform else sorted(map(len, multiplied.values())))
-
-
-def test_a_rank_that_is_too_large_is_refused_or_split(model, tmp_path):
-    peft = pytest.importorskip("peft")
-    multiplied = export.neuron_multipliers([A, B], [0.0, 2.0])
-    with pytest.raises(InputError, match=r"max_rank: layers with more than 2 neurons: 0 \(3\), 2 \(3\)"):
-        export.to_lora(model.checkpoint, model.config, multiplied, tmp_path / "a", max_rank=2)
-    assert not (tmp_path / "a").exists()
-    parts = export.to_lora(model.checkpoint, model.config, multiplied, tmp_path / "a", max_rank=2, split=True)
-    assert [part.name for part in parts] == ["1", "2"]
-    both = peft.PeftModel.from_pretrained(theirs(model.directory), parts[0], adapter_name="1")
-    both.load_adapter(parts[1], adapter_name="2")
-    both.base_model.set_adapter(["1", "2"])
-    assert (logits(both) - steered(model, (A, B), (0.0, 2.0))).abs().max() <= 1e-4
-
-
-def test_adapters_of_another_export_are_not_left_beside_the_new_ones(model, tmp_path):
-    multiplied, out = export.neuron_multipliers([A, B], [0.0, 2.0]), tmp_path / "a"
-    export.to_lora(model.checkpoint, model.config, multiplied, out, max_rank=1, split=True)
-    for more in ({}, dict(max_rank=2, split=True)):
-        with pytest.raises(InputError, match=r"a/\d: holds an adapter that would stay beside the new one"):
-            export.to_lora(model.checkpoint, model.config, multiplied, out, **more)
-    assert not (out / "adapter_config.json").exists()
-    assert export.to_lora(model.checkpoint, model.config, multiplied, out, max_rank=1, split=True)
-
-
 def test_all_chat_templates_are_exported(model, tmp_path):
     shutil.copytree(model.directory, tmp_path / "model")
     (tmp_path / "model" / "additional_chat_templates").mkdir()
@@ -137,11 +44,6 @@ def test_all_chat_templates_are_exported(model, tmp_path):
     export.to_checkpoint(whole.directory, whole.checkpoint, export.neuron_multipliers([B], [0.0]), tmp_path / "c")
     template = find_chat_template(tmp_path / "c", {}, {})
     assert template.render([[{"role": "user", "content": "x"}]]) == ["new x"]
-
-
-def test_nothing_to_export(model, tmp_path):
-    with pytest.raises(InputError, match="multiplier: changes nothing"):
-        export.to_lora(model.checkpoint, model.config, export.neuron_multipliers([A], [1.0]), tmp_path / "a")
 
 
 @pytest.mark.parametrize(("circuits", "multipliers"), CASES)
@@ -210,7 +112,7 @@ def test_the_command(model, tmp_path, capsys):
     assert main([*words, "--to", "lora", "-o", f"{tmp_path}/lora"]) == 0
     assert "7 neurons in 3 layers, at most 3 in one" in " ".join(capsys.readouterr().out.split())
     record = json.loads((tmp_path / "lora" / "adapter_config.json").read_text())
-    assert record["r"] == record["lora_alpha"] == 3 and record["rank_pattern"] == {"layers.1.mlp.down_proj": 1}
+    assert record["r"] == record["lora_alpha"] == 4 and record["rank_pattern"] == {"layers.1.mlp.down_proj": 1}
     assert main([*words, "--to", "checkpoint", "-o", f"{tmp_path}/c"]) == 0
     assert "7 columns scaled" in " ".join(capsys.readouterr().out.split())
     assert main([*words, "--to", "checkpoint", "-o", f"{tmp_path}/c"]) == 2

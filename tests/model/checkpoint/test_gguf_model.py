@@ -275,12 +275,12 @@ def test_export(tmp_path):
     from safetensors.torch import load_file
 
     from cna_kernels import Circuit
-    from cna_kernels.model.checkpoint import export
+    from cna_kernels.model.checkpoint import export, lora
 
     path = write_gguf(tmp_path / "tiny.gguf", tiny_model(), kind="Q8_0")
     model = load(path)
     multipliers = export.neuron_multipliers([Circuit(((1, 7, 1.0), (1, 300, -1.0)), 2, 512)], [0.0])
-    export.to_lora(model.checkpoint, model.config, multipliers, tmp_path / "lora")
+    lora.to_lora(model.checkpoint, model.config, multipliers, tmp_path / "lora")
     adapter = load_file(tmp_path / "lora" / "adapter_model.safetensors")
     columns = as_transformers_reads(path).model.layers[1].mlp.down_proj.weight[:, [7, 300]]
     (b,) = [value for name, value in adapter.items() if "lora_B" in name]

@@ -250,14 +250,14 @@ def test_overlapping_circuits_that_are_ablated(files, capsys):
 def test_no_infinity_is_exported(files, tmp_path, to, m):
     """Through the functions, which take larger multipliers than the command: refused, naming the tensor; or finite."""
     from cna_kernels import InputError
-    from cna_kernels.model.checkpoint import export
+    from cna_kernels.model.checkpoint import export, lora
 
     model = load(files / "model", stream_layers=True)
     out = tmp_path / "out"
     multipliers = export.neuron_multipliers([A], [m])
     try:
         if to == "lora":
-            export.to_lora(model.checkpoint, model.config, multipliers, out, dtype="float16")
+            lora.to_lora(model.checkpoint, model.config, multipliers, out, dtype="float16")
         else:
             export.to_checkpoint(files / "model", model.checkpoint, multipliers, out)
     except InputError as error:
