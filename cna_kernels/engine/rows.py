@@ -102,7 +102,7 @@ class Rows:
         """What steers each row that was given, or all rows, as requests of continuous batching."""
         if self._each is None:
             numbers, phase, start, stop = self.given_as
-            circuits = torch.as_tensor(-1 if numbers is None else numbers).reshape(-1).tolist()
+            circuits = whole_numbers("row_circuit", -1 if numbers is None else numbers).reshape(-1).tolist()
             bounds = [
                 whole_numbers("start", bound).reshape(-1).expand(len(circuits)).clamp(max=FARTHEST).tolist()
                 for bound in (start, FARTHEST if stop is None else stop)

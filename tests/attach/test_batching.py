@@ -1,5 +1,6 @@
 """Requests in transformers' continuous batching, against requests that run alone in models with scaled weights."""
 
+import functools
 import gc
 import time
 from contextlib import contextmanager
@@ -26,10 +27,10 @@ def untied(seed=3):
     return make("llama", tie_word_embeddings=False, seed=seed)
 
 
-def options(n_tokens=6, **more):
-    return transformers.GenerationConfig(
-        max_new_tokens=n_tokens, do_sample=False, eos_token_id=96, pad_token_id=0, **more
-    )
+def options(n_tokens=6, n_answers=1):
+    """Greedy, also where several answers must be sampled."""
+    sampled = dict(do_sample=True, top_k=1, num_return_sequences=n_answers) if n_answers > 1 else dict(do_sample=False)
+    return transformers.GenerationConfig(max_new_tokens=n_tokens, eos_token_id=96, pad_token_id=0, **sampled)
 
 
 def sizes(**changes):
@@ -119,6 +120,7 @@ def counted(monkeypatch, owner, name):
     """What calls of a method returned, in the ``with``."""
     own, returned = getattr(owner, name), []
 
+    @functools.wraps(own)
     def method(*args, **kwargs):
         returned.append(own(*args, **kwargs))
         return returned[-1]
@@ -213,16 +215,22 @@ def test_a_kept_cache_follows_multipliers(attached):
     attached.model.destroy_cached_continuous_batching_manager()
 
 
-def test_several_answers_have_the_circuit_of_their_request(attached):
+@pytest.mark.parametrize("blocks", [64, 8])
+def test_several_answers_have_the_circuit_of_their_request(attached, blocks, monkeypatch):
+    """Answers are copies of their request, or begin anew where the cache has no room for a copy."""
+    from transformers.generation.continuous_batching.requests import RequestState
+
     prompts = prompts_of(9, 6)
-    for blocks in (64, 9):  # in a small cache some answers begin anew
-        attached.engine.rows([1, 0], phase="answer")
+    attached.engine.rows([1, 0], phase="answer")
+    with counted(monkeypatch, RequestState, "create_equivalent_initial_request") as again:
         found = attached.model.generate_batch(
-            prompts, options(num_return_sequences=3), continuous_batching_config=sizes(num_blocks=blocks)
+            prompts, options(n_answers=3), continuous_batching_config=sizes(num_blocks=blocks)
         )
-        assert len(found) == 6
-        ways = [dict(circuit=c, phase="answer") for c in (1, 1, 1, 0, 0, 0)]
-        assert_alone(attached, list(found.values()), [p for p in prompts for _ in range(3)], ways)
+    assert bool(again) == (blocks == 8) and len(found) == 6
+    for number, one in enumerate(found.values()):
+        prompt, circuit = prompts[number // 3], 1 - number // 3
+        assert one.generated_tokens == alone(attached, prompt, circuit, phase="answer")[0]
+        assert one.generated_tokens != alone(attached, prompt, -1)[0]
 
 
 def test_requests_come_and_go_while_others_run(attached):

@@ -116,6 +116,7 @@ TESTED_TOGETHER = {
     "ops/test_ops.py": "cna_kernels/: backends errors extras library op_checks reference scale serve",
     "attach/test_engine.py": "cna_kernels/engine/: attach decoder dense experts find identity mlps patch",
     "attach/test_passes.py": "cna_kernels/engine/: running",
+    "attach/test_batching.py": "cna_kernels/engine/: managers",
     "ops/test_circuit.py": "cna_kernels/: circuit_file",
     "kernels/test_triton_plan.py": "cna_kernels/: plans; cna_kernels/triton/: cost plan",
     "kernels/test_triton.py": (
