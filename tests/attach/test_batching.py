@@ -275,7 +275,7 @@ def test_numbers_of_requests_in_flight_are_kept(attached):
 
 def test_a_multiplier_and_a_circuit_that_change_between_two_steps(attached):
     """Tokens from then on have the new one, and no block of the mixture serves another request."""
-    engine, prompt = attached.engine, prompts_of(9)[0]
+    engine, prompt = attached.engine, prompts_of(2)[0]  # so that a page of 4 tokens has something of both
     changed = {}
 
     def change(manager, at, what):
@@ -290,13 +290,13 @@ def test_a_multiplier_and_a_circuit_that_change_between_two_steps(attached):
                 changed[at] = what()
             return more
 
-        watched = next(iter(engine._batching._watched))
+        watched = next(one for one in engine._batching._watched if one.manager() is manager)
         processor.prepare_next_batch = prepare
         manager.batch_processor = processor
 
     for at, what, before, after in (
-        (11, lambda: engine.table.set_multiplier(0, 2.0), (0, -3.0), (0, 2.0)),
-        (12, lambda: engine.requests({"a": 1}, phase="answer"), (0, -3.0), (1, 0.0)),
+        (3, lambda: engine.table.set_multiplier(0, 2.0), (0, -3.0), (0, 2.0)),
+        (2, lambda: engine.requests({"a": 1}, phase="answer"), (0, -3.0), (1, 0.0)),
     ):
         engine.table.set_multiplier(0, -3.0)
         manager = attached.model.init_continuous_batching(options(12), sizes())
@@ -318,11 +318,13 @@ def test_a_multiplier_and_a_circuit_that_change_between_two_steps(attached):
         assert one.generated_tokens == tokens[len(prompt) :] and at in changed
         assert one.generated_tokens != alone(attached, prompt, 0, before[1], n_tokens=12)[0]
 
-        engine.table.set_multiplier(0, -3.0)  # 20 tokens of a sequence whose blocks were marked
-        again = tokens[:20]
-        engine.requests({"b": 0})
-        manager.add_request(again, request_id="b", max_new_tokens=6)
-        assert_alone(attached, results_of(manager, "b"), [again], [dict(circuit=0)])
+        again = tokens[:12]  # its blocks were marked
+        for circuit, multiplier in (after, before):
+            engine.table.set_multiplier(circuit, multiplier)
+            engine.requests({"b": circuit})
+            manager.add_request(again, request_id="b", max_new_tokens=6)
+            way = dict(circuit=circuit, multiplier=multiplier)
+            assert_alone(attached, results_of(manager, "b"), [again], [way])
         manager.stop(block=True)
 
 

@@ -208,9 +208,9 @@ CANARIES: list[Canary] = [
     ),
     Canary(
         "blocks marked by what steers them now",
-        "cna_kernels/engine/requests.py",
-        "    runs = [run for run in runs if run[0] < start]",
-        "    runs = []",
+        "cna_kernels/engine/batching.py",
+        "extended(runs, start, start + n_tokens,",
+        "extended([], 0, start + n_tokens,",
         "tests/attach/test_batching.py",
         "between_two_steps",
     ),
