@@ -328,6 +328,7 @@ def test_a_multiplier_and_a_circuit_that_change_between_two_steps(attached):
         manager.stop(block=True)
 
 
+@pytest.mark.exhaustive
 def test_a_compiled_decoder_follows_requests(attached):
     """The batch is padded then; what steers it is read from the same buffer."""
     prompts = prompts_of(9, 5)
