@@ -9,6 +9,7 @@ from torch import Tensor
 
 from ..errors import InputError
 from ..reference import sum_statistics_only
+from ..sums import ActivationSums
 from .prompt import Prompt, seen_by
 
 MASKED = -1e4  # an additive mask hides what it adds so much to, or less
@@ -76,6 +77,22 @@ class Collecting:
             if empty.any():
                 row = int(empty.nonzero()[0, 0])
                 raise InputError("attention_mask", f"row {row} has no last token in this pass; give the row no weight")
+
+    def fold_into(self, sums: ActivationSums) -> None:
+        """Add the pass to the sums."""
+        self.check_found()
+        sums.discard()
+        for layer, buffers in enumerate(self.buffers):
+            for name, buffer in buffers.items():
+                getattr(sums, name)[layer, :, : buffer.shape[-1]] = buffer.to(sums.act_sum.device)
+        sums.fold(self.counted)
+
+
+def buffers_for(sums: ActivationSums, layer: int, width: int, device: torch.device) -> dict[str, Tensor]:
+    """Empty buffers for a layer's part of the sums, by their names."""
+    kept = {name: x for name, x in sums.layer(layer).items() if x is not None}
+    shape = sums.count.shape[0], width
+    return {name: torch.zeros(shape, dtype=x.dtype, device=device) for name, x in kept.items()}
 
 
 def shown_tokens(mask: object, shape: tuple[int, int], seen: Any, device: torch.device) -> Tensor | None:

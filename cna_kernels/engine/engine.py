@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import functools
 import warnings
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -18,14 +17,13 @@ from ..errors import InputError, check_tensor
 from ..files import FilePath
 from ..renamed import renamed
 from ..select import UniversalNeurons
-from ..serve import Looks, looks
 from ..steering import SteeringTable
 from ..sums import ActivationSums
-from ..warm_up import blank_extras, warm_up
-from .collecting import Collecting
+from .batching import Batching
+from .collecting import Collecting, buffers_for
 from .decoder import ENGINE, decoder_forward
 from .identity import identity_of
-from .mlps import SteeredMLP
+from .mlps import SteeredMLP, warm_up_mlps
 from .passes import ForwardPass
 from .patch import is_replaced, mlp_forward, replace_forward, restore_forward
 from .prompt import Prompt
@@ -67,7 +65,7 @@ class Engine:
             n_experts=self.n_experts, widths=self.widths,
         )  # fmt: skip
         self._rows = rows = Rows(max_rows, devices[0])
-        self._prompt = Prompt(devices[0], lambda: rows.phase != "both")
+        self._prompt, self._batching = Prompt(devices[0]), Batching(rows, self.table)
         self._now = ForwardPass(self._rows)
         self._mlps = [kind(mlps[layer], layer, backend, self._now) for layer, kind in enumerate(kinds)]
         for mlp in self._mlps:
@@ -121,22 +119,50 @@ class Engine:
         Args:
             row_circuit: a circuit's number, -1 for none: one number for every row of any batch, ``[B]``, or
                 ``[B, S]`` for each token of calls of that shape. None is -1 for all. Rows of beam search and of
-                several answers to a prompt are rows like any other.
+                several answers to a prompt are rows like any other; so are sequences packed in one row, which
+                ``cu_seq_lens_q`` or ``position_ids`` from 0 on show.
             phase: "prompt", "answer" or "both". ``generate`` of the attached model says where a prompt ends, also in
-                chunks, without a cache and with drafted tokens. Elsewhere a call on an empty cache is a prompt, and one
-                token on a cache that holds tokens is an answer; any other call refuses a phase but "both".
+                chunks, without a cache and with drafted tokens, and so does its continuous batching. Elsewhere a call
+                on an empty cache is a prompt, and one token on a cache that holds tokens is an answer; any other call
+                refuses a phase but "both".
             start, stop: positions in the sequence, one number or one for each row: steer tokens at ``start`` and later,
                 before ``stop``. They are the model's ``position_ids``: ``generate`` counts from the first token that is
                 not padding, a call without ``position_ids`` from the first column.
 
-        A new call of ``rows`` recompiles nothing, and a captured graph follows it, as long as the batch size, the phase
-        and whether positions are given stay the same.
+        A new call recompiles nothing, and a captured graph follows it, as long as the batch size, the phase and whether
+        positions are given stay the same. In continuous batching it follows all of them.
 
         Raises:
-            InputError: a row names no circuit of the table, or there are more rows than ``max_rows``.
+            InputError: a row names no circuit of the table, or there are more than ``max_rows``.
         """
         self._check_attached()
         self._rows.give(self.table, row_circuit, phase, start, stop)
+
+    def requests(
+        self,
+        row_circuit: Mapping[str, int | None],
+        *,
+        phase: str = "both",
+        start: int | Mapping[str, int] = 0,
+        stop: int | Mapping[str, int] | None = None,
+    ) -> None:
+        """Say which circuit requests of transformers' continuous batching use: new ones, or those that run already.
+
+        A request that is not named has what :meth:`rows` says: one number is for all, ``[B]`` for the B inputs of each
+        ``generate_batch`` or ``add_requests``, in their order. All answers to a request have its circuit. What was said
+        of a request is forgotten when it ends.
+
+        Args:
+            row_circuit: a circuit's number for each request id, -1 for none; None forgets what was said. Name it
+                before ``manager.add_request(..., request_id=...)``; later it changes between two steps.
+            phase: "prompt", "answer" or "both"; the manager knows where each prompt ends.
+            start, stop: as of :meth:`rows`: one position, or one for each request id.
+
+        Raises:
+            InputError: a request names no circuit of the table.
+        """
+        self._check_attached()
+        self._batching.name(row_circuit, phase, start, stop)
 
     @contextmanager
     def steer(
@@ -212,7 +238,8 @@ class Engine:
         check_tensor("sums.total", sums.total, shape=(self.n_layers, n_columns, self.n_neurons))
         with torch.inference_mode(False):
             token_weight = token_weight.to(self._devices[0], torch.float32, copy=True).contiguous()
-            buffers_of = [self._layer_buffers(layer, sums) for layer in range(self.n_layers)]
+            each = zip(range(self.n_layers), self.widths, self._devices, strict=True)
+            buffers_of = [buffers_for(sums, *layer) for layer in each]
             passes.collecting = collecting = Collecting(token_weight, buffers_of)
         for mlp, buffers in zip(self._mlps, buffers_of, strict=True):
             mlp.sums = buffers
@@ -221,7 +248,7 @@ class Engine:
             if not collecting.done:
                 raise InputError("collect", "no forward pass ran to its end inside the `with`")
             passes.check_all_ran()
-            self._fold(sums, collecting)
+            collecting.fold_into(sums)
         finally:
             passes.collecting = None
             for mlp in self._mlps:
@@ -317,20 +344,7 @@ class Engine:
             The numbers of tokens that the MLPs were called with; empty where nothing is compiled.
         """
         self._check_attached()
-        distinct: dict[Looks, SteeredMLP] = {}
-        for mlp in self._mlps:
-            if not mlp.in_modules:
-                op, tensors = mlp.example(1)
-                distinct.setdefault(looks(op, tensors, (), mlp.backend), mlp)
-        called: set[int] = set()
-        for (op, *_), mlp in distinct.items():
-            for columns in dict.fromkeys((0, n_columns)):
-                extras_of = functools.partial(
-                    blank_extras, n_neurons=mlp.own_width, device=mlp.device(mlp.module), scale=mlp.scale,
-                    n_columns=columns * self.n_experts[mlp.layer], squares=squares,
-                )  # fmt: skip
-                called.update(warm_up(op, mlp.example_inputs, extras_of, longest, mlp.backend))
-        return sorted(called)
+        return warm_up_mlps(self._mlps, self.n_experts, longest, n_columns, squares)
 
     def not_fused(self) -> list[str]:
         """Which MLPs do not run in one op, and why: one line for each reason, with its layers."""
@@ -344,11 +358,12 @@ class Engine:
         """Take the engine off; the model is then as it was before ``attach``. Where this raises, nothing has changed.
 
         Raises:
-            InputError: a forward was replaced after ``attach``, and must come off first; or the engine is off already.
+            InputError: a forward was replaced after ``attach``; the engine is off; continuous batching is running.
         """
         self._check_attached()
         decoder = self._decoder
         assert decoder is not None
+        self._batching.check_stopped()
         owners: list[tuple[nn.Module, str, Any]] = [(decoder, "the decoder", decoder_forward)]
         owners += [(mlp.module, f"layers[{mlp.layer}]'s MLP", mlp_forward) for mlp in self._mlps]
         for module, name, function in owners:
@@ -362,6 +377,7 @@ class Engine:
             mlp.take_off()
         restore_forward(decoder)
         self._prompt.take_off()
+        self._batching.take_off()
         delattr(decoder, ENGINE)
         self._mlps, self._passes, self._decoder = [], None, None  # nothing of the model is kept alive
 
@@ -382,16 +398,3 @@ class Engine:
 
     def __reduce__(self) -> tuple[type[None], tuple[()]]:
         return type(None), ()
-
-    def _layer_buffers(self, layer: int, sums: ActivationSums) -> dict[str, Tensor]:
-        kept = {name: x for name, x in sums.layer(layer).items() if x is not None}
-        shape, device = (sums.count.shape[0], self.widths[layer]), self._devices[layer]
-        return {name: torch.zeros(shape, dtype=x.dtype, device=device) for name, x in kept.items()}
-
-    def _fold(self, sums: ActivationSums, collecting: Collecting) -> None:
-        collecting.check_found()
-        sums.discard()
-        for layer, buffers in enumerate(collecting.buffers):
-            for name, buffer in buffers.items():
-                getattr(sums, name)[layer, :, : self.widths[layer]] = buffer.to(sums.act_sum.device)
-        sums.fold(collecting.counted)

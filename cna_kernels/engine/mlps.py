@@ -17,6 +17,8 @@ neurons; see ``SteeringTable``.
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -27,6 +29,8 @@ from .. import backends, ops, reference
 from ..errors import InputError
 from ..extras import Inputs
 from ..scale import Scale
+from ..serve import Looks, looks
+from ..warm_up import blank_extras, warm_up
 from .forwards import SILUS, is_one_of
 from .passes import ForwardPass, State
 from .patch import (
@@ -308,3 +312,23 @@ class SteeredMLP:
         """The pass that the MLP runs in; that of its first run where gradient checkpointing runs it again."""
         state = self.now.state
         return state if state.tokens is not None else self.now.again() or state
+
+
+def warm_up_mlps(
+    mlps: Sequence[SteeredMLP], n_experts: Sequence[int], longest: int, n_columns: int, squares: bool
+) -> list[int]:
+    """See ``Engine.warm_up``."""
+    distinct: dict[Looks, SteeredMLP] = {}
+    for mlp in mlps:
+        if not mlp.in_modules:
+            op, tensors = mlp.example(1)
+            distinct.setdefault(looks(op, tensors, (), mlp.backend), mlp)
+    called: set[int] = set()
+    for (op, *_), mlp in distinct.items():
+        for columns in dict.fromkeys((0, n_columns)):
+            extras_of = functools.partial(
+                blank_extras, n_neurons=mlp.own_width, device=mlp.device(mlp.module), scale=mlp.scale,
+                n_columns=columns * n_experts[mlp.layer], squares=squares,
+            )  # fmt: skip
+            called.update(warm_up(op, mlp.example_inputs, extras_of, longest, mlp.backend))
+    return sorted(called)

@@ -15,8 +15,8 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import InputError
-from .batching import MORE, Batching
 
+MORE = "give `start` and `stop` instead, which are positions"
 BEFORE = "_cna_generate"  # an attribute of a model whose methods were replaced: by name its own one before, or None
 
 
@@ -35,10 +35,9 @@ class Prompt:
         guided: whether ``generate`` calls the model for a second prompt.
         column: ``end`` on the device, ``[1]`` int64, for graphs.
         models: the models whose ``generate`` says when it runs.
-        batching: what knows the pieces of continuous batching. ``by_phase``: whether a phase is asked for.
     """
 
-    def __init__(self, device: torch.device, by_phase: Callable[[], bool]) -> None:
+    def __init__(self, device: torch.device) -> None:
         with torch.inference_mode(False):
             self.column = torch.zeros(1, dtype=torch.int64, device=device)
         self.n_tokens: int | None = None
@@ -47,7 +46,6 @@ class Prompt:
         self.whole = self.guided = self.is_next = False
         self.inner = self.columns = 0
         self.models: list[nn.Module] = []
-        self.batching = Batching(by_phase)
 
     def begin_call(self, n_tokens: int, past: Any) -> None:
         """Find ``end`` in the first call of the decoder, of ``n_tokens`` columns."""
@@ -83,9 +81,7 @@ class Prompt:
         Raises:
             InputError: nothing says where the prompt ends.
         """
-        past, edges, cache = call.get("past_key_values"), call.get("cu_seq_lens_q"), call.get("cache")
-        if edges is not None and cache is not None:
-            return self.batching.of_pieces(cache, edges, call["position_ids"].to(edges.device)).to(device)
+        past = call.get("past_key_values")
         seen = seen_by(past)
         column = torch.arange(n_tokens, dtype=torch.int64, device=device)
         column = column + (seen.to(device) if isinstance(seen, Tensor) else seen)
@@ -158,14 +154,33 @@ def _init_continuous_batching_of(kind: Any, engine_of: Callable[[nn.Module], Any
     @functools.wraps(kind.init_continuous_batching)
     def init_continuous_batching(self: Any, *args: Any, **kwargs: Any) -> Any:
         manager = _method_before(kind, self, "init_continuous_batching")(*args, **kwargs)
-        prompt = _prompt_of(self, engine_of)
-        return manager if prompt is None else prompt.batching.watch(manager)
+        engine = engine_of(self.get_decoder())
+        return manager if engine is None else engine._batching.watch(manager)
 
     setattr(init_continuous_batching, BEFORE, True)
     return init_continuous_batching
 
 
-REPLACED = {"generate": _generate_of, "init_continuous_batching": _init_continuous_batching_of}
+def _generate_batch_of(kind: Any, engine_of: Callable[[nn.Module], Any]) -> Callable[..., Any]:
+    """The ``generate_batch`` of a class of models, which only logs what is wrong with the requests that it adds."""
+
+    @functools.wraps(kind.generate_batch)
+    def generate_batch(self: Any, *args: Any, **kwargs: Any) -> Any:
+        engine = engine_of(self.get_decoder())
+        inputs = args[0] if args else kwargs.get("inputs")
+        if engine is not None and inputs:
+            engine._batching.check_inputs(len(inputs))
+        return _method_before(kind, self, "generate_batch")(*args, **kwargs)
+
+    setattr(generate_batch, BEFORE, True)
+    return generate_batch
+
+
+REPLACED = {
+    "generate": _generate_of,
+    "init_continuous_batching": _init_continuous_batching_of,
+    "generate_batch": _generate_batch_of,
+}
 
 
 def _method_before(kind: Any, model: Any, name: str) -> Callable[..., Any]:

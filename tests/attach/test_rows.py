@@ -163,3 +163,54 @@ def test_a_child_runs_passes_while_the_parent_does():
     thread.join()
     waiting.remove()
     assert code == 0
+
+
+# Sequences that are packed in one row: what shows where each begins, for lengths 5, 3 and 4.
+LENGTHS = (5, 3, 4)
+POSITIONS = torch.cat([torch.arange(n) for n in LENGTHS])[None]
+EDGES = torch.tensor([0, 5, 8, 12], dtype=torch.int32)
+PACKED = {
+    "positions": dict(position_ids=POSITIONS),
+    "edges": dict(position_ids=POSITIONS, cu_seq_lens_q=EDGES),
+}
+
+
+@pytest.mark.parametrize("shown", PACKED)
+@pytest.mark.parametrize("windows", [{}, dict(start=[1, 0, 2], stop=[4, 2, 9])], ids=["all", "windows"])
+def test_sequences_packed_in_one_row(shown, windows):
+    """Each sequence has the row of its own, as in calls of one sequence."""
+    model, ids, rows = make("llama"), ids_of(1, sum(LENGTHS)), [0, -1, 1]
+    engine = attach(model)
+    engine.set([random_circuit(engine, seed) for seed in (0, 1)], [-2.0, 0.0])
+    expected, unsteered = [], []
+    for number, part in enumerate(ids[0].split(LENGTHS)):
+        for name, given in (("rows", rows[number]), ("none", -1)):
+            engine.rows([given], **{bound: values[number] for bound, values in windows.items()})
+            (expected if name == "rows" else unsteered).append(logits(model, part[None])[0])
+    engine.rows(rows, **windows)
+    got = logits(model, ids, use_cache=False, **PACKED[shown])[0].split(LENGTHS)
+    for number, (one, wanted, plain) in enumerate(zip(got, expected, unsteered, strict=True)):
+        torch.testing.assert_close(one, wanted, atol=1e-4, rtol=0)
+        assert ((one - plain).abs().max() > 1e-2) == (rows[number] != -1)
+
+
+PACKED_REFUSED = (
+    (2, PACKED["positions"], "rows: expected 3, one for each sequence of a packed row, got 2"),
+    (2, PACKED["edges"], "rows: expected 3, one for each sequence of a packed row, got 2"),
+    (3, {}, "rows: expected 1, one for each row of the batch, got 3"),
+    (3, dict(position_ids=torch.tensor([[1, 1, 0, 1, 2, 0, 1, 2, 3, 0, 1, 2]])), "rows: expected 1, one for each row"),
+    (3, dict(position_ids=torch.arange(12)[None] * 2), "rows: expected 1, one for each row of the batch, got 3"),
+)
+
+
+@pytest.mark.parametrize(("n_rows", "call", "said"), PACKED_REFUSED)
+def test_rows_that_a_packed_row_does_not_show(n_rows, call, said):
+    model = make("llama")
+    engine = attach(model)
+    engine.set([random_circuit(engine, 0)], [-2.0])
+    engine.rows([0] * n_rows)
+    with pytest.raises(InputError, match=said):
+        logits(model, ids_of(1, 12), **call)
+    engine.rows([0, -1, -1], phase="prompt")
+    with pytest.raises(InputError, match="phase: a call without a cache does not say where its prompt ends"):
+        logits(model, ids_of(1, 12), use_cache=False, **PACKED["positions"])

@@ -121,6 +121,7 @@ TESTED_TOGETHER = {
     "vllm_plugin/test_worker.py": "cna_kernels/vllm/: act client",
     "engines/test_vllm.py": "cna_kernels/vllm/: endpoint plugin",
     "attach/test_passes.py": "cna_kernels/engine/: running",
+    "attach/test_batching.py": "cna_kernels/engine/: managers",
     "ops/test_circuit.py": "cna_kernels/: circuit_file",
     "kernels/test_triton_plan.py": "cna_kernels/: plans; cna_kernels/triton/: cost plan",
     "kernels/test_triton.py": (

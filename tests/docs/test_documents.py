@@ -15,6 +15,7 @@ import subprocess
 import sys
 from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
+from types import SimpleNamespace
 from typing import NamedTuple
 
 import pytest
@@ -179,6 +180,7 @@ def names_for(document):
         "w_down": torch.randn(n_hidden, n_neurons),
         "token_weight": torch.rand(n_tokens, 2),
         "rows": torch.tensor([0, 1, -1, 0], dtype=torch.int32),
+        "app": SimpleNamespace(middleware=lambda kind: lambda function: function),  # of FastAPI
         "circuit_a": Circuit(((0, 3, 1.0),), 2, n_neurons),
         "circuit_b": Circuit(((1, 5, 1.0),), 2, n_neurons),
     }
