@@ -163,7 +163,7 @@ def steer_act_(
     row_circuit: Tensor | None = None,
     backend: str | None = None,
 ) -> Tensor:
-    """:func:`steer_act` in place: only the steered neurons of ``act`` are written. Returns ``act``.
+    """:func:`steer_act` in place: only the steered neurons of ``act`` ``[T, N]`` are written. Returns ``act``.
 
     Tracers see PyTorch's own operations instead of an op of torch.library.
     """

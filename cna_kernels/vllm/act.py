@@ -33,7 +33,9 @@ class StepState:
         self.table, self.sums, self.device = table, sums, device
         with torch.inference_mode(False):
             self.row_circuit = torch.full((n_rows,), -1, dtype=torch.int32, device=device)
-            self.token_weight = None if sums is None else torch.zeros(n_rows, sums.count.shape[0], device=device)
+            self.token_weight = (
+                None if sums is None else torch.zeros((n_rows, sums.count.shape[0]), dtype=torch.float32, device=device)
+            )
         self.steers = self.counts = False
         self.skips = device.type == "cpu"
         self._scales = [table.layer(layer) for layer in range(table.n_layers)]

@@ -108,7 +108,7 @@ def merged(front: FrontEnd, parts: Sequence[dict[str, Any]]) -> ActivationSums:
         if part["refused"]:
             some = ", ".join(part["refused"][:4])
             warn(f"cna: {len(part['refused'])} requests with activations that are not finite are left out: {some}")
-    found.count.copy_(torch.tensor(parts[0]["count"]))
+    found.count.copy_(torch.tensor(parts[0]["count"], dtype=torch.float64))
     return found
 
 

@@ -116,7 +116,7 @@ class Steering:
             return
         counting, self._counting, self.state.counts = self._counting, [], False
         self.state.token_weight.zero_()
-        weights = torch.zeros(len(counting), self.sums.count.shape[0])
+        weights = torch.zeros((len(counting), self.sums.count.shape[0]), dtype=torch.float32)
         for row, (_, column) in enumerate(counting):
             weights[row, column] = 1
         for request_id, _ in counting:

@@ -50,8 +50,8 @@ def neuron_multipliers(circuits: Sequence[Circuit], multipliers: Sequence[float]
 factors_of = neuron_multipliers  # the name before 0.2
 
 
-def require_finite(out: FilePath, name: str, tensor: torch.Tensor):
-    """Raise InputError naming the file and the tensor unless every number of it is finite."""
+def require_finite(out: FilePath, name: str, tensor: torch.Tensor) -> None:
+    """Raise InputError naming the file and the tensor, of any shape, unless every number of it is finite."""
     if not tensor.isfinite().all():
         dtype = str(tensor.dtype).removeprefix("torch.")
         raise InputError(f"{out}: {name!r}", f"would hold infinities or NaN in {dtype}: a smaller multiplier is needed")
