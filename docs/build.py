@@ -15,8 +15,8 @@ import pdoc.doc
 import pdoc.render
 
 ROOT = Path(__file__).resolve().parent.parent
-CORE = "ops scale reference sums select circuit steering engine backends errors"
-MODEL = "language_model prompts.files discovery.settings generate checkpoint.export"
+CORE = "ops scale reference sums select circuit steering engine backends errors vllm.client"
+MODEL = "language_model prompts.files discovery.settings generate checkpoint.export checkpoint.lora"
 MODEL += " evaluation.suite evaluation.evaluate evaluation.reproduce evaluation.metrics evaluation.directions"
 MODULES = ["cna_kernels", "cna_kernels.model"]
 MODULES += [f"cna_kernels.{name}" for name in CORE.split()] + [f"cna_kernels.model.{name}" for name in MODEL.split()]

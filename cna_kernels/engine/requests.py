@@ -14,9 +14,10 @@ from typing import Any, TypeAlias
 
 import torch
 
+from ..entries import Entries
 from ..errors import InputError
 from ..fields import whole_number
-from ..steering import Entries, SteeringTable
+from ..steering import SteeringTable
 
 Runs: TypeAlias = list[tuple[int, int]]  # (position, way): what steered from there on; before the first, nothing
 PHASES = ("both", "prompt", "answer")

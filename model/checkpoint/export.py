@@ -51,7 +51,7 @@ factors_of = neuron_multipliers  # the name before 0.2
 
 
 def require_finite(out: FilePath, name: str, tensor: torch.Tensor) -> None:
-    """Raise InputError naming the file and the tensor, of any shape, unless every number of it is finite."""
+    """Raise InputError naming the file and the tensor ``[any, N]`` unless all its numbers are finite."""
     if not tensor.isfinite().all():
         dtype = str(tensor.dtype).removeprefix("torch.")
         raise InputError(f"{out}: {name!r}", f"would hold infinities or NaN in {dtype}: a smaller multiplier is needed")
@@ -68,7 +68,7 @@ def to_checkpoint(directory: FilePath, checkpoint: Checkpoint, multipliers: Neur
     """
     out = Path(out)
     if is_gguf(directory):
-        raise InputError(directory, "is a GGUF file, whose columns are not scaled; export a LoRA adapter (--to lora)")
+        raise InputError(directory, "is a GGUF file: steered_gguf.to_gguf writes a copy")
     if os.path.lexists(out):
         raise InputError(out, "is there already")
     for layer, found in multipliers.items():  # before anything is written

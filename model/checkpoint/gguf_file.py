@@ -159,12 +159,16 @@ class Gguf:
         metadata: key -> value; arrays are lists.
         kinds: key -> its type in the file, and for an array that of its items.
         tensors: name -> where the tensor lies.
+        parts: how many files there are.
+        pairs_end: where the metadata of the first file ends, and the records of its tensors begin.
     """
 
     path: Path
     metadata: Fields
     kinds: dict[str, tuple[int, int | None]]
     tensors: dict[str, GgufEntry]
+    parts: int
+    pairs_end: int
 
 
 def is_gguf(path: FilePath) -> bool:
@@ -194,7 +198,7 @@ def _read(path: Path, *stamp: int) -> Gguf:
         if not 1 <= number <= last:
             raise InputError(path, f"expected a part from 1 to {last} in its name, got {number}")
         parts = [path.with_name(f"{start}-{each:05}-of-{split[2]}.gguf") for each in range(1, min(last, 999) + 1)]
-    metadata, kinds, tensors = _read_header(parts[0])
+    metadata, kinds, tensors, pairs_end = _read_header(parts[0])
     n_parts = metadata.get("split.count", 1)
     if n_parts != len(parts):
         where = f"{parts[0]}: split.count"
@@ -204,7 +208,7 @@ def _read(path: Path, *stamp: int) -> Gguf:
             if name in tensors:
                 raise InputError(f"{part}: {name!r}", f"is also in {tensors[name].path.name}")
             tensors[name] = entry
-    return Gguf(path, Fields(metadata, path), kinds, tensors)
+    return Gguf(path, Fields(metadata, path), kinds, tensors, len(parts), pairs_end)
 
 
 class _Cursor:
@@ -253,8 +257,8 @@ class _Cursor:
         return [value for (value,) in layout.iter_unpack(self.take(n * layout.size, what))], kind
 
 
-def _read_header(path: Path) -> tuple[dict[str, Any], dict[str, tuple[int, int | None]], dict[str, GgufEntry]]:
-    """The metadata of one file, the types of its values, and its tensors."""
+def _read_header(path: Path) -> tuple[dict[str, Any], dict[str, tuple[int, int | None]], dict[str, GgufEntry], int]:
+    """The metadata of one file, the types of its values, its tensors, and where the metadata ends."""
     with open_regular(path) as file:
         size = os.fstat(file.fileno()).st_size
         cursor = _Cursor(path, file, size)
@@ -277,6 +281,7 @@ def _read_header(path: Path) -> tuple[dict[str, Any], dict[str, tuple[int, int |
             kind = cursor.number("I", name)
             metadata[name], of_items = cursor.value(kind, name)
             kinds[name] = kind, of_items
+        pairs_end = cursor.at
         records = [_tensor_record(cursor) for _ in range(n_tensors)]
     alignment = Fields(metadata, path).integer("general.alignment", (1, 1 << 20), 32)
     start_of_data = -(-cursor.at // alignment) * alignment
@@ -294,7 +299,7 @@ def _read_header(path: Path) -> tuple[dict[str, Any], dict[str, tuple[int, int |
         dtype = PLAIN.get(stored, torch.float32)
         entries[name] = GgufEntry(name, path, stored, dtype, shape, start, start + length)
     _require_apart(entries)
-    return metadata, kinds, entries
+    return metadata, kinds, entries, pairs_end
 
 
 def _require_apart(entries: dict[str, GgufEntry]):

@@ -77,11 +77,11 @@ def quantize(model: FilePath, to: str, out: FilePath) -> Written:
     """
     kind, file_type = _target(to)
     require("gguf")
-    _check_output(out)
+    check_output(out)
     source = source_of(model)
     planned = [_Planned(tensor, _kind_of(tensor, kind, source.tied)) for tensor in source.tensors]
     _say_what_loses_twice(model, planned)
-    _check_space(out, sum(each.size for each in planned))
+    check_space(out, sum(each.size for each in planned))
     with replaced(out) as file:
         _write(file.name, model, source, planned, file_type)
         size = os.stat(file.name).st_size
@@ -98,7 +98,8 @@ def _target(to: str) -> tuple[str, int]:
     raise InputError("--to", f"expected one of {', '.join(TARGETS)}, got {to!r}")
 
 
-def _check_output(out: FilePath) -> None:
+def check_output(out: FilePath) -> None:
+    """Refuse a name that is no GGUF file's, or that is taken, or that cannot be written."""
     if not os.fspath(out).endswith(SUFFIX):
         raise InputError(out, f"expected a name that ends in {SUFFIX}, by which the format is known")
     if os.path.lexists(out):
@@ -106,7 +107,8 @@ def _check_output(out: FilePath) -> None:
     check_writable(out)
 
 
-def _check_space(out: FilePath, needed: int) -> None:
+def check_space(out: FilePath, needed: int) -> None:
+    """Refuse a file of so many bytes for which the disk has no room."""
     free = shutil.disk_usage(Path(os.path.realpath(out)).parent).free
     if needed > free:
         raise InputError(out, f"cannot be written: needs {needed / 2**30:.2f} GiB, the disk has {free / 2**30:.2f}")

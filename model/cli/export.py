@@ -9,6 +9,7 @@ from cna_kernels.files import check_directory, check_writable, make_parents
 
 from ..checkpoint import export, lora
 from ..checkpoint.gguf_file import is_gguf
+from ..checkpoint.steered_gguf import to_gguf
 from ..language_model import load
 from .arguments import check_output, directory_of, load_circuit, multipliers_of
 from .console import stdout
@@ -41,6 +42,11 @@ def run_export(args):
         return
     of_neurons = export.neuron_multipliers(circuits, multipliers)
     n = sum(map(len, of_neurons.values()))
+    if args.to == "checkpoint" and is_gguf(directory):
+        n_wide, grown = to_gguf(directory, of_neurons, args.output)
+        wide = f", {n_wide} matrices became F32, the file is {grown / 1e6:+.1f} MB" if n_wide else ""
+        stdout().print(f"wrote {args.output}: {n} columns scaled{wide}", markup=False)
+        return
     if args.to == "checkpoint":
         export.to_checkpoint(directory, model.checkpoint, of_neurons, args.output)
         stdout().print(f"wrote {args.output}/: {n} columns scaled", markup=False)

@@ -182,15 +182,43 @@ def tensor_parallel(work):
     return found | sums(work, llm)
 
 
-def pipeline_parallel(work):
-    """Two ranks, each with half of the layers."""
-    llm = work.engine(pipeline_parallel_size=2, max_num_seqs=16)
-    batch = [(place, name, m) for name, m in work.settings[:6] for place in (0, 4)]
-    found = work.check(work.run(llm, batch), batch)
-    import cna_kernels.vllm as plugin
+def lora(work):
+    """Beside vLLM's own LoRA: adapters that `cna export` writes are the circuits, and both go into one batch.
 
-    assert [each["layers"] for each in plugin.report(llm)] == [list(range(15)), list(range(15, 30))]
-    return found | sums(work, llm)
+    Its base rows are wrong where every slot holds an adapter (vLLM 0.32 on a CPU), so one slot more is made.
+    """
+    from vllm.lora.request import LoRARequest
+
+    from cna_kernels.model.cli import main
+
+    adapters = {}
+    for number, (name, m, form) in enumerate([("c0", 0.0, ()), ("c3", -1.0, ("--for", "vllm"))], 1):
+        out = work.directory / f"lora-{name}"
+        circuit = work.circuits[name]
+        assert not main(
+            ["export", str(work.directory / "model"), "-c", circuit, f"-m={m}", "--to", "lora", *form, "-o", str(out)]
+        )
+        adapters[name] = LoRARequest(name, number, str(out))
+    llm = work.engine(enable_lora=True, max_loras=3, max_lora_rank=64)
+    batch = [(place, name, m) for name, m in work.settings[:4] for place in (0, 4)]
+    found = work.check(work.run(llm, batch), batch)
+    asked = [
+        (0, "c0", 0.0, True),
+        (0, "c3", -1.0, True),
+        (0, "c0", 0.0, False),
+        (0, None, 1.0, False),
+        (4, "c0", 0.0, True),
+    ]
+    plain = [(place, None if adapted else name, m) for place, name, m, adapted in asked]
+    chosen = [adapters[name] if adapted else None for _, name, _, adapted in asked]
+    worst = 0.0
+    for output, (place, name, m, _) in zip(work.run(llm, plain, lora=chosen), asked, strict=True):
+        tokens, expected = work.answers[f"{name} {m}"][place]
+        assert list(output.outputs[0].token_ids) == tokens, (place, name, m)
+        got = [step[token].logprob for step, token in zip(output.outputs[0].logprobs, tokens, strict=True)]
+        worst = max(worst, *(abs(a - b) for a, b in zip(got, expected, strict=True)))
+    assert worst < TOLERANCE, worst
+    return found | {"max_logprob_difference": max(worst, found["max_logprob_difference"]), "requests": len(batch) + 5}
 
 
 def runner_v2(work):
@@ -202,13 +230,12 @@ def runner_v2(work):
     assert isinstance(worker.model_runner, GPUModelRunner)
     batch = [(place, name, m) for name, m in work.settings[:4] for place in (0,)]
     found = work.check(work.run(llm, batch, n_tokens=6), batch)
-    again = [(4, name, m) for name, m in work.settings[:2] for _ in range(2)]
-    for each in again:
+    for each in [(4, name, m) for name, m in work.settings[:2] for _ in range(2)]:  # the second reads the prefix cache
         work.check(work.run(llm, [each], n_tokens=2), [each])
-    return found
+    return found | sums(work, llm, places=((0, 2), (1,)))
 
 
-def sums(work, llm=None):
+def sums(work, llm=None, places=((0, 4, 6), (1, 5))):
     """Discovery: sums of the last prompt tokens, and the circuit that they give, are those of the model by itself."""
     import torch
 
@@ -216,9 +243,9 @@ def sums(work, llm=None):
 
     own = llm is None
     llm = llm or work.engine()
-    sets = [[work.prompts[place] for place in places] for places in ((0, 4, 6), (1, 5))]
+    sets = [[work.prompts[place] for place in each] for each in places]
     found = plugin.collect(llm, *[[{"prompt_token_ids": ids} for ids in each] for each in sets])
-    assert found.count.tolist() == [3, 2]
+    assert found.count.tolist() == [len(each) for each in places]
     expected = torch.zeros_like(found.total)
     for column, each in enumerate(sets):
         for ids in each:
@@ -226,7 +253,7 @@ def sums(work, llm=None):
     error = (found.total - expected).abs().max().item()
     assert error < 1e-4 * expected.abs().max().item(), error
     circuit = plugin.discover(llm, *[[{"prompt_token_ids": ids} for ids in each] for each in sets], top_k=50)
-    mean = expected[:, 0] / 3 - expected[:, 1] / 2
+    mean = expected[:, 0] / len(places[0]) - expected[:, 1] / len(places[1])
     best = mean.abs().flatten().topk(50).indices.tolist()
     assert {layer * 1536 + index for layer, index in circuit.pairs} == set(best)
     if own:
@@ -334,14 +361,14 @@ def start_refused(work):
 
 
 CASES = [
-    mixed, prefix, preempted, speculative, compiled, tensor_parallel, pipeline_parallel, runner_v2, sums, live,
+    lora, mixed, prefix, preempted, speculative, compiled, tensor_parallel, runner_v2, sums, live,
     start_refused,
 ]  # fmt: skip
 
 
 def prepare(name):
     """What must be set before vLLM is imported."""
-    if name in ("tensor_parallel", "pipeline_parallel"):
+    if name == "tensor_parallel":
         os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "1"
     if name == "runner_v2":
         os.environ.update(TRITON_INTERPRET="1", VLLM_USE_V2_MODEL_RUNNER="1")
