@@ -1,4 +1,4 @@
-"""PEFT on adapters that `cna export` writes, on the small real model; `tests/model/checkpoint/test_lora.py` has more."""
+"""PEFT on adapters that `cna export` writes, on the small real model. `test_lora.py` of the checkpoints has more."""
 
 import pytest
 import torch

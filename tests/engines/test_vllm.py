@@ -112,7 +112,7 @@ BAD = {
     "no circuit 'c9'": ({"cna_circuit": "c9"}, {}),
     "cna_circut: is unknown": ({"cna_circut": "c0"}, {}),
     "got true": ({"cna_circuit": "c0", "cna_multiplier": True}, {}),
-    "got [false]": ({"cna_circuit": ["c0"], "cna_multiplier": [False]}, {}),
+    "got false": ({"cna_circuit": ["c0"], "cna_multiplier": [False]}, {}),
     "expected a finite number, got '0'": ({"cna_circuit": "c0", "cna_multiplier": "0"}, {}),
     "expected a finite number, got 1e+300": ({"cna_circuit": "c0", "cna_multiplier": 1e300}, {}),
     "beam search": ({"cna_circuit": "c0"}, {"use_beam_search": True, "n": 2, "logprobs": None}),
@@ -125,7 +125,7 @@ BAD = {
 def test_bad_requests_get_400_and_a_line(work, server, said):
     prompt, (xargs, changes) = Work(work).prompts[0], BAD[said]
     status, text = server.complete(prompt, xargs, max_tokens=1, **changes)
-    assert status == 400 and said.strip("[]") in text.replace("[", "").replace("]", ""), (status, text)
+    assert status == 400 and said in text, (status, text)
     assert server.complete(prompt, max_tokens=1)["choices"], "the server goes on"
 
 
