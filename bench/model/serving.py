@@ -20,6 +20,11 @@ RANKS = (8, 16, 32, 64, 128, 256, 320, 512)  # the values that vLLM's --max-lora
 BYTES = 2  # bf16
 
 
+def power_of_two(n):
+    """The rank that the default form gives a layer of n neurons."""
+    return 1 << (n - 1).bit_length()
+
+
 def main():
     print("| model | neurons | adapter | largest rank | `--max-lora-rank` | adapter with a uniform rank |")
     print("|---|---|---|---|---|---|")
@@ -27,7 +32,10 @@ def main():
         k = k_from_fraction(0.001, n_layers, n_neurons)
         rank = -(-int(LATE * k) // -(-n_layers // 4))
         of_vllm = next((size for size in RANKS if size >= rank), None)
-        own, uniform = (ranks * (n_hidden + n_neurons) * BYTES / 1e6 for ranks in (k, rank * n_layers))
+        late = -(-n_layers // 4)
+        early = -(-(k - int(LATE * k)) // (n_layers - late))  # neurons of each other layer
+        padded = late * power_of_two(rank) + (n_layers - late) * power_of_two(early)
+        own, uniform = (ranks * (n_hidden + n_neurons) * BYTES / 1e6 for ranks in (padded, rank * n_layers))
         print(f"| {name} | {k:,} | {own:,.0f} MB | {rank} | {of_vllm or 'split'} | {uniform:,.0f} MB |")
 
 

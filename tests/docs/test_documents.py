@@ -47,9 +47,12 @@ NOT_RUN = {
     ".venv/bin/cna matrix demo:smollm2": "takes minutes; test_story.py measures the same",
     ".venv/bin/cna run demo:smollm2": "needs the circuits of the command before",
     "cna lm-eval": "needs MMLU from the Hugging Face hub; test_lm_eval_model.py runs a task of its own",
-    "vllm serve": "not run, as its page says",
-    "python convert_lora_to_gguf.py": "not run, as its page says",
-    "llama-server": "not run, as its page says",
+    "vllm serve": "make test-engines runs it",
+    "curl localhost": "needs the server; make test-engines asks it",
+    "python convert_lora_to_gguf.py": "make test-engines runs it",
+    "llama-server": "make test-engines runs it",
+    "llama-completion": "make test-engines runs it",
+    "cna export MODEL.gguf": "test_steered_gguf.py runs it",
 }
 # Text that stands for something of the reader's -> its replacement. MODEL and the like are files of `place`.
 STANDS_FOR = {
@@ -160,11 +163,7 @@ def place(tmp_path, library, monkeypatch):
 
 def names_for(document):
     """The names that the Python blocks of a document use without defining them."""
-    if document == "docs/serving.md":
-        transformers = pytest.importorskip("transformers")
-        pytest.importorskip("peft")
-        return {"base": transformers.AutoModelForCausalLM.from_pretrained(demo_checkpoint("instruct"))}
-    if document == "docs/walkthrough.md":
+    if document in ("docs/serving.md", "docs/walkthrough.md"):
         pytest.importorskip("transformers")
         pytest.importorskip("peft")
     n_tokens, n_hidden, n_neurons = 4, 8, 16
@@ -209,6 +208,8 @@ def run_block(block, names, exports):
     text = block.text
     for words, instead in STANDS_FOR.items():
         text = text.replace(words, instead)
+    if block.is_python and re.search(r"^(from|import) (vllm|cna_kernels\.vllm)\b", text, re.MULTILINE):
+        return  # needs vLLM: make test-engines runs these blocks
     if block.is_python:
         code = compile("\n" * block.line + text, str(ROOT / block.document), "exec")  # so that errors show its lines
         exec(code, names)

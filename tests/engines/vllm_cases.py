@@ -7,6 +7,7 @@ A case raises where a token or a log-probability is wrong. ``cases.py`` has writ
 
 import json
 import os
+import re
 import sys
 import time
 from pathlib import Path
@@ -328,6 +329,21 @@ def live(work):
     }
 
 
+def document(work):
+    """The Python blocks of docs/vllm.md, one after the other, as they are written."""
+    text = (Path(__file__).parents[2] / "docs" / "vllm.md").read_text()
+    blocks = re.findall(r"^```python\n(.*?)^```", text, flags=re.MULTILINE | re.DOTALL)
+    assert len(blocks) == 2 and "vllm" in blocks[0]
+    prompts = [{"prompt_token_ids": ids} for ids in work.prompts]
+    names = {"positive_prompts": prompts[:2], "negative_prompts": prompts[2:4]}
+    os.chdir(work.directory)
+    Path("refusal.json").write_bytes(Path(work.circuits["c0"]).read_bytes())
+    for block in blocks:
+        exec(block.replace("path/to/model", str(work.directory / "model")), names)
+    assert names["output"].cna["n_neurons"] == 92 and len(names["circuit"].neurons) == 46
+    return {"also": "as it is written"}
+
+
 def start_refused(work):
     """What an engine does not start with: a line each."""
     from cna_kernels import Circuit
@@ -361,7 +377,7 @@ def start_refused(work):
 
 
 CASES = [
-    lora, mixed, prefix, preempted, speculative, compiled, tensor_parallel, runner_v2, sums, live,
+    lora, mixed, prefix, preempted, speculative, compiled, tensor_parallel, runner_v2, sums, live, document,
     start_refused,
 ]  # fmt: skip
 
