@@ -163,7 +163,7 @@ def main():
             plugin = Decoding(directory, additional_config={"cna": {"circuits": circuits}}, **common)
             lora = Decoding(directory, enable_lora=True, max_loras=N_REQUESTS, max_lora_rank=RANK, **common)
             nothing = [None] * N_REQUESTS
-            each = [{"cna_circuit": f"c{place}", "cna_multiplier": 0.1 * place} for place in range(N_REQUESTS)]
+            each = [{"cna_circuit": f"c{place}", "cna_multiplier": 0.05 * place} for place in range(N_REQUESTS)]
             for row, extras, used in (("V1 idle", nothing, None), ("V2 16 circuits", each, adapters)):
                 for engine, mine, theirs in ((plain, nothing, None), (plugin, extras, None), (lora, nothing, used)):
                     engine.begin(mine, theirs)

@@ -79,7 +79,7 @@ def build_llama(python, where):
     built = where / "llama" / "bin" / TARGETS[0]
     if built.exists():
         return
-    archive = fetch(python, LLAMA, where / "packages", "--no-binary", ":all:", "--no-build-isolation")
+    archive = fetch(python, LLAMA, where / "packages", "--no-binary", ":all:")
     with tarfile.open(archive) as opened:
         opened.extractall(where / "packages", filter="data")
     (sources,) = (where / "packages").glob("llama_cpp_python-*/vendor/llama.cpp")
