@@ -13,9 +13,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .. import ops
+from .. import backends, ops
+from ..extras import Extras, Run
+from ..op_checks import check
 from ..steering import SteeringTable
 from ..sums import ActivationSums
+
+_MOST = 1 << 14  # kinds of steps that are remembered, layer by layer
 
 
 class StepState:
@@ -38,6 +42,7 @@ class StepState:
             )
         self.steers = self.counts = False
         self.skips = device.type == "cpu"
+        self._ready: dict[Any, tuple[Run, Extras]] = {}
         self._scales = [table.layer(layer) for layer in range(table.n_layers)]
         self._sums = [{} if sums is None else sums.layer(layer) for layer in range(table.n_layers)]
 
@@ -46,12 +51,27 @@ class StepState:
         steers, counts = self.steers or not self.skips, self.sums is not None and (self.counts or not self.skips)
         if not steers and not counts:
             return
-        n_tokens, extras = act.shape[0], dict[str, Any]()
+        key = steers, counts, layer, act.shape, act.stride(), act.dtype
+        found = self._ready.get(key)
+        if found is None or ops.is_observed():
+            found = self._prepare(act, layer, steers, counts, None if found else key)
+        run, extras = found
+        run(act, *extras)
+
+    def _prepare(self, act: Tensor, layer: int, steers: bool, counts: bool, key: Any) -> tuple[Run, Extras]:
+        """What serves the layer in steps of as many tokens: looked up by ``ops`` once, not in every step."""
+        n_tokens, extras = act.shape[0], Extras()
         if counts and self.token_weight is not None:
-            extras |= {"token_weight": self.token_weight[:n_tokens], **self._sums[layer]}
+            extras = extras._replace(token_weight=self.token_weight[:n_tokens], **self._sums[layer])
         if steers:
-            extras |= {"scale": self._scales[layer], "row_circuit": self.row_circuit[:n_tokens]}
-        ops.steer_act_(act, **extras)
+            extras = Extras(*extras[:3], *self._scales[layer], self.row_circuit[:n_tokens])
+        if ops.is_observed() or key is None:
+            return lambda act, *extras: ops.call("steer_act_", (act,), Extras(*extras)), extras
+        check("steer_act_", (act,), extras)
+        if len(self._ready) >= _MOST:
+            self._ready.clear()
+        found = self._ready[key] = backends.prepare("steer_act_", (act,), extras), extras
+        return found
 
 
 class _Current:
