@@ -18,12 +18,13 @@ import in_engine
 import in_files
 import in_kernels
 import in_loading
+import in_serving
 import in_tables
 
 ROOT = Path(__file__).resolve().parents[2]
 CANARIES = [
     canary
-    for module in (in_kernels, in_loading, in_engine, in_tables, in_files, in_behaviours)
+    for module in (in_kernels, in_loading, in_engine, in_tables, in_files, in_behaviours, in_serving)
     for canary in module.CANARIES
 ]
 

@@ -1,0 +1,65 @@
+"""Bugs in what serves circuits elsewhere: the vLLM plug-in, exports."""
+
+from canary import Canary
+
+WORKER, REQUESTS, SLOTS = (f"tests/vllm_plugin/test_{name}.py" for name in ("worker", "requests", "slots"))
+LORA = "tests/model/checkpoint/test_lora.py"
+
+CANARIES = [
+    Canary(
+        "a salt without the content",
+        "cna_kernels/vllm/requests.py",
+        'f"cna {self.setting.digest} {salt!r}"',
+        'f"cna {self.names} {salt!r}"',
+        REQUESTS,
+        "test_the_salt_is_of_the_content",
+    ),
+    Canary(
+        "rows of the last step stay steered behind this one's",
+        "cna_kernels/vllm/worker.py",
+        "        self.state.row_circuit[n_rows : self._written].fill_(-1)  # padding rows are unsteered\n",
+        "",
+        WORKER,
+        "test_every_row_has_its_own_circuit",
+    ),
+    Canary(
+        "a prompt that runs again counts again",
+        "cna_kernels/vllm/worker.py",
+        " and step.request_id not in self._counted:",
+        ":",
+        WORKER,
+        "test_the_last_prompt_token_counts_once",
+    ),
+    Canary(
+        "a setting in use makes room",
+        "cna_kernels/vllm/slots.py",
+        "next((each for each in self._numbers if each not in in_use), None)",
+        "next(iter(self._numbers), None)",
+        SLOTS,
+        "test_the_oldest_goes_and_those_in_use_stay",
+    ),
+    Canary(
+        "the neurons of another rank",
+        "cna_kernels/vllm/setting.py",
+        "(self.index[inside] - low).tolist()",
+        "self.index[inside].tolist()",
+        SLOTS,
+        "test_a_worker_has_its_shard",
+    ),
+    Canary(
+        "an alpha that llama.cpp does not read",
+        "model/checkpoint/lora.py",
+        "b.to(dtype) * (rank / largest)}",
+        "b.to(dtype)}",
+        LORA,
+        "test_every_engine_reads_it_right",
+    ),
+    Canary(
+        "the fifth bit of a zero in Q5_0",
+        "model/checkpoint/steered_gguf.py",
+        "blocks[:, block, 2 + place // 8] |= 1 << place % 8",
+        "blocks[:, block, 2 + place // 8] |= 0",
+        "tests/model/checkpoint/test_steered_gguf.py",
+        "test_the_copy_is_the_steered_model",
+    ),
+]
