@@ -77,9 +77,9 @@ class GgufEntry(TensorEntry):
 
         ``files`` keeps the files that are mapped into memory.
         """
-        n_rows, n_bytes = self.shape[0], self._row_bytes()
+        n_rows, n_bytes = self.shape[0], self.row_bytes
         if self.heads:
-            rows = torch.frombuffer(bytearray(self._bytes(0, n_rows)), dtype=torch.uint8).view(n_rows, n_bytes)
+            rows = torch.frombuffer(bytearray(self.content(0, n_rows)), dtype=torch.uint8).view(n_rows, n_bytes)
             return BlockWeight(self._in_order(rows), self.stored)
         if self.path not in files:
             open_regular(self.path).close()
@@ -103,12 +103,12 @@ class GgufEntry(TensorEntry):
         """See TensorEntry. Rows that are in another order come in one piece."""
         values = as_rows(self.read()) if self.heads else None
         width = self.shape[-1]
-        n_rows, n_bytes = math.prod(self.shape) // width, self._row_bytes()
+        n_rows, n_bytes = math.prod(self.shape) // width, self.row_bytes
         step = n_rows if self.heads else max(1, size // n_bytes)
         for first in range(0, n_rows, step):
             last = min(first + step, n_rows)
-            content = self._bytes(first, last)
-            yield content, self._values(content) if values is None else values
+            content = self.content(first, last)
+            yield content, self.values(content) if values is None else values
 
     def _in_order(self, values: torch.Tensor) -> torch.Tensor:
         """Rows that are stored in pairs, in the order of the heads' halves."""
@@ -122,12 +122,14 @@ class GgufEntry(TensorEntry):
         side, number = divmod(within, half)
         return head * 2 * half + 2 * number + side
 
-    def _row_bytes(self) -> int:
+    @property
+    def row_bytes(self) -> int:
+        """Bytes of a row; a vector is one."""
         return (self.end - self.start) // (math.prod(self.shape) // self.shape[-1])
 
-    def _bytes(self, first: int, last: int) -> bytes:
+    def content(self, first: int, last: int) -> bytes:
         """The bytes of rows ``first:last`` of the file."""
-        n_bytes = self._row_bytes()
+        n_bytes = self.row_bytes
         with open_regular(self.path) as file:
             try:
                 file.seek(self.start + first * n_bytes)
@@ -139,15 +141,15 @@ class GgufEntry(TensorEntry):
         return content
 
     def _stored_rows(self, first: int, last: int) -> torch.Tensor:
-        return self._values(self._bytes(first, last))
+        return self.values(self.content(first, last))
 
-    def _values(self, content: bytes) -> torch.Tensor:
+    def values(self, content: bytes) -> torch.Tensor:
         """The numbers that rows of the file stand for, ``[rows, N]``."""
         if self.stored in PLAIN:
             return torch.frombuffer(bytearray(content), dtype=PLAIN[self.stored]).view(-1, self.shape[-1])
         if library.missing():
             require("gguf")
-        blocks = torch.frombuffer(bytearray(content), dtype=torch.uint8).view(-1, self._row_bytes())
+        blocks = torch.frombuffer(bytearray(content), dtype=torch.uint8).view(-1, self.row_bytes)
         return BlockWeight(blocks, self.stored).dense()
 
 
@@ -160,7 +162,6 @@ class Gguf:
         kinds: key -> its type in the file, and for an array that of its items.
         tensors: name -> where the tensor lies.
         parts: how many files there are.
-        pairs_end: where the metadata of the first file ends, and the records of its tensors begin.
     """
 
     path: Path
@@ -168,7 +169,6 @@ class Gguf:
     kinds: dict[str, tuple[int, int | None]]
     tensors: dict[str, GgufEntry]
     parts: int
-    pairs_end: int
 
 
 def is_gguf(path: FilePath) -> bool:
@@ -198,7 +198,7 @@ def _read(path: Path, *stamp: int) -> Gguf:
         if not 1 <= number <= last:
             raise InputError(path, f"expected a part from 1 to {last} in its name, got {number}")
         parts = [path.with_name(f"{start}-{each:05}-of-{split[2]}.gguf") for each in range(1, min(last, 999) + 1)]
-    metadata, kinds, tensors, pairs_end = _read_header(parts[0])
+    metadata, kinds, tensors = _read_header(parts[0])
     n_parts = metadata.get("split.count", 1)
     if n_parts != len(parts):
         where = f"{parts[0]}: split.count"
@@ -208,7 +208,7 @@ def _read(path: Path, *stamp: int) -> Gguf:
             if name in tensors:
                 raise InputError(f"{part}: {name!r}", f"is also in {tensors[name].path.name}")
             tensors[name] = entry
-    return Gguf(path, Fields(metadata, path), kinds, tensors, len(parts), pairs_end)
+    return Gguf(path, Fields(metadata, path), kinds, tensors, len(parts))
 
 
 class _Cursor:
@@ -257,8 +257,8 @@ class _Cursor:
         return [value for (value,) in layout.iter_unpack(self.take(n * layout.size, what))], kind
 
 
-def _read_header(path: Path) -> tuple[dict[str, Any], dict[str, tuple[int, int | None]], dict[str, GgufEntry], int]:
-    """The metadata of one file, the types of its values, its tensors, and where the metadata ends."""
+def _read_header(path: Path) -> tuple[dict[str, Any], dict[str, tuple[int, int | None]], dict[str, GgufEntry]]:
+    """The metadata of one file, the types of its values, and its tensors."""
     with open_regular(path) as file:
         size = os.fstat(file.fileno()).st_size
         cursor = _Cursor(path, file, size)
@@ -281,7 +281,6 @@ def _read_header(path: Path) -> tuple[dict[str, Any], dict[str, tuple[int, int |
             kind = cursor.number("I", name)
             metadata[name], of_items = cursor.value(kind, name)
             kinds[name] = kind, of_items
-        pairs_end = cursor.at
         records = [_tensor_record(cursor) for _ in range(n_tensors)]
     alignment = Fields(metadata, path).integer("general.alignment", (1, 1 << 20), 32)
     start_of_data = -(-cursor.at // alignment) * alignment
@@ -299,7 +298,7 @@ def _read_header(path: Path) -> tuple[dict[str, Any], dict[str, tuple[int, int |
         dtype = PLAIN.get(stored, torch.float32)
         entries[name] = GgufEntry(name, path, stored, dtype, shape, start, start + length)
     _require_apart(entries)
-    return metadata, kinds, entries, pairs_end
+    return metadata, kinds, entries
 
 
 def _require_apart(entries: dict[str, GgufEntry]):

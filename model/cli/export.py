@@ -43,9 +43,9 @@ def run_export(args):
     of_neurons = export.neuron_multipliers(circuits, multipliers)
     n = sum(map(len, of_neurons.values()))
     if args.to == "checkpoint" and is_gguf(directory):
-        n_wide, grown = to_gguf(directory, of_neurons, args.output)
-        wide = f", {n_wide} matrices became F32, the file is {grown / 1e6:+.1f} MB" if n_wide else ""
-        stdout().print(f"wrote {args.output}: {n} columns scaled{wide}", markup=False)
+        off = to_gguf(directory, of_neurons, args.output)
+        how = f"to within {off:.1g} of themselves, as scales of blocks are fp16" if off else "exactly"
+        stdout().print(f"wrote {args.output}: {n} rows of ffn_up scaled {how}", markup=False, soft_wrap=True)
         return
     if args.to == "checkpoint":
         export.to_checkpoint(directory, model.checkpoint, of_neurons, args.output)

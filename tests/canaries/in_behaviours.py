@@ -67,8 +67,8 @@ CANARIES: list[Canary] = [
     Canary(
         "marks of rows as they lie in the file",
         "model/checkpoint/gguf_file.py",
-        "yield content, self._values(content) if values is None else values",
-        "yield content, self._values(content)",
+        "yield content, self.values(content) if values is None else values",
+        "yield content, self.values(content)",
         GGUF,
         "test_logits_of_each_block_type and Q8_0",
     ),

@@ -145,7 +145,7 @@ def compare(llama, work, wanted):
 # name -> model, adapter and its scale, the multiplier that this is
 FORMS = {
     "LoRA at scale 1": ("f32", "adapter", 1.0, 0.0), "LoRA at scale 0.5": ("f32", "adapter", 0.5, 0.5),
-    "LoRA at scale -1": ("f32", "adapter", -1.0, 2.0), "GGUF with scaled columns": ("steered", None, 0, 0.0),
+    "LoRA at scale -1": ("f32", "adapter", -1.0, 2.0), "GGUF with scaled rows": ("steered", None, 0, 0.0),
     "GGUF at m = 0.5": ("half", None, 0, 0.5),
 }  # fmt: skip
 
