@@ -17,8 +17,11 @@ ALIGNED = Circuit(
     ((2, 7, 1.0), (0, 3, -0.5), (1, 8, -1.0), (2, 40, 0.25), (1, 9, 0.2), (2, 20, 1.0)), 3, 48,
     positive_mean=(-1.0, 1.0, -1.0, 2.0, -2.0, 1.0),
 ).aligned()  # fmt: skip
+# 2, 5 and 1 neurons in a layer: ranks that differ
+UNEVEN = Circuit(tuple((layer, index, 1.0) for layer, n in enumerate((2, 5, 1)) for index in range(n)), 3, 48)
 IDS = torch.randint(6, TEXT_VOCABULARY, (2, 15), generator=torch.Generator().manual_seed(1))
 CASES = [((A,), (0.0,)), ((A,), (0.5,)), ((A,), (2.0,)), ((A, B), (0.0, 2.0)), ((A, B), (0.5, 3.0))]
+CASES += [((UNEVEN,), (0.0,))]
 CASES += [((ALIGNED,), (0.0,)), ((ALIGNED,), (0.5,)), ((ALIGNED,), (2.0,)), ((ALIGNED, B), (1.5, 2.0))]
 
 

@@ -3,6 +3,7 @@
 python bench/model/serving.py
 """
 
+from cna_kernels.model.checkpoint.lora import padded_ranks
 from cna_kernels.select import k_from_fraction
 
 # layers, hidden size, neurons of a layer
@@ -20,11 +21,6 @@ RANKS = (8, 16, 32, 64, 128, 256, 320, 512)  # the values that vLLM's --max-lora
 BYTES = 2  # bf16
 
 
-def power_of_two(n):
-    """The rank that the default form gives a layer of n neurons."""
-    return 1 << (n - 1).bit_length()
-
-
 def main():
     print("| model | neurons | adapter | largest rank | `--max-lora-rank` | adapter with a uniform rank |")
     print("|---|---|---|---|---|---|")
@@ -34,7 +30,7 @@ def main():
         of_vllm = next((size for size in RANKS if size >= rank), None)
         late = -(-n_layers // 4)
         early = -(-(k - int(LATE * k)) // (n_layers - late))  # neurons of each other layer
-        padded = late * power_of_two(rank) + (n_layers - late) * power_of_two(early)
+        padded = sum(padded_ranks(dict(enumerate([rank] * late + [early] * (n_layers - late)))).values())
         own, uniform = (ranks * (n_hidden + n_neurons) * BYTES / 1e6 for ranks in (padded, rank * n_layers))
         print(f"| {name} | {k:,} | {own:,.0f} MB | {rank} | {of_vllm or 'split'} | {uniform:,.0f} MB |")
 

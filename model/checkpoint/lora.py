@@ -13,8 +13,9 @@ An engine multiplies a layer's correction by alpha / rank, and engines differ in
 | vLLM before 0.32, SGLang | ``lora_alpha`` alone | ``r`` alone |
 
 The form written by default has no ``alpha_pattern``. Each layer's rank is the largest one divided by a power of two,
-padded with zeros, and its B is divided by the same power: alpha / rank gives it back, with no rounding. PEFT,
-llama.cpp and a new vLLM read it alike. The uniform form has the largest rank in every layer, and all engines read it.
+padded with zeros, and the ones of its A are divided by the same power: alpha / rank gives it back. This rounds nothing
+in any dtype; in B small numbers of fp16 would lose bits. PEFT, llama.cpp and a new vLLM read it alike. The uniform form
+has the largest rank in every layer, and all engines read it.
 """
 
 from __future__ import annotations
@@ -122,20 +123,32 @@ def _for_engine(engine: str | None, max_rank: int | None, split: bool, uniform: 
 
 
 def _ranks(part: dict[int, list[Any]], n_layers: int, uniform: bool, max_rank: int | None) -> dict[int, int]:
-    """The rank of each layer that the adapter has, whose B is divided by largest rank / rank, a power of two."""
+    """The rank of each layer that the adapter has."""
     needed = max(map(len, part.values()))
     if uniform:
         return dict.fromkeys(range(n_layers), needed)
-    largest = 1 << (needed - 1).bit_length()
-    if max_rank is not None and largest > max_rank:
-        largest = max_rank
-    ranks = {}
-    for layer, pairs in part.items():
-        rank = largest
-        while rank % 2 == 0 and rank // 2 >= len(pairs):
-            rank //= 2
-        ranks[layer] = rank
-    return ranks
+    return padded_ranks({layer: len(pairs) for layer, pairs in part.items()}, max_rank)
+
+
+def padded_ranks(needed: dict[int, int], max_rank: int | None = None) -> dict[int, int]:
+    """Ranks that are at least those needed, each the largest one divided by a power of two.
+
+    Of all largest ranks, up to ``max_rank`` and the next power of two, that one is taken with which the ranks of all
+    layers have the smallest sum.
+    """
+    least = max(needed.values())
+    most = 1 << (least - 1).bit_length()
+    if max_rank is not None:
+        most = max(least, min(most, max_rank))
+    largest = min(range(least, most + 1), key=lambda rank: sum(_halved(rank, n) for n in needed.values()))
+    return {layer: _halved(largest, n) for layer, n in needed.items()}
+
+
+def _halved(rank: int, needed: int) -> int:
+    """A rank halved as often as it stays whole and large enough."""
+    while rank % 2 == 0 and rank // 2 >= needed:
+        rank //= 2
+    return rank
 
 
 def _adapter(checkpoint, config, part, ranks: dict[int, int], dtype: torch.dtype) -> dict[str, Tensor]:
@@ -147,12 +160,11 @@ def _adapter(checkpoint, config, part, ranks: dict[int, int], dtype: torch.dtype
         b = torch.zeros(config.hidden_size, rank, dtype=torch.float32)
         if pairs:
             neurons, scales = zip(*pairs, strict=True)
-            a[range(len(pairs)), neurons] = 1
+            a[range(len(pairs)), neurons] = rank / largest  # a power of two
             columns = checkpoint.read(DOWN.format(layer))[:, list(neurons)]
             b[:, : len(pairs)] = (columns.double() * (torch.tensor(scales, dtype=torch.float64) - 1)).float()
         name = f"base_model.model.{DOWN.format(layer).removesuffix('.weight')}"
-        # rounded to the dtype first, so that the power of two costs nothing
-        tensors |= {f"{name}.lora_A.weight": a.to(dtype), f"{name}.lora_B.weight": b.to(dtype) * (rank / largest)}
+        tensors |= {f"{name}.lora_A.weight": a.to(dtype), f"{name}.lora_B.weight": b.to(dtype)}
     return tensors
 
 

@@ -67,8 +67,8 @@ def misread(adapter, out):
     for name in [name for name in tensors if "lora_A" in name]:
         a, b = tensors[name], tensors[name.replace("lora_A", "lora_B")]
         kept = a.any(dim=1)
-        tensors[name] = a[kept].clone()
-        tensors[name.replace("lora_A", "lora_B")] = (b * (config["r"] / a.shape[0]))[:, kept].clone()
+        tensors[name] = a[kept] * (config["r"] / a.shape[0])
+        tensors[name.replace("lora_A", "lora_B")] = b[:, kept].clone()
     config["alpha_pattern"] = dict(config["rank_pattern"])
     save_file(tensors, out / "adapter_model.safetensors")
     (out / "adapter_config.json").write_text(json.dumps(config))

@@ -112,7 +112,7 @@ def test_the_command(model, tmp_path, capsys):
     assert main([*words, "--to", "lora", "-o", f"{tmp_path}/lora"]) == 0
     assert "7 neurons in 3 layers, at most 3 in one" in " ".join(capsys.readouterr().out.split())
     record = json.loads((tmp_path / "lora" / "adapter_config.json").read_text())
-    assert record["r"] == record["lora_alpha"] == 4 and record["rank_pattern"] == {"layers.1.mlp.down_proj": 1}
+    assert record["r"] == record["lora_alpha"] == 3 and record["rank_pattern"] == {}
     assert main([*words, "--to", "checkpoint", "-o", f"{tmp_path}/c"]) == 0
     assert "7 columns scaled" in " ".join(capsys.readouterr().out.split())
     assert main([*words, "--to", "checkpoint", "-o", f"{tmp_path}/c"]) == 2

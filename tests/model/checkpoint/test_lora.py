@@ -10,7 +10,7 @@ from safetensors.torch import load_file
 from cna_kernels import InputError
 from cna_kernels.model.checkpoint import export, lora
 from cna_kernels.model.cli import main
-from export_cases import CASES, IDS, A, B, steered, theirs, write_model
+from export_cases import CASES, IDS, UNEVEN, A, B, steered, theirs, write_model
 
 
 @pytest.fixture(scope="module", params=["llama", "qwen3-tied"])
@@ -60,7 +60,7 @@ READ_BY = {
     (("uniform", True),): ("peft", "llama.cpp", "one rank"),
     (("engine", "vllm"),): ("peft", "llama.cpp", "one rank"),
     (("engine", "sglang"),): ("peft", "llama.cpp", "one rank"),
-    (("max_rank", 3),): ("peft", "llama.cpp"),
+    (("max_rank", 5),): ("peft", "llama.cpp"),
 }  # fmt: skip
 
 
@@ -78,6 +78,8 @@ def test_every_engine_reads_it_right(model, tmp_path, circuits, multipliers, ask
         assert found is not None and (found - wanted).abs().max() <= 1e-4, engine
     if json.loads((tmp_path / "a" / "adapter_config.json").read_text())["rank_pattern"]:
         assert "one rank" not in READ_BY[asked] and merged("one rank", model.directory, tmp_path / "a") is None
+    elif asked == ():
+        assert UNEVEN not in circuits, "whose ranks differ"
 
 
 @pytest.mark.parametrize(("circuits", "multipliers"), CASES)
@@ -93,21 +95,28 @@ def test_peft_loads_the_adapter(model, tmp_path, circuits, multipliers, uniform)
     tensors = load_file(tmp_path / "a" / "adapter_model.safetensors")
     ranks = sorted(x.shape[0] for name, x in tensors.items() if "lora_A" in name)
     needed = sorted(map(len, multiplied.values()))
-    assert ranks == ([needed[-1]] * 3 if uniform else [1 << (n - 1).bit_length() for n in needed])
+    assert ranks == ([needed[-1]] * 3 if uniform else sorted(lora.padded_ranks(dict(enumerate(needed))).values()))
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
 def test_the_padded_form_rounds_nothing_more(model, tmp_path, dtype):
-    """B times alpha / rank has the bits of the uniform form, in every dtype."""
-    multiplied = export.neuron_multipliers([A, B], [0.5, 3.0])
-    for name, uniform in (("padded", False), ("uniform", True)):
-        given = dict(uniform=uniform, dtype=dtype)
-        lora.to_lora(model.checkpoint, model.config, multiplied, tmp_path / name, **given)
-    padded, uniform = (load_file(tmp_path / name / "adapter_model.safetensors") for name in ("padded", "uniform"))
-    for name, b in padded.items():
-        if "lora_B" in name:
-            k = min(b.shape[1], uniform[name].shape[1])
-            assert torch.equal(b[:, :k] * (4 / b.shape[1]), uniform[name][:, :k]) and b.any()
+    """B has the bits of the uniform form, and A times alpha / rank is one, in every dtype and for tiny numbers."""
+    for size, m in (("usual", 0.5), ("tiny", 1 - 2e-6)):  # tiny: below fp16's normal numbers
+        multiplied = {0: {3: m, 9: m}, 1: {1: m, 2: m, 3: m, 4: m, 7: m}, 2: {7: m}}
+        for name, uniform in (("padded", False), ("uniform", True)):
+            given = dict(uniform=uniform, dtype=dtype)
+            lora.to_lora(model.checkpoint, model.config, multiplied, tmp_path / f"{size}-{name}", **given)
+        padded, uniform = (
+            load_file(tmp_path / f"{size}-{name}" / "adapter_model.safetensors") for name in ("padded", "uniform")
+        )
+        ranks = [len(a) for name, a in padded.items() if "lora_A" in name]
+        assert sorted(ranks) == [1, 2, 8]
+        for name, a in padded.items():
+            if "lora_A" in name:
+                assert torch.equal(a[a != 0] * (8 / len(a)), torch.ones(int(a.any(dim=1).sum()), dtype=a.dtype))
+                b, whole = (each[name.replace("lora_A", "lora_B")] for each in (padded, uniform))
+                n = min(b.shape[1], whole.shape[1])
+                assert torch.equal(b[:, :n], whole[:, :n]) and b.any()
 
 
 def test_auto_peft_follows_the_base_model(model, tmp_path, capsys):
@@ -154,15 +163,21 @@ def test_vllm_takes_no_rank_above_512(model, tmp_path):
 @pytest.mark.parametrize(
     ("needed", "max_rank", "expected"),
     [
-        ((1, 3, 5, 8), None, (1, 4, 8, 8)), ((1, 3, 5, 9), None, (1, 4, 8, 16)), ((1, 20), 24, (3, 24)),
-        ((5, 20), 21, (21, 21)), ((2, 2), None, (2, 2)), ((1,), None, (1,)), ((7, 12, 20), 24, (12, 12, 24)),
+        ((1, 3, 5, 8), None, (1, 4, 8, 8)), ((1, 20), 24, (5, 20)), ((5, 20), 21, (5, 20)), ((2, 2), None, (2, 2)),
+        ((1,), None, (1,)), ((7, 12, 20), 24, (12, 12, 24)), ((5, 2, 1), None, (8, 2, 1)), ((5, 3, 3), None, (6, 3, 3)),
+        ((5, 2, 1), 5, (5, 5, 5)), ((5, 2, 1), 7, (6, 3, 3)), ((57, 8, 2, 1), None, (64, 8, 2, 1)),
     ],
 )  # fmt: skip
 def test_ranks_are_the_largest_over_a_power_of_two(needed, max_rank, expected):
-    part = {layer: [None] * n for layer, n in enumerate(needed)}
-    ranks = lora._ranks(part, len(needed), False, max_rank)
-    assert tuple(ranks.values()) == expected
-    assert lora._ranks(part, len(needed) + 1, True, max_rank) == dict.fromkeys(range(len(needed) + 1), max(needed))
+    ranks = tuple(lora.padded_ranks(dict(enumerate(needed)), max_rank).values())
+    assert ranks == expected
+    assert all(rank >= n for rank, n in zip(ranks, needed, strict=True)) and max(ranks) <= (max_rank or 64)
+    assert all(max(ranks) % rank == 0 and (max(ranks) // rank).bit_count() == 1 for rank in ranks)
+
+
+def test_ranks_of_the_uniform_form():
+    part = {0: [None] * 3, 2: [None]}
+    assert lora._ranks(part, 4, True, None) == {0: 3, 1: 3, 2: 3, 3: 3}
 
 
 def test_a_rank_that_is_too_large_is_refused_or_split(model, tmp_path):
