@@ -162,12 +162,23 @@ def make_directory(path: FilePath) -> None:
         raise InputError(path, f"cannot be made a directory: {getattr(error, 'strerror', None) or error}") from None
 
 
-def make_parents(path: FilePath) -> None:
-    """Make the directories that lead to ``path``. Raise InputError naming the path."""
+@contextlib.contextmanager
+def parents_made(path: FilePath) -> Iterator[None]:
+    """Make the directories that lead to ``path``. Those made here are removed if the block raises, as far as empty."""
+    missing: list[Path] = []
+    folder = Path(os.path.abspath(path)).parent
+    while not os.path.lexists(folder):
+        missing.append(folder)
+        folder = folder.parent
     try:
-        Path(os.path.abspath(path)).parent.mkdir(parents=True, exist_ok=True)
-    except (OSError, ValueError) as error:
-        raise InputError(path, f"cannot be written: {getattr(error, 'strerror', None) or error}") from None
+        for each in reversed(missing):
+            make_directory(each)
+        yield
+    except BaseException:
+        for each in missing:
+            with contextlib.suppress(OSError):
+                each.rmdir()
+        raise
 
 
 def check_directory(path: FilePath) -> None:

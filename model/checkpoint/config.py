@@ -11,7 +11,7 @@ from pathlib import Path
 
 import torch
 
-from cna_kernels.fields import REQUIRED, Fields, is_number
+from cna_kernels.fields import REQUIRED, Fields, is_number, short
 from cna_kernels.files import read_json
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
@@ -119,7 +119,13 @@ def read_config(directory) -> ModelConfig:
         raise fields.error("architectures", f"expected [{_ARCHITECTURES[model_type]!r}], got {architectures!r}")
     fields.one_of("hidden_act", ("silu",), "silu")
     fields.refuse("auto_map")
-    fields.refuse("quantization_config")
+    quantized = fields.record.get("quantization_config")
+    if quantized is not None:
+        method = quantized.get("quant_method") if isinstance(quantized, dict) else quantized
+        how = (
+            "read the checkpoint that it was made from, or what transformers' dequantize() and save_pretrained() write"
+        )
+        raise fields.error("quantization_config", f"is not supported, got {short(method)}: {how}")
     mlp_bias = model_type == "llama" and fields.boolean("mlp_bias", False)
     fields.refuse("partial_rotary_factor", (None, 1, 1.0))
 

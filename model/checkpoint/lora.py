@@ -21,6 +21,7 @@ has the largest rank in every layer, and all engines read it.
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +30,7 @@ from safetensors.torch import save
 from torch import Tensor
 
 from cna_kernels.errors import InputError
-from cna_kernels.files import FilePath, make_directory, write_bytes, write_text
+from cna_kernels.files import FilePath, make_directory, read_text, write_bytes, write_text
 from cna_kernels.renamed import renamed
 
 from .config import DTYPES, ModelConfig
@@ -42,6 +43,7 @@ UNIFORM = ("vllm", "sglang")  # read one rank; vLLM from 0.32 on reads several
 TOGETHER = ("peft", "llama.cpp")  # can have several adapters active in one request
 VLLM_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)  # the values of its --max-lora-rank
 CONFIG, WEIGHTS, CARD = "adapter_config.json", "adapter_model.safetensors", "README.md"
+_TAG = "cna-kernels"  # of the cards written here
 
 
 @renamed(factors="multipliers")
@@ -52,6 +54,7 @@ def to_lora(
     out: FilePath,
     *,
     base_model: str = "",
+    revision: str | None = None,
     engine: str | None = None,
     max_rank: int | None = None,
     split: bool = False,
@@ -65,7 +68,7 @@ def to_lora(
         multipliers: see :func:`~cna_kernels.model.checkpoint.export.neuron_multipliers`.
         out: the directory to make. Several adapters go to ``out/1``, ``out/2``, ...: all adapters together are the
             circuit.
-        base_model: the base model that the adapter records: a path, or a name on the Hub.
+        base_model: the base model that the adapter records: a path, or a name on the Hub, there of ``revision``.
         engine: one of ENGINES, whose limits the adapter then keeps; None: the form that most engines read.
         max_rank: the largest rank allowed. A layer with more neurons is refused, or with ``split`` divided.
         uniform: give all layers of the model the same rank, padded with zeros.
@@ -99,12 +102,14 @@ def to_lora(
     for config_file in (*Path(out).glob(CONFIG), *Path(out).glob(f"*/{CONFIG}")):
         if config_file.parent not in places:
             raise InputError(config_file.parent, "holds an adapter that would stay beside the new one; remove it first")
+    for place in places:
+        _check_card(place / CARD)
     make_directory(out)
     for place, part, ranks in zip(places, parts, forms, strict=True):
         make_directory(place)
         tensors = _adapter(checkpoint, config, part, ranks, DTYPES[dtype])
         write_bytes(place / WEIGHTS, save(tensors, metadata={"format": "pt"}))
-        write_text(place / CONFIG, json.dumps(_config(ranks, base_model, uniform), indent=2) + "\n")
+        write_text(place / CONFIG, json.dumps(_config(ranks, base_model, revision, uniform), indent=2) + "\n")
         write_text(place / CARD, _card(part, ranks, base_model, about, len(parts)))
     return places
 
@@ -168,13 +173,14 @@ def _adapter(checkpoint, config, part, ranks: dict[int, int], dtype: torch.dtype
     return tensors
 
 
-def _config(ranks: dict[int, int], base_model: str, uniform: bool) -> dict[str, Any]:
+def _config(ranks: dict[int, int], base_model: str, revision: str | None, uniform: bool) -> dict[str, Any]:
     """The content of an adapter's adapter_config.json."""
     largest = max(ranks.values())
     return {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
         "base_model_name_or_path": base_model,
+        "revision": revision,
         "r": largest,
         "lora_alpha": largest,
         "lora_dropout": 0.0,
@@ -205,7 +211,7 @@ base_model: {base}
 library_name: peft
 tags:
 - lora
-- steering
+- {_TAG}
 ---
 
 # {n} MLP neurons in {len(part)} layers, at another multiplier
@@ -214,6 +220,53 @@ tags:
 It was not trained. {ranks_line} in {len(ranks)} layers, `lora_alpha` {max(ranks.values())}.
 {read}
 
-    from peft import PeftModel
-    model = PeftModel.from_pretrained(base_model, "adapter/")
+{_recipes(max(ranks.values()), several, n_parts)}"""
+
+
+def _recipes(rank: int, several: bool, n_parts: int) -> str:
+    """How each engine that reads the adapter loads it. BASE is the base model."""
+    if n_parts > 1:
+        return """PEFT:
+
+    model = PeftModel.from_pretrained(BASE, "adapter/1", "1")
+    model.load_adapter("adapter/2", "2")
+    model.base_model.set_adapter(["1", "2"])
+
+llama.cpp, each part converted by convert_lora_to_gguf.py:
+
+    llama-server -m model.gguf --lora 1.gguf --lora 2.gguf
 """
+    text = """PEFT:
+
+    model = PeftModel.from_pretrained(BASE, "adapter/")
+
+llama.cpp:
+
+    python convert_lora_to_gguf.py adapter/ --base BASE --outfile adapter.gguf
+    llama-server -m model.gguf --lora adapter.gguf
+"""
+    if several:
+        return text
+    vllm = f"vllm serve BASE --enable-lora --max-lora-rank {vllm_rank(rank)} --lora-modules NAME=adapter/"
+    if rank > VLLM_RANKS[-1]:
+        vllm = f"(takes no rank above {VLLM_RANKS[-1]})"
+    return f"""{text}
+vLLM:
+
+    {vllm}
+
+SGLang:
+
+    python -m sglang.launch_server --model-path BASE --enable-lora --lora-paths NAME=adapter/
+"""
+
+
+def vllm_rank(rank: int) -> int:
+    """The value of vLLM's ``--max-lora-rank`` for adapters of a rank; of more than it takes, the rank itself."""
+    return next((value for value in VLLM_RANKS if value >= rank), rank)
+
+
+def _check_card(path: Path) -> None:
+    """Refuse to write over a README.md that is no adapter's card."""
+    if os.path.lexists(path) and f"\n- {_TAG}\n" not in read_text(path, limit=1 << 20):
+        raise InputError(path, "is there already, and is not the card of an adapter; move it away first")

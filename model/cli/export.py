@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 from cna_kernels.errors import InputError
-from cna_kernels.files import check_directory, check_writable, make_parents
+from cna_kernels.files import check_directory, check_writable, parents_made
 
 from ..checkpoint import export, lora
 from ..checkpoint.gguf_file import is_gguf
@@ -13,6 +14,8 @@ from ..checkpoint.steered_gguf import to_gguf
 from ..language_model import load
 from .arguments import check_output, directory_of, load_circuit, multipliers_of
 from .console import stdout
+
+_CACHED = re.compile(r"models--([\w.-]+?)--([\w.-]+)")  # a folder of the Hub's cache
 
 
 def run_export(args):
@@ -23,7 +26,11 @@ def run_export(args):
         if getattr(args, name) and args.to != "lora":
             flag = "--for" if name == "engine" else f"--{name.replace('_', '-')}"
             raise InputError(flag, "is for --to lora")
-    make_parents(args.output)
+    with parents_made(args.output):
+        export_to(args, multipliers)
+
+
+def export_to(args, multipliers):
     if args.to == "ref-code":
         check_writable(args.output)
         check_output(args.output, *args.circuit)
@@ -51,11 +58,11 @@ def run_export(args):
         export.to_checkpoint(directory, model.checkpoint, of_neurons, args.output)
         stdout().print(f"wrote {args.output}/: {n} columns scaled", markup=False)
         return
-    base, said = base_model_of(args.base_model, directory)
+    base, revision, said = base_model_of(args.base_model, directory)
     names = ", ".join(f"{Path(path).name} at {m:g}" for path, m in zip(args.circuit, multipliers, strict=True))
     written = lora.to_lora(
-        model.checkpoint, model.config, of_neurons, args.output, base_model=base, engine=args.engine,
-        max_rank=args.max_rank, split=args.split, uniform=args.uniform_rank, dtype=args.dtype,
+        model.checkpoint, model.config, of_neurons, args.output, base_model=base, revision=revision,
+        engine=args.engine, max_rank=args.max_rank, split=args.split, uniform=args.uniform_rank, dtype=args.dtype,
         about=f"Circuits: {names}.",
     )  # fmt: skip
     paths = ", ".join(f"{path}/" for path in written)
@@ -65,23 +72,32 @@ def run_export(args):
         stdout().print(sentence, markup=False)
 
 
-def base_model_of(given: str | None, directory) -> tuple[str, str]:
-    """The base model that an adapter records, which PEFT's AutoPeftModel follows, and a sentence about it."""
+def base_model_of(given: str | None, directory) -> tuple[str, str | None, str]:
+    """The base model that an adapter records, which PEFT's AutoPeftModel follows, its commit, and a sentence about it.
+
+    A directory of the Hub's cache has the Hub's name; another one is a path. ``_name_or_path`` of config.json is no
+    name: it often is that of the model which this one was trained from.
+    """
     if given:
-        return given, f"base model: {given}"
+        return given, None, f"base model: {given}"
     if is_gguf(directory):
         name = Path(directory).resolve().name
-        return name, f"base model: {name}, a file that PEFT cannot follow; --base-model names another"
+        return name, None, f"base model: {name}, a file that PEFT cannot follow; --base-model names another"
+    place = Path(directory).absolute()
+    cached = _CACHED.fullmatch(place.parent.parent.name)
+    if cached is not None and place.parent.name == "snapshots":
+        name = f"{cached[1]}/{cached[2]}"
+        return name, place.name, f"base model: {name}, at {place.name}"
     path = str(Path(directory).resolve())
-    return path, f"base model: {path}; --base-model gives the adapter another name to share it under"
+    return path, None, f"base model: {path}; --base-model gives the adapter another name to share it under"
 
 
 def notes(args, multipliers, largest: int):
     """What a user of the engine must know."""
     if args.engine == "vllm":
-        needed = next(rank for rank in lora.VLLM_RANKS if rank >= largest)
+        needed = lora.vllm_rank(largest)
         yield f"vllm serve MODEL --enable-lora --max-lora-rank {needed} --lora-modules NAME={args.output}"
-        if not set(multipliers) <= {0.0, 2.0}:
-            yield "vLLM holds adapters in the model's dtype: for multipliers but 0 and 2 bf16 rounds the correction"
+    if args.engine in lora.UNIFORM and not set(multipliers) <= {0.0, 2.0}:
+        yield "it holds adapters in the model's dtype: for multipliers but 0 and 2 bf16 rounds the correction"
     if args.engine == "llama.cpp":
         yield f"python convert_lora_to_gguf.py {args.output} --base MODEL --outfile adapter.gguf"

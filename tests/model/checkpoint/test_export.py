@@ -138,4 +138,7 @@ def test_a_quantized_checkpoint_is_refused(model, tmp_path, capsys):
     A.save(tmp_path / "a.json")
     words = ["export", str(tmp_path / "q"), "-c", f"{tmp_path}/a.json", "--to", "lora", "-o", f"{tmp_path}/lora"]
     assert main(words) == 2
-    assert "quantization_config" in capsys.readouterr().err and not (tmp_path / "lora").exists()
+    said = capsys.readouterr().err
+    assert "q/config.json: quantization_config: is not supported, got 'bitsandbytes': read the checkpoint that" in said
+    assert not (tmp_path / "lora").exists()
+    assert main([*words[:-1], f"{tmp_path}/new/folders/lora"]) == 2 and not (tmp_path / "new").exists()

@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 
 import pytest
 import torch
@@ -136,6 +137,38 @@ def test_auto_peft_follows_the_base_model(model, tmp_path, capsys):
     card = (tmp_path / "named" / "README.md").read_text()
     assert card.startswith('---\nbase_model: "org/name"\nlibrary_name: peft\n') and "a.json at 0" in card
     assert str(tmp_path) not in card
+
+
+def test_the_base_model_has_the_name_of_the_cache(model, tmp_path, capsys):
+    """A directory of the Hub's cache: the Hub's name and the commit, which are true elsewhere, too."""
+    snapshot = tmp_path / "models--some-one--Model-1.5" / "snapshots" / "0123abc"
+    shutil.copytree(model.directory, snapshot)
+    A.save(tmp_path / "a.json")
+    words = ["export", str(snapshot), "-c", f"{tmp_path}/a.json", "--to", "lora", "-o", f"{tmp_path}/a"]
+    assert main(words) == 0
+    assert "base model: some-one/Model-1.5, at 0123abc\n" in capsys.readouterr().out
+    record = json.loads((tmp_path / "a" / "adapter_config.json").read_text())
+    assert (record["base_model_name_or_path"], record["revision"]) == ("some-one/Model-1.5", "0123abc")
+
+
+def test_the_card_says_who_reads_it(model, tmp_path):
+    multiplied = export.neuron_multipliers([UNEVEN], [0.0])
+    given = dict(base_model="some/model")
+    (adapter,) = lora.to_lora(model.checkpoint, model.config, multiplied, tmp_path / "a", **given)
+    card = (adapter / "README.md").read_text()
+    assert "--lora adapter.gguf" in card and "vllm serve" not in card and "would misread the ranks" in card
+    lora.to_lora(model.checkpoint, model.config, multiplied, adapter, engine="vllm", **given)  # over that card
+    card = (adapter / "README.md").read_text()
+    assert "vllm serve BASE --enable-lora --max-lora-rank 8 --lora-modules NAME=adapter/" in card
+    assert "--lora adapter.gguf" in card and "sglang.launch_server" in card
+    given |= dict(max_rank=3, split=True)
+    parts = lora.to_lora(model.checkpoint, model.config, multiplied, tmp_path / "b", **given)
+    card = (parts[1] / "README.md").read_text()
+    assert "one of 2 adapters that must be active together" in card and "--lora 1.gguf --lora 2.gguf" in card
+    (adapter / "README.md").write_text("# My notes")
+    with pytest.raises(InputError, match=r"a/README\.md: is there already, and is not the card of an adapter"):
+        lora.to_lora(model.checkpoint, model.config, multiplied, adapter)
+    assert (adapter / "README.md").read_text() == "# My notes"
 
 
 REFUSED = [
