@@ -67,9 +67,9 @@ def export_to(args, multipliers):
     )  # fmt: skip
     paths = ", ".join(f"{path}/" for path in written)
     largest = max(map(len, of_neurons.values()))
-    stdout().print(f"wrote {paths}: {n} neurons in {len(of_neurons)} layers, at most {largest} in one", markup=False)
-    for sentence in (said, *notes(args, multipliers, largest)):
-        stdout().print(sentence, markup=False)
+    wrote = f"wrote {paths}: {n} neurons in {len(of_neurons)} layers, at most {largest} in one"
+    for sentence in (wrote, said, *notes(args, multipliers, largest)):  # commands to copy, which are not to be wrapped
+        stdout().print(sentence, markup=False, soft_wrap=True)
 
 
 def base_model_of(given: str | None, directory) -> tuple[str, str | None, str]:
