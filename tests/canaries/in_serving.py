@@ -3,7 +3,7 @@
 from canary import Canary
 
 WORKER, REQUESTS, SLOTS = (f"tests/vllm_plugin/test_{name}.py" for name in ("worker", "requests", "slots"))
-LORA = "tests/model/checkpoint/test_lora.py"
+LORA, STEERED = "tests/model/checkpoint/test_lora.py", "tests/model/checkpoint/test_steered_gguf.py"
 
 CANARIES = [
     Canary(
@@ -49,17 +49,33 @@ CANARIES = [
     Canary(
         "an alpha that llama.cpp does not read",
         "model/checkpoint/lora.py",
-        "b.to(dtype) * (rank / largest)}",
-        "b.to(dtype)}",
+        "a[range(len(pairs)), neurons] = rank / largest",
+        "a[range(len(pairs)), neurons] = 1",
         LORA,
         "test_every_engine_reads_it_right",
     ),
     Canary(
-        "the fifth bit of a zero in Q5_0",
+        "any rank for a layer",
+        "model/checkpoint/lora.py",
+        "    while rank % 2 == 0 and rank // 2 >= needed:",
+        "    while rank // 2 >= needed:",
+        LORA,
+        "test_ranks_are_the_largest_over_a_power_of_two",
+    ),
+    Canary(
+        "minima of blocks not scaled",
         "model/checkpoint/steered_gguf.py",
-        "blocks[:, block, 2 + place // 8] |= 1 << place % 8",
-        "blocks[:, block, 2 + place // 8] |= 0",
-        "tests/model/checkpoint/test_steered_gguf.py",
-        "test_the_copy_is_the_steered_model",
+        '"Q4_K": (0, 2)',
+        '"Q4_K": (0,)',
+        STEERED,
+        "test_our_model_on_the_file_is_the_steered_model",
+    ),
+    Canary(
+        "the row beside",
+        "model/checkpoint/steered_gguf.py",
+        "return entry.start + neuron * size,",
+        "return entry.start + (neuron + 1) % n_neurons * size,",
+        STEERED,
+        "test_only_the_rows_of_the_circuit_change",
     ),
 ]
