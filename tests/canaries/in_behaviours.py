@@ -210,7 +210,7 @@ CANARIES: list[Canary] = [
     ),
     Canary(
         "mirrored neurons in rank order",
-        "cna_kernels/steering.py",
+        "cna_kernels/entries.py",
         "for pair in sorted(circuit.pairs)]",
         "for pair in circuit.pairs]",
         "tests/ops/test_steering.py",
