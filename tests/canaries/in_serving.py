@@ -2,7 +2,7 @@
 
 from canary import Canary
 
-WORKER, REQUESTS, SLOTS = (f"tests/vllm_plugin/test_{name}.py" for name in ("worker", "requests", "slots"))
+WORKER, REQUESTS, SLOTS = (f"tests/vllm_plugin/test_{name}.py" for name in ("worker", "asked", "slots"))
 LORA, STEERED = "tests/model/checkpoint/test_lora.py", "tests/model/checkpoint/test_steered_gguf.py"
 
 CANARIES = [

