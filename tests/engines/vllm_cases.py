@@ -338,7 +338,9 @@ def document(work):
     names = {"positive_prompts": prompts[:2], "negative_prompts": prompts[2:4]}
     os.chdir(work.directory)
     Path("refusal.json").write_bytes(Path(work.circuits["c0"]).read_bytes())
+    kept = []
     for block in blocks:
+        kept.append(names.get("llm"))  # two programs in one process: an engine that goes takes vLLM's groups with it
         exec(block.replace("path/to/model", str(work.directory / "model")), names)
     assert names["output"].cna["n_neurons"] == 92 and len(names["circuit"].neurons) == 46
     return {"also": "as it is written"}
