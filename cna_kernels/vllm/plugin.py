@@ -207,6 +207,8 @@ def _load_model(inner: Any, self: Any, *args: Any, **kwargs: Any) -> Any:
     if options is not None:
         from .worker import Steering
 
+        if hasattr(self, "cna"):  # its rows would be told to the first one alone
+            raise Changed("cna: this worker has loaded a model before; start another engine")
         if options.stamp != stamp():
             raise Changed("cna: this worker has another version of the plug-in than the front end")
         self.cna = Steering(self, options)

@@ -9,9 +9,10 @@ from fakes import H, L, Model, N, Request, RunnerV1, RunnerV2, worker_of
 
 from cna_kernels import Circuit
 from cna_kernels.errors import InputWarning
-from cna_kernels.vllm import act
+from cna_kernels.vllm import act, plugin
 from cna_kernels.vllm.client import merged
-from cna_kernels.vllm.options import Options
+from cna_kernels.vllm.hooks import Changed
+from cna_kernels.vllm.options import Options, stamp
 from cna_kernels.vllm.setting import setting_of
 from cna_kernels.vllm.worker import Steering, Step
 
@@ -180,6 +181,20 @@ def test_ranks_of_tensor_parallelism_have_their_shards():
     expected = mlp.act_fn(mlp.gate_up_proj(x)[0])[-1].double()
     torch.testing.assert_close(found.total[0, 1], expected, rtol=1e-5, atol=1e-5)
     assert not found.total[:, 0].any() and found.count.tolist() == [0, 1]
+
+
+def test_a_worker_steers_one_model():
+    """A second model would be steered by nobody, and nobody would say so."""
+    worker = worker_of(RunnerV1(Model()))
+    worker.vllm_config.additional_config = {"cna": {"stamp": stamp()}}
+    plugin._load_model(lambda worker: None, worker)
+    assert worker.cna.layers == [0, 1, 2]
+    with pytest.raises(Changed, match="has loaded a model before"):
+        plugin._load_model(lambda worker: None, worker)
+    other = worker_of(RunnerV1(Model()))
+    other.vllm_config.additional_config = {"cna": {"stamp": "of another version"}}
+    with pytest.raises(Changed, match="another version of the plug-in"):
+        plugin._load_model(lambda worker: None, other)
 
 
 def test_compiled_layers_see_every_step():
