@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 
 from cna_kernels import Circuit, SteeringTable, ops
-from gpu_device import down_work, even, late, ours, relative
+from gpu_device import down_work, elementwise_work, even, late, ours, relative
 from gpu_rows import check, of_default
 
 
@@ -62,3 +62,34 @@ def table(bench, model, T):
         yield times.row("table", model, T, name, "plain", note=note, **more)
     same = torch.equal(runs["nothing loaded"](layers[0]), runs["plain"](layers[0]))
     yield dict(row="table bits", model=model, T=T, ours="nothing loaded", theirs="plain", ok=same, op="down_proj")
+
+
+def in_place(bench, model, T):
+    """What sums and steering cost beside an activation that is computed anyway, as in vLLM: a pass in place after it,
+    or ``swiglu`` in its place. The activation by itself is ``torch.compile``'s, as vLLM's default is."""
+    _, N = bench.shape(model)
+    sets = [bench.random(T, 2 * N) for _ in range(1 if bench.once or bench.mode == "dry" else 4)]
+    token_weight, nobody = bench.token_weight(T), torch.full((T,), -1, dtype=torch.int32, device=bench.device)
+    act_sum = bench.random(2, N, dtype=torch.float32)
+    steering = bench.steering(T, N, 16)
+    sums = dict(token_weight=token_weight, act_sum=act_sum)
+    idle = dict(steering, row_circuit=nobody)
+    product = silu_and_mul if bench.mode == "dry" else torch.compile(silu_and_mul, dynamic=False)
+
+    def after(extras):
+        return lambda both: ops.steer_act_(product(both), **extras, backend="triton")
+
+    def instead(extras):
+        return lambda both: ops.swiglu(*both.chunk(2, dim=-1), **extras, backend="triton")
+
+    runs = {"activation": product}
+    for name, extras in (("idle", idle), ("16 circuits", steering), ("16 circuits, sums", sums | steering)):
+        runs |= {f"in place, {name}": after(extras), f"swiglu, {name}": instead(extras)}
+    times = bench.measure(runs, sets, elementwise_work(T, N))
+    for name in list(runs)[1:]:
+        yield times.row("A1", model, T, name, "activation", op=name.partition(",")[0])
+
+
+def silu_and_mul(both):
+    gate, up = both.chunk(2, dim=-1)
+    return F.silu(gate) * up

@@ -20,7 +20,7 @@ B8, B1, B70, Q7 = "Llama-3.1-8B", "Llama-3.2-1B", "Llama-3.1-70B", "Qwen2.5-7B"
 # start, which count for the first job of a window.
 ESTIMATES = {
     "ceilings": 9, "dependent": 6, "host": 1, "check": 1.5, "decode": 1, "prefill": 2.5, "down": 2, "elementwise": 1.5,
-    "replay": 1, "table": 1, "generate": 17, "compiled": 7, "compiled_swiglu": 1, "candidate": 2.5, "tune": 14,
+    "replay": 1, "table": 1, "in_place": 4, "generate": 17, "compiled": 7, "compiled_swiglu": 1, "candidate": 2.5, "tune": 14,
     "ncu": 12, "memcheck": 7, "racecheck": 20,
 }  # fmt: skip
 ONCE = ("ceilings", "dependent", "host", "replay")  # kinds that need no unmeasured run before
@@ -106,7 +106,7 @@ def first_window(catalogue):
     return [
         Stage("the card, its ceilings, and the tools", [job("ceilings")]),
         Stage("values of default plans, tests of launches, compilation", [], 70, (
-            "tests/kernels/test_cuda.py:", *value_tests(catalogue),
+            "tests/kernels/test_cuda.py:", "tests/vllm_plugin/test_on_cuda.py:", *value_tests(catalogue),
         )),
         Stage("default plans, 8B", rows),
         Stage("default plans, 1B", mlp_jobs(catalogue, B1, (1, 8, 64), (512, 4096))),
@@ -114,6 +114,9 @@ def first_window(catalogue):
             job("table", B8, T, plan=default_plan(catalogue, "down_proj", B8, T)) for T in (128, 256)
         ]),
         Stage("the package's own model", [], 60, ("tests/model/test_cuda_model.py:",)),
+        Stage("beside an activation, as in vLLM", [
+            job("in_place", model, T) for model in (B8, B1) for T in (1, 16, 64, 512, 4096)
+        ]),
         Stage("a transformers model, steered", [job("generate", B8, 1), job("generate", B8, 32, seconds=12)]),
         Stage("Inductor as rival", [
             job("compiled", B8, 1), job("compiled", B8, 4096), job("compiled_swiglu", B8, 4096),

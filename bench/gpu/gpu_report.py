@@ -31,6 +31,7 @@ TARGETS = {
 }
 
 WORDS = {
+    "A1": "an activation with sums and steering, {T} tokens",
     "B1 eager": "a step of decoding, {T} sequences, steered, transformers model, eager",
     "B1 graph": "a step of decoding, {T} sequences, steered, transformers model, in a CUDA graph",
     "B2 eager": "a step of decoding, {T} sequences, steered, eager",
@@ -73,6 +74,7 @@ WORDS = {
     "tune": "best entry of a launch table, {T} tokens",
 }
 COMPETITORS = {
+    "activation": "the activation by itself, torch.compile",
     "eager": "PyTorch, eager",
     "cublas": "cuBLAS and our elementwise kernel",
     "hooks": "hooks that do the same",

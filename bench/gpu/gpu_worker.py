@@ -23,7 +23,7 @@ from cna_kernels import ops
 from cna_kernels.triton import plan as plans
 from gpu_compiled import compiled, compiled_swiglu
 from gpu_device import Bench, Layer, brief, make_call, ours
-from gpu_down import down, table
+from gpu_down import down, in_place, table
 from gpu_model import generate
 from gpu_rows import candidate, check, decode, elementwise, host, prefill
 from gpu_tune import tune
@@ -150,7 +150,7 @@ def profile(bench, model="Llama-3.1-8B"):
 KINDS = dict(ceilings=ceilings, catalogue=catalogue, check=check, decode=decode, prefill=prefill, down=down)
 KINDS |= dict(table=table, elementwise=elementwise, host=host, candidate=candidate, generate=generate, tune=tune)
 KINDS |= dict(compiled=compiled, compiled_swiglu=compiled_swiglu, dependent=dependent, replay=replay)
-KINDS |= dict(every_plan=every_plan, profile=profile)
+KINDS |= dict(every_plan=every_plan, profile=profile, in_place=in_place)
 
 
 def run(job: str, bench: Bench):

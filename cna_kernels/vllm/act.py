@@ -1,8 +1,9 @@
-"""What stands in the place of an MLP's activation: vLLM's own, then sums and steering in place.
+"""What stands in the place of an MLP's activation, with sums and steering.
 
-The activation's output is the input of ``down_proj``, whatever LoRA or quantisation does behind it. A compiled or
-captured graph holds one operation more a layer, ``cna_kernels::vllm_steer``, and none of its state: this is
-looked up when the operation runs, as vLLM does for attention.
+The activation's output is the input of ``down_proj``, whatever LoRA or quantisation does behind it. On a GPU,
+``ops.swiglu`` stands in the place of ``SiluAndMul``: one kernel, as before. Elsewhere vLLM's own activation runs, then
+``ops.steer_act_`` in place. A compiled or captured graph holds an operation of ours in each layer, ``vllm_swiglu`` or
+``vllm_steer``, and none of its state: this is looked up when the operation runs, as vLLM does for attention.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from ..op_checks import check
 from ..steering import SteeringTable
 from ..sums import ActivationSums
 
+_ACTIVATIONS = "vllm.model_executor.layers.activation"
 _MOST = 1 << 14  # kinds of steps that are remembered, layer by layer
 
 
@@ -46,31 +48,33 @@ class StepState:
         self._scales = [table.layer(layer) for layer in range(table.n_layers)]
         self._sums = [{} if sums is None else sums.layer(layer) for layer in range(table.n_layers)]
 
-    def run(self, act: Tensor, layer: int) -> None:
-        """Sum and scale the activations ``[T, N]`` of a layer in place."""
+    def run(self, op: str, inputs: tuple[Tensor, ...], layer: int) -> Tensor:
+        """Call ``op`` on a layer's ``[T, N]`` tensors, with what the step at hand sums and steers in this layer."""
         steers, counts = self.steers or not self.skips, self.sums is not None and (self.counts or not self.skips)
-        if not steers and not counts:
-            return
-        key = steers, counts, layer, act.shape, act.stride(), act.dtype
+        if op == "steer_act_" and not steers and not counts:
+            return inputs[0]
+        key = op, steers, counts, layer, inputs[0].shape, inputs[0].stride(), inputs[0].dtype
         found = self._ready.get(key)
         if found is None or ops.is_observed():
-            found = self._prepare(act, layer, steers, counts, None if found else key)
+            found = self._prepare(op, inputs, layer, steers, counts, None if found else key)
         run, extras = found
-        run(act, *extras)
+        return run(*inputs, *extras)
 
-    def _prepare(self, act: Tensor, layer: int, steers: bool, counts: bool, key: Any) -> tuple[Run, Extras]:
+    def _prepare(
+        self, op: str, inputs: tuple[Tensor, ...], layer: int, steers: bool, counts: bool, key: Any
+    ) -> tuple[Run, Extras]:
         """What serves the layer in steps of as many tokens: looked up by ``ops`` once, not in every step."""
-        n_tokens, extras = act.shape[0], Extras()
+        n_tokens, extras = inputs[0].shape[0], Extras()
         if counts and self.token_weight is not None:
             extras = extras._replace(token_weight=self.token_weight[:n_tokens], **self._sums[layer])
         if steers:
             extras = Extras(*extras[:3], *self._scales[layer], self.row_circuit[:n_tokens])
         if ops.is_observed() or key is None:
-            return lambda act, *extras: ops.call("steer_act_", (act,), Extras(*extras)), extras
-        check("steer_act_", (act,), extras)
+            return lambda *given: ops.call(op, given[: len(inputs)], Extras(*given[len(inputs) :])), extras
+        check(op, inputs, extras)
         if len(self._ready) >= _MOST:
             self._ready.clear()
-        found = self._ready[key] = backends.prepare("steer_act_", (act,), extras), extras
+        found = self._ready[key] = backends.prepare(op, inputs, extras), extras
         return found
 
 
@@ -86,26 +90,44 @@ def use(state: StepState) -> None:
 
 
 def _steer(act: Tensor, layer: int) -> None:
-    state = _Current.state
-    if state is not None:
-        state.run(act, layer)
+    if _Current.state is not None:
+        _Current.state.run("steer_act_", (act,), layer)
+
+
+def _swiglu(gate_up: Tensor, layer: int) -> Tensor:
+    gate, up = gate_up.chunk(2, dim=-1)
+    return ops.swiglu(gate, up) if _Current.state is None else _Current.state.run("swiglu", (gate, up), layer)
 
 
 _LIBRARY = torch.library.Library("cna_kernels", "FRAGMENT")
 _LIBRARY.define("vllm_steer(Tensor(a!) act, int layer) -> ()")
 _LIBRARY.impl("vllm_steer", _steer, "CompositeExplicitAutograd")
 torch.library.register_fake("cna_kernels::vllm_steer", lambda act, layer: None, lib=_LIBRARY)
+_LIBRARY.define("vllm_swiglu(Tensor gate_up, int layer) -> Tensor")
+_LIBRARY.impl("vllm_swiglu", _swiglu, "CompositeExplicitAutograd")
+torch.library.register_fake(
+    "cna_kernels::vllm_swiglu", lambda x, layer: x.new_empty(x.shape[0], x.shape[1] // 2), lib=_LIBRARY
+)
+
+
+def is_fused(act: Callable[[Tensor], Tensor], device: torch.device) -> bool:
+    """Whether ``ops.swiglu`` takes the activation's place: on a GPU, where it is vLLM's ``silu(gate) * up``."""
+    kind = type(act)
+    return device.type == "cuda" and (kind.__module__, kind.__name__) == (_ACTIVATIONS, "SiluAndMul")
 
 
 class SteeredAct(nn.Module):
     """An activation ``[T, 2N] -> [T, N]``, summed and steered. Its class also keeps vLLM from fusing the activation
     with what follows it."""
 
-    def __init__(self, act: Callable[[Tensor], Tensor], layer: int) -> None:
+    def __init__(self, act: Callable[[Tensor], Tensor], layer: int, device: torch.device) -> None:
         super().__init__()
-        self.act, self.layer = act, layer
+        self.act, self.layer, self.fused = act, layer, is_fused(act, device)
 
     def forward(self, x: Tensor) -> Tensor:
+        if self.fused:
+            traced = torch.compiler.is_compiling()
+            return torch.ops.cna_kernels.vllm_swiglu(x, self.layer) if traced else _swiglu(x, self.layer)
         act = self.act(x)
         if torch.compiler.is_compiling():
             torch.ops.cna_kernels.vllm_steer(act, self.layer)

@@ -66,7 +66,7 @@ class Steering:
         self._counting: list[tuple[str, int]] = []  # the requests that the step at hand counts, and their columns
         self._counted: OrderedDict[str, None] = OrderedDict()
         for layer, mlp in mlps.items():
-            mlp.module.act_fn = act.SteeredAct(mlp.module.act_fn, layer)  # type: ignore[arg-type]
+            mlp.module.act_fn = act.SteeredAct(mlp.module.act_fn, layer, device)  # type: ignore[arg-type]
         act.use(self.state)
         _hook(runner, self)
 
