@@ -43,10 +43,13 @@ def prompts_of(*lengths):
     return [ids_of(1, n, seed)[0].tolist() for seed, n in enumerate(lengths)]
 
 
-@pytest.fixture
-def attached():
+NEEDS_GPU = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+
+
+@pytest.fixture(params=["cpu", pytest.param("cuda", marks=NEEDS_GPU)])
+def attached(request):
     """A plain model, an attached one with two circuits, and the engine."""
-    plain, model = untied(), untied()
+    plain, model = untied(), untied().to(request.param)
     engine = attach(model)
     circuits = [random_circuit(engine, seed, size=60) for seed in (1, 2)]
     engine.set(circuits, MULTIPLIERS)
