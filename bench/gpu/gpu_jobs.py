@@ -106,7 +106,8 @@ def first_window(catalogue):
     return [
         Stage("the card, its ceilings, and the tools", [job("ceilings")]),
         Stage("values of default plans, tests of launches, compilation", [], 70, (
-            "tests/kernels/test_cuda.py:", "tests/vllm_plugin/test_on_cuda.py:", *value_tests(catalogue),
+            "tests/kernels/test_cuda.py:", "tests/vllm_plugin/test_on_cuda.py:", "tests/attach/test_batching.py:cuda",
+            *value_tests(catalogue),
         )),
         Stage("default plans, 8B", rows),
         Stage("default plans, 1B", mlp_jobs(catalogue, B1, (1, 8, 64), (512, 4096))),
