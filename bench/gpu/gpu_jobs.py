@@ -20,8 +20,8 @@ B8, B1, B70, Q7 = "Llama-3.1-8B", "Llama-3.2-1B", "Llama-3.1-70B", "Qwen2.5-7B"
 # start, which count for the first job of a window.
 ESTIMATES = {
     "ceilings": 9, "dependent": 6, "host": 1, "check": 1.5, "decode": 1, "prefill": 2.5, "down": 2, "elementwise": 1.5,
-    "replay": 1, "table": 1, "in_place": 4, "generate": 17, "compiled": 7, "compiled_swiglu": 1, "candidate": 2.5, "tune": 14,
-    "ncu": 12, "memcheck": 7, "racecheck": 20,
+    "replay": 1, "table": 1, "in_place": 4, "generate": 17, "compiled": 7, "compiled_swiglu": 1, "candidate": 2.5,
+    "tune": 14, "ncu": 12, "memcheck": 7, "racecheck": 20,
 }  # fmt: skip
 ONCE = ("ceilings", "dependent", "host", "replay")  # kinds that need no unmeasured run before
 TUNE_PARTS = 5  # processes that compile a sweep's variants
