@@ -76,7 +76,7 @@ DEVICE_PYTHON ?= $(shell for python in python3.12 "$$(pyenv root)"/versions/3.12
 ENGINES := build/engines
 test-engines: $(ENGINES)/.installed
 	OMP_NUM_THREADS=1 $(ENGINES)/bin/python tests/engines/cases.py $(ENGINES)/work
-	CNA_ENGINES=$(CURDIR)/$(ENGINES)/work OMP_NUM_THREADS=1 $(ENGINES)/bin/python -m pytest tests/engines
+	CNA_ENGINES=$(CURDIR)/$(ENGINES)/work OMP_NUM_THREADS=1 $(ENGINES)/bin/python -m pytest tests/engines -o addopts=
 	$(ENGINES)/bin/python tests/engines/table.py $(ENGINES)/work
 
 $(ENGINES)/.installed: tests/engines/environment.py pyproject.toml
