@@ -2,12 +2,18 @@
 
     python bench/model/vllm_overhead.py [--steps 60] [--shape SmolLM2-135M,Llama-3.2-1B] [--compiled]
 
-It runs in the environment that `make test-engines` makes. Three engines with equal random weights live in one process:
-vLLM alone, vLLM with the plug-in, and vLLM with LoRA. Each decodes a batch of 16 requests; their steps take turns, so
-that the machine's mood meets all alike. Rows:
+It runs in the environment that `make test-engines` makes, or on a GPU where vLLM is installed. Four engines with equal
+random weights live in one process: vLLM alone, vLLM with the plug-in, with the plug-in and columns to sum in, and vLLM
+with LoRA. Each decodes a batch of 16 requests; their steps take turns, so that the machine's mood meets all alike.
+
+Rows:
 
 - V1 idle: no request is steered. The plug-in's step over vLLM's; LoRA's step over vLLM's beside it.
 - V2 16 circuits: every request has a circuit of its own, or the adapter of one (a rank for each of its neurons).
+- V3 columns: as V2, by an engine that may be asked for sums.
+
+On a GPU `--compiled` means CUDA graphs, too, and a step ends when its tokens are on the host: batches are not prepared
+while another runs, which would hide what a step takes.
 """
 
 from __future__ import annotations
@@ -30,9 +36,10 @@ os.environ.update(
 SHAPES = {  # layers, hidden, neurons, heads, key/value heads, words
     "SmolLM2-135M": (30, 576, 1536, 9, 3, 49152),
     "Llama-3.2-1B": (16, 2048, 8192, 32, 8, 128256),
+    "Llama-3.1-8B": (32, 4096, 14336, 32, 8, 128256),
 }
 N_REQUESTS, N_PROMPT, RANK = 16, 16, 16
-TARGETS = {"V1 idle": 1.01, "V2 16 circuits": 1.03}
+TARGETS = {"V1 idle": 1.01, "V2 16 circuits": 1.03, "V3 columns": None}
 
 
 def write_config(directory, shape):
@@ -40,8 +47,9 @@ def write_config(directory, shape):
     record = {
         "architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_size": hidden, "hidden_act": "silu",
         "intermediate_size": neurons, "num_hidden_layers": n_layers, "num_attention_heads": heads,
-        "num_key_value_heads": kv_heads, "head_dim": 64, "vocab_size": words, "max_position_embeddings": 2048,
-        "rms_norm_eps": 1e-5, "tie_word_embeddings": True, "bos_token_id": 0, "eos_token_id": 1, "dtype": "bfloat16",
+        "num_key_value_heads": kv_heads, "head_dim": hidden // heads, "vocab_size": words,
+        "max_position_embeddings": 2048, "rms_norm_eps": 1e-5, "tie_word_embeddings": True,
+        "bos_token_id": 0, "eos_token_id": 1, "dtype": "bfloat16",
     }  # fmt: skip
     directory.mkdir()
     (directory / "config.json").write_text(json.dumps(record))
@@ -84,8 +92,12 @@ class Decoding:
     """An engine that decodes 16 requests, a step at a time."""
 
     def __init__(self, directory, *, compiled, **options):
+        import torch
         from vllm import LLM
 
+        if torch.cuda.is_available():  # what other engines of the process hold is not this engine's to count
+            options |= dict(kv_cache_memory_bytes=2 << 30, gpu_memory_utilization=0.1, async_scheduling=False)
+            options |= dict(compilation_config={"cudagraph_capture_sizes": [N_REQUESTS]}) if compiled else {}
         self.llm = LLM(
             model=str(directory), load_format="dummy", skip_tokenizer_init=True, dtype="bfloat16", max_model_len=1024,
             max_num_seqs=N_REQUESTS, max_num_batched_tokens=512, block_size=32, disable_log_stats=True,
@@ -142,8 +154,9 @@ def compare(engines, steps):
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--steps", type=int, default=100)
-    parser.add_argument("--shape", default=",".join(SHAPES))
+    parser.add_argument("--shape", default="SmolLM2-135M,Llama-3.2-1B")
     parser.add_argument("--compiled", action="store_true", help="with torch.compile, vLLM's default, instead of eager")
+    parser.add_argument("--attention", help="vLLM's attention backend, e.g. TRITON_ATTN; default: its own choice")
     given = parser.parse_args()
 
     import torch
@@ -152,31 +165,40 @@ def main():
     from results import Results, cpu_environment
 
     setting = "compiled" if given.compiled else "eager"
-    results = Results("vllm", setting, cpu_environment() | {"vllm": vllm.__version__})
+    if torch.cuda.is_available():
+        setting += f", {torch.cuda.get_device_name()}"
+    results = Results("vllm", setting, cpu_environment() | {"vllm": vllm.__version__, "attention": given.attention})
     with tempfile.TemporaryDirectory() as folder:
         for shape in given.shape.split(","):
             directory = Path(folder, shape)
             write_config(directory, shape)
             circuits, adapters, k = write_circuits(directory, shape)
             common = dict(compiled=given.compiled)
-            plain = Decoding(directory, **common)
-            plugin = Decoding(directory, additional_config={"cna": {"circuits": circuits}}, **common)
-            lora = Decoding(directory, enable_lora=True, max_loras=N_REQUESTS, max_lora_rank=RANK, **common)
+            if given.attention:
+                common["attention_config"] = {"backend": given.attention}
+            cna = {"circuits": circuits}
+            engines = [
+                Decoding(directory, **common),
+                Decoding(directory, additional_config={"cna": cna}, **common),
+                Decoding(directory, additional_config={"cna": cna | {"columns": 2}}, **common),
+                Decoding(directory, enable_lora=True, max_loras=N_REQUESTS, max_lora_rank=RANK, **common),
+            ]
             nothing = [None] * N_REQUESTS
             each = [{"cna_circuit": f"c{place}", "cna_multiplier": 0.05 * place} for place in range(N_REQUESTS)]
+            about = dict(shape=shape, m=N_REQUESTS, dtype="bf16", competitor="vLLM alone")
             for row, extras, used in (("V1 idle", nothing, None), ("V2 16 circuits", each, adapters)):
-                for engine, mine, theirs in ((plain, nothing, None), (plugin, extras, None), (lora, nothing, used)):
-                    engine.begin(mine, theirs)
-                ratios, spread, noise, base = compare([plain, plugin, lora], given.steps)
-                for engine in (plain, plugin, lora):
+                for engine, asked in zip(engines, (nothing, extras, extras, nothing), strict=True):
+                    engine.begin(asked, used if engine is engines[-1] else None)
+                ratios, spread, noise, base = compare(engines, given.steps)
+                for engine in engines:
                     engine.end()
-                about = dict(shape=shape, m=N_REQUESTS, dtype="bf16", competitor="vLLM alone")
                 more = dict(step_ms=round(1e3 * base, 2), neurons=k, steps=given.steps)
-                found = dict(ratio=ratios[0], noise=noise)
-                results.add(row, result=found, target=TARGETS[row], spread=round(spread[0], 4), **about, **more)
-                found = dict(ratio=ratios[1], noise=noise)
-                results.add(f"{row}, LoRA", result=found, spread=round(spread[1], 4), **about, **more)
-            del plain, plugin, lora
+                for place, name in enumerate((row, "V3 columns" if used else None, f"{row}, LoRA")):
+                    if name is not None:
+                        found = dict(ratio=ratios[place], noise=noise)
+                        target = TARGETS.get(name)
+                        results.add(name, result=found, target=target, spread=round(spread[place], 4), **about, **more)
+            del engines, engine
             torch._dynamo.reset()
 
 

@@ -19,7 +19,7 @@ from vllm_cases import Work
 
 ENGINES = Path(sys.prefix)  # the environment that environment.py has made
 LIBRARIES = ENGINES / "llama" / "bin"
-(SOURCES,) = (ENGINES / "packages").glob("llama_cpp_python-*")
+(SOURCES,) = filter(Path.is_dir, (ENGINES / "packages").glob("llama_cpp_python-*"))
 PLACES = (0, 1, 3)
 
 
