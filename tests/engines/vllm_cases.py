@@ -44,6 +44,7 @@ class Work:
             model=str(self.directory / "model"), dtype="float32", enforce_eager=True, max_model_len=512,
             max_num_seqs=32, max_num_batched_tokens=96, block_size=32, disable_log_stats=True,
             additional_config={"cna": options},
+            skip_tokenizer_init=not (self.directory / "model" / "tokenizer.json").exists(),
         )  # fmt: skip
         return LLM(**{**given, **changes})
 
