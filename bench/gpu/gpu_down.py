@@ -74,6 +74,7 @@ def in_place(bench, model, T):
     steering = bench.steering(T, N, 16)
     sums = dict(token_weight=token_weight, act_sum=act_sum)
     idle = dict(steering, row_circuit=nobody)
+    torch._dynamo.reset()  # past its limit of shapes for one function, torch.compile would run it eagerly
     product = silu_and_mul if bench.mode == "dry" else torch.compile(silu_and_mul, dynamic=False)
 
     def after(extras):
