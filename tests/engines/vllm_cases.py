@@ -172,6 +172,79 @@ def compiled(work):
     return found | {"mode": str(mode)}
 
 
+def quantised(work):
+    """Weights of 4 bits (compressed-tensors, groups of 32), products in bf16; the reference is their exact values.
+
+    Log-probabilities scatter as bf16 products do: those of steered requests no more than those of plain ones, and far
+    less than the circuits move them.
+    """
+    import torch
+
+    from cna_kernels import Circuit
+    from cna_kernels.model import load
+
+    packed, exact = work.directory / "packed", work.directory / "exact"
+    write_quantised(work.directory / "model", packed, exact)
+    os.environ["VLLM_CPU_INT4_W4A8"] = "0"  # its products would round the activations to 8 bits
+    llm = work.engine(model=str(packed), dtype="bfloat16", cna={"any_model": True})
+    batch = [(place, name, m) for name, m in [(None, 1.0), ("c0", 0.0), ("c3", -1.0)] for place in range(4)]
+    model, scatter, effect = load(exact, dtype="float32"), {}, []
+    for output, (place, name, m) in zip(work.run(llm, batch), batch, strict=True):
+        prompt, tokens = work.prompts[place], list(output.outputs[0].token_ids)
+        got = [step[token].logprob for step, token in zip(output.outputs[0].logprobs, tokens, strict=True)]
+
+        def expected(multiplier, circuit=work.circuits[name or "c0"], prompt=prompt, tokens=tokens):
+            with torch.inference_mode(), model.steered(circuit=Circuit.load(circuit), multiplier=multiplier):
+                scores = model(torch.tensor([prompt + tokens]))[0, len(prompt) - 1 : -1].double()
+            return scores.log_softmax(-1).gather(1, torch.tensor(tokens)[:, None])[:, 0]
+
+        right = expected(m)
+        scatter.setdefault(name, []).append((torch.tensor(got) - right).abs().mean().item())
+        if name is not None:
+            effect.append((expected(1.0) - right).abs().mean().item() / scatter[name][-1])
+    mean = {name: sum(each) / len(each) for name, each in scatter.items()}
+    assert max(mean["c0"], mean["c3"]) < 2 * mean[None] and mean[None] < 0.05, mean
+    assert sum(effect) / len(effect) > 4, effect
+    return {"requests": len(batch), "tokens": 24 * len(batch), "mean_logprob_difference": max(mean.values())}
+
+
+def write_quantised(model, packed, exact):
+    """The model with linear layers of 4 bits as compressed-tensors packs them, and a dense model of equal weights."""
+    import torch
+    from safetensors.torch import load_file, save_file
+
+    quantised, dense = {}, {}
+    for name, weight in load_file(model / "model.safetensors").items():
+        if "proj" not in name:
+            quantised[name], dense[name] = weight, weight.float()
+            continue
+        rows, columns = weight.shape
+        groups = weight.float().view(rows, columns // 32, 32)
+        scale = (groups.abs().amax(-1, keepdim=True) / 7).clamp_min(1e-8).bfloat16().float()
+        whole = (groups / scale).round().clamp(-8, 7)
+        dense[name] = (whole * scale).view(rows, columns)
+        nibbles = whole.view(rows, columns // 8, 8).to(torch.int64) + 8
+        words = (nibbles << torch.arange(0, 32, 4)).sum(-1)
+        base = name.removesuffix("weight")
+        quantised[base + "weight_packed"] = torch.where(words >= 1 << 31, words - (1 << 32), words).int()
+        quantised[base + "weight_scale"] = scale.squeeze(-1).clone()
+        quantised[base + "weight_shape"] = torch.tensor([rows, columns])
+    weights = {"num_bits": 4, "type": "int", "symmetric": True, "strategy": "group", "group_size": 32}
+    method = {
+        "quant_method": "compressed-tensors", "format": "pack-quantized", "ignore": ["lm_head"],
+        "config_groups": {"group_0": {"targets": ["Linear"], "weights": weights}},
+    }  # fmt: skip
+    for directory, tensors, more in (
+        (packed, quantised, {"quantization_config": method}), (exact, dense, {"dtype": "float32"}),
+    ):  # fmt: skip
+        directory.mkdir(exist_ok=True)
+        for file in (each for each in model.iterdir() if each.suffix != ".safetensors"):
+            (directory / file.name).write_bytes(file.read_bytes())
+        save_file(tensors, directory / "model.safetensors", metadata={"format": "pt"})
+        config = json.loads((model / "config.json").read_text())
+        (directory / "config.json").write_text(json.dumps(config | more))
+
+
 def tensor_parallel(work):
     """Three ranks, each with its third of the neurons, in processes of their own."""
     llm = work.engine(tensor_parallel_size=3, max_num_seqs=16)
@@ -391,7 +464,7 @@ def start_refused(work):
 
 
 CASES = [
-    lora, mixed, prefix, preempted, speculative, compiled, tensor_parallel, runner_v2, sums, live, document,
+    lora, mixed, prefix, preempted, speculative, compiled, quantised, tensor_parallel, runner_v2, sums, live, document,
     document_discovery, start_refused,
 ]  # fmt: skip
 
