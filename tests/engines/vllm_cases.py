@@ -2,7 +2,8 @@
 
     python vllm_cases.py CASE DIRECTORY     prints one JSON object: what the case found
 
-A case raises where a token or a log-probability is wrong. ``cases.py`` has written the directory.
+A case raises where a token or a log-probability is wrong. ``cases.py`` has written the directory. CNA_ENGINE_OPTIONS
+may hold further options of every engine, as JSON: on a GPU its share of the memory, say.
 """
 
 import json
@@ -46,7 +47,7 @@ class Work:
             additional_config={"cna": options},
             skip_tokenizer_init=not (self.directory / "model" / "tokenizer.json").exists(),
         )  # fmt: skip
-        return LLM(**{**given, **changes})
+        return LLM(**{**given, **json.loads(os.environ.get("CNA_ENGINE_OPTIONS", "{}")), **changes})
 
     def run(self, llm, work, *, n_tokens=None, lora=None):
         """Outputs for (prompt, name, multiplier) in one batch."""
