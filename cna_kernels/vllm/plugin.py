@@ -126,7 +126,8 @@ def _process_inputs(inner: Any, self: Any, request_id: str, prompt: Any, params:
         return request
     if request.resumable:
         raise VLLMValidationError("cna_circuit: a streaming session keeps the salt of its first part; send one prompt")
-    request.cache_salt = asked.salted(request.cache_salt)
+    prompt_of = request.prompt_embeds if request.prompt_token_ids is None else request.prompt_token_ids
+    request.cache_salt = asked.salted(request.cache_salt, len(prompt_of))
     own = request.sampling_params  # a copy of the caller's
     own.extra_args = {**own.extra_args, KEY: asked.record()}
     return request

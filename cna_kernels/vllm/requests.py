@@ -4,6 +4,7 @@ A request names circuits in ``SamplingParams.extra_args``, over HTTP in ``vllm_x
 
 - ``cna_circuit``: a name, or a list of names;
 - ``cna_multiplier``: a number for all of them, or a list with one for each; by default 0, which ablates;
+- ``cna_phase``: "prompt" or "answer" steers only those tokens, "both", the default, all of the request's;
 - ``cna_column``: the column that the request's last prompt token counts in.
 
 The front end puts what they mean under ``cna`` of the same arguments: the neurons themselves, so that workers need no
@@ -21,6 +22,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from ..circuit import Circuit
+from ..engine.requests import PHASES
 from ..errors import InputError
 from ..fields import short
 from ..steering import check_multiplier
@@ -29,8 +31,8 @@ from .options import KEY, Options, options_of
 from .registry import Registry, check_name
 from .setting import Setting, setting_of
 
-CIRCUIT, MULTIPLIER, COLUMN = "cna_circuit", "cna_multiplier", "cna_column"
-KNOWN = (CIRCUIT, MULTIPLIER, COLUMN)
+CIRCUIT, MULTIPLIER, PHASE, COLUMN = "cna_circuit", "cna_multiplier", "cna_phase", "cna_column"
+KNOWN = (CIRCUIT, MULTIPLIER, PHASE, COLUMN)
 _MOST_CIRCUITS = 64  # of one request
 _KEPT = 1024  # settings of earlier requests
 HOW = 'start the engine with additional_config={"cna": {"circuits": ...}}'
@@ -43,18 +45,20 @@ class Asked:
     Attributes:
         names, multipliers: its circuits.
         setting: what they do; None where they change nothing.
+        phase: the tokens that are steered, one of PHASES.
         column: the column it counts in; None for none.
     """
 
     names: tuple[str, ...]
     multipliers: tuple[float, ...]
     setting: Setting | None
+    phase: str
     column: int | None
 
     def record(self) -> dict[str, Any]:
         """What the request carries to the workers."""
         setting = None if self.setting is None else self.setting.record()
-        return {"setting": setting, "column": self.column, "report": self.report()}
+        return {"setting": setting, "phase": self.phase, "column": self.column, "report": self.report()}
 
     def report(self) -> dict[str, Any]:
         """What was applied, for the request's output."""
@@ -62,14 +66,19 @@ class Asked:
         setting = self.setting
         return {
             "circuits": circuits, "n_neurons": 0 if setting is None else len(setting.layer),
-            "sha256": None if setting is None else setting.digest, "column": self.column,
+            "sha256": None if setting is None else setting.digest, "phase": self.phase, "column": self.column,
         }  # fmt: skip
 
-    def salted(self, salt: str | None) -> str | None:
-        """A request's salt of the prefix cache: keys and values of other settings are no part of it."""
+    def salted(self, salt: str | None, n_prompt: int) -> str | None:
+        """A request's salt of the prefix cache: keys and values that were steered otherwise are no part of it.
+
+        Where a phase begins or ends with the prompt, the same tokens behind a prompt of another length are steered
+        otherwise.
+        """
         if self.setting is None:
             return salt
-        return hashlib.sha256(f"cna {self.setting.digest} {salt!r}".encode()).hexdigest()
+        phase = "" if self.phase == "both" else f" {self.phase} {n_prompt}"
+        return hashlib.sha256(f"cna {self.setting.digest}{phase} {salt!r}".encode()).hexdigest()
 
 
 class FrontEnd:
@@ -97,8 +106,11 @@ class FrontEnd:
             return asked
         if unknown := sorted(keys - set(KNOWN)):
             raise InputError(unknown[0], f"is unknown; known are {', '.join(KNOWN)}")
-        if MULTIPLIER in keys and CIRCUIT not in keys:
-            raise InputError(MULTIPLIER, f"expected together with {CIRCUIT}")
+        for name in (MULTIPLIER, PHASE):
+            if name in keys and CIRCUIT not in keys:
+                raise InputError(name, f"expected together with {CIRCUIT}")
+        if (phase := extra.get(PHASE, "both")) not in PHASES:
+            raise InputError(PHASE, f"expected one of {', '.join(PHASES)}, got {short(phase)}")
         names, multipliers = self._circuits(extra) if CIRCUIT in keys else ((), ())
         setting = None
         if names:
@@ -107,7 +119,7 @@ class FrontEnd:
             if setting is not None and len(setting.layer) > self.max_neurons:
                 what = f"{len(setting.layer)} neurons together, the engine takes {self.max_neurons}; see max_neurons"
                 raise InputError(CIRCUIT, what)
-        return Asked(names, multipliers, setting, self._column(extra))
+        return Asked(names, multipliers, setting, phase, self._column(extra))
 
     def provenance(self) -> dict[str, Any]:
         """What the file of a circuit that is found here says of the model."""

@@ -73,16 +73,19 @@ class Steering:
     def begin(self, steps: Sequence[Step]) -> None:
         """Tell the layers what each row of the step does that is about to run."""
         act.use(self.state)
-        asked = [step.record and step.record.get("setting") for step in steps]
         weight = self._weights(steps)
         n_rows = sum(step.n_tokens for step in steps)
+        steered = [_steered(step) for step in steps]
+        asked = [step.record["setting"] if span else None for step, span in zip(steps, steered, strict=True)]  # type: ignore[index]
         self.state.steers, self.state.counts = any(asked), weight is not None
         if not self.state.steers and not self._written:
             return  # nothing to write, and nothing left
         used = {setting["digest"] for setting in asked if setting}
         numbers = [self.slots.number_of(setting, used) if setting else -1 for setting in asked]
-        counts = [step.n_tokens for step in steps]
-        rows = np.repeat(np.array(numbers, np.int32), counts)
+        rows, at = np.full(n_rows, -1, np.int32), 0
+        for step, span, number in zip(steps, steered, numbers, strict=True):
+            rows[at + span.start : at + span.stop] = number
+            at += step.n_tokens
         self.n_steered += int((rows >= 0).sum())
         _write(self.state.row_circuit, rows)
         self.state.row_circuit[n_rows : self._written].fill_(-1)  # padding rows are unsteered
@@ -154,6 +157,16 @@ class Steering:
             self.sums.count.zero_()
             self.refused.clear()
         return found
+
+
+def _steered(step: Step) -> range:
+    """The tokens of a step that its request has steered, counted from the first of them."""
+    record = step.record
+    if not record or not record.get("setting"):
+        return range(0)
+    n_of_prompt = min(max(step.n_prompt - step.first, 0), step.n_tokens)
+    phase = record.get("phase", "both")
+    return range(n_of_prompt if phase == "answer" else 0, n_of_prompt if phase == "prompt" else step.n_tokens)
 
 
 def _layers(config: Any) -> tuple[int, int]:

@@ -246,6 +246,41 @@ def write_quantised(model, packed, exact):
         (directory / "config.json").write_text(json.dumps(config | more))
 
 
+def phases(work):
+    """Requests that steer their prompt or their answer alone, beside each other; then again from the prefix cache.
+    The reference is transformers' model, attached."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    from cna_kernels import Circuit, attach
+
+    asked = [(place, m, phase) for place in (0, 4) for m, phase in ((0.0, "prompt"), (-1.0, "answer"), (-1.0, "both"))]
+    prompts = [{"prompt_token_ids": work.prompts[place]} for place, *_ in asked]
+    params = [sampling("c0", m, cna_phase=phase) for _, m, phase in asked]
+    model = AutoModelForCausalLM.from_pretrained(work.directory / "model", dtype=torch.float32)
+    engine = attach(model)
+    expected, worst = [], 0.0
+    for place, m, phase in asked:
+        engine.set([Circuit.load(work.circuits["c0"])], [m])
+        engine.rows(0, phase=phase)
+        ids = torch.tensor([work.prompts[place]])
+        logits = dict(return_dict_in_generate=True, output_logits=True, eos_token_id=-1, pad_token_id=0)
+        found = model.generate(ids, max_new_tokens=24, do_sample=False, **logits)
+        scores = torch.cat(found.logits).double().log_softmax(-1)
+        expected.append((found.sequences[0, ids.shape[1] :].tolist(), scores.max(-1).values.tolist()))
+    assert expected[1][0] != expected[2][0], "phases without effect would hide everything"
+    llm = work.engine()
+    for _ in range(2):
+        for output, (tokens, logprobs), (*_, phase) in zip(
+            llm.generate(prompts, params, use_tqdm=False), expected, asked, strict=True
+        ):
+            assert list(output.outputs[0].token_ids) == tokens and output.cna["phase"] == phase
+            got = [step[token].logprob for step, token in zip(output.outputs[0].logprobs, tokens, strict=True)]
+            worst = max(worst, *(abs(a - b) for a, b in zip(got, logprobs, strict=True)))
+    assert worst < TOLERANCE, worst
+    return {"requests": 2 * len(asked), "tokens": 48 * len(asked), "max_logprob_difference": worst}
+
+
 def tensor_parallel(work):
     """Three ranks, each with its third of the neurons, in processes of their own."""
     llm = work.engine(tensor_parallel_size=3, max_num_seqs=16)
@@ -465,8 +500,8 @@ def start_refused(work):
 
 
 CASES = [
-    lora, mixed, prefix, preempted, speculative, compiled, quantised, tensor_parallel, runner_v2, sums, live, document,
-    document_discovery, start_refused,
+    lora, mixed, prefix, preempted, speculative, compiled, quantised, phases, tensor_parallel, runner_v2, sums, live,
+    document, document_discovery, start_refused,
 ]  # fmt: skip
 
 

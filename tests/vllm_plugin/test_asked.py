@@ -45,9 +45,9 @@ MEANS = [
 @pytest.mark.parametrize(("extra", "expected"), MEANS)
 def test_what_a_request_means(front, extra, expected):
     asked = front.resolve({"other": 1, **extra})
-    assert asked.column == extra.get("cna_column")
+    assert asked.column == extra.get("cna_column") and asked.phase == "both"
     if not expected:
-        assert asked.setting is None and asked.salted("s") == "s" and asked.salted(None) is None
+        assert asked.setting is None and asked.salted("s", 3) == "s" and asked.salted(None, 3) is None
         return
     setting = asked.setting
     got = dict(
@@ -63,7 +63,7 @@ def test_what_a_request_means(front, extra, expected):
 
 REFUSED = {
     "cna_circuit: no circuit 'third'; known are first, mirrored, second": {"cna_circuit": "third"},
-    "cna_circut: is unknown; known are cna_circuit, cna_multiplier, cna_column": {"cna_circut": "first"},
+    "cna_circut: is unknown; known are cna_circuit, cna_multiplier, cna_phase, cna_column": {"cna_circut": "first"},
     "CNA_circuit: is unknown": {"CNA_circuit": "first"},
     "cna: is unknown": {"cna": {"setting": None, "column": 0}},
     "cna_multiplier: expected together with cna_circuit": {"cna_multiplier": 0.0},
@@ -80,6 +80,12 @@ REFUSED = {
     "cna_circuit: expected letters, digits, '.', '_' and '-', got 3": {"cna_circuit": 3},
     "cna_circuit: 6 neurons together, the engine takes 4; see max_neurons": {
         "cna_circuit": ["first", "second", "mirrored"]
+    },
+    "cna_phase: expected together with cna_circuit": {"cna_phase": "answer"},
+    "cna_phase: expected one of both, prompt, answer, got 'answers'": {"cna_circuit": "first", "cna_phase": "answers"},
+    "cna_phase: expected one of both, prompt, answer, got None": {"cna_circuit": "first", "cna_phase": None},
+    "cna_phase: expected one of both, prompt, answer, got ['answer']": {
+        "cna_circuit": "first", "cna_phase": ["answer"],
     },
     "cna_column: expected 0 to 1, got 2": {"cna_column": 2},
     "cna_column: expected 0 to 1, got True": {"cna_column": True},
@@ -104,15 +110,18 @@ def test_requests_without_our_keys_ask_for_nothing(front):
 def test_the_salt_is_of_the_content(front):
     """Not of the name, and never that of another multiplier or circuit: a name may mean another circuit any time."""
 
-    def salt(old=None, **extra):
-        return front.resolve({f"cna_{name}": value for name, value in extra.items()}).salted(old)
+    def salt(old=None, n_prompt=5, **extra):
+        return front.resolve({f"cna_{name}": value for name, value in extra.items()}).salted(old, n_prompt)
 
     salts = [
         salt(circuit="first"), salt(circuit="first", multiplier=2.0), salt(circuit="second"),
         salt("s", circuit="first"), salt(circuit=["first", "second"]), salt("None", circuit="first"), None, "s",
+        salt(circuit="first", phase="prompt"), salt(circuit="first", phase="answer"),
+        salt(circuit="first", phase="prompt", n_prompt=6), salt(circuit="first", phase="answer", n_prompt=6),
     ]  # fmt: skip
     assert len(set(salts)) == len(salts)
     assert salt(circuit="first") == salts[0] == salt(circuit="first", multiplier=0) == salt(circuit=["first"])
+    assert salt(circuit="first", n_prompt=9, phase="both") == salts[0], "where every token is steered, alike"
     front.registry.put("other", FIRST)
     assert salt(circuit="other") == salts[0], "another name"
     front.registry.put("first", SECOND)

@@ -30,9 +30,9 @@ def fused(request, monkeypatch):
     return request.param
 
 
-def extra(circuit=None, m=0.0, column=None):
+def extra(circuit=None, m=0.0, column=None, phase="both"):
     setting = None if circuit is None else setting_of([CIRCUITS[circuit]], [m])
-    return {"cna": {"setting": setting and setting.record(), "column": column, "report": {}}}
+    return {"cna": {"setting": setting and setting.record(), "phase": phase, "column": column, "report": {}}}
 
 
 def scaled(model, circuit, m):
@@ -92,6 +92,25 @@ def test_every_row_has_its_own_circuit(kind, fused):
             at += n
         torch.testing.assert_close(got[at:], model(torch.ones(pad, H)), msg="padding is unsteered")
     assert steering.report()["settings"] == 3 and steering.n_steered == 4 + 2 + 6 + 3 + 1 + 3
+
+
+@RUNNERS
+def test_a_phase_ends_or_begins_with_the_prompt(kind):
+    """In steps of one piece of a prompt, of its end and drafts behind it, and of one token."""
+    model = Model()
+    runner, steering = start(kind, model)
+    ways = [("prompt", 0, 0.0), ("answer", 1, 2.0), ("both", 2, -1.0), ("answer", 0, 0.0)]
+    requests = [Request(str(i), 6, extra(c, m, phase=phase), i) for i, (phase, c, m) in enumerate(ways)]
+    for step in ([(0, 4)] * 4, [(4, 2)] * 4, [(0, 6), (3, 5), (6, 1), (5, 4)], [(7, 1), (8, 3), (7, 1), (5, 1)]):
+        got, at = runner.run([(r, first, n) for r, (first, n) in zip(requests, step, strict=True)]), 0
+        for (phase, c, m), request, (first, n) in zip(ways, requests, step, strict=True):
+            for position in range(first, first + n):
+                steered = phase == "both" or (phase == "prompt") == (position < 6)
+                x = request.x[position : position + 1]
+                expected = scaled(model, c, m)(x) if steered else model(x)
+                torch.testing.assert_close(got[at : at + 1], expected, msg=f"{step}: {phase} at {position}")
+                at += 1
+    assert steering.n_steered == (4 + 0 + 4 + 0) + (2 + 0 + 2 + 0) + (6 + 2 + 1 + 3) + (0 + 3 + 1 + 0)
 
 
 @RUNNERS
