@@ -17,6 +17,8 @@ CASES = {
     "tensor_parallel": "tensor parallel, 3 ranks", "pipeline_parallel": "pipeline parallel, 2 ranks",
     "runner_v2": "model runner V2, interpreted", "sums": "sums and discovery", "live": "circuits added and replaced",
     "start_refused": "refusals at the start", "server": "OpenAI server, 24 at a time", "lora": "beside LoRA",
+    "quantised": "weights of 4 bits, products in bf16", "phases": "prompts or answers alone, beside each other",
+    "document": "first program of docs/vllm.md", "document_discovery": "second program of docs/vllm.md",
 }  # fmt: skip
 
 
@@ -39,10 +41,11 @@ def table(rows):
 
 DIFFERENCES = {
     "max_logprob_difference": "of a log-probability", "max_logit_difference": "of a logit", "sums_error": "of a sum",
+    "mean_logprob_difference": "of a log-probability, mean",
 }  # fmt: skip
 ALSO = {
     "preemptions": "{} preemptions", "cached_tokens": "{} tokens from the cache", "refusals": "{} refused with a line",
-    "wrong_by_without_salt": "without a salt wrong by {:.2f}",
+    "wrong_by_without_salt": "without a salt wrong by {:.2f}", "of_plain": "plain requests {:.1e}",
 }  # fmt: skip
 
 

@@ -206,7 +206,7 @@ def quantised(work):
     mean = {name: sum(each) / len(each) for name, each in scatter.items()}
     assert max(mean["c0"], mean["c3"]) < 2 * mean[None] and mean[None] < 0.05, mean
     assert sum(effect) / len(effect) > 4, effect
-    return {"requests": len(batch), "tokens": 24 * len(batch), "mean_logprob_difference": max(mean.values())}
+    return {"requests": len(batch), "mean_logprob_difference": max(mean["c0"], mean["c3"]), "of_plain": mean[None]}
 
 
 def write_quantised(model, packed, exact):
@@ -443,7 +443,7 @@ def document(work):
     """The first Python block of docs/vllm.md, as it is written."""
     names = run_block(work, 0)
     assert names["output"].cna["n_neurons"] == 92
-    return {"also": "the first program of docs/vllm.md"}
+    return {}
 
 
 def document_discovery(work):
@@ -453,7 +453,7 @@ def document_discovery(work):
     prompts = [{"prompt_token_ids": ids} for ids in work.prompts]
     names = run_block(work, 1, LLM=LLM, positive_prompts=prompts[:2], negative_prompts=prompts[2:4])
     assert len(names["circuit"].neurons) == 46
-    return {"also": "the second program of docs/vllm.md"}
+    return {}
 
 
 def run_block(work, number, **names):
