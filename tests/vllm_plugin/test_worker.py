@@ -224,15 +224,17 @@ def test_a_worker_steers_one_model():
 
 
 @pytest.mark.parametrize(
-    ("device", "name", "module", "expected"),
+    ("device", "name", "module", "backend", "expected"),
     [
-        ("cuda", "SiluAndMul", "vllm.model_executor.layers.activation", True),
-        ("cpu", "SiluAndMul", "vllm.model_executor.layers.activation", False),
-        ("cuda", "GeluAndMul", "vllm.model_executor.layers.activation", False),
-        ("cuda", "SiluAndMul", "another.package", False),
+        ("cuda", "SiluAndMul", "vllm.model_executor.layers.activation", "triton", True),
+        ("cuda", "SiluAndMul", "vllm.model_executor.layers.activation", "reference", False),
+        ("cpu", "SiluAndMul", "vllm.model_executor.layers.activation", "cpu", False),
+        ("cuda", "GeluAndMul", "vllm.model_executor.layers.activation", "triton", False),
+        ("cuda", "SiluAndMul", "another.package", "triton", False),
     ],
 )
-def test_swiglu_stands_only_for_silu_and_mul_on_a_gpu(device, name, module, expected):
+def test_swiglu_stands_only_for_silu_and_mul_on_a_gpu(device, name, module, backend, expected, monkeypatch):
+    monkeypatch.setattr(act.backends, "name_for", lambda device: backend)
     activation = type(name, (), {"__module__": module})()
     assert act.is_fused(activation, torch.device(device)) is expected
 
