@@ -111,7 +111,7 @@ torch.library.register_fake(
 
 
 def is_fused(act: Callable[[Tensor], Tensor], device: torch.device) -> bool:
-    """Whether ``ops.swiglu`` takes the activation's place: on a GPU with our kernels, for vLLM's ``silu(gate) * up``."""
+    """Whether ``ops.swiglu`` takes the activation's place: on a GPU with our kernels, for ``SiluAndMul``."""
     kind = type(act)
     its_own = (kind.__module__, kind.__name__) == (_ACTIVATIONS, "SiluAndMul")
     return its_own and device.type == "cuda" and backends.name_for(device) == "triton"
