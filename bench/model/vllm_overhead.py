@@ -22,6 +22,7 @@ import argparse
 import itertools
 import json
 import os
+import random
 import statistics
 import sys
 import tempfile
@@ -133,11 +134,10 @@ class Decoding:
 
 def compare(engines, steps):
     """Ratio of each engine's step to the first's, pair by pair, and the noise of the first against itself."""
-    times = []
-    for turn in range(steps):  # each engine follows each other one equally often: a step leaves the caches its own
+    times, draw = [], random.Random(0)
+    for _ in range(steps):  # in random order: a step leaves the caches its own, and LoRA's leaves more
         row = [0.0] * len(engines)
-        for place in range(len(engines)):
-            number = (place + turn) % len(engines) if turn % 2 else -(place + turn) % len(engines)
+        for number in draw.sample(range(len(engines)), len(engines)):
             row[number] = engines[number].step()
         times.append(row)
     base = [row[0] for row in times]

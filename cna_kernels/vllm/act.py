@@ -3,7 +3,9 @@
 The activation's output is the input of ``down_proj``, whatever LoRA or quantisation does behind it. On a GPU,
 ``ops.swiglu`` stands in the place of ``SiluAndMul``: one kernel, as before. Elsewhere vLLM's own activation runs, then
 ``ops.steer_act_`` in place. A compiled or captured graph holds an operation of ours in each layer, ``vllm_swiglu`` or
-``vllm_steer``, and none of its state: this is looked up when the operation runs, as vLLM does for attention.
+``vllm_steer``, and none of its state: this is looked up when the operation runs, as vLLM does for attention. A layer's
+number goes in as a tensor on the host: as a constant it would make the graphs of equal layers different ones, and each
+would be compiled.
 """
 
 from __future__ import annotations
@@ -100,11 +102,11 @@ def _swiglu(gate_up: Tensor, layer: int) -> Tensor:
 
 
 _LIBRARY = torch.library.Library("cna_kernels", "FRAGMENT")
-_LIBRARY.define("vllm_steer(Tensor(a!) act, int layer) -> ()")
-_LIBRARY.impl("vllm_steer", _steer, "CompositeExplicitAutograd")
+_LIBRARY.define("vllm_steer(Tensor(a!) act, Tensor layer) -> ()")
+_LIBRARY.impl("vllm_steer", lambda act, layer: _steer(act, int(layer)), "CompositeExplicitAutograd")
 torch.library.register_fake("cna_kernels::vllm_steer", lambda act, layer: None, lib=_LIBRARY)
-_LIBRARY.define("vllm_swiglu(Tensor gate_up, int layer) -> Tensor")
-_LIBRARY.impl("vllm_swiglu", _swiglu, "CompositeExplicitAutograd")
+_LIBRARY.define("vllm_swiglu(Tensor gate_up, Tensor layer) -> Tensor")
+_LIBRARY.impl("vllm_swiglu", lambda gate_up, layer: _swiglu(gate_up, int(layer)), "CompositeExplicitAutograd")
 torch.library.register_fake(
     "cna_kernels::vllm_swiglu", lambda x, layer: x.new_empty(x.shape[0], x.shape[1] // 2), lib=_LIBRARY
 )
@@ -124,14 +126,16 @@ class SteeredAct(nn.Module):
     def __init__(self, act: Callable[[Tensor], Tensor], layer: int, device: torch.device) -> None:
         super().__init__()
         self.act, self.layer, self.fused = act, layer, is_fused(act, device)
+        with torch.inference_mode(False):
+            self.register_buffer("number", torch.tensor(layer, dtype=torch.int64, device="cpu"), persistent=False)
 
     def forward(self, x: Tensor) -> Tensor:
         if self.fused:
             traced = torch.compiler.is_compiling()
-            return torch.ops.cna_kernels.vllm_swiglu(x, self.layer) if traced else _swiglu(x, self.layer)
+            return torch.ops.cna_kernels.vllm_swiglu(x, self.number) if traced else _swiglu(x, self.layer)
         act = self.act(x)
         if torch.compiler.is_compiling():
-            torch.ops.cna_kernels.vllm_steer(act, self.layer)
+            torch.ops.cna_kernels.vllm_steer(act, self.number)
         else:
             _steer(act, self.layer)
         return act

@@ -20,7 +20,7 @@ from typing import Any
 from ..errors import InputError
 from .hooks import Changed, around
 from .options import KEY, STAMP, options_of, read, stamp, with_stamp
-from .requests import FrontEnd, front_end_of, own_keys, resolve
+from .requests import FrontEnd, front_end_of, own_keys, resolve, salt_of_others
 
 TESTED = ("0.32.",)  # the beginnings of the versions of vLLM that ``make test-engines`` has run with
 
@@ -121,8 +121,12 @@ def _process_inputs(inner: Any, self: Any, request_id: str, prompt: Any, params:
         asked = resolve(self, getattr(params, "extra_args", None))
     except InputError as error:
         raise VLLMValidationError(str(error)) from None
+    if asked is not None and asked.column is not None and params.n > 1:
+        raise VLLMValidationError(f"cna_column: {params.n} answers (n) would count the prompt as often; ask for one")
     request = inner(self, request_id, prompt, params, *args, **kwargs)
     if asked is None:
+        if front_end_of(self) is not None:
+            request.cache_salt = salt_of_others(request.cache_salt)
         return request
     if request.resumable:
         raise VLLMValidationError("cna_circuit: a streaming session keeps the salt of its first part; send one prompt")

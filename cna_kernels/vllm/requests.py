@@ -76,7 +76,7 @@ class Asked:
         otherwise.
         """
         if self.setting is None:
-            return salt
+            return salt_of_others(salt)
         phase = "" if self.phase == "both" else f" {self.phase} {n_prompt}"
         return hashlib.sha256(f"cna {self.setting.digest}{phase} {salt!r}".encode()).hexdigest()
 
@@ -162,6 +162,11 @@ class FrontEnd:
         if type(column) is not int or not 0 <= column < n:
             raise InputError(COLUMN, f"expected 0 to {n - 1}, got {short(column)}")
         return column
+
+
+def salt_of_others(salt: str | None) -> str | None:
+    """The salt of an unsteered request: what a client writes is never the salt of a steered one."""
+    return None if salt is None else hashlib.sha256(f"plain {salt!r}".encode()).hexdigest()
 
 
 def default_max_neurons(n_layers: int, n_neurons: int) -> int:

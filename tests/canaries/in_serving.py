@@ -31,6 +31,14 @@ CANARIES = [
         "test_a_phase_ends_or_begins_with_the_prompt",
     ),
     Canary(
+        "a layer's number is a constant of its graph",
+        "cna_kernels/vllm/act.py",
+        "vllm_swiglu(x, self.number)",
+        "vllm_swiglu(x, torch.tensor(self.layer))",
+        WORKER,
+        "test_equal_layers_are_one_graph",
+    ),
+    Canary(
         "sums that swiglu leaves out",
         "cna_kernels/vllm/act.py",
         '_Current.state.run("swiglu", (gate, up), layer)',

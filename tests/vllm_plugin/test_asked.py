@@ -8,7 +8,7 @@ import pytest
 
 from cna_kernels import Circuit, InputError
 from cna_kernels.vllm.options import Options, read
-from cna_kernels.vllm.requests import FrontEnd, front_end_of, own_keys, resolve
+from cna_kernels.vllm.requests import FrontEnd, front_end_of, own_keys, resolve, salt_of_others
 
 L, N = 3, 300
 FIRST = Circuit(((2, 7, 1.0), (0, 3, -1.0), (2, 1, -1.0)), L, N)
@@ -47,7 +47,8 @@ def test_what_a_request_means(front, extra, expected):
     asked = front.resolve({"other": 1, **extra})
     assert asked.column == extra.get("cna_column") and asked.phase == "both"
     if not expected:
-        assert asked.setting is None and asked.salted("s", 3) == "s" and asked.salted(None, 3) is None
+        assert asked.setting is None and asked.salted(None, 3) is None
+        assert asked.salted("s", 3) == salt_of_others("s") != salt_of_others("t")
         return
     setting = asked.setting
     got = dict(
@@ -119,6 +120,7 @@ def test_the_salt_is_of_the_content(front):
         salt(circuit="first", phase="prompt"), salt(circuit="first", phase="answer"),
         salt(circuit="first", phase="prompt", n_prompt=6), salt(circuit="first", phase="answer", n_prompt=6),
     ]  # fmt: skip
+    salts += [salt_of_others(each) for each in ("s", *salts[:3])]  # a client may know the salts of others
     assert len(set(salts)) == len(salts)
     assert salt(circuit="first") == salts[0] == salt(circuit="first", multiplier=0) == salt(circuit=["first"])
     assert salt(circuit="first", n_prompt=9, phase="both") == salts[0], "where every token is steered, alike"

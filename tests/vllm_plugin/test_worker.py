@@ -251,3 +251,18 @@ def test_compiled_layers_see_every_step(fused):
             request = Request(str(m), 5, extra(0, m) if m != 1 else None)
             got = runner.run([(request, 0, 5)])
             torch.testing.assert_close(got, scaled(model, 0, m)(request.x[:5]))
+
+
+def test_equal_layers_are_one_graph(fused):
+    """A layer's number is no constant of its graph: an engine that compiles layer by layer would compile each."""
+    runner, _ = start(RunnerV1, Model())
+    codes = []
+
+    def keep(graph, inputs):
+        codes.append(graph.code)
+        return graph.forward
+
+    for layer in runner.model.layers:
+        torch._dynamo.reset()
+        torch.compile(layer.mlp, backend=keep, fullgraph=True)(torch.randn(3, H))
+    assert len(codes) == L and len(set(codes)) == 1 and "vllm_" in codes[0]
