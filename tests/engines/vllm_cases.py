@@ -125,7 +125,7 @@ def prefix(work):
     from cna_kernels.vllm import requests
 
     # the test can fail: without a salt the next plain request reads steered keys and values
-    kept, requests.Asked.salted = requests.Asked.salted, lambda self, salt: salt
+    kept, requests.Asked.salted = requests.Asked.salted, lambda self, salt, n_prompt: salt
     llm.reset_prefix_cache()
     work.run(llm, [(4, "c0", 0.0)])
     wrong = work.run(llm, [(4, None, 1.0)], n_tokens=1)[0]
@@ -426,14 +426,20 @@ def live(work):
         except Exception as error:
             assert type(error).__name__ == "VLLMValidationError", repr(error)
             refused.append(str(error))
-    assert len(refused) == 7, refused
+    several = sampling(cna_column=0)
+    several.n = 2
+    try:
+        llm.generate([{"prompt_token_ids": work.prompts[0]}], several, use_tqdm=False)
+    except Exception as error:
+        refused.append(str(error))
+    assert len(refused) == 8 and "2 answers" in refused[-1], refused
     other = Circuit(swapped.neurons, swapped.n_layers, swapped.n_neurons + 1)
     for bad in (other, Circuit(swapped.neurons, 30, 1536, model={"name": "x", "decoder_sha256": "0" * 64})):
         try:
             plugin.add(llm, "bad", bad)
         except InputError as error:
             refused.append(str(error))
-    assert len(refused) == 9, refused
+    assert len(refused) == 10, refused
     return work.check(work.run(llm, [(0, "c0", 0.0), (1, None, 1.0)]), [(0, "c0", 0.0), (1, None, 1.0)]) | {
         "refusals": len(refused)
     }
