@@ -1,6 +1,6 @@
 """What the plug-in costs a token in vLLM, beside vLLM's own LoRA for the same circuits; writes bench/results/vllm.json.
 
-    python bench/model/vllm_overhead.py [--steps 60] [--shape SmolLM2-135M,Llama-3.2-1B] [--compiled]
+    python bench/model/vllm_overhead.py [--steps 60] [--shape SmolLM2-135M,Llama-3.2-1B] [--compiled] [--twin]
 
 It runs in the environment that `make test-engines` makes, or on a GPU where vLLM is installed. Four engines with equal
 random weights live in one process: vLLM alone, vLLM with the plug-in, with the plug-in and columns to sum in, and vLLM
@@ -11,6 +11,7 @@ Rows:
 - V1 idle: no request is steered. The plug-in's step over vLLM's; LoRA's step over vLLM's beside it.
 - V2 16 circuits: every request has a circuit of its own, or the adapter of one (a rank for each of its neurons).
 - V3 columns: as V2, by an engine that may be asked for sums.
+- V0 twin, with --twin: a second engine of vLLM alone over the first, which is 1 but for where its memory lies.
 
 On a GPU `--compiled` means CUDA graphs, too, and a step ends when its tokens are on the host: batches are not prepared
 while another runs, which would hide what a step takes.
@@ -156,6 +157,7 @@ def main():
     parser.add_argument("--steps", type=int, default=100)
     parser.add_argument("--shape", default="SmolLM2-135M,Llama-3.2-1B")
     parser.add_argument("--compiled", action="store_true", help="with torch.compile, vLLM's default, instead of eager")
+    parser.add_argument("--twin", action="store_true", help="a second engine of vLLM alone, for the noise of instances")
     parser.add_argument("--attention", help="vLLM's attention backend, e.g. TRITON_ATTN; default: its own choice")
     given = parser.parse_args()
 
@@ -183,17 +185,20 @@ def main():
                 Decoding(directory, additional_config={"cna": cna | {"columns": 2}}, **common),
                 Decoding(directory, enable_lora=True, max_loras=N_REQUESTS, max_lora_rank=RANK, **common),
             ]
+            if given.twin:
+                engines.append(Decoding(directory, **common))
             nothing = [None] * N_REQUESTS
             each = [{"cna_circuit": f"c{place}", "cna_multiplier": 0.05 * place} for place in range(N_REQUESTS)]
             about = dict(shape=shape, m=N_REQUESTS, dtype="bf16", competitor="vLLM alone")
             for row, extras, used in (("V1 idle", nothing, None), ("V2 16 circuits", each, adapters)):
-                for engine, asked in zip(engines, (nothing, extras, extras, nothing), strict=True):
-                    engine.begin(asked, used if engine is engines[-1] else None)
+                for place, engine in enumerate(engines):
+                    engine.begin(extras if place in (1, 2) else nothing, used if place == 3 else None)
                 ratios, spread, noise, base = compare(engines, given.steps)
                 for engine in engines:
                     engine.end()
                 more = dict(step_ms=round(1e3 * base, 2), neurons=k, steps=given.steps)
-                for place, name in enumerate((row, "V3 columns" if used else None, f"{row}, LoRA")):
+                names = [row, "V3 columns" if used else None, f"{row}, LoRA", None if used else "V0 twin"]
+                for place, name in enumerate(names[: len(ratios)]):
                     if name is not None:
                         found = dict(ratio=ratios[place], noise=noise)
                         target = TARGETS.get(name)
