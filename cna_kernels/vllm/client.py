@@ -98,13 +98,15 @@ def sums(llm: Any, *, reset: bool = False) -> ActivationSums:
 def merged(front: FrontEnd, parts: Sequence[dict[str, Any]]) -> ActivationSums:
     """The sums of a whole model from those of its workers: each has its layers, and its neurons of them."""
     found = ActivationSums(front.n_layers, front.n_neurons, len(parts[0]["count"]))
+    if any(part["count"] != parts[0]["count"] for part in parts):
+        some = ", ".join(sorted({name for part in parts for name in part["refused"]})[:4])
+        what = f"activations that are not finite, of some workers' neurons alone ({some or 'of no known request'})"
+        raise InputError("sums", f"{what}: the sums belong to different prompts, and must begin anew (reset)")
     for part in parts:
         own = torch.from_numpy(np.frombuffer(part["total"], np.float64).copy())
         own = own.view(front.n_layers, -1, part["n"])
         layers, low, high = part["layers"], part["low"], part["low"] + part["n"]
         found.total[layers, :, low:high] = own[layers]
-        if part["count"] != parts[0]["count"]:
-            raise RuntimeError(f"cna: workers counted {part['count']} and {parts[0]['count']} prompts")
         if part["refused"]:
             some = ", ".join(part["refused"][:4])
             warn(f"cna: {len(part['refused'])} requests with activations that are not finite are left out: {some}")

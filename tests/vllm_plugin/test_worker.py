@@ -7,7 +7,7 @@ import pytest
 import torch
 from fakes import H, L, Model, N, Request, RunnerV1, RunnerV2, worker_of
 
-from cna_kernels import Circuit
+from cna_kernels import Circuit, InputError
 from cna_kernels.errors import InputWarning
 from cna_kernels.vllm import act, plugin
 from cna_kernels.vllm.client import merged
@@ -207,6 +207,12 @@ def test_ranks_of_tensor_parallelism_have_their_shards():
     expected = mlp.act_fn(mlp.gate_up_proj(x)[0])[-1].double()
     torch.testing.assert_close(found.total[0, 1], expected, rtol=1e-5, atol=1e-5)
     assert not found.total[:, 0].any() and found.count.tolist() == [0, 1]
+    totals = [steering.totals(False) for _, steering in parts]
+    totals[1] |= {"count": [0, 0], "refused": ["bad"]}
+    with pytest.raises(
+        InputError, match=r"sums: activations that are not finite, of some workers' neurons alone \(bad\)"
+    ):
+        merged(front, totals)
 
 
 def test_a_worker_steers_one_model():
