@@ -141,7 +141,7 @@ class Steering:
         """What this worker holds and has done."""
         return {
             "stamp": self.stamp, "layers": self.layers, "low": self.low, "n": self.n, "settings": len(self.slots),
-            "steered_tokens": self.n_steered,
+            "steered_tokens": self.n_steered, "refused": list(self.refused),
         }  # fmt: skip
 
     def totals(self, reset: bool) -> dict[str, Any]:

@@ -177,7 +177,7 @@ def test_activations_that_are_not_finite_are_in_no_sum(kind):
     with pytest.warns(InputWarning, match="non-finite activation in layer 0"):
         runner.run([(bad, 0, 2)])
     assert torch.equal(steering.sums.total, before) and before.any() and steering.sums.count.tolist() == [1]
-    assert steering.totals(reset=False)["refused"] == ["bad"]
+    assert steering.totals(reset=False)["refused"] == steering.report()["refused"] == ["bad"]
 
 
 def test_ranks_of_tensor_parallelism_have_their_shards():
