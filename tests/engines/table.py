@@ -25,7 +25,7 @@ CASES = {
 def table(rows):
     """The rows as Markdown."""
     lines = ["| engine | case | equal greedy tokens | largest difference | also |", "|---|---|---|---|---|"]
-    for row in rows.values():
+    for row in sorted(rows.values(), key=lambda row: row["engine"].lower()):
         tokens = f"{row['tokens']}" if row.get("tokens") is not None else ""
         if row.get("of_tokens") is not None:
             tokens += f" of {row['of_tokens']}"
