@@ -74,8 +74,8 @@ def in_place(bench, model, T):
     steering = bench.steering(T, N, 16)
     sums = dict(token_weight=token_weight, act_sum=act_sum)
     idle = dict(steering, row_circuit=nobody)
-    torch._dynamo.reset()  # past its limit of shapes for one function, torch.compile would run it eagerly
-    product = silu_and_mul if bench.mode == "dry" else torch.compile(silu_and_mul, dynamic=False)
+    torch._dynamo.reset()  # a function has a limit of shapes; without fullgraph it would run eagerly past it
+    product = silu_and_mul if bench.mode == "dry" else torch.compile(silu_and_mul, dynamic=False, fullgraph=True)
 
     def after(extras):
         return lambda both: ops.steer_act_(product(both), **extras, backend="triton")

@@ -41,7 +41,7 @@ SHAPES = {  # layers, hidden, neurons, heads, key/value heads, words
     "Llama-3.1-8B": (32, 4096, 14336, 32, 8, 128256),
 }
 N_REQUESTS, N_PROMPT, RANK = 16, 16, 16
-TARGETS = {"V1 idle": 1.01, "V2 16 circuits": 1.03, "V3 columns": None}
+TARGETS = {"V1 idle": 1.01, "V2 16 circuits": 1.03}
 
 
 def write_config(directory, shape):
