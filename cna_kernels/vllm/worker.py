@@ -165,7 +165,7 @@ def _steered(step: Step) -> range:
     if not record or not record.get("setting"):
         return range(0)
     n_of_prompt = min(max(step.n_prompt - step.first, 0), step.n_tokens)
-    phase = record.get("phase", "both")
+    phase = record["phase"]
     return range(n_of_prompt if phase == "answer" else 0, n_of_prompt if phase == "prompt" else step.n_tokens)
 
 

@@ -23,6 +23,14 @@ CANARIES = [
         "test_the_salt_is_of_the_content",
     ),
     Canary(
+        "a client's salt as it is",
+        "cna_kernels/vllm/plugin.py",
+        "            request.cache_salt = salt_of_others(request.cache_salt)\n",
+        "            pass\n",
+        REQUESTS,
+        "test_a_request_on_its_way_in",
+    ),
+    Canary(
         "the last token of a prompt is an answer's",
         "cna_kernels/vllm/worker.py",
         "min(max(step.n_prompt - step.first, 0), step.n_tokens)",

@@ -1,12 +1,14 @@
 """What requests may ask for, what they carry, and the salt of the prefix cache."""
 
 import json
-from types import SimpleNamespace
+import sys
+from types import ModuleType, SimpleNamespace
 
 import numpy as np
 import pytest
 
 from cna_kernels import Circuit, InputError
+from cna_kernels.vllm import plugin
 from cna_kernels.vllm.options import Options, read
 from cna_kernels.vllm.requests import FrontEnd, front_end_of, own_keys, resolve, salt_of_others
 
@@ -128,6 +130,63 @@ def test_the_salt_is_of_the_content(front):
     assert salt(circuit="other") == salts[0], "another name"
     front.registry.put("first", SECOND)
     assert salt(circuit="first") == salts[2] != salts[0], "the name means another circuit now"
+
+
+@pytest.fixture
+def process(front, monkeypatch):
+    """What becomes of a request in the front end, without vLLM: its salt, what it carries, or the refusal."""
+
+    class Refused(ValueError):
+        pass
+
+    errors = ModuleType("vllm.exceptions")
+    errors.VLLMValidationError = Refused
+    monkeypatch.setitem(sys.modules, "vllm", ModuleType("vllm"))
+    monkeypatch.setitem(sys.modules, "vllm.exceptions", errors)
+
+    def process(extra, salt=None, ids=(5, 6, 7), n=1, embeds=None, processor=None, resumable=False):
+        params = SimpleNamespace(extra_args=extra, n=n)
+        request = SimpleNamespace(
+            cache_salt=salt, prompt_token_ids=ids, prompt_embeds=embeds, resumable=resumable, sampling_params=params
+        )
+        processor = processor or SimpleNamespace(_cna=front)
+        return plugin._process_inputs(lambda *_: request, processor, "id", "prompt", params)
+
+    process.Refused = Refused
+    return process
+
+
+def test_a_request_on_its_way_in(front, process):
+    """The salt goes by setting, phase and length of the prompt; a client's own salt is never one of these."""
+    answer = {"cna_circuit": "first", "cna_phase": "answer"}
+    request, asked = process(answer), front.resolve(answer)
+    assert request.cache_salt == asked.salted(None, 3) != process(answer, ids=(5, 6)).cache_salt
+    assert process(answer, ids=None, embeds=np.zeros((3, 8))).cache_salt == request.cache_salt
+    assert request.sampling_params.extra_args == {**answer, "cna": asked.record()}
+    assert request.sampling_params.extra_args["cna"]["phase"] == "answer"
+    assert process(None).cache_salt is None and process(None).sampling_params.extra_args is None
+    assert process({"top": 1}, salt=request.cache_salt).cache_salt == salt_of_others(request.cache_salt)
+    without = SimpleNamespace(_cna=None)
+    assert process(None, salt="s", processor=without).cache_salt == "s", "without the options vLLM is left alone"
+
+
+@pytest.mark.parametrize(
+    ("said", "extra", "more"),
+    [
+        ("cna_column: 2 answers (n) would count the prompt as often", {"cna_column": 0}, {"n": 2}),
+        ("a streaming session keeps the salt", {"cna_circuit": "first"}, {"resumable": True}),
+        ("cna_circuit: no circuit 'third'", {"cna_circuit": "third"}, {}),
+    ],
+)
+def test_requests_that_are_refused_on_their_way_in(process, said, extra, more):
+    with pytest.raises(process.Refused) as caught:
+        process(extra, **more)
+    assert said in str(caught.value)
+
+
+def test_several_answers_may_be_steered(front, process):
+    request = process({"cna_circuit": "first"}, n=2)
+    assert request.cache_salt == front.resolve({"cna_circuit": "first"}).salted(None, 3)
 
 
 def test_an_engine_without_the_options_says_so():
