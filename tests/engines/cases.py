@@ -29,7 +29,9 @@ def main(directory, is_random=False):
     """Write everything; what is there already is kept."""
     directory.mkdir(parents=True, exist_ok=True)
     if not (directory / "model").exists():
-        (write_random_model if is_random else write_model)(directory / "model")
+        partial = directory / "model.partial"
+        (write_random_model if is_random else write_model)(partial)
+        partial.rename(directory / "model")
     if not (directory / "reference.json").exists():
         write_reference(directory, is_random)
 
@@ -60,10 +62,45 @@ def write_model(directory):
     tokenizer = AutoTokenizer.from_pretrained(folder, **file)
     dequantized = dict(dtype=torch.float32, quantization_config=GgufConfig(dequantize=True))
     model = AutoModelForCausalLM.from_pretrained(folder, **file, **dequantized).to(torch.bfloat16)
-    partial = directory.with_name("model.partial")
-    model.save_pretrained(partial)
-    tokenizer.save_pretrained(partial)
-    partial.rename(directory)
+    model.save_pretrained(directory)
+    tokenizer.save_pretrained(directory)
+
+
+def write_quantised(model, packed, exact):
+    """The model with linear layers of 4 bits as compressed-tensors packs them, and a dense model of equal weights."""
+    import torch
+    from safetensors.torch import load_file, save_file
+
+    quantised, dense = {}, {}
+    for name, weight in load_file(model / "model.safetensors").items():
+        if "proj" not in name:
+            quantised[name], dense[name] = weight, weight.float()
+            continue
+        rows, columns = weight.shape
+        groups = weight.float().view(rows, columns // 32, 32)
+        scale = (groups.abs().amax(-1, keepdim=True) / 7).clamp_min(1e-8).bfloat16().float()
+        whole = (groups / scale).round().clamp(-8, 7)
+        dense[name] = (whole * scale).view(rows, columns)
+        nibbles = whole.view(rows, columns // 8, 8).to(torch.int64) + 8
+        words = (nibbles << torch.arange(0, 32, 4)).sum(-1)
+        base = name.removesuffix("weight")
+        quantised[base + "weight_packed"] = torch.where(words >= 1 << 31, words - (1 << 32), words).int()
+        quantised[base + "weight_scale"] = scale.squeeze(-1).clone()
+        quantised[base + "weight_shape"] = torch.tensor([rows, columns])
+    weights = {"num_bits": 4, "type": "int", "symmetric": True, "strategy": "group", "group_size": 32}
+    method = {
+        "quant_method": "compressed-tensors", "format": "pack-quantized", "ignore": ["lm_head"],
+        "config_groups": {"group_0": {"targets": ["Linear"], "weights": weights}},
+    }  # fmt: skip
+    for directory, tensors, more in (
+        (packed, quantised, {"quantization_config": method}), (exact, dense, {"dtype": "float32"}),
+    ):  # fmt: skip
+        directory.mkdir(exist_ok=True)
+        for file in (each for each in model.iterdir() if each.suffix != ".safetensors"):
+            (directory / file.name).write_bytes(file.read_bytes())
+        save_file(tensors, directory / "model.safetensors", metadata={"format": "pt"})
+        config = json.loads((model / "config.json").read_text())
+        (directory / "config.json").write_text(json.dumps(config | more))
 
 
 def write_reference(directory, is_random):

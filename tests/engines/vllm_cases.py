@@ -64,7 +64,7 @@ class Work:
         for output, (place, name, m) in zip(outputs, work, strict=True):
             tokens, expected = self.answers[f"{name} {m}"][place]
             got = list(output.outputs[0].token_ids)
-            logprobs = [step[token].logprob for step, token in zip(output.outputs[0].logprobs, got, strict=True)]
+            logprobs = logprobs_of(output)
             n = len(got)
             assert got == tokens[:n], f"prompt {place}, {name} at {m}: {got} instead of {tokens[:n]}"
             n_equal += n
@@ -81,6 +81,12 @@ class Work:
         (tokens, steered), (plain, base) = self.answers[f"{name} {m}"][place], self.answers["None 1.0"][place]
         n = next((i for i, (a, b) in enumerate(zip(tokens, plain, strict=True)) if a != b), len(tokens) - 1)
         return max(abs(a - b) for a, b in zip(steered[: n + 1], base[: n + 1], strict=True))
+
+
+def logprobs_of(output):
+    """The log-probability of each token of an answer."""
+    answer = output.outputs[0]
+    return [step[token].logprob for step, token in zip(answer.logprobs, answer.token_ids, strict=True)]
 
 
 def sampling(name=None, m=1.0, n_tokens=None, **extra):
@@ -130,9 +136,7 @@ def prefix(work):
     work.run(llm, [(4, "c0", 0.0)])
     wrong = work.run(llm, [(4, None, 1.0)], n_tokens=1)[0]
     requests.Asked.salted = kept
-    first = wrong.outputs[0].logprobs[0]
-    got = next(iter(first.values())).logprob
-    effect = abs(got - work.answers["None 1.0"][4][1][0])
+    effect = abs(logprobs_of(wrong)[0] - work.answers["None 1.0"][4][1][0])
     assert wrong.num_cached_tokens >= 128 and effect > 100 * TOLERANCE, f"without a salt: {effect}"
     return found | {"requests": 30, "cached_tokens": hits, "wrong_by_without_salt": effect}
 
@@ -180,6 +184,7 @@ def quantised(work):
     less than the circuits move them.
     """
     import torch
+    from cases import write_quantised
 
     from cna_kernels import Circuit
     from cna_kernels.model import load
@@ -192,7 +197,6 @@ def quantised(work):
     model, scatter, effect = load(exact, dtype="float32"), {}, []
     for output, (place, name, m) in zip(work.run(llm, batch), batch, strict=True):
         prompt, tokens = work.prompts[place], list(output.outputs[0].token_ids)
-        got = [step[token].logprob for step, token in zip(output.outputs[0].logprobs, tokens, strict=True)]
 
         def expected(multiplier, circuit=work.circuits[name or "c0"], prompt=prompt, tokens=tokens):
             with torch.inference_mode(), model.steered(circuit=Circuit.load(circuit), multiplier=multiplier):
@@ -200,50 +204,13 @@ def quantised(work):
             return scores.log_softmax(-1).gather(1, torch.tensor(tokens)[:, None])[:, 0]
 
         right = expected(m)
-        scatter.setdefault(name, []).append((torch.tensor(got) - right).abs().mean().item())
+        scatter.setdefault(name, []).append((torch.tensor(logprobs_of(output)) - right).abs().mean().item())
         if name is not None:
             effect.append((expected(1.0) - right).abs().mean().item() / scatter[name][-1])
     mean = {name: sum(each) / len(each) for name, each in scatter.items()}
     assert max(mean["c0"], mean["c3"]) < 2 * mean[None] and mean[None] < 0.05, mean
     assert sum(effect) / len(effect) > 4, effect
     return {"requests": len(batch), "mean_logprob_difference": max(mean["c0"], mean["c3"]), "of_plain": mean[None]}
-
-
-def write_quantised(model, packed, exact):
-    """The model with linear layers of 4 bits as compressed-tensors packs them, and a dense model of equal weights."""
-    import torch
-    from safetensors.torch import load_file, save_file
-
-    quantised, dense = {}, {}
-    for name, weight in load_file(model / "model.safetensors").items():
-        if "proj" not in name:
-            quantised[name], dense[name] = weight, weight.float()
-            continue
-        rows, columns = weight.shape
-        groups = weight.float().view(rows, columns // 32, 32)
-        scale = (groups.abs().amax(-1, keepdim=True) / 7).clamp_min(1e-8).bfloat16().float()
-        whole = (groups / scale).round().clamp(-8, 7)
-        dense[name] = (whole * scale).view(rows, columns)
-        nibbles = whole.view(rows, columns // 8, 8).to(torch.int64) + 8
-        words = (nibbles << torch.arange(0, 32, 4)).sum(-1)
-        base = name.removesuffix("weight")
-        quantised[base + "weight_packed"] = torch.where(words >= 1 << 31, words - (1 << 32), words).int()
-        quantised[base + "weight_scale"] = scale.squeeze(-1).clone()
-        quantised[base + "weight_shape"] = torch.tensor([rows, columns])
-    weights = {"num_bits": 4, "type": "int", "symmetric": True, "strategy": "group", "group_size": 32}
-    method = {
-        "quant_method": "compressed-tensors", "format": "pack-quantized", "ignore": ["lm_head"],
-        "config_groups": {"group_0": {"targets": ["Linear"], "weights": weights}},
-    }  # fmt: skip
-    for directory, tensors, more in (
-        (packed, quantised, {"quantization_config": method}), (exact, dense, {"dtype": "float32"}),
-    ):  # fmt: skip
-        directory.mkdir(exist_ok=True)
-        for file in (each for each in model.iterdir() if each.suffix != ".safetensors"):
-            (directory / file.name).write_bytes(file.read_bytes())
-        save_file(tensors, directory / "model.safetensors", metadata={"format": "pt"})
-        config = json.loads((model / "config.json").read_text())
-        (directory / "config.json").write_text(json.dumps(config | more))
 
 
 def phases(work):
@@ -275,8 +242,7 @@ def phases(work):
             llm.generate(prompts, params, use_tqdm=False), expected, asked, strict=True
         ):
             assert list(output.outputs[0].token_ids) == tokens and output.cna["phase"] == phase
-            got = [step[token].logprob for step, token in zip(output.outputs[0].logprobs, tokens, strict=True)]
-            worst = max(worst, *(abs(a - b) for a, b in zip(got, logprobs, strict=True)))
+            worst = max(worst, *(abs(a - b) for a, b in zip(logprobs_of(output), logprobs, strict=True)))
     assert worst < TOLERANCE, worst
     return {"requests": 2 * len(asked), "tokens": 48 * len(asked), "max_logprob_difference": worst}
 
@@ -326,8 +292,7 @@ def lora(work):
     for output, (place, name, m, _) in zip(work.run(llm, plain, lora=chosen), asked, strict=True):
         tokens, expected = work.answers[f"{name} {m}"][place]
         assert list(output.outputs[0].token_ids) == tokens, (place, name, m)
-        got = [step[token].logprob for step, token in zip(output.outputs[0].logprobs, tokens, strict=True)]
-        worst = max(worst, *(abs(a - b) for a, b in zip(got, expected, strict=True)))
+        worst = max(worst, *(abs(a - b) for a, b in zip(logprobs_of(output), expected, strict=True)))
     assert worst < TOLERANCE, worst
     return found | {"max_logprob_difference": max(worst, found["max_logprob_difference"]), "requests": len(batch) + 5}
 
