@@ -20,7 +20,9 @@ from cna_kernels.cpu import library, plan, typed
 from cna_kernels.extras import Extras
 
 if TYPE_CHECKING:
-    from .transformer import KVCache, Tap, Transformer
+    from .kv_cache import KVCache
+    from .steering import Tap
+    from .transformer import Transformer
 
 
 def serves(transformer: Transformer, batch: int) -> bool:

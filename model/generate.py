@@ -13,7 +13,8 @@ from cna_kernels.errors import InputError
 from .discovery.collect import check_length
 from .discovery.packing import TokenPrompt
 from .memory import DoesNotFit, memory_of
-from .transformer import KVCache, Steering, Transformer
+from .steering import Steering
+from .transformer import Transformer
 
 
 @dataclass(frozen=True)
@@ -76,7 +77,7 @@ def generate(
     running = set(members)
     with torch.inference_mode():
         _check_cache_fits(transformer, batch, cache_length)
-        hidden, cache = _prefill(transformer, input_ids, lengths, cache_length, steer)
+        hidden, cache = transformer.begin(input_ids, lengths, cache_length, steer)
         while True:
             logits = transformer.logits(hidden)
             _require_finite(logits, members, running, prompts)
@@ -102,59 +103,8 @@ def generate(
                 cache.keep(kept)
                 chosen, lengths = chosen[kept], lengths[kept]
                 steer = None if steer is None else steer.keep(kept)
-            positions = lengths.clamp(max=cache_length - 1)[:, None]  # [B, 1]; clamped, because an ended row goes on
             lengths = lengths + 1
-            hidden = transformer.hidden(
-                chosen[:, None], lengths=lengths, positions=positions, cache=cache, steer=steer
-            )[:, 0]
-
-
-_SHORTEST = 8  # tokens of a beginning that is worth a pass of its own
-
-
-def _prefill(
-    transformer: Transformer, input_ids: Tensor, lengths: Tensor, cache_length: int, steer: Steering | None
-) -> tuple[Tensor, KVCache]:
-    """Run the prompts; return the hidden states ``[B, H]`` of their last tokens, and their keys and values.
-
-    A beginning that all prompts share, as the header of a chat, is run once for each way of steering.
-    """
-    batch, longest = input_ids.shape
-    device, dtype = input_ids.device, transformer.dtype
-    rows = torch.arange(batch, dtype=torch.int64, device=device)
-    shared = _shared_beginning(input_ids, lengths)
-    first, members = _alike(batch, steer)
-    by_length = transformer.config.rope.kind in ("dynamic", "longrope")  # the angles of a beginning depend on its row
-    if shared < _SHORTEST or 2 * len(first) > batch or by_length:
-        cache = KVCache(transformer.config, batch, cache_length, dtype, device)
-        hidden = transformer.hidden(input_ids, lengths=lengths, cache=cache, steer=steer)
-        return hidden[rows, lengths - 1], cache
-    first, members = first.to(device), members.to(device)
-    cache = KVCache(transformer.config, len(first), cache_length, dtype, device)
-    transformer.hidden(input_ids[first, :shared], cache=cache, steer=None if steer is None else steer.keep(first))
-    cache.keep(members)
-    positions = torch.arange(shared, longest, dtype=torch.int64, device=device).expand(batch, -1)
-    hidden = transformer.hidden(input_ids[:, shared:], lengths=lengths, positions=positions, cache=cache, steer=steer)
-    return hidden[rows, lengths - 1 - shared], cache
-
-
-def _shared_beginning(input_ids: Tensor, lengths: Tensor) -> int:
-    """How many tokens all rows begin with alike; at least one token of each row is left."""
-    same = (input_ids == input_ids[:1]).all(dim=0)[: int(lengths.min()) - 1]
-    return int(same.long().cumprod(dim=0).sum())
-
-
-def _alike(batch: int, steer: Steering | None) -> tuple[Tensor, Tensor]:
-    """The first row of each way of steering, and for each row ``[B]`` the place of its own way among these."""
-    every = torch.arange(batch, dtype=torch.int64)
-    if steer is None:
-        return every[:1], torch.zeros(batch, dtype=torch.int64)
-    ways = steer.alike(batch)
-    if ways is None:
-        return every, every
-    members = ways.unique(dim=0, return_inverse=True)[1]
-    first = torch.full((int(members.max()) + 1,), batch, dtype=torch.int64).scatter_reduce(0, members, every, "amin")
-    return first, members
+            hidden = transformer.step(chosen, lengths, cache, steer)
 
 
 def pad(ids: Sequence[list[int]], device: torch.device | str) -> tuple[Tensor, Tensor]:
@@ -174,9 +124,8 @@ def _checked_seed(seed) -> int:
 
 def _check_cache_fits(transformer: Transformer, batch: int, length: int):
     """Raise DoesNotFit, which names max_new_tokens, for a cache that memory cannot hold."""
-    config, device = transformer.config, transformer.device
-    numbers = 2 * config.num_hidden_layers * batch * config.num_key_value_heads * length * config.head_dim
-    needed, available = numbers * transformer.dtype.itemsize, memory_of(device)
+    device = transformer.device
+    needed, available = transformer.cache_bytes(batch, length), memory_of(device)
     if available is not None and needed > available:
         what = f"keys and values of {batch} x {length} tokens need {needed / 2**30:.1f} GiB"
         raise DoesNotFit("max_new_tokens", f"{what}, {device} has {available / 2**30:.1f}")

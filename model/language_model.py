@@ -282,9 +282,7 @@ class LanguageModel:
         """
         circuits = [circuit] if isinstance(circuit, Circuit) else list(circuit)
         multipliers = list(multiplier) if isinstance(multiplier, Sequence) else [multiplier] * len(circuits)
-        table = SteeringTable(
-            circuits, multipliers, self.config.num_hidden_layers, self.config.intermediate_size, self.device
-        )
+        table = self.transformer.new_table(circuits, multipliers)
         outer = self._steering
         self._steering = table, None if row_circuit is None else table.row_circuit(row_circuit)
         try:

@@ -9,7 +9,6 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -19,6 +18,7 @@ from torch import Tensor, nn
 
 from cna_kernels import ops
 from cna_kernels.blocks import BlockWeight
+from cna_kernels.circuit import Circuit
 from cna_kernels.scale import make_scale
 from cna_kernels.steering import SteeringTable
 from cna_kernels.sums import ActivationSums
@@ -26,94 +26,10 @@ from cna_kernels.warm_up import blank_extras, warm_up
 
 from . import decode
 from .checkpoint.config import ModelConfig
+from .kv_cache import KVCache
+from .prefill import prefill
 from .rope import RotaryEmbedding, rotate
-
-
-@dataclass
-class Tap:
-    """Collect sums during a forward pass. ``token_weight`` is ``[B * S, C]`` fp32: how much each token counts."""
-
-    sums: ActivationSums
-    token_weight: Tensor
-
-
-class Edit:
-    """Sees, and may change, the residual stream of a forward pass. ``write`` and ``after`` return what replaces it."""
-
-    def write(self, layer: int, part: str, y: Tensor) -> Tensor:
-        """``y`` ``[B, S, H]`` is what a layer's "attention" or "mlp" adds to the stream, or "embedding", its start."""
-        return y
-
-    def after(self, layer: int, x: Tensor) -> Tensor:
-        """``x`` ``[B, S, H]`` is the stream after a layer."""
-        return x
-
-    def keep(self, rows: Tensor) -> Edit:
-        """Return the edit of only these ``rows`` of the batch, ``[B']``, in this order."""
-        return self
-
-    def alike(self) -> Tensor | None:
-        """``[B]`` int64: rows that are edited alike have the same number. None: that is not known."""
-        return None
-
-
-@dataclass
-class Steering:
-    """Steer a forward pass.
-
-    Attributes:
-        table: circuits at their multipliers, or None.
-        row_circuit: ``[B]`` int32: the circuit of each sequence, -1 for none.
-        edit: an Edit of the residual stream, or None.
-    """
-
-    table: SteeringTable | None
-    row_circuit: Tensor | None
-    edit: Edit | None = None
-
-    def keep(self, rows: Tensor) -> Steering:
-        """Return the steering of only these ``rows`` of the batch, ``[B']``, in this order."""
-        row_circuit = None if self.row_circuit is None else self.row_circuit[rows]
-        return Steering(self.table, row_circuit, None if self.edit is None else self.edit.keep(rows))
-
-    def alike(self, batch: int) -> Tensor | None:
-        """``[B, 2]`` int64: rows that are steered alike have the same numbers. None: that is not known."""
-        plain = torch.zeros(batch, dtype=torch.int64)
-        circuit = plain if self.row_circuit is None else self.row_circuit.cpu().long()
-        edit = plain if self.edit is None else self.edit.alike()
-        return None if edit is None else torch.stack((circuit, edit.cpu()), dim=1)
-
-
-Steer = Steering  # the name of Steering before 0.2
-
-
-class KVCache:
-    """Keys and values of a batch, allocated once. Row b holds sequence b's tokens from position 0, without padding."""
-
-    def __init__(self, config: ModelConfig, batch: int, length: int, dtype: torch.dtype, device):
-        shape = (config.num_hidden_layers, batch, config.num_key_value_heads, length, config.head_dim)
-        self.keys = torch.zeros(shape, dtype=dtype, device=device)
-        self.values = torch.zeros(shape, dtype=dtype, device=device)
-        self.rows = torch.arange(batch, dtype=torch.int64, device=device)[:, None]  # [B, 1]
-        self.used = 0  # tokens of the longest row so far
-        self._step: decode.DecodeStep | None = None
-
-    def update(self, layer: int, positions: Tensor, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
-        """Write ``[B, KV heads, S, D]`` at ``positions [B, S]``; return all, ``[B, KV heads, used, D]``."""
-        self.keys[layer][self.rows, :, positions] = keys.transpose(1, 2)
-        self.values[layer][self.rows, :, positions] = values.transpose(1, 2)
-        return self.keys[layer, :, :, : self.used], self.values[layer, :, :, : self.used]
-
-    def step_of(self, transformer: Transformer) -> decode.DecodeStep:
-        """What decodes on this cache in one call; made when it is first asked for."""
-        if self._step is None or not self._step.fits(self):
-            self._step = decode.DecodeStep(transformer, self)
-        return self._step
-
-    def keep(self, rows: Tensor):
-        """Drop all rows of the batch but these ``[B']``, in this order; a row may be named several times."""
-        self.keys, self.values = self.keys[:, rows], self.values[:, rows]
-        self.rows = torch.arange(len(rows), dtype=torch.int64, device=rows.device)[:, None]
+from .steering import Edit, Steer, Steering, Tap  # noqa: F401  # Steer: their place before 0.2
 
 
 class RMSNorm(nn.Module):
@@ -287,6 +203,44 @@ class Transformer(nn.Module):
     def own_sums(self, sums: ActivationSums, *_):
         """A context with the sums that passes add to: here ``sums`` itself, as this process has all neurons."""
         return nullcontext(sums)
+
+    def new_table(self, circuits: Sequence[Circuit], multipliers: Sequence[float]) -> SteeringTable:
+        """Circuits at their multipliers on this model's device, for a :class:`Steering`."""
+        shape = self.config.num_hidden_layers, self.config.intermediate_size
+        return SteeringTable(circuits, multipliers, *shape, self.device)
+
+    def down_columns(self, layer: int, index: Sequence[int]) -> Tensor:
+        """What neurons of a layer write at activation 1: their columns of ``down_proj``, ``[H, k]`` fp32."""
+        weight = self.layers[layer].mlp.down_proj.weight
+        columns = weight.columns(list(index)) if isinstance(weight, BlockWeight) else weight[:, list(index)]
+        return columns.float()
+
+    def cache_bytes(self, batch: int, length: int) -> int:
+        """The bytes that keys and values of ``batch`` sequences of ``length`` tokens take."""
+        config = self.config
+        numbers = 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim * batch * length
+        return numbers * self.dtype.itemsize
+
+    def begin(
+        self, input_ids: Tensor, lengths: Tensor, cache_length: int, steer: Steering | None = None
+    ) -> tuple[Tensor, KVCache]:
+        """Run prompts, ``[B, S]`` right-padded; return their last tokens' hidden states ``[B, H]`` and the cache.
+
+        Args:
+            lengths: ``[B]`` int64, the tokens of each prompt.
+            cache_length: tokens that the longest row may come to have.
+        """
+        return prefill(self, input_ids, lengths, cache_length, steer)
+
+    def step(self, tokens: Tensor, lengths: Tensor, cache: KVCache, steer: Steering | None = None) -> Tensor:
+        """Decode one token of each row, ``[B]``; return the hidden states ``[B, H]``.
+
+        Args:
+            lengths: ``[B]`` int64, the tokens of each row with this one. A row that has outgrown the cache writes over
+                the cache's last place: its answer has ended, and nobody reads what it computes.
+        """
+        positions = (lengths - 1).clamp(max=cache.keys.shape[3] - 1)[:, None]
+        return self.hidden(tokens[:, None], lengths=lengths, positions=positions, cache=cache, steer=steer)[:, 0]
 
     def forward(self, input_ids: Tensor, *, tap: Tap | None = None, steer: Steering | None = None) -> Tensor:
         """Return logits ``[B, S, V]`` for whole sequences."""

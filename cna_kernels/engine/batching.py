@@ -107,10 +107,17 @@ class Batching:
         self._watched.add(Watched(manager, self))
         return manager
 
-    def check_stopped(self) -> None:
+    def use(self, table: SteeringTable) -> None:
+        """Take another table. Raises InputError if a manager is running."""
+        self.check_stopped("table")
+        self.named.clear()
+        self.table = table
+        self.ways.use(table)
+
+    def check_stopped(self, where: str = "detach") -> None:
         """Raise InputError if a manager is running, whose requests are in the middle of their answers."""
         if any(is_running(watched.manager()) for watched in self._watched):
-            raise InputError("detach", "continuous batching is running; stop its manager first")
+            raise InputError(where, "continuous batching is running; stop its manager first")
 
     def take_off(self) -> None:
         for watched in list(self._watched):

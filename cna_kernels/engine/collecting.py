@@ -23,9 +23,9 @@ class Collecting:
         found: ``[B]`` bool: the rows that have a last token; None where all have, or where weights are by token.
     """
 
-    def __init__(self, token_weight: Tensor, buffers: list[dict[str, Tensor]]) -> None:
+    def __init__(self, token_weight: Tensor, buffers: list[dict[str, Tensor]], counted: Tensor | None = None) -> None:
         self.token_weight, self.buffers = token_weight, buffers
-        self.counted = token_weight.flatten(0, -2)
+        self.counted = token_weight.flatten(0, -2) if counted is None else counted
         self.found: Tensor | None = None
         self.done = False
 

@@ -3,26 +3,21 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
-import torch
 from torch import Tensor, nn
 
-from .. import backends, select
-from ..circuit import Circuit, check_fits, check_found_in
-from ..errors import InputError, check_tensor
-from ..files import FilePath
+from .. import backends
+from ..circuit import Circuit
+from ..errors import InputError
 from ..renamed import renamed
-from ..select import UniversalNeurons
 from ..steering import SteeringTable
-from ..sums import ActivationSums
 from .batching import Batching
-from .collecting import Collecting, buffers_for
 from .decoder import ENGINE, decoder_forward
-from .identity import identity_of
+from .finding import Finding
 from .mlps import SteeredMLP, warm_up_mlps
 from .passes import ForwardPass
 from .patch import is_replaced, mlp_forward, replace_forward, restore_forward
@@ -31,13 +26,14 @@ from .rows import Rows
 from .running import Running, ranges
 
 
-class Engine:
+class Engine(Finding):
     """What :func:`attach` returns. One forward pass at a time; ``table`` may be changed from any thread meanwhile.
 
     Attributes:
         table: the live :class:`SteeringTable` of the model: ``add``, ``replace``, ``remove``, ``set_multiplier``.
         n_layers, n_neurons: the model's shape as circuits see it; a mixture of experts counts all its experts' neurons.
         widths: the neurons of each layer. n_experts: the experts of each layer, 1 for a dense layer.
+        mlp_names: the name of each layer's MLP, or of its experts, in the layer.
     """
 
     def __init__(
@@ -57,28 +53,50 @@ class Engine:
         self.widths = [kind.width(mlp) for kind, mlp in zip(kinds, mlps, strict=True)]
         self.n_experts = [kind.n_experts(mlp) for kind, mlp in zip(kinds, mlps, strict=True)]
         self.n_layers, self.n_neurons = len(found), max(self.widths)
-        devices = [kind.device(mlp) for kind, mlp in zip(kinds, mlps, strict=True)]
+        self.mlp_names = [name for name, _ in found]
+        self._devices = devices = [kind.device(mlp) for kind, mlp in zip(kinds, mlps, strict=True)]
         for device in dict.fromkeys(devices):
             backends.name_for(device, backend)  # raises where the backend cannot run
-        self.table = SteeringTable(
-            [], [], self.n_layers, self.n_neurons, devices, max_circuits=max_circuits, max_entries=max_entries,
-            n_experts=self.n_experts, widths=self.widths,
-        )  # fmt: skip
+        self.table = self.new_table(max_circuits=max_circuits, max_entries=max_entries)
         self._rows = rows = Rows(max_rows, devices[0])
         self._prompt, self._batching = Prompt(devices[0]), Batching(rows, self.table)
         self._now = ForwardPass(self._rows)
         self._mlps = [kind(mlps[layer], layer, backend, self._now) for layer, kind in enumerate(kinds)]
+        self._take_scales()
+        self._decoder: nn.Module | None = decoder  # None once the engine is off
+        self._passes: Running | None = Running(decoder, self.mlp_names, self._mlps, self._now, self.table, self._prompt)
+        self._was: dict[str, Any] = {}  # the model's provenance, once the engine is off
+
+    def _take_scales(self) -> None:
         for mlp in self._mlps:
             mlp.scale = self.table.layer(mlp.layer)
         self._now.scales = [mlp.scale for mlp in self._mlps if mlp.scale is not None]
-        self._decoder: nn.Module | None = decoder  # None once the engine is off
-        self._devices = devices
-        self._passes: Running | None = Running(
-            decoder, [name for name, _ in found], self._mlps, self._now, self.table, self._prompt
-        )
-        self._was: dict[str, Any] = {}  # the model's provenance, once the engine is off
 
     # Steering.
+
+    def new_table(
+        self, circuits: Sequence[Circuit] = (), multipliers: Sequence[float] = (), **limits: int | None
+    ) -> SteeringTable:
+        """Return another table for this model; ``limits``: ``max_circuits``, ``max_entries``. See :meth:`use`."""
+        return SteeringTable(
+            circuits, multipliers, self.n_layers, self.n_neurons, self._devices, n_experts=self.n_experts,
+            widths=self.widths, **limits,
+        )  # fmt: skip
+
+    def use(self, table: SteeringTable) -> None:
+        """Steer by a table that :meth:`new_table` made, in place of ``table``. All rows are unsteered until
+        :meth:`rows` is called again. What was compiled or captured before goes on with the table before.
+
+        Raises:
+            InputError: continuous batching is running, whose requests name circuits of the table before.
+        """
+        passes = self._check_attached()
+        if table is self.table:
+            return
+        self._batching.use(table)
+        self.table = passes.table = table
+        self._take_scales()
+        self._rows.give(None, None, "both", 0, None)
 
     def set(self, circuits: Circuit | Sequence[Circuit], multipliers: float | Sequence[float] = 0.0) -> list[int]:
         """Hold these circuits, at these multipliers (one number is for all), and no others; return their numbers.
@@ -202,134 +220,6 @@ class Engine:
             with self.table.lock:
                 self.table.hold(held)
                 self._rows.give(None, *given)
-
-    # Discovery.
-
-    @renamed(weight="token_weight")
-    @contextmanager
-    def collect(
-        self, token_weight: Tensor, sums: ActivationSums | None = None, *, squares: bool = False
-    ) -> Iterator[ActivationSums]:
-        """Sum the activations of the first forward pass inside the ``with``, before any steering.
-
-        Args:
-            token_weight: ``[B, C]``: how much each row's last token counts in each of C columns: the last that the mask
-                shows (not 0 in ``[B, S]``, in any dtype), or the row's last where there is no mask. Within ``generate``
-                it is the prompt's, however prompts are cut. ``[B, S, C]``: of each token.
-            sums: sums of the same columns, to which the pass is added; default new sums.
-            squares: new sums also have the squares, which the score "cohen-d" needs. Given sums have squares or not,
-                whatever this says.
-
-        Yields:
-            The :class:`ActivationSums`. The pass is added to them when the ``with`` ends, unless it ends in an error.
-
-        Raises:
-            NonFiniteActivation: a sum is not finite; nothing of this pass was counted.
-        """
-        passes = self._check_attached()
-        if passes.collecting is not None:
-            raise InputError("collect", "is at work already; its `with` has not ended")
-        token_weight = torch.as_tensor(token_weight, dtype=torch.float32)
-        if token_weight.dim() not in (2, 3):
-            raise InputError("token_weight", f"expected [B, C] or [B, S, C], got {list(token_weight.shape)}")
-        n_columns = token_weight.shape[-1]
-        if sums is None:
-            sums = self.new_sums(n_columns, squares=squares)
-        check_tensor("sums.total", sums.total, shape=(self.n_layers, n_columns, self.n_neurons))
-        with torch.inference_mode(False):
-            token_weight = token_weight.to(self._devices[0], torch.float32, copy=True).contiguous()
-            each = zip(range(self.n_layers), self.widths, self._devices, strict=True)
-            buffers_of = [buffers_for(sums, *layer) for layer in each]
-            passes.collecting = collecting = Collecting(token_weight, buffers_of)
-        for mlp, buffers in zip(self._mlps, buffers_of, strict=True):
-            mlp.sums = buffers
-        try:
-            yield sums
-            if not collecting.done:
-                raise InputError("collect", "no forward pass ran to its end inside the `with`")
-            passes.check_all_ran()
-            collecting.fold_into(sums)
-        finally:
-            passes.collecting = None
-            for mlp in self._mlps:
-                mlp.sums = {}
-
-    def new_sums(self, n_columns: int, *, squares: bool = False) -> ActivationSums:
-        """Return empty sums of the model's shape."""
-        return ActivationSums(self.n_layers, self.n_neurons, n_columns, squares=squares, device=self._devices[0])
-
-    def select(
-        self,
-        sums: ActivationSums,
-        *,
-        fraction: float = 0.001,
-        top_k: int | None = None,
-        score: str = "abs-delta",
-        universal: UniversalNeurons | None = None,
-        exclude: Iterable[tuple[int, int]] = (),
-        skip_layers: Sequence[int] = (),
-        position: str | None = None,
-    ) -> Circuit:
-        """Select the neurons that differ most between column 0, the positive prompts, and column 1, the negative.
-
-        Args:
-            sums: of two columns.
-            fraction: the share of the model's neurons to take; ``top_k``, where given, wins.
-            score: one of ``select.SCORES``.
-            universal: neurons to leave out, as :meth:`universal` returned them.
-            exclude: (layer, index) of other neurons to leave out.
-            skip_layers: layers to leave out.
-            position: what the counted tokens are, such as "last prompt token".
-
-        The circuit's file will hold these arguments, and the model's name and hash.
-        """
-        if isinstance(exclude, UniversalNeurons):  # the way before `universal`
-            if universal is not None:
-                raise InputError("exclude", "expected (layer, index) pairs beside `universal`")
-            universal, exclude = exclude, ()
-        selection = select.Selection(
-            self.widths, fraction=fraction, top_k=top_k, score=score, skip_layers=skip_layers, universal=universal,
-            exclude=exclude,
-        )  # fmt: skip
-        return selection.circuit(sums, position=position, **self._provenance())
-
-    def universal(self, sums: ActivationSums, *, fraction: float = 0.001, threshold: float = 0.8) -> UniversalNeurons:
-        """Find the neurons that are among the largest by magnitude in most columns: they fire anyway.
-
-        Args:
-            sums: one column for each of some unrelated prompts, as ``collect(torch.eye(n_prompts))`` gives.
-            fraction: the share of the model's neurons that counts as the largest of a column.
-            threshold: the share of the columns that counts as most. A column that counts no token has no vote.
-
-        Source: the universal filter of arXiv 2605.12290.
-        """
-        k = select.k_from_fraction(fraction, 1, sum(self.widths))
-        votes = (sums.count != 0).cpu()
-        if not votes.any():
-            raise InputError("sums", "no column counts a token, so there is nothing to find universal neurons in")
-        counts = select.count_top(sums.total.abs().cpu()[:, votes], k)
-        return UniversalNeurons.of(counts, int(votes.sum()), fraction=fraction, threshold=threshold)
-
-    def identity(self) -> dict[str, str]:
-        """The name and hash of the model, see ``identity.py``; once the engine is off, as they were then."""
-        return dict(self._provenance()["model"])
-
-    def check_circuit(self, circuit: Circuit, where: FilePath = "circuit", *, any_model: bool = False) -> None:
-        """Raise InputError, naming the field, if the circuit's shape or hashes say that it is of another model.
-
-        With ``any_model`` only the shape is compared, as :meth:`set` does.
-        """
-        check_fits(circuit, self.n_layers, self.n_neurons, where)
-        if not any_model:
-            check_found_in(circuit, {f"model.{name}": value for name, value in self.identity().items()}, where)
-
-    def _provenance(self) -> dict[str, Any]:
-        """What a circuit's file says of the model: of the model now, or when the engine was taken off."""
-        if self._decoder is None:
-            return self._was
-        dtype = getattr(self._decoder, "dtype", None)
-        name = None if dtype is None else str(dtype).removeprefix("torch.")
-        return dict(model=identity_of(self._decoder, self._mlps), dtype=name)
 
     # Warming up, and coming off.
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import types
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -78,6 +79,11 @@ class Experts(SteeredMLP):
     def device(module: Any) -> torch.device:
         device: torch.device = module.down_proj.device
         return device
+
+    def columns(self, index: Sequence[int], dtype: torch.dtype) -> Tensor:
+        weight: Tensor = self.module.down_proj.detach()  # [E, H, N]
+        place = torch.tensor(index, dtype=torch.int64, device=weight.device)
+        return weight[place // self.own_width, :, place % self.own_width].float().T
 
     def put_on(self) -> None:
         super().put_on()

@@ -234,6 +234,19 @@ class SteeredMLP:
         plain = type(weight) is nn.Parameter and not weight.is_meta
         return weight if plain and weight.dtype in (torch.bfloat16, torch.float32, torch.float64) else None
 
+    def columns(self, index: Sequence[int], dtype: torch.dtype) -> Tensor:
+        """The columns ``[H, k]`` of ``down_proj`` of k neurons, fp32. Of a layer whose weight is not plain (quantised,
+        adapted, offloaded) they are what the layer makes, in ``dtype``, of vectors that are 1 at one neuron."""
+        down: Any = self.module.down_proj
+        weight = plain_weight(down)
+        if weight is not None:
+            return weight.detach()[:, torch.tensor(index, dtype=torch.int64, device=weight.device)].float()
+        ones = torch.zeros(len(index) + 1, self.own_width, dtype=dtype, device=self.device(self.module))
+        ones[range(len(index)), list(index)] = 1
+        with torch.inference_mode():
+            y: Tensor = down(ones)
+        return (y[:-1].float() - y[-1].float()).T  # the last row is a bias, or 0
+
     def reason(self) -> str | None:
         """Why the MLP is not one op, or None."""
         if self.in_modules:

@@ -104,6 +104,10 @@ class Ways:
         self._numbers: dict[tuple[bytes, float], int] = {}
         self._last: dict[int, tuple[Entries, int]] = {}  # by circuit: what it was, and its way
 
+    def use(self, table: SteeringTable) -> None:
+        """Take another table. What was computed by a way keeps its number: caches may still hold it."""
+        self._table, self._last = table, {}
+
     def of_circuit(self, circuit: int) -> int:
         """The way of a circuit as the table holds it now."""
         entries = self._table.held().get(circuit)

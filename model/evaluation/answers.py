@@ -38,14 +38,12 @@ class Answer:
 
 def auto_batch(model: LanguageModel, longest_prompt: int, max_new_tokens: int) -> int:
     """How many answers to decode together: as many as a quarter of the memory holds keys and values for."""
-    config = model.config
-    length = min(longest_prompt + max_new_tokens, config.context_length)
-    numbers = 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim * length
+    length = min(longest_prompt + max_new_tokens, model.config.context_length)
     most = MOST_ROWS.get(model.device.type, MOST_ROWS["cpu"])
     available = memory_of(model.device)
     if available is None:
         return most
-    return max(min(most, available // MEMORY_SHARE // (numbers * model.transformer.dtype.itemsize)), 1)
+    return max(min(most, available // MEMORY_SHARE // model.transformer.cache_bytes(1, length)), 1)
 
 
 def answer_all(

@@ -12,7 +12,6 @@ import torch
 from torch import Tensor
 
 from cna_kernels import select
-from cna_kernels.blocks import BlockWeight
 from cna_kernels.circuit import Circuit
 from cna_kernels.errors import InputError
 from cna_kernels.sums import ActivationSums
@@ -135,8 +134,7 @@ def written(model: LanguageModel, circuit: Circuit, delta: Tensor) -> Direction:
     """
     vectors = torch.zeros(circuit.n_layers, model.config.hidden_size, dtype=torch.float64)
     for layer, members in circuit.by_layer().items():
-        weight = model.transformer.layers[layer].mlp.down_proj.weight
-        columns = weight.columns(members) if isinstance(weight, BlockWeight) else weight[:, members]
+        columns = model.transformer.down_columns(layer, members)
         vectors[layer] = columns.double().cpu() @ delta[layer, members]
     return Direction("mlp", vectors.float())
 

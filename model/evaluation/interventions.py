@@ -63,7 +63,6 @@ class Interventions:
 
     def __init__(self, model: LanguageModel, variants: Sequence[Variant]):
         self.variants = list(variants)
-        shape = model.config.num_hidden_layers, model.config.intermediate_size
         circuits: list[tuple[Circuit, float]] = []
         directions: list[tuple[Direction, float]] = []
         self._row_circuit: list[int] = []  # for each variant, its circuit's number in the table, or -1
@@ -80,11 +79,11 @@ class Interventions:
         self._directions: DirectionTable | None = None
         if circuits:
             found, strengths = zip(*circuits, strict=True)
-            self._table = SteeringTable(found, strengths, *shape, model.device)
+            self._table = model.transformer.new_table(found, strengths)
         if directions:
             vectors, strengths = zip(*directions, strict=True)
-            n_hidden = model.config.hidden_size
-            self._directions = DirectionTable(vectors, strengths, shape[0], n_hidden, model.device)
+            shape = model.config.num_hidden_layers, model.config.hidden_size
+            self._directions = DirectionTable(vectors, strengths, *shape, model.device)
 
     def steer(self, rows: Sequence[int]) -> Steering | None:
         """The Steering of a batch whose row b uses variant ``rows[b]``; None where no row is steered."""

@@ -114,7 +114,7 @@ TEST_FOLDERS |= {"cna_kernels/engine": ("attach",), "cna_kernels/vllm": ("vllm_p
 # Files without a test file of their own name, by the test file that tests them together.
 TESTED_TOGETHER = {
     "ops/test_ops.py": "cna_kernels/: backends errors extras library op_checks reference scale serve",
-    "attach/test_engine.py": "cna_kernels/engine/: attach decoder dense experts find identity mlps patch",
+    "attach/test_engine.py": "cna_kernels/engine/: attach decoder dense experts find finding identity mlps patch",
     "ops/test_steering.py": "cna_kernels/: entries",
     "vllm_plugin/test_asked.py": "cna_kernels/vllm/: options requests",
     "vllm_plugin/test_served_model.py": "cna_kernels/vllm/: identity",
@@ -138,6 +138,8 @@ TESTED_TOGETHER = {
     "model/checkpoint/test_export.py": "model/cli/: export",
     "model/text/test_chat_template.py": "model/text/: template_child",
     "model/discovery/test_discover.py": "model/discovery/: circuits settings",
+    "model/test_generate.py": "model/: kv_cache prefill",
+    "model/test_transformer.py": "model/: steering",
     "model/discovery/test_job.py": "model/discovery/: sense units; model/cli/: attribution",
     "model/discovery/test_packing.py": "model/discovery/: packed",
     "model/discovery/test_run_directory.py": "model/discovery/: part_header parts",
