@@ -40,6 +40,9 @@ class Circuit:
         positive_mean: the mean activation of each neuron over the positive prompts, in rank order; None where unknown.
         mirrored: (layer, index) of the neurons that get 2 - m where the others get m, see :meth:`aligned`; None for a
             plain circuit, all of whose neurons get m.
+        experts: of a mixture of experts, (number of experts, neurons of each) for each layer; a dense layer is (1, its
+            neurons). Neuron i of expert e then has the index ``e * neurons of each + i``, see :meth:`expert_of`. None
+            for a model without experts, and where it is not known.
     """
 
     neurons: tuple[tuple[int, int, float], ...]
@@ -64,8 +67,10 @@ class Circuit:
     excluded: tuple[tuple[int, int], ...] = ()
     positive_mean: tuple[float, ...] | None = None
     mirrored: tuple[tuple[int, int], ...] | None = None
+    experts: tuple[tuple[int, int], ...] | None = None
 
     def __post_init__(self) -> None:
+        widths = self._widths()
         neurons, seen = [], set()
         for place, neuron in enumerate(self.neurons):
             try:
@@ -74,8 +79,9 @@ class Circuit:
             except (TypeError, ValueError):
                 raise InputError(f"neurons[{place}]", f"expected (layer, index, contrast), got {neuron!r}") from None
             layer, index = (whole_number(f"neurons[{place}]", number) for number in (layer, index))
-            if not (0 <= layer < self.n_layers and 0 <= index < self.n_neurons):
-                what = f"({layer}, {index}) is outside {self.n_layers} layers of {self.n_neurons} neurons"
+            if not (0 <= layer < self.n_layers and 0 <= index < widths[layer]):
+                of = widths[layer] if 0 <= layer < self.n_layers else self.n_neurons
+                what = f"({layer}, {index}) is outside {self.n_layers} layers of {of} neurons"
                 raise InputError("neurons", what)
             if (layer, index) in seen:
                 raise InputError("neurons", f"({layer}, {index}) appears twice")
@@ -92,6 +98,31 @@ class Circuit:
             if len(set(places)) != len(places) or not set(places) <= seen:
                 raise InputError("mirrored", "expected neurons of the circuit, each once")
             object.__setattr__(self, "mirrored", places)
+
+    def _widths(self) -> list[int]:
+        """The neurons of each layer. Raises InputError for ``experts`` that are none of such a model."""
+        if self.experts is None:
+            return [self.n_neurons] * self.n_layers
+        try:
+            pairs = tuple((whole_number("experts", n), whole_number("experts", own)) for n, own in self.experts)
+        except (TypeError, ValueError) as error:
+            raise error if isinstance(error, InputError) else InputError("experts", "expected pairs") from None
+        object.__setattr__(self, "experts", pairs)
+        widths = [n * own for n, own in pairs]
+        if len(widths) != self.n_layers or max(widths) != self.n_neurons or min(map(min, pairs)) < 1:
+            what = f"expected (experts, neurons of each) for {self.n_layers} layers, the widest of {self.n_neurons}"
+            raise InputError("experts", what)
+        return widths
+
+    @property
+    def n_all(self) -> int:
+        """The number of neurons of the whole model."""
+        return sum(self._widths())
+
+    def expert_of(self, layer: int, index: int) -> tuple[int, int]:
+        """Return (expert, index in it) of a neuron; (0, index) where the layer has no experts, or none are known."""
+        own = self.n_neurons if self.experts is None else self.experts[layer][1]
+        return index // own, index % own
 
     @property
     def k(self) -> int:
@@ -143,24 +174,34 @@ class Circuit:
     def random_like(self, seed: int) -> Circuit:
         """Return as many random neurons from the same layers, none of this circuit: the control for every claim.
 
-        The universal neurons, which the circuit's discovery left out, are left out here, too. Of a circuit with
+        Of a mixture they are from the same experts, too: an expert that is seldom chosen would be no control. The
+        universal neurons, which the circuit's discovery left out, are left out here, too. Of a circuit with
         mirrored neurons, as many of each layer's are mirrored.
         """
         taken = {*self.pairs, *map(tuple, (self.universal or {}).get("excluded", []))}
         generator, own = random.Random(seed), set(self.mirrored or ())
         neurons, mirrored = [], []
-        for layer, members in self.by_layer().items():
-            others = [index for index in range(self.n_neurons) if (layer, index) not in taken]
+        for (layer, expert), members in self._by_expert().items():
+            n = self.n_neurons if self.experts is None else self.experts[layer][1]
+            others = [index for index in range(expert * n, (expert + 1) * n) if (layer, index) not in taken]
             if len(others) < len(members):
-                raise ValueError(f"random_like: layer {layer} has only {len(others)} neurons outside the circuit")
+                where = f"layer {layer}" + ("" if self.experts is None else f", expert {expert},")
+                raise ValueError(f"random_like: {where} has only {len(others)} neurons outside the circuit")
             drawn = generator.sample(others, len(members))
             neurons += [(layer, index, 0.0) for index in sorted(drawn)]
             n_mirrored = sum((layer, index) in own for index in members)
             mirrored += [(layer, index) for index in sorted(drawn[:n_mirrored])]  # random ones: the draw has no order
         return Circuit(
             tuple(neurons), self.n_layers, self.n_neurons, score=f"random (seed {seed})",
-            mirrored=None if self.mirrored is None else tuple(mirrored),
+            mirrored=None if self.mirrored is None else tuple(mirrored), experts=self.experts,
         )  # fmt: skip
+
+    def _by_expert(self) -> dict[tuple[int, int], list[int]]:
+        """(layer, expert) -> sorted indices."""
+        found: dict[tuple[int, int], list[int]] = {}
+        for layer, index in sorted(self.pairs):
+            found.setdefault((layer, self.expert_of(layer, index)[0]), []).append(index)
+        return found
 
     def positive(self) -> Circuit:
         """Return the neurons that are more active on the positive prompts. Their bootstrap and folds are left out."""
@@ -212,10 +253,12 @@ class Circuit:
             raise InputError(path, error) from None
 
     def __str__(self) -> str:
-        lines = [f"{self.k} of {self.n_layers * self.n_neurons} neurons, score {self.score or 'unknown'}"]
+        lines = [f"{self.k} of {self.n_all} neurons, score {self.score or 'unknown'}"]
         lines.append("per layer: " + " ".join(str(count) for count in self.per_layer()))
         for layer, index, value in self.neurons[:10]:
-            lines.append(f"  layer {layer:3d}  neuron {index:6d}  contrast {value:+.4f}")
+            expert, own = self.expert_of(layer, index)
+            where = "" if self.experts is None else f"expert {expert:3d}  "
+            lines.append(f"  layer {layer:3d}  {where}neuron {own:6d}  contrast {value:+.4f}")
         return "\n".join(lines)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import re
+from collections.abc import Callable
 from typing import Any
 
 from .errors import InputError
@@ -19,7 +20,11 @@ _SHARE = (0, 1)  # the bounds of a share
 # the fields of a circuit that are texts, and the hashes inside its ``model``
 _TEXTS = ("score", "k_rule", "position", "tokenizer_sha256", "chat_template_sha256", "dtype", "preset")
 _HASHES = ("settings_sha256", "tensors_sha256", "decoder_sha256")
-_NEW = ("positive_mean", "mirrored")  # where they are None, a file is as it was before there were such fields
+_NEW = (
+    "positive_mean",
+    "mirrored",
+    "experts",
+)  # where None, a file is as before there were such fields
 _OLD_HASHES = ("config_sha256", "headers_sha256", "weights_sha256", "neurons_sha256")  # of samples, before 0.2
 
 
@@ -27,6 +32,8 @@ def to_json(circuit: Any) -> str:
     """The text of a circuit's file, a line for each neuron."""
     record = {"schema_version": SCHEMA_VERSION, "site": SITE, "k": circuit.k}
     record |= {field.name: getattr(circuit, field.name) for field in dataclasses.fields(circuit)}
+    if circuit.experts is not None:
+        record = _renumbered(record, 2, lambda layer, index: [layer, *circuit.expert_of(layer, index)])
     neurons = record.pop("neurons")
     record = {name: value for name, value in record.items() if value is not None or name not in _NEW}
     lines = ",\n".join("    " + json.dumps(neuron, allow_nan=False) for neuron in neurons)
@@ -56,6 +63,10 @@ def _from_record(fields: Fields) -> dict[str, Any]:
         raise fields.error("schema_version", f"expected {SCHEMA_VERSION}, got {short(version)}")
     shape = fields.integer("n_layers", (1, _MOST_LAYERS)), fields.integer("n_neurons", (1, _MOST_NEURONS))
     known: dict[str, Any] = dict(n_layers=shape[0], n_neurons=shape[1])
+    experts = _experts(fields, shape)
+    if experts is not None:
+        fields = Fields(_flat(fields, experts), fields.where)
+    known["experts"] = experts
     fields.one_of("site", (SITE,))
     known |= {name: fields.text(name, None) for name in _TEXTS}
     known["fraction"] = fields.read(
@@ -192,6 +203,51 @@ def _from_public_code(
     n_layers = n_layers or 1 + max((layer for layer, _, _ in neurons), default=0)
     n_neurons = n_neurons or 1 + max((index for _, index, _ in neurons), default=0)
     return dict(neurons=tuple(neurons), n_layers=n_layers, n_neurons=n_neurons, score="abs-delta", preset="imported")
+
+
+# The neurons of a mixture: [layer, expert, index, ...] in a file, (layer, index, ...) in a Circuit.
+
+_PLACES = (("neurons",), ("excluded",), ("mirrored",), ("universal", "excluded"), ("bootstrap", "others"))
+
+
+def _experts(fields: Fields, shape: tuple[int, int]) -> tuple[tuple[int, int], ...] | None:
+    """The number of experts and the neurons of each, layer by layer; None where the file has no experts."""
+    pairs = fields.items(
+        "experts",
+        lambda x: isinstance(x, list) and len(x) == 2 and all(is_whole(n) and 0 < n <= _MOST_NEURONS for n in x),
+        "[experts, neurons of each]",
+        None,
+    )
+    if pairs is None:
+        return None
+    if len(pairs) != shape[0] or max(n * own for n, own in pairs) != shape[1]:
+        raise fields.error("experts", f"expected one for each of {shape[0]} layers, the widest of {shape[1]} neurons")
+    return tuple((n, own) for n, own in pairs)
+
+
+def _flat(fields: Fields, experts: tuple[tuple[int, int], ...]) -> dict[str, Any]:
+    """The fields of a mixture's circuit with (layer, index) in place of (layer, expert, index)."""
+    for path in _PLACES:
+        part: Any = fields.record
+        for name in path:
+            part = part.get(name) if isinstance(part, dict) else None
+        for place, entry in enumerate(part if isinstance(part, list) else ()):
+            whole = isinstance(entry, list) and len(entry) >= 3 and all(map(is_whole, entry[:3]))
+            n, own = experts[entry[0]] if whole and 0 <= entry[0] < len(experts) else (0, 0)
+            if not (whole and 0 <= entry[1] < n and 0 <= entry[2] < own):
+                what = f"expected [layer, expert, index, ...] in the model's shape, got {short(entry)}"
+                raise fields.error(f"{'.'.join(path)}[{place}]", what)
+    return _renumbered(fields.record, 3, lambda layer, expert, index: [layer, expert * experts[layer][1] + index])
+
+
+def _renumbered(record: dict[str, Any], n: int, change: Callable[..., list[int]]) -> dict[str, Any]:
+    """A copy of a record whose neurons have other numbers; ``change``: the ``n`` old numbers -> the new."""
+    record = {name: dict(value) if isinstance(value, dict) else value for name, value in record.items()}
+    for *above, name in _PLACES:
+        inside = record.get(above[0]) if above else record
+        if isinstance(inside, dict) and isinstance(inside.get(name), (list, tuple)):
+            inside[name] = [[*change(*entry[:n]), *entry[n:]] for entry in inside[name]]
+    return record
 
 
 def _contrast(value: float, where: str) -> float:

@@ -148,6 +148,11 @@ class SteeringTable:
         """
         number = whole_number("number", number)
         check_fits(circuit, self.n_layers, self.n_neurons)
+        mine = tuple((n, width // n) for n, width in zip(self._experts, self._widths, strict=True))
+        if circuit.experts not in (None, mine):
+            raise InputError(
+                "experts", "made for another model: expected another number of experts, or of their neurons"
+            )
         own, one = None, 1.0
         if isinstance(multiplier, (list, tuple)):
             own = by_place(circuit, [check_multiplier(each) for each in multiplier])

@@ -28,6 +28,7 @@ class Finding:
     """The part of an :class:`Engine` that collects sums and selects circuits. The attributes are the Engine's."""
 
     widths: list[int]
+    n_experts: list[int]
     n_layers: int
     n_neurons: int
     _devices: list[torch.device]
@@ -178,4 +179,11 @@ class Finding:
             return self._was
         dtype = getattr(self._decoder, "dtype", None)
         name = None if dtype is None else str(dtype).removeprefix("torch.")
-        return dict(model=identity_of(self._decoder, self._mlps), dtype=name)
+        return dict(model=identity_of(self._decoder, self._mlps), dtype=name, experts=self.experts)
+
+    @property
+    def experts(self) -> tuple[tuple[int, int], ...] | None:
+        """(number of experts, neurons of each) for each layer, as :attr:`Circuit.experts`; None without a mixture."""
+        if max(self.n_experts) == 1 and min(self.widths) == self.n_neurons:
+            return None
+        return tuple((n, width // n) for n, width in zip(self.n_experts, self.widths, strict=True))

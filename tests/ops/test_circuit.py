@@ -391,3 +391,68 @@ def test_a_random_control_mirrors_as_many():
         own = {layer: [i for at, i in control.pairs if at == layer] for layer in range(4)}
         places |= {own[layer].index(index) for layer, index in control.mirrored if layer == 0}
     assert places == set(range(12)), "which ones are mirrored is random"
+
+
+# Mixtures: layer 0 is dense with 12 neurons, layer 1 has 3 experts of 5.
+
+EXPERTS = ((1, 12), (3, 5))
+
+
+def mixture(**changes):
+    return Circuit(
+        **dict(
+            neurons=((1, 11, 2.0), (0, 11, -1.0), (1, 4, 0.5)), n_layers=2, n_neurons=15, experts=EXPERTS,
+            excluded=((1, 5), (0, 0)), mirrored=((1, 4),),
+            universal={"prompts": 3, "fraction": 0.1, "threshold": 0.8, "excluded": [[1, 14]], "prompts_sha256": None},
+            bootstrap={"replicates": 2, "seed": 0, "overlap": 0.5, "pairwise_overlap": 0.5,
+                       "frequency": [1.0, 0.5, 0.5], "others": [[1, 9, 0.5]]},
+        )
+        | changes
+    )  # fmt: skip
+
+
+def test_a_mixtures_file_names_the_expert_of_every_neuron(tmp_path):
+    path = tmp_path / "c.json"
+    mixture().save(path)
+    record = json.loads(path.read_text())
+    assert record["neurons"] == [[1, 2, 1, 2.0], [0, 0, 11, -1.0], [1, 0, 4, 0.5]]
+    assert record["excluded"] == [[1, 1, 0], [0, 0, 0]] and record["mirrored"] == [[1, 0, 4]]
+    assert record["universal"]["excluded"] == [[1, 2, 4]] and record["bootstrap"]["others"] == [[1, 1, 4, 0.5]]
+    assert record["experts"] == [[1, 12], [3, 5]]
+    assert Circuit.load(path) == mixture() and "expert   2  neuron      1" in str(mixture())
+    plain = mixture(universal=None, bootstrap=None, mirrored=None)
+    plain.save(path)
+    assert Circuit.load(path) == plain and plain.n_all == 27
+    assert mixture().universal["excluded"] == [[1, 14]], "saving changes nothing of the circuit"
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        (lambda r: r["neurons"][0].__setitem__(1, 3), r"neurons\[0\]: expected \[layer, expert, index, ...\]"),
+        (lambda r: r["neurons"][0].__setitem__(2, 5), r"neurons\[0\]: expected \[layer, expert, index, ...\]"),
+        (lambda r: r["neurons"][1].__setitem__(1, 1), r"neurons\[1\]: expected \[layer, expert, index, ...\]"),
+        (lambda r: r["mirrored"].append([1, 4]), r"mirrored\[1\]: expected \[layer, expert, index, ...\]"),
+        (lambda r: r["bootstrap"]["others"].append([2, 0, 0, 1]), r"bootstrap.others\[1\]: expected \[layer, expert"),
+        (lambda r: r.update(experts=[[1, 12]]), "experts: expected one for each of 2 layers, the widest of 15"),
+        (lambda r: r.update(experts=[[1, 12], [3, 4]]), "experts: expected one for each of 2 layers"),
+        (lambda r: r.update(experts=[[1, 12], [0, 5]]), r"experts\[1\]: expected \[experts, neurons of each\]"),
+    ],
+)
+def test_bad_experts_are_named(tmp_path, change, message):
+    record = json.loads(mixture().to_json())
+    change(record)
+    (tmp_path / "c.json").write_text(json.dumps(record))
+    with pytest.raises(InputError, match=message):
+        Circuit.load(tmp_path / "c.json")
+
+
+def test_a_mixtures_control_is_drawn_from_the_same_experts():
+    for seed in range(20):
+        control = mixture(mirrored=None).random_like(seed)
+        assert sorted(control.expert_of(layer, index)[0] for layer, index in control.pairs if layer == 1) == [0, 2]
+        assert not {*control.pairs} & {*mixture().pairs, (1, 14)} and control.experts == EXPERTS
+    with pytest.raises(InputError, match=r"\(0, 12\) is outside 2 layers of 12 neurons"):
+        mixture(neurons=((0, 12, 1.0),), mirrored=None, bootstrap=None)
+    with pytest.raises(InputError, match="experts: expected"):
+        mixture(experts=((1, 12), (3, 4)))
