@@ -5,6 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
+from functools import partial
 from pathlib import Path
 from tempfile import TemporaryFile
 from typing import TYPE_CHECKING, Any
@@ -20,13 +21,12 @@ from cna_kernels.renamed import renamed
 from cna_kernels.steering import SteeringTable, distinct
 
 from .checkpoint.config import DTYPES
-from .checkpoint.formats import open_checkpoint, read_config, require_checkpoint
+from .checkpoint.formats import open_checkpoint, require_checkpoint
 from .checkpoint.identity import Identity
-from .checkpoint.load import load_transformer
 from .discovery.job import Job, Progress
 from .discovery.packing import TokenPrompt
 from .discovery.settings import Settings, settings_from
-from .discovery.streamed import StreamedTransformer
+from .engines import Chosen, require_own
 from .evaluation.relp import relevance
 from .generate import Sampling, generate
 from .memory import usable_device
@@ -46,36 +46,35 @@ GENERATE_ROWS = 64  # prompts decoded together
 def load(
     directory: FilePath,
     *,
+    engine: str = "auto",
     device: torch.device | str = "cpu",
     dtype: str | None = None,
     stream_layers: bool = False,
     spill: FilePath | None = None,
     mesh: DeviceMesh | None = None,
+    weights: bool = True,
     system: str | None = None,
     template_args: Mapping[str, Any] | None = None,
+    device_map: str | None = None,
+    model_args: Mapping[str, Any] | None = None,
 ) -> LanguageModel:
     """Load a checkpoint directory in Hugging Face layout. The options are as in :class:`LanguageModel`.
 
     Raises InputError, naming the directory, file or tensor that cannot be used.
     """
     return LanguageModel(
-        directory,
-        device=device,
-        dtype=dtype,
-        stream_layers=stream_layers,
-        spill=spill,
-        mesh=mesh,
-        system=system,
-        template_args=template_args,
-    )
+        directory, engine=engine, device=device, dtype=dtype, stream_layers=stream_layers, spill=spill, mesh=mesh,
+        weights=weights, system=system, template_args=template_args, device_map=device_map, model_args=model_args,
+    )  # fmt: skip
 
 
 class LanguageModel:
     """A model with its tokenizer. ``model(input_ids[B, S]) -> logits[B, S, V]`` is the plain call.
 
     Attributes:
-        transformer: the forward pass, a torch module; a StreamedTransformer with ``stream_layers``, a
-            ParallelTransformer with ``mesh``.
+        engine: what runs the model, "own" or "transformers".
+        transformer: the forward pass: a Transformer, which is a torch module; a StreamedTransformer with
+            ``stream_layers``, a ParallelTransformer with ``mesh``, an HfTransformer on the engine "transformers".
         tokenizer: text to ids and back; encoder: prompts to ids.
         config: ModelConfig.
         directory: where the model was loaded from; checkpoint: the tensors of its files.
@@ -85,24 +84,33 @@ class LanguageModel:
         self,
         directory: FilePath,
         *,
+        engine: str = "auto",
         device: torch.device | str = "cpu",
         dtype: str | None = None,
         stream_layers: bool = False,
         spill: FilePath | None = None,
         mesh: DeviceMesh | None = None,
+        weights: bool = True,
         system: str | None = None,
         template_args: Mapping[str, Any] | None = None,
+        device_map: str | None = None,
+        model_args: Mapping[str, Any] | None = None,
     ) -> None:
         """
         Args:
+            engine: "own", our forward pass; "transformers", any model that transformers loads and ``attach`` knows;
+                "auto", our own where it serves the model, else transformers, which a warning then says.
             device: "cpu", "cuda", "cuda:1", ...
             dtype: "bfloat16", "float16" or "float32"; None keeps the checkpoint's own.
             stream_layers: read each layer when its turn comes, for models larger than memory. Such a model finds
                 circuits, and nothing else. ``spill`` is a directory for hidden states that memory does not hold.
             mesh: share the layers with the other processes of this mesh, see ``tensor_parallel.open_mesh``. All its
                 processes make the same calls. Such a model finds circuits, and nothing else.
+            weights: False reads none: such a model checks and selects circuits, and nothing else.
             system: the system message of every chat.
             template_args: variables of the chat template, as ``{"enable_thinking": False}``.
+            device_map: on transformers, as of its ``from_pretrained``: "auto" shares the layers out among all GPUs.
+            model_args: on transformers, further arguments of ``from_pretrained``.
         """
         self.directory = Path(directory)
         require_checkpoint(directory)
@@ -110,25 +118,21 @@ class LanguageModel:
             raise InputError("dtype", f"expected one of {', '.join(DTYPES)}, got {dtype!r}")
         self.device = usable_device(device)
         backends.name_for(self.device)  # an absent CNA_BACKEND fails here, before files are read
-        self.config = read_config(directory)
+        own_only = "stream_layers" if stream_layers else None if mesh is None else "tensor_parallel"
+        chosen = Chosen(self.directory, engine, own_only=own_only, hf_only=bool(device_map or model_args))
+        self.engine, self.config = chosen.engine, chosen.config
         self.tokenizer = Tokenizer(directory, self.config.vocab_size)
         self.encoder = PromptEncoder(
             self.tokenizer, self.config.context_length, system=system, template_args=template_args
         )
         self.stop_ids = stop_ids(directory, self.tokenizer, self.config.vocab_size)
         self.checkpoint = open_checkpoint(directory)
-        self._identity = Identity(directory, self.checkpoint, self.config)
-        options: dict[str, Any] = dict(dtype=None if dtype is None else DTYPES[dtype], device=self.device)
-        self.transformer: Transformer
-        if mesh is not None:
-            from .discovery.tensor_parallel import load_parallel
-
-            self.transformer = load_parallel(directory, self.config, self.checkpoint, mesh=mesh, **options)
-        elif stream_layers:
-            streamed = StreamedTransformer(directory, self.config, self.checkpoint, spill=spill, **options)
-            self.transformer = streamed  # type: ignore[assignment]  # _require_logits refuses calls that it lacks
-        else:
-            self.transformer = load_transformer(directory, self.config, self.checkpoint, **options)
+        self.transformer: Transformer = chosen.load(
+            self.checkpoint, device=self.device, dtype=dtype, stream_layers=stream_layers, spill=spill, mesh=mesh,
+            weights=weights, device_map=device_map, model_args=model_args,
+        )  # fmt: skip
+        of_model = partial(chosen.identity, self.checkpoint, lambda: self.transformer)
+        self._identity = Identity(self.checkpoint, of_model)
         self._steering: tuple[SteeringTable, Tensor | None] | None = None
 
     def __call__(self, input_ids: Tensor) -> Tensor:
@@ -151,7 +155,7 @@ class LanguageModel:
         return self.transformer.warm_up(longest, n_columns=n_columns, squares=squares)
 
     def _require_logits(self):
-        if type(self.transformer) is not Transformer:
+        if self.transformer.finds_only:
             raise InputError("model", "a model whose layers are streamed or shared finds circuits, and nothing else")
 
     def identity(self) -> dict[str, str]:
@@ -159,7 +163,7 @@ class LanguageModel:
         return self._identity()
 
     def describe(self, chat: bool | None = None, *, hashed: bool = True) -> str:
-        """What prompts meet, in a line: the model, the chat template and what ends an answer.
+        """What prompts meet, in a line: the model, its engine, the chat template and what ends an answer.
 
         Args:
             hashed: whether the weights' hash is in it, for which all weights are read once.
@@ -167,7 +171,8 @@ class LanguageModel:
         name = self.directory.resolve().name
         weights = f" {self.identity()['tensors_sha256'][:8]}" if hashed else ""
         ends = ", ".join(f"{number} {self.tokenizer.token(number)!r}" for number in sorted(self.stop_ids)) or "no token"
-        return f"model {name!r}{weights}; {self.encoder.describe(chat)}; an answer ends at {ends}"
+        engine = "" if self.engine == "own" else f" on {self.engine}"
+        return f"model {name!r}{weights}{engine}; {self.encoder.describe(chat)}; an answer ends at {ends}"
 
     def encode(self, prompts: PromptSet, *, chat: bool | None = None, double_bos: bool = False) -> list[TokenPrompt]:
         """Tokenise each prompt, as the user's message of a chat or as plain text; see :class:`PromptEncoder`."""
@@ -254,7 +259,7 @@ class LanguageModel:
             prompts: one prompt, or several: then the mean over them is returned.
             target, counterfactual: a text, or several; of each text only the first token is used.
         """
-        self._require_logits()
+        require_own(self.transformer, "relevance needs gradients")
         prompts = PromptSet.of([prompts] if isinstance(prompts, str) else prompts, "prompts")
         first = self.tokenizer.first_ids
         sides = first(target, "target"), first(counterfactual, "counterfactual")

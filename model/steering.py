@@ -20,7 +20,13 @@ class Tap:
 
 
 class Edit:
-    """Sees, and may change, the residual stream of a forward pass. ``write`` and ``after`` return what replaces it."""
+    """Sees, and may change, the residual stream of a forward pass. ``write`` and ``after`` return what replaces it.
+
+    Attributes:
+        edits_writes: whether ``write`` changes what embedding and attention add, too, and not only the MLPs' outputs.
+    """
+
+    edits_writes = True
 
     def write(self, layer: int, part: str, y: Tensor) -> Tensor:
         """``y`` ``[B, S, H]`` is what a layer's "attention" or "mlp" adds to the stream, or "embedding", its start."""

@@ -158,6 +158,8 @@ class Layer(nn.Module):
 class Transformer(nn.Module):
     """The whole model. ``transformer(input_ids[B, S]) -> logits[B, S, V]`` is the plain call."""
 
+    finds_only = False  # whether the model finds circuits, and gives no logits
+
     def __init__(self, config: ModelConfig):
         super().__init__()
         self.config = config

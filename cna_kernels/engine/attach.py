@@ -21,9 +21,9 @@ from torch import nn
 
 from ..errors import InputError
 from ..fields import whole_number
-from .decoder import ENGINE, decoder_forward, layers_of
+from .decoder import ENGINE, decoder_forward
 from .engine import Engine
-from .find import find_decoder, find_mlp
+from .find import find_decoder, find_mlps
 from .forwards import learn_activations
 from .patch import STEERED, is_replaced
 
@@ -60,9 +60,8 @@ def attach(
     if attached(model) is not None:
         raise InputError("model", "an engine is attached already; see cna_kernels.attached(model)")
     learn_activations()
-    layers = layers_of(decoder)
-    found = [find_mlp(layer, f"layers[{number}]") for number, layer in enumerate(layers)]
-    mlps = [layer.get_submodule(name) for layer, (name, _) in zip(layers, found, strict=True)]
+    found = find_mlps(decoder)
+    mlps = [mlp for *_, mlp in found]
     if len(set(map(id, mlps))) < len(mlps):
         raise InputError("model", "two of its layers share an MLP, which cannot be steered apart")
     if any(getattr(mlp, STEERED, None) is not None for mlp in mlps):
@@ -71,7 +70,9 @@ def attach(
     known = "_hf_hook" in decoder.__dict__ or is_replaced(decoder, decoder_forward)
     if current is not None and not known and getattr(current, "__func__", current) is not type(decoder).forward:
         raise InputError("model", "the forward of the decoder was replaced by something else; take that off first")
-    engine = Engine(decoder, mlps, found, backend, max_circuits, max_entries, max_rows)
+    engine = Engine(
+        decoder, mlps, [(name, kind) for name, kind, _ in found], backend, max_circuits, max_entries, max_rows
+    )
     engine._put_on(decoder)
     engine._prompt.put_on(model, decoder, lambda around: getattr(around, ENGINE, None))
     if left := engine.not_fused():

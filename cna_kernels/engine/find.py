@@ -8,6 +8,7 @@ from torch import nn
 from torch.nn.modules.conv import _ConvNd
 
 from ..errors import InputError
+from .decoder import layers_of
 from .dense import Apart, Joined
 from .experts import Experts
 from .mlps import SteeredMLP
@@ -25,6 +26,21 @@ def find_decoder(model: nn.Module) -> nn.Module:
     if not isinstance(getattr(decoder, "layers", None), nn.ModuleList):
         raise InputError("model", f"{type(inner).__name__} has no decoder with `layers`; supported: {SUPPORTED}")
     return decoder
+
+
+def find_mlps(decoder: nn.Module) -> list[tuple[str, type[SteeredMLP], nn.Module]]:
+    """The MLP of each layer: its name in the layer, the kind of SteeredMLP that serves it, and the module."""
+    found = []
+    for number, layer in enumerate(layers_of(decoder)):
+        name, kind = find_mlp(layer, f"layers[{number}]")
+        found.append((name, kind, layer.get_submodule(name)))
+    return found
+
+
+def layer_experts(decoder: nn.Module) -> list[tuple[int, int]]:
+    """(number of experts, neurons of each) for each layer; (1, neurons) for a dense one."""
+    counts = [(kind.n_experts(mlp), kind.width(mlp)) for _, kind, mlp in find_mlps(decoder)]
+    return [(n, width // n) for n, width in counts]
 
 
 def find_mlp(layer: nn.Module, where: str) -> tuple[str, type[SteeredMLP]]:

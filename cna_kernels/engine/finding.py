@@ -183,7 +183,11 @@ class Finding:
 
     @property
     def experts(self) -> tuple[tuple[int, int], ...] | None:
-        """(number of experts, neurons of each) for each layer, as :attr:`Circuit.experts`; None without a mixture."""
-        if max(self.n_experts) == 1 and min(self.widths) == self.n_neurons:
-            return None
-        return tuple((n, width // n) for n, width in zip(self.n_experts, self.widths, strict=True))
+        """(number of experts, neurons of each) for each layer, as ``Circuit.experts``; None without a mixture."""
+        pairs = ((n, width // n) for n, width in zip(self.n_experts, self.widths, strict=True))
+        return tuple(pairs) if max(self.n_experts) > 1 else None
+
+    @property
+    def device(self) -> torch.device:
+        """The device of the first layer's MLP."""
+        return self._devices[0]

@@ -1,6 +1,6 @@
 """config.json of a Llama, Qwen or Mistral checkpoint -> ModelConfig. Only known fields are read, each with a range.
 
-Nothing in the file selects code: ``auto_map``, custom attention and quantization are refused.
+Nothing in the file selects code: ``auto_map`` is refused. NotServed is a model for transformers, see ``hf/``.
 """
 
 from __future__ import annotations
@@ -11,8 +11,14 @@ from pathlib import Path
 
 import torch
 
+from cna_kernels.errors import InputError
 from cna_kernels.fields import REQUIRED, Fields, is_number, short
 from cna_kernels.files import read_json
+
+
+class NotServed(InputError):
+    """A model that may well be sound, but that our own forward pass does not serve."""
+
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 
@@ -78,6 +84,22 @@ class ModelConfig:
     mlp_bias: bool = False
 
     @property
+    def widths(self) -> list[int]:
+        """The neurons of each layer."""
+        return [self.intermediate_size] * self.num_hidden_layers
+
+    @property
+    def experts(self) -> None:
+        """As ``Circuit.experts``: no layer has any."""
+        return None
+
+    def shares_beginnings(self, longest: int) -> bool:
+        """Whether prompts of up to ``longest`` tokens may share what was computed of their common beginning: not where
+        rotations depend on a prompt's length."""
+        limit = self.rope.by_length(self.max_position_embeddings)
+        return limit is None or longest <= limit
+
+    @property
     def context_length(self) -> int:
         """The longest sequence in tokens: a scaled rotary embedding stretches the context by its factor."""
         kind, factor = self.rope.kind, self.rope.factor
@@ -108,26 +130,14 @@ def read_config(directory) -> ModelConfig:
     """Read and check ``config.json``.
 
     Raises:
+        NotServed: naming the file and the field that asks for what our forward pass does not do.
         InputError: naming the file and the field that is missing, out of range or not supported.
     """
     path = Path(directory) / "config.json"
     fields = Fields(read_json(path, limit=1 << 20), path)
-    model_type = fields.one_of("model_type", _ARCHITECTURES)
-    architectures = fields.record.get("architectures")
-    stem = _ARCHITECTURES[model_type]
-    if architectures not in (None, [], [stem], [stem.replace("ForCausalLM", "Model")]):
-        raise fields.error("architectures", f"expected [{_ARCHITECTURES[model_type]!r}], got {architectures!r}")
-    fields.one_of("hidden_act", ("silu",), "silu")
+    model_type = _served_type(fields)
     fields.refuse("auto_map")
-    quantized = fields.record.get("quantization_config")
-    if quantized is not None:
-        method = quantized.get("quant_method") if isinstance(quantized, dict) else quantized
-        how = (
-            "read the checkpoint that it was made from, or what transformers' dequantize() and save_pretrained() write"
-        )
-        raise fields.error("quantization_config", f"is not supported, got {short(method)}: {how}")
     mlp_bias = model_type == "llama" and fields.boolean("mlp_bias", False)
-    fields.refuse("partial_rotary_factor", (None, 1, 1.0))
 
     defaults = _DEFAULTS[model_type]
     hidden_size = fields.integer("hidden_size", _INT)
@@ -173,6 +183,32 @@ def read_config(directory) -> ModelConfig:
     )
 
 
+def _served_type(fields: Fields) -> str:
+    """The type of a model that our forward pass serves, as far as that shows without its sizes. Raises NotServed."""
+    model_type = fields.text("model_type")
+    try:
+        fields.one_of("model_type", _ARCHITECTURES)
+        architectures = fields.record.get("architectures")
+        stem = _ARCHITECTURES[model_type]
+        if architectures not in (None, [], [stem], [stem.replace("ForCausalLM", "Model")]):
+            raise fields.error("architectures", f"expected [{_ARCHITECTURES[model_type]!r}], got {architectures!r}")
+        fields.one_of("hidden_act", ("silu",), "silu")
+        quantized = fields.record.get("quantization_config")
+        if quantized is not None:
+            method = quantized.get("quant_method") if isinstance(quantized, dict) else quantized
+            raise fields.error("quantization_config", f"is not supported by our own forward pass, got {short(method)}")
+        fields.refuse("partial_rotary_factor", (None, 1, 1.0))
+        for name in ("rope_scaling", "rope_parameters"):
+            rope = fields.record.get(name)
+            if isinstance(rope, dict) and any(isinstance(value, dict) for value in rope.values()):
+                raise fields.error(name, "different parameters for different layers are not supported")
+            if isinstance(rope, dict):
+                Fields(rope, fields.where, f"{name}.").refuse("partial_rotary_factor", (None, 1, 1.0))
+    except InputError as error:
+        raise NotServed(error.where, error.what) from None
+    return model_type
+
+
 def _dtype(fields: Fields) -> str | None:
     """The dtype of the weights, under its newer or its older name, or None: that of the weights themselves."""
     for name in ("dtype", "torch_dtype"):
@@ -196,11 +232,8 @@ def _read_rope(fields: Fields, max_position: int, head_dim: int) -> Rope:
     if not fields.record.get(name):
         return Rope(theta=theta)
     rope = fields.object(name)
-    if any(isinstance(value, dict) for value in rope.record.values()):
-        raise fields.error(name, "different parameters for different layers are not supported")
     kinds = ("default", *_SCALED)
     kind = rope.one_of("rope_type", kinds, None) or rope.one_of("type", kinds, "default")
-    rope.refuse("partial_rotary_factor", (None, 1, 1.0))
     theta = rope.number("rope_theta", theta_bounds, theta)
     if kind == "default":
         return Rope(theta=theta)

@@ -12,7 +12,7 @@ import hashlib
 import json
 import os
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -66,8 +66,8 @@ class Identity:
         InputError: the call finds that a file has been replaced or written to since.
     """
 
-    def __init__(self, directory, checkpoint: Checkpoint, config: ModelConfig):
-        self._of = directory, checkpoint, config
+    def __init__(self, checkpoint: Checkpoint, identify: Callable[[], dict[str, str]]):
+        self._checkpoint, self._identify = checkpoint, identify
         self._stamps = self._now()
         self._known: dict[str, str] | None = None
 
@@ -76,11 +76,11 @@ class Identity:
             for path, stamp in self._now().items():
                 if stamp != self._stamps[path]:
                     raise InputError(path, "was changed after it was loaded")
-            self._known = identity_of(*self._of)
+            self._known = self._identify()
         return dict(self._known)
 
     def _now(self) -> dict[Path, dict[str, int]]:
-        stamps = {path: _stamp(path) for path in {entry.path for entry in self._of[1].entries.values()}}
+        stamps = {path: _stamp(path) for path in {entry.path for entry in self._checkpoint.entries.values()}}
         return {path: {**stamp, "ctime_ns": 0} for path, stamp in stamps.items()}  # new links and rights do not count
 
 
@@ -131,7 +131,8 @@ def _hash(entry: TensorEntry) -> Hashes:
     whole, marks = hashlib.sha256(), Marks()
     for content, rows in entry.pieces(PIECE):
         whole.update(content)
-        marks.add(rows)
+        if entry.dtype is not None:
+            marks.add(rows)
     return whole.hexdigest(), marks.sha256(entry.shape)
 
 

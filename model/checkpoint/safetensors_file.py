@@ -58,17 +58,17 @@ class TensorEntry:
     def pieces(self, size: int) -> Iterator[tuple[bytes | memoryview, torch.Tensor]]:
         """Yield the tensor's bytes in their order, about ``size`` at a time, each with the rows that they stand for.
 
-        A vector is a single row.
+        A vector is a single row. Of a tensor of a dtype that no model's own tensor has, every byte is a row.
         """
-        assert self.dtype is not None, "check_entries has refused other tensors"
-        n_bytes = self.end - self.start
-        width = self.shape[-1] if len(self.shape) > 1 else max(1, n_bytes // self.dtype.itemsize)
-        n_rows = n_bytes // max(1, width * self.dtype.itemsize)
-        step = max(1, size // max(1, width * self.dtype.itemsize))
+        n_bytes, dtype = self.end - self.start, self.dtype or torch.uint8
+        width = self.shape[-1] if len(self.shape) > 1 else max(1, n_bytes // dtype.itemsize)
+        width = 1 if self.dtype is None else width
+        n_rows = n_bytes // max(1, width * dtype.itemsize)
+        step = max(1, size // max(1, width * dtype.itemsize))
         with open_regular(self.path) as file:
             file.seek(self.start)
             for first in range(0, n_rows, step):
-                rows = torch.empty(min(step, n_rows - first), width, dtype=self.dtype)
+                rows = torch.empty(min(step, n_rows - first), width, dtype=dtype)
                 content = rows.view(torch.uint8).numpy().reshape(-1)
                 if file.readinto(content) != content.nbytes:  # type: ignore[attr-defined]
                     raise InputError(f"{self.path}: {self.name!r}", "was truncated while it was read")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -11,10 +12,11 @@ from typing import Any
 import torch
 
 from cna_kernels.circuit import Circuit
-from cna_kernels.errors import InputError, one_line
+from cna_kernels.errors import InputError, InputWarning, one_line
 from cna_kernels.steering import check_multiplier
 
 from ..demo.checkpoint import demo_checkpoint
+from ..engines import Chosen
 from ..language_model import LanguageModel, load
 from ..prompts.files import file_and_column
 from ..prompts.formats import WITH_COLUMNS, format_of, is_pipe
@@ -25,7 +27,24 @@ MOST, LARGEST = 256, 1e6  # multipliers of a command, and the largest
 def load_model(args, directory=None, **options) -> LanguageModel:
     """The model of a command, with what its flags say about chats."""
     directory = directory_of(args.model if directory is None else directory)
-    return load(directory, device=device_of(args), dtype=args.dtype, **chat_options(args), **options)
+    return load(
+        directory, device=device_of(args), dtype=args.dtype, **engine_options(args), **chat_options(args), **options
+    )
+
+
+def engine_options(args) -> dict[str, Any]:
+    """The options of ``load`` that say what runs the model."""
+    given = dict(args.model_arg)
+    if len(given) < len(args.model_arg):
+        raise InputError("--model-arg", f"gives an argument twice: {', '.join(key for key, _ in args.model_arg)}")
+    return dict(engine=args.engine, device_map=args.device_map, model_args=given or None)
+
+
+def engine_of(directory, engine: str = "auto") -> str:
+    """The engine that runs a checkpoint: "own" or "transformers"."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", InputWarning)  # the model that is then loaded says it
+        return Chosen(Path(directory), engine).engine
 
 
 def chat_options(args) -> dict[str, Any]:

@@ -160,13 +160,14 @@ def _job(args, corpus: Corpus, *, on_ray: bool = False) -> Job:
         raise InputError(args.contrasts, f"holds no pair of columns NAME{POSITIVE}, NAME{NEGATIVE}")
     if args.universal_contrasts and not diverse:
         raise InputError(args.universal_contrasts, f"holds no pair of columns NAME{POSITIVE}, NAME{NEGATIVE}")
-    options: dict[str, Any] = dict(stream_layers=args.stream_layers or on_ray, spill=args.spill or args.run_dir)
+    options: dict[str, Any] = dict(stream_layers=args.stream_layers, spill=args.spill or args.run_dir)
     if args.tensor_parallel:
         from ..discovery.tensor_parallel import open_mesh
 
         options = dict(mesh=open_mesh(usable_device(device_of(args))))
     if on_ray:
         args = Namespace(**vars(args) | {"device": None})  # this machine need not have the workers' device
+        options["weights"] = False
     model = load_model(args, **options)
     started = _manifest(args)
     if started is not None and isinstance(started.get("chat"), dict):

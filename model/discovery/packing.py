@@ -105,18 +105,18 @@ def _common(ids, members) -> int:
 
 
 def plan_packs(
-    lengths: Sequence[int], counted: Sequence[int], *, max_prompts: int | None, max_tokens: int
+    lengths: Sequence[int], counted: Sequence[int], *, max_prompts: int | None, max_tokens: int, padded: bool = False
 ) -> list[list[int]]:
     """Cut prompts into packs: the rows of each, shortest first.
 
     A pack holds at most ``max_prompts`` prompts; if that is None, at most ``max_tokens`` tokens. It holds at least one.
+    With ``padded`` every prompt counts as many tokens as the pack's longest.
     """
     packs: list[list[int]] = []
     size = 0
     for row in sorted(range(len(lengths)), key=lambda row: (lengths[row], counted[row], row)):
-        fits = packs and (
-            len(packs[-1]) < max_prompts if max_prompts is not None else size + lengths[row] <= max_tokens
-        )
+        n_tokens = (len(packs[-1]) + 1 if packs else 1) * lengths[row] if padded else size + lengths[row]
+        fits = packs and (len(packs[-1]) < max_prompts if max_prompts is not None else n_tokens <= max_tokens)
         if fits:
             packs[-1].append(row)
         else:
@@ -127,12 +127,12 @@ def plan_packs(
 
 
 def packs_of(
-    prompts: Sequence[TokenPrompt], group: Group, *, max_prompts: int | None, max_tokens: int
+    prompts: Sequence[TokenPrompt], group: Group, *, max_prompts: int | None, max_tokens: int, padded: bool = False
 ) -> list[list[int]]:
     """The packs of a group, as numbers of prompts. Only tokens after the prefix count for :func:`plan_packs`."""
     lengths = [len(prompts[row].ids) - group.prefix for row in group.prompts]
     counted = [prompts[row].n_counted for row in group.prompts]
-    packs = plan_packs(lengths, counted, max_prompts=max_prompts, max_tokens=max_tokens)
+    packs = plan_packs(lengths, counted, max_prompts=max_prompts, max_tokens=max_tokens, padded=padded)
     return [[group.prompts[place] for place in pack] for pack in packs]
 
 

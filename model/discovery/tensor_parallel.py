@@ -83,6 +83,8 @@ class ParallelTransformer(Transformer):
         mesh: the ranks that share the model, one-dimensional.
     """
 
+    finds_only = True
+
     def __init__(self, config: ModelConfig, mesh: DeviceMesh):
         super().__init__(_part_of(config, mesh.size()))
         self.config, self.mesh = config, mesh

@@ -192,7 +192,7 @@ def run_unit(
         part.slots[slot] = SlotSums(_column(total, place, len(slots)), squares, count[place].item())
     ran = count[len(slots) :] > 0
     if alone:
-        k = select.k_from_fraction(UNIVERSAL_FRACTION, n_layers, n_neurons)
+        k = select.k_from_fraction(UNIVERSAL_FRACTION, 1, sum(config.widths))
         part.universal = select.count_top(total[:, len(slots) :][:, ran].abs(), k)
         part.n_universal = int(ran.sum())
     part.n_prompts = len(prompts)

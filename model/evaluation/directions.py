@@ -99,6 +99,11 @@ class RowEdit(Edit):
     table: DirectionTable
     chosen: Tensor
 
+    @property
+    def edits_writes(self) -> bool:  # type: ignore[override]
+        """Whether a direction is taken out of all writes."""
+        return self.table.takes_out
+
     def write(self, layer: int, part: str, y: Tensor) -> Tensor:
         """Return what ``part`` of a layer adds to the stream, ``[B, S, H]``, changed."""
         table = self.table
@@ -130,6 +135,8 @@ class RowEdit(Edit):
 
 class _LastToken(Edit):
     """Changes nothing. Sums, at the last token of each row, what the residual stream and the MLPs' outputs hold."""
+
+    edits_writes = False
 
     def __init__(self, n_layers: int, n_hidden: int):
         self.totals = {site: torch.zeros(n_layers, n_hidden, dtype=torch.float64) for site in ("residual", "mlp")}

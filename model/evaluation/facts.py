@@ -34,6 +34,7 @@ def model_facts(model: LanguageModel, chat: bool | None = None) -> dict:
         "model": model.identity()
         | {"tokenizer_sha256": model.tokenizer.sha256, "chat_template_sha256": model.tokenizer.template_sha256},
         "chat": model.encoder.record(chat),
+        **({} if model.engine == "own" else {"engine": model.engine}),
         "device": model.device.type,
         "dtype": str(model.transformer.dtype).removeprefix("torch."),
         "versions": {"cna_kernels": cna_kernels.__version__, "torch": torch.__version__},

@@ -128,7 +128,8 @@ class Finder:
     def _universal(self) -> Tensor:
         """``[L, N]`` bool: the neurons that the circuit's discovery left out; baselines leave them out, too."""
         config = self.model.config
-        excluded = torch.zeros(config.num_hidden_layers, config.intermediate_size, dtype=torch.bool)
+        widths = torch.tensor(config.widths, dtype=torch.int64)
+        excluded = torch.arange(config.intermediate_size, dtype=torch.int64) >= widths[:, None]
         for layer, index in (self.circuit.universal or {}).get("excluded", []):
             excluded[layer, index] = True
         excluded[list(self.circuit.skipped_layers)] = True

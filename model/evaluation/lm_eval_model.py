@@ -45,6 +45,8 @@ class CnaLM(TemplateLM):
         max_batch_size: int | None = None,
         any_model: bool = False,
         sign: str | None = None,
+        engine: str = "auto",
+        device_map: str | None = None,
         **unknown,
     ):
         """
@@ -55,6 +57,7 @@ class CnaLM(TemplateLM):
             batch_size: answers decoded together.
             max_batch_size: accepted because the harness passes it; not used.
             any_model: accept a circuit found in another checkpoint of the same shape.
+            engine, device_map: as of ``load``: "own" or "transformers"; "auto" for several GPUs.
             sign: which of the circuit's neurons, as --sign of the other commands: one of SIGNS.
         """
         super().__init__()
@@ -65,7 +68,7 @@ class CnaLM(TemplateLM):
         if sign is not None and circuit is None:
             raise InputError("model_args: sign", "is for a circuit, and none is given")
         device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-        self.model = load(pretrained, device=device, dtype=dtype)
+        self.model = load(pretrained, engine=engine, device=device, dtype=dtype, device_map=device_map)
         variant = UNSTEERED
         if circuit is not None:
             loaded = load_circuit(circuit, self.model, any_model=any_model, sign=sign)

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from cna_kernels.errors import InputError
 
 from ..discovery.packing import TokenPrompt
+from ..engines import require_own
 from ..generate import pad
 from ..transformer import MLP, Edit, RMSNorm, Steering, Transformer
 
@@ -112,6 +113,7 @@ def relevance(
     Args:
         targets, counterfactuals: token ids, at least one each.
     """
+    require_own(transformer, "relp needs gradients")
     for name, ids in (("targets", targets), ("counterfactuals", counterfactuals)):
         if not ids:
             raise InputError(name, "expected at least one token")

@@ -219,7 +219,8 @@ def stop_ids(directory, tokenizer: Tokenizer, vocab_size: int) -> frozenset[int]
         if not os.path.lexists(path):
             continue
         fields = Fields(read_json(path, limit=1 << 20), path)
-        value = fields.record.get("eos_token_id")
+        text = fields.record.get("text_config")  # of a model that sees pictures, too
+        value = fields.record.get("eos_token_id", text.get("eos_token_id") if isinstance(text, dict) else None)
         if value is None:
             continue
         ids = value if isinstance(value, list) else [value]

@@ -1,0 +1,122 @@
+"""The shape of a model that transformers runs, from its config.json and an empty model: no weight is read."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from cna_kernels.engine.find import find_decoder, layer_experts
+from cna_kernels.errors import InputError
+from cna_kernels.files import read_json
+
+from ..packages import require
+
+ENDLESS = 1 << 30  # the context of a model whose config.json gives none
+# Fields of config.json that say nothing of what the model computes.
+_ASIDE = ("_name_or_path", "architectures", "auto_map", "dtype", "torch_dtype", "transformers_version", "use_cache")
+
+
+@dataclass(frozen=True)
+class HfConfig:
+    """What the rest of the package asks of a model's shape. The names are those of ``ModelConfig``.
+
+    Attributes:
+        intermediate_size: the most neurons of any layer; those of all experts count.
+        widths: the neurons of each layer.
+        experts: as ``Circuit.experts``; None without a mixture.
+        dtype: of the weights; None where config.json does not say.
+        by_length: whether rotations depend on a sequence's length.
+        decoder_names: the names of the decoder's weights, without any quantisation.
+        settings: the fields of config.json that count for the identity of the model.
+    """
+
+    model_type: str
+    vocab_size: int
+    hidden_size: int
+    intermediate_size: int
+    num_hidden_layers: int
+    context_length: int
+    widths: tuple[int, ...]
+    experts: tuple[tuple[int, int], ...] | None
+    dtype: str | None
+    by_length: bool
+    decoder_names: tuple[str, ...]
+    settings: dict[str, Any]
+
+    def shares_beginnings(self, longest: int) -> bool:
+        """Whether prompts of up to ``longest`` tokens may share what was computed of their common beginning."""
+        return not self.by_length
+
+
+@contextmanager
+def in_one_line(directory: Path) -> Iterator[None]:
+    """Turn what transformers raises over a checkpoint into an InputError that names the directory."""
+    try:
+        yield
+    except InputError as error:
+        raise error if error.where != "model" else InputError(directory, error.what) from None
+    except Exception as error:  # anything: the files decide which code runs
+        lines = [line.strip() for line in str(error).splitlines() if line.strip()] or ["no reason given"]
+        raise InputError(directory, f"transformers cannot load it: {type(error).__name__}: {lines[0]}") from None
+
+
+def read_hf_config(directory: Path) -> tuple[HfConfig, Any]:
+    """Return the shape of a checkpoint, and its configuration as transformers has it.
+
+    Raises:
+        InputError: transformers is missing or does not know the model, or :func:`cna_kernels.attach` does not.
+    """
+    require("transformers")
+    import transformers
+
+    path = directory / "config.json"
+    record = read_json(path, limit=1 << 22)
+    if not isinstance(record, dict):
+        raise InputError(path, "expected a JSON object")
+    with in_one_line(directory):
+        config = transformers.AutoConfig.from_pretrained(directory, trust_remote_code=False, local_files_only=True)
+        decoder = find_decoder(empty_model(config))
+        pairs = layer_experts(decoder)
+        text = config.get_text_config(decoder=True)
+        widths = tuple(n * own for n, own in pairs)
+        dtype = text.dtype if text.dtype is not None else config.dtype
+        found = HfConfig(
+            model_type=str(record.get("model_type")),
+            vocab_size=text.vocab_size,
+            hidden_size=text.hidden_size,
+            intermediate_size=max(widths),
+            num_hidden_layers=len(widths),
+            context_length=getattr(text, "max_position_embeddings", None) or ENDLESS,
+            widths=widths,
+            experts=tuple(pairs) if any(n > 1 for n, _ in pairs) else None,
+            dtype=None if dtype is None else str(dtype).removeprefix("torch."),
+            decoder_names=tuple(decoder.state_dict()),
+            by_length=_by_length(getattr(text, "rope_parameters", None) or {}),
+            settings={name: value for name, value in sorted(record.items()) if name not in _ASIDE},
+        )
+    return found, config
+
+
+def _by_length(rope: dict[str, Any]) -> bool:
+    each = [rope, *(value for value in rope.values() if isinstance(value, dict))]  # one, or one for each kind of layer
+    return any(part.get("rope_type") in ("dynamic", "longrope") for part in each)
+
+
+def empty_model(config: Any) -> nn.Module:
+    """The model of a configuration on the meta device, its layers as they are before any quantisation."""
+    import transformers
+
+    plain = copy.deepcopy(config)
+    for part in (plain, plain.get_text_config(decoder=True)):
+        if getattr(part, "quantization_config", None) is not None:
+            del part.quantization_config
+    with torch.device("meta"):
+        model: nn.Module = transformers.AutoModelForCausalLM.from_config(plain, trust_remote_code=False)
+    return model

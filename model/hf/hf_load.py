@@ -1,0 +1,90 @@
+"""A checkpoint as transformers loads it, with the engine attached."""
+
+from __future__ import annotations
+
+import contextlib
+import warnings
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from cna_kernels import attach
+from cna_kernels.errors import InputError, warn
+from cna_kernels.fields import short
+
+from ..packages import require
+from .hf_config import HfConfig, in_one_line
+from .hf_transformer import HfTransformer
+
+MAX_ROWS = 4096  # the largest batch
+OURS = ("trust_remote_code", "torch_dtype", "dtype", "device_map", "output_loading_info", "local_files_only", "config")
+
+
+def load_hf(
+    directory: Path,
+    config: HfConfig,
+    hf_config: Any,
+    *,
+    device: torch.device,
+    dtype: torch.dtype | None = None,
+    device_map: str | None = None,
+    model_args: Mapping[str, Any] | None = None,
+) -> HfTransformer:
+    """Load a checkpoint by ``from_pretrained``, and attach the engine.
+
+    Args:
+        config, hf_config: what ``read_hf_config`` returned.
+        dtype: of the weights that are not quantised; None keeps the checkpoint's own.
+        device_map: as of ``from_pretrained``: "auto" puts layers on all GPUs, and what is left into memory.
+        model_args: further arguments of ``from_pretrained``.
+
+    Raises:
+        InputError: transformers cannot load the checkpoint, or weights are missing in it.
+    """
+    import transformers
+
+    given = dict(model_args or {})
+    for name in OURS:
+        if name in given:
+            raise InputError(f"model_args: {name}", "is set by the other options, or not allowed")
+    if getattr(hf_config, "auto_map", None) or "auto_map" in config.settings:
+        warn(f"{directory / 'config.json'}: auto_map: its code does not run: transformers' own class does")
+    quantised = getattr(hf_config, "quantization_config", None) is not None or "quantization_config" in given
+    if device_map is None and (quantised or device.type != "cpu"):
+        require("accelerate")
+        given["device_map"] = {"": str(device)}
+    elif device_map is not None:
+        require("accelerate")
+        given["device_map"] = device_map
+    with in_one_line(directory), _quietly():
+        load: Any = transformers.AutoModelForCausalLM.from_pretrained
+        model, found = load(
+            directory, trust_remote_code=False, local_files_only=True, use_safetensors=True, output_loading_info=True,
+            dtype="auto" if dtype is None else dtype, **given,
+        )  # fmt: skip
+        for kind in ("missing_keys", "mismatched_keys"):
+            names = sorted(str(name) for name in found[kind])
+            if names:
+                what = "are missing" if kind == "missing_keys" else "have another shape than config.json says"
+                raise InputError(directory, f"{len(names)} of its weights {what}: {short(names[0])}")
+        model.eval().requires_grad_(False)
+        engine = attach(model, max_circuits=1, max_entries=1, max_rows=MAX_ROWS)
+    return HfTransformer(model, engine, config)
+
+
+@contextlib.contextmanager
+def _quietly() -> Iterator[None]:
+    """Without progress bars, and without the engine's note on layers that it does not fuse (``cna doctor`` has it)."""
+    from transformers.utils import logging
+
+    bars = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "cna_kernels: exact, but not fused")
+            yield
+    finally:
+        if bars:
+            logging.enable_progress_bar()
