@@ -10,7 +10,7 @@ import torch
 
 from cna_kernels.errors import InputError, warn
 
-from .checkpoint.config import DTYPES, NotServed
+from .checkpoint.config import DTYPES, ModelConfig, NotServed
 from .checkpoint.formats import read_config
 from .checkpoint.gguf_file import is_gguf
 from .checkpoint.identity import identity_of
@@ -63,7 +63,7 @@ class Chosen:
                     raise InputError(error.where, f"{error.what}; {how}") from None
                 reason = f"{error.where}: {error.what}"
                 if own_only is None:
-                    warn(f"{reason}; the model runs on transformers")
+                    warn(f"runs on transformers, as our own forward pass does not serve {reason}")
         else:
             reason = "engine: transformers was asked for"
         if own_only is not None:
@@ -97,7 +97,7 @@ class Chosen:
         if self.hf_config is not None:
             from .hf.hf_load import load_hf
 
-            options |= dict(device_map=device_map, model_args=model_args)
+            options |= dict(checkpoint=checkpoint, device_map=device_map, model_args=model_args)
             return load_hf(self.directory, self.config, self.hf_config, **options)
         if mesh is not None:
             from .discovery.tensor_parallel import load_parallel
@@ -109,15 +109,20 @@ class Chosen:
 
     def identity(self, checkpoint: Checkpoint, transformer: Callable[[], Any]) -> dict[str, str]:
         """The name and the hashes of the checkpoint. A model that both engines serve has the same on both."""
-        try:
-            return identity_of(self.directory, checkpoint, self._own_config())
-        except NotServed:
-            from .hf.hf_identity import hf_identity
+        config = self.config if self.hf_config is None else _own_config(self.directory)
+        if config is not None:
+            return identity_of(self.directory, checkpoint, config)
+        from .hf.hf_identity import hf_identity
 
-            return hf_identity(self.directory, checkpoint, self.config, transformer())
+        return hf_identity(self.directory, checkpoint, self.config, transformer())
 
-    def _own_config(self) -> Any:
-        return self.config if self.hf_config is None else read_config(self.directory)
+
+def _own_config(directory: Path) -> ModelConfig | None:
+    """The configuration of a model that our own engine serves; None of others."""
+    try:
+        return read_config(directory)
+    except NotServed:
+        return None
 
 
 def require_own(transformer: Any, what: str) -> None:

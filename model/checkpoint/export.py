@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import secrets
 import shutil
 from collections.abc import Sequence
@@ -49,6 +50,47 @@ def neuron_multipliers(circuits: Sequence[Circuit], multipliers: Sequence[float]
 
 factors_of = neuron_multipliers  # the name before 0.2
 
+# The names of the weights that hold a layer's columns, in files: of a dense MLP, and of one expert of a mixture.
+_DENSE = r"layers\.{layer}\.(\w+\.)?down_proj\.weight"
+_EXPERT = r"layers\.{layer}\.(\w+\.)?experts\.{expert}\.(down_proj|w2)\.weight"
+
+
+def columns_of(
+    checkpoint: Checkpoint, multipliers: NeuronMultipliers, experts: Sequence[tuple[int, int]] | None = None
+) -> dict[str, dict[int, float]]:
+    """Return tensor name -> column -> multiplier: where the files hold the columns of these neurons.
+
+    ``experts``: as ``Circuit.experts``.
+
+    Raises:
+        InputError: a weight is not there under a known name, or is stored quantised.
+    """
+    found: dict[str, dict[int, float]] = {}
+    for layer, of_neurons in multipliers.items():
+        n, own = (1, 0) if experts is None else experts[layer]
+        for index, multiplier in of_neurons.items():
+            expert, column = divmod(index, own) if n > 1 else (None, index)
+            found.setdefault(_down_name(checkpoint, layer, expert), {})[column] = multiplier
+    return found
+
+
+def _down_name(checkpoint: Checkpoint, layer: int, expert: int | None) -> str:
+    """The name of the tensor with the columns of a layer's neurons, or of one expert's."""
+    name = DOWN.format(layer)
+    if expert is not None or name not in checkpoint.entries:
+        pattern = re.compile(r"(.*\.)?" + (_DENSE if expert is None else _EXPERT).format(layer=layer, expert=expert))
+        names = [name for name in checkpoint.entries if pattern.fullmatch(name)]
+        of = f"layer {layer}" if expert is None else f"expert {expert} of layer {layer}"
+        if len(names) != 1:
+            where = next(iter(checkpoint.entries.values())).path.parent
+            raise InputError(where, f"expected one down_proj.weight of {of}, found {len(names)}")
+        name = names[0]
+    entry = checkpoint.entries[name]
+    if entry.dtype is None:
+        how = "scale the columns of the checkpoint that it was quantised from"
+        raise InputError(f"{entry.path}: {name!r}", f"is quantised ({entry.stored}): {how}")
+    return name
+
 
 def require_finite(out: FilePath, name: str, tensor: torch.Tensor) -> None:
     """Raise InputError naming the file and the tensor ``[any, N]`` unless all its numbers are finite."""
@@ -58,10 +100,18 @@ def require_finite(out: FilePath, name: str, tensor: torch.Tensor) -> None:
 
 
 @renamed(factors="multipliers")
-def to_checkpoint(directory: FilePath, checkpoint: Checkpoint, multipliers: NeuronMultipliers, out: FilePath) -> None:
+def to_checkpoint(
+    directory: FilePath,
+    checkpoint: Checkpoint,
+    multipliers: NeuronMultipliers,
+    out: FilePath,
+    *,
+    experts: Sequence[tuple[int, int]] | None = None,
+) -> None:
     """Write a copy of a checkpoint whose ``down_proj`` columns are scaled; all other tensors stay byte for byte.
 
     Files are copied one by one, and columns changed layer by layer. ``out`` appears only when the copy is complete.
+    ``experts``: as ``Circuit.experts``.
 
     Raises:
         InputError: ``out`` exists already, or cannot be written; or a scaled column would hold infinities.
@@ -71,8 +121,8 @@ def to_checkpoint(directory: FilePath, checkpoint: Checkpoint, multipliers: Neur
         raise InputError(directory, "is a GGUF file: steered_gguf.to_gguf writes a copy")
     if os.path.lexists(out):
         raise InputError(out, "is there already")
-    for layer, found in multipliers.items():  # before anything is written
-        name = DOWN.format(layer)
+    columns = columns_of(checkpoint, multipliers, experts)
+    for name, found in columns.items():  # before anything is written
         require_finite(out, name, _scaled(checkpoint, name, found))
     read = {entry.path.name for entry in checkpoint.entries.values()}
     _check_space(directory, read, out)
@@ -85,8 +135,8 @@ def to_checkpoint(directory: FilePath, checkpoint: Checkpoint, multipliers: Neur
                     shutil.copyfile(path, partial / path.name)
             if (Path(directory) / FOLDER).is_dir():  # of chat templates
                 shutil.copytree(Path(directory) / FOLDER, partial / FOLDER)
-            for layer, found in multipliers.items():
-                _scale_columns(checkpoint, DOWN.format(layer), partial, found)
+            for name, found in columns.items():
+                _scale_columns(checkpoint, name, partial, found)
             os.rename(partial, out)
         except BaseException:
             shutil.rmtree(partial, ignore_errors=True)

@@ -33,8 +33,8 @@ from cna_kernels.errors import InputError
 from cna_kernels.files import FilePath, make_directory, read_text, write_bytes, write_text
 from cna_kernels.renamed import renamed
 
-from .config import DTYPES, ModelConfig
-from .export import NeuronMultipliers, require_finite
+from .config import DTYPES
+from .export import NeuronMultipliers, columns_of, require_finite
 from .load import DOWN
 from .safetensors_file import Checkpoint
 
@@ -49,7 +49,7 @@ _TAG = "cna-kernels"  # of the cards written here
 @renamed(factors="multipliers")
 def to_lora(
     checkpoint: Checkpoint,
-    config: ModelConfig,
+    config: Any,
     multipliers: NeuronMultipliers,
     out: FilePath,
     *,
@@ -65,6 +65,7 @@ def to_lora(
     """Write a PEFT adapter directory, or several where ``split`` allows several. Return the directories written.
 
     Args:
+        config: ModelConfig, or the HfConfig of a model on transformers.
         multipliers: see :func:`~cna_kernels.model.checkpoint.export.neuron_multipliers`.
         out: the directory to make. Several adapters go to ``out/1``, ``out/2``, ...: all adapters together are the
             circuit.
@@ -82,6 +83,11 @@ def to_lora(
     if dtype not in DTYPES:
         raise InputError("dtype", f"expected one of {', '.join(DTYPES)}, got {dtype!r}")
     max_rank, uniform = _for_engine(engine, max_rank, split, uniform)
+    if config.experts is not None:
+        raise InputError("circuit", "is of a mixture, whose experts an adapter does not reach: use --to checkpoint")
+    for name in columns_of(checkpoint, multipliers):
+        if name not in map(DOWN.format, multipliers):
+            raise InputError("model", f"an adapter's names would find no layer of it ({name!r}): use --to checkpoint")
     if not multipliers:
         raise InputError("multiplier", "changes nothing: there is nothing to export")
     largest = max(map(len, multipliers.values()))

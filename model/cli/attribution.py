@@ -302,6 +302,7 @@ def run_estimate(args):
     found = estimate(
         directory_of(args.model),
         iter_prompts(args.prompts, column=column_of(args, args.prompts), limit=args.limit),
+        engine=args.engine,
         device=device_of(args),
         dtype=args.dtype,
         stream_layers=args.stream_layers,

@@ -27,7 +27,7 @@ def show_circuit(circuit: Circuit, *, as_json: bool, imported: bool = False):
         print(circuit.to_json(), end="")
         return
     console = stdout()
-    total = circuit.n_layers * circuit.n_neurons
+    total = circuit.n_all
     of_all = "neurons" if imported else f"of {total} neurons ({100 * circuit.k / total:.3g}%)"
     print_line(console, f"{circuit.k} {of_all}, score {circuit.score}")
     per_layer = circuit.per_layer()
@@ -36,9 +36,11 @@ def show_circuit(circuit: Circuit, *, as_json: bool, imported: bool = False):
         if count:
             table.add_row(str(layer), str(count), f"{100 * count / circuit.k:.0f}%")
     console.print(table)
-    table = Table("rank", "layer", "neuron", "contrast", title="top neurons", title_justify="left")
+    expert = [] if circuit.experts is None else ["expert"]
+    table = Table("rank", "layer", *expert, "neuron", "contrast", title="top neurons", title_justify="left")
     for rank, (layer, index, value) in enumerate(circuit.neurons[:10], 1):
-        table.add_row(str(rank), str(layer), str(index), f"{value:+.4f}")
+        place = circuit.expert_of(layer, index)[1 - len(expert) :]
+        table.add_row(str(rank), str(layer), *map(str, place), f"{value:+.4f}")
     console.print(table)
     if circuit.mirrored is not None:
         print_line(console, f"aligned: {len(circuit.mirrored)} of the neurons get 2 - m where the others get m")

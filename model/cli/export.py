@@ -22,9 +22,9 @@ def run_export(args):
     multipliers = multipliers_of(args.multiplier, "--multiplier")
     if len(multipliers) == 1:
         multipliers *= len(args.circuit)
-    for name in ("max_rank", "split", "uniform_rank", "engine", "base_model"):
+    for name in ("max_rank", "split", "uniform_rank", "reader", "base_model"):
         if getattr(args, name) and args.to != "lora":
-            flag = "--for" if name == "engine" else f"--{name.replace('_', '-')}"
+            flag = "--for" if name == "reader" else f"--{name.replace('_', '-')}"
             raise InputError(flag, "is for --to lora")
     with parents_made(args.output):
         export_to(args, multipliers)
@@ -37,7 +37,7 @@ def export_to(args, multipliers):
     elif args.to == "lora":
         check_directory(args.output)
     directory = directory_of(args.model)
-    model = load(directory, stream_layers=True)  # stream_layers: only the headers are read
+    model = load(directory, engine=args.engine, weights=False)  # only the headers are read
     circuits = [
         load_circuit(path, model, any_model=args.any_model, sign=args.sign, prompts=False) for path in args.circuit
     ]
@@ -55,14 +55,14 @@ def export_to(args, multipliers):
         stdout().print(f"wrote {args.output}: {n} rows of ffn_up scaled {how}", markup=False, soft_wrap=True)
         return
     if args.to == "checkpoint":
-        export.to_checkpoint(directory, model.checkpoint, of_neurons, args.output)
+        export.to_checkpoint(directory, model.checkpoint, of_neurons, args.output, experts=model.config.experts)
         stdout().print(f"wrote {args.output}/: {n} columns scaled", markup=False)
         return
     base, revision, said = base_model_of(args.base_model, directory)
     names = ", ".join(f"{Path(path).name} at {m:g}" for path, m in zip(args.circuit, multipliers, strict=True))
     written = lora.to_lora(
         model.checkpoint, model.config, of_neurons, args.output, base_model=base, revision=revision,
-        engine=args.engine, max_rank=args.max_rank, split=args.split, uniform=args.uniform_rank, dtype=args.dtype,
+        engine=args.reader, max_rank=args.max_rank, split=args.split, uniform=args.uniform_rank, dtype=args.dtype,
         about=f"Circuits: {names}.",
     )  # fmt: skip
     paths = ", ".join(f"{path}/" for path in written)
@@ -94,10 +94,10 @@ def base_model_of(given: str | None, directory) -> tuple[str, str | None, str]:
 
 def notes(args, multipliers, largest: int):
     """What a user of the engine must know."""
-    if args.engine == "vllm":
+    if args.reader == "vllm":
         needed = lora.vllm_rank(largest)
         yield f"vllm serve MODEL --enable-lora --max-lora-rank {needed} --lora-modules NAME={args.output}"
-    if args.engine in lora.UNIFORM and not set(multipliers) <= {0.0, 2.0}:
+    if args.reader in lora.UNIFORM and not set(multipliers) <= {0.0, 2.0}:
         yield "it holds adapters in the model's dtype: for multipliers but 0 and 2 bf16 rounds the correction"
-    if args.engine == "llama.cpp":
+    if args.reader == "llama.cpp":
         yield f"python convert_lora_to_gguf.py {args.output} --base MODEL --outfile adapter.gguf"

@@ -140,20 +140,24 @@ BATCH_HELP = "prompts a forward pass (default: by tokens), or auto, which measur
 def model_flags(parser, *, batch_help: str = BATCH_HELP) -> None:
     """Add the flags that say where and how a model runs, and --json."""
     device_flags(parser)
+    transformers_flags(parser)
     parser.add_argument("--batch", type=batch, default=None, metavar="N", help=batch_help)
     parser.add_argument("--json", action="store_true", help="print JSON")
 
 
-def engine_flags(parser) -> None:
-    """Add --engine, --device-map and --model-arg."""
+def engine_flag(parser) -> None:
+    """Add --engine."""
     parser.add_argument(
         "--engine", choices=ENGINES, default="auto",
         help="what runs the model: our own forward pass, or transformers with the engine attached (default: auto, our "
         "own where it serves the model)",
     )  # fmt: skip
-    parser.add_argument(
-        "--device-map", metavar="MAP", help="on transformers: auto shares the layers out among all GPUs"
-    )
+
+
+def transformers_flags(parser) -> None:
+    """Add --device-map and --model-arg."""
+    what = "on transformers: auto shares the layers out among all GPUs"
+    parser.add_argument("--device-map", metavar="MAP", help=what)
     parser.add_argument(
         "--model-arg", metavar="NAME=VALUE", type=template_arg, action="append", default=[],
         help="on transformers: an argument of from_pretrained, as attn_implementation=eager; may be given again",
@@ -161,8 +165,8 @@ def engine_flags(parser) -> None:
 
 
 def device_flags(parser) -> None:
-    """Add --device and --dtype, and the flags of the engine."""
-    engine_flags(parser)
+    """Add --engine, --device and --dtype."""
+    engine_flag(parser)
     parser.add_argument("--device", metavar="D", help="cpu, cuda, cuda:1, ... (default: cuda where there is one)")
     parser.add_argument("--dtype", choices=DTYPES, help="default: the checkpoint's own")
 

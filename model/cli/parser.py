@@ -16,6 +16,7 @@ from .flags import (
     Parser,
     circuit_flags,
     command,
+    engine_flag,
     model_flags,
     number,
     positive,
@@ -110,7 +111,7 @@ def build_parser() -> Parser:
     export.add_argument("--to", choices=["lora", "checkpoint", "ref-code"], required=True, help="what to write")
     export.add_argument("-o", "--output", metavar="PATH", required=True, help="directory to make; for ref-code a file")
     export.add_argument(
-        "--for", dest="engine", choices=["peft", "llama.cpp", "vllm", "sglang"],
+        "--for", dest="reader", choices=["peft", "llama.cpp", "vllm", "sglang"],
         help="lora: the engine that will read it (default: the form that most engines read)",
     )  # fmt: skip
     export.add_argument("--base-model", metavar="NAME", help="lora: the base model that the adapter records")
@@ -120,6 +121,7 @@ def build_parser() -> Parser:
         "--uniform-rank", action="store_true", help="lora: the same rank in every layer, padded with zeros"
     )
     export.add_argument("--dtype", choices=DTYPES, default="float32", help="lora: of the adapter (default: float32)")
+    engine_flag(export)
 
     quantize = command(
         commands,

@@ -6,6 +6,8 @@ import itertools
 import os
 import time
 from collections.abc import Iterable, Mapping
+from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -14,8 +16,9 @@ from cna_kernels import ActivationSums
 from cna_kernels.errors import InputError
 
 from ..checkpoint.config import DTYPES
-from ..checkpoint.formats import open_checkpoint, read_config
+from ..checkpoint.formats import open_checkpoint
 from ..checkpoint.load import check_entries, dtype_of, expected_shapes, layer_size
+from ..engines import Chosen
 from ..memory import usable_device
 from ..prompts.corpus import STREAMED_UNITS, UNIT_BYTES, UNIT_PROMPTS
 from ..prompts.files import PromptSet
@@ -25,7 +28,7 @@ from ..text.tokenizer import Tokenizer
 from ..transformer import Layer
 from .collect import default_tokens, pack_prompts
 from .packed import run_layer
-from .packing import TokenPrompt, group_by_prefix, plan_packs
+from .packing import Group, TokenPrompt, group_by_prefix, plan_packs
 from .streamed import HIDDEN_BYTES
 
 SAMPLE = 1000  # prompts that are tokenised to measure
@@ -37,6 +40,7 @@ def estimate(
     directory,
     prompts: Iterable[tuple[str, str]],
     *,
+    engine: str = "auto",
     device,
     dtype: str | None = None,
     stream_layers: bool = False,
@@ -52,10 +56,12 @@ def estimate(
     measurements: a sample of the prompts is tokenised, one layer with random weights runs over a pack of that sample,
     and a part of the checkpoint is read.
     """
-    config = read_config(directory)
+    chosen = Chosen(Path(directory), engine, own_only="stream_layers" if stream_layers else None)
+    config = chosen.config
     tokenizer = Tokenizer(directory, config.vocab_size)
     checkpoint = open_checkpoint(directory)
-    check_entries(checkpoint, config, directory)
+    if chosen.engine == "own":
+        check_entries(checkpoint, config, directory)
     dtype_in_use = dtype_of(config, checkpoint) if dtype is None else DTYPES[dtype]
     device = usable_device(device)
     max_tokens = max_tokens or default_tokens(device)
@@ -71,21 +77,31 @@ def estimate(
     if not ids:
         raise InputError("prompts", f"none of the first {len(sample)} fits the model's context")
     tokenise = (time.perf_counter() - start) / len(sample)
-    groups = group_by_prefix(ids)
+    shares = config.shares_beginnings(max(map(len, ids)))
+    groups = group_by_prefix(ids) if shares else [Group(0, list(range(len(ids))))]
     shared = sum((len(group.prompts) - 1) * group.prefix for group in groups)
     per_prompt = sum(map(len, ids)) / len(ids)
     run_per_prompt = per_prompt - shared / len(ids)
 
     n_layers, n_neurons = config.num_hidden_layers, config.intermediate_size
-    layer = layer_size(config) * dtype_in_use.itemsize
-    all_weights = sum(torch.Size(shape).numel() for shape in expected_shapes(config).values()) * dtype_in_use.itemsize
+    probe: Any = dict(dtype=dtype_in_use, device=device, max_tokens=max_tokens, n_columns=n_columns)
+    if chosen.engine == "own":
+        layer = layer_size(config) * dtype_in_use.itemsize
+        all_weights = sum(torch.Size(x).numel() for x in expected_shapes(config).values()) * dtype_in_use.itemsize
+        n_active, measured = n_neurons, partial(_layer_seconds, config, ids, **probe)
+    else:
+        from ..hf import hf_estimate, hf_load
+
+        layer, all_weights = 0, hf_load.weight_bytes(checkpoint, None if dtype is None else DTYPES[dtype])
+        n_active = hf_estimate.active_neurons(config, chosen.hf_config)
+        measured = partial(hf_estimate.layer_seconds, config, chosen.hf_config, ids, **probe)
     larger = STREAMED_UNITS if stream_layers else 1
     text_bytes = sum(len(text.encode("utf-8")) for text in texts) / len(texts) + LINE_BYTES
     per_unit = max(1, int(min(UNIT_PROMPTS * larger, UNIT_BYTES * larger / text_bytes)))
     n_units = -(-n_prompts // per_unit)
     hidden = min(n_prompts, per_unit) * run_per_prompt * config.hidden_size * dtype_in_use.itemsize
     sums = n_layers * n_neurons * n_columns * (4 + 8) * 2
-    pack = max_tokens * (3 * n_neurons + 8 * config.hidden_size) * dtype_in_use.itemsize
+    pack = max_tokens * (3 * n_active + 8 * config.hidden_size) * dtype_in_use.itemsize
     on_disk = sum(entry.end - entry.start for entry in checkpoint.entries.values())
     read_bytes = on_disk * n_units if stream_layers else on_disk
     memory = {
@@ -94,7 +110,7 @@ def estimate(
         "forward_pass": pack,
         "sums": sums,
     }
-    per_token = _layer_seconds(config, ids, dtype_in_use, device, max_tokens, n_columns)
+    per_token = measured()
     seconds = {
         "tokenise": tokenise * n_prompts,
         "read": read_bytes / _read_rate(checkpoint),

@@ -309,6 +309,6 @@ def _overlap(model: Top, base: Top, match: Match) -> dict:
         "k": circuit.k,
         "shared": pair["shared"],
         "share": pair["shared"] / circuit.k,
-        "by chance": circuit.k / (circuit.n_layers * circuit.n_neurons),
+        "by chance": circuit.k / circuit.n_all,
         "published": match.published and match.published.overlap,
     }

@@ -56,7 +56,7 @@ class HfConfig:
 
 
 @contextmanager
-def in_one_line(directory: Path) -> Iterator[None]:
+def in_one_line(directory: Path | str) -> Iterator[None]:
     """Turn what transformers raises over a checkpoint into an InputError that names the directory."""
     try:
         yield
@@ -109,14 +109,21 @@ def _by_length(rope: dict[str, Any]) -> bool:
     return any(part.get("rope_type") in ("dynamic", "longrope") for part in each)
 
 
-def empty_model(config: Any) -> nn.Module:
-    """The model of a configuration on the meta device, its layers as they are before any quantisation."""
-    import transformers
-
+def plain_config(config: Any) -> Any:
+    """A copy of a configuration that asks for no quantisation."""
     plain = copy.deepcopy(config)
     for part in (plain, plain.get_text_config(decoder=True)):
         if getattr(part, "quantization_config", None) is not None:
             del part.quantization_config
-    with torch.device("meta"):
-        model: nn.Module = transformers.AutoModelForCausalLM.from_config(plain, trust_remote_code=False)
+    return plain
+
+
+def empty_model(config: Any, device: torch.device | str = "meta", dtype: torch.dtype | None = None) -> nn.Module:
+    """The model of a configuration, its layers as they are before any quantisation: on the meta device it has no
+    weights, on another one random weights."""
+    import transformers
+
+    plain = plain_config(config)
+    with torch.device(device):
+        model: nn.Module = transformers.AutoModelForCausalLM.from_config(plain, dtype=dtype, trust_remote_code=False)
     return model

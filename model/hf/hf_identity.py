@@ -12,13 +12,13 @@ from cna_kernels.fingerprint import decoder_sha256
 from ..checkpoint.identity import Hashes, hashes_of
 from ..checkpoint.safetensors_file import Checkpoint
 from .hf_config import HfConfig
-from .hf_transformer import HfTransformer
+from .hf_transformer import HfShape, HfTransformer
 
 _EMBEDDING = "embed_tokens.weight"
 
 
 def hf_identity(
-    directory: Path, checkpoint: Checkpoint, config: HfConfig, transformer: HfTransformer | None
+    directory: Path, checkpoint: Checkpoint, config: HfConfig, transformer: HfTransformer | HfShape
 ) -> dict[str, str]:
     """As ``checkpoint.identity.identity_of``; of all tensors of the files, and all fields of config.json that count.
 
@@ -36,7 +36,7 @@ def hf_identity(
         "tensors_sha256": sha256(*parts),
     }
     of_decoder = _on_file(checkpoint, config, hashes)
-    if of_decoder is None and transformer is not None:
+    if of_decoder is None and isinstance(transformer, HfTransformer):
         of_decoder = transformer.engine.identity().get("decoder_sha256")
     return found if of_decoder is None else {**found, "decoder_sha256": of_decoder}
 

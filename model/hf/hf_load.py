@@ -14,6 +14,8 @@ from cna_kernels import attach
 from cna_kernels.errors import InputError, warn
 from cna_kernels.fields import short
 
+from ..checkpoint.safetensors_file import Checkpoint
+from ..memory import memory_of
 from ..packages import require
 from .hf_config import HfConfig, in_one_line
 from .hf_transformer import HfTransformer
@@ -27,6 +29,7 @@ def load_hf(
     config: HfConfig,
     hf_config: Any,
     *,
+    checkpoint: Checkpoint,
     device: torch.device,
     dtype: torch.dtype | None = None,
     device_map: str | None = None,
@@ -35,13 +38,13 @@ def load_hf(
     """Load a checkpoint by ``from_pretrained``, and attach the engine.
 
     Args:
-        config, hf_config: what ``read_hf_config`` returned.
+        config, hf_config: what ``read_hf_config`` returned. checkpoint: the tensors of the files.
         dtype: of the weights that are not quantised; None keeps the checkpoint's own.
         device_map: as of ``from_pretrained``: "auto" puts layers on all GPUs, and what is left into memory.
         model_args: further arguments of ``from_pretrained``.
 
     Raises:
-        InputError: transformers cannot load the checkpoint, or weights are missing in it.
+        InputError: transformers cannot load the checkpoint, weights are missing in it, or memory cannot hold them.
     """
     import transformers
 
@@ -58,7 +61,11 @@ def load_hf(
     elif device_map is not None:
         require("accelerate")
         given["device_map"] = device_map
-    with in_one_line(directory), _quietly():
+    available, needed = memory_of(device), weight_bytes(checkpoint, dtype)
+    if device_map is None and not quantised and available is not None and needed > available:
+        what = f"needs {needed / 2**30:.1f} GiB for weights, {device} has {available / 2**30:.1f}"
+        raise InputError(directory, f"{what}; --device-map auto, in Python device_map, shares it out among devices")
+    with in_one_line(directory), quietly():
         load: Any = transformers.AutoModelForCausalLM.from_pretrained
         model, found = load(
             directory, trust_remote_code=False, local_files_only=True, use_safetensors=True, output_loading_info=True,
@@ -74,8 +81,17 @@ def load_hf(
     return HfTransformer(model, engine, config)
 
 
+def weight_bytes(checkpoint: Checkpoint, dtype: torch.dtype | None) -> int:
+    """The bytes of all weights in ``dtype``, None for that of the files; quantised ones stay as they are."""
+    total = 0
+    for entry in checkpoint.entries.values():
+        size = entry.end - entry.start
+        total += size if entry.dtype is None or dtype is None else size // entry.dtype.itemsize * dtype.itemsize
+    return total
+
+
 @contextlib.contextmanager
-def _quietly() -> Iterator[None]:
+def quietly() -> Iterator[None]:
     """Without progress bars, and without the engine's note on layers that it does not fuse (``cna doctor`` has it)."""
     from transformers.utils import logging
 
