@@ -19,10 +19,11 @@ from cna_kernels.files import FilePath
 from cna_kernels.renamed import renamed
 from cna_kernels.steering import SteeringTable, distinct
 
-from .checkpoint.config import DTYPES
+from .checkpoint.config import dtype_asked
 from .checkpoint.formats import open_checkpoint, read_config, require_checkpoint
 from .checkpoint.identity import Identity
 from .checkpoint.load import load_transformer
+from .circuit_files import Given, circuits_of
 from .discovery.job import Job, Progress
 from .discovery.packing import TokenPrompt
 from .discovery.settings import Settings, settings_from
@@ -32,6 +33,7 @@ from .generate import Sampling, generate
 from .memory import usable_device
 from .prompts.corpus import Contrast, Corpus, Names, two_sets
 from .prompts.files import PromptSet, neutral_prompts
+from .summary import summary_of
 from .text.prompt_encoder import PromptEncoder
 from .text.text_stream import TextStream
 from .text.tokenizer import Tokenizer, stop_ids
@@ -46,8 +48,8 @@ GENERATE_ROWS = 64  # prompts decoded together
 def load(
     directory: FilePath,
     *,
-    device: torch.device | str = "cpu",
-    dtype: str | None = None,
+    device: torch.device | str | None = None,
+    dtype: torch.dtype | str | None = None,
     stream_layers: bool = False,
     spill: FilePath | None = None,
     mesh: DeviceMesh | None = None,
@@ -58,16 +60,8 @@ def load(
 
     Raises InputError, naming the directory, file or tensor that cannot be used.
     """
-    return LanguageModel(
-        directory,
-        device=device,
-        dtype=dtype,
-        stream_layers=stream_layers,
-        spill=spill,
-        mesh=mesh,
-        system=system,
-        template_args=template_args,
-    )
+    how: dict[str, Any] = dict(stream_layers=stream_layers, spill=spill, mesh=mesh)
+    return LanguageModel(directory, device=device, dtype=dtype, system=system, template_args=template_args, **how)
 
 
 class LanguageModel:
@@ -85,8 +79,8 @@ class LanguageModel:
         self,
         directory: FilePath,
         *,
-        device: torch.device | str = "cpu",
-        dtype: str | None = None,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | str | None = None,
         stream_layers: bool = False,
         spill: FilePath | None = None,
         mesh: DeviceMesh | None = None,
@@ -95,8 +89,8 @@ class LanguageModel:
     ) -> None:
         """
         Args:
-            device: "cpu", "cuda", "cuda:1", ...
-            dtype: "bfloat16", "float16" or "float32"; None keeps the checkpoint's own.
+            device: "cpu", "cuda:1", ...; None is a GPU where there is one (LOCAL_RANK says which), else the CPU.
+            dtype: "bfloat16", "float16" or "float32", or these of torch; None and "auto" keep the checkpoint's own.
             stream_layers: read each layer when its turn comes, for models larger than memory. Such a model finds
                 circuits, and nothing else. ``spill`` is a directory for hidden states that memory does not hold.
             mesh: share the layers with the other processes of this mesh, see ``tensor_parallel.open_mesh``. All its
@@ -106,9 +100,8 @@ class LanguageModel:
         """
         self.directory = Path(directory)
         require_checkpoint(directory)
-        if dtype is not None and dtype not in DTYPES:
-            raise InputError("dtype", f"expected one of {', '.join(DTYPES)}, got {dtype!r}")
-        self.device = usable_device(device)
+        options: dict[str, Any] = dict(dtype=dtype_asked(dtype), device=usable_device(device))
+        self.device: torch.device = options["device"]
         backends.name_for(self.device)  # an absent CNA_BACKEND fails here, before files are read
         self.config = read_config(directory)
         self.tokenizer = Tokenizer(directory, self.config.vocab_size)
@@ -118,7 +111,6 @@ class LanguageModel:
         self.stop_ids = stop_ids(directory, self.tokenizer, self.config.vocab_size)
         self.checkpoint = open_checkpoint(directory)
         self._identity = Identity(directory, self.checkpoint, self.config)
-        options: dict[str, Any] = dict(dtype=None if dtype is None else DTYPES[dtype], device=self.device)
         self.transformer: Transformer
         if mesh is not None:
             from .discovery.tensor_parallel import load_parallel
@@ -130,6 +122,9 @@ class LanguageModel:
         else:
             self.transformer = load_transformer(directory, self.config, self.checkpoint, **options)
         self._steering: tuple[SteeringTable, Tensor | None] | None = None
+
+    def __repr__(self) -> str:
+        return summary_of(self)
 
     def __call__(self, input_ids: Tensor) -> Tensor:
         """Return logits ``[B, S, V]`` for whole sequences ``[B, S]``, steered inside :meth:`steered`."""
@@ -264,10 +259,11 @@ class LanguageModel:
     @contextmanager
     def steered(
         self,
-        circuit: Circuit | Sequence[Circuit],
+        circuit: Given | Sequence[Given],
         multiplier: float | Sequence[float],
         *,
         row_circuit: Sequence[int] | None = None,
+        any_model: bool = False,
     ) -> Iterator[SteeringTable]:
         """Steer every call inside the ``with`` block, at every position of prompt and answer.
 
@@ -276,11 +272,13 @@ class LanguageModel:
         Yields the SteeringTable: its ``set_multipliers`` changes multipliers between calls without rebuilding.
 
         Args:
-            circuit: one circuit, or several for one batch.
+            circuit: one, or several for one batch. A path is that of a circuit's file: :meth:`check_circuit` checks it.
             multiplier: one for all circuits, or one for each: 0 ablates, 1 changes nothing, above 1 scales up.
             row_circuit: the number of the circuit that each row of the batch uses, -1 for none. None: all rows use 0.
+            any_model: take a file's circuit though it was found in another checkpoint of this shape.
         """
-        circuits = [circuit] if isinstance(circuit, Circuit) else list(circuit)
+        given = circuits_of(circuit, self, any_model=any_model, prompts=False)
+        circuits = [given] if isinstance(given, Circuit) else list(given)
         multipliers = list(multiplier) if isinstance(multiplier, Sequence) else [multiplier] * len(circuits)
         table = SteeringTable(
             circuits, multipliers, self.config.num_hidden_layers, self.config.intermediate_size, self.device
@@ -296,7 +294,7 @@ class LanguageModel:
         self,
         prompts: str | Sequence[str] | PromptSet,
         *,
-        circuit: Circuit | Sequence[Circuit | None] | None = None,
+        circuit: Given | Sequence[Given | None] | None = None,
         multiplier: float | Sequence[float] = 0.0,
         max_new_tokens: int = 150,
         temperature: float = 0.0,
@@ -305,16 +303,18 @@ class LanguageModel:
         seed: int | Sequence[int] = 0,
         chat: bool | None = None,
         batch: int | None = None,
+        any_model: bool = False,
         on_text: Callable[[int, str], None] | None = None,
     ) -> str | list[str]:
         """Answer a prompt, or several prompts in batches.
 
         Args:
-            circuit: one that steers every prompt; or a list with a circuit or None for each prompt.
+            circuit: one that steers every prompt; or a list with one or None for each. Paths as in :meth:`steered`.
             multiplier: one for all prompts, or one for each.
             temperature, top_k, top_p: as in :class:`Sampling`; temperature 0 is greedy.
             seed: for sampling, one for each prompt. A single number is the first prompt's; the next add 1, 2, ...
             batch: prompts decoded together; None takes GENERATE_ROWS.
+            any_model: as in :meth:`steered`.
             on_text: called with (row, new text) while the answers grow.
 
         Returns:
@@ -332,6 +332,7 @@ class LanguageModel:
         batch = GENERATE_ROWS if batch is None else batch
         if batch < 1:
             raise InputError("batch", f"expected at least 1, got {batch}")
+        circuit = circuits_of(circuit, self, any_model=any_model, chat=chat)
         with nullcontext() if circuit is None else self._steered_rows(circuit, multiplier, len(prompts)):
             for start in range(0, len(tokens), batch):
                 chunk = tokens[start : start + batch]

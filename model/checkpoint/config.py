@@ -11,10 +11,26 @@ from pathlib import Path
 
 import torch
 
+from cna_kernels.errors import InputError
 from cna_kernels.fields import REQUIRED, Fields, is_number, short
 from cna_kernels.files import read_json
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
+
+
+def dtype_asked(dtype: torch.dtype | str | None) -> torch.dtype | None:
+    """The dtype that a caller asks for, by name or itself; None for "auto" and None: the checkpoint's own.
+
+    Raises:
+        InputError: none of DTYPES.
+    """
+    if dtype is None or (isinstance(dtype, str) and dtype == "auto"):
+        return None
+    if isinstance(dtype, torch.dtype) and dtype in DTYPES.values():
+        return dtype
+    if isinstance(dtype, str) and dtype in DTYPES:
+        return DTYPES[dtype]
+    raise InputError("dtype", f"expected auto or one of {', '.join(DTYPES)}, by name or of torch, got {short(dtype)}")
 
 
 @dataclass(frozen=True)

@@ -146,7 +146,7 @@ def model_flags(parser, *, batch_help: str = BATCH_HELP) -> None:
 def device_flags(parser) -> None:
     """Add --device and --dtype."""
     parser.add_argument("--device", metavar="D", help="cpu, cuda, cuda:1, ... (default: cuda where there is one)")
-    parser.add_argument("--dtype", choices=DTYPES, help="default: the checkpoint's own")
+    parser.add_argument("--dtype", choices=["auto", *DTYPES], help="default: auto, the checkpoint's own")
 
 
 def template_arg(text: str) -> tuple[str, object]:

@@ -13,7 +13,7 @@ import torch
 from cna_kernels import ActivationSums
 from cna_kernels.errors import InputError
 
-from ..checkpoint.config import DTYPES
+from ..checkpoint.config import dtype_asked
 from ..checkpoint.formats import open_checkpoint, read_config
 from ..checkpoint.load import check_entries, dtype_of, expected_shapes, layer_size
 from ..memory import usable_device
@@ -37,8 +37,8 @@ def estimate(
     directory,
     prompts: Iterable[tuple[str, str]],
     *,
-    device,
-    dtype: str | None = None,
+    device: torch.device | str | None = None,
+    dtype: torch.dtype | str | None = None,
     stream_layers: bool = False,
     chat: bool | None = None,
     max_tokens: int | None = None,
@@ -50,14 +50,14 @@ def estimate(
 
     Sizes are computed, for sums with their squares, as a run directory keeps them. Times follow from three
     measurements: a sample of the prompts is tokenised, one layer with random weights runs over a pack of that sample,
-    and a part of the checkpoint is read.
+    and a part of the checkpoint is read. ``device`` and ``dtype`` are as in :class:`LanguageModel`.
     """
+    asked, device = dtype_asked(dtype), usable_device(device)
     config = read_config(directory)
     tokenizer = Tokenizer(directory, config.vocab_size)
     checkpoint = open_checkpoint(directory)
     check_entries(checkpoint, config, directory)
-    dtype_in_use = dtype_of(config, checkpoint) if dtype is None else DTYPES[dtype]
-    device = usable_device(device)
+    dtype_in_use = dtype_of(config, checkpoint) if asked is None else asked
     max_tokens = max_tokens or default_tokens(device)
 
     stream = iter(prompts)

@@ -93,7 +93,9 @@ class Evaluation:
         """Note how many reported prompts are discovery prompts: choices made on these look better than they are."""
         sets = self.suite.sets()
         texts = {text for name in ("positive", "negative") for text, _ in sets.get(name, ())}
-        found_on = {found.get("sha256"): side for side, found in (self.circuit.prompts or {}).items()}
+        made_of = (self.circuit.made_from or {}).get("circuits", ())
+        found_with = [self.circuit.prompts, *(circuit.get("prompts") for circuit in made_of)]
+        found_on = {found.get("sha256"): side for prompts in found_with for side, found in (prompts or {}).items()}
         for name in ("harmful", "measured", "benign"):
             n = sum(text in texts for text, _ in sets.get(name, ()))
             if n:

@@ -281,7 +281,7 @@ def test_load_refusals(tmp_path):
         load(tmp_path / "nowhere")
     with pytest.raises(InputError, match=r"config\.json: No such file"):
         load(tmp_path)
-    with pytest.raises(InputError, match="dtype: expected one of"):
+    with pytest.raises(InputError, match="dtype: expected auto or one of"):
         load(tmp_path, dtype="int8")
     for device in ("nonsense", "meta"):
         with pytest.raises(InputError, match=f"device: expected one of cpu, cuda, mps, xpu, got '{device}'"):
