@@ -61,7 +61,8 @@ class Circuit:
         mirrored: (layer, index) of the neurons that get 2 - m where the others get m, see :meth:`aligned`; None for a
             plain circuit, all of whose neurons get m.
         made_from: of a circuit made from others: the ``operation`` (union, intersection or difference) and the
-            ``circuits``, of each ``k``, ``prompts`` and the sha256 of the file that :meth:`save` writes of it.
+            ``circuits``, of each ``k``, ``prompts``, the sha256 of the file that :meth:`save` writes of it, and its own
+            ``made_from`` where it has one.
     """
 
     neurons: tuple[Neuron, ...]

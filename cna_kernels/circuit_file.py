@@ -159,7 +159,10 @@ def _check_made_from(fields: Fields, shape: tuple[int, int], k: int) -> None:
         prompts = inside.object("prompts", None)
         if prompts is not None:
             _check_prompts(prompts, shape, k)
-        inside.only(("k", "prompts", "sha256"), _KIND)
+        made_from = inside.object("made_from", None)
+        if made_from is not None:
+            _check_made_from(made_from, shape, k)
+        inside.only(("k", "prompts", "sha256", "made_from"), _KIND)
     fields.only(("operation", "circuits"), _KIND)
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 from .circuit_file import to_json
@@ -78,7 +78,7 @@ def union(left: Circuit, right: Circuit) -> Circuit:
     known = {name: _if_same(getattr(left, name), getattr(right, name)) for name in _SAME}
     return dataclasses.replace(
         left, neurons=tuple(neurons[rank] for rank in order), positive_mean=means, mirrored=mirrored,
-        fraction=None, k_rule=f"union of {len(made_from['circuits'])} circuits", bootstrap=None, folds=None,
+        fraction=None, k_rule=_of_union(made_from), bootstrap=None, folds=None,
         skipped_layers=_in_both(left.skipped_layers, right.skipped_layers),
         excluded=_in_both(left.excluded, right.excluded),
         **known, **_model_of(left, right), **_text_of(left, right), made_from=made_from,
@@ -135,11 +135,25 @@ def _in_both(left: tuple[Any, ...], right: tuple[Any, ...]) -> tuple[Any, ...]:
 
 def _made_from(operation: str, left: Circuit, right: Circuit) -> dict[str, Any]:
     """What a circuit says of those that it was made from. A union of unions names all their circuits."""
-    circuits = []
+    circuits: list[dict[str, Any]] = []
     for circuit in (left, right):
-        if operation == "union" and (circuit.made_from or {}).get("operation") == "union":
-            circuits += (circuit.made_from or {})["circuits"]
+        own = circuit.made_from
+        if own is not None and operation == own["operation"] == "union" and circuit.k_rule == _of_union(own):
+            circuits += own["circuits"]
         else:
             digest = hashlib.sha256(to_json(circuit).encode()).hexdigest()
-            circuits.append({"k": circuit.k, "prompts": circuit.prompts, "sha256": digest})
+            made = {} if own is None else {"made_from": own}
+            circuits.append({"k": circuit.k, "prompts": circuit.prompts, "sha256": digest, **made})
     return {"operation": operation, "circuits": circuits}
+
+
+def _of_union(made_from: dict[str, Any]) -> str:
+    return f"union of {len(made_from['circuits'])} circuits"
+
+
+def prompts_of(prompts: dict[str, Any] | None, made_from: dict[str, Any] | None) -> Iterator[dict[str, Any]]:
+    """The ``prompts`` of a circuit with these fields and of all that it was made from, as far as they are known."""
+    if prompts is not None:
+        yield prompts
+    for circuit in (made_from or {}).get("circuits", ()):
+        yield from prompts_of(circuit.get("prompts"), circuit.get("made_from"))
