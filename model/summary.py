@@ -31,7 +31,7 @@ def summary_of(model: LanguageModel) -> str:
         where += ", matrices in GGUF's blocks"
     way = WAYS.get(type(transformer))
     if way is None:
-        way = f", part {transformer.rank} of {transformer.mesh.size()} of tensor-parallel layers"
+        way = f", layers shared by {transformer.mesh.size()} ranks"
     name = model.directory.name or str(model.directory)
     return f"LanguageModel({name!r}, {config.model_type}, {shape}, {_count(n_weights)} weights, {where}{way})"
 

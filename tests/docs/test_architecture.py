@@ -137,7 +137,6 @@ TESTED_TOGETHER = {
     "model/evaluation/test_reproduce.py": "model/evaluation/: reproduce_report; model/cli/: reproduce reproduce_flags",
     "model/checkpoint/test_export.py": "model/cli/: export",
     "model/text/test_chat_template.py": "model/text/: template_child",
-    "model/test_language_model.py": "model/: circuit_files summary",
     "model/discovery/test_discover.py": "model/discovery/: circuits settings",
     "model/discovery/test_job.py": "model/discovery/: sense units; model/cli/: attribution",
     "model/discovery/test_packing.py": "model/discovery/: packed",

@@ -2,12 +2,15 @@
 
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 
 from cna_kernels import Circuit, InputError, SteeringTable
 from cna_kernels.errors import InputWarning
-from cna_kernels.model import load
+from cna_kernels.model import LanguageModel, load
+from cna_kernels.model.cli import main
+from cna_kernels.model.discovery.estimate import estimate
 from cna_kernels.model.discovery.packing import TokenPrompt
 from cna_kernels.model.generate import Sampling, choose, generate
 from cna_kernels.model.transformer import Steering
@@ -286,6 +289,36 @@ def test_load_refusals(tmp_path):
     for device in ("nonsense", "meta"):
         with pytest.raises(InputError, match=f"device: expected one of cpu, cuda, mps, xpu, got '{device}'"):
             load(tmp_path, device=device)
+
+
+@pytest.mark.parametrize("name", ["bfloat16", "float16", "float32"])
+def test_dtypes_by_name_and_of_torch(tmp_path, name):
+    directory = write_language_model(tmp_path)
+    by_name, of_torch = load(directory, dtype=name), LanguageModel(directory, dtype=getattr(torch, name))
+    assert by_name.transformer.dtype == of_torch.transformer.dtype == getattr(torch, name)
+    assert load(directory, dtype="auto").transformer.dtype == load(directory).transformer.dtype == torch.float32
+    ids = ids_of(by_name, "hi")
+    assert torch.equal(by_name(ids), of_torch(ids))
+
+
+@pytest.mark.parametrize(
+    "dtype", [torch.float64, torch.int8, "int8", "torch.bfloat16", float, 16, [], np.dtype("float32")]
+)
+def test_other_dtypes_are_refused(tmp_path, dtype):
+    directory = write_language_model(tmp_path)
+    for call in (load, LanguageModel, lambda path, **how: estimate(path, [("a", "p")], device="cpu", **how)):
+        with pytest.raises(InputError, match="^dtype: expected auto or one of bfloat16, float16, float32, by name or"):
+            call(directory, dtype=dtype)
+
+
+def test_the_command_takes_the_checkpoints_own_dtype(tmp_path, capsys):
+    directory = write_language_model(tmp_path)
+    words = ["run", str(directory), "-p", "what is the time", "--max-new-tokens", "6", "--json", "--dtype"]
+    found = {}
+    for dtype in ("auto", "float32", "float64"):
+        found[dtype] = main([*words, dtype]), capsys.readouterr()
+    assert found["auto"][0] == 0 and found["auto"][1].out == found["float32"][1].out
+    assert found["float64"][0] == 2 and "choose from" in found["float64"][1].err and "auto" in found["float64"][1].err
 
 
 def test_a_circuit_of_another_checkpoint(model, tmp_path):
