@@ -57,10 +57,8 @@ def test_a_file_steers_as_its_circuit(model, found, file, kind):
 
 
 def test_a_file_is_read_once(model, file, monkeypatch):
-    paths, read = [], Circuit.load.__func__
-    monkeypatch.setattr(
-        Circuit, "load", classmethod(lambda cls, path, **how: paths.append(path) or read(cls, path, **how))
-    )
+    paths, read = [], Circuit.load
+    monkeypatch.setattr(Circuit, "load", lambda path, **how: paths.append(path) or read(path, **how))
     model.generate(PROMPTS, circuit=[file, Path(file), file], **SHORT)
     assert paths == [file]
 
@@ -70,7 +68,8 @@ def test_what_is_refused_names_the_file(model, found, file, tmp_path):
     Circuit((), 3, 50).save(tmp_path / "shape.json")
     (tmp_path / "text.json").write_text("no JSON")
     refused = [
-        (model, "nowhere.json", r"nowhere\.json: No such file"), (model, tmp_path / "text.json", r"text\.json: is not JSON"),
+        (model, "nowhere.json", r"nowhere\.json: No such file"),
+        (model, tmp_path / "text.json", r"text\.json: is not JSON"),
         (model, tmp_path / "shape.json", r"shape\.json: n_neurons: made for another model: expected 48, got 50"),
         (other, file, r"c\.json: model\.\w+_sha256: made for another model: .*any_model=True"),
         (model, 3, "circuit: expected a Circuit, or the file of one, got 3"),

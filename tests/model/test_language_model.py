@@ -1,5 +1,6 @@
 """Text in, text out: steering at every position, many circuits in a batch, sampling, streaming, restoring."""
 
+import re
 from dataclasses import replace
 
 import numpy as np
@@ -307,7 +308,7 @@ def test_dtypes_by_name_and_of_torch(tmp_path, name):
 def test_other_dtypes_are_refused(tmp_path, dtype):
     directory = write_language_model(tmp_path)
     for call in (load, LanguageModel, lambda path, **how: estimate(path, [("a", "p")], device="cpu", **how)):
-        with pytest.raises(InputError, match="^dtype: expected auto or one of bfloat16, float16, float32, by name or"):
+        with pytest.raises(InputError, match=r"^dtype: expected auto or one of bfloat16, float16, float32, by name or"):
             call(directory, dtype=dtype)
 
 
@@ -315,10 +316,12 @@ def test_the_command_takes_the_checkpoints_own_dtype(tmp_path, capsys):
     directory = write_language_model(tmp_path)
     words = ["run", str(directory), "-p", "what is the time", "--max-new-tokens", "6", "--json", "--dtype"]
     found = {}
-    for dtype in ("auto", "float32", "float64"):
+    for dtype in ("auto", "float32"):
         found[dtype] = main([*words, dtype]), capsys.readouterr()
     assert found["auto"][0] == 0 and found["auto"][1].out == found["float32"][1].out
-    assert found["float64"][0] == 2 and "choose from" in found["float64"][1].err and "auto" in found["float64"][1].err
+    with pytest.raises(SystemExit, match="2"):
+        main([*words, "float64"])
+    assert re.search(r"--dtype: invalid choice: 'float64' \(choose from '?auto", capsys.readouterr().err)
 
 
 def test_a_circuit_of_another_checkpoint(model, tmp_path):
