@@ -6,13 +6,20 @@ import dataclasses
 import math
 import random
 from collections import Counter
+from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any, overload
 
-from . import circuit_file
+from . import circuit_file, circuit_sets
+from .circuit_frame import frame_of
 from .errors import InputError, warn
 from .fields import whole_number
 from .files import FilePath, read_json, write_text
+
+if TYPE_CHECKING:
+    import pandas
+
+Neuron = tuple[int, int, float]  # layer, index, contrast
 
 
 @dataclass(frozen=True)
@@ -20,11 +27,25 @@ class Circuit:
     """Neurons in rank order with their contrast. A circuit holds no multiplier: steering chooses the multiplier m, and
     :meth:`multipliers` says what each neuron gets at m.
 
+    ``len(circuit)`` is the number of neurons, iteration gives them in rank order, ``circuit[0]`` is the best one and
+    ``circuit[:10]`` the circuit of the ten best; ``(layer, index) in circuit`` asks for a neuron. An empty circuit is
+    false, as an empty list is. ``a | b``, ``a & b`` and ``a - b`` are circuits again:
+
+    - A part (a slice, :meth:`top`, ``a & b``, ``a - b``) keeps the neurons, their order and the provenance of its
+      circuit, or of the left one. What holds of the whole alone is left out: ``fraction``, ``bootstrap``, ``folds``.
+    - A union has the neurons with the largest contrast, in size, first; equal ones go by layer and index. A neuron of
+      both is as in the left one. Provenance that differs is left out; ``skipped_layers`` and ``excluded`` are what both
+      left out, and model and tokenizer what either says.
+    - Where nothing is left out or added, the result is the circuit itself, or the left one.
+    - Circuits of different shapes, models or tokenizers are refused: InputError names the field. So is the union of an
+      aligned and a plain circuit.
+
     Attributes:
         neurons: (layer, index, contrast) best first.
         n_layers, n_neurons: the shape of the model that the circuit was found in.
         score, fraction, k_rule, position, skipped_layers: how the circuit was selected; None where unknown.
-        universal: how the universal filter was run and which neurons it left out, or None where the filter was off.
+        universal: how the universal filter was run and which neurons it left out, or None where the filter was off, and
+            in a union whose circuits differ in it.
         excluded: (layer, index) of neurons that were left out by name.
         model, tokenizer_sha256, chat_template_sha256: the model, tokenizer and chat template that the circuit was found
             with. ``model`` has a name and hashes; a hash is compared with the model in hand where both have it.
@@ -43,9 +64,12 @@ class Circuit:
         experts: of a mixture of experts, (number of experts, neurons of each) for each layer; a dense layer is (1, its
             neurons). Neuron i of expert e then has the index ``e * neurons of each + i``, see :meth:`expert_of`. None
             for a model without experts, and where it is not known.
+        made_from: of a circuit made from others: the ``operation`` (union, intersection or difference) and the
+            ``circuits``, of each ``k``, ``prompts``, the sha256 of the file that :meth:`save` writes of it, and its own
+            ``made_from`` where it has one.
     """
 
-    neurons: tuple[tuple[int, int, float], ...]
+    neurons: tuple[Neuron, ...]
     n_layers: int
     n_neurons: int
     score: str | None = None
@@ -68,9 +92,10 @@ class Circuit:
     positive_mean: tuple[float, ...] | None = None
     mirrored: tuple[tuple[int, int], ...] | None = None
     experts: tuple[tuple[int, int], ...] | None = None
+    made_from: dict[str, Any] | None = None
 
     def __post_init__(self) -> None:
-        widths = self._widths()
+        widths = self.widths
         neurons, seen = [], set()
         for place, neuron in enumerate(self.neurons):
             try:
@@ -99,7 +124,8 @@ class Circuit:
                 raise InputError("mirrored", "expected neurons of the circuit, each once")
             object.__setattr__(self, "mirrored", places)
 
-    def _widths(self) -> list[int]:
+    @property
+    def widths(self) -> list[int]:
         """The neurons of each layer. Raises InputError for ``experts`` that are none of such a model."""
         if self.experts is None:
             return [self.n_neurons] * self.n_layers
@@ -117,7 +143,7 @@ class Circuit:
     @property
     def n_all(self) -> int:
         """The number of neurons of the whole model."""
-        return sum(self._widths())
+        return sum(self.widths)
 
     def expert_of(self, layer: int, index: int) -> tuple[int, int]:
         """Return (expert, index in it) of a neuron; (0, index) where the layer has no experts, or none are known."""
@@ -133,6 +159,43 @@ class Circuit:
     def pairs(self) -> list[tuple[int, int]]:
         """The neurons as (layer, index), best first."""
         return [(layer, index) for layer, index, _ in self.neurons]
+
+    def __len__(self) -> int:
+        return len(self.neurons)
+
+    def __iter__(self) -> Iterator[Neuron]:
+        return iter(self.neurons)
+
+    def __contains__(self, neuron: object) -> bool:
+        return neuron in self.neurons or neuron in self.pairs
+
+    @overload
+    def __getitem__(self, rank: int) -> Neuron: ...
+    @overload
+    def __getitem__(self, rank: slice) -> Circuit: ...
+    def __getitem__(self, rank: int | slice) -> Neuron | Circuit:
+        if not isinstance(rank, slice):
+            return self.neurons[rank]
+        ranks = range(self.k)[rank]
+        if ranks.step < 0:
+            raise InputError("circuit", "a slice keeps the rank order: expected a step above 0")
+        which = f"ranks {ranks.start + 1} to {ranks.stop}" + (f" in steps of {ranks.step}" if ranks.step > 1 else "")
+        return circuit_sets.part(self, ranks, f"top {len(ranks)}" if ranks == range(len(ranks)) else which)
+
+    def __or__(self, other: Circuit) -> Circuit:
+        return circuit_sets.union(self, other) if isinstance(other, Circuit) else NotImplemented
+
+    def __and__(self, other: Circuit) -> Circuit:
+        return circuit_sets.intersection(self, other) if isinstance(other, Circuit) else NotImplemented
+
+    def __sub__(self, other: Circuit) -> Circuit:
+        return circuit_sets.difference(self, other) if isinstance(other, Circuit) else NotImplemented
+
+    def top(self, n: int) -> Circuit:
+        """Return the circuit of the n best neurons: ``circuit[:n]``, but InputError where it has fewer."""
+        if not 0 <= whole_number("n", n) <= self.k:
+            raise InputError("n", f"expected 0 to {self.k}, the neurons of the circuit, got {n}")
+        return self[:n]
 
     def by_layer(self) -> dict[int, list[int]]:
         """Return {layer: sorted indices} for the layers that hold a neuron of the circuit."""
@@ -215,14 +278,19 @@ class Circuit:
         kept = [rank for rank, (*_, x) in enumerate(self.neurons) if (x > 0 if sign == "positive" else x < 0)]
         if not kept:
             raise InputError("sign", f"no neuron of the circuit has a {sign} contrast")
-        neurons = tuple(self.neurons[rank] for rank in kept)
-        pairs = {(layer, index) for layer, index, _ in neurons}
-        return dataclasses.replace(
-            self, neurons=neurons, k_rule=f"{sign} contrast of {self.k_rule or f'{self.k} neurons'}",
-            bootstrap=None, folds=None,
-            positive_mean=None if self.positive_mean is None else tuple(self.positive_mean[rank] for rank in kept),
-            mirrored=None if self.mirrored is None else tuple(pair for pair in self.mirrored if pair in pairs),
-        )  # fmt: skip
+        return circuit_sets.part(self, kept, f"{sign} contrast")
+
+    def to_pandas(self) -> pandas.DataFrame:
+        """Return a DataFrame with a row for each neuron in rank order, the best one in row 0.
+
+        Columns: ``layer``, ``index``, ``contrast``, and as far as the circuit knows them ``positive_mean``,
+        ``frequency`` (how often the bootstrap selects the neuron, 0 to 1), ``mirrored`` (bool), and of a mixture
+        ``expert`` and ``expert_index``, the index in the expert.
+
+        Raises:
+            InputError: pandas is not installed.
+        """
+        return frame_of(self)
 
     def to_json(self) -> str:
         """Return what :meth:`save` writes."""

@@ -20,11 +20,8 @@ _SHARE = (0, 1)  # the bounds of a share
 # the fields of a circuit that are texts, and the hashes inside its ``model``
 _TEXTS = ("score", "k_rule", "position", "tokenizer_sha256", "chat_template_sha256", "dtype", "preset")
 _HASHES = ("settings_sha256", "tensors_sha256", "decoder_sha256")
-_NEW = (
-    "positive_mean",
-    "mirrored",
-    "experts",
-)  # where None, a file is as before there were such fields
+# where these are None, a file is as it was before there were such fields
+_NEW = ("positive_mean", "mirrored", "experts", "made_from")
 _OLD_HASHES = ("config_sha256", "headers_sha256", "weights_sha256", "neurons_sha256")  # of samples, before 0.2
 
 
@@ -159,6 +156,23 @@ def _check_folds(fields: Fields, shape: tuple[int, int], k: int) -> None:
     fields.only(("n", "overlap", "retained"), _KIND)
 
 
+def _check_made_from(fields: Fields, shape: tuple[int, int], k: int) -> None:
+    fields.one_of("operation", ("union", "intersection", "difference"))
+    circuits = fields.items("circuits", lambda x: isinstance(x, dict), "a JSON object")
+    for place, circuit in enumerate(circuits):
+        inside = Fields(circuit, fields.where, f"{fields.prefix}circuits[{place}].")
+        inside.integer("k", (0, _MOST))
+        inside.text("sha256")
+        prompts = inside.object("prompts", None)
+        if prompts is not None:
+            _check_prompts(prompts, shape, k)
+        made_from = inside.object("made_from", None)
+        if made_from is not None:
+            _check_made_from(made_from, shape, k)
+        inside.only(("k", "prompts", "sha256", "made_from"), _KIND)
+    fields.only(("operation", "circuits"), _KIND)
+
+
 def _check_versions(fields: Fields, shape: tuple[int, int], k: int) -> None:
     """Any versions are accepted."""
 
@@ -166,6 +180,7 @@ def _check_versions(fields: Fields, shape: tuple[int, int], k: int) -> None:
 _OBJECTS = {
     "universal": _check_universal, "model": _check_model, "chat": _check_chat, "prompts": _check_prompts,
     "versions": _check_versions, "bootstrap": _check_bootstrap, "folds": _check_folds,
+    "made_from": _check_made_from,
 }  # fmt: skip
 
 

@@ -19,7 +19,7 @@ from cna_kernels.model.checkpoint.lora import to_lora
 from cna_kernels.model.demo import world
 
 directory = sys.argv[1] if len(sys.argv) > 1 else demo_checkpoint("instruct")
-ours = load(directory, dtype="float32")
+ours = load(directory, device="cpu", dtype="float32")
 circuit = ours.discover(world.discovery_positive(), world.discovery_negative(), score="magnitude")
 ids = torch.tensor([[1, 20, 30, 40, 50]])
 

@@ -118,5 +118,5 @@ if __name__ == "__main__":
     while server.step():
         pass
     for request, answer in zip(requests, answers, strict=True):
-        circuit = f"m = {request.multiplier:g}" if request.circuit else "no circuit"
+        circuit = f"m = {request.multiplier:g}" if request.circuit is not None else "no circuit"
         print(f"{circuit:10}  {request.prompt}\n            {answer.result()}")

@@ -10,7 +10,7 @@ import torch
 
 from cna_kernels.errors import InputError, warn
 
-from .checkpoint.config import DTYPES, ModelConfig, NotServed
+from .checkpoint.config import ModelConfig, NotServed
 from .checkpoint.formats import read_config
 from .checkpoint.gguf_file import is_gguf
 from .checkpoint.identity import identity_of
@@ -80,7 +80,7 @@ class Chosen:
         checkpoint: Checkpoint,
         *,
         device: torch.device,
-        dtype: str | None,
+        dtype: torch.dtype | None,
         stream_layers: bool,
         spill: Any,
         mesh: DeviceMesh | None,
@@ -89,7 +89,7 @@ class Chosen:
         model_args: Mapping[str, Any] | None,
     ) -> Any:
         """Load the model; the options are those of ``LanguageModel``. Returns what runs it."""
-        options: dict[str, Any] = dict(dtype=None if dtype is None else DTYPES[dtype], device=device)
+        options: dict[str, Any] = dict(dtype=dtype, device=device)
         if self.hf_config is not None and not weights:
             from .hf.hf_transformer import HfShape
 

@@ -14,15 +14,16 @@ import torch
 from torch import Tensor
 
 from cna_kernels import backends
-from cna_kernels.circuit import Circuit, check_fits, check_found_in, check_template
+from cna_kernels.circuit import Circuit
 from cna_kernels.errors import InputError, InputWarning
 from cna_kernels.files import FilePath
 from cna_kernels.renamed import renamed
 from cna_kernels.steering import SteeringTable, distinct
 
-from .checkpoint.config import DTYPES
+from .checkpoint.config import dtype_asked
 from .checkpoint.formats import open_checkpoint, require_checkpoint
 from .checkpoint.identity import Identity
+from .circuit_files import Given, check_circuit, circuits_of
 from .discovery.job import Job, Progress
 from .discovery.packing import TokenPrompt
 from .discovery.settings import Settings, settings_from
@@ -32,6 +33,7 @@ from .generate import Sampling, generate
 from .memory import usable_device
 from .prompts.corpus import Contrast, Corpus, Names, two_sets
 from .prompts.files import PromptSet, neutral_prompts
+from .summary import described, summary_of
 from .text.prompt_encoder import PromptEncoder
 from .text.text_stream import TextStream
 from .text.tokenizer import Tokenizer, stop_ids
@@ -47,8 +49,8 @@ def load(
     directory: FilePath,
     *,
     engine: str = "auto",
-    device: torch.device | str = "cpu",
-    dtype: str | None = None,
+    device: torch.device | str | None = None,
+    dtype: torch.dtype | str | None = None,
     stream_layers: bool = False,
     spill: FilePath | None = None,
     mesh: DeviceMesh | None = None,
@@ -85,8 +87,8 @@ class LanguageModel:
         directory: FilePath,
         *,
         engine: str = "auto",
-        device: torch.device | str = "cpu",
-        dtype: str | None = None,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | str | None = None,
         stream_layers: bool = False,
         spill: FilePath | None = None,
         mesh: DeviceMesh | None = None,
@@ -100,8 +102,8 @@ class LanguageModel:
         Args:
             engine: "own", our forward pass; "transformers", any model that transformers loads and ``attach`` knows;
                 "auto", our own where it serves the model, else transformers, which a warning then says.
-            device: "cpu", "cuda", "cuda:1", ...
-            dtype: "bfloat16", "float16" or "float32"; None keeps the checkpoint's own.
+            device: "cpu", "cuda:1", ...; None is a GPU where there is one (LOCAL_RANK says which), else the CPU.
+            dtype: "bfloat16", "float16" or "float32", or these of torch; None and "auto" keep the checkpoint's own.
             stream_layers: read each layer when its turn comes, for models larger than memory. Such a model finds
                 circuits, and nothing else. ``spill`` is a directory for hidden states that memory does not hold.
             mesh: share the layers with the other processes of this mesh, see ``tensor_parallel.open_mesh``. All its
@@ -114,9 +116,8 @@ class LanguageModel:
         """
         self.directory = Path(directory)
         require_checkpoint(directory)
-        if dtype is not None and dtype not in DTYPES:
-            raise InputError("dtype", f"expected one of {', '.join(DTYPES)}, got {dtype!r}")
-        self.device = usable_device(device)
+        options: dict[str, Any] = dict(dtype=dtype_asked(dtype), device=usable_device(device))
+        self.device: torch.device = options["device"]
         backends.name_for(self.device)  # an absent CNA_BACKEND fails here, before files are read
         own_only = "stream_layers" if stream_layers else None if mesh is None else "tensor_parallel"
         chosen = Chosen(self.directory, engine, own_only=own_only, hf_only=bool(device_map or model_args))
@@ -128,12 +129,15 @@ class LanguageModel:
         self.stop_ids = stop_ids(directory, self.tokenizer, self.config.vocab_size)
         self.checkpoint = open_checkpoint(directory)
         self.transformer: Transformer = chosen.load(
-            self.checkpoint, device=self.device, dtype=dtype, stream_layers=stream_layers, spill=spill, mesh=mesh,
-            weights=weights, device_map=device_map, model_args=model_args,
+            self.checkpoint, **options, stream_layers=stream_layers, spill=spill, mesh=mesh, weights=weights,
+            device_map=device_map, model_args=model_args,
         )  # fmt: skip
         of_model = partial(chosen.identity, self.checkpoint, lambda: self.transformer)
         self._identity = Identity(self.checkpoint, of_model)
         self._steering: tuple[SteeringTable, Tensor | None] | None = None
+
+    def __repr__(self) -> str:
+        return summary_of(self)
 
     def __call__(self, input_ids: Tensor) -> Tensor:
         """Return logits ``[B, S, V]`` for whole sequences ``[B, S]``, steered inside :meth:`steered`."""
@@ -168,11 +172,7 @@ class LanguageModel:
         Args:
             hashed: whether the weights' hash is in it, for which all weights are read once.
         """
-        name = self.directory.resolve().name
-        weights = f" {self.identity()['tensors_sha256'][:8]}" if hashed else ""
-        ends = ", ".join(f"{number} {self.tokenizer.token(number)!r}" for number in sorted(self.stop_ids)) or "no token"
-        engine = "" if self.engine == "own" else f" on {self.engine}"
-        return f"model {name!r}{weights}{engine}; {self.encoder.describe(chat)}; an answer ends at {ends}"
+        return described(self, chat, hashed=hashed)
 
     def encode(self, prompts: PromptSet, *, chat: bool | None = None, double_bos: bool = False) -> list[TokenPrompt]:
         """Tokenise each prompt, as the user's message of a chat or as plain text; see :class:`PromptEncoder`."""
@@ -269,10 +269,11 @@ class LanguageModel:
     @contextmanager
     def steered(
         self,
-        circuit: Circuit | Sequence[Circuit],
+        circuit: Given | Sequence[Given],
         multiplier: float | Sequence[float],
         *,
         row_circuit: Sequence[int] | None = None,
+        any_model: bool = False,
     ) -> Iterator[SteeringTable]:
         """Steer every call inside the ``with`` block, at every position of prompt and answer.
 
@@ -281,11 +282,13 @@ class LanguageModel:
         Yields the SteeringTable: its ``set_multipliers`` changes multipliers between calls without rebuilding.
 
         Args:
-            circuit: one circuit, or several for one batch.
+            circuit: one, or several for one batch. A path is that of a circuit's file: :meth:`check_circuit` checks it.
             multiplier: one for all circuits, or one for each: 0 ablates, 1 changes nothing, above 1 scales up.
             row_circuit: the number of the circuit that each row of the batch uses, -1 for none. None: all rows use 0.
+            any_model: take a file's circuit though it was found in another checkpoint of this shape.
         """
-        circuits = [circuit] if isinstance(circuit, Circuit) else list(circuit)
+        given = circuits_of(circuit, self, any_model=any_model, prompts=False)
+        circuits = [given] if isinstance(given, Circuit) else list(given)
         multipliers = list(multiplier) if isinstance(multiplier, Sequence) else [multiplier] * len(circuits)
         table = self.transformer.new_table(circuits, multipliers)
         outer = self._steering
@@ -299,7 +302,7 @@ class LanguageModel:
         self,
         prompts: str | Sequence[str] | PromptSet,
         *,
-        circuit: Circuit | Sequence[Circuit | None] | None = None,
+        circuit: Given | Sequence[Given | None] | None = None,
         multiplier: float | Sequence[float] = 0.0,
         max_new_tokens: int = 150,
         temperature: float = 0.0,
@@ -308,16 +311,18 @@ class LanguageModel:
         seed: int | Sequence[int] = 0,
         chat: bool | None = None,
         batch: int | None = None,
+        any_model: bool = False,
         on_text: Callable[[int, str], None] | None = None,
     ) -> str | list[str]:
         """Answer a prompt, or several prompts in batches.
 
         Args:
-            circuit: one that steers every prompt; or a list with a circuit or None for each prompt.
+            circuit: one that steers every prompt; or a list with one or None for each. Paths as in :meth:`steered`.
             multiplier: one for all prompts, or one for each.
             temperature, top_k, top_p: as in :class:`Sampling`; temperature 0 is greedy.
             seed: for sampling, one for each prompt. A single number is the first prompt's; the next add 1, 2, ...
             batch: prompts decoded together; None takes GENERATE_ROWS.
+            any_model: as in :meth:`steered`.
             on_text: called with (row, new text) while the answers grow.
 
         Returns:
@@ -335,6 +340,7 @@ class LanguageModel:
         batch = GENERATE_ROWS if batch is None else batch
         if batch < 1:
             raise InputError("batch", f"expected at least 1, got {batch}")
+        circuit = circuits_of(circuit, self, any_model=any_model, chat=chat)
         with nullcontext() if circuit is None else self._steered_rows(circuit, multiplier, len(prompts)):
             for start in range(0, len(tokens), batch):
                 chunk = tokens[start : start + batch]
@@ -362,21 +368,7 @@ class LanguageModel:
         Of imported circuits only the shape is checked. Another template is a warning; with ``any_model``, which takes
         every circuit of this shape, only plain text for a template, or a template for plain text.
         """
-        check_fits(circuit, self.config.num_hidden_layers, self.config.intermediate_size, where)
-        template = self.tokenizer.template_sha256 if self.encoder.uses_chat(chat) else None
-        if any_model:
-            check_template(circuit, template, where, any_template=True)
-            return
-        here: dict[str, str | None] = {f"model.{name}": value for name, value in self.identity().items()}
-        here |= dict(tokenizer_sha256=self.tokenizer.sha256, chat_template_sha256=template)
-        check_found_in(circuit, here, where)
-        found_with = {name: (circuit.chat or {}).get(name) for name in ("args", "system")}
-        if circuit.chat_template_sha256 and found_with != {
-            "args": self.encoder.template_args or (None if circuit.chat is None else {}),
-            "system": self.encoder.system,
-        }:
-            what = f"found with {found_with}, which this model is not loaded with"
-            warnings.warn(f"{where}: {what}", InputWarning, stacklevel=3)
+        check_circuit(self, circuit, where, any_model=any_model, chat=chat)
 
     def _steered_rows(self, circuit, multiplier, n_rows):
         """The context that gives each row its circuit and multiplier; rows with equal pairs share a table entry."""

@@ -44,8 +44,18 @@ def in_halves(run: Callable[[Sequence], list], items: Sequence, device: torch.de
     return [*in_halves(run, items[:half], device), *in_halves(run, items[half:], device)]
 
 
-def usable_device(device: torch.device | str) -> torch.device:
-    """Return the device, a GPU with its number. Raises InputError if this machine does not have the device."""
+def default_device() -> str:
+    """Where a model goes unless its user says: a GPU where there is one, under torchrun another for each worker."""
+    return f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if torch.cuda.is_available() else "cpu"
+
+
+def usable_device(device: torch.device | str | None) -> torch.device:
+    """Return the device, a GPU with its number; None is :func:`default_device`.
+
+    Raises:
+        InputError: this machine does not have the device.
+    """
+    device = default_device() if device is None else device
     if str(device).split(":")[0] not in DEVICES:
         raise InputError("device", f"expected one of {', '.join(DEVICES)}, got {str(device)!r}")
     try:

@@ -13,6 +13,7 @@ EXTRA_OF = {
     "gguf": "gguf",
     "matplotlib": "plot",
     "cna-kernels-demo": "demo",
+    "pandas": "pandas",
     "pyarrow": "eval",
     "lm_eval": "eval",
     "ray": "ray",

@@ -49,6 +49,15 @@ def _own_cache(tmp_path_factory):
     os.environ["XDG_CACHE_HOME"] = str(tmp_path_factory.mktemp("cache"))
 
 
+@pytest.fixture(scope="session", autouse=True)
+def _models_on_the_cpu():
+    """Where there is a GPU, too, a model goes to the CPU unless the test says otherwise: its inputs lie there."""
+    if torch.cuda.is_available():
+        from cna_kernels.model import memory
+
+        memory.default_device = lambda: "cpu"
+
+
 @pytest.fixture(autouse=True)
 def _uninitialised_memory_is_nan():
     """torch.empty is filled with NaN, so that an element that no kernel wrote fails a test."""

@@ -146,3 +146,15 @@ def as_transformers_reads(path):
         path.parent, gguf_file=path.name, dtype=torch.float32, local_files_only=True
     )
     return model.eval()
+
+
+def add_bytes(writer):
+    """Give a GGUFWriter a byte-level tokenizer of the bytes and one pair of them, 257 tokens."""
+    from tokenizers.pre_tokenizers import ByteLevel
+
+    tokens = [*sorted(ByteLevel.alphabet()), "ab"]
+    writer.add_tokenizer_model("gpt2")
+    writer.add_tokenizer_pre("gpt-2")
+    writer.add_token_list(tokens)
+    writer.add_token_types([1] * len(tokens))
+    writer.add_key_value("tokenizer.ggml.merges", ["a b"], gguf.GGUFValueType.ARRAY, gguf.GGUFValueType.STRING)

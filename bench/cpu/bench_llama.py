@@ -333,7 +333,7 @@ def test_greedy_tokens(results, benchmark, tmp_path, numbers):
         wide = tmp_path / "fp32.gguf"
         assert llama.llama_model_quantize(str(path).encode(), str(wide).encode(), ctypes.byref(params)) == 0
         path, dtype = wide, torch.float32
-    model = load(path, dtype=str(dtype).removeprefix("torch."))
+    model = load(path, device="cpu", dtype=str(dtype).removeprefix("torch."))
     texts = (*neutral_prompts().texts, *neutral_texts().texts, *harmless_prompts().texts)[:50]
     theirs, differ, gaps = Theirs(path, torch.get_num_threads()), 0, []
     for prompt in model.encode(PromptSet.of(texts, "prompts")):

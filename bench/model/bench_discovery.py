@@ -17,7 +17,7 @@ transformers = pytest.importorskip("transformers")
 def models():
     directory = demo_checkpoint("instruct")
     theirs = transformers.AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32).eval()
-    return load(directory, dtype="float32"), theirs
+    return load(directory, device="cpu", dtype="float32"), theirs
 
 
 def hooked_contrast(theirs, positive, negative):

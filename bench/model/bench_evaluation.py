@@ -43,7 +43,7 @@ def models(request, tmp_path_factory):
     bundled = request.param.startswith("bundled")
     directory = demo_checkpoint("instruct") if bundled else large(tmp_path_factory.mktemp("checkpoint"))
     theirs = transformers.AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32).eval()
-    ours = load(directory, dtype="float32")
+    ours = load(directory, device="cpu", dtype="float32")
     ours.stop_ids = frozenset()
     n_layers, n_neurons = ours.config.num_hidden_layers, ours.config.intermediate_size
     chosen = sorted(random.Random(0).sample(range(n_layers * n_neurons), n_layers * n_neurons // 1000))

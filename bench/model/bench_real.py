@@ -31,7 +31,7 @@ def models(request):
     )
     assert type(theirs.model.layers[0].mlp.down_proj) is torch.nn.Linear, "the weights are not dequantised"
     tokenizer = transformers.AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
-    return request.param, load(path, dtype=request.param), theirs.eval(), tokenizer
+    return request.param, load(path, device="cpu", dtype=request.param), theirs.eval(), tokenizer
 
 
 def encoded(tokenizer, text):

@@ -23,6 +23,21 @@ class NotServed(InputError):
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 
 
+def dtype_asked(dtype: torch.dtype | str | None) -> torch.dtype | None:
+    """The dtype that a caller asks for, by name or itself; None for "auto" and None: the checkpoint's own.
+
+    Raises:
+        InputError: none of DTYPES.
+    """
+    if dtype is None or (isinstance(dtype, str) and dtype == "auto"):
+        return None
+    if isinstance(dtype, torch.dtype) and dtype in DTYPES.values():
+        return dtype
+    if isinstance(dtype, str) and dtype in DTYPES:
+        return DTYPES[dtype]
+    raise InputError("dtype", f"expected auto or one of {', '.join(DTYPES)}, by name or of torch, got {short(dtype)}")
+
+
 @dataclass(frozen=True)
 class Rope:
     """Rotary position embedding.
@@ -136,6 +151,9 @@ def read_config(directory) -> ModelConfig:
     path = Path(directory) / "config.json"
     fields = Fields(read_json(path, limit=1 << 20), path)
     model_type = _served_type(fields)
+    architectures, stem = fields.record.get("architectures"), _ARCHITECTURES[model_type]
+    if architectures not in (None, [], [stem], [stem.replace("ForCausalLM", "Model")]):
+        raise fields.error("architectures", f"expected [{stem!r}], got {architectures!r}")
     fields.refuse("auto_map")
     mlp_bias = model_type == "llama" and fields.boolean("mlp_bias", False)
 
@@ -188,10 +206,6 @@ def _served_type(fields: Fields) -> str:
     model_type = fields.text("model_type")
     try:
         fields.one_of("model_type", _ARCHITECTURES)
-        architectures = fields.record.get("architectures")
-        stem = _ARCHITECTURES[model_type]
-        if architectures not in (None, [], [stem], [stem.replace("ForCausalLM", "Model")]):
-            raise fields.error("architectures", f"expected [{_ARCHITECTURES[model_type]!r}], got {architectures!r}")
         fields.one_of("hidden_act", ("silu",), "silu")
         quantized = fields.record.get("quantization_config")
         if quantized is not None:

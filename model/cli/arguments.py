@@ -9,12 +9,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from cna_kernels.circuit import Circuit
 from cna_kernels.errors import InputError, InputWarning, one_line
 from cna_kernels.steering import check_multiplier
 
+from ..circuit_files import read_circuit
 from ..demo.checkpoint import demo_checkpoint
 from ..engines import Chosen
 from ..language_model import LanguageModel, load
@@ -28,7 +27,7 @@ def load_model(args, directory=None, **options) -> LanguageModel:
     """The model of a command, with what its flags say about chats."""
     directory = directory_of(args.model if directory is None else directory)
     return load(
-        directory, device=device_of(args), dtype=args.dtype, **engine_options(args), **chat_options(args), **options
+        directory, device=args.device, dtype=args.dtype, **engine_options(args), **chat_options(args), **options
     )
 
 
@@ -72,13 +71,6 @@ def directory_of(model):
     return model
 
 
-def device_of(args) -> str:
-    """The value of --device. Its default is a GPU where there is one, under torchrun another GPU for each worker."""
-    if args.device is not None:
-        return args.device
-    return f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if torch.cuda.is_available() else "cpu"
-
-
 def load_circuit(
     path,
     model: LanguageModel,
@@ -88,15 +80,8 @@ def load_circuit(
     prompts: bool = True,
     sign: str | None = None,
 ) -> Circuit:
-    """The circuit of a file, checked against the loaded model.
-
-    ``chat``: whether prompts go through its template; ``prompts``: whether the command has any; ``sign``: a value of
-    --sign, see :func:`signed`.
-    """
-    circuit = Circuit.load(path, n_layers=model.config.num_hidden_layers, n_neurons=model.config.intermediate_size)
-    if not prompts and circuit.chat_template_sha256 is None:
-        chat = False  # plain text is no other template where no prompt goes through one
-    model.check_circuit(circuit, path, any_model=any_model, chat=chat)
+    """The circuit of a file, as :func:`read_circuit` reads it. ``sign``: a value of --sign, see :func:`signed`."""
+    circuit = read_circuit(path, model, any_model=any_model, chat=chat, prompts=prompts)
     try:
         return signed(circuit, sign)
     except InputError as error:
@@ -130,7 +115,11 @@ def together(paths, circuits: Sequence[Circuit], multiplier: float) -> Circuit:
     found = tuple((*place, contrast) for place, contrast in neurons.items())
     plain = all(circuit.mirrored is None for circuit in circuits)
     return Circuit(
-        found, circuits[0].n_layers, circuits[0].n_neurons, mirrored=None if plain else tuple(sorted(mirrored))
+        found,
+        circuits[0].n_layers,
+        circuits[0].n_neurons,
+        mirrored=None if plain else tuple(sorted(mirrored)),
+        experts=next((circuit.experts for circuit in circuits if circuit.experts), None),
     )
 
 

@@ -45,7 +45,6 @@ from .arguments import (
     check_column,
     check_output,
     column_of,
-    device_of,
     directory_of,
     load_model,
     say_model,
@@ -164,7 +163,7 @@ def _job(args, corpus: Corpus, *, on_ray: bool = False) -> Job:
     if args.tensor_parallel:
         from ..discovery.tensor_parallel import open_mesh
 
-        options = dict(mesh=open_mesh(usable_device(device_of(args))))
+        options = dict(mesh=open_mesh(usable_device(args.device)))
     if on_ray:
         args = Namespace(**vars(args) | {"device": None})  # this machine need not have the workers' device
         options["weights"] = False
@@ -303,7 +302,7 @@ def run_estimate(args):
         directory_of(args.model),
         iter_prompts(args.prompts, column=column_of(args, args.prompts), limit=args.limit),
         engine=args.engine,
-        device=device_of(args),
+        device=args.device,
         dtype=args.dtype,
         stream_layers=args.stream_layers,
         chat=False if args.no_template else None,

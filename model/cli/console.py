@@ -48,7 +48,9 @@ def show_circuit(circuit: Circuit, *, as_json: bool, imported: bool = False):
         n = len(circuit.aligned().mirrored or ())
         print_line(console, f"contrast against the mean on positive prompts: {n} neurons, which --sign aligned mirrors")
     universal = circuit.universal
-    if imported:
+    if circuit.made_from is not None:
+        print_line(console, f"{circuit.made_from['operation']} of {len(circuit.made_from['circuits'])} circuits")
+    if imported or (universal is None and circuit.made_from is not None):
         print_line(console, "universal filter: not known")
     elif universal is None:
         print_line(console, "universal filter: off")
@@ -75,7 +77,8 @@ def show_circuit(circuit: Circuit, *, as_json: bool, imported: bool = False):
     if circuit.skipped_layers:
         print_line(console, f"layers left out: {', '.join(map(str, circuit.skipped_layers))}")
     if circuit.model:
-        print_line(console, f"found in {circuit.model['name']!r}, {circuit.dtype}, position: {circuit.position}")
+        dtype, position = circuit.dtype or "dtype unknown", circuit.position or "unknown"
+        print_line(console, f"found in {circuit.model['name']!r}, {dtype}, position: {position}")
     if circuit.prompts:
         counts = ", ".join(f"{side['count']} {name}" for name, side in circuit.prompts.items())
         print_line(console, f"prompts: {counts}; preset: {circuit.preset or 'none'}")

@@ -37,7 +37,7 @@ def run_doctor(args):
 
 def _checkpoint(path) -> dict[str, str]:
     """How a checkpoint is read: format, shape, how its tensors are stored, tokenizer, template, stop ids, hashes."""
-    model = load(path, weights=False)
+    model = load(path, device="cpu", weights=False)
     config, tokenizer = model.config, model.tokenizer
     stored: Counter[str] = Counter(entry.stored for entry in model.checkpoint.entries.values())
     kinds = ", ".join(f"{n} {name}" for name, n in stored.most_common())

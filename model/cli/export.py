@@ -37,7 +37,7 @@ def export_to(args, multipliers):
     elif args.to == "lora":
         check_directory(args.output)
     directory = directory_of(args.model)
-    model = load(directory, engine=args.engine, weights=False)  # only the headers are read
+    model = load(directory, engine=args.engine, device="cpu", weights=False)  # only the headers are read
     circuits = [
         load_circuit(path, model, any_model=args.any_model, sign=args.sign, prompts=False) for path in args.circuit
     ]

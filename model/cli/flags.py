@@ -168,7 +168,7 @@ def device_flags(parser) -> None:
     """Add --engine, --device and --dtype."""
     engine_flag(parser)
     parser.add_argument("--device", metavar="D", help="cpu, cuda, cuda:1, ... (default: cuda where there is one)")
-    parser.add_argument("--dtype", choices=DTYPES, help="default: the checkpoint's own")
+    parser.add_argument("--dtype", choices=["auto", *DTYPES], help="default: auto, the checkpoint's own")
 
 
 def template_arg(text: str) -> tuple[str, object]:

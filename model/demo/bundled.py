@@ -245,7 +245,7 @@ def tell(out, console):
     except OSError as error:
         raise InputError(out, f"cannot be written: {error.strerror}") from None
     write_prompts(out)
-    instruct, base = (load(demo_checkpoint(name), dtype="float32") for name in ("instruct", "base"))
+    instruct, base = (load(demo_checkpoint(name), device="cpu", dtype="float32") for name in ("instruct", "base"))
     story = Story(instruct, base, say=_say)
     report = story.tell()
     draw_pictures(report, out)

@@ -44,7 +44,7 @@ def tell(out: FilePath, console, say: Callable[[str], None] | None = None) -> di
     out = Path(out)
     say = say or _to_stderr
     started = time.perf_counter()
-    model = load(demo_checkpoint(SMOLLM2), dtype="float32")
+    model = load(demo_checkpoint(SMOLLM2), device="cpu", dtype="float32")
     results = measure(model, say)
     report = summarise(model, results)
     report["environment"]["seconds"] = round(time.perf_counter() - started, 1)

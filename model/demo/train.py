@@ -283,7 +283,9 @@ def main(argv=None):
     from .bundled import Story
     from .bundled_report import print_report
 
-    print_report(Story(*(load(out / name, dtype="float32") for name in ("instruct", "base"))).tell(), stdout())
+    print_report(
+        Story(*(load(out / name, device="cpu", dtype="float32") for name in ("instruct", "base"))).tell(), stdout()
+    )
 
 
 if __name__ == "__main__":

@@ -15,7 +15,7 @@ import torch
 from cna_kernels import ActivationSums
 from cna_kernels.errors import InputError
 
-from ..checkpoint.config import DTYPES
+from ..checkpoint.config import dtype_asked
 from ..checkpoint.formats import open_checkpoint
 from ..checkpoint.load import check_entries, dtype_of, expected_shapes, layer_size
 from ..engines import Chosen
@@ -41,8 +41,8 @@ def estimate(
     prompts: Iterable[tuple[str, str]],
     *,
     engine: str = "auto",
-    device,
-    dtype: str | None = None,
+    device: torch.device | str | None = None,
+    dtype: torch.dtype | str | None = None,
     stream_layers: bool = False,
     chat: bool | None = None,
     max_tokens: int | None = None,
@@ -54,16 +54,16 @@ def estimate(
 
     Sizes are computed, for sums with their squares, as a run directory keeps them. Times follow from three
     measurements: a sample of the prompts is tokenised, one layer with random weights runs over a pack of that sample,
-    and a part of the checkpoint is read.
+    and a part of the checkpoint is read. ``device`` and ``dtype`` are as in :class:`LanguageModel`.
     """
+    asked, device = dtype_asked(dtype), usable_device(device)
     chosen = Chosen(Path(directory), engine, own_only="stream_layers" if stream_layers else None)
     config = chosen.config
     tokenizer = Tokenizer(directory, config.vocab_size)
     checkpoint = open_checkpoint(directory)
     if chosen.engine == "own":
         check_entries(checkpoint, config, directory)
-    dtype_in_use = dtype_of(config, checkpoint) if dtype is None else DTYPES[dtype]
-    device = usable_device(device)
+    dtype_in_use = dtype_of(config, checkpoint) if asked is None else asked
     max_tokens = max_tokens or default_tokens(device)
 
     stream = iter(prompts)
@@ -92,7 +92,7 @@ def estimate(
     else:
         from ..hf import hf_estimate, hf_load
 
-        layer, all_weights = 0, hf_load.weight_bytes(checkpoint, None if dtype is None else DTYPES[dtype])
+        layer, all_weights = 0, hf_load.weight_bytes(checkpoint, asked)
         n_active = hf_estimate.active_neurons(config, chosen.hf_config)
         measured = partial(hf_estimate.layer_seconds, config, chosen.hf_config, ids, **probe)
     larger = STREAMED_UNITS if stream_layers else 1

@@ -111,15 +111,16 @@ def alike(a: Circuit, b: Circuit, delta_a: Tensor, delta_b: Tensor) -> dict:
         ``in either``: Spearman's, of abs(contrast) over the neurons that are in either circuit.
         ``overlap of the top 200``: the share of common neurons among each model's 200 largest by abs(contrast).
     """
-    size = delta_a.numel()
+    size = a.n_all
+    real = torch.arange(a.n_neurons, dtype=torch.int64) < torch.tensor(a.widths, dtype=torch.int64)[:, None]
     either = sorted(set(a.pairs) | set(b.pairs))
     where = tuple(torch.tensor(either, dtype=torch.int64).T)
     k = min(TOP, size)
-    tops = [set(select.top_neurons(delta.abs(), k)) for delta in (delta_a, delta_b)]
+    tops = [set(select.top_neurons(delta.abs(), k, ~real)) for delta in (delta_a, delta_b)]
     return {
         "overlap": len(set(a.pairs) & set(b.pairs)) / min(a.k, b.k),
         "by chance": max(a.k, b.k) / size,
-        "rank correlation": spearman(delta_a.abs().flatten(), delta_b.abs().flatten()),
+        "rank correlation": spearman(delta_a[real].abs(), delta_b[real].abs()),
         "in either": spearman(delta_a[where].abs(), delta_b[where].abs()),
         f"overlap of the top {k}": len(tops[0] & tops[1]) / k,
     }

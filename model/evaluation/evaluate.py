@@ -11,6 +11,7 @@ from pathlib import Path
 import torch
 
 from cna_kernels.circuit import Circuit
+from cna_kernels.circuit_sets import prompts_of
 from cna_kernels.errors import InputError
 from cna_kernels.files import FilePath, sha256, write_text
 from cna_kernels.renamed import renamed
@@ -93,7 +94,8 @@ class Evaluation:
         """Note how many reported prompts are discovery prompts: choices made on these look better than they are."""
         sets = self.suite.sets()
         texts = {text for name in ("positive", "negative") for text, _ in sets.get(name, ())}
-        found_on = {found.get("sha256"): side for side, found in (self.circuit.prompts or {}).items()}
+        found_with = prompts_of(self.circuit.prompts, self.circuit.made_from)
+        found_on = {found.get("sha256"): side for prompts in found_with for side, found in prompts.items()}
         for name in ("harmful", "measured", "benign"):
             n = sum(text in texts for text, _ in sets.get(name, ()))
             if n:

@@ -10,7 +10,6 @@ from __future__ import annotations
 import contextlib
 import sys
 
-import torch
 from lm_eval.api.model import TemplateLM
 from lm_eval.api.registry import register_model
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
@@ -67,8 +66,7 @@ class CnaLM(TemplateLM):
             raise InputError("model_args: sign", f"expected one of {', '.join(SIGNS)}, got {short(sign)}")
         if sign is not None and circuit is None:
             raise InputError("model_args: sign", "is for a circuit, and none is given")
-        device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-        self.model = load(pretrained, engine=engine, device=device, dtype=dtype, device_map=device_map)
+        self.model = load(pretrained, engine=engine, device=device or None, dtype=dtype, device_map=device_map)
         variant = UNSTEERED
         if circuit is not None:
             loaded = load_circuit(circuit, self.model, any_model=any_model, sign=sign)

@@ -14,11 +14,13 @@ from torch import nn
 
 from cna_kernels.engine.find import find_decoder, layer_experts
 from cna_kernels.errors import InputError
+from cna_kernels.fields import short
 from cna_kernels.files import read_json
 
 from ..packages import require
 
 ENDLESS = 1 << 30  # the context of a model whose config.json gives none
+_WRITERS = ("ForCausalLM", "ForConditionalGeneration", "LMHeadModel", "Model")
 # Fields of config.json that say nothing of what the model computes.
 _ASIDE = ("_name_or_path", "architectures", "auto_map", "dtype", "torch_dtype", "transformers_version", "use_cache")
 
@@ -64,7 +66,8 @@ def in_one_line(directory: Path | str) -> Iterator[None]:
         raise error if error.where != "model" else InputError(directory, error.what) from None
     except Exception as error:  # anything: the files decide which code runs
         lines = [line.strip() for line in str(error).splitlines() if line.strip()] or ["no reason given"]
-        raise InputError(directory, f"transformers cannot load it: {type(error).__name__}: {lines[0]}") from None
+        what = " ".join(lines[:3])
+        raise InputError(directory, f"transformers cannot load it: {type(error).__name__}: {what}") from None
 
 
 def read_hf_config(directory: Path) -> tuple[HfConfig, Any]:
@@ -80,6 +83,9 @@ def read_hf_config(directory: Path) -> tuple[HfConfig, Any]:
     record = read_json(path, limit=1 << 22)
     if not isinstance(record, dict):
         raise InputError(path, "expected a JSON object")
+    architectures = record.get("architectures")
+    if architectures and not any(str(name).endswith(_WRITERS) for name in architectures):
+        raise InputError(f"{path}: architectures", f"expected a model that writes text, got {short(architectures)}")
     with in_one_line(directory):
         config = transformers.AutoConfig.from_pretrained(directory, trust_remote_code=False, local_files_only=True)
         decoder = find_decoder(empty_model(config))

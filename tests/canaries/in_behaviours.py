@@ -178,9 +178,9 @@ CANARIES: list[Canary] = [
     ),
     Canary(
         "means of the whole in a half",
-        "cna_kernels/circuit.py",
-        "tuple(self.positive_mean[rank] for rank in kept)",
-        "self.positive_mean[: len(kept)]",
+        "cna_kernels/circuit_sets.py",
+        "tuple(means[rank] for rank in ranks)",
+        "means[: len(ranks)]",
         "tests/ops/test_circuit.py",
         "test_halves_keep_what_is_known_of_their_neurons",
     ),

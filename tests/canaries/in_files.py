@@ -5,6 +5,7 @@ from canary import Canary
 IDENTITY, FILES = "tests/model/checkpoint/test_identity.py", "tests/ops/test_files.py"
 PROCESS, RUNS = "tests/model/cli/test_process.py", "tests/model/discovery/test_run_directory.py"
 FLAGS = "tests/model/cli/test_flags.py"
+SETS, TEST_SETS = "cna_kernels/circuit_sets.py", "tests/ops/test_circuit_sets.py"
 
 CANARIES = [
     Canary(
@@ -142,5 +143,53 @@ CANARIES = [
         "",
         "tests/ops/test_fields.py",
         "test_numbers_that_no_double_holds",
+    ),
+    Canary(
+        "a union in the order of its parts",
+        SETS,
+        "key=lambda rank: (-abs(neurons[rank][2]), neurons[rank][:2])",
+        "key=lambda rank: rank",
+        TEST_SETS,
+        "test_a_union_has_the_largest_contrasts_first",
+    ),
+    Canary(
+        "a part with the bootstrap of the whole",
+        SETS,
+        "        bootstrap=None, folds=None, positive_mean=None if means",
+        "        folds=None, positive_mean=None if means",
+        TEST_SETS,
+        "test_a_part_keeps_what_is_true_of_it",
+    ),
+    Canary(
+        "plain text claimed of chats",
+        SETS,
+        "    if not told or ways[0] != ways[-1]:",
+        "    if not told:",
+        TEST_SETS,
+        "test_what_differs_is_left_out_of_a_union",
+    ),
+    Canary(
+        "two models in a union",
+        SETS,
+        "if left is not None and right is not None and left != right:",
+        "if left is not None and right is not None and left is right:",
+        TEST_SETS,
+        "test_circuits_of_different_models_are_refused",
+    ),
+    Canary(
+        "a circuit file that nobody checks",
+        "model/circuit_files.py",
+        "    model.check_circuit(circuit, path, any_model=any_model, chat=chat)\n",
+        "",
+        "tests/model/test_circuit_files.py",
+        "test_what_is_refused_names_the_file",
+    ),
+    Canary(
+        "load takes the CPU",
+        "model/memory.py",
+        "    device = default_device() if device is None else device\n",
+        '    device = device or "cpu"\n',
+        "tests/model/test_memory.py",
+        "test_no_device_is_the_default_one",
     ),
 ]

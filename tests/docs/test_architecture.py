@@ -140,6 +140,8 @@ TESTED_TOGETHER = {
     "model/discovery/test_discover.py": "model/discovery/: circuits settings",
     "model/test_generate.py": "model/: kv_cache prefill",
     "model/test_transformer.py": "model/: steering",
+    "model/test_engines.py": "model/hf/: hf_config hf_identity hf_load",
+    "model/cli/test_every_model.py": "model/hf/: hf_estimate hf_passes hf_transformer",
     "model/discovery/test_job.py": "model/discovery/: sense units; model/cli/: attribution",
     "model/discovery/test_packing.py": "model/discovery/: packed",
     "model/discovery/test_run_directory.py": "model/discovery/: part_header parts",

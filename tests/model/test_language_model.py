@@ -1,13 +1,17 @@
 """Text in, text out: steering at every position, many circuits in a batch, sampling, streaming, restoring."""
 
+import re
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 
 from cna_kernels import Circuit, InputError, SteeringTable
 from cna_kernels.errors import InputWarning
-from cna_kernels.model import load
+from cna_kernels.model import LanguageModel, load
+from cna_kernels.model.cli import main
+from cna_kernels.model.discovery.estimate import estimate
 from cna_kernels.model.discovery.packing import TokenPrompt
 from cna_kernels.model.generate import Sampling, choose, generate
 from cna_kernels.model.transformer import Steering
@@ -281,11 +285,43 @@ def test_load_refusals(tmp_path):
         load(tmp_path / "nowhere")
     with pytest.raises(InputError, match=r"config\.json: No such file"):
         load(tmp_path)
-    with pytest.raises(InputError, match="dtype: expected one of"):
+    with pytest.raises(InputError, match="dtype: expected auto or one of"):
         load(tmp_path, dtype="int8")
     for device in ("nonsense", "meta"):
         with pytest.raises(InputError, match=f"device: expected one of cpu, cuda, mps, xpu, got '{device}'"):
             load(tmp_path, device=device)
+
+
+@pytest.mark.parametrize("name", ["bfloat16", "float16", "float32"])
+def test_dtypes_by_name_and_of_torch(tmp_path, name):
+    directory = write_language_model(tmp_path)
+    by_name, of_torch = load(directory, dtype=name), LanguageModel(directory, dtype=getattr(torch, name))
+    assert by_name.transformer.dtype == of_torch.transformer.dtype == getattr(torch, name)
+    assert load(directory, dtype="auto").transformer.dtype == load(directory).transformer.dtype == torch.float32
+    ids = ids_of(by_name, "hi")
+    assert torch.equal(by_name(ids), of_torch(ids))
+
+
+@pytest.mark.parametrize(
+    "dtype", [torch.float64, torch.int8, "int8", "torch.bfloat16", float, 16, [], np.dtype("float32")]
+)
+def test_other_dtypes_are_refused(tmp_path, dtype):
+    directory = write_language_model(tmp_path)
+    for call in (load, LanguageModel, lambda path, **how: estimate(path, [("a", "p")], device="cpu", **how)):
+        with pytest.raises(InputError, match=r"^dtype: expected auto or one of bfloat16, float16, float32, by name or"):
+            call(directory, dtype=dtype)
+
+
+def test_the_command_takes_the_checkpoints_own_dtype(tmp_path, capsys):
+    directory = write_language_model(tmp_path)
+    words = ["run", str(directory), "-p", "what is the time", "--max-new-tokens", "6", "--json", "--dtype"]
+    found = {}
+    for dtype in ("auto", "float32"):
+        found[dtype] = main([*words, dtype]), capsys.readouterr()
+    assert found["auto"][0] == 0 and found["auto"][1].out == found["float32"][1].out
+    with pytest.raises(SystemExit, match="2"):
+        main([*words, "float64"])
+    assert re.search(r"--dtype: invalid choice: 'float64' \(choose from '?auto", capsys.readouterr().err)
 
 
 def test_a_circuit_of_another_checkpoint(model, tmp_path):

@@ -6,7 +6,11 @@ import pytest
 import torch
 
 from cna_kernels import InputError
-from cna_kernels.model.memory import DoesNotFit, in_halves, is_out_of_memory, memory_of, usable_device
+from cna_kernels.model import LanguageModel, load, memory
+from cna_kernels.model.cli import main
+from cna_kernels.model.discovery.estimate import estimate
+from cna_kernels.model.memory import DoesNotFit, default_device, in_halves, is_out_of_memory, memory_of, usable_device
+from tiny import write_language_model
 
 
 @pytest.mark.skipif(not os.path.exists("/proc/meminfo"), reason="reads the memory from /proc")
@@ -62,3 +66,32 @@ def test_devices():
         usable_device("tpu")
     with pytest.raises(InputError, match="device: cuda:63 cannot be used"):
         usable_device("cuda:63")
+
+
+@pytest.mark.parametrize(
+    ("gpus", "local_rank", "expected"),
+    [(False, None, "cpu"), (False, "3", "cpu"), (True, None, "cuda:0"), (True, "0", "cuda:0"), (True, "3", "cuda:3")],
+)
+def test_the_default_device(monkeypatch, gpus, local_rank, expected):
+    """A GPU where there is one, under torchrun each worker's own."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: gpus)
+    monkeypatch.delenv("LOCAL_RANK", raising=False)
+    if local_rank is not None:
+        monkeypatch.setenv("LOCAL_RANK", local_rank)
+    assert default_device() == expected
+
+
+def test_no_device_is_the_default_one(monkeypatch, tmp_path):
+    """Of the commands, of Python, and of an estimate: each asks for it, and none for the CPU by itself."""
+    path = write_language_model(tmp_path)
+    (tmp_path / "prompts.txt").write_text("a\nb\n")
+    monkeypatch.setattr(memory, "default_device", lambda: "cuda:63")
+    calls = [
+        lambda: usable_device(None), lambda: load(path), lambda: LanguageModel(path, stream_layers=True),
+        lambda: estimate(path, [("a", "p")]),
+    ]  # fmt: skip
+    for call in calls:
+        with pytest.raises(InputError, match="device: cuda:63 cannot be used"):
+            call()
+    assert main(["run", str(path), "-p", "a"]) == 2 == main(["estimate", str(path), "--prompts", f"{path}/prompts.txt"])
+    assert usable_device("cpu") == load(path, device="cpu").device == torch.device("cpu")

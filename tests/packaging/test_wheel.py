@@ -88,7 +88,7 @@ def test_what_the_wheel_requires(engine):
     assert extras["model"] == {"tokenizers>=0.22", "jinja2>=3.1", "rich>=13"}
     assert extras["plot"] == {"matplotlib>=3.8"}
     assert extras["demo"] == {"cna-kernels[gguf,model,plot]", "cna-kernels-demo==1"}
-    assert extras["all"] == {"cna-kernels[demo,eval,ray]"}
+    assert extras["all"] == {"cna-kernels[demo,eval,pandas,ray]"}
 
 
 OPS = """

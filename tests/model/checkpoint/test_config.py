@@ -56,7 +56,7 @@ def test_sliding_layers(tmp_path):
 
 REFUSALS = {
     "model_type: expected llama or mistral or qwen2 or qwen3, got 'gpt2'": dict(model_type="gpt2"),
-    "model_type: expected llama or mistral or qwen2 or qwen3, got ['llama']": dict(model_type=["llama"]),
+    "model_type: expected text, got ['llama']": dict(model_type=["llama"]),
     "model_type: is missing": dict(remove=["model_type"]),
     "architectures: expected ['LlamaForCausalLM'], got ['LlamaForSequenceClassification']": dict(
         architectures=["LlamaForSequenceClassification"]

@@ -5,6 +5,7 @@ import shutil
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from cna_kernels import Circuit, InputError
 from cna_kernels.model import load
@@ -133,12 +134,17 @@ def test_a_quantized_checkpoint_is_refused(model, tmp_path, capsys):
 
     shutil.copytree(model.directory, tmp_path / "q")
     record = json.loads((tmp_path / "q" / "config.json").read_text())
-    record["quantization_config"] = {"quant_method": "bitsandbytes"}
+    record["quantization_config"] = {"quant_method": "bitsandbytes", "load_in_8bit": True}
     (tmp_path / "q" / "config.json").write_text(json.dumps(record))
+    for path in (tmp_path / "q").glob("*.safetensors"):
+        tensors = load_file(path)
+        save_file({name: x.to(torch.int8) if "down_proj" in name else x for name, x in tensors.items()}, path)
     A.save(tmp_path / "a.json")
     words = ["export", str(tmp_path / "q"), "-c", f"{tmp_path}/a.json", "--to", "lora", "-o", f"{tmp_path}/lora"]
+    assert main([*words, "--engine", "own"]) == 2
+    assert "quantization_config: is not supported by our own forward pass, got 'bits" in capsys.readouterr().err
     assert main(words) == 2
     said = capsys.readouterr().err
-    assert "q/config.json: quantization_config: is not supported, got 'bitsandbytes': read the checkpoint that" in said
+    assert "is quantised (I8): scale the columns of the checkpoint that it was quantised from" in said
     assert not (tmp_path / "lora").exists()
     assert main([*words[:-1], f"{tmp_path}/new/folders/lora"]) == 2 and not (tmp_path / "new").exists()

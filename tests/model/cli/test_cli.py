@@ -114,6 +114,14 @@ def test_show_of_a_circuit_file_has_its_total(checkpoint, files, capsys):
     assert "5 of 144 neurons (3.47%)" in out and "universal filter: off" in out and "smallest" not in out + err
 
 
+def test_show_of_a_union_says_what_is_not_known(tmp_path, capsys):
+    one, other = (Circuit(((0, n, 1.0),), 2, 8, model={"name": "m"}, dtype=kind) for n, kind in ((1, "a"), (2, "b")))
+    (one | other).save(tmp_path / "c.json")
+    assert main(["show", str(tmp_path / "c.json")]) == 0
+    out = capsys.readouterr().out
+    assert "union of 2 circuits\nuniversal filter: not known\nfound in 'm', dtype unknown, position: unknown" in out
+
+
 def test_doctor(capsys):
     assert main(["doctor", "--json"]) == 0
     facts = json.loads(capsys.readouterr().out)

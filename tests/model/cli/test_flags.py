@@ -51,7 +51,7 @@ SEVERAL = {
     ("sweep", "--circuit"),
     ("matrix", "--circuit"),
     ("matrix", "--behaviour"),
-} | {(name, "--template-arg") for name, option, _ in OPTIONS if option == "--template-arg"}
+} | {(name, option) for name, option, _ in OPTIONS if option in ("--template-arg", "--model-arg")}
 
 
 def words_of(name, option, *values):

@@ -163,7 +163,7 @@ def test_what_relp_cannot_do_is_one_line(files, capsys, more, message):
 
 
 def test_relp_of_a_model_without_gradients_is_refused():
-    with pytest.raises(InputError, match="score: relp needs gradients: the whole model in memory"):
+    with pytest.raises(InputError, match="engine: the score relp needs gradients: the model must be whole"):
         load(demo_checkpoint(), stream_layers=True).discover(POSITIVE, NEGATIVE, score="relp")
 
 

@@ -321,9 +321,11 @@ def test_notes_say_what_a_reader_should_know(model, tmp_path):
     assert notes[1].startswith("multiple choice, likelihood: ") and "instead of 5" in notes[1]
     assert evaluate(model, CIRCUIT, suite())["notes"] == []
     own = dataclasses.replace(CIRCUIT, prompts={"negative": {"count": 3, "sha256": BENIGN.sha256}})
-    assert evaluate(model, own, suite())["notes"] == [
-        "the benign prompts are the negative prompts that found the circuit"
-    ]
+    elsewhere = dataclasses.replace(own, neurons=((1, 1, 0.5),), prompts=None)
+    for circuit in (own, elsewhere | own):
+        assert evaluate(model, circuit, suite())["notes"] == [
+            "the benign prompts are the negative prompts that found the circuit"
+        ]
 
 
 def test_a_rival_that_cannot_be_found_is_left_out(model):
