@@ -5,7 +5,6 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
-from pathlib import Path
 from tempfile import TemporaryFile
 from typing import TYPE_CHECKING, Any
 
@@ -29,6 +28,7 @@ from .discovery.settings import Settings, settings_from
 from .discovery.streamed import StreamedTransformer
 from .evaluation.relp import relevance
 from .generate import Sampling, generate
+from .hub.find import find_model
 from .memory import usable_device
 from .prompts.corpus import Contrast, Corpus, Names, two_sets
 from .prompts.files import PromptSet, neutral_prompts
@@ -54,7 +54,8 @@ def load(
     system: str | None = None,
     template_args: Mapping[str, Any] | None = None,
 ) -> LanguageModel:
-    """Load a checkpoint directory in Hugging Face layout. The options are as in :class:`LanguageModel`.
+    """Load a checkpoint: a directory in Hugging Face layout, a .gguf file, or a name on the Hugging Face Hub, such as
+    "org/name@revision"; see ``hub.find.find_model``. The options are as in :class:`LanguageModel`.
 
     Raises InputError, naming the directory, file or tensor that cannot be used.
     """
@@ -104,7 +105,8 @@ class LanguageModel:
             system: the system message of every chat.
             template_args: variables of the chat template, as ``{"enable_thinking": False}``.
         """
-        self.directory = Path(directory)
+        self.source = find_model(directory)
+        self.directory = directory = self.source.path
         require_checkpoint(directory)
         if dtype is not None and dtype not in DTYPES:
             raise InputError("dtype", f"expected one of {', '.join(DTYPES)}, got {dtype!r}")
@@ -164,10 +166,10 @@ class LanguageModel:
         Args:
             hashed: whether the weights' hash is in it, for which all weights are read once.
         """
-        name = self.directory.resolve().name
         weights = f" {self.identity()['tensors_sha256'][:8]}" if hashed else ""
         ends = ", ".join(f"{number} {self.tokenizer.token(number)!r}" for number in sorted(self.stop_ids)) or "no token"
-        return f"model {name!r}{weights}; {self.encoder.describe(chat)}; an answer ends at {ends}"
+        name = f"{self.source.name!r}{weights}{self.source.origin}"
+        return f"model {name}; {self.encoder.describe(chat)}; an answer ends at {ends}"
 
     def encode(self, prompts: PromptSet, *, chat: bool | None = None, double_bos: bool = False) -> list[TokenPrompt]:
         """Tokenise each prompt, as the user's message of a chat or as plain text; see :class:`PromptEncoder`."""

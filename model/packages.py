@@ -16,6 +16,8 @@ EXTRA_OF = {
     "pyarrow": "eval",
     "lm_eval": "eval",
     "ray": "ray",
+    "huggingface_hub": "hub",
+    "datasets": "datasets",
 }
 
 

@@ -5,16 +5,16 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
 
 from cna_kernels.circuit import Circuit
 from cna_kernels.errors import InputError, one_line
+from cna_kernels.files import read_json
 from cna_kernels.steering import check_multiplier
 
-from ..demo.checkpoint import demo_checkpoint
+from ..hub.find import circuit_path, find_model
 from ..language_model import LanguageModel, load
 from ..prompts.files import file_and_column
 from ..prompts.formats import WITH_COLUMNS, format_of, is_pipe
@@ -24,7 +24,7 @@ MOST, LARGEST = 256, 1e6  # multipliers of a command, and the largest
 
 def load_model(args, directory=None, **options) -> LanguageModel:
     """The model of a command, with what its flags say about chats."""
-    directory = directory_of(args.model if directory is None else directory)
+    directory = args.model if directory is None else directory
     return load(directory, device=device_of(args), dtype=args.dtype, **chat_options(args), **options)
 
 
@@ -47,10 +47,8 @@ def say_model(model: LanguageModel, args, *, hashed: bool = True) -> None:
 
 
 def directory_of(model):
-    """The directory of the argument MODEL; demo:NAME stands for a bundled checkpoint."""
-    if model.startswith("demo:") and not Path(model).exists():
-        return demo_checkpoint(model.removeprefix("demo:"))
-    return model
+    """The directory or GGUF file of the argument MODEL; see :func:`find_model`."""
+    return str(find_model(model).path)
 
 
 def device_of(args) -> str:
@@ -74,7 +72,8 @@ def load_circuit(
     ``chat``: whether prompts go through its template; ``prompts``: whether the command has any; ``sign``: a value of
     --sign, see :func:`signed`.
     """
-    circuit = Circuit.load(path, n_layers=model.config.num_hidden_layers, n_neurons=model.config.intermediate_size)
+    shape = dict(n_layers=model.config.num_hidden_layers, n_neurons=model.config.intermediate_size)
+    circuit = Circuit.from_record(read_json(circuit_path(path)), path, **shape)
     if not prompts and circuit.chat_template_sha256 is None:
         chat = False  # plain text is no other template where no prompt goes through one
     model.check_circuit(circuit, path, any_model=any_model, chat=chat)

@@ -74,6 +74,9 @@ def show_circuit(circuit: Circuit, *, as_json: bool, imported: bool = False):
         print_line(console, f"layers left out: {', '.join(map(str, circuit.skipped_layers))}")
     if circuit.model:
         print_line(console, f"found in {circuit.model['name']!r}, {circuit.dtype}, position: {circuit.position}")
+        if circuit.model.get("repo"):
+            commit = circuit.model.get("revision") or "not known"
+            print_line(console, f"on the Hugging Face Hub: {circuit.model['repo']}, commit {commit}")
     if circuit.prompts:
         counts = ", ".join(f"{side['count']} {name}" for name, side in circuit.prompts.items())
         print_line(console, f"prompts: {counts}; preset: {circuit.preset or 'none'}")
