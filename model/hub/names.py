@@ -46,8 +46,11 @@ def hub_name(text: object) -> HubName | None:
     A path is what exists, what begins with ``.``, ``/`` or ``~``, what has several slashes in front of a ``:`` or
     ``@``, what ends in ``.gguf`` or ``.json`` without a ``:``, and every :class:`pathlib.Path`.
     """
-    if not isinstance(text, str) or os.path.lexists(text):
-        return None
+    return parse_name(text) if isinstance(text, str) and not os.path.lexists(text) else None
+
+
+def parse_name(text: str) -> HubName | None:
+    """As :func:`hub_name`, whatever exists here under this name."""
     found = _NAME.fullmatch(text)
     if found is None or found["repo"].endswith((".gguf", ".json")):
         return None

@@ -151,6 +151,7 @@ TESTED_TOGETHER = {
     "model/cli/test_cli.py": (
         "model/: __main__; model/cli/: arguments attribution_flags console doctor parser run show status"
     ),
+    "model/hub/test_share.py": "model/hub/: card contents; model/cli/: hub",
     "model/cli/test_evaluation_command.py": "model/cli/: evaluation evaluation_flags",
     "model/checkpoint/test_quantize.py": (
         "model/checkpoint/: gguf_source; model/text/: gguf_fields; model/cli/: quantize"
