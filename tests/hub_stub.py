@@ -135,12 +135,17 @@ class Handler(BaseHTTPRequestHandler):
     def tree(self, hub, kind, repo, revision, under):
         found, sha = self._repo(hub, kind, repo, revision)
         if found:
-            files = found.commits[sha]
-            inside = [path for path in files if path.startswith((under or "").strip("/"))]
+            files, folder = found.commits[sha], f"{(under or '').strip('/')}/".removeprefix("/")
+            inside = [path for path in files if path.startswith(folder)]
             if under and not inside:
                 self._error(404, "EntryNotFound")
-            else:
+            elif self.query.get("recursive", ["false"])[0].lower() in ("true", "1"):
                 self._json([entry(path, files[path]) for path in inside])
+            else:  # what lies in folders is listed as the folders
+                direct = [path for path in inside if "/" not in path[len(folder) :]]
+                others = {folder + path[len(folder) :].partition("/")[0] for path in inside if path not in direct}
+                folders = [dict(type="directory", path=path, size=0, oid="0" * 40) for path in sorted(others)]
+                self._json([*folders, *(entry(path, files[path]) for path in direct)])
 
     def paths(self, hub, kind, repo, revision):
         found, sha = self._repo(hub, kind, repo, revision)

@@ -117,7 +117,7 @@ def prompt_flags(parser) -> None:
         "--column",
         metavar="NAME",
         help="the prompt's field where a file has fields; NAME,NAME takes the first that a file has. FILE:NAME names "
-        "it for one file",
+        "it for one file. A FILE of prompts may be hf:org/set:SPLIT, a data set on the Hugging Face Hub",
     )
     parser.add_argument("--limit", type=positive, metavar="N", help="use the first N prompts of each file")
     parser.add_argument(
