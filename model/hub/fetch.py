@@ -25,7 +25,7 @@ from ..text.tokenizer_files import OTHERS
 from .names import HubName
 
 # What a checkpoint has besides weights: settings, and the files of a tokenizer, of which some are not JSON.
-SETTINGS = ("*.json", "*.jinja", "vocab.*", "merges.txt", *OTHERS)
+SETTINGS = ("*.json", "*.jinja", "vocab.txt", "merges.txt", *OTHERS)
 _NETWORK = ("httpx", "httpx2", "requests")  # whose errors huggingface_hub lets through, by its version
 _PART = re.compile(r"(.*-)\d{5}(-of-\d{5}\.gguf)")  # of a split GGUF file
 
@@ -78,8 +78,15 @@ def _gguf(name: HubName) -> Path:
     return folder / (whole or found)[0]
 
 
+def fetch_circuit(name: HubName) -> Path:
+    """Fetch a circuit file. Return its place in the cache. Raises InputError for a file of another kind."""
+    if not str(name.file).endswith(".json"):
+        raise InputError(name, "expected a circuit's file behind the colon, whose name ends in .json")
+    return fetch_file(name)
+
+
 def fetch_file(name: HubName) -> Path:
-    """Fetch one file of a repository. Return its place in the cache."""
+    """Fetch one file of a repository, of whatever kind. Return its place in the cache."""
     require_hub(name)
     from huggingface_hub import hf_hub_download
 

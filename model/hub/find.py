@@ -9,7 +9,7 @@ from pathlib import Path
 from cna_kernels.files import FilePath
 
 from ..demo.checkpoint import demo_checkpoint
-from .fetch import fetch_file, fetch_model
+from .fetch import fetch_circuit, fetch_model
 from .names import cached_name, checkpoint_name, hub_name
 
 
@@ -66,4 +66,4 @@ def find_model(model: FilePath) -> Found:
 def circuit_path(path: FilePath) -> Path:
     """Return where a circuit file lies; ``org/name:circuit.json@REVISION`` is fetched from the Hub."""
     name = hub_name(path)
-    return Path(path) if name is None or name.file is None else fetch_file(name)
+    return Path(path) if name is None or name.file is None else fetch_circuit(name)

@@ -18,7 +18,7 @@ from cna_kernels.files import FilePath, check_writable, read_text, write_bytes
 from ..checkpoint.lora import CARD, CONFIG, WEIGHTS
 from .card import TAG, card
 from .contents import Adapter, card_of, is_circuit, read_adapters, read_circuits
-from .fetch import errors_of, fetch_file, require_hub, snapshot
+from .fetch import errors_of, fetch_circuit, fetch_file, require_hub, snapshot
 from .names import HubName, cached_name
 
 Say = Callable[[str], None]
@@ -150,7 +150,7 @@ def pull(name: HubName, out: FilePath, *, say: Say = print) -> Pulled:
         raise InputError(out, "is there already")
     check_writable(out)
     if name.file is not None:
-        place = fetch_file(name)
+        place = fetch_circuit(name)
         Circuit.load(place)
         cached = cached_name(place)
         files, commit = {Path(name.file).name: place}, "unknown" if cached is None else str(cached.revision)

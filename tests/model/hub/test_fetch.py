@@ -17,7 +17,14 @@ from tiny import write_checkpoint, write_language_model
 
 pytest.importorskip("huggingface_hub")
 QUESTION = ["-p", "hello", "--max-new-tokens", "2"]
-NEVER = {"pytorch_model.bin", "modeling.py", "weights.pickle", "consolidated.safetensors", "other.safetensors"}
+NEVER = {
+    "vocab.pkl",
+    "pytorch_model.bin",
+    "modeling.py",
+    "weights.pickle",
+    "consolidated.safetensors",
+    "other.safetensors",
+}
 
 
 def files_of(directory):
@@ -159,13 +166,16 @@ def test_circuits_by_name(hub, one, tmp_path):
     circuit = Circuit(((0, 3, 1.0), (1, 5, -1.0)), 3, 48)
     sha = hub.add("org/circuits", {"c.json": circuit.to_json().encode(), "bad.json": b"{}"})
     run = ["run", "org/one", *QUESTION, "-c"]
-    good, pinned, bad, lost, norepo = commands(
+    good, pinned, bad, lost, norepo, code = commands(
         hub, tmp_path, [*run, "org/circuits:c.json"], [*run, f"org/circuits:c.json@{sha}"],
         [*run, "org/circuits:bad.json"], [*run, "org/circuits:d.json@main"], [*run, "org/nothing:c.json"],
+        [*run, "org/one:pytorch_model.bin"],
     )  # fmt: skip
     assert good[0] == pinned[0] == 0 and "m = 0" in good[1], (good, pinned)
     assert bad[0] == 2 and "org/circuits:bad.json: schema_version: expected 1" in bad[2]
     assert "org/circuits:d.json@main: org/circuits has no file 'd.json' at main" in lost[2]
+    assert "org/one:pytorch_model.bin: expected a circuit's file" in code[2]
+    assert "pytorch_model.bin" not in hub.downloaded
     assert "org/nothing:c.json: no such path here, and no such model on http://127.0.0.1" in norepo[2]
 
 

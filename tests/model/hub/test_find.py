@@ -17,7 +17,7 @@ def asked(monkeypatch, tmp_path):
     place = tmp_path / "models--org--name" / "snapshots" / ("ab" * 20)
     place.mkdir(parents=True)
     monkeypatch.chdir(tmp_path)
-    for function in ("fetch_model", "fetch_file"):
+    for function in ("fetch_model", "fetch_circuit"):
         monkeypatch.setattr(find, function, lambda name: names.append(name) or place)
     return names
 
