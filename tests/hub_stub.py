@@ -274,7 +274,8 @@ def running():
 
 # Runs commands in one process, after a statement, and prints their exit codes and what each wrote.
 CHILD = """
-import contextlib, io, json, sys
+import contextlib, io, json, sys, warnings
+warnings.filterwarnings("ignore", message="cna_kernels: the CPU engine")  # of a checkout that is not built
 exec(sys.argv[2])
 from cna_kernels.model.cli import main
 results = []

@@ -35,7 +35,7 @@ CANARIES = [
         "somebody's card is written over",
         "model/hub/share.py",
         """    if CARD in there and f"\\n- {TAG}\\n" not in""",
-        """    if CARD in there and f"\\n" not in""",
+        """    if CARD in there and "" not in""",
         SHARE,
         "test_a_card_that_somebody_wrote_stays",
     ),
