@@ -48,7 +48,8 @@ class Circuit:
             in a union whose circuits differ in it.
         excluded: (layer, index) of neurons that were left out by name.
         model, tokenizer_sha256, chat_template_sha256: the model, tokenizer and chat template that the circuit was found
-            with. ``model`` has a name and hashes; a hash is compared with the model in hand where both have it.
+            with. ``model`` has a name and hashes; a hash is compared with the model in hand where both have it. Of a
+            model on the Hugging Face Hub it has the ``repo`` and the commit, its ``revision``, which nothing compares.
         chat: what the chats held besides template and prompt: ``args`` of the template, ``system`` message, the ``day``
             that a dated template saw. None for plain text, and where there was nothing of the kind.
         prompts: count and sha256 of both sets.
@@ -330,6 +331,9 @@ class Circuit:
         return "\n".join(lines)
 
 
+_HASH = "_sha256"  # how the names of hashes end
+
+
 def check_found_in(circuit: Circuit, here: dict[str, Any], where: FilePath = "circuit") -> None:
     """Raise InputError, naming the field, if the circuit was found in another model than the one in hand.
 
@@ -339,11 +343,11 @@ def check_found_in(circuit: Circuit, here: dict[str, Any], where: FilePath = "ci
     Args:
         here: facts about the model in hand: ``model.name``, ``model.tensors_sha256``, ``tokenizer_sha256`` and others;
             ``chat_template_sha256`` None says that prompts are plain text. A fact that the circuit or ``here`` lacks is
-            not compared, nor is the name.
+            not compared, nor are name, repository and commit.
     """
     known = circuit.model or {}
-    hashes = {f"model.{name}": value for name, value in known.items() if name != "name" and value is not None}
-    of_model = [field for field in here if field.startswith("model.") and field != "model.name"]
+    hashes = {f"model.{name}": value for name, value in known.items() if name.endswith(_HASH) and value is not None}
+    of_model = [field for field in here if field.startswith("model.") and field.endswith(_HASH)]
     names = f"found in {known.get('name', 'an unnamed model')!r}, this is {here.get('model.name', 'another')!r}"
     for field, got in (hashes | {"tokenizer_sha256": circuit.tokenizer_sha256}).items():
         if field in here and got is not None and got != here[field]:

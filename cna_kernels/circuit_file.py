@@ -22,6 +22,8 @@ _TEXTS = ("score", "k_rule", "position", "tokenizer_sha256", "chat_template_sha2
 _HASHES = ("settings_sha256", "tensors_sha256", "decoder_sha256")
 # where these are None, a file is as it was before there were such fields
 _NEW = ("positive_mean", "mirrored", "experts", "made_from")
+REPOSITORY = re.compile(r"[A-Za-z0-9_.-]+(/[A-Za-z0-9_.-]+)?")  # a repository on the Hugging Face Hub
+COMMIT = re.compile(r"[0-9a-f]{40}")
 _OLD_HASHES = ("config_sha256", "headers_sha256", "weights_sha256", "neurons_sha256")  # of samples, before 0.2
 
 
@@ -116,7 +118,13 @@ def _check_model(fields: Fields, shape: tuple[int, int], k: int) -> None:
     fields.text("name")
     for name in (*_HASHES, *_OLD_HASHES):
         fields.text(name, None)
-    fields.only(("name", *_HASHES, *_OLD_HASHES), _KIND)
+    fields.read("repo", None, "a name such as org/name", lambda x: _is(x, REPOSITORY))
+    fields.read("revision", None, "a commit of 40 hex digits", lambda x: _is(x, COMMIT))
+    fields.only(("name", "repo", "revision", *_HASHES, *_OLD_HASHES), _KIND)
+
+
+def _is(value: Any, form: re.Pattern[str]) -> bool:
+    return isinstance(value, str) and form.fullmatch(value) is not None
 
 
 def _check_chat(fields: Fields, shape: tuple[int, int], k: int) -> None:

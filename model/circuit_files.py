@@ -10,7 +10,9 @@ from typing import TYPE_CHECKING, Any
 from cna_kernels.circuit import Circuit, check_fits, check_found_in, check_template
 from cna_kernels.errors import InputError, InputWarning
 from cna_kernels.fields import short
-from cna_kernels.files import FilePath
+from cna_kernels.files import FilePath, read_json
+
+from .hub.find import circuit_path
 
 if TYPE_CHECKING:
     from .language_model import LanguageModel
@@ -21,7 +23,7 @@ Given = Circuit | FilePath  # a circuit, or the file of one
 def read_circuit(
     path: FilePath, model: LanguageModel, *, any_model: bool = False, chat: bool | None = None, prompts: bool = True
 ) -> Circuit:
-    """The circuit of a file, checked against the loaded model by :meth:`LanguageModel.check_circuit`.
+    """The circuit of a file, or of a name on the Hub, checked by :meth:`LanguageModel.check_circuit`.
 
     Args:
         chat: whether prompts go through the chat template.
@@ -31,7 +33,8 @@ def read_circuit(
     Raises:
         InputError: the file is no circuit, or one of another model; names the file.
     """
-    circuit = Circuit.load(path, n_layers=model.config.num_hidden_layers, n_neurons=model.config.intermediate_size)
+    shape = dict(n_layers=model.config.num_hidden_layers, n_neurons=model.config.intermediate_size)
+    circuit = Circuit.from_record(read_json(circuit_path(path)), path, **shape)
     if not prompts and circuit.chat_template_sha256 is None:
         chat = False
     model.check_circuit(circuit, path, any_model=any_model, chat=chat)

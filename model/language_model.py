@@ -6,7 +6,6 @@ import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from functools import partial
-from pathlib import Path
 from tempfile import TemporaryFile
 from typing import TYPE_CHECKING, Any
 
@@ -30,6 +29,7 @@ from .discovery.settings import Settings, settings_from
 from .engines import Chosen, require_own
 from .evaluation.relp import relevance
 from .generate import Sampling, generate
+from .hub.find import find_model
 from .memory import usable_device
 from .prompts.corpus import Contrast, Corpus, Names, two_sets
 from .prompts.files import PromptSet, neutral_prompts
@@ -60,7 +60,8 @@ def load(
     device_map: str | None = None,
     model_args: Mapping[str, Any] | None = None,
 ) -> LanguageModel:
-    """Load a checkpoint directory in Hugging Face layout. The options are as in :class:`LanguageModel`.
+    """Load a checkpoint: a directory in Hugging Face layout, a .gguf file, or a name on the Hugging Face Hub, such as
+    "org/name@revision"; see ``hub.find.find_model``. The options are as in :class:`LanguageModel`.
 
     Raises InputError, naming the directory, file or tensor that cannot be used.
     """
@@ -114,7 +115,8 @@ class LanguageModel:
             device_map: on transformers, as of its ``from_pretrained``: "auto" shares the layers out among all GPUs.
             model_args: on transformers, further arguments of ``from_pretrained``.
         """
-        self.directory = Path(directory)
+        self.source = find_model(directory)
+        self.directory = directory = self.source.path
         require_checkpoint(directory)
         options: dict[str, Any] = dict(dtype=dtype_asked(dtype), device=usable_device(device))
         self.device: torch.device = options["device"]

@@ -19,6 +19,8 @@ EXTRA_OF = {
     "ray": "ray",
     "transformers": "hf",
     "accelerate": "hf",
+    "huggingface_hub": "hub",
+    "datasets": "datasets",
 }
 
 

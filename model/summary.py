@@ -44,11 +44,11 @@ def summary_of(model: LanguageModel) -> str:
 
 def described(model: LanguageModel, chat: bool | None, *, hashed: bool) -> str:
     """What prompts meet, in a line; see ``LanguageModel.describe``."""
-    name = model.directory.resolve().name
     weights = f" {model.identity()['tensors_sha256'][:8]}" if hashed else ""
     tokens = ", ".join(f"{number} {model.tokenizer.token(number)!r}" for number in sorted(model.stop_ids))
     engine = "" if model.engine == "own" else f" on {model.engine}"
-    return f"model {name!r}{weights}{engine}; {model.encoder.describe(chat)}; an answer ends at {tokens or 'no token'}"
+    name = f"{model.source.name!r}{weights}{model.source.origin}{engine}"
+    return f"model {name}; {model.encoder.describe(chat)}; an answer ends at {tokens or 'no token'}"
 
 
 def _count(n: float) -> str:

@@ -79,11 +79,10 @@ def contrast_by_hooks(model, positive, negative):
     """The contrast ``[L, N]`` fp64 of prompts, each a list of token ids, one prompt at a time."""
     sums = {}
     for sign, prompts in ((1, positive), (-1, negative)):
-        weight = sign / len(prompts)
         for ids in prompts:
 
-            def seen(layer, act, weight=weight):
-                sums[layer] = sums.get(layer, 0) + weight * act[-1].double()
+            def seen(layer, act, sign=sign, n=len(prompts)):  # noqa: B008
+                sums[layer] = sums.get(layer, 0) + sign * act[-1].double() / n
 
             with watched(model, seen), torch.inference_mode():
                 model(torch.tensor([ids]))

@@ -18,6 +18,7 @@ import torch
 from cna_kernels.errors import InputError
 from cna_kernels.files import FilePath
 
+from ..hub.names import checkpoint_name
 from ..rope import RotaryEmbedding
 from ..text.gguf_fields import BOOL, FLOAT32, HOW, TEXT, UINT32, Value, require_same_tokenizer, tokenizer_fields
 from ..text.tokenizer import Tokenizer, stop_ids
@@ -140,7 +141,7 @@ def _settings(directory: Path, config: ModelConfig, arch: str) -> dict[str, Valu
         raise _no_place(directory, "sliding_window", "a window shorter than the context is not read from GGUF")
     fields: dict[str, Value] = {
         "general.type": ("model", TEXT, None),
-        "general.name": (directory.resolve().name or "model", TEXT, None),
+        "general.name": (checkpoint_name(directory).rpartition("/")[2] or "model", TEXT, None),
         **{f"{arch}.{name}": (value, UINT32, None) for name, value in whole.items()},
         f"{arch}.attention.layer_norm_rms_epsilon": (config.rms_norm_eps, FLOAT32, None),
         f"{arch}.rope.freq_base": (config.rope.theta, FLOAT32, None),

@@ -20,6 +20,7 @@ from cna_kernels.errors import InputError, one_line
 from cna_kernels.files import read_json, sha256, write_text
 from cna_kernels.fingerprint import Marks, decoder_sha256, in_threads
 
+from ..hub.names import cached_name, checkpoint_name
 from .config import ModelConfig
 from .load import expected_shapes
 from .safetensors_file import Checkpoint, TensorEntry
@@ -34,7 +35,8 @@ Hashes = tuple[str, str]  # of a tensor's bytes, and of its marks
 
 
 def identity_of(directory, checkpoint: Checkpoint, config: ModelConfig) -> dict[str, str]:
-    """What identifies a checkpoint: its name and three hashes.
+    """What identifies a checkpoint: its name and three hashes; in the Hub's cache also ``repo`` and the commit,
+    ``revision``, which only inform.
 
     - ``settings_sha256``: of the fields of config.json that are read. Other fields, and spellings, do not count.
     - ``tensors_sha256``: of dtype, shape and every byte of the weights that the model reads, by their names. How they
@@ -52,11 +54,18 @@ def identity_of(directory, checkpoint: Checkpoint, config: ModelConfig) -> dict[
         name.removeprefix(_BASE): by_file_name[entry.name][1] for name, entry in used.items() if name.startswith(_BASE)
     }
     return {
-        "name": one_line(Path(directory).resolve().name),  # a name may be no text
+        **named(directory),
         "settings_sha256": settings_sha256(config),
         "tensors_sha256": sha256(*parts),
         "decoder_sha256": decoder_sha256(decoder),
     }
+
+
+def named(directory) -> dict[str, str]:
+    """The name of a checkpoint; in the Hub's cache also its repository and commit."""
+    cached = cached_name(directory)
+    found = {"name": one_line(checkpoint_name(directory))}  # a name may be no text
+    return found if cached is None else {**found, "repo": cached.repo, "revision": str(cached.revision)}
 
 
 class Identity:

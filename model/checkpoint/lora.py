@@ -43,7 +43,7 @@ UNIFORM = ("vllm", "sglang")  # read one rank; vLLM from 0.32 on reads several
 TOGETHER = ("peft", "llama.cpp")  # can have several adapters active in one request
 VLLM_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)  # the values of its --max-lora-rank
 CONFIG, WEIGHTS, CARD = "adapter_config.json", "adapter_model.safetensors", "README.md"
-_TAG = "cna-kernels"  # of the cards written here
+TAG = "cna-kernels"  # of the cards written here
 
 
 @renamed(factors="multipliers")
@@ -217,7 +217,7 @@ base_model: {base}
 library_name: peft
 tags:
 - lora
-- {_TAG}
+- {TAG}
 ---
 
 # {n} MLP neurons in {len(part)} layers, at another multiplier
@@ -274,5 +274,5 @@ def vllm_rank(rank: int) -> int:
 
 def _check_card(path: Path) -> None:
     """Refuse to write over a README.md that is no adapter's card."""
-    if os.path.lexists(path) and f"\n- {_TAG}\n" not in read_text(path, limit=1 << 20):
+    if os.path.lexists(path) and f"\n- {TAG}\n" not in read_text(path, limit=1 << 20):
         raise InputError(path, "is there already, and is not the card of an adapter; move it away first")

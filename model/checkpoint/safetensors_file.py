@@ -143,7 +143,7 @@ def open_checkpoint(directory) -> Checkpoint:
     if os.path.lexists(directory / SINGLE):
         shards = [SINGLE]
     elif os.path.lexists(directory / INDEX):
-        shards = _read_index(directory / INDEX)
+        shards = index_files(directory / INDEX)
     else:
         files = sorted(path.name for path in directory.glob("*.gguf"))
         hint = f"; name the file itself to read {files[0]}" if files else ""
@@ -159,7 +159,7 @@ def open_checkpoint(directory) -> Checkpoint:
     return Checkpoint(entries)
 
 
-def _read_index(path) -> list[str]:
+def index_files(path) -> list[str]:
     """Return the files that an index names. Only plain file names beside the index are accepted."""
     fields = Fields(read_json(path), path)
     expected = "an object of tensor name to file name"

@@ -14,8 +14,8 @@ from cna_kernels.errors import InputError, InputWarning, one_line
 from cna_kernels.steering import check_multiplier
 
 from ..circuit_files import read_circuit
-from ..demo.checkpoint import demo_checkpoint
 from ..engines import Chosen
+from ..hub.find import find_model
 from ..language_model import LanguageModel, load
 from ..prompts.files import file_and_column
 from ..prompts.formats import WITH_COLUMNS, format_of, is_pipe
@@ -25,7 +25,7 @@ MOST, LARGEST = 256, 1e6  # multipliers of a command, and the largest
 
 def load_model(args, directory=None, **options) -> LanguageModel:
     """The model of a command, with what its flags say about chats."""
-    directory = directory_of(args.model if directory is None else directory)
+    directory = args.model if directory is None else directory
     return load(
         directory, device=args.device, dtype=args.dtype, **engine_options(args), **chat_options(args), **options
     )
@@ -65,10 +65,8 @@ def say_model(model: LanguageModel, args, *, hashed: bool = True) -> None:
 
 
 def directory_of(model):
-    """The directory of the argument MODEL; demo:NAME stands for a bundled checkpoint."""
-    if model.startswith("demo:") and not Path(model).exists():
-        return demo_checkpoint(model.removeprefix("demo:"))
-    return model
+    """The directory or GGUF file of the argument MODEL; see :func:`find_model`."""
+    return str(find_model(model).path)
 
 
 def load_circuit(

@@ -79,6 +79,9 @@ def show_circuit(circuit: Circuit, *, as_json: bool, imported: bool = False):
     if circuit.model:
         dtype, position = circuit.dtype or "dtype unknown", circuit.position or "unknown"
         print_line(console, f"found in {circuit.model['name']!r}, {dtype}, position: {position}")
+        if circuit.model.get("repo"):
+            commit = circuit.model.get("revision") or "not known"
+            print_line(console, f"on the Hugging Face Hub: {circuit.model['repo']}, commit {commit}")
     if circuit.prompts:
         counts = ", ".join(f"{side['count']} {name}" for name, side in circuit.prompts.items())
         print_line(console, f"prompts: {counts}; preset: {circuit.preset or 'none'}")

@@ -17,7 +17,7 @@ from ..evaluation.multiple_choice import read_multiple_choice
 from ..evaluation.suite import METHODS, Suite, check_labels, check_name
 from ..packages import require
 from ..prompts.files import PromptSet, neutral_texts, read_prompts
-from .arguments import check_column, column_of, directory_of, load_circuit, load_model, multipliers_of, say_model
+from .arguments import check_column, column_of, load_circuit, load_model, multipliers_of, say_model
 from .console import SIMPLE_HEAD, Table, print_json, stdout
 
 COLUMNS = 5  # of one table, beside method and m: what 80 characters hold
@@ -66,10 +66,11 @@ def run_compare(args):
     check_directory(args.output)
     models = {}
     for path in args.models:
-        name = Path(directory_of(path)).resolve().name
+        model = load_model(args, path)
+        name = model.source.short
         if name in models:
             name += " (second)"
-        models[name] = load_model(args, path)
+        models[name] = model
         say_model(models[name], args)
     results = compare.compare(models, suite, out=args.output, say=say_to_stderr(args), **settings)
     for name, evaluation in results["evaluations"].items():

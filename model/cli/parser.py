@@ -31,7 +31,7 @@ MODULES = dict(
 )
 MODULES |= dict.fromkeys(("discover", "estimate"), "attribution")
 MODULES |= dict.fromkeys(("eval", "sweep", "compare", "lm-eval"), "evaluation") | {"matrix": "matrix"}
-MODULES["reproduce"] = "reproduce"
+MODULES |= {"reproduce": "reproduce", "push": "hub", "pull": "hub"}
 
 
 def build_parser() -> Parser:
@@ -132,6 +132,27 @@ def build_parser() -> Parser:
     quantize.add_argument("model", metavar="MODEL", help=MODEL_HELP)
     quantize.add_argument("--to", metavar="TYPE", required=True, help="q8_0, q5_0, q4_1 or q4_0")
     quantize.add_argument("-o", "--output", metavar="FILE", required=True, help="file to make; its name ends in .gguf")
+
+    push = command(
+        commands,
+        "push",
+        "circuits, or a LoRA adapter, to a repository on the Hugging Face Hub, with a model card",
+        "cna push circuit.json org/name\n  cna push adapter/ org/name --private",
+    )
+    push.add_argument("paths", metavar="PATH", nargs="+", help="circuit files, or a directory of cna export --to lora")
+    push.add_argument("repo", metavar="REPO", help="org/name; made unless it exists")
+    push.add_argument("--private", action="store_true", help="make a private repository; a public one is refused")
+    push.add_argument("--revision", metavar="BRANCH", help="the branch; made unless it exists (default: main)")
+    push.add_argument("--message", metavar="TEXT", help="of the commit")
+
+    pull = command(
+        commands,
+        "pull",
+        "the circuits, or the LoRA adapter, of a repository on the Hugging Face Hub, checked",
+        "cna pull org/name -o circuits/\n  cna pull org/name:circuit.json@main -o circuit.json",
+    )
+    pull.add_argument("repo", metavar="REPO", help="org/name, org/name:FILE for one circuit; @REVISION behind it")
+    pull.add_argument("-o", "--output", metavar="PATH", required=True, help="directory to make, or one circuit's file")
 
     evaluation_flags.add(commands)
     reproduce_flags.add(commands)

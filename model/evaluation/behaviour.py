@@ -23,6 +23,7 @@ from cna_kernels.fields import REQUIRED, Fields
 from cna_kernels.files import FilePath, parse_json, read_text, sha256
 
 from ..prompts.files import PromptSet, read_prompts
+from ..prompts.hub_sets import hub_set
 from .measures import Item, Measure, measure_of
 
 BUNDLED = ("refusal", "capitals", "agreement", "json", "french")
@@ -125,7 +126,7 @@ def is_name(text: object) -> bool:
 def _prompts(fields: Fields, name: str) -> PromptSet:
     value = fields.record.get(name)
     if isinstance(value, str):
-        return read_prompts(Path(fields.where).parent / value)
+        return read_prompts(value if hub_set(value) else Path(fields.where).parent / value)
     texts = fields.items(name, lambda x: isinstance(x, str), "text", REQUIRED)
     return PromptSet.of(texts, f"{fields.where}: {name}")
 

@@ -80,7 +80,7 @@ class DirectionTable:
             else:
                 self.added[direction.site][:, number] = strength[number] * direction.vectors
         self.layers = {site: added.flatten(1).any(1).tolist() for site, added in self.added.items()}
-        self.takes_out = bool(self.share.any())
+        self._takes_out = [bool(share) for share in self.share[:, 0]]  # the last is that of rows without a direction
         self.added = {site: added.to(device) for site, added in self.added.items()}
         self.unit, self.share = self.unit.to(device), self.share.to(device)
 
@@ -89,27 +89,31 @@ class DirectionTable:
         for number in direction_of_row:
             if not -1 <= number < self.n_directions:
                 raise ValueError(f"direction_of_row: expected -1 to {self.n_directions - 1}, got {number}")
-        return RowEdit(self, torch.tensor(list(direction_of_row), dtype=torch.int64, device=self.unit.device))
+        takes_out = any(self._takes_out[number] for number in direction_of_row)
+        return RowEdit(
+            self, torch.tensor(list(direction_of_row), dtype=torch.int64, device=self.unit.device), takes_out
+        )
 
 
 @dataclass
 class RowEdit(Edit):
-    """A batch's edit by a :class:`DirectionTable`. ``chosen`` ``[B]`` int64 is each row's direction, -1 for none."""
+    """A batch's edit by a :class:`DirectionTable`.
+
+    Attributes:
+        chosen: ``[B]`` int64, each row's direction, -1 for none.
+        edits_writes: whether a direction of any row is taken out of all writes.
+    """
 
     table: DirectionTable
     chosen: Tensor
-
-    @property
-    def edits_writes(self) -> bool:  # type: ignore[override]
-        """Whether a direction is taken out of all writes."""
-        return self.table.takes_out
+    edits_writes: bool = True
 
     def write(self, layer: int, part: str, y: Tensor) -> Tensor:
         """Return what ``part`` of a layer adds to the stream, ``[B, S, H]``, changed."""
         table = self.table
         if part == "mlp":
             y = self._add("mlp", layer, y)
-        if table.takes_out:
+        if self.edits_writes:
             unit = table.unit[self.chosen][:, None].to(y.dtype)  # [B, 1, H]
             share = table.share[self.chosen][:, None].to(y.dtype)  # [B, 1, 1]
             y = y - share * (y * unit).sum(-1, keepdim=True) * unit
@@ -121,7 +125,7 @@ class RowEdit(Edit):
 
     def keep(self, rows: Tensor) -> RowEdit:
         """Return the edit of only these rows of the batch; ``rows`` ``[any]`` int64 are their numbers."""
-        return RowEdit(self.table, self.chosen[rows])
+        return RowEdit(self.table, self.chosen[rows], self.edits_writes)
 
     def alike(self) -> Tensor:
         """``[B]`` int64: rows of one direction are edited alike."""

@@ -50,7 +50,7 @@ class CnaLM(TemplateLM):
     ):
         """
         Args:
-            pretrained: checkpoint directory.
+            pretrained: checkpoint directory, or another MODEL of the command line.
             circuit: circuit file; without one the model is not steered.
             multiplier: the circuit's multiplier.
             batch_size: answers decoded together.

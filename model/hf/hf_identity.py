@@ -5,11 +5,10 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from cna_kernels.errors import one_line
 from cna_kernels.files import sha256
 from cna_kernels.fingerprint import decoder_sha256
 
-from ..checkpoint.identity import Hashes, hashes_of
+from ..checkpoint.identity import Hashes, hashes_of, named
 from ..checkpoint.safetensors_file import Checkpoint
 from .hf_config import HfConfig
 from .hf_transformer import HfShape, HfTransformer
@@ -31,7 +30,7 @@ def hf_identity(
     for name, entry in sorted(checkpoint.entries.items()):
         parts += [name, entry.stored, repr(list(entry.shape)), hashes[entry.name][0]]
     found = {
-        "name": one_line(directory.resolve().name),
+        **named(directory),
         "settings_sha256": sha256(json.dumps(config.settings, sort_keys=True)),
         "tensors_sha256": sha256(*parts),
     }

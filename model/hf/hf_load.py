@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 import warnings
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -77,6 +78,8 @@ def load_hf(
                 what = "are missing" if kind == "missing_keys" else "have another shape than config.json says"
                 raise InputError(directory, f"{len(names)} of its weights {what}: {short(names[0])}")
         model.eval().requires_grad_(False)
+        if quantised:
+            logging.getLogger("bitsandbytes.autograd._functions").addFilter(Once())
         engine = attach(model, max_circuits=1, max_entries=1, max_rows=MAX_ROWS)
     return HfTransformer(model, engine, config)
 
@@ -90,17 +93,31 @@ def weight_bytes(checkpoint: Checkpoint, dtype: torch.dtype | None) -> int:
     return total
 
 
+class Once(logging.Filter):
+    """Lets each message of a logger through once: some quantised layers log at every call."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: set[str] = set()
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        """Whether the message is new."""
+        new = record.getMessage() not in self.seen
+        self.seen.add(record.getMessage())
+        return new
+
+
 @contextlib.contextmanager
 def quietly() -> Iterator[None]:
     """Without progress bars, and without the engine's note on layers that it does not fuse (``cna doctor`` has it)."""
-    from transformers.utils import logging
+    from transformers.utils import logging as theirs
 
-    bars = logging.is_progress_bar_enabled()
-    logging.disable_progress_bar()
+    bars = theirs.is_progress_bar_enabled()
+    theirs.disable_progress_bar()
     try:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", "cna_kernels: exact, but not fused")
             yield
     finally:
         if bars:
-            logging.enable_progress_bar()
+            theirs.enable_progress_bar()

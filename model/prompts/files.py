@@ -15,6 +15,7 @@ from cna_kernels.fields import is_whole
 from cna_kernels.files import FilePath, sha256
 
 from .formats import records_of
+from .hub_sets import hub_set
 
 
 class ChatText(str):
@@ -101,7 +102,8 @@ def read_prompts(path: FilePath, *, column: str | None = None, limit: int | None
     """Read a prompt file into memory; see ``formats.py`` for how its format is found.
 
     Args:
-        path: the file; ``FILE:COLUMN`` names the column, too.
+        path: the file; ``FILE:COLUMN`` names the column, too. ``hf:org/set:split`` is a data set on the Hub, see
+            ``hub_sets.py``.
         column: the field that holds the prompt, where records have fields; of several names with commas between them
             the first that a file has. Default: ``prompt``, or the only field, or ``messages``, or ``input_ids``.
         limit: keep the first so many.
@@ -142,7 +144,10 @@ def iter_prompts(
 
 
 def file_and_column(path: FilePath) -> tuple[Path, str | None]:
-    """``FILE:COLUMN`` as file and column; a file that exists under the whole name has no column in it."""
+    """``FILE:COLUMN`` as file and column; a file that exists under the whole name has no column in it. A data set on
+    the Hub stays as it is named."""
+    if (on_hub := hub_set(path)) is not None:
+        return Path(path), on_hub.column
     text = os.fspath(path)
     if ":" in text and not os.path.lexists(text):
         file, _, column = text.rpartition(":")

@@ -25,6 +25,7 @@ from cna_kernels.fields import short
 from cna_kernels.files import FilePath, open_regular, open_stream, parse_json
 
 from ..packages import missing
+from .hub_sets import hub_set, rows_of
 
 LONGEST_LINE = 16 << 20  # bytes
 _LARGEST_JSON = 1 << 30  # bytes of a file that is one JSON value
@@ -52,11 +53,13 @@ READ = f"text with a prompt a line, {', '.join(WITH_COLUMNS)}"
 
 
 def format_of(path: FilePath) -> str:
-    """Return what a file is: "lines", "jsonl", "json", "table" or "parquet".
+    """Return what a file is: "lines", "jsonl", "json", "table" or "parquet"; "hub" for a data set on the Hub.
 
     Raises:
         InputError: the file is of another kind, by its ending or by how it begins.
     """
+    if hub_set(path) is not None:
+        return "hub"
     path = Path(path)
     ending = path.suffix.lower()
     if ending in _OTHER_ENDINGS:
@@ -89,6 +92,9 @@ def records_of(path: FilePath, bad, columns: Sequence[str] = ()) -> Iterator[tup
             is raised.
         columns: names that the caller will look for.
     """
+    if (on_hub := hub_set(path)) is not None:
+        yield from rows_of(on_hub)
+        return
     path, kind = Path(path), format_of(path)
     if kind == "parquet":
         yield from parquet_rows(path)

@@ -2,6 +2,7 @@
 
 import copy
 import warnings
+from pathlib import Path
 
 import pytest
 import torch
@@ -545,6 +546,18 @@ def test_weights_out_of_sight_have_no_hash():
     known.detach()
     adapted = peft.get_peft_model(model, peft.LoraConfig(target_modules=["down_proj"], r=2))
     assert set(attach(adapted).identity()) == {"name"}
+
+
+def test_a_model_from_the_hub_has_repository_and_commit():
+    """As transformers knows them: of a name and a commit, and not of a directory or a branch."""
+    model, commit = make("llama"), "0123abcd" * 5
+    engine = attach(model)
+    for name, known, facts in (("org/name", commit, dict(repo="org/name", revision=commit)), ("org/name", None, {}),
+                               ("org/name", "main", {}), (str(Path(__file__).parent), commit, {})):  # fmt: skip
+        model.config._name_or_path, model.config._commit_hash = name, known
+        identity = engine.identity()
+        assert {field: identity.get(field) for field in ("repo", "revision") if field in identity} == facts
+        assert "decoder_sha256" in identity
 
 
 def test_selection_counts_only_neurons_that_are_there():

@@ -16,6 +16,7 @@ from pathlib import Path
 import in_behaviours
 import in_engine
 import in_files
+import in_hub
 import in_kernels
 import in_loading
 import in_serving
@@ -24,7 +25,7 @@ import in_tables
 ROOT = Path(__file__).resolve().parents[2]
 CANARIES = [
     canary
-    for module in (in_kernels, in_loading, in_engine, in_tables, in_files, in_behaviours, in_serving)
+    for module in (in_kernels, in_loading, in_engine, in_tables, in_files, in_behaviours, in_serving, in_hub)
     for canary in module.CANARIES
 ]
 

@@ -124,6 +124,7 @@ TESTED_TOGETHER = {
     "attach/test_passes.py": "cna_kernels/engine/: running",
     "attach/test_batching.py": "cna_kernels/engine/: managers",
     "ops/test_circuit.py": "cna_kernels/: circuit_file",
+    "ops/test_circuit_sets.py": "cna_kernels/: circuit_frame",
     "kernels/test_triton_plan.py": "cna_kernels/: plans; cna_kernels/triton/: cost plan",
     "kernels/test_triton.py": (
         "cna_kernels/triton/: down_decode down_proj gate_up_decode launch ops steer sums sums_fp64 swiglu tiles"
@@ -141,7 +142,8 @@ TESTED_TOGETHER = {
     "model/test_generate.py": "model/: kv_cache prefill",
     "model/test_transformer.py": "model/: steering",
     "model/test_engines.py": "model/hf/: hf_config hf_identity hf_load",
-    "model/cli/test_every_model.py": "model/hf/: hf_estimate hf_passes hf_transformer",
+    "model/cli/test_every_model.py": "model/hf/: hf_estimate",
+    "model/hf/test_hf_transformer.py": "model/hf/: hf_passes",
     "model/discovery/test_job.py": "model/discovery/: sense units; model/cli/: attribution",
     "model/discovery/test_packing.py": "model/discovery/: packed",
     "model/discovery/test_run_directory.py": "model/discovery/: part_header parts",
@@ -155,6 +157,7 @@ TESTED_TOGETHER = {
     "model/cli/test_cli.py": (
         "model/: __main__; model/cli/: arguments attribution_flags console doctor parser run show status"
     ),
+    "model/hub/test_share.py": "model/hub/: card contents; model/cli/: hub",
     "model/cli/test_evaluation_command.py": "model/cli/: evaluation evaluation_flags",
     "model/checkpoint/test_quantize.py": (
         "model/checkpoint/: gguf_source; model/text/: gguf_fields; model/cli/: quantize"

@@ -57,8 +57,8 @@ def test_a_file_steers_as_its_circuit(model, found, file, kind):
 
 
 def test_a_file_is_read_once(model, file, monkeypatch):
-    paths, read = [], Circuit.load
-    monkeypatch.setattr(Circuit, "load", lambda path, **how: paths.append(path) or read(path, **how))
+    paths, read = [], Circuit.from_record
+    monkeypatch.setattr(Circuit, "from_record", lambda r, path, **how: paths.append(path) or read(r, path, **how))
     model.generate(PROMPTS, circuit=[file, Path(file), file], **SHORT)
     assert paths == [file]
 

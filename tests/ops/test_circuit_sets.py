@@ -278,3 +278,19 @@ def test_a_table_without_pandas(monkeypatch):
     monkeypatch.setitem(sys.modules, "pandas", None)
     with pytest.raises(InputError, match=r'^pandas: not installed: pip install "cna-kernels\[pandas\]"'):
         WHOLE.to_pandas()
+
+
+def test_the_table_of_a_mixture_names_experts():
+    pytest.importorskip("pandas")
+    mixture = Circuit(((1, 11, 2.0), (0, 11, -1.0), (1, 4, 0.5)), 2, 15, experts=((1, 12), (3, 5)))
+    table = mixture.to_pandas()
+    assert table["expert"].tolist() == [2, 0, 0] and table["expert_index"].tolist() == [1, 11, 4]
+    assert table["index"].tolist() == [11, 11, 4]
+
+
+def test_sets_of_a_mixtures_circuits():
+    one, other = (Circuit(((1, index, 2.0),), 2, 15, experts=((1, 12), (3, 5))) for index in (3, 7))
+    unknown = Circuit(((0, 1, 1.0),), 2, 15)
+    assert (one | other).experts == (unknown | one).experts == one.experts
+    with pytest.raises(InputError, match="experts: the circuits are of different models"):
+        one | Circuit(((0, 1, 1.0),), 2, 15, experts=((1, 15), (5, 3)))

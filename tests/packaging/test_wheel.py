@@ -85,10 +85,10 @@ def test_what_the_wheel_requires(engine):
         extras.setdefault(extra.strip('"'), set()).add(package)
     assert extras[""] == {"torch>=2.10", "triton>=3.6", "numpy", "safetensors>=0.8"}
     assert 'triton>=3.6; platform_system == "Linux"' in metadata.get_all("Requires-Dist")
-    assert extras["model"] == {"tokenizers>=0.22", "jinja2>=3.1", "rich>=13"}
+    assert extras["model"] == {"tokenizers>=0.22", "jinja2>=3.1", "rich>=13", "huggingface_hub>=0.30"}
     assert extras["plot"] == {"matplotlib>=3.8"}
     assert extras["demo"] == {"cna-kernels[gguf,model,plot]", "cna-kernels-demo==1"}
-    assert extras["all"] == {"cna-kernels[demo,eval,pandas,ray]"}
+    assert extras["all"] == {"cna-kernels[datasets,demo,eval,hf,pandas,ray]"}
 
 
 OPS = """

@@ -141,14 +141,14 @@ def test_auto_peft_follows_the_base_model(model, tmp_path, capsys):
 
 def test_the_base_model_has_the_name_of_the_cache(model, tmp_path, capsys):
     """A directory of the Hub's cache: the Hub's name and the commit, which are true elsewhere, too."""
-    snapshot = tmp_path / "models--some-one--Model-1.5" / "snapshots" / "0123abc"
+    snapshot = tmp_path / "models--some-one--Model-1.5" / "snapshots" / ("0123abcd" * 5)
     shutil.copytree(model.directory, snapshot)
     A.save(tmp_path / "a.json")
     words = ["export", str(snapshot), "-c", f"{tmp_path}/a.json", "--to", "lora", "-o", f"{tmp_path}/a"]
     assert main(words) == 0
-    assert "base model: some-one/Model-1.5, at 0123abc\n" in capsys.readouterr().out
+    assert "base model: some-one/Model-1.5, at 0123abcd0123abcd0123abcd0123abcd0123abcd\n" in capsys.readouterr().out
     record = json.loads((tmp_path / "a" / "adapter_config.json").read_text())
-    assert (record["base_model_name_or_path"], record["revision"]) == ("some-one/Model-1.5", "0123abc")
+    assert (record["base_model_name_or_path"], record["revision"]) == ("some-one/Model-1.5", snapshot.name)
 
 
 def test_the_card_says_who_reads_it(model, tmp_path):

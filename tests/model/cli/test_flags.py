@@ -59,7 +59,7 @@ def words_of(name, option, *values):
     parser, words = commands()[name], [name]
     for action in parser._actions:
         if not action.option_strings:
-            words += ["x"] * (action.nargs or 1)
+            words += ["x"] * (action.nargs if isinstance(action.nargs, int) else 1)
         elif action.required and option not in action.option_strings:
             words += [action.option_strings[0], value_of(action)]
     return [*words, *(word for value in values for word in (option, value))]

@@ -1,0 +1,1 @@
+"""The Hugging Face Hub: models by name, circuits and adapters that people share."""
