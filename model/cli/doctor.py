@@ -15,6 +15,7 @@ import cna_kernels
 from cna_kernels import backends
 from cna_kernels.errors import InputError
 
+from ..checkpoint.config import ModelConfig
 from ..checkpoint.gguf_file import is_gguf
 from ..checkpoint.load import dtype_of
 from ..demo.checkpoint import demo_checkpoint
@@ -41,17 +42,23 @@ def _checkpoint(path) -> dict[str, str]:
     config, tokenizer = model.config, model.tokenizer
     stored: Counter[str] = Counter(entry.stored for entry in model.checkpoint.entries.values())
     kinds = ", ".join(f"{n} {name}" for name, n in stored.most_common())
-    n_layers, n_neurons = config.num_hidden_layers, config.intermediate_size
-    heads = f"{config.num_attention_heads} heads of {config.head_dim} ({config.num_key_value_heads} of keys and values)"
-    template = tokenizer.template
+    n_layers, widths, template = config.num_hidden_layers, sorted(set(config.widths)), tokenizer.template
+    of_each = f"{widths[0]} per layer" if len(widths) == 1 else f"{widths[0]} to {widths[-1]} per layer"
+    of_experts = "" if config.experts is None else f", in up to {max(n for n, _ in config.experts)} experts"
+    heads, rope = "", ""
+    if isinstance(config, ModelConfig):
+        heads = f", {config.num_attention_heads} heads of {config.head_dim}"
+        heads += f" ({config.num_key_value_heads} of keys and values)"
+        rope = f", rotary embedding {config.rope.kind}, theta {config.rope.theta:g}"
     return {
         "checkpoint": str(path),
         "format": "GGUF" if is_gguf(path) else "Hugging Face layout",
-        "model": f"{config.model_type}: {n_layers} layers, hidden size {config.hidden_size}, {heads}",
-        "neurons": f"{n_neurons} per layer, {n_layers * n_neurons} in all",
+        "engine": model.engine,
+        "model": f"{config.model_type}: {n_layers} layers, hidden size {config.hidden_size}{heads}",
+        "neurons": f"{of_each}{of_experts}, {sum(config.widths)} in all",
         "tensors": kinds,
         "loaded as": str(dtype_of(config, model.checkpoint)).removeprefix("torch."),
-        "context": f"{config.context_length} tokens, rotary embedding {config.rope.kind}, theta {config.rope.theta:g}",
+        "context": f"{config.context_length} tokens{rope}",
         "tokenizer": "none" if tokenizer.sha256 is None else f"{tokenizer.sha256[:8]}, {_bos(tokenizer)}",
         "chat template": "none" if template is None else f"{template.name!r} {str(tokenizer.template_sha256)[:8]}",
         "an answer ends at": ", ".join(f"{n} {tokenizer.token(n)!r}" for n in sorted(model.stop_ids)) or "no token",

@@ -149,3 +149,12 @@ def test_a_circuit_with_other_experts_is_refused(tmp_path):
     other = Circuit(((0, 5, 1.0),), n_layers, n_neurons, experts=((8, n_neurons // 8),) * n_layers)
     with pytest.raises(InputError, match="experts: made for another model"):
         model.generate("hello", circuit=other, max_new_tokens=2)
+
+
+@pytest.mark.parametrize("name, said", [("gemma3", "96 per layer, 288 in all"), ("mixtral", "in up to 4 experts")])
+def test_doctor_says_which_engine_reads_a_checkpoint(name, said, tmp_path, capsys):
+    path, _ = write_family(name, tmp_path)
+    capsys.readouterr()
+    assert main(["doctor", str(path), "--json"]) == 0
+    facts = json.loads(capsys.readouterr().out)
+    assert facts["engine"] == "transformers" and said in facts["neurons"] and len(facts["tensors_sha256"]) == 64
