@@ -161,7 +161,7 @@ class LanguageModel:
         return self.transformer.warm_up(longest, n_columns=n_columns, squares=squares)
 
     def _require_logits(self):
-        if self.transformer.finds_only:
+        if not self.transformer.answers:
             raise InputError("model", "a model whose layers are streamed or shared finds circuits, and nothing else")
 
     def identity(self) -> dict[str, str]:

@@ -29,13 +29,13 @@ def summary_of(model: LanguageModel) -> str:
     if isinstance(config, ModelConfig):
         n_weights = sum(math.prod(size) for size in expected_shapes(config).values())
     else:
-        n_weights = 0 if transformer.finds_only else transformer.n_weights()
+        n_weights = transformer.n_weights() if transformer.answers else 0
     where = f"{str(transformer.dtype).removeprefix('torch.')} on {model.device}"
     if type(transformer) is Transformer and any(transformer.block_weights()):
         where += ", matrices in GGUF's blocks"
     way = WAYS.get(type(transformer))
     if model.engine != "own":
-        way = ", on transformers" + (", its weights not loaded" if transformer.finds_only else "")
+        way = ", on transformers" + ("" if transformer.answers else ", its weights not loaded")
     elif way is None:
         way = f", layers shared by {transformer.mesh.size()} ranks"
     name = model.directory.name or str(model.directory)

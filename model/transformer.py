@@ -158,7 +158,7 @@ class Layer(nn.Module):
 class Transformer(nn.Module):
     """The whole model. ``transformer(input_ids[B, S]) -> logits[B, S, V]`` is the plain call."""
 
-    finds_only = False  # whether the model finds circuits, and gives no logits
+    answers = True  # whether the model gives logits, and not circuits alone
 
     def __init__(self, config: ModelConfig):
         super().__init__()

@@ -24,6 +24,7 @@ def write_family(name, directory):
 
     transformers.utils.logging.disable_progress_bar()
     if name == "gguf":
+        pytest.importorskip("gguf")
         from gguf_files import add_bytes, as_transformers_reads, write_gguf
 
         path = write_gguf(directory / "model.gguf", make("llama", **SIZES | {"vocab_size": 257}), tokenizer=add_bytes)

@@ -83,7 +83,7 @@ class ParallelTransformer(Transformer):
         mesh: the ranks that share the model, one-dimensional.
     """
 
-    finds_only = True
+    answers = False
 
     def __init__(self, config: ModelConfig, mesh: DeviceMesh):
         super().__init__(_part_of(config, mesh.size()))

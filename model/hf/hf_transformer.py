@@ -48,7 +48,7 @@ class HfShape:
     """The shape of a model without its weights: it checks circuits, and selects them from sums that others made."""
 
     rank: int | None = None
-    finds_only = True
+    answers = False
 
     def __init__(self, config: HfConfig, device: torch.device, dtype: torch.dtype | None) -> None:
         self.config, self.device = config, device
@@ -66,7 +66,7 @@ class HfTransformer:
 
     rank: int | None = None
     passes = HfPasses
-    finds_only = False
+    answers = True
 
     def __init__(self, model: Any, engine: Engine, config: HfConfig) -> None:
         self.model, self.engine, self.config = model, engine, config
