@@ -106,6 +106,11 @@ class SteeringTable:
             self.replace(number, circuit, multiplier)
         _TABLES[id(self)] = self
 
+    def is_laid_out_as(self, other: SteeringTable) -> bool:
+        """Whether two tables are of one model: the same layers, neurons, experts and devices."""
+        mine, theirs = ((t._widths, t._experts, t._devices, t.n_neurons) for t in (self, other))
+        return mine == theirs
+
     @property
     def n_circuits(self) -> int:
         """How many circuits the table holds."""

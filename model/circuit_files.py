@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import warnings
 from collections.abc import Iterable
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from cna_kernels.circuit import Circuit, check_fits, check_found_in, check_template
@@ -38,6 +39,8 @@ def read_circuit(
     if not prompts and circuit.chat_template_sha256 is None:
         chat = False
     model.check_circuit(circuit, path, any_model=any_model, chat=chat)
+    if circuit.experts is None and model.config.experts is not None:  # an older file, or the public code's
+        circuit = replace(circuit, experts=model.config.experts)
     return circuit
 
 

@@ -14,7 +14,7 @@ from .checkpoint.config import ModelConfig, NotServed
 from .checkpoint.formats import read_config
 from .checkpoint.gguf_file import is_gguf
 from .checkpoint.identity import identity_of
-from .checkpoint.load import load_transformer
+from .checkpoint.load import dtype_of, load_transformer
 from .checkpoint.safetensors_file import Checkpoint
 from .discovery.streamed import StreamedTransformer
 from .packages import missing
@@ -93,7 +93,7 @@ class Chosen:
         if self.hf_config is not None and not weights:
             from .hf.hf_transformer import HfShape
 
-            return HfShape(self.config, **options)
+            return HfShape(self.config, device, dtype or dtype_of(self.config, checkpoint))
         if self.hf_config is not None:
             from .hf.hf_load import load_hf
 
@@ -109,19 +109,22 @@ class Chosen:
 
     def identity(self, checkpoint: Checkpoint, transformer: Callable[[], Any]) -> dict[str, str]:
         """The name and the hashes of the checkpoint. A model that both engines serve has the same on both."""
-        config = self.config if self.hf_config is None else _own_config(self.directory)
-        if config is not None:
-            return identity_of(self.directory, checkpoint, config)
+        if self.hf_config is None:
+            return identity_of(self.directory, checkpoint, self.config)
         from .hf.hf_identity import hf_identity
+        from .hf.hf_load import QUANTISE
 
-        return hf_identity(self.directory, checkpoint, self.config, transformer())
+        on_hf, own = transformer(), _own_config(self.directory)
+        if own is not None and QUANTISE not in getattr(on_hf, "model_args", {}):
+            return identity_of(self.directory, checkpoint, own)
+        return hf_identity(self.directory, checkpoint, self.config, on_hf)
 
 
 def _own_config(directory: Path) -> ModelConfig | None:
     """The configuration of a model that our own engine serves; None of others."""
     try:
         return read_config(directory)
-    except NotServed:
+    except InputError:
         return None
 
 
@@ -129,3 +132,10 @@ def require_own(transformer: Any, what: str) -> None:
     """Raise InputError unless a model runs, whole, on our own engine."""
     if type(transformer) is not Transformer:
         raise InputError("engine", f"{what}: the model must be whole, in one process, on our own engine")
+
+
+def engine_facts(model: Any) -> dict[str, Any]:
+    """What a run's manifest says of a LanguageModel's engine; nothing of our own."""
+    if model.engine == "own":
+        return {}
+    return {"engine": model.engine, "model_args": getattr(model.transformer, "model_args", {})}

@@ -51,7 +51,8 @@ def watched(model, seen):
     experts act is 0 where a token is not sent to one."""
     handles = []
     for number, layer in enumerate(model.get_decoder().layers):
-        if hasattr(layer.mlp, "experts"):
+        mlp = layer.mlp if hasattr(layer, "mlp") else layer.feed_forward
+        if hasattr(mlp, "experts"):
 
             def experts(module, args, number=number):
                 x, chosen = args[0].flatten(0, -2), args[1]
@@ -62,13 +63,13 @@ def watched(model, seen):
                         act[token, expert] = module.act_fn(gate) * up
                 seen(number, act.flatten(1))
 
-            handles.append(layer.mlp.experts.register_forward_pre_hook(experts))
+            handles.append(mlp.experts.register_forward_pre_hook(experts))
         else:
 
             def dense(_, args, number=number):
                 seen(number, args[0].flatten(0, -2))
 
-            handles.append(layer.mlp.down_proj.register_forward_pre_hook(dense))
+            handles.append(mlp.down_proj.register_forward_pre_hook(dense))
     try:
         yield
     finally:

@@ -88,11 +88,14 @@ class Engine(Finding):
         :meth:`rows` is called again. What was compiled or captured before goes on with the table before.
 
         Raises:
-            InputError: continuous batching is running, whose requests name circuits of the table before.
+            InputError: the table is of another model; or continuous batching is running, whose requests name circuits
+                of the table before.
         """
         passes = self._check_attached()
         if table is self.table:
             return
+        if not table.is_laid_out_as(self.table):
+            raise InputError("table", "is of another model, or on other devices: use what new_table returns")
         self._batching.use(table)
         self.table = passes.table = table
         self._take_scales()

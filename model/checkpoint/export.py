@@ -51,6 +51,7 @@ def neuron_multipliers(circuits: Sequence[Circuit], multipliers: Sequence[float]
 factors_of = neuron_multipliers  # the name before 0.2
 
 # The names of the weights that hold a layer's columns, in files: of a dense MLP, and of one expert of a mixture.
+_EMBEDDING = "embed_tokens.weight"
 _DENSE = r"layers\.{layer}\.(\w+\.)?down_proj\.weight"
 _EXPERT = r"layers\.{layer}\.(\w+\.)?experts\.{expert}\.(down_proj|w2)\.weight"
 
@@ -78,7 +79,9 @@ def _down_name(checkpoint: Checkpoint, layer: int, expert: int | None) -> str:
     """The name of the tensor with the columns of a layer's neurons, or of one expert's."""
     name = DOWN.format(layer)
     if expert is not None or name not in checkpoint.entries:
-        pattern = re.compile(r"(.*\.)?" + (_DENSE if expert is None else _EXPERT).format(layer=layer, expert=expert))
+        prefixes = [name.removesuffix(_EMBEDDING) for name in checkpoint.entries if name.endswith(_EMBEDDING)]
+        front = re.escape(prefixes[0]) if len(prefixes) == 1 else r"(.*\.)?"
+        pattern = re.compile(front + (_DENSE if expert is None else _EXPERT).format(layer=layer, expert=expert))
         names = [name for name in checkpoint.entries if pattern.fullmatch(name)]
         of = f"layer {layer}" if expert is None else f"expert {expert} of layer {layer}"
         if len(names) != 1:

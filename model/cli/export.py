@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from cna_kernels.circuit import Circuit
 from cna_kernels.errors import InputError
 from cna_kernels.files import check_directory, check_writable, parents_made
 
 from ..checkpoint import export, lora
 from ..checkpoint.gguf_file import is_gguf
 from ..checkpoint.steered_gguf import to_gguf
+from ..hub.find import circuit_path
 from ..hub.names import cached_name
 from ..language_model import load
 from .arguments import check_output, directory_of, load_circuit, multipliers_of
@@ -36,6 +38,8 @@ def export_to(args, multipliers):
         check_directory(args.output)
     directory = directory_of(args.model)
     model = load(directory, engine=args.engine, device="cpu", weights=False)  # only the headers are read
+    if not args.any_model and "decoder_sha256" not in model.identity() and any(map(by_decoder_alone, args.circuit)):
+        model = load(directory, engine=args.engine, device="cpu")  # its hash is that of the loaded model
     circuits = [
         load_circuit(path, model, any_model=args.any_model, sign=args.sign, prompts=False) for path in args.circuit
     ]
@@ -68,6 +72,12 @@ def export_to(args, multipliers):
     wrote = f"wrote {paths}: {n} neurons in {len(of_neurons)} layers, at most {largest} in one"
     for sentence in (wrote, said, *notes(args, multipliers, largest)):  # commands to copy, which are not to be wrapped
         stdout().print(sentence, markup=False, soft_wrap=True)
+
+
+def by_decoder_alone(path) -> bool:
+    """Whether a circuit's file knows its model by the hash of the decoder alone, as those of ``attach`` do."""
+    known = Circuit.load(circuit_path(path)).model or {}
+    return "decoder_sha256" in known and "tensors_sha256" not in known
 
 
 def base_model_of(given: str | None, directory) -> tuple[str, str | None, str]:

@@ -18,7 +18,7 @@ from cna_kernels.cpu import library
 from cna_kernels.errors import InputError, one_line
 from cna_kernels.select import versions
 
-from ..engines import require_own
+from ..engines import engine_facts, require_own
 from ..evaluation.relp import first_tokens, relevance
 from ..memory import memory_of
 from ..prompts.columns import Columns
@@ -188,7 +188,7 @@ class Job:
             "chat": model.encoder.record(self.chat),
             "shape": list(self.shape),
             "dtype": self._dtype(),
-            **({} if model.engine == "own" else {"engine": model.engine}),
+            **engine_facts(model),
             "device": model.device.type,
             "backend": backends.name_for(model.device),
             # PyTorch's attention on CPUs rounds differently with another number of threads.

@@ -11,6 +11,7 @@ import cna_kernels
 from cna_kernels.circuit import Circuit
 from cna_kernels.files import sha256
 
+from ..engines import engine_facts
 from ..language_model import LanguageModel
 from . import directions
 from .suite import Suite
@@ -34,7 +35,7 @@ def model_facts(model: LanguageModel, chat: bool | None = None) -> dict:
         "model": model.identity()
         | {"tokenizer_sha256": model.tokenizer.sha256, "chat_template_sha256": model.tokenizer.template_sha256},
         "chat": model.encoder.record(chat),
-        **({} if model.engine == "own" else {"engine": model.engine}),
+        **engine_facts(model),
         "device": model.device.type,
         "dtype": str(model.transformer.dtype).removeprefix("torch."),
         "versions": {"cna_kernels": cna_kernels.__version__, "torch": torch.__version__},

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import inspect
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -13,7 +14,7 @@ import torch
 from torch import nn
 
 from cna_kernels.engine.find import find_decoder, layer_experts
-from cna_kernels.errors import InputError
+from cna_kernels.errors import InputError, warn
 from cna_kernels.fields import short
 from cna_kernels.files import read_json
 
@@ -34,7 +35,8 @@ class HfConfig:
         widths: the neurons of each layer.
         experts: as ``Circuit.experts``; None without a mixture.
         dtype: of the weights; None where config.json does not say.
-        by_length: whether rotations depend on a sequence's length.
+        context_length: the longest sequence in tokens, and at most the length from which on transformers lets the
+            rotation of all rows of a batch depend on the longest (dynamic and longrope scaling).
         decoder_names: the names of the decoder's weights, without any quantisation.
         settings: the fields of config.json that count for the identity of the model.
     """
@@ -48,13 +50,12 @@ class HfConfig:
     widths: tuple[int, ...]
     experts: tuple[tuple[int, int], ...] | None
     dtype: str | None
-    by_length: bool
     decoder_names: tuple[str, ...]
     settings: dict[str, Any]
 
     def shares_beginnings(self, longest: int) -> bool:
         """Whether prompts of up to ``longest`` tokens may share what was computed of their common beginning."""
-        return not self.by_length
+        return True
 
 
 @contextmanager
@@ -88,6 +89,7 @@ def read_hf_config(directory: Path) -> tuple[HfConfig, Any]:
         raise InputError(f"{path}: architectures", f"expected a model that writes text, got {short(architectures)}")
     with in_one_line(directory):
         config = transformers.AutoConfig.from_pretrained(directory, trust_remote_code=False, local_files_only=True)
+        _pass_over_stray_window(config.get_text_config(decoder=True), path)
         decoder = find_decoder(empty_model(config))
         pairs = layer_experts(decoder)
         text = config.get_text_config(decoder=True)
@@ -99,20 +101,43 @@ def read_hf_config(directory: Path) -> tuple[HfConfig, Any]:
             hidden_size=text.hidden_size,
             intermediate_size=max(widths),
             num_hidden_layers=len(widths),
-            context_length=getattr(text, "max_position_embeddings", None) or ENDLESS,
+            context_length=_context(getattr(text, "max_position_embeddings", None) or ENDLESS, text),
             widths=widths,
             experts=tuple(pairs) if any(n > 1 for n, _ in pairs) else None,
             dtype=None if dtype is None else str(dtype).removeprefix("torch."),
             decoder_names=tuple(decoder.state_dict()),
-            by_length=_by_length(getattr(text, "rope_parameters", None) or {}),
             settings={name: value for name, value in sorted(record.items()) if name not in _ASIDE},
         )
     return found, config
 
 
-def _by_length(rope: dict[str, Any]) -> bool:
+def _context(max_position: int, text: Any) -> int:
+    """The context of a model whose config.json names ``max_position``, after its rope scaling."""
+    rope = getattr(text, "rope_parameters", None) or {}
     each = [rope, *(value for value in rope.values() if isinstance(value, dict))]  # one, or one for each kind of layer
-    return any(part.get("rope_type") in ("dynamic", "longrope") for part in each)
+    lengths = []
+    for part in each:
+        kind, factor = part.get("rope_type"), part.get("factor") or 1.0
+        original = part.get("original_max_position_embeddings") or getattr(
+            text, "original_max_position_embeddings", None
+        )
+        if kind == "longrope":
+            lengths.append(original or max_position)
+        elif kind == "linear":
+            lengths.append(int(max_position * factor))
+        elif kind == "yarn":
+            lengths.append(max(max_position, int((original or max_position) * factor)))
+    return min(lengths, default=max_position)
+
+
+def _pass_over_stray_window(text: Any, path: Path) -> None:
+    """Take away a sliding window that the model's class does not have: its attention would see all tokens, while
+    caches of transformers would drop those outside of the window."""
+    kind = type(text)
+    known = hasattr(kind, "sliding_window") or "sliding_window" in inspect.signature(kind.__init__).parameters
+    if getattr(text, "sliding_window", None) is not None and not known:
+        warn(f"{path}: sliding_window: is no setting of {kind.__name__}, and is passed over")
+        del text.sliding_window
 
 
 def plain_config(config: Any) -> Any:

@@ -45,11 +45,11 @@ def layer_seconds(
     usual = Counter(kinds).most_common(1)[0][0]
     n_layers = kinds.index(usual) + 1
     small = plain_config(hf_config)
-    text = small.get_text_config(decoder=True)
-    text.num_hidden_layers, text.vocab_size, text.pad_token_id = n_layers, VOCABULARY, None
-    if isinstance(getattr(text, "layer_types", None), list):
-        text.layer_types = text.layer_types[:n_layers]
     with in_one_line("model"), quietly(), torch.inference_mode():
+        text = small.get_text_config(decoder=True)
+        text.num_hidden_layers, text.vocab_size, text.pad_token_id = n_layers, VOCABULARY, None
+        if isinstance(getattr(text, "layer_types", None), list):
+            text.layer_types = text.layer_types[:n_layers]
         model = empty_model(small, device, dtype).eval().requires_grad_(False)
         engine = attach(model, max_circuits=1, max_entries=1)
         transformer = HfTransformer(model, engine, config)

@@ -11,6 +11,7 @@ from cna_kernels.fingerprint import decoder_sha256
 from ..checkpoint.identity import Hashes, hashes_of, named
 from ..checkpoint.safetensors_file import Checkpoint
 from .hf_config import HfConfig
+from .hf_load import QUANTISE
 from .hf_transformer import HfShape, HfTransformer
 
 _EMBEDDING = "embed_tokens.weight"
@@ -25,16 +26,18 @@ def hf_identity(
     the decoder's own names. Where transformers joins tensors while it loads, as those of experts, it is that of the
     loaded model. A quantised model has none.
     """
+    given = transformer.model_args if isinstance(transformer, HfTransformer) else {}
+    quantised = {QUANTISE: given[QUANTISE]} if QUANTISE in given else {}
     hashes = hashes_of(list(checkpoint.entries.values()))
     parts: list[str] = []
     for name, entry in sorted(checkpoint.entries.items()):
         parts += [name, entry.stored, repr(list(entry.shape)), hashes[entry.name][0]]
     found = {
         **named(directory),
-        "settings_sha256": sha256(json.dumps(config.settings, sort_keys=True)),
+        "settings_sha256": sha256(json.dumps({**config.settings, **quantised}, sort_keys=True)),
         "tensors_sha256": sha256(*parts),
     }
-    of_decoder = _on_file(checkpoint, config, hashes)
+    of_decoder = None if quantised else _on_file(checkpoint, config, hashes)
     if of_decoder is None and isinstance(transformer, HfTransformer):
         of_decoder = transformer.engine.identity().get("decoder_sha256")
     return found if of_decoder is None else {**found, "decoder_sha256": of_decoder}

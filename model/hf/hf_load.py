@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import copy
+import json
 import logging
 import warnings
 from collections.abc import Iterator, Mapping
@@ -21,8 +23,13 @@ from ..packages import require
 from .hf_config import HfConfig, in_one_line
 from .hf_transformer import HfTransformer
 
-MAX_ROWS = 4096  # the largest batch
-OURS = ("trust_remote_code", "torch_dtype", "dtype", "device_map", "output_loading_info", "local_files_only", "config")
+MAX_ROWS = 1 << 16  # the largest batch
+# Arguments of from_pretrained that leave the model what its files say, and the one that quantises it.
+QUANTISE = "quantization_config"
+ARGUMENTS = (
+    QUANTISE, "attn_implementation", "experts_implementation", "max_memory", "offload_folder", "offload_state_dict",
+    "offload_buffers",
+)  # fmt: skip
 
 
 def load_hf(
@@ -42,7 +49,8 @@ def load_hf(
         config, hf_config: what ``read_hf_config`` returned. checkpoint: the tensors of the files.
         dtype: of the weights that are not quantised; None keeps the checkpoint's own.
         device_map: as of ``from_pretrained``: "auto" puts layers on all GPUs, and what is left into memory.
-        model_args: further arguments of ``from_pretrained``.
+        model_args: further arguments of ``from_pretrained``, of ARGUMENTS: others would make another model of the
+            files, which nothing would tell from theirs.
 
     Raises:
         InputError: transformers cannot load the checkpoint, weights are missing in it, or memory cannot hold them.
@@ -50,12 +58,12 @@ def load_hf(
     import transformers
 
     given = dict(model_args or {})
-    for name in OURS:
-        if name in given:
-            raise InputError(f"model_args: {name}", "is set by the other options, or not allowed")
+    for name in given:
+        if name not in ARGUMENTS:
+            raise InputError(f"model_args: {name}", f"expected one of {', '.join(ARGUMENTS)}")
     if getattr(hf_config, "auto_map", None) or "auto_map" in config.settings:
         warn(f"{directory / 'config.json'}: auto_map: its code does not run: transformers' own class does")
-    quantised = getattr(hf_config, "quantization_config", None) is not None or "quantization_config" in given
+    quantised = getattr(hf_config, QUANTISE, None) is not None or QUANTISE in given
     if device_map is None and (quantised or device.type != "cpu"):
         require("accelerate")
         given["device_map"] = {"": str(device)}
@@ -70,7 +78,7 @@ def load_hf(
         load: Any = transformers.AutoModelForCausalLM.from_pretrained
         model, found = load(
             directory, trust_remote_code=False, local_files_only=True, use_safetensors=True, output_loading_info=True,
-            dtype="auto" if dtype is None else dtype, **given,
+            config=copy.deepcopy(hf_config), dtype="auto" if dtype is None else dtype, **given,
         )  # fmt: skip
         for kind in ("missing_keys", "mismatched_keys"):
             names = sorted(str(name) for name in found[kind])
@@ -81,7 +89,15 @@ def load_hf(
         if quantised:
             logging.getLogger("bitsandbytes.autograd._functions").addFilter(Once())
         engine = attach(model, max_circuits=1, max_entries=1, max_rows=MAX_ROWS)
-    return HfTransformer(model, engine, config)
+    return HfTransformer(model, engine, config, recorded(model_args))
+
+
+def recorded(model_args: Mapping[str, Any] | None) -> dict[str, Any]:
+    """Arguments of ``from_pretrained`` as JSON has them."""
+    return {
+        name: value.to_dict() if hasattr(value, "to_dict") else json.loads(json.dumps(value, default=str))
+        for name, value in sorted((model_args or {}).items())
+    }
 
 
 def weight_bytes(checkpoint: Checkpoint, dtype: torch.dtype | None) -> int:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from cna_kernels.errors import InputError
 from cna_kernels.sums import ActivationSums
 
 from ..discovery.collect import Pack, Passes
@@ -90,8 +91,11 @@ def run_pass(
     position = torch.arange(n_past, n_past + n_tokens, dtype=torch.int64, device=ids.device).expand(batch, -1)
     if past is not None:
         past = copy.deepcopy(past)
-        past.batch_select_indices(torch.zeros(batch, dtype=torch.int64, device=ids.device))
+        past.reorder_cache(torch.zeros(batch, dtype=torch.int64, device=ids.device))
     transformer.unsteered()
     with torch.inference_mode(), transformer.engine.collect(weight, sums, counted=counted):
         found = transformer.run(ids, position=position, past=past, use_cache=keep or past is not None)
-    return found.past_key_values if keep else None
+    kept = getattr(found, "past_key_values", None) if keep else None
+    if keep and kept is None:
+        raise InputError("model", "its decoder hands out no cache, which prompts that begin alike would share")
+    return kept

@@ -32,15 +32,18 @@ class HfCache:
     """What a decoder keeps of a batch's tokens, and which columns of it are padding.
 
     Attributes:
+        length: the most tokens of a row; an ended row that goes on in the batch stays at the last.
         past: a ``Cache`` of transformers. mask: ``[B, K]`` int64: 1 for a token, 0 for padding, which is on the left.
     """
 
-    def __init__(self, past: Any, mask: Tensor) -> None:
-        self.past, self.mask = past, mask
+    def __init__(self, past: Any, mask: Tensor, length: int) -> None:
+        if past is None:
+            raise InputError("model", "its decoder hands out no cache, which answers are decoded with")
+        self.past, self.mask, self.length = past, mask, length
 
     def keep(self, rows: Tensor) -> None:
         """Drop all rows of the batch but these ``[B']``, in this order."""
-        self.past.batch_select_indices(rows)
+        self.past.reorder_cache(rows)  # as in beam search, of all kinds of layers; rows may become fewer, or more
         self.mask = self.mask[rows]
 
 
@@ -50,9 +53,8 @@ class HfShape:
     rank: int | None = None
     answers = False
 
-    def __init__(self, config: HfConfig, device: torch.device, dtype: torch.dtype | None) -> None:
-        self.config, self.device = config, device
-        self.dtype = dtype or getattr(torch, config.dtype or "float32")
+    def __init__(self, config: HfConfig, device: torch.device, dtype: torch.dtype) -> None:
+        self.config, self.device, self.dtype = config, device, dtype
 
 
 class HfTransformer:
@@ -60,7 +62,8 @@ class HfTransformer:
 
     Attributes:
         model: the model. engine: what ``attach`` returned for it. decoder: the part of the model that has the layers.
-        config: HfConfig. device: where token ids go, and hidden states and logits come back to.
+        config: HfConfig. model_args: the arguments of ``from_pretrained`` that were given.
+        device: where token ids go, and hidden states and logits come back to.
         rank, passes: as ``discovery.collect`` asks for them.
     """
 
@@ -68,7 +71,8 @@ class HfTransformer:
     passes = HfPasses
     answers = True
 
-    def __init__(self, model: Any, engine: Engine, config: HfConfig) -> None:
+    def __init__(self, model: Any, engine: Engine, config: HfConfig, model_args: dict[str, Any] | None = None) -> None:
+        self.model_args = model_args or {}
         self.model, self.engine, self.config = model, engine, config
         self.decoder: Any = find_decoder(model)
         self.device = engine.device
@@ -108,11 +112,13 @@ class HfTransformer:
 
     def cache_bytes(self, batch: int, length: int) -> int:
         """About how many bytes the keys and values of ``batch`` sequences of ``length`` tokens take."""
-        text: Any = self.model.config.get_text_config(decoder=True)
-        n_heads: int = getattr(text, "num_attention_heads", None) or 1
-        n_kv_heads: int = getattr(text, "num_key_value_heads", None) or n_heads
-        head_dim: int = getattr(text, "head_dim", None) or text.hidden_size // n_heads
-        return 2 * self.config.num_hidden_layers * n_kv_heads * head_dim * batch * length * self.dtype.itemsize
+        widths = [
+            getattr(module, "out_features", 0)
+            for name, module in self.decoder.named_modules()
+            if name.endswith((".k_proj", ".v_proj"))
+        ]
+        numbers = sum(widths) or 2 * self.config.num_hidden_layers * self.config.hidden_size  # else at most about so
+        return numbers * batch * length * self.dtype.itemsize
 
     # Whole sequences.
 
@@ -171,7 +177,8 @@ class HfTransformer:
         position = position.clamp(min=0)
         with self._steered(steer):
             found = self.run(input_ids.gather(1, position), mask=mask, position=position, use_cache=True)
-        return self._hidden_of(found)[:, -1], HfCache(found.past_key_values, mask)
+        past = getattr(found, "past_key_values", None)
+        return self._hidden_of(found)[:, -1], HfCache(past, mask, cache_length)
 
     def step(self, tokens: Tensor, lengths: Tensor, cache: HfCache, steer: Steering | None = None) -> Tensor:
         """Decode one token of each row, ``[B]``; return the hidden states ``[B, H]``.
@@ -179,10 +186,9 @@ class HfTransformer:
         ``lengths`` ``[B]``: the tokens of each row with this one.
         """
         cache.mask = torch.cat((cache.mask, torch.ones_like(cache.mask[:, :1])), dim=1)
+        position = (lengths - 1).clamp(max=cache.length - 1)[:, None]
         with self._steered(steer):
-            found = self.run(
-                tokens[:, None], mask=cache.mask, position=(lengths - 1)[:, None], past=cache.past, use_cache=True
-            )
+            found = self.run(tokens[:, None], mask=cache.mask, position=position, past=cache.past, use_cache=True)
         cache.past = found.past_key_values
         return self._hidden_of(found)[:, 0]
 

@@ -54,7 +54,10 @@ def test_what_our_own_engine_does_not_do(llama, tmp_path, changes):
         (dict(engine="own", device_map="auto"), "engine: device_map and model_args are for the engine transformers"),
         (dict(engine="transformers", stream_layers=True), "stream_layers: is for our own engine"),
         (dict(stream_layers=True, model_args={"attn_implementation": "eager"}), "stream_layers: is for our own engine"),
-        (dict(engine="transformers", model_args={"trust_remote_code": True}), "model_args: trust_remote_code: is set"),
+        (
+            dict(engine="transformers", model_args={"trust_remote_code": True}),
+            "model_args: trust_remote_code: expected one",
+        ),
         (dict(engine="transformers", model_args={"attn_implementation": "none"}), "transformers cannot load it: "),
     ],
 )
@@ -158,3 +161,47 @@ def test_doctor_says_which_engine_reads_a_checkpoint(name, said, tmp_path, capsy
     assert main(["doctor", str(path), "--json"]) == 0
     facts = json.loads(capsys.readouterr().out)
     assert facts["engine"] == "transformers" and said in facts["neurons"] and len(facts["tensors_sha256"]) == 64
+
+
+def test_a_run_goes_on_only_with_the_same_arguments(gemma, tmp_path, capsys):
+    (tmp_path / "p.txt").write_text("".join(f"{text}\n" for text in POSITIVE))
+    (tmp_path / "n.txt").write_text("".join(f"{text}\n" for text in NEGATIVE))
+    words = ["discover", str(gemma), "--positive", f"{tmp_path}/p.txt", "--negative", f"{tmp_path}/n.txt", "--top-k"]
+    words += ["5", "--no-universal", "--device", "cpu", "--run-dir", f"{tmp_path}/run", "-o", f"{tmp_path}/c.json"]
+    assert main([*words, "--model-arg", "attn_implementation=eager"]) == 0
+    assert main([*words, "--model-arg", "attn_implementation=sdpa"]) == 2
+    assert "model_args" in capsys.readouterr().err
+    assert main([*words, "--model-arg", "hidden_act=silu"]) == 2
+    assert "model_args: hidden_act: expected one of" in capsys.readouterr().err
+
+
+def test_a_quantised_model_is_another_model(tmp_path):
+    pytest.importorskip("bitsandbytes")
+    path, _ = write_family("llama", tmp_path)
+    plain = load(path, engine="transformers", device="cpu")
+    how = {"quantization_config": {"quant_method": "bitsandbytes", "load_in_8bit": True}}
+    quantised = load(path, device="cpu", model_args=how)
+    assert quantised.engine == "transformers" and "Linear8bitLt" in str(quantised.transformer.not_fused())
+    assert "decoder_sha256" not in quantised.identity()
+    assert quantised.identity()["settings_sha256"] != plain.identity()["settings_sha256"]
+    circuit = plain.discover(POSITIVE, NEGATIVE, top_k=5, universal_prompts=False)
+    with pytest.raises(InputError, match="settings_sha256: made for another model"):
+        quantised.check_circuit(circuit, "c.json")
+
+
+def test_exports_know_a_circuit_by_the_loaded_decoder(tmp_path, capsys):
+    """The files of a mixture have a tensor for each expert: the hash that ``attach`` gives is of the loaded model."""
+    path, theirs = write_family("mixtral", tmp_path / "one")
+    other, _ = write_family("mixtral", tmp_path / "other")
+    engine = attach(theirs)
+    with torch.inference_mode(), engine.collect(torch.tensor([[1.0, 0.0], [0.0, 1.0]])) as sums:
+        theirs(torch.tensor([[5, 6, 7], [9, 8, 7]]))
+    engine.select(sums, top_k=6).save(tmp_path / "c.json")
+    engine.detach()
+    with torch.no_grad():
+        theirs.get_decoder().layers[0].input_layernorm.weight += 0.5
+    theirs.save_pretrained(other)
+    words = ["-c", f"{tmp_path}/c.json", "-m", "0", "--to", "checkpoint", "-o", f"{tmp_path}/out"]
+    assert main(["export", str(other), *words]) == 2
+    assert "decoder_sha256: made for another model" in capsys.readouterr().err and not (tmp_path / "out").exists()
+    assert main(["export", str(path), *words]) == 0

@@ -11,7 +11,7 @@ from cna_kernels.model.prompts.files import PromptSet
 from cna_kernels.model.steering import Steering
 from cna_kernels.sums import ActivationSums
 from families import SIZES, contrast_by_hooks, greedy, write_family
-from tiny import write_text_files
+from tiny import SHAPE, write_text_files
 
 pytest.importorskip("transformers")
 
@@ -193,3 +193,96 @@ def test_steering_that_is_not_of_this_model(pair):
     steer = Steering(table, table.row_circuit([0, -1]))
     with pytest.raises(InputError, match="rows: expected 3, one for each row of the batch, got 2"):
         model.transformer.hidden(torch.tensor([[5, 6]] * 3), steer=steer)
+
+
+LONGROPE = dict(
+    rope_parameters=dict(
+        rope_type="longrope", rope_theta=10000.0, short_factor=[1.0] * 8, long_factor=[4.0] * 8, factor=4.0,
+        original_max_position_embeddings=24,
+    ),
+    original_max_position_embeddings=24, max_position_embeddings=96,
+)  # fmt: skip
+
+
+def test_longrope_ends_where_transformers_looks_at_the_whole_batch(tmp_path):
+    """Beyond the first length, rows would be rotated by the longest row of their batch."""
+    theirs = make("phi3", **SIZES | LONGROPE)
+    theirs.save_pretrained(tmp_path)
+    write_text_files(tmp_path)
+    model = load(tmp_path, device="cpu")
+    model.stop_ids = frozenset()
+    assert model.config.context_length == 24
+    prompts = ["abc", "a longer prompt x", "de"]
+    found = model.generate(prompts, max_new_tokens=40)
+    for prompt, ids in zip(prompts, ids_of(model, prompts), strict=True):
+        answer = model.tokenizer.decode(greedy(theirs, ids, (), 24 - len(ids)))
+        assert found[prompts.index(prompt)] == answer
+    with pytest.raises(InputError, match="tokens, the model's context is 24"):
+        model.generate("a prompt of more than twenty-four tokens", max_new_tokens=2)
+
+
+@pytest.mark.parametrize("stem", ["Qwen3Next", "FalconH1"])
+def test_states_of_linear_attention_follow_their_rows(stem, tmp_path):
+    import transformers
+
+    small = dict(
+        linear_num_value_heads=4, linear_num_key_heads=2, linear_key_head_dim=8, linear_value_head_dim=8, head_dim=16,
+        layer_types=["linear_attention", "full_attention", "linear_attention"], mlp_only_layers=[0, 1, 2],
+    )  # fmt: skip
+    if stem == "FalconH1":
+        small = dict(mamba_d_ssm=64, mamba_n_heads=4, mamba_d_head=16, mamba_d_state=8, mamba_n_groups=1, head_dim=16)
+    kind = getattr(transformers, f"{stem}Config", None)
+    if kind is None:
+        pytest.skip(f"this transformers has no {stem}")
+    torch.manual_seed(3)
+    theirs = getattr(transformers, f"{stem}ForCausalLM")(kind(**SHAPE | SIZES | small)).eval()
+    with torch.no_grad():
+        for parameter in theirs.parameters():
+            if parameter.dim() > 1:
+                parameter.normal_(0.0, 0.15)
+    theirs.save_pretrained(tmp_path)
+    write_text_files(tmp_path)
+    model = load(tmp_path, device="cpu")
+    rows = ids_of(model)
+    model.stop_ids = model.stop_ids | {greedy(theirs, ids, (), 2)[-1] for ids in rows[:2]}  # half of the rows end early
+    expected = [model.tokenizer.decode(greedy(theirs, ids, model.stop_ids, 12)) for ids in rows]
+    assert model.generate(PROMPTS, max_new_tokens=12) == expected and len(set(map(len, expected))) > 1
+    prompts = [TokenPrompt([*range(10, 90), *ids], "p") for ids in ([91, 92, 93], [94], [95, 96])]
+    from cna_kernels.model.discovery.collect import collect
+
+    sums = ActivationSums(3, model.config.intermediate_size, 1)
+    collect(model.transformer, prompts, torch.ones(3, 1), sums)
+    expected = contrast_by_hooks(theirs, [prompt.ids for prompt in prompts], [])
+    torch.testing.assert_close(sums.mean(0), expected, rtol=1e-3, atol=1e-3)
+
+
+def test_a_window_that_the_class_does_not_have(tmp_path):
+    """Caches of transformers would drop tokens that Llama's attention sees."""
+    import json
+
+    theirs = make("llama", **SIZES)
+    theirs.save_pretrained(tmp_path)
+    write_text_files(tmp_path)
+    record = json.loads((tmp_path / "config.json").read_text()) | {"sliding_window": 9}
+    (tmp_path / "config.json").write_text(json.dumps(record))
+    with pytest.warns(UserWarning, match="sliding_window: is no setting of LlamaConfig, and is passed over"):
+        model = load(tmp_path, engine="transformers", device="cpu")
+    own = load(tmp_path, engine="own", device="cpu")
+    answers = [m.generate(PROMPTS, max_new_tokens=16) for m in (model, own)]
+    assert answers[0] == answers[1]
+    header = "the same beginning of all prompts, which is long enough to run once, and so on: "
+    circuits = [m.discover([header + "a", header + "bc"], [header + "d"], top_k=9, universal_prompts=False)
+                for m in (model, own)]  # fmt: skip
+    assert circuits[0].pairs == circuits[1].pairs
+
+
+def test_a_table_of_another_model_is_refused(pair, tmp_path):
+    model, _ = pair
+    other = load(write_family("phi3" if "phi3" not in str(model.directory) else "llama", tmp_path)[0], device="cpu")
+    table = other.transformer.new_table([], [])
+    if table.n_neurons == model.config.intermediate_size and model.config.experts is None:
+        table = type(table)([], [], 2, table.n_neurons)
+    before = model.transformer.engine.table
+    with pytest.raises(InputError, match="table: is of another model"):
+        model.transformer.engine.use(table)
+    assert model.transformer.engine.table is before
