@@ -40,6 +40,8 @@ from .transformer import Steering, Transformer
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
 
+    from .parallel.lead import Lead
+
 GENERATE_ROWS = 64  # prompts decoded together
 
 
@@ -50,7 +52,7 @@ def load(
     dtype: str | None = None,
     stream_layers: bool = False,
     spill: FilePath | None = None,
-    mesh: DeviceMesh | None = None,
+    mesh: DeviceMesh | Lead | None = None,
     system: str | None = None,
     template_args: Mapping[str, Any] | None = None,
 ) -> LanguageModel:
@@ -75,7 +77,7 @@ class LanguageModel:
 
     Attributes:
         transformer: the forward pass, a torch module; a StreamedTransformer with ``stream_layers``, a
-            ParallelTransformer with ``mesh``.
+            LedTransformer or a ParallelTransformer with ``mesh``.
         tokenizer: text to ids and back; encoder: prompts to ids.
         config: ModelConfig.
         directory: where the model was loaded from; checkpoint: the tensors of its files.
@@ -89,7 +91,7 @@ class LanguageModel:
         dtype: str | None = None,
         stream_layers: bool = False,
         spill: FilePath | None = None,
-        mesh: DeviceMesh | None = None,
+        mesh: DeviceMesh | Lead | None = None,
         system: str | None = None,
         template_args: Mapping[str, Any] | None = None,
     ) -> None:
@@ -99,8 +101,9 @@ class LanguageModel:
             dtype: "bfloat16", "float16" or "float32"; None keeps the checkpoint's own.
             stream_layers: read each layer when its turn comes, for models larger than memory. Such a model finds
                 circuits, and nothing else. ``spill`` is a directory for hidden states that memory does not hold.
-            mesh: share the layers with the other processes of this mesh, see ``tensor_parallel.open_mesh``. All its
-                processes make the same calls. Such a model finds circuits, and nothing else.
+            mesh: share the model with other processes: a Lead, see ``parallel.lead.run_led``, whose model does all but
+                ``relevance``; or a mesh of ``tensor_parallel.open_mesh``, all whose processes load the model and make
+                the same calls, and whose model finds circuits, and nothing else.
             system: the system message of every chat.
             template_args: variables of the chat template, as ``{"enable_thinking": False}``.
         """
@@ -121,9 +124,9 @@ class LanguageModel:
         options: dict[str, Any] = dict(dtype=None if dtype is None else DTYPES[dtype], device=self.device)
         self.transformer: Transformer
         if mesh is not None:
-            from .discovery.tensor_parallel import load_parallel
+            from .parallel.lead import load_shared
 
-            self.transformer = load_parallel(directory, self.config, self.checkpoint, mesh=mesh, **options)
+            self.transformer = load_shared(directory, self.config, self.checkpoint, mesh=mesh, **options)
         elif stream_layers:
             streamed = StreamedTransformer(directory, self.config, self.checkpoint, spill=spill, **options)
             self.transformer = streamed  # type: ignore[assignment]  # _require_logits refuses calls that it lacks
@@ -151,7 +154,7 @@ class LanguageModel:
         return self.transformer.warm_up(longest, n_columns=n_columns, squares=squares)
 
     def _require_logits(self):
-        if type(self.transformer) is not Transformer:
+        if not self.transformer.answers:
             raise InputError("model", "a model whose layers are streamed or shared finds circuits, and nothing else")
 
     def identity(self) -> dict[str, str]:

@@ -25,6 +25,8 @@ MOST, LARGEST = 256, 1e6  # multipliers of a command, and the largest
 def load_model(args, directory=None, **options) -> LanguageModel:
     """The model of a command, with what its flags say about chats."""
     directory = directory_of(args.model if directory is None else directory)
+    if not options.get("stream_layers"):
+        options["mesh"] = getattr(args, "lead", None)  # of --tensor-parallel
     return load(directory, device=device_of(args), dtype=args.dtype, **chat_options(args), **options)
 
 

@@ -38,6 +38,7 @@ class StreamedTransformer:
     """
 
     rank: int | None = None  # as in a Transformer
+    answers = False
 
     def __init__(self, directory, config: ModelConfig, checkpoint: Checkpoint, *, dtype=None, device="cpu", spill=None):
         check_entries(checkpoint, config, directory)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import sys
+from typing import TYPE_CHECKING
 
 import torch
 from lm_eval.api.model import TemplateLM
@@ -27,12 +28,21 @@ from ..language_model import load
 from .interventions import UNSTEERED, Interventions, Method, Variant
 from .likelihood import each_logits
 
+if TYPE_CHECKING:
+    from ..parallel.lead import Lead
+
 NAME = "cna"
 MAX_NEW_TOKENS = 256  # the longest answer where a task sets none
 
 
 class CnaLM(TemplateLM):
-    """A checkpoint, steered by a circuit at a multiplier."""
+    """A checkpoint, steered by a circuit at a multiplier.
+
+    Attributes:
+        lead: of ranks that share the model, else None; see ``parallel/lead.py``.
+    """
+
+    lead: Lead | None = None
 
     def __init__(
         self,
@@ -65,7 +75,7 @@ class CnaLM(TemplateLM):
         if sign is not None and circuit is None:
             raise InputError("model_args: sign", "is for a circuit, and none is given")
         device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-        self.model = load(pretrained, device=device, dtype=dtype)
+        self.model = load(pretrained, device=device, dtype=dtype, mesh=self.lead)
         variant = UNSTEERED
         if circuit is not None:
             loaded = load_circuit(circuit, self.model, any_model=any_model, sign=sign)
@@ -195,6 +205,7 @@ def _options(given: dict) -> tuple[tuple[str, ...], int, Sampling]:
     )
 
 
-def register():
+def register(lead: Lead | None = None):
     """Make ``--model cna`` known to the harness of this process."""
+    CnaLM.lead = lead
     register_model(NAME)(CnaLM)

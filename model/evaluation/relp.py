@@ -112,6 +112,8 @@ def relevance(
     Args:
         targets, counterfactuals: token ids, at least one each.
     """
+    if transformer.rank is not None:
+        raise InputError("relevance", "needs gradients: a whole model in one process, not one that ranks share")
     for name, ids in (("targets", targets), ("counterfactuals", counterfactuals)):
         if not ids:
             raise InputError(name, "expected at least one token")

@@ -23,9 +23,10 @@ from cna_kernels import ActivationSums, InputError
 from cna_kernels.model.checkpoint.config import read_config
 from cna_kernels.model.checkpoint.load import load_transformer
 from cna_kernels.model.checkpoint.safetensors_file import open_checkpoint
-from cna_kernels.model.discovery import collect, tensor_parallel
+from cna_kernels.model.discovery import collect
 from cna_kernels.model.discovery.packing import TokenPrompt
 from cna_kernels.model.discovery.units import Pass, run_unit
+from cna_kernels.model.parallel import tensor_parallel
 from cna_kernels.model.prompts.columns import Columns
 from cna_kernels.model.prompts.corpus import Contrast, Corpus, Names, two_sets
 from tiny import VARIANTS, write_checkpoint
