@@ -5,7 +5,8 @@ rank 0 runs it, through a Lead. Before each call that needs the other ranks, ran
 arguments, then all ranks make it together. Nothing but these calls runs on the others: they read the checkpoint, and
 no other file, write nothing, choose no token and print nothing but an error of their own.
 
-After an error within a call nobody knows how far the others came. So such an error ends all ranks.
+After an error within a call nobody knows how far the others came. So such an error ends all ranks: it is RanksFailed
+until ``work`` has ended, because programs that catch an InputError go on without what failed.
 """
 
 from __future__ import annotations
@@ -40,6 +41,14 @@ T = TypeVar("T")
 MOMENT = timedelta(seconds=3)  # how long a rank that fails waits to hear whether all have failed
 
 
+class RanksFailed(Exception):
+    """A call that the ranks make together has failed, or a rank is gone. ``error``, an InputError, says which."""
+
+    def __init__(self, error: InputError):
+        super().__init__(str(error))
+        self.error = error
+
+
 def run_led(work: Callable[[Lead], T], device: torch.device | str = "cpu", *, timeout: timedelta = TIMEOUT) -> T | None:
     """Run ``work`` on rank 0 of torchrun's processes, and return what it returns. All processes call this function.
 
@@ -63,6 +72,8 @@ def run_led(work: Callable[[Lead], T], device: torch.device | str = "cpu", *, ti
     lead = Lead(mesh, channel, device)
     try:
         return work(lead)
+    except RanksFailed as failed:
+        raise failed.error from None
     finally:
         lead.end()
 
@@ -91,17 +102,17 @@ class Lead:
         ``gives``: the object here whose counterpart on the other ranks is what they get from the call.
         """
         if self._ended is not None:
-            raise InputError("ranks", f"take no more calls: {self._ended}")
+            raise RanksFailed(InputError("ranks", f"take no more calls: {self._ended}"))
         number = None if gives is None else self._names.give(gives)
         try:
             with named_if_lost(self.mesh):
                 self._channel.send(self._names.dumps((call, args, number, self._names.dropped())))
                 yield
         except BaseException as error:
-            if is_out_of_memory(error):
+            if isinstance(error, Exception) and is_out_of_memory(error):
                 error = InputError("rank 0", "out of memory; ask for fewer at once (--batch)")
             self._fail(error)
-            raise error from None
+            raise (RanksFailed(error) if isinstance(error, InputError) else error) from None
 
     def _fail(self, error: BaseException) -> None:
         """Tell those who still listen that this call has failed here, too; then they need not say it again."""

@@ -15,6 +15,7 @@ from __future__ import annotations
 import atexit
 import json
 import os
+import re
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -304,5 +305,5 @@ def named_if_lost(mesh: DeviceMesh) -> Iterator[None]:
     except RuntimeError as error:
         if not isinstance(error, dist.DistError) and "gloo" not in str(error):
             raise
-        reason = str(error).strip().splitlines()[0]
+        reason = re.sub(r"^\[\S+\] |\. This is typically .*", "", str(error).strip().splitlines()[0])
         raise InputError(f"rank {mesh.get_local_rank()}", f"has lost another rank: {reason}") from None
