@@ -109,10 +109,9 @@ class Lead:
                 self._channel.send(self._names.dumps((call, args, number, self._names.dropped())))
                 yield
         except BaseException as error:
-            if isinstance(error, Exception) and is_out_of_memory(error):
-                error = InputError("rank 0", "out of memory; ask for fewer at once (--batch)")
-            self._fail(error)
-            raise (RanksFailed(error) if isinstance(error, InputError) else error) from None
+            named = _named(error, self.mesh)
+            self._fail(named)
+            raise (RanksFailed(named) if isinstance(named, InputError) else named) from None
 
     def _fail(self, error: BaseException) -> None:
         """Tell those who still listen that this call has failed here, too; then they need not say it again."""
@@ -137,13 +136,18 @@ def load_shared(directory, config, checkpoint, *, mesh: DeviceMesh | Lead, **opt
 
 
 class LedTransformer:
-    """Rank 0's ParallelTransformer, for programs that know a Transformer: each call takes the other ranks along."""
+    """Rank 0's ParallelTransformer, for programs that know a Transformer: each call takes the other ranks along.
+
+    Whoever begins or makes a step wants the logits of what comes out. They are computed with it: that is one call of
+    the other ranks instead of two.
+    """
 
     answers = True
     part: ParallelTransformer
 
     def __init__(self, lead: Lead):
         self._lead = lead
+        self._last: tuple[Tensor, Tensor] | None = None  # hidden states of the last step, and their logits
 
     def __getattr__(self, name: str) -> Any:
         if name == "part":  # not loaded yet
@@ -164,6 +168,8 @@ class LedTransformer:
 
     def logits(self, hidden: Tensor) -> Tensor:
         """As of a Transformer."""
+        if self._last is not None and self._last[0] is hidden:
+            return self._last[1]
         with self._lead.together("logits", self, tuple(hidden.shape)), torch.no_grad():
             hidden = hidden.to(self.part.dtype).contiguous()
             dist.broadcast(hidden, 0, group=self.part.mesh.get_group())
@@ -176,12 +182,15 @@ class LedTransformer:
         cache = LedCache(self._lead)
         with self._lead.together("begin", self, input_ids, lengths, cache_length, steer, gives=cache), torch.no_grad():
             hidden, cache.part = self.part.begin(input_ids, lengths, cache_length, steer)
+            self._last = hidden, self.part.logits(hidden)
         return hidden, cache
 
     def step(self, tokens: Tensor, lengths: Tensor, cache: LedCache, steer: Steering | None = None) -> Tensor:
         """As of a Transformer."""
         with self._lead.together("step", self, tokens, lengths, cache, steer), torch.no_grad():
-            return self.part.step(tokens, lengths, cache.part, steer)
+            hidden = self.part.step(tokens, lengths, cache.part, steer)
+            self._last = hidden, self.part.logits(hidden)
+        return hidden
 
     def new_table(self, circuits: Sequence[Circuit], multipliers: Sequence[float]) -> LedTable:
         """As of a Transformer."""
@@ -242,10 +251,6 @@ class LedTable(ShardedTable):
         super().set_multiplier(number, multiplier)
         self._tell("set_multiplier", number, multiplier)
 
-    def hold(self, held) -> None:
-        """Refused: what a table holds are one rank's neurons."""
-        raise InputError("table", "`hold` is not for a model that ranks share")
-
     def _tell(self, method: str, *args: object) -> None:
         if self.lead is not None:
             with self.lead.together("change", self, method, *args):
@@ -271,10 +276,12 @@ class _Calls:
         model.logits(hidden)
 
     def begin(self, model: ParallelTransformer, *args) -> KVCache:
-        return model.begin(*args)[1]
+        hidden, cache = model.begin(*args)
+        model.logits(hidden)
+        return cache
 
     def step(self, model: ParallelTransformer, *args) -> None:
-        model.step(*args)
+        model.logits(model.step(*args))
 
     def new_table(self, model: ParallelTransformer, circuits, multipliers) -> ShardedTable:
         return model.new_table(circuits, multipliers)
@@ -306,15 +313,23 @@ def _follow(channel: Channel, calls: _Calls) -> None:
             with torch.inference_mode():
                 given = getattr(calls, call)(*args)
         except Exception as error:
-            if _has_failed_alike(channel, error):
+            named = _named(error, calls.mesh)
+            if _has_failed_alike(channel, named):
                 return
-            raise
+            raise named from None
         if number is not None:
             held[number] = given
         del args, given  # what rank 0 drops is not kept alive until the next call
 
 
-def _has_failed_alike(channel: Channel, error: Exception) -> bool:
+def _named(error: BaseException, mesh: DeviceMesh) -> BaseException:
+    """The error, or where memory ran out a line that names the rank: ranks cannot go on in halves, out of step."""
+    if isinstance(error, Exception) and is_out_of_memory(error):
+        return InputError(f"rank {mesh.get_local_rank()}", "out of memory; ask for fewer at once (--batch)")
+    return error
+
+
+def _has_failed_alike(channel: Channel, error: BaseException) -> bool:
     """Whether rank 0 says, within a moment, that it has failed with the same error. Then it has told the user."""
     with contextlib.suppress(RuntimeError):
         call, args, _, _ = loads(channel.receive(MOMENT), {}, torch.device("cpu"))

@@ -31,11 +31,16 @@ class ShardedTable(SteeringTable):
     ) -> None:
         """``n_neurons``: the neurons of a whole layer, a multiple of ``n_ranks``."""
         self.rank, self.n_whole = rank, n_neurons
+        self._sizes: dict[int, int] = {}  # the neurons of each whole circuit: all ranks have room, or none has
         super().__init__(circuits, multipliers, n_layers, n_neurons // n_ranks, device)
 
     def replace(self, number: int, circuit: Circuit, multiplier: float | Sequence[float]) -> None:
         """As of a SteeringTable; ``circuit`` and ``multiplier`` are of the whole model."""
         check_fits(circuit, self.n_layers, self.n_whole)
+        in_use = sum(size for other, size in self._sizes.items() if other != number)
+        if in_use + circuit.k > self.max_entries:
+            what = f"has room for {self.max_entries} neurons, {in_use} are in use and the circuit has {circuit.k}"
+            raise InputError("table", f"{what}; see max_entries")
         kept = [place for place, (_, index) in enumerate(circuit.pairs) if index // self.n_neurons == self.rank]
         own = tuple(circuit.neurons[place] for place in kept)
         mirrored = circuit.mirrored
@@ -50,3 +55,13 @@ class ShardedTable(SteeringTable):
                 raise InputError("multiplier", f"expected one number, or {circuit.k}, one for each neuron")
             multiplier = [multiplier[place] for place in kept]
         super().replace(number, part, multiplier)
+        self._sizes[number] = circuit.k
+
+    def remove(self, number: int) -> None:
+        """As of a SteeringTable."""
+        super().remove(number)
+        del self._sizes[number]
+
+    def hold(self, held) -> None:
+        """Refused: what :meth:`held` gives are the neurons of one rank."""
+        raise InputError("table", "`hold` is not for a model that ranks share")
