@@ -35,10 +35,10 @@ from ..memory import is_out_of_memory, usable_device
 from ..steering import Steering, Tap
 from .messages import Channel, Names, loads
 from .sharded_table import ShardedTable
-from .tensor_parallel import TIMEOUT, ParallelTransformer, load_parallel, named_if_lost, open_mesh
+from .tensor_parallel import TIMEOUT, OtherRankFailed, ParallelTransformer, load_parallel, named_if_lost, open_mesh
 
 T = TypeVar("T")
-MOMENT = timedelta(seconds=3)  # how long a rank that fails waits to hear whether all have failed
+MOMENT = timedelta(seconds=3)  # how long a rank that fails waits to hear whether rank 0 has failed, too
 
 
 class RanksFailed(Exception):
@@ -65,7 +65,7 @@ def run_led(work: Callable[[Lead], T], device: torch.device | str = "cpu", *, ti
     mesh = open_mesh(device, timeout=timeout)
     channel = Channel()
     if mesh.get_local_rank() > 0:
-        with named_if_lost(mesh), warnings.catch_warnings():
+        with warnings.catch_warnings():
             warnings.simplefilter("ignore", InputWarning)  # rank 0 gives the same ones
             _follow(channel, _Calls(mesh, device))
         return None
@@ -110,15 +110,9 @@ class Lead:
                 yield
         except BaseException as error:
             named = _named(error, self.mesh)
-            self._fail(named)
+            self._ended = str(named) or type(named).__name__
+            self._channel.fail(self._ended)
             raise (RanksFailed(named) if isinstance(named, InputError) else named) from None
-
-    def _fail(self, error: BaseException) -> None:
-        """Tell those who still listen that this call has failed here, too; then they need not say it again."""
-        self._ended = str(error) or type(error).__name__
-        if isinstance(error, Exception):
-            with contextlib.suppress(RuntimeError):  # one is gone, or waits for its part of the call
-                self._channel.send(self._names.dumps(("fail", (self._ended,), None, [])), MOMENT)
 
     def end(self) -> None:
         """Let the other ranks go."""
@@ -301,25 +295,25 @@ class _Calls:
 
 
 def _follow(channel: Channel, calls: _Calls) -> None:
-    """Make the calls that rank 0 names until it says that it has ended, or failed."""
+    """Make the calls that rank 0 names until it ends. Raises an error that rank 0 does not have, too."""
     held: dict[int, Any] = {}
-    while True:
-        call, args, number, dropped = loads(channel.receive(), held, calls.device)
-        for gone in dropped:
-            held.pop(gone, None)
-        if call in ("end", "fail"):
-            return
-        try:
-            with torch.inference_mode():
+    try:
+        with named_if_lost(calls.mesh), torch.inference_mode():
+            while True:
+                call, args, number, dropped = loads(channel.receive(), held, calls.device)
+                for gone in dropped:
+                    held.pop(gone, None)
+                if call == "end":
+                    return
                 given = getattr(calls, call)(*args)
-        except Exception as error:
-            named = _named(error, calls.mesh)
-            if _has_failed_alike(channel, named):
-                return
+                if number is not None:
+                    held[number] = given
+                del args, given  # what rank 0 drops is not kept alive until the next call
+    except Exception as error:
+        named = _named(error, calls.mesh)
+        why = channel.failure(MOMENT)  # if rank 0 knows what is wrong, it has told the user
+        if why is None or (why != str(named) and not isinstance(named, OtherRankFailed)):
             raise named from None
-        if number is not None:
-            held[number] = given
-        del args, given  # what rank 0 drops is not kept alive until the next call
 
 
 def _named(error: BaseException, mesh: DeviceMesh) -> BaseException:
@@ -327,11 +321,3 @@ def _named(error: BaseException, mesh: DeviceMesh) -> BaseException:
     if isinstance(error, Exception) and is_out_of_memory(error):
         return InputError(f"rank {mesh.get_local_rank()}", "out of memory; ask for fewer at once (--batch)")
     return error
-
-
-def _has_failed_alike(channel: Channel, error: BaseException) -> bool:
-    """Whether rank 0 says, within a moment, that it has failed with the same error. Then it has told the user."""
-    with contextlib.suppress(RuntimeError):
-        call, args, _, _ = loads(channel.receive(MOMENT), {}, torch.device("cpu"))
-        return call == "fail" and args == (str(error),)
-    return False

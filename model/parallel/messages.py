@@ -6,8 +6,11 @@ its number. Ranks are processes of one user's job: they trust each other's pickl
 
 from __future__ import annotations
 
+import contextlib
 import io
+import itertools
 import pickle
+import time
 import weakref
 from datetime import timedelta
 from typing import Any
@@ -18,36 +21,54 @@ from torch import Tensor
 
 FIRST = 4096  # bytes that every message begins with, its length among them: most have no more
 _LENGTH = 8
+_CHANNELS = itertools.count()  # of this process; every rank counts the same
 PATIENCE = timedelta(days=30)  # between two calls rank 0 may judge answers, or draw pictures, for as long as it likes
 
 
 class Channel:
-    """Broadcasts from rank 0 over gloo, whatever the model's device. All ranks make a Channel at the same time."""
+    """Broadcasts from rank 0 over gloo, whatever the model's device. All ranks make a Channel at the same time.
+
+    Why rank 0 has failed is told another way, by the job's key-value store: the other ranks may be waiting in a call.
+    """
 
     def __init__(self) -> None:
         self._group = dist.new_group(backend="gloo", timeout=PATIENCE)
+        self._store, self._key = dist.distributed_c10d._get_default_store(), f"cna/failed/{next(_CHANNELS)}"
 
-    def send(self, data: bytes, timeout: timedelta = PATIENCE) -> None:
-        """Send a message; return when the other ranks have taken it. RuntimeError: one is gone, or takes too long."""
+    def send(self, data: bytes) -> None:
+        """Send a message; return when it is on its way. RuntimeError: another rank is gone."""
         whole = len(data).to_bytes(_LENGTH, "little") + data
         for piece in (whole[:FIRST].ljust(FIRST, b"\0"), whole[FIRST:]):
             if piece:
-                self._broadcast(torch.frombuffer(bytearray(piece), dtype=torch.uint8), timeout)
+                dist.broadcast(torch.frombuffer(bytearray(piece), dtype=torch.uint8), 0, group=self._group)
 
-    def receive(self, timeout: timedelta = PATIENCE) -> bytes:
-        """Wait for the next message. RuntimeError: rank 0 is gone, or nothing comes in time."""
+    def receive(self) -> bytes:
+        """Wait for the next message. RuntimeError: another rank is gone."""
         first = torch.empty(FIRST, dtype=torch.uint8)
-        self._broadcast(first, timeout)
-        head = bytes(first.tolist())
+        dist.broadcast(first, 0, group=self._group)
+        head = first.numpy().tobytes()
         missing = int.from_bytes(head[:_LENGTH], "little") + _LENGTH - FIRST
         if missing <= 0:
             return head[_LENGTH : FIRST + missing]
         rest = torch.empty(missing, dtype=torch.uint8)
-        self._broadcast(rest, timeout)
+        dist.broadcast(rest, 0, group=self._group)
         return head[_LENGTH:] + rest.numpy().tobytes()
 
-    def _broadcast(self, x: Tensor, timeout: timedelta) -> None:
-        dist.broadcast(x, 0, group=self._group, async_op=True).wait(timeout)
+    def fail(self, why: str) -> None:
+        """Let the other ranks know why rank 0 has failed. Waits for nobody."""
+        with contextlib.suppress(RuntimeError):  # the store is gone with the process that had it
+            self._store.set(self._key, why)
+
+    def failure(self, wait: timedelta) -> str | None:
+        """Why rank 0 has failed; None: it does not say so for so long."""
+        end = time.monotonic() + wait.total_seconds()
+        with contextlib.suppress(RuntimeError):
+            while not self._store.check([self._key]):  # a wait that ends without it would print a warning
+                if time.monotonic() > end:
+                    return None
+                time.sleep(0.05)
+            return self._store.get(self._key).decode()
+        return None
 
 
 class Names:

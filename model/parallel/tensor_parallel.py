@@ -49,6 +49,10 @@ SPLIT = ("num_attention_heads", "num_key_value_heads", "intermediate_size")  # w
 _NOTHING = "0" * 64  # shown instead of a hash by a rank that has failed
 
 
+class OtherRankFailed(InputError):
+    """Nothing is wrong with this rank: another one has failed, or is gone."""
+
+
 def open_mesh(device, *, timeout: timedelta = TIMEOUT) -> DeviceMesh:
     """All processes that torchrun has started, as one row of ranks. Starts the process group if there is none yet.
 
@@ -291,7 +295,7 @@ def _meet(mesh: DeviceMesh, digest: str | None, what: str = ""):
     digests = [bytes(row).hex() for row in shown.tolist()]
     for rank, other in enumerate(digests):
         if other == _NOTHING:
-            raise InputError(f"rank {rank}", "has failed; its own message says why")
+            raise OtherRankFailed(f"rank {rank}", "has failed; its own message says why")
     for rank, other in enumerate(digests):
         if other != digests[0]:
             raise InputError(f"rank {rank}", f"has another {what} than rank 0")
@@ -299,11 +303,11 @@ def _meet(mesh: DeviceMesh, digest: str | None, what: str = ""):
 
 @contextmanager
 def named_if_lost(mesh: DeviceMesh) -> Iterator[None]:
-    """Turn PyTorch's error into a one-line InputError where another rank is gone, or has not come in time."""
+    """Turn PyTorch's error into a one-line OtherRankFailed where another rank is gone, or has not come in time."""
     try:
         yield
     except RuntimeError as error:
         if not isinstance(error, dist.DistError) and "gloo" not in str(error):
             raise
         reason = re.sub(r"^\[\S+\] |\. This is typically .*", "", str(error).strip().splitlines()[0])
-        raise InputError(f"rank {mesh.get_local_rank()}", f"has lost another rank: {reason}") from None
+        raise OtherRankFailed(f"rank {mesh.get_local_rank()}", f"has lost another rank: {reason}") from None

@@ -60,7 +60,8 @@ def write_files(directory):
     CIRCUIT.save(directory / "c.json")
     questions = [{"question": f"is {n} more than {n * n % 7}?", "right": n % 2} for n in range(8)]
     (directory / "data.jsonl").write_text("".join(json.dumps(question) + "\n" for question in questions))
-    (directory / "tasks").mkdir()
+    for name in ("tasks", "one", "two"):
+        (directory / name).mkdir()
     (directory / "tasks" / "choose.yaml").write_text(TASK.replace("DATA", str(directory / "data.jsonl")))
 
 

@@ -2,6 +2,8 @@
 
 import gc
 import sys
+import time
+from datetime import timedelta
 
 import pytest
 import torch
@@ -73,24 +75,23 @@ def test_a_large_object_is_sent_once():
 
 
 def exchange():
-    """Rank 0 sends; the others say how many messages came as they were sent. Then nobody sends any more."""
+    """Rank 0 sends, and fails; the other says how many messages came as they were sent, and why rank 0 has failed."""
     dist.init_process_group("gloo")
     channel = Channel()
     if dist.get_rank() == 0:
         for n in LENGTHS:
             channel.send(bytes(i % 251 for i in range(n)))
-        sys.stdin.read()
+        time.sleep(1)  # too late for the first who ask
+        channel.fail("no more: ü")
+        time.sleep(2)  # it has the store
         return
     right = sum(channel.receive() == bytes(i % 251 for i in range(n)) for n in LENGTHS)
-    try:
-        channel.receive(messages.timedelta(seconds=0.5))
-    except RuntimeError:
-        print(right)
+    print(right, channel.failure(timedelta(seconds=0.1)), channel.failure(timedelta(seconds=10)))
 
 
 def test_messages_of_any_length():
     done = run_ranks(2, __file__)
-    assert done[1][:2] == (0, f"{len(LENGTHS)}\n"), done
+    assert done[1][:2] == (0, f"{len(LENGTHS)} None no more: ü\n"), done
 
 
 if __name__ == "__main__":
