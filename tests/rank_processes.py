@@ -10,7 +10,7 @@ from torch.distributed import TCPStore
 LONGEST = 100.0  # seconds; a group that hangs gives up earlier, and says so
 
 
-def run_ranks(n_ranks, *words):
+def run_ranks(n_ranks, *words, longest=LONGEST):
     """``python *words`` as so many ranks. Returns for each rank its exit code, stdout and stderr."""
     store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)  # as torchrun: it outlives rank 0
     shared = dict(TORCHELASTIC_USE_AGENT_STORE="True", TORCHELASTIC_RESTART_COUNT="0", OMP_NUM_THREADS="1")
@@ -25,7 +25,7 @@ def run_ranks(n_ranks, *words):
         )
         for rank in range(n_ranks)
     ]  # fmt: skip
-    end = time.monotonic() + LONGEST
+    end = time.monotonic() + longest
     try:
         said = [process.communicate(timeout=end - time.monotonic()) for process in processes]
     finally:
