@@ -2,8 +2,8 @@
 
 T1: answers of 16 tokens to one prompt and to 8 together, bf16 and fp32, beside one process with one thread, and with
 two: what the machine's two cores can do. This file starts itself as two ranks. Rank 0 has the whole model, too, and
-runs all sides in turn; the other rank waits while rank 0 runs alone. That the logits are the same is checked first. CNA_BENCH_LAYERS is 8 by default, which takes 9 GB in fp32; its layers are half
-of the model's, and the embedding, which both sides have whole, and the vocabulary are all of it.
+runs all sides in turn; the other rank waits while rank 0 runs alone. That the logits are the same is checked first.
+CNA_BENCH_LAYERS is 8 by default, half of the model's layers, with the whole vocabulary: 9 GB in fp32.
 """
 
 import json

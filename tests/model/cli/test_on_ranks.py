@@ -65,18 +65,19 @@ def write_files(directory):
     (directory / "tasks" / "choose.yaml").write_text(TASK.replace("DATA", str(directory / "data.jsonl")))
 
 
-def run_all(out, *more):
-    """Every command; name -> its exit code, stdout and stderr. Between the two evaluations some parts are lost."""
+def run_all(out, names, *more):
+    """These commands; name -> its exit code, stdout and stderr. Between the two evaluations some parts are lost."""
     from cna_kernels.model import demo_checkpoint
 
-    os.environ |= {"HF_HUB_OFFLINE": "1", "HF_HOME": "hub"}
     found = {}
-    for name, words in COMMANDS.items():
+    for name in names:
         said, error = io.StringIO(), io.StringIO()
         if name == "eval again" and os.environ.get("RANK", "0") == "0":
             for part in sorted(Path(out, "eval", "parts").glob("*.json"))[::2]:
                 part.unlink()
-        text = words.replace("OUT", out).replace("pretrained=demo", f"pretrained={demo_checkpoint('instruct')}")
+        text = (
+            COMMANDS[name].replace("OUT", out).replace("pretrained=demo", f"pretrained={demo_checkpoint('instruct')}")
+        )
         with contextlib.redirect_stdout(said), contextlib.redirect_stderr(error):
             code = main([*text.split(), *more])
         found[name] = code, said.getvalue(), error.getvalue()
@@ -89,60 +90,66 @@ def same(text, out):
     return re.sub(r"[\d.,:]+ ?(s|MiB|prompts/s|tokens/s)\b|\d+/\d+|\d+:\d\d:\d\d|━+|\d{4}-\d\d-\d\d\S*", "#", text)
 
 
-@pytest.fixture(scope="module")
-def both(tmp_path_factory):
-    """What every command says in one process, and on each of two ranks; the directory."""
-    pytest.importorskip("lm_eval")
+GROUPS = {  # commands, and where they write samples: what CI runs; the rest, which draws pictures or imports much
+    "some": (("discover", "run", "sample", "sweep", "matrix"), (), pytest.mark.exhaustive),
+    "others": (
+        ("eval", "eval again", "compare", "reproduce", "lm-eval"),
+        ("eval", "both/instruct", "both/base", "paper"),
+        pytest.mark.rare,
+    ),
+}
+
+
+@pytest.fixture(scope="module", params=[pytest.param(name, marks=group[2]) for name, group in GROUPS.items()])
+def both(request, tmp_path_factory):
+    """What every command says in one process, and on each of two ranks; where the samples are; the directory."""
+    if request.param == "others":
+        pytest.importorskip("lm_eval")
+    names, samples, _ = GROUPS[request.param]
     directory = tmp_path_factory.mktemp("commands")
     write_files(directory)
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(directory)
-        done = run_ranks(2, __file__)
-        one = run_all("one")
+        patch.setenv("HF_HUB_OFFLINE", "1")
+        patch.setenv("HF_HOME", "hub")
+        done = run_ranks(2, __file__, *names, longest=300)
+        one = run_all("one", names)
     assert [code for code, *_ in done] == [0, 0], done
     assert done[0][1] == done[1][1] == "", "all that a rank says is in the files"
-    return one, [json.loads((directory / f"{rank}.json").read_text()) for rank in range(2)], directory
+    return one, [json.loads((directory / f"{rank}.json").read_text()) for rank in range(2)], samples, directory
 
 
-@pytest.mark.exhaustive
-@pytest.mark.parametrize("name", COMMANDS)
-def test_a_command_says_what_it_says_in_one_process(name, both):
-    one, (first, other), _ = both
-    assert one[name][0] == 0, one[name][2]
-    assert other[name] == [0, "", ""], "rank 0 speaks for all"
-    code, said, error = first[name]
-    assert code == 0, error
-    if name == "lm-eval":  # a table of floats
-        assert [row.split("|")[7] for row in said.splitlines() if "acc" in row] == [
-            row.split("|")[7] for row in one[name][1].splitlines() if "acc" in row
-        ]
-    else:
-        assert same(said, "two") == same(one[name][1], "one")
+def test_commands_say_what_they_say_in_one_process(both):
+    one, (first, other), *_ = both
+    for name, (code, said, error) in one.items():
+        assert code == 0, error
+        assert other[name] == [0, "", ""], "rank 0 speaks for all"
+        code, mine, error = first[name]
+        assert code == 0, error
+        if name == "lm-eval":  # a table of floats
+            found = [[row.split("|")[7] for row in text.splitlines() if "acc" in row] for text in (mine, said)]
+            assert found[0] == found[1] != []
+        else:
+            assert same(mine, "two") == same(said, "one")
 
 
-@pytest.mark.exhaustive
 def test_files_are_those_of_one_process(both):
-    *_, directory = both
-    listed = [
+    *_, with_samples, directory = both
+    files = [
         sorted(str(path.relative_to(directory / out)) for path in (directory / out).rglob("*") if path.is_file())
         for out in ("one", "two")
     ]
-    assert [re.sub(r"\d{4}-.*", "", name) for name in listed[1]] == [
-        re.sub(r"\d{4}-.*", "", name) for name in listed[0]
-    ]
-    assert len(listed[0]) > 60
-    exact = [name for name in listed[0] if name.endswith("samples.jsonl")]
-    assert len(exact) >= 3
-    for name in exact:
-        one, two = (
-            [json.loads(line) for line in (directory / out / name).read_text().splitlines()] for out in ("one", "two")
-        )
-        assert [sample.get("answer") for sample in two] == [sample.get("answer") for sample in one], name
-    for name in ("c.json", "matrix/circuit-refusal.json"):
-        one, two = (json.loads((directory / out / name).read_text()) for out in ("one", "two"))
-        assert [neuron[:2] for neuron in two["neurons"]] == [neuron[:2] for neuron in one["neurons"]]
-    environment = json.loads((directory / "two" / "eval" / "results.json").read_text())["environment"]
-    assert environment["ranks"] == 2
+    one, two = ([re.sub(r"\d{4}-.*", "", name) for name in names] for names in files)  # lm-eval writes the date
+    assert one == two and len(one) > 5
+    for place in with_samples:
+        one, two = ((directory / out / place / "samples.jsonl").read_text().splitlines() for out in ("one", "two"))
+        assert [json.loads(line).get("answer") for line in two] == [json.loads(line).get("answer") for line in one]
+    for name in files[0]:
+        if re.fullmatch(r"c.json|.*circuit.*\.json", name):
+            one, two = (json.loads((directory / out / name).read_text()) for out in ("one", "two"))
+            assert [neuron[:2] for neuron in two["neurons"]] == [neuron[:2] for neuron in one["neurons"]], name
+    if "eval" in with_samples:
+        assert json.loads((directory / "two/eval/results.json").read_text())["environment"]["ranks"] == 2
 
 
 RUN = ["run", "demo:instruct", "-p", "hi"]
@@ -170,6 +177,6 @@ def test_what_is_refused(world_size, words, line, monkeypatch, capsys):
 
 
 if __name__ == "__main__":
-    found = run_all("two", "--tensor-parallel")
+    found = run_all("two", sys.argv[1:], "--tensor-parallel")
     Path(f"{os.environ['RANK']}.json").write_text(json.dumps(found))
     sys.exit(0)
