@@ -3,12 +3,16 @@
 T1: answers of 16 tokens to one prompt and to 8 together, bf16 and fp32, beside one process with one thread, and with
 two: what the machine's two cores can do. This file starts itself as two ranks. Rank 0 has the whole model, too, and
 runs all sides in turn; the other rank waits while rank 0 runs alone. That the logits are the same is checked first.
+On a machine whose cores others use as well, ranks wait for each other. So every row has the processor time of rank 0
+over that of the other side, too: what the ratio would be if nobody waited.
 CNA_BENCH_LAYERS is 8 by default, half of the model's layers, with the whole vocabulary: 9 GB in fp32.
 """
 
 import json
 import os
+import statistics
 import sys
+import time
 from functools import partial
 from pathlib import Path
 
@@ -50,6 +54,12 @@ def decode(model, given, n_threads=1):
     return generate(model, given, max_new_tokens=NEW, stop_ids=frozenset())
 
 
+def processor_seconds(run):
+    start = time.process_time()
+    run()
+    return time.process_time() - start
+
+
 def measure(directory, dtype):
     """All sides on rank 0, in turn. Prints batch -> the results of ``compare_all``."""
     torch.set_num_threads(1)
@@ -67,6 +77,9 @@ def measure(directory, dtype):
                 assert (mine - other).abs().max() < TOLERANCE[dtype] * other.abs().max()
                 ours, *others = (partial(decode, *side) for side in ((led, given), (whole, given), (whole, given, 2)))
                 found[batch] = compare_all(ours, others, rounds=ROUNDS)
+                spent = [[processor_seconds(run) for run in (ours, *others)] for _ in range(3)]
+                for side, result in enumerate(found[batch], 1):
+                    result["processor"] = statistics.median(row[0] / row[side] for row in spent)
         return found
 
     found = run_led(work)
@@ -95,6 +108,7 @@ def test_decode(parallel, directory, dtype):
             parallel.add(
                 "T1 decode", shape=f"Llama-3.2-1B, {LAYERS} layers", m=batch, dtype=dtype, competitor=competitor,
                 result=result, target=target, per_s=rates[0], competitor_per_s=rates[1],
+                processor_ratio=round(result["processor"], 3),
             )  # fmt: skip
 
 
