@@ -159,6 +159,7 @@ class Transformer(nn.Module):
     """The whole model. ``transformer(input_ids[B, S]) -> logits[B, S, V]`` is the plain call."""
 
     answers = True  # whether a LanguageModel asks it for logits
+    n_ranks = 1  # processes that share the layers
 
     def __init__(self, config: ModelConfig):
         super().__init__()

@@ -24,7 +24,7 @@ def environment(model: LanguageModel) -> dict:
         "python": platform.python_version(),
         "torch": torch.__version__,
         "machine": torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine(),
-        "ranks": 1 if model.transformer.rank is None else model.transformer.mesh.size(),
+        "ranks": model.transformer.n_ranks,
         "date": time.strftime("%Y-%m-%d"),
     }
 

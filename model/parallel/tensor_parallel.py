@@ -97,6 +97,7 @@ class ParallelTransformer(Transformer):
         part = _part_of(config, mesh.size())
         super().__init__(part)
         self.config, self.part, self.mesh, self.checkpoint = config, part, mesh, checkpoint
+        self.n_ranks = mesh.size()
         own = _own_rows(config, mesh.size(), self.rank)
         if not config.tie_word_embeddings:
             self.lm_head = Linear(config.hidden_size, len(own), bias=False)

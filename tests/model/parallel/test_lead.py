@@ -243,7 +243,7 @@ def directory(tmp_path_factory):
     return directory
 
 
-@pytest.fixture(scope="module", params=[2, pytest.param(4, marks=pytest.mark.exhaustive)])
+@pytest.fixture(scope="module", params=[2, pytest.param(4, marks=pytest.mark.rare)])
 def n_ranks(request, directory):
     done = run_ranks(request.param, __file__, directory)
     assert done == [(0, "", "")] * request.param, "nothing is said"
