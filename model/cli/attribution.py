@@ -67,7 +67,7 @@ def run_discover(args):
         raise InputError("--label", "is for one file that holds both sides: give it as --positive, and no --negative")
     if many == any(sides) or (args.label is None and sides[0] != sides[1]):
         raise InputError("prompts", "give --positive and --negative, or --positive with --label, or --contrasts")
-    for flag in ("contrasts", "run_dir", "stream_layers", "tensor_parallel"):  # and --ray, which needs --run-dir
+    for flag in ("contrasts", "run_dir", "stream_layers"):  # and --ray, which needs --run-dir
         if args.score == "relp" and getattr(args, flag):
             what = "relp needs gradients of one contrast in one process"
             raise InputError("--score", f"{what}: it is not for --{flag.replace('_', '-')}")

@@ -39,6 +39,8 @@ def _check(args: Namespace) -> None:
     """Refuse what needs the whole model in one process, before anything starts."""
     if args.command == "discover" and (args.run_dir or args.stream_layers or args.batch == "auto"):
         raise InputError(FLAG, "is not for --run-dir, --stream-layers or --batch auto")
+    if getattr(args, "score", None) == "relp":
+        raise InputError("--score", f"relp needs gradients of one contrast in one process: it is not for {FLAG}")
     if getattr(args, "alternatives", False) or getattr(args, "curves", False):
         raise InputError(FLAG, "is not for --alternatives and --curves, whose relp needs gradients in one process")
     try:
