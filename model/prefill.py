@@ -24,17 +24,17 @@ def prefill(
     A beginning that all prompts share, as the header of a chat, is run once for each way of steering.
     """
     batch, longest = input_ids.shape
-    device, dtype = input_ids.device, transformer.dtype
+    device = input_ids.device
     rows = torch.arange(batch, dtype=torch.int64, device=device)
     shared = _shared_beginning(input_ids, lengths)
     first, members = _alike(batch, steer)
     by_length = transformer.config.rope.kind in ("dynamic", "longrope")  # the angles of a beginning depend on its row
     if shared < _SHORTEST or 2 * len(first) > batch or by_length:
-        cache = KVCache(transformer.config, batch, cache_length, dtype, device)
+        cache = transformer.new_cache(batch, cache_length)
         hidden = transformer.hidden(input_ids, lengths=lengths, cache=cache, steer=steer)
         return hidden[rows, lengths - 1], cache
     first, members = first.to(device), members.to(device)
-    cache = KVCache(transformer.config, len(first), cache_length, dtype, device)
+    cache = transformer.new_cache(len(first), cache_length)
     transformer.hidden(input_ids[first, :shared], cache=cache, steer=None if steer is None else steer.keep(first))
     cache.keep(members)
     positions = torch.arange(shared, longest, dtype=torch.int64, device=device).expand(batch, -1)

@@ -158,7 +158,8 @@ class Layer(nn.Module):
 class Transformer(nn.Module):
     """The whole model. ``transformer(input_ids[B, S]) -> logits[B, S, V]`` is the plain call."""
 
-    answers = True  # whether the model gives logits, and not circuits alone
+    answers = True  # whether a LanguageModel asks it for logits
+    n_ranks = 1  # processes that share the layers
 
     def __init__(self, config: ModelConfig):
         super().__init__()
@@ -222,6 +223,10 @@ class Transformer(nn.Module):
         config = self.config
         numbers = 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim * batch * length
         return numbers * self.dtype.itemsize
+
+    def new_cache(self, batch: int, length: int) -> KVCache:
+        """Room for the keys and values of ``batch`` sequences of ``length`` tokens."""
+        return KVCache(self.config, batch, length, self.dtype, self.device)
 
     def begin(
         self, input_ids: Tensor, lengths: Tensor, cache_length: int, steer: Steering | None = None

@@ -224,6 +224,11 @@ class Engine(Finding):
                 self.table.hold(held)
                 self._rows.give(None, *given)
 
+    # Discovery: in ``finding.py``, and among this class's methods in the reference pages.
+
+    collect, new_sums, select, universal = Finding.collect, Finding.new_sums, Finding.select, Finding.universal
+    down_columns, identity, check_circuit = Finding.down_columns, Finding.identity, Finding.check_circuit
+
     # Warming up, and coming off.
 
     def warm_up(self, longest: int = 4096, *, n_columns: int = 0, squares: bool = False) -> list[int]:

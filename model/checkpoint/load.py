@@ -26,7 +26,7 @@ _LAYER = "model.layers.{}."
 
 
 DOWN = "model.layers.{}.mlp.down_proj.weight"
-_EMBEDDING, _HEAD = "model.embed_tokens.weight", "lm_head.weight"
+_EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 
 
 def expected_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
@@ -74,8 +74,8 @@ def check_entries(checkpoint: Checkpoint, config: ModelConfig, directory):
     those of config.json, and tensors outside the decoder, such as a value head's.
     """
     shapes, entries = expected_shapes(config), checkpoint.entries
-    if config.tie_word_embeddings and _EMBEDDING not in entries and _HEAD in entries:
-        entries[_EMBEDDING] = entries[_HEAD]  # the tied tensor is stored under its other name
+    if config.tie_word_embeddings and _EMBEDDING not in entries and HEAD in entries:
+        entries[_EMBEDDING] = entries[HEAD]  # the tied tensor is stored under its other name
     for name, shape in shapes.items():
         if name not in entries:
             raise InputError(f"{directory}: {name!r}", "is missing from the checkpoint")
@@ -86,7 +86,7 @@ def check_entries(checkpoint: Checkpoint, config: ModelConfig, directory):
             raise InputError(f"{entry.path}: {name!r}", f"expected shape {list(shape)}, got {list(entry.shape)}")
     beyond = set()
     for name, entry in entries.items():
-        if name in shapes or (config.tie_word_embeddings and name == _HEAD):
+        if name in shapes or (config.tie_word_embeddings and name == HEAD):
             continue
         layer = re.match(r"model\.layers\.(\d+)\.", name)
         if layer is not None and int(layer[1]) >= config.num_hidden_layers:
@@ -96,12 +96,12 @@ def check_entries(checkpoint: Checkpoint, config: ModelConfig, directory):
     if beyond:
         what = f"holds {len(beyond)} layers more than the {config.num_hidden_layers} of config.json; they are not used"
         warnings.warn(f"{directory}: {what}", InputWarning, stacklevel=4)
-    if config.tie_word_embeddings and _HEAD in entries and entries[_HEAD] is not entries[_EMBEDDING]:
-        _require_equal(checkpoint, _HEAD, _EMBEDDING)
+    if config.tie_word_embeddings and HEAD in entries and entries[HEAD] is not entries[_EMBEDDING]:
+        _require_equal(checkpoint, HEAD, _EMBEDDING)
 
 
 def _require_harmless(checkpoint: Checkpoint, config: ModelConfig, name: str, entry: TensorEntry):
-    outside = not name.startswith("model.") and name != _HEAD
+    outside = not name.startswith("model.") and name != HEAD
     if _DERIVED.search(name) or outside:
         return
     if name.endswith(".bias") and entry.dtype is not None and not checkpoint.read(name).any():

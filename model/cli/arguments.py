@@ -26,6 +26,8 @@ MOST, LARGEST = 256, 1e6  # multipliers of a command, and the largest
 def load_model(args, directory=None, **options) -> LanguageModel:
     """The model of a command, with what its flags say about chats."""
     directory = args.model if directory is None else directory
+    if not options.get("stream_layers"):
+        options["mesh"] = getattr(args, "lead", None)  # of --tensor-parallel
     return load(
         directory, device=args.device, dtype=args.dtype, **engine_options(args), **chat_options(args), **options
     )

@@ -25,7 +25,6 @@ from ..discovery.ranks import Ranks
 from ..discovery.run_directory import PATIENCE, RunDirectory
 from ..discovery.settings import Settings, settings_from
 from ..discovery.units import save_columns
-from ..memory import usable_device
 from ..prompts.corpus import (
     NEGATIVE,
     POSITIVE,
@@ -67,7 +66,7 @@ def run_discover(args):
         raise InputError("--label", "is for one file that holds both sides: give it as --positive, and no --negative")
     if many == any(sides) or (args.label is None and sides[0] != sides[1]):
         raise InputError("prompts", "give --positive and --negative, or --positive with --label, or --contrasts")
-    for flag in ("contrasts", "run_dir", "stream_layers", "tensor_parallel"):  # and --ray, which needs --run-dir
+    for flag in ("contrasts", "run_dir", "stream_layers"):  # and --ray, which needs --run-dir
         if args.score == "relp" and getattr(args, flag):
             what = "relp needs gradients of one contrast in one process"
             raise InputError("--score", f"{what}: it is not for --{flag.replace('_', '-')}")
@@ -160,10 +159,6 @@ def _job(args, corpus: Corpus, *, on_ray: bool = False) -> Job:
     if args.universal_contrasts and not diverse:
         raise InputError(args.universal_contrasts, f"holds no pair of columns NAME{POSITIVE}, NAME{NEGATIVE}")
     options: dict[str, Any] = dict(stream_layers=args.stream_layers, spill=args.spill or args.run_dir)
-    if args.tensor_parallel:
-        from ..discovery.tensor_parallel import open_mesh
-
-        options = dict(mesh=open_mesh(usable_device(args.device)))
     if on_ray:
         args = Namespace(**vars(args) | {"device": None})  # this machine need not have the workers' device
         options["weights"] = False
@@ -185,7 +180,7 @@ def _universal_file(args):
 def _ranks(args) -> tuple[int, Ranks | None]:
     """The rank of this process among torchrun's workers, and the Ranks by which they share a run directory's units.
 
-    Ranks are None where the workers do not share the units: one process alone, or tensor parallelism.
+    Ranks are None where the workers do not share the units: one process alone, or rank 0 of tensor parallelism.
     """
     try:
         world = int(os.environ.get("WORLD_SIZE", 1))
@@ -193,11 +188,8 @@ def _ranks(args) -> tuple[int, Ranks | None]:
     except ValueError:
         raise InputError("RANK, WORLD_SIZE", "expected numbers, as torchrun sets them") from None
     if args.tensor_parallel:
-        if args.run_dir is not None or args.stream_layers or args.batch == "auto":
-            raise InputError("--tensor-parallel", "is not for --run-dir, --stream-layers or --batch auto")
-        if world < 2:
-            raise InputError("--tensor-parallel", "is for the workers that torchrun starts, 2 or more")
-    elif world > 1 and args.run_dir is None:
+        return 0, None
+    if world > 1 and args.run_dir is None:
         raise InputError("--run-dir", "torchrun's workers need a run directory that all of them see")
     if args.ray and (world > 1 or args.run_dir is None):
         raise InputError("--ray", "needs a run directory that all workers see, and no torchrun")
@@ -209,7 +201,7 @@ def _ranks(args) -> tuple[int, Ranks | None]:
         )
     if args.workers is not None and not args.ray:
         raise InputError("--workers", "is for --ray")
-    return rank, Ranks(rank, world) if world > 1 and not args.tensor_parallel else None
+    return rank, Ranks(rank, world) if world > 1 else None
 
 
 def _run_on_ray(args, corpus, threads, options) -> RunDirectory:

@@ -121,11 +121,6 @@ def _discover(commands):
         metavar="DIR",
         help="where hidden states go that memory does not hold (default: --run-dir, or TMPDIR)",
     )
-    parser.add_argument(
-        "--tensor-parallel",
-        action="store_true",
-        help="share the model among torchrun's workers, one GPU each, instead of the prompts",
-    )
     parser.add_argument("--threads", type=threads, metavar="N", help="threads on a CPU (default: PyTorch's)")
     parser.add_argument("--log-json", action="store_true", help="progress as JSON lines on stderr")
     prompt_flags(parser)

@@ -96,7 +96,7 @@ def run_lm_eval(args):
 
     from ..evaluation.lm_eval_model import register
 
-    register()
+    register(getattr(args, "lead", None))
     sys.argv = ["cna lm-eval", *args.words]
     try:
         cli_evaluate()

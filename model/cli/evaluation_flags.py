@@ -26,7 +26,7 @@ def add(commands) -> None:
     command(
         commands,
         "lm-eval",
-        "EleutherAI's lm-evaluation-harness with the model type cna; its own flags follow",
+        "EleutherAI's lm-evaluation-harness with the model type cna; its own flags follow, and --tensor-parallel",
         "cna lm-eval --model cna --model_args pretrained=path/to/model,circuit=circuit.json,multiplier=0 --tasks mmlu",
     )
 

@@ -142,6 +142,11 @@ def model_flags(parser, *, batch_help: str = BATCH_HELP) -> None:
     """Add the flags that say where and how a model runs, and --json."""
     device_flags(parser)
     transformers_flags(parser)
+    parser.add_argument(
+        "--tensor-parallel",
+        action="store_true",
+        help="share the model among torchrun's workers, one GPU each: torchrun -m cna_kernels.model COMMAND ...",
+    )
     parser.add_argument("--batch", type=batch, default=None, metavar="N", help=batch_help)
     parser.add_argument("--json", action="store_true", help="print JSON")
 

@@ -24,6 +24,7 @@ from .flags import (
     seed,
     whole,
 )
+from .on_ranks import FLAG, on_ranks
 
 # The module of model/cli that holds run_COMMAND.
 MODULES = dict(
@@ -174,14 +175,27 @@ def parse(words: list[str]) -> Namespace:
     args = build_parser().parse_args(_with_signs(own))
     vars(args).pop(GIVEN, None)
     args.words = words[1:]
+    if args.command == "lm-eval":
+        _own_flag(args)
     return args
+
+
+def _own_flag(args: Namespace) -> None:
+    """Take --tensor-parallel, which the harness does not know, out of its words; read its --device."""
+    args.tensor_parallel = FLAG in args.words
+    args.words = [word for word in args.words if word != FLAG]
+    args.device = None
+    for word, following in zip(args.words, [*args.words[1:], None], strict=True):
+        name, equals, value = word.partition("=")
+        if name == "--device":
+            args.device = value if equals else following
 
 
 def load(args: Namespace) -> Callable[[Namespace], None]:
     """The function that runs a command, from its module."""
     name = f"run_{args.command.replace('-', '_')}"
     run: Callable[[Namespace], None] = getattr(import_module(f".{MODULES[args.command]}", __package__), name)
-    return run
+    return on_ranks(run) if getattr(args, "tensor_parallel", False) else run
 
 
 def _with_signs(argv: list[str]) -> list[str]:

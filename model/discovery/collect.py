@@ -338,6 +338,8 @@ def measure_tokens(
         the smallest size, in tokens, that comes within 3% of the best rate; and size -> tokens/s through all layers,
         for every size that fits memory.
     """
+    if transformer.rank is not None:
+        raise InputError("batch", "is not measured with a model that ranks share; give --batch-tokens a number")
     config, device = transformer.config, transformer.device
     kind: type[Passes] = getattr(transformer, "passes", Passes)
     sums = ActivationSums(config.num_hidden_layers, config.intermediate_size, n_columns, squares=squares, device=device)

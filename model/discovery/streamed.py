@@ -38,7 +38,7 @@ class StreamedTransformer:
     """
 
     rank: int | None = None  # as in a Transformer
-    answers = False
+    answers, n_ranks = False, 1
 
     def __init__(self, directory, config: ModelConfig, checkpoint: Checkpoint, *, dtype=None, device="cpu", spill=None):
         check_entries(checkpoint, config, directory)

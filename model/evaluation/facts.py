@@ -25,6 +25,7 @@ def environment(model: LanguageModel) -> dict:
         "python": platform.python_version(),
         "torch": torch.__version__,
         "machine": torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine(),
+        "ranks": model.transformer.n_ranks,
         "date": time.strftime("%Y-%m-%d"),
     }
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import sys
+from typing import TYPE_CHECKING, Any
 
 from lm_eval.api.model import TemplateLM
 from lm_eval.api.registry import register_model
@@ -26,12 +27,21 @@ from ..language_model import load
 from .interventions import UNSTEERED, Interventions, Method, Variant
 from .likelihood import each_logits
 
+if TYPE_CHECKING:
+    from ..parallel.lead import Lead
+
 NAME = "cna"
 MAX_NEW_TOKENS = 256  # the longest answer where a task sets none
 
 
 class CnaLM(TemplateLM):
-    """A checkpoint, steered by a circuit at a multiplier."""
+    """A checkpoint, steered by a circuit at a multiplier.
+
+    Attributes:
+        lead: of ranks that share the model, else None; see ``parallel/lead.py``.
+    """
+
+    lead: Lead | None = None
 
     def __init__(
         self,
@@ -66,7 +76,8 @@ class CnaLM(TemplateLM):
             raise InputError("model_args: sign", f"expected one of {', '.join(SIGNS)}, got {short(sign)}")
         if sign is not None and circuit is None:
             raise InputError("model_args: sign", "is for a circuit, and none is given")
-        self.model = load(pretrained, engine=engine, device=device or None, dtype=dtype, device_map=device_map)
+        how: dict[str, Any] = dict(engine=engine, device=device or None, dtype=dtype, device_map=device_map)
+        self.model = load(pretrained, **how, mesh=self.lead)
         variant = UNSTEERED
         if circuit is not None:
             loaded = load_circuit(circuit, self.model, any_model=any_model, sign=sign)
@@ -196,6 +207,7 @@ def _options(given: dict) -> tuple[tuple[str, ...], int, Sampling]:
     )
 
 
-def register():
+def register(lead: Lead | None = None):
     """Make ``--model cna`` known to the harness of this process."""
+    CnaLM.lead = lead
     register_model(NAME)(CnaLM)

@@ -51,6 +51,7 @@ class HfShape:
     """The shape of a model without its weights: it checks circuits, and selects them from sums that others made."""
 
     rank: int | None = None
+    n_ranks = 1
     answers = False
 
     def __init__(self, config: HfConfig, device: torch.device, dtype: torch.dtype) -> None:
@@ -68,6 +69,7 @@ class HfTransformer:
     """
 
     rank: int | None = None
+    n_ranks = 1
     passes = HfPasses
     answers = True
 

@@ -36,7 +36,7 @@ RUN = re.compile(r"(\.venv/bin/)?cna |make -C csrc|cc |export |(\w+=\S+ )?build/
 NOT_RUN = {
     "make demo": "installs; test_story.py and test_bundled.py run the demonstrations",
     "make test": "is what runs this",
-    "torchrun --nproc-per-node=8": "test_tensor_parallel.py and test_run_directory.py run it with up to 4 ranks",
+    "torchrun --nproc-per-node=8": "test_lead.py, test_on_ranks.py and test_run_directory.py run up to 4 ranks",
     "cna discover --ray": "test_on_ray.py runs it, where ray is installed",
     "pip install": "needs a package index",
     "cna eval MODEL -c circuit.json --behaviour capitals": "the bundled vocabulary has no tokens for capitals",

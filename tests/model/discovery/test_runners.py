@@ -11,8 +11,9 @@ from cna_kernels import ActivationSums, InputError, ops
 from cna_kernels.model.checkpoint.config import read_config
 from cna_kernels.model.checkpoint.load import load_transformer
 from cna_kernels.model.checkpoint.safetensors_file import open_checkpoint
-from cna_kernels.model.discovery import collect, streamed, tensor_parallel
+from cna_kernels.model.discovery import collect, streamed
 from cna_kernels.model.discovery.packing import TokenPrompt
+from cna_kernels.model.parallel import tensor_parallel
 from tiny import ragged, write_checkpoint
 
 pytest.importorskip("transformers")

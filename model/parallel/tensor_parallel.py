@@ -1,11 +1,13 @@
-"""Attribution of models larger than one device: every rank holds some heads and some neurons of every layer.
+"""Models larger than one device: every rank holds some heads, some neurons of every layer, and some of the vocabulary.
 
-Tensor parallelism with PyTorch's own functions. q, k, v, gate and up are split by rows, o_proj and down by columns. So
-a rank's attention and its MLP each give one summand of the result, and PLAN adds the summands. The sums of a neuron's
-activations stay on the rank that has the neuron, and are gathered once at the end.
+Tensor parallelism with PyTorch's collectives. q, k, v, gate and up are split by rows, o_proj and down by columns. So a
+rank's attention and its MLP each give one summand of the result, and the ranks add their summands. The output
+projection is split by rows of the vocabulary, and every rank gets all logits. The embedding and the norms are whole on
+every rank. The sums of a neuron's activations stay on the rank that has the neuron, and are gathered once at the end.
 
-All ranks run the same packs in step. A failure of one rank ends all ranks and leaves none waiting: the ranks meet
-before the first pack and after every pack, and no wait is longer than the process group's timeout.
+All ranks make the same calls in step; ``lead.py`` sees to it. A failure of one rank ends all ranks and leaves none
+waiting: in a discovery the ranks meet before the first pack and after every pack, and no wait for a collective is
+longer than the process group's timeout.
 """
 
 from __future__ import annotations
@@ -13,8 +15,9 @@ from __future__ import annotations
 import atexit
 import json
 import os
+import re
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from datetime import timedelta
@@ -24,29 +27,30 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.tensor import Partial, Replicate
-from torch.distributed.tensor.parallel import ParallelStyle, PrepareModuleOutput, parallelize_module
 
+from cna_kernels import ops
+from cna_kernels.circuit import Circuit
 from cna_kernels.errors import InputError
 from cna_kernels.files import sha256
 from cna_kernels.sums import ActivationSums, NonFiniteActivation
 
 from ..checkpoint.config import ModelConfig
 from ..checkpoint.identity import identity_of
-from ..checkpoint.load import check_entries, check_memory, dtype_of, expected_shapes
+from ..checkpoint.load import HEAD, check_entries, check_memory, dtype_of, expected_shapes
 from ..checkpoint.safetensors_file import Checkpoint, TensorEntry
-from ..transformer import Transformer
+from ..kv_cache import KVCache
+from ..transformer import Linear, Transformer
+from .sharded_table import ShardedTable
 
 BACKENDS = {"cpu": "gloo", "cuda": "nccl"}
 TIMEOUT = timedelta(minutes=5)  # how long a rank waits for the others, which may read and compile longer
 SPLIT = ("num_attention_heads", "num_key_value_heads", "intermediate_size")  # what the ranks divide
 
-PLAN: dict[str, ParallelStyle] = {
-    part: PrepareModuleOutput(output_layouts=Partial(), desired_output_layouts=Replicate())
-    for part in ("layers.*.self_attn.o_proj", "layers.*.mlp")
-}
-
 _NOTHING = "0" * 64  # shown instead of a hash by a rank that has failed
+
+
+class OtherRankFailed(InputError):
+    """Nothing is wrong with this rank: another one has failed, or is gone."""
 
 
 def open_mesh(device, *, timeout: timedelta = TIMEOUT) -> DeviceMesh:
@@ -76,26 +80,72 @@ def open_mesh(device, *, timeout: timedelta = TIMEOUT) -> DeviceMesh:
 
 
 class ParallelTransformer(Transformer):
-    """One rank's part of a Transformer: its heads and neurons, and all of the embedding and the norms. Has no logits.
+    """One rank's part of a Transformer: its heads, neurons and rows of the vocabulary; all of embedding and norms.
+
+    All ranks make the same calls with the same arguments, and all get the same results: hidden states and logits of
+    the whole model. Circuits, too, are given whole; each rank steers the neurons that it has.
 
     Attributes:
-        config: of the whole model.
+        config: of the whole model; part: the shape of this rank's heads and neurons.
         mesh: the ranks that share the model, one-dimensional.
+        checkpoint: the tensors of the files, from which ``down_columns`` reads.
     """
 
-    answers = False
+    answers = False  # a LanguageModel on every rank would choose its own tokens; see lead.py
 
-    def __init__(self, config: ModelConfig, mesh: DeviceMesh):
-        super().__init__(_part_of(config, mesh.size()))
-        self.config, self.mesh = config, mesh
-        parallelize_module(self, mesh, PLAN)
+    def __init__(self, config: ModelConfig, mesh: DeviceMesh, checkpoint: Checkpoint):
+        part = _part_of(config, mesh.size())
+        super().__init__(part)
+        self.config, self.part, self.mesh, self.checkpoint = config, part, mesh, checkpoint
+        self.n_ranks = mesh.size()
+        own = _own_rows(config, mesh.size(), self.rank)
+        if not config.tie_word_embeddings:
+            self.lm_head = Linear(config.hidden_size, len(own), bias=False)
+        for layer in self.layers:
+            for module in (layer.self_attn.o_proj, layer.mlp):
+                module.register_forward_hook(self._add_up)
+
+    def _add_up(self, module, args, y: Tensor) -> Tensor:
+        """Add the ranks' summands in place. All ranks get the same bits."""
+        y = y.contiguous()
+        dist.all_reduce(y, group=self.mesh.get_group())
+        return y
 
     @property
     def rank(self) -> int:
         return self.mesh.get_local_rank()
 
     def logits(self, hidden: Tensor) -> Tensor:
-        raise InputError("ranks", "a model that is split over ranks finds circuits, and nothing else")
+        """Project hidden states ``[..., H]`` onto the vocabulary, ``[..., V]``: each rank its rows, all get all."""
+        n_ranks, own = self.mesh.size(), _own_rows(self.config, self.mesh.size(), self.rank)
+        tied = self.config.tie_word_embeddings
+        weight = self.embed_tokens.weight[own.start : own.stop] if tied else self.lm_head.weight
+        logits = ops.linear(hidden.flatten(0, -2), weight)
+        sizes = [len(_own_rows(self.config, n_ranks, rank)) for rank in range(n_ranks)]
+        mine = logits.new_zeros(len(logits), max(sizes))  # a collective takes parts of one size
+        mine[:, : len(own)] = logits
+        parts = [torch.empty_like(mine) for _ in sizes]
+        dist.all_gather(parts, mine, self.mesh.get_group())
+        whole = torch.cat([part[:, :size] for part, size in zip(parts, sizes, strict=True)], dim=1)
+        return whole.view(*hidden.shape[:-1], whole.shape[-1])
+
+    def new_cache(self, batch: int, length: int) -> KVCache:
+        """Room for the keys and values of this rank's heads."""
+        return KVCache(self.part, batch, length, self.dtype, self.device)
+
+    def cache_bytes(self, batch: int, length: int) -> int:
+        """The bytes that keys and values take on this rank; on a CPU, on all ranks that share this machine's memory."""
+        sharing = int(os.environ.get("LOCAL_WORLD_SIZE", 1)) if self.device.type == "cpu" else 1
+        return super().cache_bytes(batch, length) // self.mesh.size() * sharing
+
+    def new_table(self, circuits: Sequence[Circuit], multipliers: Sequence[float]) -> ShardedTable:
+        shape = self.config.num_hidden_layers, self.config.intermediate_size
+        return ShardedTable(circuits, multipliers, *shape, self.device, rank=self.rank, n_ranks=self.mesh.size())
+
+    def down_columns(self, layer: int, index: Sequence[int]) -> Tensor:
+        """As of a whole model, of any neurons. Reads the checkpoint, and needs no other rank."""
+        weight = self.checkpoint.read(f"model.layers.{layer}.mlp.down_proj.weight").to(self.dtype)
+        return weight[:, list(index)].float().to(self.device)
 
     @contextmanager
     def own_sums(self, sums: ActivationSums, prompts, column_weights, batch, max_tokens) -> Iterator[OwnSums]:
@@ -106,7 +156,7 @@ class ParallelTransformer(Transformer):
         """
         n_layers, n_columns, n_neurons = sums.total.shape
         squares = sums.total_sq is not None
-        with _named_if_lost(self.mesh):
+        with named_if_lost(self.mesh):
             try:
                 own = OwnSums(self.mesh, n_layers, n_neurons, n_columns, squares=squares, device=self.device)
                 how = [str(self.dtype), list(sums.total.shape), squares, batch, max_tokens]
@@ -121,8 +171,13 @@ class ParallelTransformer(Transformer):
 
 
 def _part_of(config: ModelConfig, n_ranks: int) -> ModelConfig:
-    """The shape of one rank's part. It says that embeddings are tied, so that no lm_head is read: sums need none."""
+    """The shape of one rank's part. It says that embeddings are tied: the rows of lm_head are not among its tensors."""
     return replace(config, tie_word_embeddings=True, **{field: getattr(config, field) // n_ranks for field in SPLIT})
+
+
+def _own_rows(config: ModelConfig, n_ranks: int, rank: int) -> range:
+    """The ids of the vocabulary whose logits a rank computes; the ranks' numbers of ids differ by 1 at most."""
+    return range(config.vocab_size * rank // n_ranks, config.vocab_size * (rank + 1) // n_ranks)
 
 
 def load_parallel(
@@ -138,7 +193,7 @@ def load_parallel(
             missing or misshapen; memory cannot hold the part; or another rank has failed, or has another checkpoint.
     """
     dtype = dtype_of(config, checkpoint) if dtype is None else dtype
-    with _named_if_lost(mesh):
+    with named_if_lost(mesh):
         try:
             transformer = _load(directory, config, checkpoint, mesh, dtype, device)
             digest = sha256(repr(config), str(dtype), identity_of(directory, checkpoint, config)["tensors_sha256"])
@@ -158,12 +213,16 @@ def _load(directory, config, checkpoint, mesh, dtype, device) -> ParallelTransfo
     check_entries(checkpoint, config, directory)
     check_memory(part, dtype, device, directory)
     with torch.device("meta"):
-        transformer = ParallelTransformer(config, mesh).requires_grad_(False)
-    for part_of_it in ("embed_tokens", "layers", "norm"):
-        transformer.get_submodule(part_of_it).to(dtype).to_empty(device=device)
+        transformer = ParallelTransformer(config, mesh, checkpoint).requires_grad_(False)
+    for name, module in transformer.named_children():
+        if name != "rotary":
+            module.to(dtype).to_empty(device=device)
     transformer.rotary.to(device)
     for name, shape in expected_shapes(part).items():
         _place_of(transformer, name).copy_(_read_part(checkpoint.entries[name], shape, rank))
+    if not config.tie_word_embeddings:
+        rows = _own_rows(config, mesh.size(), rank)
+        transformer.lm_head.weight.copy_(checkpoint.entries[HEAD].read_rows(rows, range(config.hidden_size)))
     if config.o_bias and rank > 0:  # the first rank's summand brings the bias
         for layer in transformer.layers:
             layer.self_attn.o_proj.bias.zero_()
@@ -237,19 +296,19 @@ def _meet(mesh: DeviceMesh, digest: str | None, what: str = ""):
     digests = [bytes(row).hex() for row in shown.tolist()]
     for rank, other in enumerate(digests):
         if other == _NOTHING:
-            raise InputError(f"rank {rank}", "has failed; its own message says why")
+            raise OtherRankFailed(f"rank {rank}", "has failed; its own message says why")
     for rank, other in enumerate(digests):
         if other != digests[0]:
             raise InputError(f"rank {rank}", f"has another {what} than rank 0")
 
 
 @contextmanager
-def _named_if_lost(mesh: DeviceMesh) -> Iterator[None]:
-    """Turn PyTorch's error into a one-line InputError where another rank is gone, or has not come in time."""
+def named_if_lost(mesh: DeviceMesh) -> Iterator[None]:
+    """Turn PyTorch's error into a one-line OtherRankFailed where another rank is gone, or has not come in time."""
     try:
         yield
     except RuntimeError as error:
         if not isinstance(error, dist.DistError) and "gloo" not in str(error):
             raise
-        reason = str(error).strip().splitlines()[0]
-        raise InputError(f"rank {mesh.get_local_rank()}", f"has lost another rank: {reason}") from None
+        reason = re.sub(r"^\[\S+\] |\. This is typically .*", "", str(error).strip().splitlines()[0])
+        raise OtherRankFailed(f"rank {mesh.get_local_rank()}", f"has lost another rank: {reason}") from None

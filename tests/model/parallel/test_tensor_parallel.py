@@ -4,12 +4,8 @@ Run by pytest, this file starts itself as 2 and as 4 processes. These do all the
 the tests read the results.
 """
 
-import os
 import random
-import socket
-import subprocess
 import sys
-import time
 from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
@@ -23,11 +19,13 @@ from cna_kernels import ActivationSums, InputError
 from cna_kernels.model.checkpoint.config import read_config
 from cna_kernels.model.checkpoint.load import load_transformer
 from cna_kernels.model.checkpoint.safetensors_file import open_checkpoint
-from cna_kernels.model.discovery import collect, tensor_parallel
+from cna_kernels.model.discovery import collect
 from cna_kernels.model.discovery.packing import TokenPrompt
 from cna_kernels.model.discovery.units import Pass, run_unit
+from cna_kernels.model.parallel import tensor_parallel
 from cna_kernels.model.prompts.columns import Columns
 from cna_kernels.model.prompts.corpus import Contrast, Corpus, Names, two_sets
+from rank_processes import run_ranks
 from tiny import VARIANTS, write_checkpoint
 
 # number of ranks -> the variants that run on them
@@ -37,7 +35,6 @@ HEADS = dict(num_attention_heads=8, num_key_value_heads=4)
 LARGE = dict(hidden_size=256, intermediate_size=4096, num_hidden_layers=6, num_attention_heads=8, num_key_value_heads=8)
 N_LAYERS, N_NEURONS, N_PROMPTS, N_COLUMNS = 3, 48, 30, 4
 CULPRIT, POISON = 17, 96  # a prompt, and a token that only it holds
-LONGEST = 50.0  # seconds; a group that hangs gives up after 20
 PLACES = [f"p{row}" for row in range(N_PROMPTS)]
 
 
@@ -97,7 +94,6 @@ def run_rank(directory: Path):
     found["batch"] = sums_of(llama, batch=1)
     found["slots"] = slots_of(llama)
     found["bfloat16"] = sums_of(load_part(directory / "qwen3", mesh, dtype=torch.bfloat16))
-    found["logits"] = message(lambda: llama(torch.tensor([[1]])))
     found["nan"] = message(lambda: sums_of(load_part(directory / "nan", mesh)))
     for field, changes in INDIVISIBLE.items():
         config = replace(read_config(directory / "llama"), **changes)
@@ -205,26 +201,8 @@ def directory(tmp_path_factory):
 def ranks(request, directory):
     """What every rank has found."""
     n_ranks = request.param
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    shared = dict(WORLD_SIZE=str(n_ranks), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), OMP_NUM_THREADS="1")
-    shared["PYTHONPATH"] = os.pathsep.join(sys.path)  # with tests/, where tiny.py is
-    if sys.platform == "linux":
-        shared["GLOO_SOCKET_IFNAME"] = "lo"
-    processes = [
-        subprocess.Popen(
-            [sys.executable, __file__, directory], env=os.environ | shared | {"RANK": str(rank)}, stderr=subprocess.PIPE
-        )
-        for rank in range(n_ranks)
-    ]
-    end = time.monotonic() + LONGEST
-    try:
-        errors = [process.communicate(timeout=end - time.monotonic())[1].decode() for process in processes]
-    finally:
-        for process in processes:
-            process.kill()
-    assert [process.returncode for process in processes] == [0] * n_ranks, "\n".join(errors)
+    done = run_ranks(n_ranks, __file__, directory)
+    assert [code for code, *_ in done] == [0] * n_ranks, "\n".join(error for *_, error in done)
     return [torch.load(directory / f"{n_ranks}-{rank}.pt") for rank in range(n_ranks)]
 
 
@@ -321,7 +299,6 @@ def test_ranks_that_differ_are_told_so(ranks):
     for rank, found in enumerate(ranks):
         assert found["other checkpoint"] == "rank 1: has another checkpoint than rank 0"
         assert found["other prompts"] == "rank 1: has another list of prompts than rank 0"
-        assert found["logits"].startswith("ranks: a model that is split over ranks finds circuits")
         own = "'model.layers.1.mlp.up_proj.weight': is missing from the checkpoint"
         assert own in found["missing"] if rank else found["missing"].startswith("rank 1: has failed")
 
