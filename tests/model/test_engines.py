@@ -56,7 +56,7 @@ def test_what_our_own_engine_does_not_do(llama, tmp_path, changes):
         (dict(stream_layers=True, model_args={"attn_implementation": "eager"}), "stream_layers: is for our own engine"),
         (
             dict(engine="transformers", model_args={"trust_remote_code": True}),
-            "model_args: trust_remote_code: expected one",
+            "model_args: trust_remote_code: exp",
         ),
         (dict(engine="transformers", model_args={"attn_implementation": "none"}), "transformers cannot load it: "),
     ],
