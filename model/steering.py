@@ -29,7 +29,8 @@ class Edit:
     edits_writes = True
 
     def write(self, layer: int, part: str, y: Tensor) -> Tensor:
-        """``y`` ``[B, S, H]`` is what a layer's "attention" or "mlp" adds to the stream, or "embedding", its start."""
+        """``y`` ``[B, S, H]`` is what a layer's "attention" or "mlp" returns, or "embedding", the stream's start. On
+        our own engine a layer adds just that to the stream."""
         return y
 
     def after(self, layer: int, x: Tensor) -> Tensor:

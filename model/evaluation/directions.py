@@ -33,7 +33,7 @@ class Direction:
     """A vector to add to the residual stream, times a strength a, or to take out of the stream.
 
     Attributes:
-        site: "residual": ``x + a * vector`` after a layer. "mlp": ``y + a * vector`` on what a layer's MLP adds.
+        site: "residual": ``x + a * vector`` after a layer. "mlp": ``y + a * vector`` on what its MLP returns.
             "writes": ``y - a * (y . u) u`` on all that embedding, attention and MLPs add; u is the unit vector.
         vectors: fp32 ``[L, H]``, 0 in layers left alone; for "writes" ``[1, H]``.
     """

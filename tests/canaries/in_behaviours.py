@@ -154,7 +154,7 @@ CANARIES: list[Canary] = [
     ),
     Canary(
         "a beginning shared over ways of steering",
-        "model/generate.py",
+        "model/prefill.py",
         "    ways = steer.alike(batch)\n    if ways is None:",
         "    ways = steer.alike(batch) * 0\n    if ways is None:",
         "tests/model/test_generate.py",
@@ -162,7 +162,7 @@ CANARIES: list[Canary] = [
     ),
     Canary(
         "directions that differ taken for one",
-        "model/transformer.py",
+        "model/steering.py",
         "edit = plain if self.edit is None else self.edit.alike()",
         "edit = plain",
         "tests/model/test_generate.py",

@@ -176,7 +176,7 @@ CANARIES: list[Canary] = [
     ),
     Canary(
         "buffers of collect kept",
-        "cna_kernels/engine/engine.py",
+        "cna_kernels/engine/finding.py",
         "                mlp.sums = {}\n",
         "                pass\n",
         COLLECTING,

@@ -19,13 +19,14 @@ import in_files
 import in_hub
 import in_kernels
 import in_loading
+import in_models
 import in_serving
 import in_tables
 
 ROOT = Path(__file__).resolve().parents[2]
 CANARIES = [
     canary
-    for module in (in_kernels, in_loading, in_engine, in_tables, in_files, in_behaviours, in_serving, in_hub)
+    for module in (in_kernels, in_loading, in_engine, in_tables, in_files, in_behaviours, in_serving, in_hub, in_models)
     for canary in module.CANARIES
 ]
 

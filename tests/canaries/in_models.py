@@ -1,0 +1,130 @@
+"""Bugs in what runs on transformers, and in circuits of mixtures."""
+
+from canary import Canary
+
+HF, EDITS = "tests/model/hf/test_hf_transformer.py", "tests/model/hf/test_hf_edits.py"
+ENGINES, EVERY = "tests/model/test_engines.py", "tests/model/cli/test_every_model.py"
+CIRCUIT = "tests/ops/test_circuit.py"
+
+CANARIES = [
+    Canary(
+        "padding is seen when answers begin",
+        "model/hf/hf_transformer.py",
+        "        mask = (position >= 0).long()\n",
+        "        mask = torch.ones_like(position)\n",
+        HF,
+        "test_every_row_of_a_batch_is_answered_as_alone",
+    ),
+    Canary(
+        "rows that stay keep the cache of others",
+        "model/hf/hf_transformer.py",
+        "        self.past.reorder_cache(rows)",
+        "        self.past.reorder_cache(torch.arange(len(rows)))",
+        HF,
+        "test_states_of_linear_attention_follow_their_rows",
+    ),
+    Canary(
+        "a batch goes on with the circuits of the one before",
+        "model/hf/hf_transformer.py",
+        "        if rows is not self._rows:\n",
+        "        if rows is not None and rows is not self._rows:\n",
+        HF,
+        "test_rows_have_circuits_of_their_own",
+    ),
+    Canary(
+        "tokens of a prefix count as often as they run",
+        "model/hf/hf_passes.py",
+        "                weight[0, first:] += self.column_weights",
+        "                weight[0, first:] = self.column_weights",
+        HF,
+        "test_all_tokens_of_a_prompt_share_its_weight",
+    ),
+    Canary(
+        "packs are counted without their padding",
+        "model/hf/hf_passes.py",
+        "    PADDED = True",
+        "    PADDED = False",
+        HF,
+        "test_a_prefix_is_computed_once",
+    ),
+    Canary(
+        "the first of longrope's lengths does not end the context",
+        "model/hf/hf_config.py",
+        "            lengths.append(original or max_position)\n",
+        "            lengths.append(max_position)\n",
+        HF,
+        "test_longrope_ends",
+    ),
+    Canary(
+        "a window that the class does not have is kept",
+        "model/hf/hf_config.py",
+        "        del text.sliding_window\n",
+        "        pass\n",
+        HF,
+        "test_a_window_that_the_class_does_not_have",
+    ),
+    Canary(
+        "a direction is taken out of what Gemma norms afterwards",
+        "model/hf/hf_edits.py",
+        "    if not off <= FAR * torch.finfo(x.dtype).eps:\n",
+        "    if off != off:\n",
+        EDITS,
+        "test_what_a_layer_adds_is_looked_at",
+    ),
+    Canary(
+        "weights that are missing are drawn at random",
+        "model/hf/hf_load.py",
+        '        for kind in ("missing_keys", "mismatched_keys"):\n',
+        '        for kind in ("mismatched_keys",):\n',
+        ENGINES,
+        "test_bad_checkpoints_are_one_line",
+    ),
+    Canary(
+        "a quantised model has the hash of the whole one",
+        "model/engines.py",
+        "        if own is not None and QUANTISE not in",
+        "        if own is not None or QUANTISE in",
+        ENGINES,
+        "test_a_quantised_model_is_another_model",
+    ),
+    Canary(
+        "a run goes on with another attention",
+        "model/engines.py",
+        """    return {"engine": model.engine, "model_args": """,
+        """    return {"engine": model.engine} or {"model_args": """,
+        ENGINES,
+        "test_a_run_goes_on_only_with_the_same_arguments",
+    ),
+    Canary(
+        "the columns of another expert are scaled",
+        "model/checkpoint/export.py",
+        "            expert, column = divmod(index, own) if n > 1 else (None, index)\n",
+        "            expert, column = (index % n, index // n) if n > 1 else (None, index)\n",
+        EVERY,
+        "test_exports and mixtral",
+    ),
+    Canary(
+        "a table of another model is used",
+        "cna_kernels/steering.py",
+        "        return mine == theirs\n",
+        "        return True\n",
+        HF,
+        "test_a_table_of_another_model_is_refused",
+    ),
+    Canary(
+        "a mixture's control is drawn from all experts",
+        "cna_kernels/circuit.py",
+        "range(expert * n, (expert + 1) * n)",
+        "range(self.widths[layer])",
+        CIRCUIT,
+        "test_a_mixtures_control_is_drawn_from_the_same_experts",
+    ),
+    Canary(
+        "neurons left out of a mixture are renumbered twice",
+        "cna_kernels/circuit_file.py",
+        "        inside = record.get(above[0]) if above else record\n",
+        "        inside = (record.get(above[0]) or record) if above else record\n",
+        CIRCUIT,
+        "test_a_mixtures_file_names_the_expert_of_every_neuron",
+    ),
+]
