@@ -66,7 +66,7 @@ CANARIES: list[Canary] = [
     ),
     Canary(
         "layers that did not run counted as 0",
-        ENGINE + "engine.py",
+        ENGINE + "finding.py",
         "            passes.check_all_ran()\n",
         "",
         PASSES,
