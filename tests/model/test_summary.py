@@ -7,7 +7,7 @@ import torch
 import torch.distributed as dist
 
 from cna_kernels.model import LanguageModel, load
-from cna_kernels.model.discovery import tensor_parallel
+from cna_kernels.model.parallel import tensor_parallel
 from cna_kernels.model.summary import _count
 from tiny import write_language_model
 
