@@ -172,7 +172,7 @@ metric_list: [{metric: acc}]
 """
 
 
-@pytest.mark.exhaustive
+@pytest.mark.rare
 def test_lm_eval(family):
     pytest.importorskip("lm_eval")
     tmp = family.tmp

@@ -133,6 +133,7 @@ def test_rows(hub, tmp_path):
     assert {name for name in hub.downloaded if name.endswith("parquet")} == {"train-00000-of-00003.parquet"}
 
 
+@pytest.mark.exhaustive
 def test_errors(hub, tmp_path):
     (tmp_path / "org" / "local").mkdir(parents=True)
     wanted = {
