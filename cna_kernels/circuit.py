@@ -96,6 +96,8 @@ class Circuit:
     made_from: dict[str, Any] | None = None
 
     def __post_init__(self) -> None:
+        if self.experts is not None:
+            self._check_experts()
         widths = self.widths
         neurons, seen = [], set()
         for place, neuron in enumerate(self.neurons):
@@ -125,21 +127,24 @@ class Circuit:
                 raise InputError("mirrored", "expected neurons of the circuit, each once")
             object.__setattr__(self, "mirrored", places)
 
+    def _check_experts(self) -> None:
+        """Make ``experts`` pairs of plain numbers. Raises InputError where they are none of such a model."""
+        what = f"expected (experts, neurons of each) for {self.n_layers} layers, the widest of {self.n_neurons}"
+        try:
+            pairs = tuple((whole_number("experts", n), whole_number("experts", own)) for n, own in self.experts or ())
+        except (TypeError, ValueError):
+            raise InputError("experts", what) from None
+        whole = len(pairs) == self.n_layers and min(map(min, pairs)) > 0
+        if not whole or max(n * own for n, own in pairs) != self.n_neurons:
+            raise InputError("experts", what)
+        object.__setattr__(self, "experts", pairs)
+
     @property
     def widths(self) -> list[int]:
-        """The neurons of each layer. Raises InputError for ``experts`` that are none of such a model."""
+        """The neurons of each layer."""
         if self.experts is None:
             return [self.n_neurons] * self.n_layers
-        try:
-            pairs = tuple((whole_number("experts", n), whole_number("experts", own)) for n, own in self.experts)
-        except (TypeError, ValueError) as error:
-            raise error if isinstance(error, InputError) else InputError("experts", "expected pairs") from None
-        object.__setattr__(self, "experts", pairs)
-        widths = [n * own for n, own in pairs]
-        if len(widths) != self.n_layers or max(widths) != self.n_neurons or min(map(min, pairs)) < 1:
-            what = f"expected (experts, neurons of each) for {self.n_layers} layers, the widest of {self.n_neurons}"
-            raise InputError("experts", what)
-        return widths
+        return [n * own for n, own in self.experts]
 
     @property
     def n_all(self) -> int:
@@ -245,7 +250,10 @@ class Circuit:
         taken = {*self.pairs, *map(tuple, (self.universal or {}).get("excluded", []))}
         generator, own = random.Random(seed), set(self.mirrored or ())
         neurons, mirrored = [], []
-        for (layer, expert), members in self._by_expert().items():
+        by_expert: dict[tuple[int, int], list[int]] = {}
+        for layer, index in sorted(self.pairs):
+            by_expert.setdefault((layer, self.expert_of(layer, index)[0]), []).append(index)
+        for (layer, expert), members in by_expert.items():
             n = self.n_neurons if self.experts is None else self.experts[layer][1]
             others = [index for index in range(expert * n, (expert + 1) * n) if (layer, index) not in taken]
             if len(others) < len(members):
@@ -259,13 +267,6 @@ class Circuit:
             tuple(neurons), self.n_layers, self.n_neurons, score=f"random (seed {seed})",
             mirrored=None if self.mirrored is None else tuple(mirrored), experts=self.experts,
         )  # fmt: skip
-
-    def _by_expert(self) -> dict[tuple[int, int], list[int]]:
-        """(layer, expert) -> sorted indices."""
-        found: dict[tuple[int, int], list[int]] = {}
-        for layer, index in sorted(self.pairs):
-            found.setdefault((layer, self.expert_of(layer, index)[0]), []).append(index)
-        return found
 
     def positive(self) -> Circuit:
         """Return the neurons that are more active on the positive prompts. Their bootstrap and folds are left out."""

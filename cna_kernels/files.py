@@ -8,6 +8,7 @@ import json
 import math
 import os
 import secrets
+import shutil
 import stat
 from collections.abc import Iterator
 from pathlib import Path
@@ -179,6 +180,26 @@ def parents_made(path: FilePath) -> Iterator[None]:
             with contextlib.suppress(OSError):
                 each.rmdir()
         raise
+
+
+@contextlib.contextmanager
+def new_directory(out: Path) -> Iterator[Path]:
+    """Yield a directory beside ``out``, which becomes ``out`` when the ``with`` ends, and goes if it ends in an error.
+
+    Raises:
+        InputError: it cannot be written, or an OSError came out of the ``with``; names ``out``.
+    """
+    partial = out.parent / f".{out.name}-{secrets.token_hex(4)}.partial"
+    try:
+        partial.mkdir()
+        try:
+            yield partial
+            os.rename(partial, out)
+        except BaseException:
+            shutil.rmtree(partial, ignore_errors=True)
+            raise
+    except OSError as error:
+        raise InputError(out, f"cannot be written: {error.strerror or error}") from None
 
 
 def check_directory(path: FilePath) -> None:

@@ -93,9 +93,10 @@ class Chosen:
         """Load the model; the options are those of ``LanguageModel``. Returns what runs it."""
         options: dict[str, Any] = dict(dtype=dtype, device=device)
         if self.hf_config is not None and not weights:
+            from .hf.hf_load import recorded
             from .hf.hf_transformer import HfShape
 
-            return HfShape(self.config, device, dtype or dtype_of(self.config, checkpoint))
+            return HfShape(self.config, device, dtype or dtype_of(self.config, checkpoint), recorded(model_args))
         if self.hf_config is not None:
             from .hf.hf_load import load_hf
 
@@ -117,7 +118,7 @@ class Chosen:
         from .hf.hf_load import QUANTISE
 
         on_hf, own = transformer(), _own_config(self.directory)
-        if own is not None and QUANTISE not in getattr(on_hf, "model_args", {}):
+        if own is not None and QUANTISE not in on_hf.model_args:
             return identity_of(self.directory, checkpoint, own)
         return hf_identity(self.directory, checkpoint, self.config, on_hf)
 
@@ -140,4 +141,4 @@ def engine_facts(model: Any) -> dict[str, Any]:
     """What a run's manifest says of a LanguageModel's engine; nothing of our own."""
     if model.engine == "own":
         return {}
-    return {"engine": model.engine, "model_args": getattr(model.transformer, "model_args", {})}
+    return {"engine": model.engine, "model_args": model.transformer.model_args}

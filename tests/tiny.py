@@ -71,6 +71,18 @@ TEMPLATE = (
 )
 # A judge of answers, a program that gives each this score: JUDGE % "1".
 JUDGE = "import json,sys\nfor line in sys.stdin:\n r=json.loads(line)\n print(json.dumps({'id':r['id'],'score':%s}))\n"
+# A multiple-choice task of lm-evaluation-harness, over the lines of a file in the place of DATA.
+CHOOSE = """
+task: choose
+dataset_path: json
+dataset_kwargs: {data_files: {test: DATA}}
+test_split: test
+output_type: multiple_choice
+doc_to_text: "{{question}}"
+doc_to_choice: ["yes", "no", "who knows"]
+doc_to_target: right
+metric_list: [{metric: acc}]
+"""
 SPECIAL = ["<pad>", "<s>", "</s>", "<user>", "<assistant>", "<end>"]
 TEXT_VOCABULARY = 256 + len(SPECIAL)
 

@@ -10,7 +10,6 @@ from __future__ import annotations
 import json
 import os
 import re
-import secrets
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
@@ -19,7 +18,7 @@ import torch
 
 from cna_kernels.circuit import Circuit
 from cna_kernels.errors import InputError
-from cna_kernels.files import FilePath, check_writable, write_text
+from cna_kernels.files import FilePath, check_writable, new_directory, write_text
 from cna_kernels.renamed import renamed
 from cna_kernels.steering import check_multiplier
 
@@ -129,23 +128,14 @@ def to_checkpoint(
         require_finite(out, name, _scaled(checkpoint, name, found))
     read = {entry.path.name for entry in checkpoint.entries.values()}
     _check_space(directory, read, out)
-    partial = out.parent / f".{out.name}-{secrets.token_hex(4)}.partial"
-    try:
-        partial.mkdir()
-        try:
-            for path in sorted(Path(directory).iterdir()):
-                if _is_copied(path, read):
-                    shutil.copyfile(path, partial / path.name)
-            if (Path(directory) / FOLDER).is_dir():  # of chat templates
-                shutil.copytree(Path(directory) / FOLDER, partial / FOLDER)
-            for name, found in columns.items():
-                _scale_columns(checkpoint, name, partial, found)
-            os.rename(partial, out)
-        except BaseException:
-            shutil.rmtree(partial, ignore_errors=True)
-            raise
-    except OSError as error:
-        raise InputError(out, f"cannot be written: {error.strerror or error}") from None
+    with new_directory(out) as partial:
+        for path in sorted(Path(directory).iterdir()):
+            if _is_copied(path, read):
+                shutil.copyfile(path, partial / path.name)
+        if (Path(directory) / FOLDER).is_dir():  # of chat templates
+            shutil.copytree(Path(directory) / FOLDER, partial / FOLDER)
+        for name, found in columns.items():
+            _scale_columns(checkpoint, name, partial, found)
 
 
 def _is_copied(path: Path, read: set[str]) -> bool:

@@ -6,7 +6,6 @@ import os
 import sys
 import warnings
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 from cna_kernels.circuit import Circuit
@@ -41,11 +40,13 @@ def engine_options(args) -> dict[str, Any]:
     return dict(engine=args.engine, device_map=args.device_map, model_args=given or None)
 
 
-def engine_of(directory, engine: str = "auto") -> str:
-    """The engine that runs a checkpoint: "own" or "transformers"."""
+def engine_of(args, directory) -> str:
+    """The engine that the flags of a command choose for a checkpoint: "own" or "transformers"."""
+    given = engine_options(args)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", InputWarning)  # the model that is then loaded says it
-        return Chosen(Path(directory), engine).engine
+        for_hf = bool(given["device_map"] or given["model_args"])
+        return Chosen(find_model(directory).path, given["engine"], hf_only=for_hf).engine
 
 
 def chat_options(args) -> dict[str, Any]:

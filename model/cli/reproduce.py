@@ -12,7 +12,7 @@ from ..evaluation.published import QUESTIONS, named
 from ..evaluation.reproduce import Sources, reproduce
 from ..evaluation.reproduce_report import left_out, tables
 from ..prompts.files import PromptSet, read_prompts
-from .arguments import check_column, column_of, directory_of, engine_of, load_model, say_model
+from .arguments import check_column, column_of, engine_of, load_model, say_model
 from .console import SIMPLE_HEAD, Table, print_json, stdout
 from .evaluation import say_to_stderr
 
@@ -29,7 +29,7 @@ def run_reproduce(args):
     say_model(model, args)
     base = None
     if args.base is not None:  # it only finds a circuit, for which our own engine need not hold all its layers
-        base = load_model(args, args.base, stream_layers=engine_of(directory_of(args.base), args.engine) == "own")
+        base = load_model(args, args.base, stream_layers=engine_of(args, args.base) == "own")
     results = reproduce(
         model, sources, base=base, name=args.name, max_new_tokens=args.max_new_tokens, random_draws=args.random_draws,
         shots=SHOTS if args.shots is None else args.shots,

@@ -275,13 +275,19 @@ def pack_prompts(prompts, rows: list[int], n_prefix: int, column_weights: Tensor
 
 def pack_prefix(prompts, rows: list[int], n_prefix: int, column_weights: Tensor, device) -> Packed:
     """The beginning that these prompts share, as a pack. Its tokens have the weights of all these prompts together."""
+    total = prefix_weight(prompts, rows, n_prefix, column_weights)
+    n_counted = n_prefix - min(min(len(prompts[row].ids) - prompts[row].n_counted for row in rows), n_prefix)
+    token_weight = total[n_prefix - n_counted :].float()
+    return Packed([prompts[rows[0]].ids[:n_prefix]], [n_counted], token_weight, prefix=0, device=device)
+
+
+def prefix_weight(prompts, rows: Sequence[int], n_prefix: int, column_weights: Tensor) -> Tensor:
+    """How much each token of a beginning counts for all prompts of ``rows`` together, ``[n_prefix, C]`` fp64."""
     total = torch.zeros(n_prefix, column_weights.shape[1], dtype=torch.float64)
     for row in rows:
         first = len(prompts[row].ids) - prompts[row].n_counted
         total[first:] += column_weights[row].double() / prompts[row].n_counted
-    n_counted = n_prefix - min(min(len(prompts[row].ids) - prompts[row].n_counted for row in rows), n_prefix)
-    token_weight = total[n_prefix - n_counted :].float()
-    return Packed([prompts[rows[0]].ids[:n_prefix]], [n_counted], token_weight, prefix=0, device=device)
+    return total
 
 
 def forward(

@@ -89,10 +89,10 @@ def read_hf_config(directory: Path) -> tuple[HfConfig, Any]:
         raise InputError(f"{path}: architectures", f"expected a model that writes text, got {short(architectures)}")
     with in_one_line(directory):
         config = transformers.AutoConfig.from_pretrained(directory, trust_remote_code=False, local_files_only=True)
-        _pass_over_stray_window(config.get_text_config(decoder=True), path)
+        text = config.get_text_config(decoder=True)
+        _pass_over_stray_window(text, path)
         decoder = find_decoder(empty_model(config))
         pairs = layer_experts(decoder)
-        text = config.get_text_config(decoder=True)
         widths = tuple(n * own for n, own in pairs)
         dtype = text.dtype if text.dtype is not None else config.dtype
         found = HfConfig(

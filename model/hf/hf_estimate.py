@@ -52,7 +52,7 @@ def layer_seconds(
             text.layer_types = text.layer_types[:n_layers]
         model = empty_model(small, device, dtype).eval().requires_grad_(False)
         engine = attach(model, max_circuits=1, max_entries=1)
-        transformer = HfTransformer(model, engine, config)
+        transformer = HfTransformer(model, engine, config, {})
         lengths = [len(row) for row in ids]
         packs = plan_packs(lengths, [1] * len(ids), max_prompts=None, max_tokens=max_tokens, padded=True)
         rows = packs[len(packs) // 2]

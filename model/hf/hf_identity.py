@@ -26,7 +26,7 @@ def hf_identity(
     the decoder's own names. Where transformers joins tensors while it loads, as those of experts, it is that of the
     loaded model. A quantised model has none.
     """
-    given = transformer.model_args if isinstance(transformer, HfTransformer) else {}
+    given = transformer.model_args
     quantised = {QUANTISE: given[QUANTISE]} if QUANTISE in given else {}
     hashes = hashes_of(list(checkpoint.entries.values()))
     parts: list[str] = []

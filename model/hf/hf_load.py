@@ -57,11 +57,8 @@ def load_hf(
     """
     import transformers
 
-    given = dict(model_args or {})
-    for name in given:
-        if name not in ARGUMENTS:
-            raise InputError(f"model_args: {name}", f"expected one of {', '.join(ARGUMENTS)}")
-    if getattr(hf_config, "auto_map", None) or "auto_map" in config.settings:
+    given, record = dict(model_args or {}), recorded(model_args)
+    if getattr(hf_config, "auto_map", None):
         warn(f"{directory / 'config.json'}: auto_map: its code does not run: transformers' own class does")
     quantised = getattr(hf_config, QUANTISE, None) is not None or QUANTISE in given
     if device_map is None and (quantised or device.type != "cpu"):
@@ -89,11 +86,14 @@ def load_hf(
         if quantised:
             logging.getLogger("bitsandbytes.autograd._functions").addFilter(Once())
         engine = attach(model, max_circuits=1, max_entries=1, max_rows=MAX_ROWS)
-    return HfTransformer(model, engine, config, recorded(model_args))
+    return HfTransformer(model, engine, config, record)
 
 
 def recorded(model_args: Mapping[str, Any] | None) -> dict[str, Any]:
-    """Arguments of ``from_pretrained`` as JSON has them."""
+    """Arguments of ``from_pretrained`` as JSON has them. Raises InputError for one that is not of ARGUMENTS."""
+    for name in model_args or {}:
+        if name not in ARGUMENTS:
+            raise InputError(f"model_args: {name}", f"expected one of {', '.join(ARGUMENTS)}")
     return {
         name: value.to_dict() if hasattr(value, "to_dict") else json.loads(json.dumps(value, default=str))
         for name, value in sorted((model_args or {}).items())

@@ -13,7 +13,7 @@ from torch import Tensor
 from cna_kernels.errors import InputError
 from cna_kernels.sums import ActivationSums
 
-from ..discovery.collect import Pack, Passes
+from ..discovery.collect import Pack, Passes, prefix_weight
 from ..discovery.packing import TokenPrompt
 from ..generate import pad
 
@@ -35,11 +35,8 @@ class HfPasses(Passes):
         prompts = [self.prompts[row] for row in pack.rows]
         if pack.is_prefix:
             ids = torch.tensor([prompts[0].ids[: pack.prefix]], dtype=torch.int64, device=self.transformer.device)
-            weight = torch.zeros(1, pack.prefix, self.column_weights.shape[1], dtype=torch.float64)
-            for row, prompt in zip(pack.rows, prompts, strict=True):
-                first = len(prompt.ids) - prompt.n_counted
-                weight[0, first:] += self.column_weights[row].double() / prompt.n_counted
-            return run_pass(self.transformer, ids, weight.float(), self.sums, self.column_weights[:0], keep=True)
+            weight = prefix_weight(self.prompts, pack.rows, pack.prefix, self.column_weights).float()[None]
+            return run_pass(self.transformer, ids, weight, self.sums, self.column_weights[:0], keep=True)
         weights = self.column_weights[pack.rows]
         ids, weight = padded(prompts, pack.prefix, weights, self.transformer.device)
         return run_pass(self.transformer, ids, weight, self.sums, weights, past=past, n_past=pack.prefix)

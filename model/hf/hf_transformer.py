@@ -54,8 +54,8 @@ class HfShape:
     n_ranks = 1
     answers = False
 
-    def __init__(self, config: HfConfig, device: torch.device, dtype: torch.dtype) -> None:
-        self.config, self.device, self.dtype = config, device, dtype
+    def __init__(self, config: HfConfig, device: torch.device, dtype: torch.dtype, model_args: dict[str, Any]) -> None:
+        self.config, self.device, self.dtype, self.model_args = config, device, dtype, model_args
 
 
 class HfTransformer:
@@ -73,9 +73,8 @@ class HfTransformer:
     passes = HfPasses
     answers = True
 
-    def __init__(self, model: Any, engine: Engine, config: HfConfig, model_args: dict[str, Any] | None = None) -> None:
-        self.model_args = model_args or {}
-        self.model, self.engine, self.config = model, engine, config
+    def __init__(self, model: Any, engine: Engine, config: HfConfig, model_args: dict[str, Any]) -> None:
+        self.model, self.engine, self.config, self.model_args = model, engine, config, model_args
         self.decoder: Any = find_decoder(model)
         self.device = engine.device
         self._rows: Tensor | None = None  # what the engine's rows were given by

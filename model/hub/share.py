@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import re
-import secrets
 import shutil
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -13,7 +12,7 @@ from typing import NamedTuple
 from cna_kernels.circuit import Circuit
 from cna_kernels.circuit_file import REPOSITORY
 from cna_kernels.errors import InputError
-from cna_kernels.files import FilePath, check_writable, read_text, write_bytes
+from cna_kernels.files import FilePath, check_writable, new_directory, read_text, write_bytes
 
 from ..checkpoint.lora import CARD, CONFIG, WEIGHTS
 from .card import TAG, card
@@ -188,16 +187,7 @@ def _write(files: dict[str, Path], out: Path) -> None:
             raise InputError(out, f"expected a directory to make: there are {len(files)} files, {', '.join(files)}")
         write_bytes(out, next(iter(files.values())).read_bytes())
         return
-    partial = out.parent / f".{out.name}-{secrets.token_hex(4)}.partial"
-    try:
-        partial.mkdir()
-        try:
-            for file, place in files.items():
-                (partial / file).parent.mkdir(exist_ok=True)
-                shutil.copyfile(place, partial / file)
-            os.rename(partial, out)
-        except BaseException:
-            shutil.rmtree(partial, ignore_errors=True)
-            raise
-    except OSError as error:
-        raise InputError(out, f"cannot be written: {error.strerror or error}") from None
+    with new_directory(out) as partial:
+        for file, place in files.items():
+            (partial / file).parent.mkdir(exist_ok=True)
+            shutil.copyfile(place, partial / file)

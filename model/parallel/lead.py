@@ -288,9 +288,7 @@ class _Calls:
 
     def collect(self, model: ParallelTransformer, prompts, column_weights, shape, squares, batch, max_tokens) -> None:
         n_layers, n_columns, n_neurons = shape
-        sums = ActivationSums(
-            n_layers, n_neurons, n_columns, squares=squares
-        )  # the same as rank 0 gets; nobody reads it
+        sums = ActivationSums(n_layers, n_neurons, n_columns, squares=squares)  # as on rank 0; nobody reads them
         collect(model, prompts, column_weights, sums, batch=batch, max_tokens=max_tokens)
 
 

@@ -33,9 +33,9 @@ CANARIES = [
     ),
     Canary(
         "tokens of a prefix count as often as they run",
-        "model/hf/hf_passes.py",
-        "                weight[0, first:] += self.column_weights",
-        "                weight[0, first:] = self.column_weights",
+        "model/discovery/collect.py",
+        "        total[first:] += column_weights[row]",
+        "        total[first:] = column_weights[row]",
         HF,
         "test_all_tokens_of_a_prompt_share_its_weight",
     ),

@@ -205,3 +205,43 @@ def test_exports_know_a_circuit_by_the_loaded_decoder(tmp_path, capsys):
     assert main(["export", str(other), *words]) == 2
     assert "decoder_sha256: made for another model" in capsys.readouterr().err and not (tmp_path / "out").exists()
     assert main(["export", str(path), *words]) == 0
+
+
+def test_code_of_a_checkpoint_is_passed_over_and_said(gemma, llama, tmp_path, recwarn):
+    """transformers' own class runs in its place; our own engine refuses such a checkpoint."""
+    for name, of in (("gemma", gemma), ("llama", llama)):
+        (tmp_path / name).mkdir()
+        for path in of.iterdir():
+            (tmp_path / name / path.name).symlink_to(path)
+        record = json.loads((of / "config.json").read_text()) | {"auto_map": {"AutoModelForCausalLM": "code.Model"}}
+        (tmp_path / name / "config.json").unlink()
+        (tmp_path / name / "config.json").write_text(json.dumps(record))
+    with pytest.warns(InputWarning, match="auto_map: its code does not run: transformers' own class does"):
+        assert load(tmp_path / "gemma", device="cpu").engine == "transformers"
+    with pytest.raises(InputError, match="auto_map: is not supported"):
+        load(tmp_path / "llama", device="cpu")
+    with pytest.warns(InputWarning, match="auto_map: its code does not run"):
+        assert load(tmp_path / "llama", engine="transformers", device="cpu").identity()["tensors_sha256"]
+
+
+def test_a_model_without_weights_is_known_by_the_same_arguments(llama):
+    """Ray's coordinator loads none, and names the model in the circuit's file."""
+    how = {"quantization_config": {"quant_method": "bitsandbytes", "load_in_8bit": True}}
+    shape = load(llama, device="cpu", weights=False, model_args=how)
+    assert shape.identity()["settings_sha256"] != load(llama, device="cpu").identity()["settings_sha256"]
+    assert "decoder_sha256" not in shape.identity()
+    with pytest.raises(InputError, match="model_args: hidden_act: expected one of"):
+        load(llama, device="cpu", weights=False, model_args={"hidden_act": "gelu"})
+
+
+def test_a_base_model_on_the_engine_that_the_flags_choose(llama, gemma, monkeypatch):
+    """What `cna reproduce --base` asks before it loads the base model."""
+    from argparse import Namespace
+
+    from cna_kernels.model.cli.arguments import engine_of
+
+    flags = dict(engine="auto", device_map=None, model_arg=[])
+    cases = [(llama, {}, "own"), (gemma, {}, "transformers"), (llama, {"device_map": "auto"}, "transformers")]
+    cases += [(llama, {"model_arg": [("attn_implementation", "eager")]}, "transformers")]
+    for directory, changes, engine in cases:
+        assert engine_of(Namespace(**flags | changes), str(directory)) == engine

@@ -13,6 +13,7 @@ from cna_kernels.model import load
 from cna_kernels.model.cli import main
 from cna_kernels.model.prompts.files import PromptSet
 from families import FAMILIES, contrast_by_hooks, greedy, steered_by, write_family
+from tiny import CHOOSE
 
 pytest.importorskip("transformers")
 
@@ -159,26 +160,13 @@ def test_estimate(family, capsys):
     assert 0.8 * on_disk < found["memory_bytes"]["weights"] < 1.3 * on_disk and found["seconds"]["all"] >= 0
 
 
-TASK = """
-task: choose
-dataset_path: json
-dataset_kwargs: {data_files: {test: DATA}}
-test_split: test
-output_type: multiple_choice
-doc_to_text: "{{question}}"
-doc_to_choice: ["yes", "no", "who knows"]
-doc_to_target: right
-metric_list: [{metric: acc}]
-"""
-
-
 @pytest.mark.rare
 def test_lm_eval(family):
     pytest.importorskip("lm_eval")
     tmp = family.tmp
     questions = [{"question": f"is {n} more than {n * n % 7}?", "right": n % 3} for n in range(6)]
     (tmp / "data.jsonl").write_text("".join(json.dumps(question) + "\n" for question in questions))
-    (tmp / "choose.yaml").write_text(TASK.replace("DATA", str(tmp / "data.jsonl")))
+    (tmp / "choose.yaml").write_text(CHOOSE.replace("DATA", str(tmp / "data.jsonl")))
     command = [sys.executable, "-m", "cna_kernels.model", "lm-eval", "--model", "cna", "--model_args"]
     command += [f"pretrained={family.path},circuit={family.circuit},multiplier=0", "--device", "cpu"]
     command += ["--tasks", "choose", "--include_path", str(tmp), "--output_path", str(tmp / "out")]

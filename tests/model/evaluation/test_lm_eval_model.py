@@ -11,6 +11,7 @@ import torch
 from cna_kernels import Circuit, InputError
 from cna_kernels.model import demo_checkpoint, load
 from cna_kernels.model.cli import main
+from tiny import CHOOSE
 
 pytest.importorskip("lm_eval")
 
@@ -18,17 +19,7 @@ CIRCUIT = Circuit(tuple((layer, 100 * layer + n, 1.0) for layer in range(8) for 
 QUESTIONS = [{"question": f"is {n} more than {n * n % 7}?", "right": n % 3} for n in range(12)]
 CHOICES = ["yes", "no", "who knows"]
 TASKS = {
-    "choose": """
-task: choose
-dataset_path: json
-dataset_kwargs: {data_files: {test: DATA}}
-test_split: test
-output_type: multiple_choice
-doc_to_text: "{{question}}"
-doc_to_choice: ["yes", "no", "who knows"]
-doc_to_target: right
-metric_list: [{metric: acc}]
-""",
+    "choose": CHOOSE,
     "say": """
 task: say
 dataset_path: json

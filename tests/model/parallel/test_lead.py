@@ -225,14 +225,6 @@ def run_faulty(name, culprit, words):
 # Tests of what they have found.
 
 
-@pytest.fixture(scope="module", autouse=True)
-def _one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 @pytest.fixture(scope="module")
 def directory(tmp_path_factory):
     pytest.importorskip("transformers")

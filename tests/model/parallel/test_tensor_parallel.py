@@ -168,15 +168,6 @@ def usage():
 # Tests of the ranks' results.
 
 
-@pytest.fixture(scope="module", autouse=True)
-def _one_thread():
-    """One thread, as the ranks have: on shapes this small, threads mostly wait for each other."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 @pytest.fixture(scope="module")
 def directory(tmp_path_factory):
     """A checkpoint of every variant, and some that ranks must refuse."""
