@@ -422,6 +422,7 @@ def test_a_mixtures_file_names_the_expert_of_every_neuron(tmp_path):
     assert Circuit.load(path) == mixture() and "expert   2  neuron      1" in str(mixture())
     plain = mixture(universal=None, bootstrap=None, mirrored=None)
     plain.save(path)
+    assert json.loads(path.read_text())["excluded"] == [[1, 1, 0], [0, 0, 0]], "numbered once"
     assert Circuit.load(path) == plain and plain.n_all == 27
     assert mixture().universal["excluded"] == [[1, 14]], "saving changes nothing of the circuit"
 
